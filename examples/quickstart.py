@@ -1,0 +1,27 @@
+"""A Trainer you already have, plus the callback."""
+
+from pytorch_lightning import Trainer, seed_everything
+from torch.optim import SGD
+
+from lightning_maml_guard import ConvergenceGuard, MetaLearningModule, TaskDataModule
+from lightning_maml_guard.networks import mlp
+from lightning_maml_guard.tasks.regression import Sinusoid
+
+
+def main(steps: int = 500) -> ConvergenceGuard:
+    """Train with a meta rate that is too large for plain SGD; the guard says which rate to lower."""
+    seed_everything(0)
+    module = MetaLearningModule(mlp(), inner_lr=0.01, optimizer=lambda parameters: SGD(parameters, lr=0.3))
+    episodes = TaskDataModule(Sinusoid(shots=10), meta_batch_size=25, val_episodes=0)
+
+    guard = ConvergenceGuard(every_n_steps=10, action="rescale")
+    trainer = Trainer(max_steps=steps, callbacks=[guard], logger=False, enable_checkpointing=False)
+    trainer.fit(module, episodes)
+
+    last = guard.history[-1]
+    print(f"beta = {last.beta:.3g} was applied as {last.beta_applied:.3g}; beta_c = {last.beta_c:.3g}")
+    return guard
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Knows, from theory and measurement, whether the learning rates of a MAML run can converge."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lightning_maml_guard._warnings import GuardWarning
+
+if TYPE_CHECKING:
+    from lightning_maml_guard.guard.callback import ConvergenceGuard
+    from lightning_maml_guard.guard.monitor import StabilityReport, measure
+    from lightning_maml_guard.maml.module import MetaLearningModule
+    from lightning_maml_guard.maml.problem import MetaProblem
+    from lightning_maml_guard.tasks.datamodule import TaskDataModule
+    from lightning_maml_guard.tasks.episodes import EpisodeBatch
+    from lightning_maml_guard.theory.rates import CriticalRates, critical_rates
+    from lightning_maml_guard.theory.stability import stability_limit
+
+__version__ = "0.1.0"
+
+# Imported on first use: the mathematics must not cost Lightning's import.
+_HOMES = {
+    "ConvergenceGuard": "guard.callback",
+    "CriticalRates": "theory.rates",
+    "EpisodeBatch": "tasks.episodes",
+    "MetaLearningModule": "maml.module",
+    "MetaProblem": "maml.problem",
+    "StabilityReport": "guard.monitor",
+    "TaskDataModule": "tasks.datamodule",
+    "critical_rates": "theory.rates",
+    "measure": "guard.monitor",
+    "stability_limit": "theory.stability",
+}
+
+__all__ = [
+    "ConvergenceGuard",
+    "CriticalRates",
+    "EpisodeBatch",
+    "GuardWarning",
+    "MetaLearningModule",
+    "MetaProblem",
+    "StabilityReport",
+    "TaskDataModule",
+    "critical_rates",
+    "measure",
+    "stability_limit",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

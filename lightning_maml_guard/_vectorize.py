@@ -1,0 +1,122 @@
+"""Run a function of one task over a batch of tasks: vmapped, or in a loop where vmap can't go."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from lightning_maml_guard._warnings import GuardWarning
+
+T = TypeVar("T")
+
+
+def task_count(data: Any, name: str) -> int:
+    """Count the tasks in a pytree of tensors with a leading task dimension.
+
+    Args:
+        data: The pytree.
+        name: What the message calls it.
+
+    Returns:
+        The number of tasks.
+
+    Raises:
+        ValueError: If there is no tensor in it, or if the tensors disagree or hold no task.
+        TypeError: If a leaf is not a tensor.
+    """
+    leaves = tree_leaves(data)
+    strangers = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)})
+    if strangers:
+        raise TypeError(
+            f"Expected `{name}` to hold tensors with a leading task dimension but found {', '.join(strangers)}."
+        )
+    sizes = {leaf.shape[0] if leaf.dim() else 0 for leaf in leaves}
+    if len(sizes) != 1 or 0 in sizes:
+        shapes = [tuple(leaf.shape) for leaf in leaves]
+        raise ValueError(
+            f"Expected `{name}` to hold tensors that share a leading task dimension of at least 1 but got "
+            f"shapes {shapes}. A single task needs that dimension as well: unsqueeze(0)."
+        )
+    return sizes.pop()
+
+
+class TaskMap:
+    """Apply a function of one task to every task of a batch.
+
+    Tries :func:`torch.func.vmap` first. If that fails and a plain loop does not, it says so once and loops
+    from then on; if the loop fails too, the loop's error (the user's own) is raised.
+
+    Args:
+        chunk_size: Tasks vmapped at once (None: all).
+        looped: Start with the loop.
+
+    Raises:
+        ValueError: If the chunk size is not an integer of at least 1.
+    """
+
+    def __init__(self, chunk_size: int | None = None, looped: bool = False) -> None:
+        if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
+            raise ValueError(f"Expected argument `task_chunk_size` to be None or at least 1 but got {chunk_size!r}.")
+        self.chunk_size = chunk_size
+        self.looped = looped
+
+    def __call__(self, function: Callable[..., T], *args: Any, in_dims: tuple[int | None, ...]) -> T:
+        """Map a function over the tasks.
+
+        Args:
+            function: Function of one task.
+            *args: Its arguments, pytrees; those mapped have a leading task dimension.
+            in_dims: 0 for a mapped argument, None for a shared one.
+
+        Returns:
+            The outputs, each with a leading task dimension.
+        """
+        if not self.looped:
+            try:
+                return torch.func.vmap(function, in_dims, randomness="different", chunk_size=self.chunk_size)(*args)
+            except Exception as error:
+                result = self._loop(function, args, in_dims)
+                self.looped = True
+                reason = str(error).strip().splitlines() or [type(error).__name__]
+                warnings.warn(
+                    f"The tasks of a batch cannot be vectorised, so they run one after another (slower, same "
+                    f"result). torch.func.vmap said: {reason[0]}",
+                    GuardWarning,
+                    stacklevel=2,
+                )
+                return result
+        return self._loop(function, args, in_dims)
+
+    @staticmethod
+    def _loop(function: Callable[..., T], args: tuple[Any, ...], in_dims: tuple[int | None, ...]) -> T:
+        mapped = [arg for arg, dim in zip(args, in_dims, strict=True) if dim is not None]
+        outputs = []
+        for index in range(tree_leaves(mapped)[0].shape[0]):
+            outputs.append(
+                function(
+                    *(
+                        arg if dim is None else tree_map(lambda leaf, i=index: leaf[i], arg)
+                        for arg, dim in zip(args, in_dims, strict=True)
+                    )
+                )
+            )
+        leaves, spec = zip(*(tree_flatten(output) for output in outputs), strict=True)
+        return tree_unflatten([torch.stack(group) for group in zip(*leaves, strict=True)], spec[0])
+
+
+def as_float32(tree: T) -> T:
+    """Convert the half-precision tensors of a pytree to float32; other tensors are passed on unchanged.
+
+    Args:
+        tree: Pytree of tensors.
+
+    Returns:
+        The pytree, converted.
+    """
+    half = (torch.float16, torch.bfloat16)
+    return tree_map(lambda leaf: leaf.float() if leaf.dtype in half else leaf, tree)

@@ -1,0 +1,1 @@
+"""The guard: measure, decide, act, leave no trace."""

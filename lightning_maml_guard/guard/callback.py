@@ -1,0 +1,317 @@
+"""ConvergenceGuard: when to measure, decide and act."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lightning_maml_guard._lightning import Callback, MisconfigurationException
+from lightning_maml_guard.guard.estimate import Estimator
+from lightning_maml_guard.guard.governor import RateGovernor, scheduled_rate
+from lightning_maml_guard.guard.history import from_plain, to_plain
+from lightning_maml_guard.guard.isolation import isolated
+from lightning_maml_guard.guard.monitor import StabilityReport, check_options, measure
+from lightning_maml_guard.guard.reporting import inform, log_report, logger_step, warn
+from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.theory.verdict import UNRESOLVED, UNSAFE, check_margin
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ACTIONS = ("log", "warn", "rescale", "stop")
+
+
+class ConvergenceGuard(Callback):
+    """Watches whether a MAML run's learning rates can converge, and acts when they cannot.
+
+    Every ``every_n_steps`` optimizer steps, before the step is taken and on the batch it will use, the
+    guard estimates the task loss's Hessian eigenvalues and compares the inner rate with
+    ``alpha_c = 1/lambda_max`` and the meta rate with ``beta_c = min_i 2/(lambda_i - alpha*lambda_i^2)``
+    (Takagi et al.), for the optimizer as it runs. A measurement leaves random states, buffers, gradients
+    and logged values as they were; if it fails, training goes on with one warning that says why.
+
+    ===========  ================================================================================
+    action       effect when a rate is unsafe
+    ===========  ================================================================================
+    ``log``      none: the numbers are logged
+    ``warn``     one warning each time the state changes to unsafe
+    ``rescale``  the applied rates are capped at ``margin`` times their critical values until a
+                 later check releases them; the schedule itself is never touched
+    ``stop``     the Trainer is asked to stop (after the step at hand; with ``min_steps`` it goes on
+                 until then); ``stopped_step`` and ``stopping_reason`` say when and why
+    ===========  ================================================================================
+
+    Args:
+        every_n_steps: Optimizer steps between two checks; the first is at step 0.
+        action: ``"log"``, ``"warn"``, ``"rescale"`` or ``"stop"``.
+        criterion: ``"simplified"``: the poster's conditions.
+        margin: Act when a rate exceeds ``margin`` times its critical value; ``rescale`` goes to that.
+        patience: Consecutive unsafe checks before acting.
+        estimator: ``"lanczos"``, ``"pyhessian"`` or ``(matvec, start vector) -> eigenvalues``.
+        max_iter: Lanczos steps at most.
+        tol: Relative residual at which Lanczos stops.
+        tasks: Curvature of the ``"mean"`` task loss, or of the ``"worst"`` (sharpest) task.
+        data: The loss whose Hessian is measured: ``"support"``, ``"query"`` or ``"both"``.
+        problem: ``(pl_module, batch) -> MetaProblem``, for modules that have no ``meta_problem``. The inner
+            rate of such a module is out of reach: ``rescale`` then caps the meta rate alone.
+
+    Raises:
+        ValueError: If an argument is not allowed.
+
+    Example:
+        >>> guard = ConvergenceGuard(every_n_steps=50, action="stop")
+        >>> guard.history
+        []
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        action: str = "warn",
+        criterion: str = "simplified",
+        margin: float = 1.0,
+        patience: int = 1,
+        estimator: Estimator = "lanczos",
+        max_iter: int = 20,
+        tol: float = 1e-2,
+        tasks: str = "mean",
+        data: str = "support",
+        problem: Callable[[Any, Any], MetaProblem] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, number in (("every_n_steps", every_n_steps), ("patience", patience)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ValueError(f"Expected argument `{name}` to be an integer of at least 1 but got {number!r}.")
+        if action not in ACTIONS:
+            raise ValueError(f"Expected argument `action` to be one of {ACTIONS} but got {action!r}.")
+        if problem is not None and not callable(problem):
+            raise ValueError(
+                f"Expected argument `problem` to be a function (pl_module, batch) -> MetaProblem but got {problem!r}."
+            )
+        check_margin(margin)
+        check_options(criterion=criterion, estimator=estimator, max_iter=max_iter, tol=tol, tasks=tasks, data=data)
+        self.every_n_steps, self.action, self.criterion = every_n_steps, action, criterion
+        self.margin, self.patience, self.estimator = margin, patience, estimator
+        self.max_iter, self.tol, self.tasks, self.data = max_iter, tol, tasks, data
+        self.problem = problem
+        self.history: list[StabilityReport] = []
+        self.stopped_step: int | None = None
+        self.stopping_reason: str | None = None
+        self._last_step: int | None = None
+        self._unsafe_checks = 0
+        self._alarmed = False
+        self._failed: set[str] = set()
+        self._beta_cap: float | None = None
+        self._inert = False
+        self._governor: RateGovernor | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Key of the guard's state in a checkpoint; guards that differ in what they do may run side by side."""
+        return self._generate_state_key(
+            every_n_steps=self.every_n_steps, action=self.action, criterion=self.criterion, tasks=self.tasks, data=self.data
+        )
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Check that there is something to measure.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module.
+            stage: Lightning's stage.
+
+        Raises:
+            MisconfigurationException: If the module states no problem.
+        """
+        if stage != "fit":
+            return
+        if self.problem is None and not callable(getattr(pl_module, "meta_problem", None)):
+            raise MisconfigurationException(
+                f"ConvergenceGuard does not know what {type(pl_module).__name__} optimises. Subclass MetaLearningModule, "
+                "give the module a method meta_problem(batch) -> MetaProblem, or pass "
+                "ConvergenceGuard(problem=lambda module, batch: MetaProblem(...))."
+            )
+        self._inert = bool(getattr(trainer, "barebones", False))
+        if self._inert:
+            warn("ConvergenceGuard does nothing in this run: Trainer(barebones=True) asks for no logging and no extra work.")
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Take hold of the optimizers; a resumed run's cap holds from its first step.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module.
+        """
+        if self.action == "rescale" and not self._inert:
+            self._governor = RateGovernor(trainer.optimizers, self._beta_cap)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Measure, if it is time, before the batch is used.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module.
+            batch: The batch of the coming step, on the training device.
+            batch_idx: Its index.
+        """
+        step = logger_step(trainer)
+        if self._inert or step % self.every_n_steps or step == self._last_step:
+            return
+        self._last_step = step
+        report = self._measure(trainer, pl_module, batch, step)
+        if report is None:
+            return
+        if not trainer.fast_dev_run:
+            report = self._act(trainer, pl_module, report, step)
+        self.history.append(report)
+        log_report(trainer, pl_module, report, step)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Take the hooks out of the optimizers.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module.
+            stage: Lightning's stage.
+        """
+        if self._governor is not None:
+            self._governor.remove()
+            self._governor = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Collect the state a resumed run needs.
+
+        Returns:
+            Primitives only, so that a checkpoint loads with ``weights_only``.
+        """
+        return {
+            "history": [to_plain(report) for report in self.history],
+            "stopped_step": self.stopped_step,
+            "stopping_reason": self.stopping_reason,
+            "last_step": self._last_step,
+            "unsafe_checks": self._unsafe_checks,
+            "alarmed": self._alarmed,
+            "beta_cap": self._beta_cap,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state of a run.
+
+        Args:
+            state_dict: What :meth:`state_dict` collected.
+        """
+        self.history = [from_plain(plain) for plain in state_dict.get("history", [])]
+        self.stopped_step = state_dict.get("stopped_step")
+        self.stopping_reason = state_dict.get("stopping_reason")
+        self._last_step = state_dict.get("last_step")
+        self._unsafe_checks = state_dict.get("unsafe_checks", 0)
+        self._alarmed = state_dict.get("alarmed", False)
+        self._beta_cap = state_dict.get("beta_cap")
+
+    def plot(self) -> Any:
+        """Draw the safe region with the path of ``(alpha, beta)`` in it.
+
+        Returns:
+            ``(fig, ax)`` of matplotlib.
+        """
+        from lightning_maml_guard.plots import safe_region
+
+        return safe_region(self.history)
+
+    def _measure(self, trainer: Any, pl_module: Any, batch: Any, step: int) -> StabilityReport | None:
+        try:
+            with isolated(pl_module), _configured_inner_rate(pl_module):
+                problem = pl_module.meta_problem(batch) if self.problem is None else self.problem(pl_module, batch)
+                return measure(
+                    problem,
+                    optimizer=_optimizer_of(problem, trainer.optimizers),
+                    criterion=self.criterion,
+                    estimator=self.estimator,
+                    max_iter=self.max_iter,
+                    tol=self.tol,
+                    tasks=self.tasks,
+                    data=self.data,
+                    margin=self.margin,
+                    step=step,
+                )
+        except Exception as error:
+            # Whatever goes wrong in a check, training goes on as if the guard were not there.
+            self._warn_failure(error, step)
+            return None
+
+    def _warn_failure(self, error: Exception, step: int) -> None:
+        cause = f"{type(error).__name__}: {error}"
+        if cause not in self._failed:
+            self._failed.add(cause)
+            warn(
+                f"ConvergenceGuard could not measure at step {step}; training goes on without this check. Cause: {cause} "
+                "This is said once for each cause."
+            )
+
+    def _act(self, trainer: Any, pl_module: Any, report: StabilityReport, step: int) -> StabilityReport:
+        unsafe = report.status == UNSAFE
+        if report.status != UNRESOLVED:
+            self._unsafe_checks = self._unsafe_checks + 1 if unsafe else 0
+        crossed = unsafe and self._unsafe_checks >= self.patience
+        if crossed and not self._alarmed:
+            self._announce(report, step)
+            if self.action == "stop":
+                self.stopped_step, self.stopping_reason = step, " ".join(report.reasons)
+                trainer.should_stop = True
+        if self._alarmed and report.status == "safe" and self.action != "log":
+            inform(f"ConvergenceGuard: step {step}: the rates are back in the safe region.")
+        if report.status != UNRESOLVED:
+            self._alarmed = crossed
+        if self.action == "rescale" and (crossed or not unsafe):
+            self._rescale(pl_module, report)
+        return replace(
+            report,
+            alpha_applied=report.alpha * getattr(pl_module, "inner_lr_factor", 1.0),
+            beta_applied=report.beta if self._beta_cap is None else min(report.beta, self._beta_cap),
+        )
+
+    def _announce(self, report: StabilityReport, step: int) -> None:
+        if self.action == "log":
+            return
+        effect = {
+            "warn": "",
+            "stop": " Training stops after this step (action='stop').",
+            "rescale": f" Applied from now on: alpha = {report.safe_alpha:.3g}, beta = {report.safe_beta:.3g} (action='rescale').",
+        }[self.action]
+        reasons = " ".join(report.reasons)
+        if self.action != "warn":
+            reasons = reasons.replace(", or use action='rescale'", "")
+        warn(f"ConvergenceGuard: the learning rates left the safe region at step {step}. {reasons}{effect}")
+
+    def _rescale(self, pl_module: Any, report: StabilityReport) -> None:
+        if report.status == UNRESOLVED and math.isnan(report.beta_c):
+            return  # nothing new is known: what is capped stays capped
+        if hasattr(pl_module, "inner_lr_factor"):
+            pl_module.inner_lr_factor = report.safe_alpha / report.alpha if report.alpha > 0 else 1.0
+        self._beta_cap = report.safe_beta if report.safe_beta < report.beta else None
+        if self._governor is not None:
+            self._governor.cap = self._beta_cap
+
+
+@contextmanager
+def _configured_inner_rate(pl_module: Any) -> Iterator[None]:
+    """Measure at the inner rate as configured, not as capped by an earlier check."""
+    factor = getattr(pl_module, "inner_lr_factor", None)
+    if factor is None:
+        yield
+        return
+    pl_module.inner_lr_factor = 1.0
+    try:
+        yield
+    finally:
+        pl_module.inner_lr_factor = factor
+
+
+def _optimizer_of(problem: MetaProblem, optimizers: list[Any]) -> Any:
+    """Find the optimizer that moves the problem's parameters (the fastest, if several do)."""
+    moved = {id(value) for value in problem.params.values()}
+    owners = [o for o in optimizers if any(id(p) in moved for group in o.param_groups for p in group["params"])]
+    return max(owners or optimizers, key=scheduled_rate)

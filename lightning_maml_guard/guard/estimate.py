@@ -1,0 +1,203 @@
+"""Estimators of a Hessian's spectrum, interchangeable behind one function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_maml_guard.curvature.lanczos import LanczosRun, Tridiagonal, lanczos, start_vector
+from lightning_maml_guard.curvature.operators import Hessian, Matvec, Params
+from lightning_maml_guard.curvature.pyhessian import PowerIteration, largest_eigenvalue
+from lightning_maml_guard.theory.rates import (
+    CriticalRates,
+    Interval,
+    critical_rates,
+    rates_from_lanczos,
+    rates_from_top,
+    ritz_values,
+    worst_of,
+)
+
+Estimator = str | Callable[[Matvec, Tensor], Sequence[float]]
+
+# A float product carries rounding of this many units in the last place, relative to the spectral radius.
+_ROUNDING_ULPS = 16
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What is known of a Hessian's spectrum, as plain numbers.
+
+    Attributes:
+        runs: Lanczos runs, one a block of the operator.
+        power: What power iteration found, instead.
+        values: Eigenvalues as a user's estimator gave them, instead.
+        rounding: Relative rounding error of a product.
+        matvecs: Products used.
+    """
+
+    runs: tuple[Tridiagonal, ...] = ()
+    power: PowerIteration | None = None
+    values: tuple[float, ...] = ()
+    rounding: float = 0.0
+    matvecs: int = 0
+
+    def rates(self, alpha: float, inner_steps: int = 1) -> CriticalRates:
+        """Compute the poster's critical rates.
+
+        Args:
+            alpha: Inner rate.
+            inner_steps: Number of simplified inner steps.
+
+        Returns:
+            The critical rates; over several blocks, those that hold for all.
+        """
+        if self.power is not None:
+            top = self.power
+            return rates_from_top(top.lambda_max, top.lambda_min, top.residual, alpha, inner_steps=inner_steps)
+        if self.values:
+            return critical_rates(self.values, alpha, inner_steps=inner_steps)
+        return worst_of(
+            [rates_from_lanczos(*run, alpha, inner_steps=inner_steps, rounding=self.rounding) for run in self.runs]
+        )
+
+
+def check_estimator(estimator: Any) -> None:
+    """Refuse an estimator that is not known.
+
+    Args:
+        estimator: ``"lanczos"``, ``"pyhessian"`` or a callable.
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+    if not callable(estimator) and estimator not in {"lanczos", "pyhessian"}:
+        raise ValueError(
+            "Expected argument `estimator` to be 'lanczos', 'pyhessian' or a callable (matvec, start vector) -> "
+            f"eigenvalues but got {estimator!r}."
+        )
+
+
+def hessian_spectrum(
+    hessian: Hessian,
+    loss: Callable[[Params], Tensor],
+    params: Params,
+    *,
+    estimator: Estimator,
+    blocks: int | None,
+    alpha: float,
+    max_iter: int,
+    tol: float,
+) -> Spectrum:
+    """Estimate the spectrum of a Hessian.
+
+    Args:
+        hessian: The operator.
+        loss: The function it is the Hessian of.
+        params: Where, by name.
+        estimator: ``"lanczos"``, ``"pyhessian"``, or ``(matvec, start vector) -> eigenvalues``.
+        blocks: Number of blocks of a block-diagonal operator; None for a single matrix.
+        alpha: Inner rate, which decides when ``beta_c`` is known well enough.
+        max_iter: Products at most.
+        tol: Relative residual at which to stop.
+
+    Returns:
+        The spectrum.
+
+    Raises:
+        ValueError: If the estimator can't treat several blocks.
+    """
+    like = next(iter(params.values()))
+    if estimator == "lanczos":
+        run = run_lanczos(hessian, hessian.layout.size, like, blocks, max_iter=max_iter, tol=tol, alpha=alpha)
+        return Spectrum(runs=tuple(run.runs), rounding=rounding(like), matvecs=run.matvecs)
+    if blocks is not None:
+        raise ValueError("tasks='worst' needs estimator='lanczos': the others treat one Hessian at a time.")
+    if estimator == "pyhessian":
+        power = largest_eigenvalue(loss, params, max_iter=max_iter, tol=tol)
+        return Spectrum(power=power, matvecs=power.matvecs)
+    assert callable(estimator)
+    before = hessian.matvecs
+    values = estimator(hessian, start_vector((hessian.layout.size,), like))
+    return Spectrum(values=tuple(float(value) for value in values), matvecs=hessian.matvecs - before)
+
+
+def top_eigenvalue(
+    matvec: Matvec, size: int, like: Tensor, blocks: int | None, *, max_iter: int, tol: float
+) -> tuple[float, Interval, int]:
+    """Find the largest eigenvalue of a symmetric operator, over all of its blocks.
+
+    Args:
+        matvec: The operator.
+        size: Length of a vector.
+        like: Tensor whose dtype and device the vectors take.
+        blocks: Number of blocks; None for a single matrix.
+        max_iter: Products at most.
+        tol: Relative residual at which to stop.
+
+    Returns:
+        The eigenvalue, its interval, and the products used.
+    """
+    run = run_lanczos(matvec, size, like, blocks, max_iter=max_iter, tol=tol)
+    tops = [rates_from_lanczos(*each, 0.0, rounding=rounding(like)) for each in run.runs]
+    top = max(tops, key=lambda each: each.lambda_max)
+    return top.lambda_max, top.lambda_max_interval, run.matvecs
+
+
+def run_lanczos(
+    matvec: Matvec,
+    size: int,
+    like: Tensor,
+    blocks: int | None,
+    *,
+    max_iter: int,
+    tol: float,
+    alpha: float = 0.0,
+) -> LanczosRun:
+    """Run Lanczos until the top (and, for ``alpha > 0``, ``beta_c``) is known to a relative residual.
+
+    Args:
+        matvec: The operator.
+        size: Length of a vector.
+        like: Tensor whose dtype and device the vectors take.
+        blocks: Number of blocks; None for a single matrix.
+        max_iter: Products at most.
+        tol: Relative residual at which to stop.
+        alpha: Inner rate.
+
+    Returns:
+        The run.
+    """
+    start = start_vector((size,) if blocks is None else (blocks, size), like)
+
+    def tight(runs: Sequence[Tridiagonal]) -> bool:
+        return all(_tight(run, alpha, tol) for run in runs)
+
+    return lanczos(matvec, start, max_iter=max_iter, stop=tight)
+
+
+def _tight(run: Tridiagonal, alpha: float, tol: float) -> bool:
+    values, residuals = ritz_values(*run)
+    if residuals[-1] > tol * max(abs(values[0]), abs(values[-1])):
+        return False
+    # Beyond alpha_c no meta rate is stable, however sharply the rest is known.
+    if alpha * float(values[-1]) > 1 or alpha == 0:
+        return True
+    low, high = rates_from_lanczos(*run, alpha).curvature_interval
+    return high - low <= tol * max(high, abs(float(values[-1])) * tol)
+
+
+def rounding(like: Tensor) -> float:
+    """Estimate the relative rounding error of a product.
+
+    Args:
+        like: Tensor of the dtype the product is computed in.
+
+    Returns:
+        The error relative to the spectral radius.
+    """
+    return _ROUNDING_ULPS * torch.finfo(like.dtype).eps

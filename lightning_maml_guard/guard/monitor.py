@@ -1,0 +1,357 @@
+"""Measure the stability of a meta-update: where curvature and theory meet. No Lightning here."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_maml_guard._vectorize import TaskMap, as_float32
+from lightning_maml_guard.curvature.backward import double_backward
+from lightning_maml_guard.curvature.lanczos import NonFiniteProductError
+from lightning_maml_guard.curvature.operators import Hessian, Params, scaled, task_hessian
+from lightning_maml_guard.guard.estimate import Estimator, Spectrum, check_estimator, hessian_spectrum, top_eigenvalue
+from lightning_maml_guard.guard.governor import scheduled_rate
+from lightning_maml_guard.guard.isolation import preserved_randomness
+from lightning_maml_guard.guard.meta_rate import MetaRateLimit, OuterStep, meta_rate_limit, outer_step
+from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.theory.rates import Interval, check_rate
+from lightning_maml_guard.theory.verdict import Limit, Verdict, check_margin, judge
+
+_NAN_INTERVAL = (math.nan, math.nan)
+
+
+@dataclass(frozen=True)
+class StabilityReport:
+    """What one measurement found. Floats, strings and tuples of them: picklable.
+
+    Attributes:
+        alpha: Configured inner rate (the largest, if there are several).
+        alpha_c: Its critical value.
+        beta: Configured meta rate (the largest over parameter groups); ``nan`` if none was given.
+        beta_c: Its critical value for the optimizer as it runs; ``nan`` if no statement can be made.
+        sgd_beta_c: The poster's ``beta_c``: for plain SGD, whatever the optimizer.
+        exact_beta_c: The critical meta rate of the update as configured; ``nan`` where it was not measured.
+        lambda_max: Largest eigenvalue of the Hessian.
+        lambda_min: Smallest Ritz value seen.
+        status: ``"safe"``, ``"unsafe"`` or ``"unresolved"``.
+        reasons: Why, and what to do.
+        alpha_status: The status of the inner rate alone.
+        beta_status: The status of the meta rate alone.
+        safe_alpha: Inner rate brought down to ``margin * alpha_c``.
+        safe_beta: Meta rate brought down to ``margin * beta_c`` *at* ``safe_alpha``.
+        lambda_max_interval: Where ``lambda_max`` lies.
+        alpha_c_interval: Where ``alpha_c`` lies.
+        beta_c_interval: Where ``beta_c`` lies.
+        spectrum: What is known of the Hessian's spectrum.
+        inner_steps: Number of inner steps the poster's ``alpha`` stands for.
+        hvps: Hessian-vector products used.
+        seconds: Wall time.
+        step: Training step, if the caller gave one.
+        alpha_applied: Inner rate applied after this measurement; ``alpha`` unless a guard capped it.
+        beta_applied: Meta rate applied after this measurement.
+    """
+
+    alpha: float
+    alpha_c: float
+    beta: float
+    beta_c: float
+    sgd_beta_c: float
+    exact_beta_c: float
+    lambda_max: float
+    lambda_min: float
+    status: str
+    reasons: tuple[str, ...]
+    alpha_status: str
+    beta_status: str
+    safe_alpha: float
+    safe_beta: float
+    lambda_max_interval: Interval
+    alpha_c_interval: Interval
+    beta_c_interval: Interval
+    spectrum: Spectrum
+    inner_steps: int
+    hvps: int
+    seconds: float
+    step: int | None = None
+    alpha_applied: float = math.nan
+    beta_applied: float = math.nan
+
+    @property
+    def alpha_ratio(self) -> float:
+        """``alpha / alpha_c``: above 1 is unsafe."""
+        return Limit(self.alpha, self.alpha_c, self.alpha_c_interval).ratio
+
+    @property
+    def beta_ratio(self) -> float:
+        """``beta / beta_c``: 1 and above is unsafe; ``nan`` where either is not known."""
+        return Limit(self.beta, self.beta_c, self.beta_c_interval).ratio
+
+
+def measure(
+    problem: MetaProblem,
+    *,
+    beta: float | None = None,
+    optimizer: Optimizer | None = None,
+    criterion: str = "simplified",
+    estimator: Estimator = "lanczos",
+    max_iter: int = 20,
+    tol: float = 1e-2,
+    tasks: str = "mean",
+    data: str = "support",
+    margin: float = 1.0,
+    step: int | None = None,
+) -> StabilityReport:
+    """Measure whether a problem's learning rates lie in the safe region.
+
+    Estimates the spectrum of the task loss's Hessian and compares ``alpha`` with
+    ``alpha_c = 1/lambda_max`` and ``beta`` with ``beta_c = min_i 2/(lambda_i - alpha*lambda_i^2)``, or with
+    its counterpart for the optimizer as it runs (``c`` in place of 2, its preconditioner, its weight decay).
+    Parameters, gradients and random states are left as they were.
+
+    Args:
+        problem: The problem.
+        beta: Meta rate of plain SGD. Give this or an optimizer, or neither for the critical values alone.
+        optimizer: The live optimizer, which holds ``problem.params``.
+        criterion: ``"simplified"``: the poster's conditions.
+        estimator: ``"lanczos"``, ``"pyhessian"`` or ``(matvec, start vector) -> eigenvalues``.
+        max_iter: Lanczos (or power) steps at most.
+        tol: Relative residual at which to stop.
+        tasks: ``"mean"``: curvature of the mean task loss. ``"worst"``: of the sharpest task.
+        data: The loss whose Hessian is measured: ``"support"``, ``"query"`` or ``"both"`` (their mean).
+        margin: Fraction of the critical values that counts as the threshold.
+        step: Training step, for the messages.
+
+    Returns:
+        The report. Curvature that can't be measured gives ``"unresolved"`` with the reason.
+
+    Raises:
+        TypeError: If ``problem`` is not a MetaProblem.
+        ValueError: If another argument is not allowed.
+    """
+    if not isinstance(problem, MetaProblem):
+        raise TypeError(f"Expected argument `problem` to be a MetaProblem but got {type(problem).__name__}.")
+    check_options(criterion=criterion, estimator=estimator, max_iter=max_iter, tol=tol, tasks=tasks, data=data)
+    check_margin(margin)
+    if beta is not None:
+        check_rate(beta, "beta")
+        if optimizer is not None:
+            raise ValueError("Expected `beta` or `optimizer` but got both: the optimizer holds its own rate.")
+    began = time.perf_counter()
+    with preserved_randomness(), double_backward():
+        measurement = _Measurement(problem, optimizer, beta, estimator, max_iter, tol, tasks, data, margin, step)
+        try:
+            return measurement.report(began)
+        except NonFiniteProductError as error:
+            return measurement.failed(str(error), began)
+
+
+def check_options(*, criterion: str, estimator: Any, max_iter: int, tol: float, tasks: str, data: str) -> None:
+    """Refuse measuring options that are not allowed.
+
+    Args:
+        criterion: See :func:`measure`.
+        estimator: See :func:`measure`.
+        max_iter: See :func:`measure`.
+        tol: See :func:`measure`.
+        tasks: See :func:`measure`.
+        data: See :func:`measure`.
+
+    Raises:
+        ValueError: If one is not allowed, or if two do not go together.
+    """
+    for name, value, allowed in (
+        ("criterion", criterion, ("simplified",)),
+        ("tasks", tasks, ("mean", "worst")),
+        ("data", data, ("support", "query", "both")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"Expected argument `{name}` to be one of {allowed} but got {value!r}.")
+    check_estimator(estimator)
+    if tasks == "worst" and estimator != "lanczos":
+        raise ValueError(
+            f"tasks='worst' needs estimator='lanczos' but got {estimator!r}: the others treat one Hessian at a time."
+        )
+    if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 1:
+        raise ValueError(f"Expected argument `max_iter` to be an integer of at least 1 but got {max_iter!r}.")
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
+        raise ValueError(f"Expected argument `tol` to be a number between 0 and 1 but got {tol!r}.")
+
+
+class _Measurement:
+    """One measurement in progress."""
+
+    def __init__(
+        self,
+        problem: MetaProblem,
+        optimizer: Optimizer | None,
+        beta: float | None,
+        estimator: Estimator,
+        max_iter: int,
+        tol: float,
+        tasks: str,
+        data: str,
+        margin: float,
+        step: int | None,
+    ) -> None:
+        self.problem, self.estimator, self.margin, self.step = problem, estimator, margin, step
+        self.effort = {"max_iter": max_iter, "tol": tol}
+        self.alpha = problem.alpha
+        # The poster's condition is about one step; K simplified steps act as K*alpha (theory.rates).
+        self.inner_steps = problem.inner_steps if problem.order == "simplified" else 1
+        self.outer = outer_step(optimizer, problem.params)
+        self.beta = scheduled_rate(optimizer) if optimizer is not None else math.nan if beta is None else float(beta)
+        self.plain_sgd = optimizer is None or (self.outer.limit == 2.0 and self.outer.scale is None)
+        self.params: Params = as_float32({name: value.detach() for name, value in problem.params.items()})
+        self.like = next(iter(self.params.values())).new_empty(())
+        self.blocks = problem.tasks if tasks == "worst" else None
+        self.data = as_float32({"support": (problem.support,), "query": (problem.query,)}.get(data, (problem.support, problem.query)))
+        self.task_map = TaskMap(problem.task_chunk_size)
+        self.hvps = 0
+
+    def _task_loss(self, params: Params, sets: tuple[Any, ...]) -> Tensor:
+        return sum(self.problem.task_loss(params, each) for each in sets) / len(sets)  # type: ignore[return-value]
+
+    def _mean_loss(self, params: Params) -> Tensor:
+        return self.task_map(self._task_loss, params, self.data, in_dims=(None, 0)).mean()
+
+    def report(self, began: float) -> StabilityReport:
+        hessian = task_hessian(
+            self._task_loss,
+            self.params,
+            self.data,
+            per_task=self.blocks is not None,
+            tasks=self.task_map,
+            count=self.problem.tasks,
+        )
+        if not bool(torch.isfinite(hessian.value)):
+            raise NonFiniteProductError(f"The task loss is {float(hessian.value)} at these parameters and this batch.")
+        spectrum = hessian_spectrum(
+            hessian,
+            self._mean_loss,
+            self.params,
+            estimator=self.estimator,
+            blocks=self.blocks,
+            alpha=self.alpha * self.inner_steps,
+            **self.effort,
+        )
+        self.hvps = spectrum.matvecs
+        rates = None if self.problem.uniform else self.problem.rates()
+        known = spectrum.rates(self.alpha, self.inner_steps)
+        alpha_limit = Limit(self.alpha, known.alpha_c, known.alpha_c_interval)
+        if rates is not None:
+            alpha_limit = self._alpha_limit_by_parameter(hessian, rates)
+        beta_limit = self._beta_limit(hessian, spectrum, self.alpha, rates, alpha_limit.ratio > 1 + 1e-12)
+        safe_alpha = min(self.alpha, self.margin * alpha_limit.critical)
+        at_safe = beta_limit
+        if safe_alpha < self.alpha:
+            lowered = None if rates is None else {n: r * (safe_alpha / self.alpha) for n, r in rates.items()}
+            at_safe = self._beta_limit(hessian, spectrum, safe_alpha, lowered, False)
+        flat = known.lambda_max == 0 and known.lambda_min == 0
+        verdict = self._judge(alpha_limit, beta_limit, flat)
+        return StabilityReport(
+            alpha=self.alpha,
+            alpha_c=alpha_limit.critical,
+            beta=self.beta,
+            beta_c=beta_limit.beta_c,
+            sgd_beta_c=known.beta_c if rates is None else math.nan,
+            exact_beta_c=math.nan,
+            lambda_max=known.lambda_max,
+            lambda_min=known.lambda_min,
+            status=verdict.status,
+            reasons=verdict.reasons,
+            alpha_status=verdict.alpha_status,
+            beta_status=verdict.beta_status,
+            safe_alpha=safe_alpha,
+            safe_beta=self.beta if math.isnan(at_safe.beta_c) else min(self.beta, self.margin * at_safe.beta_c),
+            lambda_max_interval=known.lambda_max_interval,
+            alpha_c_interval=alpha_limit.interval,
+            beta_c_interval=beta_limit.interval,
+            spectrum=spectrum,
+            inner_steps=self.inner_steps,
+            hvps=self.hvps,
+            seconds=time.perf_counter() - began,
+            step=self.step,
+            alpha_applied=self.alpha,
+            beta_applied=self.beta,
+        )
+
+    def _alpha_limit_by_parameter(self, hessian: Hessian, rates: Params) -> Limit:
+        """Rates ``A`` by parameter: the condition is ``lambda_max(A^(1/2) H A^(1/2)) <= 1`` (``1/K`` simplified)."""
+        before = hessian.matvecs
+        weights = hessian.layout.flatten(as_float32(rates)).to(self.like) * self.inner_steps
+        top, (low, high), _ = top_eigenvalue(
+            scaled(hessian, weights), hessian.layout.size, self.like, self.blocks, **self.effort
+        )
+        self.hvps += hessian.matvecs - before
+        ends = [self.alpha / end if end > 0 else math.inf for end in (high, top, low)]
+        return Limit(self.alpha, ends[1], (ends[0], ends[2]))
+
+    def _beta_limit(
+        self, hessian: Hessian, spectrum: Spectrum, alpha: float, rates: Params | None, collapsed: bool
+    ) -> MetaRateLimit:
+        limit = meta_rate_limit(
+            hessian,
+            spectrum,
+            self.outer,
+            self.like,
+            alpha=alpha,
+            rates=rates,
+            inner_steps=self.inner_steps,
+            collapsed=collapsed,
+            blocks=self.blocks,
+            **self.effort,
+        )
+        self.hvps += limit.hvps
+        return limit
+
+    def _judge(self, alpha: Limit, beta: MetaRateLimit, flat: bool) -> Verdict:
+        cost = f"{self.hvps} Hessian-vector products" + ("" if self.step is None else f", step {self.step}")
+        if flat:
+            reason = (
+                f"The loss has no curvature at these parameters and this batch ({cost}), so no limit follows; that is not "
+                "the same as safe. ReLU networks with dead units and losses that are linear look like this."
+            )
+            return Verdict("unresolved", "unresolved", "unresolved", (reason,))
+        growth = abs(1 - 2 * self.beta / beta.beta_c) if self.plain_sgd and beta.beta_c > 0 else None
+        return judge(
+            alpha,
+            None if math.isnan(self.beta) else Limit(self.beta, beta.beta_c, beta.interval),
+            margin=self.margin,
+            growth=growth,
+            cost=cost,
+            beta_note=self.outer.note,
+        )
+
+    def failed(self, reason: str, began: float) -> StabilityReport:
+        return StabilityReport(
+            alpha=self.alpha,
+            alpha_c=math.nan,
+            beta=self.beta,
+            beta_c=math.nan,
+            sgd_beta_c=math.nan,
+            exact_beta_c=math.nan,
+            lambda_max=math.nan,
+            lambda_min=math.nan,
+            status="unresolved",
+            reasons=(f"The curvature could not be measured: {reason}",),
+            alpha_status="unresolved",
+            beta_status="unresolved",
+            safe_alpha=self.alpha,
+            safe_beta=self.beta,
+            lambda_max_interval=_NAN_INTERVAL,
+            alpha_c_interval=_NAN_INTERVAL,
+            beta_c_interval=_NAN_INTERVAL,
+            spectrum=Spectrum(),
+            inner_steps=self.inner_steps,
+            hvps=self.hvps,
+            seconds=time.perf_counter() - began,
+            step=self.step,
+            alpha_applied=self.alpha,
+            beta_applied=self.beta,
+        )

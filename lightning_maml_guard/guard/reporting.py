@@ -1,0 +1,93 @@
+"""Where a check's numbers go: loggers, progress bar, messages."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_maml_guard._warnings import GuardWarning
+from lightning_maml_guard.guard.monitor import StabilityReport
+
+_SAFE = {"safe": 1.0, "unsafe": 0.0}
+
+
+def metrics(report: StabilityReport) -> dict[str, float]:
+    """Name a report's numbers as they are logged.
+
+    Args:
+        report: The report.
+
+    Returns:
+        ``guard/...`` values; what is not finite (a limit that does not exist or was not measured) is left out.
+    """
+    values = {
+        "alpha": report.alpha,
+        "alpha_c": report.alpha_c,
+        "beta": report.beta,
+        "beta_c": report.beta_c,
+        "beta_c_sgd": report.sgd_beta_c,
+        "exact_beta_c": report.exact_beta_c,
+        "lambda_max": report.lambda_max,
+        "lambda_min": report.lambda_min,
+        "alpha_ratio": report.alpha_ratio,
+        "beta_ratio": report.beta_ratio,
+        "alpha_applied": report.alpha_applied,
+        "beta_applied": report.beta_applied,
+        "safe": _SAFE.get(report.status, math.nan),
+        "hvps": float(report.hvps),
+        "seconds": report.seconds,
+    }
+    return {f"guard/{name}": value for name, value in values.items() if math.isfinite(value)}
+
+
+def log_report(trainer: Any, pl_module: Any, report: StabilityReport, step: int) -> None:
+    """Log a report at the step it was measured, to every logger and the progress bar.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The module, whose ``log`` fills the progress bar and ``callback_metrics``.
+        report: The report.
+        step: The loggers' step.
+    """
+    values = metrics(report)
+    ratios = {name: value for name, value in values.items() if name in {"guard/alpha_ratio", "guard/beta_ratio"}}
+    rest = {name: value for name, value in values.items() if name not in ratios}
+    # Not through `self.log(logger=True)`: with log_every_n_steps it would write stale values on wrong steps.
+    options: dict[str, Any] = {"logger": False, "on_step": True, "on_epoch": False, "batch_size": 1}
+    pl_module.log_dict(ratios, prog_bar=True, **options)
+    pl_module.log_dict(rest, prog_bar=False, **options)
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=step)
+
+
+def warn(message: str) -> None:
+    """Warn the user once, on rank zero.
+
+    Args:
+        message: What happened, why, what to do.
+    """
+    rank_zero_warn(message, category=GuardWarning, stacklevel=6)
+
+
+def inform(message: str) -> None:
+    """Tell the user, on rank zero, without alarm.
+
+    Args:
+        message: What happened.
+    """
+    rank_zero_info(message)
+
+
+def logger_step(trainer: Any) -> int:
+    """Read the loggers' x-axis: optimizer steps taken so far, batches that did not step left out.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        The step.
+    """
+    loop = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
+    return int(getattr(loop, "_batches_that_stepped", trainer.global_step))

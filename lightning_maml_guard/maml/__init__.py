@@ -1,0 +1,1 @@
+"""The algorithm: functional, batched over tasks."""

@@ -1,0 +1,180 @@
+"""Meta-gradients of one task and of a batch of tasks.
+
+``vmap`` is the outermost transform: the other way round, ``grad(vmap(inner step))``, is silently wrong
+through norm layers (torch 2.13).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_maml_guard._vectorize import TaskMap
+from lightning_maml_guard.maml.inner_loop import InnerRate, Params, TaskLoss, adapt, adapt_with_sum
+from lightning_maml_guard.maml.problem import MetaProblem
+
+Auxiliary = Callable[[Params, Any], Any]
+
+
+class MetaGradient(NamedTuple):
+    """Meta-gradient of a batch of tasks.
+
+    Attributes:
+        gradients: Mean over the tasks of ``G(theta)``, by parameter.
+        rate_gradients: The same for learned inner rates, by parameter (None without).
+        losses: Query loss of each task after adaptation, shape ``(tasks,)``.
+        auxiliary: What the ``auxiliary`` function returned, with a leading task dimension.
+    """
+
+    gradients: Params
+    rate_gradients: Params | None
+    losses: Tensor
+    auxiliary: Any
+
+
+def _nothing(params: Params, query: Any) -> Tensor:
+    return torch.zeros(())
+
+
+def task_meta_gradient(
+    task_loss: TaskLoss,
+    params: Params,
+    inner_lr: InnerRate,
+    support: Any,
+    query: Any,
+    *,
+    inner_steps: int,
+    order: str,
+    learn_rates: bool = False,
+    auxiliary: Auxiliary = _nothing,
+) -> tuple[tuple[Params, Params], tuple[Tensor, Any]]:
+    """Compute one task's meta-gradient ``G(theta)``.
+
+    ==========  ==============================================================================
+    exact       ``d/dtheta L_Q(theta_K(theta))``, through the inner loop
+    first       ``grad L_Q`` at ``theta_K`` (FOMAML)
+    simplified  ``g_Q - K*alpha*H_Q g_S``, the poster's ``g - alpha*H g`` (its support is its query)
+    ==========  ==============================================================================
+
+    Written without ``detach``: the derivative of each towards ``theta`` is the Jacobian that decides
+    stability. For ``first`` and ``simplified`` the inner rates' gradient is the first-order
+    ``-sum_k g_k * G``.
+
+    Args:
+        task_loss: ``(params, one task's data) -> scalar``.
+        params: ``theta``, by name.
+        inner_lr: Inner rate, or one a parameter.
+        support: One task's support data.
+        query: One task's query data.
+        inner_steps: Number ``K`` of inner steps.
+        order: ``"exact"``, ``"first"`` or ``"simplified"``.
+        learn_rates: Also differentiate towards ``inner_lr`` (a dict then).
+        auxiliary: ``(adapted params, query) -> pytree of tensors``, passed through.
+
+    Returns:
+        ``((gradient, rate gradient), (query loss after adaptation, auxiliary))``; the rate gradient is an
+        empty dict unless asked for.
+    """
+    if order == "exact":
+
+        def objective(theta: Params, rates: InnerRate) -> tuple[Tensor, tuple[Tensor, Any]]:
+            adapted = adapt(task_loss, theta, support, rates, inner_steps)
+            loss = task_loss(adapted, query)
+            return loss, (loss, auxiliary(adapted, query))
+
+        if learn_rates:
+            (gradient, rate_gradient), report = torch.func.grad(objective, argnums=(0, 1), has_aux=True)(params, inner_lr)
+            return (gradient, rate_gradient), report
+        gradient, report = torch.func.grad(lambda theta: objective(theta, inner_lr), has_aux=True)(params)
+        return (gradient, {}), report
+
+    adapted, total = adapt_with_sum(task_loss, params, support, inner_lr, inner_steps)
+    if order == "first":
+
+        def at_adapted(point: Params) -> tuple[Tensor, tuple[Tensor, Any]]:
+            loss = task_loss(point, query)
+            return loss, (loss, auxiliary(point, query))
+
+        gradient, report = torch.func.grad(at_adapted, has_aux=True)(adapted)
+        query_gradient, steps = gradient, total
+    else:
+        steps = torch.func.grad(lambda theta: task_loss(theta, support))(params)
+        moves = {name: inner_steps * (inner_lr[name] if isinstance(inner_lr, dict) else inner_lr) * steps[name] for name in total}
+
+        def along_move(theta: Params) -> tuple[Tensor, Params]:
+            query_gradient = torch.func.grad(lambda point: task_loss(point, query))(theta)
+            return sum((query_gradient[name] * moves[name]).sum() for name in moves), query_gradient  # type: ignore[return-value]
+
+        product, query_gradient = torch.func.grad(along_move, has_aux=True)(params)
+        gradient = {name: query_gradient[name] - product[name] for name in params}
+        report = (task_loss(adapted, query), auxiliary(adapted, query))
+        steps = {name: inner_steps * steps[name] for name in total}
+    rate_gradient = {name: -steps[name] * query_gradient[name] for name in total} if learn_rates else {}
+    return (gradient, rate_gradient), report
+
+
+def meta_gradient(
+    problem: MetaProblem,
+    *,
+    tasks: TaskMap | None = None,
+    learn_rates: bool = False,
+    auxiliary: Auxiliary = _nothing,
+) -> MetaGradient:
+    """Compute the mean meta-gradient over a problem's tasks.
+
+    Args:
+        problem: The problem; its tensors are detached.
+        tasks: How to run over the tasks (default: vmapped, ``problem.task_chunk_size`` at once).
+        learn_rates: Also differentiate towards the inner rates, which must be a dict then.
+        auxiliary: ``(adapted params, query) -> pytree of tensors`` of one task, passed through.
+
+    Returns:
+        The meta-gradient.
+    """
+    tasks = tasks or TaskMap(problem.task_chunk_size)
+    params = {name: value.detach() for name, value in problem.params.items()}
+    rates: InnerRate = problem.inner_lr
+    if isinstance(rates, dict):
+        rates = {name: value.detach() for name, value in rates.items()}
+
+    def one(support: Any, query: Any) -> tuple[tuple[Params, Params], tuple[Tensor, Any]]:
+        return task_meta_gradient(
+            problem.task_loss,
+            params,
+            rates,
+            support,
+            query,
+            inner_steps=problem.inner_steps,
+            order=problem.order,
+            learn_rates=learn_rates,
+            auxiliary=auxiliary,
+        )
+
+    (gradients, rate_gradients), (losses, extra) = tasks(one, problem.support, problem.query, in_dims=(0, 0))
+    return MetaGradient(
+        {name: value.mean(0) for name, value in gradients.items()},
+        {name: value.mean(0) for name, value in rate_gradients.items()} if learn_rates else None,
+        losses,
+        extra,
+    )
+
+
+class AttachGradient(torch.autograd.Function):
+    """A loss whose backward is a gradient that is already known.
+
+    Lightning's automatic optimisation (precision, accumulation, clipping, DDP) then works for orders of
+    MAML that are the gradient of no loss.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:  # noqa: D102
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Any) -> Any:  # noqa: D102
+        scale = outputs[0]
+        return None, None, *(scale.to(gradient.dtype) * gradient for gradient in ctx.gradients)

@@ -1,0 +1,60 @@
+"""Adaptation to one task: K steps of gradient descent, functional."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+TaskLoss = Callable[[Params, Any], Tensor]
+InnerRate = float | Tensor | dict[str, Tensor]
+
+
+def adapt(task_loss: TaskLoss, params: Params, support: Any, inner_lr: InnerRate, inner_steps: int) -> Params:
+    """Adapt the parameters to one task: ``theta_{k+1} = theta_k - alpha * grad L(theta_k)``.
+
+    Nothing is detached, so the result can be differentiated through.
+
+    Args:
+        task_loss: ``(params, one task's data) -> scalar``.
+        params: Parameters to start from, by name.
+        support: One task's data.
+        inner_lr: Inner rate ``alpha``, or one a parameter; parameters it does not name stay where they are.
+        inner_steps: Number ``K`` of steps, at least 0.
+
+    Returns:
+        The adapted parameters, all of them.
+    """
+    adapted, _ = adapt_with_sum(task_loss, params, support, inner_lr, inner_steps)
+    return adapted
+
+
+def adapt_with_sum(
+    task_loss: TaskLoss, params: Params, support: Any, inner_lr: InnerRate, inner_steps: int
+) -> tuple[Params, Params]:
+    """Adapt, and keep the sum of the inner gradients (the derivative towards the rates needs it).
+
+    Args:
+        task_loss: ``(params, one task's data) -> scalar``.
+        params: Parameters to start from, by name.
+        support: One task's data.
+        inner_lr: Inner rate ``alpha``, or one a parameter.
+        inner_steps: Number ``K`` of steps.
+
+    Returns:
+        The adapted parameters, and the summed gradients of those that move.
+    """
+    moving = {name: params[name] for name in params if not isinstance(inner_lr, dict) or name in inner_lr}
+    still = {name: value for name, value in params.items() if name not in moving}
+    total = {name: torch.zeros_like(value) for name, value in moving.items()}
+    for _ in range(inner_steps):
+        gradients = torch.func.grad(lambda fast: task_loss({**still, **fast}, support))(moving)
+        total = {name: total[name] + gradient for name, gradient in gradients.items()}
+        moving = {
+            name: value - (inner_lr[name] if isinstance(inner_lr, dict) else inner_lr) * gradients[name]
+            for name, value in moving.items()
+        }
+    return {name: moving.get(name, value) for name, value in params.items()}, total

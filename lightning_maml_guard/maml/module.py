@@ -1,0 +1,377 @@
+"""MetaLearningModule: MAML as a LightningModule to subclass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+from torchmetrics import Metric, MetricCollection
+
+from lightning_maml_guard._lightning import LightningModule, hyperparameters_given
+from lightning_maml_guard._vectorize import TaskMap
+from lightning_maml_guard.curvature.backward import BatchStatistics
+from lightning_maml_guard.maml.gradients import AttachGradient, meta_gradient
+from lightning_maml_guard.maml.inner_loop import adapt
+from lightning_maml_guard.maml.metrics import EpisodeMean
+from lightning_maml_guard.maml.patterns import select
+from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.theory.rates import check_order, check_rate
+
+Params = dict[str, Tensor]
+
+_PLAIN_ARGUMENTS = ("inner_lr", "inner_steps", "eval_inner_steps", "order", "adapt", "learn_inner_lr", "task_chunk_size")
+
+
+def default_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Take cross-entropy for integer targets and the mean squared error otherwise.
+
+    Args:
+        prediction: Logits ``(n, classes)``, or values of the target's shape.
+        target: Class indices ``(n,)``, or values.
+
+    Returns:
+        The scalar loss.
+
+    Raises:
+        ValueError: If values and targets of a regression differ in shape (broadcasting would hide it).
+    """
+    if not target.is_floating_point():
+        return F.cross_entropy(prediction, target)
+    if prediction.shape != target.shape:
+        raise ValueError(
+            f"The network's prediction has shape {tuple(prediction.shape)} and the target {tuple(target.shape)} for "
+            "one task; they must agree. Reshape the targets, or pass a `loss` of your own."
+        )
+    return F.mse_loss(prediction, target)
+
+
+class MetaLearningModule(LightningModule):
+    """Model-agnostic meta-learning (Finn et al. 2017) on the tasks of a batch.
+
+    A batch is an ``EpisodeBatch(support=(x, y), query=(x, y))`` or a plain nested tuple of tensors with a
+    leading task dimension. Each training step adapts to every task with ``inner_steps`` steps of gradient
+    descent on its support set and hands Lightning the mean meta-gradient of the query losses. Batch norm
+    uses the statistics of its batch, in training and evaluation. Training logs ``train/loss``;
+    validation and test log ``{stage}/loss`` and every metric, each after adaptation, before it
+    (``_before``), and with the 95 % half-width over the episodes (``_ci95``).
+
+    Args:
+        network: The network: ``x -> prediction``. Its trainable parameters are ``theta``.
+        loss: ``(prediction, target) -> scalar`` of one task. Default: cross-entropy for integer targets,
+            else the mean squared error.
+        inner_lr: The inner rate ``alpha``.
+        inner_steps: Number ``K`` of inner steps in training, at least 1.
+        eval_inner_steps: Inner steps in validation and test (default: ``inner_steps``).
+        order: Meta-gradient: ``"exact"`` (through the inner loop), ``"first"`` (FOMAML) or ``"simplified"``
+            (the poster's ``g - alpha*H g``).
+        optimizer: ``parameters -> optimizer``. Default: Adam with lr 1e-3.
+        lr_scheduler: ``optimizer -> scheduler``, stepped every epoch.
+        adapt: Names, shell patterns or prefixes of the parameters the inner loop moves (None: all; only
+            the head: ANIL).
+        learn_inner_lr: Learn one inner rate a parameter entry, started at ``inner_lr`` (Meta-SGD).
+        task_chunk_size: Tasks vmapped at once (None: all). Lower it when memory runs out.
+        metrics: A torchmetrics metric or collection, updated with the query set's predictions.
+
+    Raises:
+        TypeError: If the network is not a module.
+        ValueError: If another argument is not allowed, or if the network has nothing to train.
+
+    Example:
+        >>> from lightning_maml_guard.networks import mlp
+        >>> module = MetaLearningModule(mlp(), inner_lr=0.01, order="exact")
+        >>> module.meta_problem(((torch.zeros(4, 10, 1),) * 2,) * 2).tasks
+        4
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        inner_lr: float = 0.01,
+        inner_steps: int = 1,
+        eval_inner_steps: int | None = None,
+        order: str = "exact",
+        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
+        lr_scheduler: Callable[[Optimizer], Any] | None = None,
+        adapt: str | Sequence[str] | None = None,
+        learn_inner_lr: bool = False,
+        task_chunk_size: int | None = None,
+        metrics: Metric | MetricCollection | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"Expected argument `network` to be a torch.nn.Module but got {type(network).__name__}.")
+        check_rate(inner_lr, "inner_lr")
+        check_order(order, inner_steps)
+        if eval_inner_steps is not None and (not isinstance(eval_inner_steps, int) or eval_inner_steps < 0):
+            raise ValueError(f"Expected argument `eval_inner_steps` to be None or at least 0 but got {eval_inner_steps!r}.")
+        theta = [name for name, value in network.named_parameters() if value.requires_grad]
+        if not theta:
+            raise ValueError(
+                "The network has no parameter to train: it has none at all, or all of them are frozen "
+                "(requires_grad=False). Unfreeze at least one."
+            )
+        if hyperparameters_given():
+            self.save_hyperparameters()  # LightningCLI's configuration: plain values, the network's included
+        else:
+            # Modules and callables stay out: a checkpoint of them would not load with weights_only.
+            self.save_hyperparameters(*_PLAIN_ARGUMENTS)
+        self.network = network
+        self.loss = loss or default_loss
+        self.inner_lr = inner_lr
+        self.inner_steps = inner_steps
+        self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
+        self.order = order
+        self.adapted_names = select(theta, adapt)
+        self.partial = adapt is not None and len(self.adapted_names) < len(theta)
+        self.inner_lr_factor = 1.0
+        self.learned_rates: nn.ParameterList | None = None
+        if learn_inner_lr:
+            values = dict(network.named_parameters())
+            self.learned_rates = nn.ParameterList(
+                [nn.Parameter(torch.full_like(values[name], inner_lr)) for name in self.adapted_names]
+            )
+        self.task_map = TaskMap(task_chunk_size)
+        self._optimizer = optimizer
+        self._lr_scheduler = lr_scheduler
+        self._has_buffers = next(network.buffers(), None) is not None
+        self._stateless_norms = any(isinstance(m, _BatchNorm) and m.track_running_stats for m in network.modules())
+        collection = _as_collection(metrics)
+        self.train_metrics = collection.clone(prefix="train/") if collection else None
+        self.episode_metrics = collection
+        self.episode_means = nn.ModuleDict()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Predict without adaptation.
+
+        Args:
+            x: One task's inputs.
+
+        Returns:
+            The network's prediction.
+        """
+        return self.predict(self.theta(), x)
+
+    def predict(self, params: Params, x: Tensor) -> Tensor:
+        """Predict with given parameters, without touching the network's own state.
+
+        Args:
+            params: Parameters by name.
+            x: One task's inputs.
+
+        Returns:
+            The prediction.
+        """
+        buffers = {name: value.clone() for name, value in self.network.named_buffers()} if self._has_buffers else {}
+        with BatchStatistics() if self._stateless_norms else nullcontext():
+            return torch.func.functional_call(self.network, {**params, **buffers}, (x,))
+
+    def task_loss(self, params: Params, batch: Any) -> Tensor:
+        """Compute the loss of ONE task: the point to override, written without in-place state.
+
+        Args:
+            params: Parameters by name; compute the loss from these, not from the network's own.
+            batch: One task's ``(x, y)``.
+
+        Returns:
+            The scalar loss.
+        """
+        x, y = batch
+        return self.loss(self.predict(params, x), y)
+
+    def theta(self) -> Params:
+        """Collect the network's trainable parameters.
+
+        Returns:
+            The live parameters by name.
+        """
+        return {name: value for name, value in self.network.named_parameters() if value.requires_grad}
+
+    def rates(self) -> float | Params:
+        """Read the inner rates as they are applied.
+
+        Returns:
+            ``alpha``, or one tensor an adapted parameter.
+        """
+        if self.learned_rates is not None:
+            learned = zip(self.adapted_names, self.learned_rates, strict=True)
+            return {name: rate * self.inner_lr_factor for name, rate in learned}
+        alpha = self.inner_lr * self.inner_lr_factor
+        if self.partial:
+            theta = self.theta()
+            return {name: theta[name].new_tensor(alpha) for name in self.adapted_names}
+        return alpha
+
+    def meta_problem(self, batch: Any) -> MetaProblem:
+        """State the coming step's problem; what training and the guard share.
+
+        Args:
+            batch: ``(support, query)``, each a pytree of tensors with a leading task dimension.
+
+        Returns:
+            The problem.
+
+        Raises:
+            ValueError: If the batch is not a pair.
+        """
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise ValueError(
+                "Expected a batch to be an EpisodeBatch(support=(x, y), query=(x, y)) or such a nested tuple but got "
+                f"{type(batch).__name__} of length {len(batch) if hasattr(batch, '__len__') else '?'}."
+            )
+        support, query = batch
+        return MetaProblem(
+            params=self.theta(),
+            task_loss=self.task_loss,
+            support=support,
+            query=query,
+            inner_lr=self.rates(),
+            inner_steps=self.inner_steps,
+            order=self.order,
+            task_chunk_size=self.task_map.chunk_size,
+        )
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Compute the mean query loss; its backward is the configured meta-gradient.
+
+        Args:
+            batch: The episodes.
+            batch_idx: Index of the batch.
+
+        Returns:
+            The mean query loss after adaptation.
+        """
+        problem = self.meta_problem(batch)
+        learned = self.learned_rates is not None
+        auxiliary: dict[str, Any] = {}
+        if self.train_metrics is not None:
+            auxiliary["auxiliary"] = lambda params, query: self.predict(params, query[0])
+        result = meta_gradient(problem, tasks=self.task_map, learn_rates=learned, **auxiliary)
+        parameters, gradients = list(problem.params.values()), list(result.gradients.values())
+        if self.learned_rates is not None and result.rate_gradients is not None:
+            parameters += list(self.learned_rates)
+            gradients += [self.inner_lr_factor * result.rate_gradients[name] for name in self.adapted_names]
+        loss = result.losses.mean()
+        self.log("train/loss", loss, prog_bar=True, batch_size=problem.tasks)
+        if self.train_metrics is not None:
+            self.train_metrics.update(result.auxiliary.flatten(0, 1), problem.query[1].flatten(0, 1))
+            self.log_dict(self.train_metrics, batch_size=problem.tasks)
+        return AttachGradient.apply(loss, gradients, *parameters)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Evaluate the episodes of a batch before and after adaptation.
+
+        Args:
+            batch: The episodes.
+            batch_idx: Index of the batch.
+        """
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Evaluate the episodes of a batch before and after adaptation.
+
+        Args:
+            batch: The episodes.
+            batch_idx: Index of the batch.
+        """
+        self._evaluate("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log means and confidence intervals over the validation episodes."""
+        self._log_episodes("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log means and confidence intervals over the test episodes."""
+        self._log_episodes("test")
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer over ``theta`` and the learned inner rates.
+
+        Returns:
+            The optimizer, or what Lightning takes for an optimizer with a scheduler.
+        """
+        parameters = [value for value in self.parameters() if value.requires_grad]
+        optimizer = torch.optim.Adam(parameters, lr=1e-3) if self._optimizer is None else self._optimizer(parameters)
+        if self._lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self._lr_scheduler(optimizer)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the factor a guard holds the inner rate at, so that evaluation adapts as training did.
+
+        Args:
+            checkpoint: The checkpoint to write to.
+        """
+        checkpoint["inner_lr_factor"] = self.inner_lr_factor
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the factor of the inner rate.
+
+        Args:
+            checkpoint: The checkpoint to read from.
+        """
+        self.inner_lr_factor = float(checkpoint.get("inner_lr_factor", 1.0))
+
+    def _evaluate(self, stage: str, batch: Any) -> None:
+        # Lightning validates in inference mode, whose tensors cannot be differentiated: leave it, and clone
+        # the batch, which was made under it.
+        with torch.inference_mode(False), torch.no_grad():
+            problem = self.meta_problem(tree_map(torch.clone, batch))
+            params = {name: value.detach() for name, value in problem.params.items()}
+            rates = problem.inner_lr
+            if isinstance(rates, dict):
+                rates = {name: value.detach() for name, value in rates.items()}
+
+            def one(support: Any, query: Any) -> dict[str, Tensor]:
+                adapted = adapt(self.task_loss, params, support, rates, self.eval_inner_steps)
+                found = {"loss": self.task_loss(adapted, query), "loss_before": self.task_loss(params, query)}
+                if self.episode_metrics is not None:
+                    found["prediction"] = self.predict(adapted, query[0])
+                    found["prediction_before"] = self.predict(params, query[0])
+                return found
+
+            found = self.task_map(one, problem.support, problem.query, in_dims=(0, 0))
+            self._episode_mean(stage, "loss").update(found["loss"])
+            self._episode_mean(stage, "loss_before").update(found["loss_before"])
+            if self.episode_metrics is not None:
+                for suffix in ("", "_before"):
+                    for prediction, target in zip(found[f"prediction{suffix}"], problem.query[1], strict=True):
+                        for name, value in self.episode_metrics(prediction, target).items():
+                            self._episode_mean(stage, name + suffix).update(value)
+                        self.episode_metrics.reset()
+
+    def _episode_mean(self, stage: str, name: str) -> EpisodeMean:
+        key = f"{stage}/{name}"
+        if key not in self.episode_means:
+            self.episode_means[key] = EpisodeMean().to(self.device)
+        return self.episode_means[key]  # type: ignore[return-value]
+
+    def _log_episodes(self, stage: str) -> None:
+        for key, metric in self.episode_means.items():
+            if key.startswith(f"{stage}/") and isinstance(metric, EpisodeMean):
+                mean, half_width = metric.compute()
+                self.log(key, mean, prog_bar=key in {f"{stage}/loss"})
+                self.log(f"{key}_ci95", half_width)
+                metric.reset()
+
+
+def _as_collection(metrics: Metric | MetricCollection | None) -> MetricCollection | None:
+    if metrics is None or isinstance(metrics, MetricCollection):
+        return metrics
+    if isinstance(metrics, Metric):
+        name = type(metrics).__name__
+        for prefix in ("Multiclass", "Binary", "Multilabel"):
+            name = name.removeprefix(prefix)
+        return MetricCollection({name.lower(): metrics})
+    raise TypeError(
+        "Expected argument `metrics` to be a torchmetrics Metric or MetricCollection but got "
+        f"{type(metrics).__name__}."
+    )

@@ -1,0 +1,97 @@
+"""The networks of the MAML literature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "softplus": nn.Softplus}
+
+
+def mlp(
+    in_features: int = 1, hidden: Sequence[int] = (40, 40), out_features: int = 1, activation: str = "relu"
+) -> nn.Sequential:
+    """Build a multilayer perceptron; the default 1-40-40-1 is Finn et al.'s sinusoid regressor.
+
+    Args:
+        in_features: Size of the input.
+        hidden: Sizes of the hidden layers; empty for a linear model.
+        out_features: Size of the output.
+        activation: ``"relu"``, ``"tanh"`` or ``"softplus"``.
+
+    Returns:
+        The network: ``(*, in_features) -> (*, out_features)``.
+
+    Raises:
+        ValueError: If a size or the activation is not allowed.
+    """
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"Expected argument `activation` to be one of {sorted(_ACTIVATIONS)} but got {activation!r}.")
+    sizes = [in_features, *hidden, out_features]
+    if min(sizes) < 1:
+        raise ValueError(f"Expected every layer to have at least 1 unit but got {sizes}.")
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(fan_in, fan_out), _ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Conv4(nn.Module):
+    """Four convolutional blocks and a linear head; see :func:`conv4`."""
+
+    def __init__(self, out_features: int, channels: int, filters: int, image_size: int, strided: bool) -> None:
+        super().__init__()
+        blocks: list[nn.Module] = []
+        size, fan_in = image_size, channels
+        for _ in range(4):
+            blocks.append(nn.Conv2d(fan_in, filters, 3, stride=2 if strided else 1, padding=1))
+            # Batch statistics in training and evaluation, as MAML does: no state that tasks would share.
+            blocks.append(nn.BatchNorm2d(filters, track_running_stats=False))
+            blocks.append(nn.ReLU())
+            if not strided:
+                blocks.append(nn.MaxPool2d(2))
+            size = (size + 1) // 2 if strided else size // 2
+            fan_in = filters
+        self.features = nn.Sequential(*blocks)
+        self.head = nn.Linear(filters * size * size, out_features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify images.
+
+        Args:
+            images: Shape ``(n, channels, height, width)``.
+
+        Returns:
+            Logits, shape ``(n, out_features)``.
+        """
+        return self.head(torch.flatten(self.features(images), 1))
+
+
+def conv4(
+    out_features: int = 5, channels: int = 1, filters: int = 64, image_size: int = 28, strided: bool = False
+) -> Conv4:
+    """Build the four-block convolutional network of few-shot classification (Vinyals et al. 2016).
+
+    Args:
+        out_features: Number of classes of an episode (n-way).
+        channels: Channels of the images.
+        filters: Filters of each block: 64 for Omniglot, 32 for miniImageNet in Finn et al. 2017.
+        image_size: Height and width of the images.
+        strided: Strided convolutions instead of max-pooling (Finn et al.'s Omniglot network).
+
+    Returns:
+        The network: ``(n, channels, image_size, image_size) -> (n, out_features)``.
+
+    Raises:
+        ValueError: If a size is not allowed; four poolings need images of at least 16 pixels.
+    """
+    if min(out_features, channels, filters) < 1:
+        raise ValueError(
+            "Expected arguments `out_features`, `channels` and `filters` to be at least 1 but got "
+            f"{out_features}, {channels} and {filters}."
+        )
+    if image_size < (1 if strided else 16):
+        raise ValueError(f"Expected argument `image_size` to be at least 16 (four poolings by 2) but got {image_size}.")
+    return Conv4(out_features, channels, filters, image_size, strided)

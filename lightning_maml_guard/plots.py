@@ -1,0 +1,93 @@
+"""Pictures of what the guard found; each function returns ``(fig, ax)``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from lightning_maml_guard.guard.monitor import StabilityReport
+
+
+def safe_region(reports: Sequence[StabilityReport], ax: Axes | None = None) -> tuple[Any, Any]:
+    """Draw the safe region ``alpha <= alpha_c, beta < beta_c(alpha)`` with the path of the rates in it.
+
+    The last measured region is filled; the borders of earlier checks show how it moved, coloured by step.
+    The curve is the poster's ``beta_c`` (plain SGD) scaled to the optimizer at hand: it passes through the
+    ``beta_c`` that was measured. Rates that a guard capped are joined to what was applied.
+
+    Args:
+        reports: Reports of the checks, oldest first.
+        ax: Axes to draw on (default: a new figure).
+
+    Returns:
+        ``(fig, ax)``.
+
+    Raises:
+        ValueError: If no report holds a measured limit.
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    plt = _pyplot()
+    measured = [report for report in reports if math.isfinite(report.alpha_c) and report.lambda_max > 0]
+    if not measured:
+        raise ValueError("There is nothing to draw: no check has measured a finite limit yet.")
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+    figure = ax.figure
+    shown = [measured[i] for i in sorted({round(k * (len(measured) - 1) / 7) for k in range(8)})]
+    steps = [float(report.step if report.step is not None else i) for i, report in enumerate(measured)]
+    colours = plt.get_cmap("viridis")
+    norm = plt.Normalize(min(steps), max(steps) if max(steps) > min(steps) else min(steps) + 1)
+
+    curves = {id(report): _border(report) for report in shown}
+    betas = [beta for _, curve in curves.values() for beta in curve if math.isfinite(beta)]
+    rates = [rate for r in measured for rate in (r.beta, r.beta_applied) if math.isfinite(rate) and rate > 0]
+    floor, ceiling = min(rates + betas) / 3, max(rates + betas) * 3
+    for report in shown:
+        alphas, curve = curves[id(report)]
+        last = report is shown[-1]
+        colour = colours(norm(steps[measured.index(report)]))
+        ax.plot(
+            [*alphas, alphas[-1]], [*curve, floor], color=colour, linewidth=2.2 if last else 1.0, zorder=3 if last else 2
+        )
+        if last:
+            ax.fill_between(alphas, floor, curve, color=colour, alpha=0.18, linewidth=0, label="safe region, last check")
+    for report, step in zip(measured, steps, strict=True):
+        if not math.isfinite(report.beta) or report.beta == 0:
+            continue
+        colour = colours(norm(step))
+        moved = (report.alpha_applied, report.beta_applied) != (report.alpha, report.beta)
+        if moved:
+            ax.plot([report.alpha, report.alpha_applied], [report.beta, report.beta_applied], color=colour, linewidth=0.8, zorder=4)
+            ax.scatter(report.alpha_applied, report.beta_applied, color=[colour], marker="v", s=36, edgecolors="black", linewidths=0.6, zorder=6)
+        ax.scatter(report.alpha, report.beta, color=[colour], s=36, edgecolors="black", linewidths=0.6, zorder=5)
+    ax.scatter([], [], color="0.6", edgecolors="black", s=36, label="configured rates")
+    if any((r.alpha_applied, r.beta_applied) != (r.alpha, r.beta) for r in measured):
+        ax.scatter([], [], color="0.6", edgecolors="black", marker="v", s=36, label="applied rates")
+    ax.set(xscale="log", yscale="log", xlabel=r"inner rate $\alpha$", ylabel=r"meta rate $\beta$", title="Safe region of the learning rates")
+    ax.set_ylim(floor, ceiling)
+    ax.legend(loc="lower left", frameon=True, framealpha=0.9)
+    figure.colorbar(plt.cm.ScalarMappable(norm, colours), ax=ax, label="training step of the check")
+    return figure, ax
+
+
+def _border(report: StabilityReport, points: int = 120) -> tuple[list[float], list[float]]:
+    """``alpha`` from a hundredth of ``alpha_c`` to ``alpha_c``, and ``beta_c`` there."""
+    known = report.spectrum.rates(report.alpha, report.inner_steps)
+    # Rates by parameter, momentum or a preconditioner change the limits: scale to those measured.
+    stretch = report.alpha_c / known.alpha_c
+    lift = report.beta_c / known.beta_c if 0 < known.beta_c < math.inf and 0 < report.beta_c < math.inf else 1.0
+    low = min(report.alpha, report.alpha_c) / 100 if report.alpha > 0 else report.alpha_c / 100
+    alphas = [low * (report.alpha_c / low) ** (i / (points - 1)) for i in range(points)]
+    return alphas, [lift * report.spectrum.rates(min(a / stretch, known.alpha_c), report.inner_steps).beta_c for a in alphas]
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("Drawing needs matplotlib: pip install 'lightning-maml-guard[plot]'.") from error
+    return plt

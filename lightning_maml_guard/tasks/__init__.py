@@ -1,0 +1,1 @@
+"""Families of tasks and the data module that samples episodes from them."""

@@ -1,0 +1,148 @@
+"""TaskDataModule: episodes for a Trainer, the same whatever loads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lightning_maml_guard._lightning import LightningDataModule
+from lightning_maml_guard.tasks.episodes import EpisodeBatch, TaskFamily, episode_generator
+
+
+class _Episodes(Dataset[EpisodeBatch]):
+    """Meta-batches by index; a batch depends on ``(seed, split, index)`` alone."""
+
+    def __init__(self, family: TaskFamily, split: str, tasks: int, batches: int, seed: int, remainder: int = 0) -> None:
+        self.family, self.split, self.tasks = family, split, tasks
+        self.batches, self.seed, self.remainder = batches, seed, remainder
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __getitem__(self, index: int) -> EpisodeBatch:
+        tasks = self.remainder if self.remainder and index == self.batches - 1 else self.tasks
+        return self.family.sample(tasks, episode_generator(self.seed, self.split, index), self.split)
+
+
+class EpochSampler(Sampler[int]):
+    """Indices that go on from epoch to epoch, so that no epoch repeats the tasks of another.
+
+    Args:
+        length: Batches an epoch.
+        resample: False: every index is 0, the same tasks at every step.
+    """
+
+    def __init__(self, length: int, resample: bool = True) -> None:
+        self.length, self.resample, self.epoch = length, resample, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Start an epoch (Lightning calls this, also when a run is resumed).
+
+        Args:
+            epoch: Its number.
+        """
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        start = self.epoch * self.length
+        return iter(range(start, start + self.length)) if self.resample else iter([0] * self.length)
+
+
+class TaskDataModule(LightningDataModule):
+    """Samples meta-batches from a family of tasks.
+
+    Every meta-batch is drawn from its own seed, made of ``seed``, the split and the batch's number: runs
+    are reproducible with any number of workers and across a resume.
+
+    Args:
+        tasks: The family of tasks.
+        meta_batch_size: Tasks a training step.
+        steps_per_epoch: Training steps an epoch.
+        val_episodes: Episodes of the validation set (the same at every validation); 0 for none.
+        test_episodes: Episodes of the test set.
+        num_workers: Worker processes of each loader.
+        resample: False: the same tasks and data at every training step (the poster's assumption).
+        seed: Seed of all episodes.
+
+    Raises:
+        TypeError: If ``tasks`` is not a family of tasks.
+        ValueError: If a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        tasks: TaskFamily,
+        meta_batch_size: int = 4,
+        steps_per_epoch: int = 1000,
+        val_episodes: int = 100,
+        test_episodes: int = 600,
+        num_workers: int = 0,
+        resample: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(tasks, TaskFamily):
+            raise TypeError(f"Expected argument `tasks` to be a TaskFamily (such as Sinusoid()) but got {type(tasks).__name__}.")
+        for name, number, least in (
+            ("meta_batch_size", meta_batch_size, 1),
+            ("steps_per_epoch", steps_per_epoch, 1),
+            ("val_episodes", val_episodes, 0),
+            ("test_episodes", test_episodes, 1),
+            ("num_workers", num_workers, 0),
+            ("seed", seed, 0),
+        ):
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise ValueError(f"Expected argument `{name}` to be an integer of at least {least} but got {number!r}.")
+        self.tasks, self.meta_batch_size, self.steps_per_epoch = tasks, meta_batch_size, steps_per_epoch
+        self.val_episodes, self.test_episodes = val_episodes, test_episodes
+        self.num_workers, self.resample, self.seed = num_workers, resample, seed
+
+    def setup(self, stage: str) -> None:
+        """Load the family's data.
+
+        Args:
+            stage: Lightning's stage; not used.
+        """
+        self.tasks.setup()
+
+    def train_dataloader(self) -> DataLoader[EpisodeBatch]:
+        """Build the loader of training episodes.
+
+        Returns:
+            A loader of ``steps_per_epoch`` meta-batches.
+        """
+        episodes = _Episodes(self.tasks, "train", self.meta_batch_size, self.steps_per_epoch, self.seed)
+        return self._loader(episodes, EpochSampler(self.steps_per_epoch, self.resample))
+
+    def val_dataloader(self) -> DataLoader[EpisodeBatch] | list[DataLoader[EpisodeBatch]]:
+        """Build the loader of validation episodes.
+
+        Returns:
+            A loader over the same ``val_episodes`` episodes each time; an empty list without any.
+        """
+        return self._evaluation("val", self.val_episodes) if self.val_episodes else []
+
+    def test_dataloader(self) -> DataLoader[EpisodeBatch]:
+        """Build the loader of test episodes.
+
+        Returns:
+            A loader over ``test_episodes`` episodes.
+        """
+        return self._evaluation("test", self.test_episodes)
+
+    def _evaluation(self, split: str, episodes: int) -> DataLoader[EpisodeBatch]:
+        batches, remainder = -(-episodes // self.meta_batch_size), episodes % self.meta_batch_size
+        return self._loader(_Episodes(self.tasks, split, self.meta_batch_size, batches, self.seed, remainder))
+
+    def _loader(self, episodes: _Episodes, sampler: EpochSampler | None = None) -> DataLoader[EpisodeBatch]:
+        return DataLoader(
+            episodes,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )

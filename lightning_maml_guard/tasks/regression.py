@@ -1,0 +1,113 @@
+"""Regression families: the poster's linear regression and Finn et al.'s sinusoids."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_maml_guard.tasks.episodes import EpisodeBatch, TaskFamily
+
+
+def _check_positive(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"Expected argument `{name}` to be an integer of at least 1 but got {number!r}.")
+
+
+class LinearRegression(TaskFamily):
+    """Noisy linear maps ``y = w.x + noise`` with ``w ~ N(0, I)`` and inputs of prescribed spread.
+
+    With ``same_query=True``, one task and data that is not resampled, all of the poster's assumptions
+    hold: the loss is quadratic and its Hessian constant.
+
+    Args:
+        features: Dimension of ``x``.
+        shots: Support points a task.
+        queries: Query points a task.
+        noise: Standard deviation of the noise on ``y``.
+        condition: Ratio of the largest to the smallest standard deviation of the input features.
+        same_query: Use the support set as the query set.
+        dtype: ``"float32"`` or ``"float64"``.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        features: int = 10,
+        shots: int = 40,
+        queries: int = 40,
+        noise: float = 0.1,
+        condition: float = 3.0,
+        same_query: bool = False,
+        dtype: str = "float32",
+    ) -> None:
+        _check_positive(features=features, shots=shots, queries=queries)
+        if not (math.isfinite(noise) and noise >= 0):
+            raise ValueError(f"Expected argument `noise` to be finite and at least 0 but got {noise!r}.")
+        if not (math.isfinite(condition) and condition >= 1):
+            raise ValueError(f"Expected argument `condition` to be finite and at least 1 but got {condition!r}.")
+        if dtype not in {"float32", "float64"}:
+            raise ValueError(f"Expected argument `dtype` to be 'float32' or 'float64' but got {dtype!r}.")
+        self.features, self.shots, self.queries = features, shots, queries
+        self.noise, self.condition, self.same_query = noise, condition, same_query
+        self.dtype = getattr(torch, dtype)
+
+    def sample(self, n_tasks: int, generator: torch.Generator, split: str = "train") -> EpisodeBatch:
+        """Sample tasks.
+
+        Args:
+            n_tasks: Number of tasks.
+            generator: Source of all randomness.
+            split: All splits are independent draws from the same distribution.
+
+        Returns:
+            ``x`` of shape ``(n_tasks, shots, features)`` and ``y`` of shape ``(n_tasks, shots, 1)``.
+        """
+        spread = torch.logspace(0, -math.log10(self.condition), self.features, dtype=self.dtype)
+        weight = torch.randn(n_tasks, self.features, 1, generator=generator, dtype=self.dtype)
+
+        def draw(points: int) -> tuple[Tensor, Tensor]:
+            x = spread * torch.randn(n_tasks, points, self.features, generator=generator, dtype=self.dtype)
+            noise = torch.randn(n_tasks, points, 1, generator=generator, dtype=self.dtype)
+            return x, x @ weight + self.noise * noise
+
+        support = draw(self.shots)
+        return EpisodeBatch(support, support if self.same_query else draw(self.queries))
+
+
+class Sinusoid(TaskFamily):
+    """Sinusoid regression (Finn et al. 2017): ``y = a * sin(x - p)``, ``a`` in [0.1, 5], ``p`` in [0, pi].
+
+    Args:
+        shots: Support points a task, ``x`` uniform in [-5, 5].
+        queries: Query points a task.
+
+    Raises:
+        ValueError: If a number is below 1.
+    """
+
+    def __init__(self, shots: int = 10, queries: int = 10) -> None:
+        _check_positive(shots=shots, queries=queries)
+        self.shots, self.queries = shots, queries
+
+    def sample(self, n_tasks: int, generator: torch.Generator, split: str = "train") -> EpisodeBatch:
+        """Sample tasks.
+
+        Args:
+            n_tasks: Number of tasks.
+            generator: Source of all randomness.
+            split: All splits are independent draws from the same distribution.
+
+        Returns:
+            ``x`` and ``y`` of shape ``(n_tasks, shots, 1)``.
+        """
+        amplitude = 0.1 + 4.9 * torch.rand(n_tasks, 1, 1, generator=generator)
+        phase = math.pi * torch.rand(n_tasks, 1, 1, generator=generator)
+        x = 10 * torch.rand(n_tasks, self.shots + self.queries, 1, generator=generator) - 5
+        y = amplitude * torch.sin(x - phase)
+        cut = self.shots
+        return EpisodeBatch((x[:, :cut], y[:, :cut]), (x[:, cut:], y[:, cut:]))

@@ -1,0 +1,163 @@
+"""From critical and configured rates to a verdict, in words that say what happened, why and what to do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lightning_maml_guard.theory.rates import Interval
+
+SAFE, UNSAFE, UNRESOLVED = "safe", "unsafe", "unresolved"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One configured rate beside its critical value.
+
+    Attributes:
+        value: The rate as configured; ``nan`` when it is not known.
+        critical: Its critical value; ``nan`` when it could not be determined.
+        interval: Where the critical value lies.
+    """
+
+    value: float
+    critical: float
+    interval: Interval
+
+    @property
+    def ratio(self) -> float:
+        """``value / critical``: above 1 is unsafe; ``inf`` when no positive rate is stable."""
+        if self.critical == 0:
+            return math.inf if self.value > 0 else 0.0
+        return self.value / self.critical
+
+    def status(self, margin: float, *, strict: bool) -> str:
+        """Compare with ``margin`` times the critical value; only a cleared interval resolves it.
+
+        Args:
+            margin: Fraction of the critical value that counts as the threshold.
+            strict: Whether the threshold itself is unsafe (``beta < beta_c``) or safe (``alpha <= alpha_c``).
+
+        Returns:
+            ``"safe"``, ``"unsafe"`` or ``"unresolved"``.
+        """
+        if math.isnan(self.value) or math.isnan(self.critical):
+            return UNRESOLVED
+        low, high = (margin * end for end in self.interval)
+        if self.value > high or (strict and self.value == high):
+            return UNSAFE
+        if self.value < low or (not strict and self.value == low) or low == math.inf:
+            return SAFE
+        return UNRESOLVED
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the configured rates lie in the safe region.
+
+    Attributes:
+        status: ``"safe"``, ``"unsafe"`` or ``"unresolved"`` (the measurement does not clear the threshold).
+        alpha_status: The same for the inner rate alone.
+        beta_status: The same for the meta rate alone.
+        reasons: What is unsafe or unresolved, why, and what to do; empty when safe.
+    """
+
+    status: str
+    alpha_status: str
+    beta_status: str
+    reasons: tuple[str, ...]
+
+
+def judge(
+    alpha: Limit | None,
+    beta: Limit | None,
+    *,
+    margin: float = 1.0,
+    growth: float | None = None,
+    cost: str = "",
+    beta_note: str = "",
+) -> Verdict:
+    """Judge the configured rates.
+
+    Args:
+        alpha: The inner rate and its limit; None where there is no inner loop.
+        beta: The meta rate and its limit; None where no meta rate was given.
+        margin: Fraction of the critical values that counts as the threshold, above 0.
+        growth: Factor a step by which the error along the sharpest direction grows, where it is known.
+        cost: Where the numbers come from, for the message ("8 Hessian-vector products, step 400").
+        beta_note: Why the meta rate's limit is not known, if it is not.
+
+    Returns:
+        The verdict: unsafe if either rate is, else unresolved if either is, else safe.
+
+    Raises:
+        ValueError: If the margin is not a positive finite number.
+    """
+    check_margin(margin)
+    reasons: list[str] = []
+    statuses = {"alpha": SAFE, "beta": SAFE}
+    for name, limit in (("alpha", alpha), ("beta", beta)):
+        if limit is None:
+            continue
+        status = limit.status(margin, strict=name == "beta")
+        statuses[name] = status
+        if status == UNSAFE:
+            reasons.append(_unsafe(name, limit, margin, growth, cost))
+        elif status == UNRESOLVED:
+            reasons.append(_unresolved(name, limit, margin, cost, beta_note if name == "beta" else ""))
+    worst = UNSAFE if UNSAFE in statuses.values() else UNRESOLVED if UNRESOLVED in statuses.values() else SAFE
+    return Verdict(worst, statuses["alpha"], statuses["beta"], tuple(reasons))
+
+
+def check_margin(margin: float) -> None:
+    """Refuse a margin that is not a positive finite number.
+
+    Args:
+        margin: The margin.
+
+    Raises:
+        ValueError: If it is not allowed.
+    """
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin) or margin <= 0:
+        raise ValueError(f"Expected argument `margin` to be a finite number above 0 but got {margin!r}.")
+
+
+def _source(limit: Limit, cost: str) -> str:
+    interval = f"interval {limit.interval[0]:.3g} to {limit.interval[1]:.3g}"
+    return f"({interval}{', ' + cost if cost else ''})"
+
+
+def _threshold(name: str, limit: Limit, margin: float) -> str:
+    scaled = f"{margin:g} * " if margin != 1 else ""
+    return f"{scaled}{name}_c = {margin * limit.critical:.3g}"
+
+
+def _unsafe(name: str, limit: Limit, margin: float, growth: float | None, cost: str) -> str:
+    head = f"{name} = {limit.value:.3g} exceeds {_threshold(name, limit, margin)} {_source(limit, cost)}: "
+    below = f"below {margin * limit.critical:.3g}"
+    if name == "alpha":
+        return head + (
+            "the meta-objective lambda - alpha*lambda^2 curves downwards along the sharpest direction, so no meta "
+            f"rate converges there. Lower the inner rate (inner_lr) {below}, or use action='rescale'."
+        )
+    if limit.critical == 0:
+        return head + (
+            "no positive meta rate is stable while alpha exceeds alpha_c. Lower the inner rate first, or use "
+            "action='rescale'."
+        )
+    if limit.value <= limit.critical:
+        grown = "the meta update is nearer to its limit than the margin allows"
+    elif growth is not None and growth > 1:
+        grown = f"the meta update grows along the sharpest direction by {growth:.2g} a step"
+    else:
+        grown = "the meta update grows along the sharpest direction"
+    return head + f"{grown}. Lower the optimizer's lr {below}, or use action='rescale'."
+
+
+def _unresolved(name: str, limit: Limit, margin: float, cost: str, note: str) -> str:
+    if math.isnan(limit.critical):
+        return f"{name} is not judged: {note or 'its critical value could not be measured.'}"
+    return (
+        f"{name} = {limit.value:.3g} is too close to {_threshold(name, limit, margin)} {_source(limit, cost)} to be "
+        "called safe or unsafe. Raise max_iter or lower tol for a sharper answer."
+    )
