@@ -16,8 +16,8 @@ def safe_region(reports: Sequence[StabilityReport], ax: Axes | None = None) -> t
     """Draw the safe region ``alpha <= alpha_c, beta < beta_c(alpha)`` with the path of the rates in it.
 
     The last measured region is filled; the borders of earlier checks show how it moved, coloured by step.
-    The curve is the poster's ``beta_c`` (plain SGD) scaled to the optimizer at hand: it passes through the
-    ``beta_c`` that was measured. Rates that a guard capped are joined to what was applied.
+    The curve is the poster's ``beta_c(alpha)`` scaled to the optimizer at hand, so that it passes through
+    the ``beta_c`` that was measured; checks that could not measure one are left out if others could. Rates that a guard capped are joined to what was applied.
 
     Args:
         reports: Reports of the checks, oldest first.
@@ -32,6 +32,7 @@ def safe_region(reports: Sequence[StabilityReport], ax: Axes | None = None) -> t
     """
     plt = _pyplot()
     measured = [report for report in reports if math.isfinite(report.alpha_c) and report.lambda_max > 0]
+    measured = [report for report in measured if math.isfinite(report.safe_beta_c)] or measured
     if not measured:
         raise ValueError("There is nothing to draw: no check has measured a finite limit yet.")
     if ax is None:
@@ -39,10 +40,13 @@ def safe_region(reports: Sequence[StabilityReport], ax: Axes | None = None) -> t
     figure = ax.figure
     shown = [measured[i] for i in sorted({round(k * (len(measured) - 1) / 7) for k in range(8)})]
     steps = [float(report.step if report.step is not None else i) for i, report in enumerate(measured)]
-    colours = plt.get_cmap("viridis")
+    # The last check is drawn over the others: keep it off the palest end of the map.
+    colours = plt.matplotlib.colors.ListedColormap(plt.get_cmap("viridis")(range(20, 216)))
     norm = plt.Normalize(min(steps), max(steps) if max(steps) > min(steps) else min(steps) + 1)
 
-    curves = {id(report): _border(report) for report in shown}
+    low = min(min(r.alpha, r.alpha_applied) if r.alpha_applied > 0 else r.alpha_c for r in measured)
+    low = min([low, *(r.alpha_c for r in shown)]) / 30
+    curves = {id(report): _border(report, low) for report in shown}
     betas = [beta for _, curve in curves.values() for beta in curve if math.isfinite(beta)]
     rates = [rate for r in measured for rate in (r.beta, r.beta_applied) if math.isfinite(rate) and rate > 0]
     floor, ceiling = min(rates + betas) / 3, max(rates + betas) * 3
@@ -74,13 +78,13 @@ def safe_region(reports: Sequence[StabilityReport], ax: Axes | None = None) -> t
     return figure, ax
 
 
-def _border(report: StabilityReport, points: int = 120) -> tuple[list[float], list[float]]:
-    """``alpha`` from a hundredth of ``alpha_c`` to ``alpha_c``, and ``beta_c`` there."""
+def _border(report: StabilityReport, low: float, points: int = 160) -> tuple[list[float], list[float]]:
+    """``alpha`` from ``low`` to ``alpha_c``, and ``beta_c`` there."""
     known = report.spectrum.rates(report.alpha, report.inner_steps)
     # Rates by parameter, momentum or a preconditioner change the limits: scale to those measured.
     stretch = report.alpha_c / known.alpha_c
-    lift = report.beta_c / known.beta_c if 0 < known.beta_c < math.inf and 0 < report.beta_c < math.inf else 1.0
-    low = min(report.alpha, report.alpha_c) / 100 if report.alpha > 0 else report.alpha_c / 100
+    at_safe = report.spectrum.rates(min(report.safe_alpha / stretch, known.alpha_c), report.inner_steps).beta_c
+    lift = report.safe_beta_c / at_safe if math.isfinite(report.safe_beta_c) else 1.0
     alphas = [low * (report.alpha_c / low) ** (i / (points - 1)) for i in range(points)]
     return alphas, [lift * report.spectrum.rates(min(a / stretch, known.alpha_c), report.inner_steps).beta_c for a in alphas]
 

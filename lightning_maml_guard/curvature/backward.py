@@ -82,15 +82,25 @@ def _layer_norm(
     return _affine(standard, weight, bias, lambda value: value)
 
 
-class PrimitiveNorms(TorchFunctionMode):
-    """Compute batch, layer and instance norm from primitives while the mode is on.
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    others = [d for d in range(v.dim()) if d != dim % v.dim()] if dim != -1 else list(range(v.dim()))
+    return v * (g * torch.rsqrt((v * v).sum(others, keepdim=True)))
 
-    The native kernels' derivatives are silently wrong beyond the second order and under some transforms
-    (torch 2.13); mean, product and ``rsqrt`` are right at every order. Running statistics are read where
-    the layer would read them and never written.
+
+class PrimitiveNorms(TorchFunctionMode):
+    """Compute batch, layer, instance and weight norm from primitives while the mode is on.
+
+    The native kernels' derivatives are silently wrong beyond the second order and under some transforms,
+    weight norm's already at the second (torch 2.13, CPU); mean, product and ``rsqrt`` are right at every
+    order. Running statistics are read where the layer would read them and never written.
     """
 
-    _norms = {F.batch_norm: _batch_norm, F.layer_norm: _layer_norm, F.instance_norm: _instance_norm}
+    _norms = {
+        F.batch_norm: _batch_norm,
+        F.layer_norm: _layer_norm,
+        F.instance_norm: _instance_norm,
+        torch._weight_norm: _weight_norm,
+    }
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -23,6 +23,12 @@ from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.theory.rates import Interval, check_rate
 from lightning_maml_guard.theory.verdict import Limit, Verdict, check_margin, judge
 
+# The poster's theorem is about simplified MAML; users of the other orders must know what its alarm means for them.
+_ORDER_NOTES = {
+    "exact": "(This is the poster's condition; exact MAML, which this run trains, is a different update and its inner loop "
+    "diverges only beyond twice alpha_c.)",
+    "first": "(This is the poster's condition; it holds for first-order MAML with one inner step.)",
+}
 _NAN_INTERVAL = (math.nan, math.nan)
 
 
@@ -45,6 +51,7 @@ class StabilityReport:
         beta_status: The status of the meta rate alone.
         safe_alpha: Inner rate brought down to ``margin * alpha_c``.
         safe_beta: Meta rate brought down to ``margin * beta_c`` *at* ``safe_alpha``.
+        safe_beta_c: That ``beta_c``; it equals ``beta_c`` while ``alpha`` is safe.
         lambda_max_interval: Where ``lambda_max`` lies.
         alpha_c_interval: Where ``alpha_c`` lies.
         beta_c_interval: Where ``beta_c`` lies.
@@ -71,6 +78,7 @@ class StabilityReport:
     beta_status: str
     safe_alpha: float
     safe_beta: float
+    safe_beta_c: float
     lambda_max_interval: Interval
     alpha_c_interval: Interval
     beta_c_interval: Interval
@@ -269,6 +277,7 @@ class _Measurement:
             beta_status=verdict.beta_status,
             safe_alpha=safe_alpha,
             safe_beta=self.beta if math.isnan(at_safe.beta_c) else min(self.beta, self.margin * at_safe.beta_c),
+            safe_beta_c=at_safe.beta_c,
             lambda_max_interval=known.lambda_max_interval,
             alpha_c_interval=alpha_limit.interval,
             beta_c_interval=beta_limit.interval,
@@ -326,6 +335,7 @@ class _Measurement:
             growth=growth,
             cost=cost,
             beta_note=self.outer.note,
+            alpha_note=_ORDER_NOTES.get(self.problem.order, ""),
         )
 
     def failed(self, reason: str, began: float) -> StabilityReport:
@@ -344,6 +354,7 @@ class _Measurement:
             beta_status="unresolved",
             safe_alpha=self.alpha,
             safe_beta=self.beta,
+            safe_beta_c=math.nan,
             lambda_max_interval=_NAN_INTERVAL,
             alpha_c_interval=_NAN_INTERVAL,
             beta_c_interval=_NAN_INTERVAL,

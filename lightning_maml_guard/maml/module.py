@@ -262,7 +262,7 @@ class MetaLearningModule(LightningModule):
         loss = result.losses.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=problem.tasks)
         if self.train_metrics is not None:
-            self.train_metrics.update(result.auxiliary.flatten(0, 1), problem.query[1].flatten(0, 1))
+            self.train_metrics(result.auxiliary.flatten(0, 1), problem.query[1].flatten(0, 1))
             self.log_dict(self.train_metrics, batch_size=problem.tasks)
         return AttachGradient.apply(loss, gradients, *parameters)
 

@@ -76,6 +76,7 @@ def judge(
     growth: float | None = None,
     cost: str = "",
     beta_note: str = "",
+    alpha_note: str = "",
 ) -> Verdict:
     """Judge the configured rates.
 
@@ -86,6 +87,7 @@ def judge(
         growth: Factor a step by which the error along the sharpest direction grows, where it is known.
         cost: Where the numbers come from, for the message ("8 Hessian-vector products, step 400").
         beta_note: Why the meta rate's limit is not known, if it is not.
+        alpha_note: What else the reader of an alarm about the inner rate should know.
 
     Returns:
         The verdict: unsafe if either rate is, else unresolved if either is, else safe.
@@ -102,7 +104,7 @@ def judge(
         status = limit.status(margin, strict=name == "beta")
         statuses[name] = status
         if status == UNSAFE:
-            reasons.append(_unsafe(name, limit, margin, growth, cost))
+            reasons.append(_unsafe(name, limit, margin, growth, cost, alpha_note and alpha_note + " "))
         elif status == UNRESOLVED:
             reasons.append(_unresolved(name, limit, margin, cost, beta_note if name == "beta" else ""))
     worst = UNSAFE if UNSAFE in statuses.values() else UNRESOLVED if UNRESOLVED in statuses.values() else SAFE
@@ -132,13 +134,13 @@ def _threshold(name: str, limit: Limit, margin: float) -> str:
     return f"{scaled}{name}_c = {margin * limit.critical:.3g}"
 
 
-def _unsafe(name: str, limit: Limit, margin: float, growth: float | None, cost: str) -> str:
+def _unsafe(name: str, limit: Limit, margin: float, growth: float | None, cost: str, note: str) -> str:
     head = f"{name} = {limit.value:.3g} exceeds {_threshold(name, limit, margin)} {_source(limit, cost)}: "
     below = f"below {margin * limit.critical:.3g}"
     if name == "alpha":
         return head + (
-            "the meta-objective lambda - alpha*lambda^2 curves downwards along the sharpest direction, so no meta "
-            f"rate converges there. Lower the inner rate (inner_lr) {below}, or use action='rescale'."
+            "simplified MAML's objective, lambda - alpha*lambda^2, curves downwards along the sharpest direction, so no "
+            f"meta rate brings it to a minimum. {note}Lower the inner rate (inner_lr) {below}, or use action='rescale'."
         )
     if limit.critical == 0:
         return head + (

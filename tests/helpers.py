@@ -1,0 +1,76 @@
+"""Independent truths the tests compare with: dense Hessians, plain loops, bisection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.optim import SGD
+from torch.utils.data import DataLoader
+
+from lightning_maml_guard import EpisodeBatch, MetaLearningModule
+from lightning_maml_guard._lightning import Trainer
+
+
+def bisect(converges: Callable[[float], bool], low: float, high: float, relative: float = 1e-4) -> float:
+    """Largest rate that converges; geometric bisection between one that does and one that does not."""
+    assert converges(low), f"{low} should converge"
+    assert not converges(high), f"{high} should diverge"
+    while high / low > 1 + relative:
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if converges(middle) else (low, middle)
+    return (low * high) ** 0.5
+
+
+def dense_hessian(loss: Callable[[dict], torch.Tensor], params: dict[str, torch.Tensor]) -> np.ndarray:
+    """Hessian row by row, by torch.autograd.functional on one flat vector: none of our operators."""
+    shapes = {name: value.shape for name, value in params.items()}
+
+    def flat_loss(vector: torch.Tensor) -> torch.Tensor:
+        pieces = vector.split([shape.numel() for shape in shapes.values()])
+        return loss({n: p.reshape(s) for (n, s), p in zip(shapes.items(), pieces, strict=True)})
+
+    vector = torch.cat([value.detach().flatten() for value in params.values()])
+    return torch.autograd.functional.hessian(flat_loss, vector).numpy()
+
+
+def support_loss(module: MetaLearningModule, batch: EpisodeBatch) -> Callable[[dict], torch.Tensor]:
+    """Mean support loss over the tasks, in a plain loop."""
+    xs, ys = batch.support
+    return lambda params: sum(
+        module.loss(functional_call(module.network, params, (x,)), y) for x, y in zip(xs, ys, strict=True)
+    ) / len(xs)
+
+
+def quadratic_batch(eigenvalues: list[float], target: float = 0.0) -> EpisodeBatch:
+    """One task whose mean squared error over a linear model has exactly these Hessian eigenvalues."""
+    n = len(eigenvalues)
+    rotation = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))[0]
+    x = (torch.diag((torch.tensor(eigenvalues, dtype=torch.float64) * n / 2).sqrt()) @ rotation).unsqueeze(0)
+    y = torch.full((1, n, 1), target, dtype=torch.float64)
+    return EpisodeBatch((x, y), (x, y))
+
+
+def linear_module(n: int, beta: float, **arguments) -> MetaLearningModule:
+    network = nn.Linear(n, 1, bias=False).double()
+    nn.init.ones_(network.weight)
+    return MetaLearningModule(network, optimizer=lambda p: SGD(p, lr=beta), **arguments)
+
+
+def fit(module, batch, steps: int, callbacks=(), **arguments) -> Trainer:
+    """Train on one and the same batch, quietly."""
+    options = {
+        "max_steps": steps,
+        "max_epochs": -1,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = Trainer(**{**options, **arguments}, callbacks=list(callbacks))
+    trainer.fit(module, DataLoader([batch] * max(steps, 1), batch_size=None))
+    return trainer
