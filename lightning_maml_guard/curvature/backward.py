@@ -132,6 +132,9 @@ class BatchStatistics(TorchFunctionMode):
             momentum: float = 0.1,
             eps: float = 1e-5,
         ) -> Tensor:
+            if weight is not None and weight.dtype != input.dtype:
+                # Autocast: the native kernel's backward refuses mixed types under vmap (torch 2.13, CPU).
+                return _batch_norm(input, None, None, weight, bias, True, momentum, eps).to(input.dtype)
             return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
 
         return stateless(*args, **kwargs)

@@ -143,7 +143,8 @@ class MetaLearningModule(LightningModule):
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
         self._has_buffers = next(network.buffers(), None) is not None
-        self._stateless_norms = any(isinstance(m, _BatchNorm) and m.track_running_stats for m in network.modules())
+        norms = [part for part in network.modules() if isinstance(part, _BatchNorm)]
+        self._has_norms, self._norms_track = bool(norms), any(norm.track_running_stats for norm in norms)
         collection = _as_collection(metrics)
         self.train_metrics = collection.clone(prefix="train/") if collection else None
         self.episode_metrics = collection
@@ -171,7 +172,8 @@ class MetaLearningModule(LightningModule):
             The prediction.
         """
         buffers = {name: value.clone() for name, value in self.network.named_buffers()} if self._has_buffers else {}
-        with BatchStatistics() if self._stateless_norms else nullcontext():
+        stateless = self._norms_track or (self._has_norms and torch.is_autocast_enabled(x.device.type))
+        with BatchStatistics() if stateless else nullcontext():
             return torch.func.functional_call(self.network, {**params, **buffers}, (x,))
 
     def task_loss(self, params: Params, batch: Any) -> Tensor:

@@ -177,6 +177,14 @@ def test_mixed_precision_and_accumulation_work():
         assert all(torch.isfinite(p).all() for p in module.parameters())
 
 
+@pytest.mark.parametrize("tracked", [False, True])
+def test_batch_norm_is_vectorised_under_mixed_precision(tracked):
+    network = nn.Sequential(nn.Linear(1, 6), nn.BatchNorm1d(6, track_running_stats=tracked), nn.ReLU(), nn.Linear(6, 1))
+    module = MetaLearningModule(network)
+    trainer = fit(module, Sinusoid().sample(3, torch.Generator()), 3, precision="bf16-mixed")
+    assert not module.task_map.looped and math.isfinite(float(trainer.callback_metrics["train/loss"]))
+
+
 def test_forward_predicts_without_adaptation():
     module = MetaLearningModule(mlp())
     x = torch.randn(4, 1)

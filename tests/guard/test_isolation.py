@@ -1,0 +1,77 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_maml_guard.guard.isolation import isolated, preserved_randomness
+
+
+class Probe(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.5))
+        self.register_buffer("memory", torch.zeros(2))
+        self.register_buffer("empty", None)
+        self.logged = []
+
+    def log(self, *args):
+        self.logged.append(args)
+
+    def log_dict(self, *args):
+        self.logged.append(args)
+
+
+def disturb(module):
+    module.train()
+    module.inner[1].eval()
+    module.inner(torch.randn(4, 2)).sum().backward()
+    module.memory += 1
+    module.memory = module.memory * 2  # a new tensor under the old name
+    module.log("loss", 1.0)
+    module.log_dict({"loss": 1.0})
+    random.random(), np.random.rand(), torch.rand(3)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_of_a_measurement_remains(fails):
+    module = Probe().eval()
+    module.inner[2].train()
+    module.inner[0].weight.grad = torch.ones(2, 2)
+    gradient = module.inner[0].weight.grad
+    memory = module.memory
+    before = {
+        "modes": [part.training for part in module.modules()],
+        "buffers": {n: b.clone() for n, b in module.named_buffers()},
+        "python": random.getstate(),
+        "numpy": np.random.get_state()[1].copy(),
+        "torch": torch.get_rng_state(),
+    }
+    try:
+        with isolated(module):
+            assert module.inner[0].weight.grad is None
+            disturb(module)
+            if fails:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        assert fails
+    assert [part.training for part in module.modules()] == before["modes"]
+    assert module.memory is memory
+    assert all(torch.equal(b, before["buffers"][n]) for n, b in module.named_buffers())
+    assert module.inner[0].weight.grad is gradient and torch.equal(gradient, torch.ones(2, 2))
+    assert module.inner[0].bias.grad is None
+    assert module.logged == []
+    module.log("after", 1.0)
+    assert module.logged == [("after", 1.0)]
+    assert random.getstate() == before["python"]
+    assert np.array_equal(np.random.get_state()[1], before["numpy"])
+    assert torch.equal(torch.get_rng_state(), before["torch"])
+
+
+def test_randomness_is_put_back_after_an_error():
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError), preserved_randomness():
+        torch.rand(5)
+        raise ValueError
+    assert torch.equal(torch.get_rng_state(), state)

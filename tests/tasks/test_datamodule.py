@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from lightning_maml_guard import TaskDataModule
+from lightning_maml_guard._lightning import LightningModule, Trainer
+from lightning_maml_guard.tasks.regression import Sinusoid
+
+
+def batches(loader):
+    return [batch.support[0] for batch in loader]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_episodes_are_identical_with_any_number_of_workers():
+    alone = TaskDataModule(Sinusoid(), steps_per_epoch=6, val_episodes=9)
+    helped = TaskDataModule(Sinusoid(), steps_per_epoch=6, val_episodes=9, num_workers=2)
+    assert same(batches(alone.train_dataloader()), batches(helped.train_dataloader()))
+    assert same(batches(alone.val_dataloader()), batches(helped.val_dataloader()))
+
+
+def test_epochs_bring_new_tasks_and_a_resumed_epoch_the_same():
+    loader = TaskDataModule(Sinusoid(), steps_per_epoch=3).train_dataloader()
+    first = batches(loader)
+    loader.sampler.set_epoch(1)
+    second = batches(loader)
+    assert not any(torch.equal(a, b) for a in first for b in second)
+    loader.sampler.set_epoch(0)
+    assert same(batches(loader), first)
+
+
+def test_lightning_tells_the_sampler_its_epoch():
+    seen = []
+
+    class Watcher(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def training_step(self, batch, batch_idx):
+            seen.append(batch.support[0].clone())
+            return self.weight.sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    trainer = Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(Watcher(), TaskDataModule(Sinusoid(), steps_per_epoch=2, val_episodes=0))
+    assert len({tuple(x.flatten().tolist()) for x in seen}) == 4
+
+
+def test_without_resampling_every_step_sees_the_same_tasks():
+    found = batches(TaskDataModule(Sinusoid(), steps_per_epoch=4, resample=False).train_dataloader())
+    assert all(torch.equal(x, found[0]) for x in found)
+
+
+def test_the_number_of_evaluation_episodes_is_kept():
+    data = TaskDataModule(Sinusoid(), meta_batch_size=4, val_episodes=10, test_episodes=7)
+    assert [len(x) for x in batches(data.val_dataloader())] == [4, 4, 2]
+    assert [len(x) for x in batches(data.test_dataloader())] == [4, 3]
+    assert TaskDataModule(Sinusoid(), val_episodes=0).val_dataloader() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"tasks": "sinusoid"}, TypeError, "`tasks` to be a TaskFamily .* but got str"),
+        ({"meta_batch_size": 0}, ValueError, "`meta_batch_size` to be an integer of at least 1 but got 0"),
+        ({"steps_per_epoch": 1.5}, ValueError, "`steps_per_epoch` to be an integer of at least 1 but got 1.5"),
+        ({"val_episodes": -1}, ValueError, "`val_episodes` to be an integer of at least 0 but got -1"),
+        ({"test_episodes": 0}, ValueError, "`test_episodes` to be an integer of at least 1 but got 0"),
+        ({"num_workers": -1}, ValueError, "`num_workers` to be an integer of at least 0 but got -1"),
+        ({"seed": -1}, ValueError, "`seed` to be an integer of at least 0 but got -1"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        TaskDataModule(**{"tasks": Sinusoid(), **arguments})
