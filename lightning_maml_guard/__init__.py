@@ -9,7 +9,8 @@ from lightning_maml_guard._warnings import GuardWarning
 
 if TYPE_CHECKING:
     from lightning_maml_guard.guard.callback import ConvergenceGuard
-    from lightning_maml_guard.guard.monitor import StabilityReport, measure
+    from lightning_maml_guard.guard.monitor import measure
+    from lightning_maml_guard.guard.report import StabilityReport
     from lightning_maml_guard.maml.module import MetaLearningModule
     from lightning_maml_guard.maml.problem import MetaProblem
     from lightning_maml_guard.tasks.datamodule import TaskDataModule
@@ -26,7 +27,7 @@ _HOMES = {
     "EpisodeBatch": "tasks.episodes",
     "MetaLearningModule": "maml.module",
     "MetaProblem": "maml.problem",
-    "StabilityReport": "guard.monitor",
+    "StabilityReport": "guard.report",
     "TaskDataModule": "tasks.datamodule",
     "critical_rates": "theory.rates",
     "measure": "guard.monitor",

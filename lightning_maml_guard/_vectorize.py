@@ -60,7 +60,9 @@ class TaskMap:
     """
 
     def __init__(self, chunk_size: int | None = None, looped: bool = False) -> None:
-        if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
+        if chunk_size is not None and (
+            isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
+        ):
             raise ValueError(f"Expected argument `task_chunk_size` to be None or at least 1 but got {chunk_size!r}.")
         self.chunk_size = chunk_size
         self.looped = looped

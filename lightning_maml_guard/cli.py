@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_maml_guard._lightning import Callback, LightningCLI, LightningDataModule, LightningModule, Trainer, inform
+from lightning_maml_guard._lightning import (
+    Callback,
+    LightningCLI,
+    LightningDataModule,
+    LightningModule,
+    Trainer,
+    inform,
+)
 from lightning_maml_guard.guard.callback import ACTIONS, ConvergenceGuard
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -94,7 +101,9 @@ def translate(words: Sequence[str]) -> list[str]:
                 mode = following[0]
                 index += 1
             if mode not in {"", *ACTIONS}:
-                raise SystemExit(f"{USAGE}\nerror: expected --guard to be one of {', '.join(ACTIONS)} but got {mode!r}.")
+                raise SystemExit(
+                    f"{USAGE}\nerror: expected --guard to be one of {', '.join(ACTIONS)} but got {mode!r}."
+                )
             options += ["--guard=lightning_maml_guard.ConvergenceGuard", f"--guard.action={mode or 'warn'}"]
         else:
             options.append(word)
@@ -137,7 +146,10 @@ def main(words: Sequence[str] | None = None) -> GuardCLI:
 
 def _loggers(task: str) -> list[dict[str, Any]]:
     return [
-        {"class_path": "pytorch_lightning.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": task}},
+        {
+            "class_path": "pytorch_lightning.loggers.CSVLogger",
+            "init_args": {"save_dir": "runs", "name": task},
+        },
         {
             "class_path": "pytorch_lightning.loggers.TensorBoardLogger",
             "init_args": {"save_dir": "runs/tensorboard", "name": task},

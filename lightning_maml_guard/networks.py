@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ def mlp(
     if min(sizes) < 1:
         raise ValueError(f"Expected every layer to have at least 1 unit but got {sizes}.")
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+    for fan_in, fan_out in pairwise(sizes):
         layers += [nn.Linear(fan_in, fan_out), _ACTIVATIONS[activation]()]
     return nn.Sequential(*layers[:-1])
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from lightning_maml_guard.guard.monitor import StabilityReport
+    from lightning_maml_guard.guard.report import StabilityReport
 
 
 def safe_region(reports: Sequence[StabilityReport], ax: Axes | None = None) -> tuple[Any, Any]:
@@ -17,7 +17,8 @@ def safe_region(reports: Sequence[StabilityReport], ax: Axes | None = None) -> t
 
     The last measured region is filled; the borders of earlier checks show how it moved, coloured by step.
     The curve is the poster's ``beta_c(alpha)`` scaled to the optimizer at hand, so that it passes through
-    the ``beta_c`` that was measured; checks that could not measure one are left out if others could. Rates that a guard capped are joined to what was applied.
+    the ``beta_c`` that was measured; checks that could not measure one are left out if others could. Rates
+    that a guard capped are joined to what was applied.
 
     Args:
         reports: Reports of the checks, oldest first.
@@ -55,23 +56,50 @@ def safe_region(reports: Sequence[StabilityReport], ax: Axes | None = None) -> t
         last = report is shown[-1]
         colour = colours(norm(steps[measured.index(report)]))
         ax.plot(
-            [*alphas, alphas[-1]], [*curve, floor], color=colour, linewidth=2.2 if last else 1.0, zorder=3 if last else 2
+            [*alphas, alphas[-1]],
+            [*curve, floor],
+            color=colour,
+            linewidth=2.2 if last else 1.0,
+            zorder=3 if last else 2,
         )
         if last:
-            ax.fill_between(alphas, floor, curve, color=colour, alpha=0.18, linewidth=0, label="safe region, last check")
+            ax.fill_between(
+                alphas, floor, curve, color=colour, alpha=0.18, linewidth=0, label="safe region, last check"
+            )
     for report, step in zip(measured, steps, strict=True):
         if not math.isfinite(report.beta) or report.beta == 0:
             continue
         colour = colours(norm(step))
         moved = (report.alpha_applied, report.beta_applied) != (report.alpha, report.beta)
         if moved:
-            ax.plot([report.alpha, report.alpha_applied], [report.beta, report.beta_applied], color=colour, linewidth=0.8, zorder=4)
-            ax.scatter(report.alpha_applied, report.beta_applied, color=[colour], marker="v", s=36, edgecolors="black", linewidths=0.6, zorder=6)
+            ax.plot(
+                [report.alpha, report.alpha_applied],
+                [report.beta, report.beta_applied],
+                color=colour,
+                linewidth=0.8,
+                zorder=4,
+            )
+            ax.scatter(
+                report.alpha_applied,
+                report.beta_applied,
+                color=[colour],
+                marker="v",
+                s=36,
+                edgecolors="black",
+                linewidths=0.6,
+                zorder=6,
+            )
         ax.scatter(report.alpha, report.beta, color=[colour], s=36, edgecolors="black", linewidths=0.6, zorder=5)
     ax.scatter([], [], color="0.6", edgecolors="black", s=36, label="configured rates")
     if any((r.alpha_applied, r.beta_applied) != (r.alpha, r.beta) for r in measured):
         ax.scatter([], [], color="0.6", edgecolors="black", marker="v", s=36, label="applied rates")
-    ax.set(xscale="log", yscale="log", xlabel=r"inner rate $\alpha$", ylabel=r"meta rate $\beta$", title="Safe region of the learning rates")
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel=r"inner rate $\alpha$",
+        ylabel=r"meta rate $\beta$",
+        title="Safe region of the learning rates",
+    )
     ax.set_ylim(floor, ceiling)
     ax.legend(loc="lower left", frameon=True, framealpha=0.9)
     figure.colorbar(plt.cm.ScalarMappable(norm, colours), ax=ax, label="training step of the check")
@@ -86,7 +114,9 @@ def _border(report: StabilityReport, low: float, points: int = 160) -> tuple[lis
     at_safe = report.spectrum.rates(min(report.safe_alpha / stretch, known.alpha_c), report.inner_steps).beta_c
     lift = report.safe_beta_c / at_safe if math.isfinite(report.safe_beta_c) else 1.0
     alphas = [low * (report.alpha_c / low) ** (i / (points - 1)) for i in range(points)]
-    return alphas, [lift * report.spectrum.rates(min(a / stretch, known.alpha_c), report.inner_steps).beta_c for a in alphas]
+    return alphas, [
+        lift * report.spectrum.rates(min(a / stretch, known.alpha_c), report.inner_steps).beta_c for a in alphas
+    ]
 
 
 def _pyplot() -> Any:

@@ -40,9 +40,10 @@ def dense_hessian(loss: Callable[[dict], torch.Tensor], params: dict[str, torch.
 def support_loss(module: MetaLearningModule, batch: EpisodeBatch) -> Callable[[dict], torch.Tensor]:
     """Mean support loss over the tasks, in a plain loop."""
     xs, ys = batch.support
-    return lambda params: sum(
-        module.loss(functional_call(module.network, params, (x,)), y) for x, y in zip(xs, ys, strict=True)
-    ) / len(xs)
+    return lambda params: (
+        sum(module.loss(functional_call(module.network, params, (x,)), y) for x, y in zip(xs, ys, strict=True))
+        / len(xs)
+    )
 
 
 def quadratic_batch(eigenvalues: list[float], target: float = 0.0) -> EpisodeBatch:

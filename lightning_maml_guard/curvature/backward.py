@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +95,7 @@ class PrimitiveNorms(TorchFunctionMode):
     order. Running statistics are read where the layer would read them and never written.
     """
 
-    _norms = {
+    _norms: ClassVar[dict[Any, Callable[..., Any]]] = {
         F.batch_norm: _batch_norm,
         F.layer_norm: _layer_norm,
         F.instance_norm: _instance_norm,

@@ -66,7 +66,10 @@ class Layout:
         """
         pieces = vector.split(self.sizes, dim=-1)
         leading = vector.shape[:-1]
-        return {name: piece.reshape(leading + shape) for piece, (name, shape) in zip(pieces, self.shapes.items(), strict=True)}
+        return {
+            name: piece.reshape(leading + shape)
+            for piece, (name, shape) in zip(pieces, self.shapes.items(), strict=True)
+        }
 
 
 class Hessian:
@@ -146,7 +149,13 @@ class Hessian:
 
 
 def task_hessian(
-    losses: Callable[[Params, Any], Tensor], params: Params, data: Any, *, per_task: bool, tasks: TaskMap, count: int
+    losses: Callable[[Params, Any], Tensor],
+    params: Params,
+    data: Any,
+    *,
+    per_task: bool,
+    tasks: TaskMap,
+    count: int,
 ) -> Hessian:
     """Hessian of the mean task loss, or of every task's loss side by side.
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from lightning_maml_guard._lightning import Callback, MisconfigurationException
 from lightning_maml_guard.guard.estimate import Estimator
 from lightning_maml_guard.guard.governor import RateGovernor, scheduled_rate
-from lightning_maml_guard.guard.history import from_plain, to_plain
 from lightning_maml_guard.guard.isolation import isolated
-from lightning_maml_guard.guard.monitor import StabilityReport, check_options, measure
+from lightning_maml_guard.guard.monitor import check_options, measure
+from lightning_maml_guard.guard.report import StabilityReport, from_plain, to_plain
 from lightning_maml_guard.guard.reporting import inform, log_report, logger_step, warn
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.theory.verdict import UNRESOLVED, UNSAFE, check_margin
@@ -112,7 +112,11 @@ class ConvergenceGuard(Callback):
     def state_key(self) -> str:
         """Key of the guard's state in a checkpoint; guards that differ in what they do may run side by side."""
         return self._generate_state_key(
-            every_n_steps=self.every_n_steps, action=self.action, criterion=self.criterion, tasks=self.tasks, data=self.data
+            every_n_steps=self.every_n_steps,
+            action=self.action,
+            criterion=self.criterion,
+            tasks=self.tasks,
+            data=self.data,
         )
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -130,13 +134,16 @@ class ConvergenceGuard(Callback):
             return
         if self.problem is None and not callable(getattr(pl_module, "meta_problem", None)):
             raise MisconfigurationException(
-                f"ConvergenceGuard does not know what {type(pl_module).__name__} optimises. Subclass MetaLearningModule, "
-                "give the module a method meta_problem(batch) -> MetaProblem, or pass "
+                f"ConvergenceGuard does not know what {type(pl_module).__name__} optimises. Subclass "
+                "MetaLearningModule, give the module a method meta_problem(batch) -> MetaProblem, or pass "
                 "ConvergenceGuard(problem=lambda module, batch: MetaProblem(...))."
             )
         self._inert = bool(getattr(trainer, "barebones", False))
         if self._inert:
-            warn("ConvergenceGuard does nothing in this run: Trainer(barebones=True) asks for no logging and no extra work.")
+            warn(
+                "ConvergenceGuard does nothing in this run: Trainer(barebones=True) asks for no logging and no "
+                "extra work."
+            )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take hold of the optimizers; a resumed run's cap holds from its first step.
@@ -247,8 +254,8 @@ class ConvergenceGuard(Callback):
         if cause not in self._failed:
             self._failed.add(cause)
             warn(
-                f"ConvergenceGuard could not measure at step {step}; training goes on without this check. Cause: {cause} "
-                "This is said once for each cause."
+                f"ConvergenceGuard could not measure at step {step}; training goes on without this check. Cause: "
+                f"{cause} This is said once for each cause."
             )
 
     def _act(self, trainer: Any, pl_module: Any, report: StabilityReport, step: int) -> StabilityReport:
@@ -279,7 +286,8 @@ class ConvergenceGuard(Callback):
         effect = {
             "warn": "",
             "stop": " Training stops after this step (action='stop').",
-            "rescale": f" Applied from now on: alpha = {report.safe_alpha:.3g}, beta = {report.safe_beta:.3g} (action='rescale').",
+            "rescale": f" Applied from now on: alpha = {report.safe_alpha:.3g}, beta = {report.safe_beta:.3g} "
+            "(action='rescale').",
         }[self.action]
         reasons = " ".join(report.reasons)
         if self.action != "warn":

@@ -12,15 +12,9 @@ from torch import Tensor
 from lightning_maml_guard.curvature.lanczos import LanczosRun, Tridiagonal, lanczos, start_vector
 from lightning_maml_guard.curvature.operators import Hessian, Matvec, Params
 from lightning_maml_guard.curvature.pyhessian import PowerIteration, largest_eigenvalue
-from lightning_maml_guard.theory.rates import (
-    CriticalRates,
-    Interval,
-    critical_rates,
-    rates_from_lanczos,
-    rates_from_top,
-    ritz_values,
-    worst_of,
-)
+from lightning_maml_guard.theory.multiplier import Interval
+from lightning_maml_guard.theory.rates import CriticalRates, critical_rates, worst_of
+from lightning_maml_guard.theory.ritz import rates_from_lanczos, rates_from_top, ritz_values
 
 Estimator = str | Callable[[Matvec, Tensor], Sequence[float]]
 

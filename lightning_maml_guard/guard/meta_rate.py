@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from lightning_maml_guard.curvature.operators import Hessian, Params, scaled, simplified
 from lightning_maml_guard.guard.estimate import Spectrum, top_eigenvalue
 from lightning_maml_guard.guard.governor import scheduled_rate
-from lightning_maml_guard.theory.rates import CriticalRates, Interval
+from lightning_maml_guard.theory.multiplier import Interval
+from lightning_maml_guard.theory.rates import CriticalRates
 from lightning_maml_guard.theory.stability import (
     UnknownOptimizerError,
     decoupled_decay,

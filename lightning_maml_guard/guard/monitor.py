@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,90 +14,28 @@ from lightning_maml_guard._vectorize import TaskMap, as_float32
 from lightning_maml_guard.curvature.backward import double_backward
 from lightning_maml_guard.curvature.lanczos import NonFiniteProductError
 from lightning_maml_guard.curvature.operators import Hessian, Params, scaled, task_hessian
-from lightning_maml_guard.guard.estimate import Estimator, Spectrum, check_estimator, hessian_spectrum, top_eigenvalue
+from lightning_maml_guard.guard.estimate import (
+    Estimator,
+    Spectrum,
+    check_estimator,
+    hessian_spectrum,
+    top_eigenvalue,
+)
 from lightning_maml_guard.guard.governor import scheduled_rate
 from lightning_maml_guard.guard.isolation import preserved_randomness
-from lightning_maml_guard.guard.meta_rate import MetaRateLimit, OuterStep, meta_rate_limit, outer_step
+from lightning_maml_guard.guard.meta_rate import MetaRateLimit, meta_rate_limit, outer_step
+from lightning_maml_guard.guard.report import StabilityReport
 from lightning_maml_guard.maml.problem import MetaProblem
-from lightning_maml_guard.theory.rates import Interval, check_rate
+from lightning_maml_guard.theory.multiplier import check_rate
 from lightning_maml_guard.theory.verdict import Limit, Verdict, check_margin, judge
 
 # The poster's theorem is about simplified MAML; users of the other orders must know what its alarm means for them.
 _ORDER_NOTES = {
-    "exact": "(This is the poster's condition; exact MAML, which this run trains, is a different update and its inner loop "
-    "diverges only beyond twice alpha_c.)",
+    "exact": "(This is the poster's condition; exact MAML, which this run trains, is a different update and its inner "
+    "loop diverges only beyond twice alpha_c.)",
     "first": "(This is the poster's condition; it holds for first-order MAML with one inner step.)",
 }
 _NAN_INTERVAL = (math.nan, math.nan)
-
-
-@dataclass(frozen=True)
-class StabilityReport:
-    """What one measurement found. Floats, strings and tuples of them: picklable.
-
-    Attributes:
-        alpha: Configured inner rate (the largest, if there are several).
-        alpha_c: Its critical value.
-        beta: Configured meta rate (the largest over parameter groups); ``nan`` if none was given.
-        beta_c: Its critical value for the optimizer as it runs; ``nan`` if no statement can be made.
-        sgd_beta_c: The poster's ``beta_c``: for plain SGD, whatever the optimizer.
-        exact_beta_c: The critical meta rate of the update as configured; ``nan`` where it was not measured.
-        lambda_max: Largest eigenvalue of the Hessian.
-        lambda_min: Smallest Ritz value seen.
-        status: ``"safe"``, ``"unsafe"`` or ``"unresolved"``.
-        reasons: Why, and what to do.
-        alpha_status: The status of the inner rate alone.
-        beta_status: The status of the meta rate alone.
-        safe_alpha: Inner rate brought down to ``margin * alpha_c``.
-        safe_beta: Meta rate brought down to ``margin * beta_c`` *at* ``safe_alpha``.
-        safe_beta_c: That ``beta_c``; it equals ``beta_c`` while ``alpha`` is safe.
-        lambda_max_interval: Where ``lambda_max`` lies.
-        alpha_c_interval: Where ``alpha_c`` lies.
-        beta_c_interval: Where ``beta_c`` lies.
-        spectrum: What is known of the Hessian's spectrum.
-        inner_steps: Number of inner steps the poster's ``alpha`` stands for.
-        hvps: Hessian-vector products used.
-        seconds: Wall time.
-        step: Training step, if the caller gave one.
-        alpha_applied: Inner rate applied after this measurement; ``alpha`` unless a guard capped it.
-        beta_applied: Meta rate applied after this measurement.
-    """
-
-    alpha: float
-    alpha_c: float
-    beta: float
-    beta_c: float
-    sgd_beta_c: float
-    exact_beta_c: float
-    lambda_max: float
-    lambda_min: float
-    status: str
-    reasons: tuple[str, ...]
-    alpha_status: str
-    beta_status: str
-    safe_alpha: float
-    safe_beta: float
-    safe_beta_c: float
-    lambda_max_interval: Interval
-    alpha_c_interval: Interval
-    beta_c_interval: Interval
-    spectrum: Spectrum
-    inner_steps: int
-    hvps: int
-    seconds: float
-    step: int | None = None
-    alpha_applied: float = math.nan
-    beta_applied: float = math.nan
-
-    @property
-    def alpha_ratio(self) -> float:
-        """``alpha / alpha_c``: above 1 is unsafe."""
-        return Limit(self.alpha, self.alpha_c, self.alpha_c_interval).ratio
-
-    @property
-    def beta_ratio(self) -> float:
-        """``beta / beta_c``: 1 and above is unsafe; ``nan`` where either is not known."""
-        return Limit(self.beta, self.beta_c, self.beta_c_interval).ratio
 
 
 def measure(
@@ -208,7 +145,7 @@ class _Measurement:
         step: int | None,
     ) -> None:
         self.problem, self.estimator, self.margin, self.step = problem, estimator, margin, step
-        self.effort = {"max_iter": max_iter, "tol": tol}
+        self.max_iter, self.tol = max_iter, tol
         self.alpha = problem.alpha
         # The poster's condition is about one step; K simplified steps act as K*alpha (theory.rates).
         self.inner_steps = problem.inner_steps if problem.order == "simplified" else 1
@@ -218,7 +155,9 @@ class _Measurement:
         self.params: Params = as_float32({name: value.detach() for name, value in problem.params.items()})
         self.like = next(iter(self.params.values())).new_empty(())
         self.blocks = problem.tasks if tasks == "worst" else None
-        self.data = as_float32({"support": (problem.support,), "query": (problem.query,)}.get(data, (problem.support, problem.query)))
+        self.data = as_float32(
+            {"support": (problem.support,), "query": (problem.query,)}.get(data, (problem.support, problem.query))
+        )
         self.task_map = TaskMap(problem.task_chunk_size)
         self.hvps = 0
 
@@ -246,7 +185,8 @@ class _Measurement:
             estimator=self.estimator,
             blocks=self.blocks,
             alpha=self.alpha * self.inner_steps,
-            **self.effort,
+            max_iter=self.max_iter,
+            tol=self.tol,
         )
         self.hvps = spectrum.matvecs
         rates = None if self.problem.uniform else self.problem.rates()
@@ -295,7 +235,7 @@ class _Measurement:
         before = hessian.matvecs
         weights = hessian.layout.flatten(as_float32(rates)).to(self.like) * self.inner_steps
         top, (low, high), _ = top_eigenvalue(
-            scaled(hessian, weights), hessian.layout.size, self.like, self.blocks, **self.effort
+            scaled(hessian, weights), hessian.layout.size, self.like, self.blocks, max_iter=self.max_iter, tol=self.tol
         )
         self.hvps += hessian.matvecs - before
         ends = [self.alpha / end if end > 0 else math.inf for end in (high, top, low)]
@@ -314,7 +254,8 @@ class _Measurement:
             inner_steps=self.inner_steps,
             collapsed=collapsed,
             blocks=self.blocks,
-            **self.effort,
+            max_iter=self.max_iter,
+            tol=self.tol,
         )
         self.hvps += limit.hvps
         return limit
@@ -323,8 +264,8 @@ class _Measurement:
         cost = f"{self.hvps} Hessian-vector products" + ("" if self.step is None else f", step {self.step}")
         if flat:
             reason = (
-                f"The loss has no curvature at these parameters and this batch ({cost}), so no limit follows; that is not "
-                "the same as safe. ReLU networks with dead units and losses that are linear look like this."
+                f"The loss has no curvature at these parameters and this batch ({cost}), so no limit follows; that is "
+                "not the same as safe. ReLU networks with dead units and losses that are linear look like this."
             )
             return Verdict("unresolved", "unresolved", "unresolved", (reason,))
         growth = abs(1 - 2 * self.beta / beta.beta_c) if self.plain_sgd and beta.beta_c > 0 else None

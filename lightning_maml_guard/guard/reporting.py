@@ -8,7 +8,7 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_maml_guard._warnings import GuardWarning
-from lightning_maml_guard.guard.monitor import StabilityReport
+from lightning_maml_guard.guard.report import StabilityReport
 
 _SAFE = {"safe": 1.0, "unsafe": 0.0}
 

@@ -86,7 +86,9 @@ def task_meta_gradient(
             return loss, (loss, auxiliary(adapted, query))
 
         if learn_rates:
-            (gradient, rate_gradient), report = torch.func.grad(objective, argnums=(0, 1), has_aux=True)(params, inner_lr)
+            (gradient, rate_gradient), report = torch.func.grad(objective, argnums=(0, 1), has_aux=True)(
+                params, inner_lr
+            )
             return (gradient, rate_gradient), report
         gradient, report = torch.func.grad(lambda theta: objective(theta, inner_lr), has_aux=True)(params)
         return (gradient, {}), report
@@ -102,11 +104,14 @@ def task_meta_gradient(
         query_gradient, steps = gradient, total
     else:
         steps = torch.func.grad(lambda theta: task_loss(theta, support))(params)
-        moves = {name: inner_steps * (inner_lr[name] if isinstance(inner_lr, dict) else inner_lr) * steps[name] for name in total}
+        moves = {
+            name: inner_steps * (inner_lr[name] if isinstance(inner_lr, dict) else inner_lr) * steps[name]
+            for name in total
+        }
 
         def along_move(theta: Params) -> tuple[Tensor, Params]:
             query_gradient = torch.func.grad(lambda point: task_loss(point, query))(theta)
-            return sum((query_gradient[name] * moves[name]).sum() for name in moves), query_gradient  # type: ignore[return-value]
+            return sum((query_gradient[name] * moves[name]).sum() for name in moves), query_gradient
 
         product, query_gradient = torch.func.grad(along_move, has_aux=True)(params)
         gradient = {name: query_gradient[name] - product[name] for name in params}

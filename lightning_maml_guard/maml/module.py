@@ -17,16 +17,23 @@ from torchmetrics import Metric, MetricCollection
 from lightning_maml_guard._lightning import LightningModule, hyperparameters_given
 from lightning_maml_guard._vectorize import TaskMap
 from lightning_maml_guard.curvature.backward import BatchStatistics
+from lightning_maml_guard.maml.evaluation import EpisodeEvaluation, evaluate_tasks
 from lightning_maml_guard.maml.gradients import AttachGradient, meta_gradient
-from lightning_maml_guard.maml.inner_loop import adapt
-from lightning_maml_guard.maml.metrics import EpisodeMean
 from lightning_maml_guard.maml.patterns import select
 from lightning_maml_guard.maml.problem import MetaProblem
-from lightning_maml_guard.theory.rates import check_order, check_rate
+from lightning_maml_guard.theory.multiplier import check_order, check_rate
 
 Params = dict[str, Tensor]
 
-_PLAIN_ARGUMENTS = ("inner_lr", "inner_steps", "eval_inner_steps", "order", "adapt", "learn_inner_lr", "task_chunk_size")
+_PLAIN_ARGUMENTS = (
+    "inner_lr",
+    "inner_steps",
+    "eval_inner_steps",
+    "order",
+    "adapt",
+    "learn_inner_lr",
+    "task_chunk_size",
+)
 
 
 def default_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -112,7 +119,9 @@ class MetaLearningModule(LightningModule):
         check_rate(inner_lr, "inner_lr")
         check_order(order, inner_steps)
         if eval_inner_steps is not None and (not isinstance(eval_inner_steps, int) or eval_inner_steps < 0):
-            raise ValueError(f"Expected argument `eval_inner_steps` to be None or at least 0 but got {eval_inner_steps!r}.")
+            raise ValueError(
+                f"Expected argument `eval_inner_steps` to be None or at least 0 but got {eval_inner_steps!r}."
+            )
         theta = [name for name, value in network.named_parameters() if value.requires_grad]
         if not theta:
             raise ValueError(
@@ -145,10 +154,8 @@ class MetaLearningModule(LightningModule):
         self._has_buffers = next(network.buffers(), None) is not None
         norms = [part for part in network.modules() if isinstance(part, _BatchNorm)]
         self._has_norms, self._norms_track = bool(norms), any(norm.track_running_stats for norm in norms)
-        collection = _as_collection(metrics)
-        self.train_metrics = collection.clone(prefix="train/") if collection else None
-        self.episode_metrics = collection
-        self.episode_means = nn.ModuleDict()
+        self.episodes = EpisodeEvaluation(metrics)
+        self.train_metrics = self.episodes.metrics and self.episodes.metrics.clone(prefix="train/")
 
     def forward(self, x: Tensor) -> Tensor:
         """Predict without adaptation.
@@ -327,53 +334,11 @@ class MetaLearningModule(LightningModule):
         # the batch, which was made under it.
         with torch.inference_mode(False), torch.no_grad():
             problem = self.meta_problem(tree_map(torch.clone, batch))
-            params = {name: value.detach() for name, value in problem.params.items()}
-            rates = problem.inner_lr
-            if isinstance(rates, dict):
-                rates = {name: value.detach() for name, value in rates.items()}
-
-            def one(support: Any, query: Any) -> dict[str, Tensor]:
-                adapted = adapt(self.task_loss, params, support, rates, self.eval_inner_steps)
-                found = {"loss": self.task_loss(adapted, query), "loss_before": self.task_loss(params, query)}
-                if self.episode_metrics is not None:
-                    found["prediction"] = self.predict(adapted, query[0])
-                    found["prediction_before"] = self.predict(params, query[0])
-                return found
-
-            found = self.task_map(one, problem.support, problem.query, in_dims=(0, 0))
-            self._episode_mean(stage, "loss").update(found["loss"])
-            self._episode_mean(stage, "loss_before").update(found["loss_before"])
-            if self.episode_metrics is not None:
-                for suffix in ("", "_before"):
-                    for prediction, target in zip(found[f"prediction{suffix}"], problem.query[1], strict=True):
-                        for name, value in self.episode_metrics(prediction, target).items():
-                            self._episode_mean(stage, name + suffix).update(value)
-                        self.episode_metrics.reset()
-
-    def _episode_mean(self, stage: str, name: str) -> EpisodeMean:
-        key = f"{stage}/{name}"
-        if key not in self.episode_means:
-            self.episode_means[key] = EpisodeMean().to(self.device)
-        return self.episode_means[key]  # type: ignore[return-value]
+            predict = self.predict if self.episodes.metrics is not None else None
+            found = evaluate_tasks(problem, self.eval_inner_steps, predict, self.task_map)
+            self.episodes.update(stage, found, problem.query)
 
     def _log_episodes(self, stage: str) -> None:
-        for key, metric in self.episode_means.items():
-            if key.startswith(f"{stage}/") and isinstance(metric, EpisodeMean):
-                mean, half_width = metric.compute()
-                self.log(key, mean, prog_bar=key in {f"{stage}/loss"})
-                self.log(f"{key}_ci95", half_width)
-                metric.reset()
-
-
-def _as_collection(metrics: Metric | MetricCollection | None) -> MetricCollection | None:
-    if metrics is None or isinstance(metrics, MetricCollection):
-        return metrics
-    if isinstance(metrics, Metric):
-        name = type(metrics).__name__
-        for prefix in ("Multiclass", "Binary", "Multilabel"):
-            name = name.removeprefix(prefix)
-        return MetricCollection({name.lower(): metrics})
-    raise TypeError(
-        "Expected argument `metrics` to be a torchmetrics Metric or MetricCollection but got "
-        f"{type(metrics).__name__}."
-    )
+        for key, (mean, half_width) in self.episodes.compute(stage).items():
+            self.log(key, mean, prog_bar=key == f"{stage}/loss")
+            self.log(f"{key}_ci95", half_width)

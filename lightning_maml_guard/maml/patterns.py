@@ -25,11 +25,15 @@ def select(names: Iterable[str], patterns: str | Sequence[str] | None) -> list[s
         return names
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
     if not wanted:
-        raise ValueError("Argument `adapt` is empty: the inner loop would move nothing. Name a parameter, or pass None for all.")
+        raise ValueError(
+            "Argument `adapt` is empty: the inner loop would move nothing. Name a parameter, or pass None for all."
+        )
     chosen: set[str] = set()
     for pattern in wanted:
         hits = {name for name in names if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")}
         if not hits:
-            raise ValueError(f"Argument `adapt` holds {pattern!r}, which matches no trainable parameter. There are: {names}.")
+            raise ValueError(
+                f"Argument `adapt` holds {pattern!r}, which matches no trainable parameter. There are: {names}."
+            )
         chosen |= hits
     return [name for name in names if name in chosen]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_maml_guard._vectorize import TaskMap, task_count
-from lightning_maml_guard.theory.rates import check_order, check_rate
+from lightning_maml_guard.theory.multiplier import check_order, check_rate
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ class MetaProblem:
         if isinstance(self.inner_lr, dict):
             unknown = sorted(set(self.inner_lr) - set(self.params))
             if unknown:
-                raise ValueError(f"Argument `inner_lr` names {unknown}, which are not among the parameters {sorted(self.params)}.")
+                raise ValueError(
+                    f"Argument `inner_lr` names {unknown}, which are not among the parameters {sorted(self.params)}."
+                )
         else:
             check_rate(self.inner_lr, "inner_lr")
         TaskMap(self.task_chunk_size)

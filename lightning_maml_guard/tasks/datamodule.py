@@ -86,7 +86,9 @@ class TaskDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         if not isinstance(tasks, TaskFamily):
-            raise TypeError(f"Expected argument `tasks` to be a TaskFamily (such as Sinusoid()) but got {type(tasks).__name__}.")
+            raise TypeError(
+                f"Expected argument `tasks` to be a TaskFamily (such as Sinusoid()) but got {type(tasks).__name__}."
+            )
         for name, number, least in (
             ("meta_batch_size", meta_batch_size, 1),
             ("steps_per_epoch", steps_per_epoch, 1),

@@ -12,7 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_maml_guard.tasks.episodes import SPLITS, EpisodeBatch, TaskFamily, check_episode, sample_n_way_k_shot
+from lightning_maml_guard.tasks.episodes import (
+    SPLITS,
+    EpisodeBatch,
+    TaskFamily,
+    check_episode,
+    sample_n_way_k_shot,
+)
 
 _PARTS = ("images_background", "images_evaluation")
 _DRAWERS = 20
@@ -158,7 +164,9 @@ def _from_npz(path: Path) -> np.ndarray:
         with np.load(path, allow_pickle=False) as archive:
             images = archive["images"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise DatasetError(f"{path} is damaged ({error}). Copy it anew, or remove it to use the image archives.") from error
+        raise DatasetError(
+            f"{path} is damaged ({error}). Copy it anew, or remove it to use the image archives."
+        ) from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[2:] != (28, 28):
         raise DatasetError(
             f"{path} holds images of dtype {images.dtype} and shape {images.shape} where uint8 "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lightning_maml_guard.theory.rates import Interval
+from lightning_maml_guard.theory.multiplier import Interval
 
 SAFE, UNSAFE, UNRESOLVED = "safe", "unsafe", "unresolved"
 
@@ -139,8 +139,9 @@ def _unsafe(name: str, limit: Limit, margin: float, growth: float | None, cost: 
     below = f"below {margin * limit.critical:.3g}"
     if name == "alpha":
         return head + (
-            "simplified MAML's objective, lambda - alpha*lambda^2, curves downwards along the sharpest direction, so no "
-            f"meta rate brings it to a minimum. {note}Lower the inner rate (inner_lr) {below}, or use action='rescale'."
+            "simplified MAML's objective, lambda - alpha*lambda^2, curves downwards along the sharpest direction, so "
+            f"no meta rate brings it to a minimum. {note}Lower the inner rate (inner_lr) {below}, "
+            "or use action='rescale'."
         )
     if limit.critical == 0:
         return head + (

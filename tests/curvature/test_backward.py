@@ -38,7 +38,9 @@ def meta_like(norm, x):
 
     def task(params):
         inputs = params["x"]
-        return (functional_call(norm, {n: params[n] for n in names}, (inputs,)) - target).pow(2).mean() + (inputs**3).mean()
+        return (functional_call(norm, {n: params[n] for n in names}, (inputs,)) - target).pow(2).mean() + (
+            inputs**3
+        ).mean()
 
     def meta(params):
         gradients = torch.autograd.grad(task(params), list(params.values()), create_graph=True)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_maml_guard.curvature.lanczos import NonFiniteProductError, lanczos, start_vector
-from lightning_maml_guard.theory.rates import ritz_values
+from lightning_maml_guard.theory.ritz import ritz_values
 
 
 def matrix_of(eigenvalues, seed=0):
@@ -84,7 +84,12 @@ def test_a_batch_equals_its_matrices_one_by_one():
 
 def test_stop_is_asked_every_few_steps_only():
     asked = []
-    result = run(matrix_of(np.linspace(0, 1, 50)), 20, stop=lambda runs: asked.append(len(runs[0].diagonal)) or len(asked) == 3, sync_every=3)
+    result = run(
+        matrix_of(np.linspace(0, 1, 50)),
+        20,
+        stop=lambda runs: asked.append(len(runs[0].diagonal)) or len(asked) == 3,
+        sync_every=3,
+    )
     assert asked == [3, 6, 9]
     assert result.matvecs == 9 and result.converged
 
@@ -92,7 +97,11 @@ def test_stop_is_asked_every_few_steps_only():
 def test_a_product_that_is_not_finite_is_named():
     with pytest.raises(NonFiniteProductError, match="product 3 is not finite"):
         count = iter(range(100))
-        lanczos(lambda v: v * (float("nan") if next(count) == 2 else torch.arange(10.0)), torch.ones(10), max_iter=8)
+        lanczos(
+            lambda v: v * (float("nan") if next(count) == 2 else torch.arange(10.0)),
+            torch.ones(10),
+            max_iter=8,
+        )
 
 
 @pytest.mark.parametrize(("n", "max_iter", "sync"), [(0, 3, 1), (3, 0, 1), (3, 3, 0)])

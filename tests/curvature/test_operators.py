@@ -27,7 +27,9 @@ NETWORKS = {
     "tanh": lambda: nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1)),
     "relu": lambda: nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 1)),
     "layer norm": lambda: nn.Sequential(nn.Linear(2, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 1)),
-    "batch norm": lambda: nn.Sequential(nn.Linear(2, 5), nn.BatchNorm1d(5, track_running_stats=False), nn.Tanh(), nn.Linear(5, 1)),
+    "batch norm": lambda: nn.Sequential(
+        nn.Linear(2, 5), nn.BatchNorm1d(5, track_running_stats=False), nn.Tanh(), nn.Linear(5, 1)
+    ),
     "running statistics": lambda: nn.Sequential(nn.Linear(2, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 1)),
     "linear": lambda: nn.Linear(2, 1),
 }
@@ -71,7 +73,9 @@ def test_lambda_max_of_a_conv_net_is_eigshs():
     with double_backward():
         operator = Hessian(lambda p: F.cross_entropy(functional_call(network, p, (images,)), labels), params)
         n = operator.layout.size
-        linear = scipy.sparse.linalg.LinearOperator((n, n), matvec=lambda v: operator(torch.from_numpy(v.ravel())).numpy(), dtype=float)
+        linear = scipy.sparse.linalg.LinearOperator(
+            (n, n), matvec=lambda v: operator(torch.from_numpy(v.ravel())).numpy(), dtype=float
+        )
         reference = scipy.sparse.linalg.eigsh(linear, k=1, which="LA", return_eigenvectors=False)[0]
         value, (low, high), _ = top_eigenvalue(operator, n, params["head.bias"], None, max_iter=20, tol=1e-2)
     assert value == pytest.approx(reference, rel=1e-2)

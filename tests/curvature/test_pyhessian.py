@@ -8,7 +8,10 @@ from tests.curvature.test_lanczos import matrix_of
 
 def quadratic(values, dtype=torch.float64):
     matrix = matrix_of(np.array(values)).to(dtype)
-    return (lambda p: 0.5 * p["w"] @ matrix @ p["w"] + p["w"].sum()), {"w": torch.ones(len(values), dtype=dtype), "unused": torch.ones(2, dtype=dtype)}
+    return (lambda p: 0.5 * p["w"] @ matrix @ p["w"] + p["w"].sum()), {
+        "w": torch.ones(len(values), dtype=dtype),
+        "unused": torch.ones(2, dtype=dtype),
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -32,4 +35,6 @@ def test_the_params_are_left_alone_and_products_are_counted():
     before = {name: value.clone() for name, value in params.items()}
     found = largest_eigenvalue(loss, params, max_iter=3, tol=1e-12)
     assert found.matvecs == 3 + 1
-    assert all(torch.equal(params[n], before[n]) and params[n].grad is None and not params[n].requires_grad for n in params)
+    assert all(
+        torch.equal(params[n], before[n]) and params[n].grad is None and not params[n].requires_grad for n in params
+    )

@@ -9,8 +9,19 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader
 
-from lightning_maml_guard import ConvergenceGuard, GuardWarning, MetaLearningModule, MetaProblem, TaskDataModule
-from lightning_maml_guard._lightning import LightningModule, MisconfigurationException, Trainer, seed_everything
+from lightning_maml_guard import (
+    ConvergenceGuard,
+    GuardWarning,
+    MetaLearningModule,
+    MetaProblem,
+    TaskDataModule,
+)
+from lightning_maml_guard._lightning import (
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    seed_everything,
+)
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.regression import Sinusoid
 from tests.helpers import fit, linear_module, quadratic_batch
@@ -110,7 +121,12 @@ def test_rescale_lets_go_when_the_rates_are_safe_again():
         def on_train_batch_start(self, batch, batch_idx):
             self.optimizers().param_groups[0]["lr"] = 1.5 if batch_idx < 4 else 0.2
 
-    module = Dropping(nn.Linear(4, 1, bias=False).double(), inner_lr=0.05, order="simplified", optimizer=lambda p: SGD(p, lr=1.5))
+    module = Dropping(
+        nn.Linear(4, 1, bias=False).double(),
+        inner_lr=0.05,
+        order="simplified",
+        optimizer=lambda p: SGD(p, lr=1.5),
+    )
     guard = ConvergenceGuard(every_n_steps=2, action="rescale")
     with pytest.warns(GuardWarning):
         fit(module, BATCH, 10, [guard])
@@ -136,7 +152,11 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("extra", [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 3}], ids=["fp32", "bf16", "accumulate"])
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 3}],
+    ids=["fp32", "bf16", "accumulate"],
+)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_log_leaves_weights_optimizer_randomness_and_csv_bitwise_alone(name, extra, tmp_path):
     from pytorch_lightning.loggers import CSVLogger
@@ -162,7 +182,9 @@ def test_log_leaves_weights_optimizer_randomness_and_csv_bitwise_alone(name, ext
     states = [t.optimizers[0].state_dict()["state"] for t in (trainer, plain_trainer)]
     assert all(torch.equal(states[0][k][n], states[1][k][n]) for k in states[0] for n in states[0][k])
     assert torch.equal(rng, plain_rng)
-    own = frame[[c for c in frame.columns if not c.startswith("guard/")]].dropna(subset=["epoch"]).reset_index(drop=True)
+    own = (
+        frame[[c for c in frame.columns if not c.startswith("guard/")]].dropna(subset=["epoch"]).reset_index(drop=True)
+    )
     pd.testing.assert_frame_equal(own[plain_frame.columns], plain_frame, check_dtype=False, check_exact=True)
 
 
@@ -185,7 +207,16 @@ def test_the_numbers_are_logged_at_the_step_they_were_measured(tmp_path):
 
 def test_under_accumulation_a_step_is_checked_once():
     guard = ConvergenceGuard(every_n_steps=1, action="log")
-    trainer = fit(module_at(), BATCH, 4, [guard], accumulate_grad_batches=3, max_steps=-1, max_epochs=1, limit_train_batches=4)
+    trainer = fit(
+        module_at(),
+        BATCH,
+        4,
+        [guard],
+        accumulate_grad_batches=3,
+        max_steps=-1,
+        max_epochs=1,
+        limit_train_batches=4,
+    )
     assert trainer.global_step == 2
     assert [report.step for report in guard.history] == [0, 1]
 
@@ -232,7 +263,9 @@ def test_a_failure_inside_a_check_costs_one_warning_and_nothing_else():
     module.load_state_dict(reference.state_dict())
     fit(reference, BATCH, 6)
     guard = ConvergenceGuard(every_n_steps=1, problem=foreign_problem)
-    with pytest.warns(GuardWarning, match="could not measure at step 0; training goes on.*RuntimeError: no such tensor") as caught:
+    with pytest.warns(
+        GuardWarning, match="could not measure at step 0; training goes on.*RuntimeError: no such tensor"
+    ) as caught:
         fit(module, BATCH, 6, [guard])
     assert len([w for w in caught if w.category is GuardWarning]) == 1
     assert torch.equal(module.net.weight, reference.net.weight) and guard.history == []
@@ -245,7 +278,9 @@ def test_a_keyboard_interrupt_passes_through():
 
 
 def test_a_module_that_states_no_problem_is_refused_before_training():
-    with pytest.raises(MisconfigurationException, match="does not know what Foreign optimises.*MetaLearningModule.*problem="):
+    with pytest.raises(
+        MisconfigurationException, match="does not know what Foreign optimises.*MetaLearningModule.*problem="
+    ):
         fit(Foreign(), BATCH, 1, [ConvergenceGuard()])
 
 
@@ -253,10 +288,19 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path):
     from pytorch_lightning.callbacks import ModelCheckpoint
 
     batches = DataLoader([BATCH] * 40, batch_size=None)
-    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path}
+    quiet = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": tmp_path,
+    }
 
     def guarded(**arguments):
-        guard, module = ConvergenceGuard(every_n_steps=7, action="rescale", margin=0.9), module_at(alpha=0.4, beta=20.0)
+        guard, module = (
+            ConvergenceGuard(every_n_steps=7, action="rescale", margin=0.9),
+            module_at(alpha=0.4, beta=20.0),
+        )
         keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=9, save_top_k=-1)
         Trainer(max_epochs=1, callbacks=[guard, keep], **quiet).fit(module, batches, **arguments)
         return guard, module
@@ -281,7 +325,10 @@ def test_state_of_an_older_guard_loads():
 
 
 def test_two_guards_side_by_side():
-    guards = [ConvergenceGuard(every_n_steps=2, action="log"), ConvergenceGuard(every_n_steps=3, action="log")]
+    guards = [
+        ConvergenceGuard(every_n_steps=2, action="log"),
+        ConvergenceGuard(every_n_steps=3, action="log"),
+    ]
     trainer = fit(module_at(), BATCH, 7, guards)
     assert [len(guard.history) for guard in guards] == [4, 3]
     assert guards[0].state_key != guards[1].state_key
@@ -299,7 +346,9 @@ def test_fast_dev_run_measures_once_and_never_acts():
 def test_barebones_makes_it_inert():
     guard = ConvergenceGuard()
     with pytest.warns(GuardWarning, match="does nothing in this run"):
-        Trainer(barebones=True, max_steps=2, accelerator="cpu", callbacks=[guard]).fit(module_at(), DataLoader([BATCH] * 2, batch_size=None))
+        Trainer(barebones=True, max_steps=2, accelerator="cpu", callbacks=[guard]).fit(
+            module_at(), DataLoader([BATCH] * 2, batch_size=None)
+        )
     assert guard.history == []
 
 
@@ -321,7 +370,16 @@ def test_pyhessian_runs_inside_a_trainer():
 
 
 def test_arguments_keep_their_names_and_the_guard_pickles():
-    guard = ConvergenceGuard(every_n_steps=5, action="stop", margin=0.9, patience=2, max_iter=7, tol=0.1, tasks="worst", data="both")
+    guard = ConvergenceGuard(
+        every_n_steps=5,
+        action="stop",
+        margin=0.9,
+        patience=2,
+        max_iter=7,
+        tol=0.1,
+        tasks="worst",
+        data="both",
+    )
     again = pickle.loads(pickle.dumps(guard))
     for name in ("every_n_steps", "action", "margin", "patience", "max_iter", "tol", "tasks", "data"):
         assert getattr(again, name) == getattr(guard, name)

@@ -57,7 +57,9 @@ def test_the_loss_that_is_measured_can_be_chosen(data):
     module, batch, problem = sinusoid_problem()
     pair = {"support": [batch.support], "query": [batch.query], "both": [batch.support, batch.query]}[data]
     dense = sum(dense_hessian(support_loss(module, EpisodeBatch(p, p)), module.theta()) for p in pair) / len(pair)
-    assert measure(problem, data=data, tol=1e-6, max_iter=37).lambda_max == pytest.approx(np.linalg.eigvalsh(dense)[-1], rel=1e-6)
+    assert measure(problem, data=data, tol=1e-6, max_iter=37).lambda_max == pytest.approx(
+        np.linalg.eigvalsh(dense)[-1], rel=1e-6
+    )
 
 
 def test_the_worst_task_decides():
@@ -95,7 +97,16 @@ def test_a_callable_estimates():
     assert report.hvps == len(true)
 
 
-@pytest.mark.parametrize("make", [Adam, AdamW, Adagrad, lambda p, lr: Adam(p, lr=lr, weight_decay=0.3), lambda p, lr: SGD(p, lr=lr, momentum=0.9, weight_decay=0.5)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        Adam,
+        AdamW,
+        Adagrad,
+        lambda p, lr: Adam(p, lr=lr, weight_decay=0.3),
+        lambda p, lr: SGD(p, lr=lr, momentum=0.9, weight_decay=0.5),
+    ],
+)
 def test_beta_c_of_the_live_optimizer_is_that_of_the_dense_scaled_operator(make):
     module, batch, _ = sinusoid_problem(inner_lr=0.02)
     optimizer = make(list(module.network.parameters()), lr=1e-2)
@@ -116,7 +127,11 @@ def test_beta_c_of_the_live_optimizer_is_that_of_the_dense_scaled_operator(make)
         d = 1 / ((torch.cat([s["exp_avg_sq"].flatten() for s in state]) / (1 - 0.999**4)).sqrt().numpy() + 1e-8)
         decoupled = isinstance(optimizer, AdamW)
         shift = 0.0 if decoupled else decay
-        top, c, w = np.linalg.eigvals(d[:, None] * (h + shift * np.eye(len(h)))).real.max(), 38.0, decay if decoupled else 0.0
+        top, c, w = (
+            np.linalg.eigvals(d[:, None] * (h + shift * np.eye(len(h)))).real.max(),
+            38.0,
+            decay if decoupled else 0.0,
+        )
     expected = 2 / (w + 2 * top / c)
     report = measure(module.meta_problem(batch), optimizer=optimizer, tol=1e-5, max_iter=37)
     assert report.beta_c == pytest.approx(expected, rel=1e-5)
@@ -212,7 +227,9 @@ def test_only_negative_curvature_has_no_finite_limit():
 
 def test_half_precision_parameters_are_measured_in_float32():
     data = (torch.ones(2, 3, dtype=torch.bfloat16),)
-    problem = MetaProblem({"w": torch.ones(3, dtype=torch.bfloat16)}, lambda p, d: (p["w"] * d[0]).pow(2).sum(), data, data)
+    problem = MetaProblem(
+        {"w": torch.ones(3, dtype=torch.bfloat16)}, lambda p, d: (p["w"] * d[0]).pow(2).sum(), data, data
+    )
     assert measure(problem).lambda_max == pytest.approx(2.0, rel=1e-6)
 
 
@@ -223,7 +240,9 @@ def test_batch_norm_is_measured_in_the_mode_that_trains():
     stateless = nn.Sequential(network[0], nn.BatchNorm1d(6, track_running_stats=False).double(), *network[2:])
     reference = MetaLearningModule(stateless)
     true = dense_hessian(support_loss(reference, batch), reference.theta())
-    assert measure(module.meta_problem(batch), tol=1e-6, max_iter=37).lambda_max == pytest.approx(np.linalg.eigvalsh(true)[-1], rel=1e-6)
+    assert measure(module.meta_problem(batch), tol=1e-6, max_iter=37).lambda_max == pytest.approx(
+        np.linalg.eigvalsh(true)[-1], rel=1e-6
+    )
 
 
 def test_random_states_parameters_and_gradients_are_left_alone():

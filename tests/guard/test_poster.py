@@ -11,7 +11,9 @@ STEPS = 500
 
 
 def linear_task():
-    batch = LinearRegression(features=4, shots=20, noise=0.1, same_query=True, dtype="float64").sample(1, torch.Generator().manual_seed(0))
+    batch = LinearRegression(features=4, shots=20, noise=0.1, same_query=True, dtype="float64").sample(
+        1, torch.Generator().manual_seed(0)
+    )
     return EpisodeBatch(batch.support, batch.query)
 
 
@@ -49,6 +51,11 @@ def test_the_largest_convergent_alpha_is_the_guards_alpha_c():
     batch = linear_task()
     report = guards_view(batch, 0.01)
     beta = 0.9 * guards_view(batch, report.alpha_c * 0.999).beta_c
-    found = bisect(lambda alpha: converges(batch, alpha, beta), report.alpha_c * 0.97, report.alpha_c * 1.03, relative=2e-4)
+    found = bisect(
+        lambda alpha: converges(batch, alpha, beta),
+        report.alpha_c * 0.97,
+        report.alpha_c * 1.03,
+        relative=2e-4,
+    )
     print(f"trained {found:.6g}, guard {report.alpha_c:.6g}, ratio {found / report.alpha_c:.5f}")
     assert found == pytest.approx(report.alpha_c, rel=1e-3)

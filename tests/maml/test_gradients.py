@@ -28,9 +28,15 @@ def image_batch(tasks=2):
 
 CASES = {
     "mlp": (lambda: mlp(2, (8,), 1, activation="tanh"), regression_batch),
-    "layer norm": (lambda: nn.Sequential(nn.Linear(2, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 1)), regression_batch),
+    "layer norm": (
+        lambda: nn.Sequential(nn.Linear(2, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 1)),
+        regression_batch,
+    ),
     "conv4 batch norm": (lambda: conv4(filters=4, image_size=16), image_batch),
-    "running statistics": (lambda: nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)), regression_batch),
+    "running statistics": (
+        lambda: nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)),
+        regression_batch,
+    ),
 }
 
 
@@ -53,11 +59,15 @@ def plain_loop(module, batch, order, steps):
         else:
             fast = dict(theta)
             for _ in range(steps):
-                inner = torch.autograd.grad(loss_of(module, fast, xs, ys), list(fast.values()), create_graph=order == "exact")
+                inner = torch.autograd.grad(
+                    loss_of(module, fast, xs, ys), list(fast.values()), create_graph=order == "exact"
+                )
                 fast = {n: p - ALPHA * g for (n, p), g in zip(fast.items(), inner, strict=True)}
             if order == "first":
                 fast = {n: p.detach().requires_grad_() for n, p in fast.items()}
-            gradient = torch.autograd.grad(loss_of(module, fast, xq, yq), list((theta if order == "exact" else fast).values()))
+            gradient = torch.autograd.grad(
+                loss_of(module, fast, xq, yq), list((theta if order == "exact" else fast).values())
+            )
         total = gradient if total is None else [a + b for a, b in zip(total, gradient, strict=True)]
     return torch.cat([g.flatten() / len(batch.support[0]) for g in total])
 
@@ -76,7 +86,10 @@ def relative(found, reference):
 @pytest.mark.parametrize("name", CASES)
 def test_meta_gradients_are_those_of_a_plain_loop(name, order, steps, looped):
     make, draw = CASES[name]
-    module, batch = MetaLearningModule(make().double(), inner_lr=ALPHA, inner_steps=steps, order=order), draw()
+    module, batch = (
+        MetaLearningModule(make().double(), inner_lr=ALPHA, inner_steps=steps, order=order),
+        draw(),
+    )
     module.task_map.looped = looped
     found = meta_gradient(module.meta_problem(batch), tasks=module.task_map)
     assert relative(flat(found.gradients), plain_loop(module, batch, order, steps)) < 1e-9
@@ -121,7 +134,9 @@ def test_simplified_is_the_posters_g_minus_alpha_h_g_when_support_is_query():
 @pytest.mark.parametrize("order", ["exact", "first", "simplified"])
 def test_learned_rates_get_their_gradient(order):
     """Exact: finite differences of the meta loss. First-order: -sum of inner gradients times G."""
-    module = MetaLearningModule(mlp(2, (6,), 1, activation="tanh").double(), inner_lr=ALPHA, learn_inner_lr=True, order=order)
+    module = MetaLearningModule(
+        mlp(2, (6,), 1, activation="tanh").double(), inner_lr=ALPHA, learn_inner_lr=True, order=order
+    )
     batch = regression_batch(1)
     found = meta_gradient(module.meta_problem(batch), learn_rates=True)
     if order == "exact":

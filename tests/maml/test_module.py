@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_maml_guard import EpisodeBatch, GuardWarning, MetaLearningModule, TaskDataModule
 from lightning_maml_guard._lightning import Trainer, seed_everything
-from lightning_maml_guard.maml.metrics import EpisodeMean
+from lightning_maml_guard.maml.evaluation import EpisodeMean
 from lightning_maml_guard.maml.patterns import select
 from lightning_maml_guard.networks import conv4, mlp
 from lightning_maml_guard.tasks.regression import Sinusoid
@@ -21,7 +21,10 @@ QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": 
 
 
 def sinusoids(**arguments):
-    return TaskDataModule(Sinusoid(), **{"meta_batch_size": 8, "steps_per_epoch": 20, "val_episodes": 10, "test_episodes": 12, **arguments})
+    return TaskDataModule(
+        Sinusoid(),
+        **{"meta_batch_size": 8, "steps_per_epoch": 20, "val_episodes": 10, "test_episodes": 12, **arguments},
+    )
 
 
 def plain_training(steps, order):
@@ -38,7 +41,9 @@ def plain_training(steps, order):
             inner = nn.functional.mse_loss(torch.func.functional_call(network, params, (xs[task],)), ys[task])
             gradients = torch.autograd.grad(inner, list(params.values()), create_graph=order == "exact")
             adapted = {n: p - 0.01 * g for (n, p), g in zip(params.items(), gradients, strict=True)}
-            loss = loss + nn.functional.mse_loss(torch.func.functional_call(network, adapted, (xq[task],)), yq[task]) / 8
+            loss = (
+                loss + nn.functional.mse_loss(torch.func.functional_call(network, adapted, (xq[task],)), yq[task]) / 8
+            )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -62,19 +67,31 @@ def test_validation_test_and_loading_work(tmp_path):
     trainer.fit(module, data)
     validated = trainer.validate(module, data, verbose=False)[0]
     tested = trainer.test(module, data, verbose=False)[0]
-    assert set(tested) == {f"test/{n}{s}" for n in ("loss", "loss_before", "meansquarederror", "meansquarederror_before") for s in ("", "_ci95")}
+    assert set(tested) == {
+        f"test/{n}{s}"
+        for n in ("loss", "loss_before", "meansquarederror", "meansquarederror_before")
+        for s in ("", "_ci95")
+    }
     assert tested["test/loss"] == pytest.approx(tested["test/meansquarederror"], rel=1e-4)
     assert tested["test/loss"] != tested["test/loss_before"]
-    loaded = MetaLearningModule.load_from_checkpoint(trainer.checkpoint_callback.best_model_path, network=mlp(), metrics=MeanSquaredError())
+    loaded = MetaLearningModule.load_from_checkpoint(
+        trainer.checkpoint_callback.best_model_path, network=mlp(), metrics=MeanSquaredError()
+    )
     assert (loaded.inner_lr, loaded.eval_inner_steps) == (0.02, 3)
     again = Trainer(**QUIET).validate(loaded, data, verbose=False)[0]
     assert again == validated
 
 
 def test_the_interval_is_over_episodes_and_the_metric_is_per_episode():
-    module = MetaLearningModule(conv4(filters=4, image_size=16), inner_lr=0.1, metrics=MulticlassAccuracy(num_classes=5, average="micro"))
+    module = MetaLearningModule(
+        conv4(filters=4, image_size=16),
+        inner_lr=0.1,
+        metrics=MulticlassAccuracy(num_classes=5, average="micro"),
+    )
     episodes = [
-        EpisodeBatch(*[(torch.randn(3, 5 * n, 1, 16, 16), torch.arange(5).repeat_interleave(n).expand(3, -1)) for n in (1, 4)])
+        EpisodeBatch(
+            *[(torch.randn(3, 5 * n, 1, 16, 16), torch.arange(5).repeat_interleave(n).expand(3, -1)) for n in (1, 4)]
+        )
         for _ in range(2)
     ]
     found = Trainer(**QUIET).test(module, DataLoader(episodes, batch_size=None), verbose=False)[0]
@@ -82,7 +99,10 @@ def test_the_interval_is_over_episodes_and_the_metric_is_per_episode():
     for (xs, ys), (xq, yq) in episodes:
         for task in range(3):
             params = {n: p.detach().requires_grad_() for n, p in module.network.named_parameters()}
-            g = torch.autograd.grad(nn.functional.cross_entropy(torch.func.functional_call(module.network, params, (xs[task],)), ys[task]), list(params.values()))
+            g = torch.autograd.grad(
+                nn.functional.cross_entropy(torch.func.functional_call(module.network, params, (xs[task],)), ys[task]),
+                list(params.values()),
+            )
             adapted = {n: p - 0.1 * d for (n, p), d in zip(params.items(), g, strict=True)}
             logits = torch.func.functional_call(module.network, adapted, (xq[task],))
             values.append(float((logits.argmax(-1) == yq[task]).float().mean()))
@@ -95,7 +115,9 @@ def test_metrics_are_logged_in_training(tmp_path):
     module = MetaLearningModule(mlp(), metrics=MetricCollection({"mse": MeanSquaredError()}))
     trainer = Trainer(max_steps=3, log_every_n_steps=1, default_root_dir=tmp_path, enable_checkpointing=False, **QUIET)
     trainer.fit(module, sinusoids())
-    assert float(trainer.callback_metrics["train/mse"]) == pytest.approx(float(trainer.callback_metrics["train/loss"]), rel=1e-4)
+    assert float(trainer.callback_metrics["train/mse"]) == pytest.approx(
+        float(trainer.callback_metrics["train/loss"]), rel=1e-4
+    )
 
 
 def test_batch_norm_layers_with_running_statistics_keep_them_untouched():
@@ -163,7 +185,9 @@ def test_a_network_that_cannot_be_vmapped_trains_in_a_loop():
 
 
 def test_the_users_optimizer_and_scheduler_are_used():
-    module = MetaLearningModule(mlp(), optimizer=lambda p: SGD(p, lr=0.05), lr_scheduler=lambda o: ExponentialLR(o, 0.5))
+    module = MetaLearningModule(
+        mlp(), optimizer=lambda p: SGD(p, lr=0.05), lr_scheduler=lambda o: ExponentialLR(o, 0.5)
+    )
     configured = module.configure_optimizers()
     assert isinstance(configured["optimizer"], SGD) and isinstance(configured["lr_scheduler"], ExponentialLR)
     default = MetaLearningModule(mlp()).configure_optimizers()
@@ -171,7 +195,11 @@ def test_the_users_optimizer_and_scheduler_are_used():
 
 
 def test_mixed_precision_and_accumulation_work():
-    for arguments in ({"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}):
+    for arguments in (
+        {"precision": "bf16-mixed"},
+        {"accumulate_grad_batches": 2},
+        {"gradient_clip_val": 0.1},
+    ):
         module = MetaLearningModule(mlp())
         fit(module, Sinusoid().sample(3, torch.Generator()), 4, **arguments)
         assert all(torch.isfinite(p).all() for p in module.parameters())
@@ -204,7 +232,11 @@ def test_forward_predicts_without_adaptation():
         ({"adapt": "nothing"}, ValueError, "matches no trainable parameter. There are: "),
         ({"adapt": []}, ValueError, "`adapt` is empty"),
         ({"task_chunk_size": 0}, ValueError, "`task_chunk_size` to be None or at least 1 but got 0"),
-        ({"metrics": "accuracy"}, TypeError, "`metrics` to be a torchmetrics Metric or MetricCollection but got str"),
+        (
+            {"metrics": "accuracy"},
+            TypeError,
+            "`metrics` to be a torchmetrics Metric or MetricCollection but got str",
+        ),
     ],
 )
 def test_bad_arguments_are_named(arguments, error, message):
@@ -216,10 +248,26 @@ def test_bad_arguments_are_named(arguments, error, message):
     ("batch", "error", "message"),
     [
         (torch.zeros(3), ValueError, "Expected a batch to be an EpisodeBatch"),
-        (((torch.zeros(3, 2, 1),), (torch.zeros(2, 2, 1),)), ValueError, "3 tasks in `support` and 2 in `query`"),
-        (((torch.zeros(0, 2, 1),), (torch.zeros(0, 2, 1),)), ValueError, "leading task dimension of at least 1"),
-        (((torch.zeros(3, 2, 1), torch.zeros(2, 2)), (torch.zeros(3, 2, 1),)), ValueError, r"got shapes \[\(3, 2, 1\), \(2, 2\)\]"),
-        ((([1.0],), (torch.zeros(3, 2, 1),)), TypeError, "hold tensors with a leading task dimension but found float"),
+        (
+            ((torch.zeros(3, 2, 1),), (torch.zeros(2, 2, 1),)),
+            ValueError,
+            "3 tasks in `support` and 2 in `query`",
+        ),
+        (
+            ((torch.zeros(0, 2, 1),), (torch.zeros(0, 2, 1),)),
+            ValueError,
+            "leading task dimension of at least 1",
+        ),
+        (
+            ((torch.zeros(3, 2, 1), torch.zeros(2, 2)), (torch.zeros(3, 2, 1),)),
+            ValueError,
+            r"got shapes \[\(3, 2, 1\), \(2, 2\)\]",
+        ),
+        (
+            (([1.0],), (torch.zeros(3, 2, 1),)),
+            TypeError,
+            "hold tensors with a leading task dimension but found float",
+        ),
     ],
 )
 def test_bad_batches_are_named(batch, error, message):

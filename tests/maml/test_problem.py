@@ -20,7 +20,11 @@ GOOD = {
         ({"params": {}}, ValueError, "`params` to hold at least one parameter"),
         ({"task_loss": 3}, TypeError, "`task_loss` to be callable but got int"),
         ({"inner_lr": -1.0}, ValueError, "`inner_lr` to be a finite number of at least 0"),
-        ({"inner_lr": {"v": torch.ones(1)}}, ValueError, r"names \['v'\], which are not among the parameters"),
+        (
+            {"inner_lr": {"v": torch.ones(1)}},
+            ValueError,
+            r"names \['v'\], which are not among the parameters",
+        ),
         ({"order": "zeroth"}, ValueError, "`order` to be one of"),
         ({"inner_steps": 0}, ValueError, "`inner_steps`"),
         ({"query": (torch.ones(3, 1),)}, ValueError, "4 tasks in `support` and 3 in `query`"),

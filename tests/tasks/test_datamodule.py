@@ -46,7 +46,14 @@ def test_lightning_tells_the_sampler_its_epoch():
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    trainer = Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     trainer.fit(Watcher(), TaskDataModule(Sinusoid(), steps_per_epoch=2, val_episodes=0))
     assert len({tuple(x.flatten().tolist()) for x in seen}) == 4
 
@@ -68,7 +75,11 @@ def test_the_number_of_evaluation_episodes_is_kept():
     [
         ({"tasks": "sinusoid"}, TypeError, "`tasks` to be a TaskFamily .* but got str"),
         ({"meta_batch_size": 0}, ValueError, "`meta_batch_size` to be an integer of at least 1 but got 0"),
-        ({"steps_per_epoch": 1.5}, ValueError, "`steps_per_epoch` to be an integer of at least 1 but got 1.5"),
+        (
+            {"steps_per_epoch": 1.5},
+            ValueError,
+            "`steps_per_epoch` to be an integer of at least 1 but got 1.5",
+        ),
         ({"val_episodes": -1}, ValueError, "`val_episodes` to be an integer of at least 0 but got -1"),
         ({"test_episodes": 0}, ValueError, "`test_episodes` to be an integer of at least 1 but got 0"),
         ({"num_workers": -1}, ValueError, "`num_workers` to be an integer of at least 0 but got -1"),

@@ -7,12 +7,18 @@ from lightning_maml_guard.tasks.regression import LinearRegression, Sinusoid
 
 def marked_images(classes=6, each=8):
     """Every image holds its own number, so that an episode tells which images it took."""
-    return (torch.arange(classes * each).float().reshape(classes, each, 1, 1, 1) / 1000).expand(-1, -1, 1, 4, 4).contiguous()
+    return (
+        (torch.arange(classes * each).float().reshape(classes, each, 1, 1, 1) / 1000)
+        .expand(-1, -1, 1, 4, 4)
+        .contiguous()
+    )
 
 
 def test_episodes_hold_n_classes_k_shots_and_no_image_twice():
     images = marked_images()
-    support, query = sample_n_way_k_shot(images, torch.arange(6), 50, torch.Generator().manual_seed(0), n_way=3, k_shot=2, queries=4)
+    support, query = sample_n_way_k_shot(
+        images, torch.arange(6), 50, torch.Generator().manual_seed(0), n_way=3, k_shot=2, queries=4
+    )
     assert support[0].shape == (50, 6, 1, 4, 4) and query[0].shape == (50, 12, 1, 4, 4)
     assert support[1][0].tolist() == [0, 0, 1, 1, 2, 2] and query[1][7].tolist() == [0] * 4 + [1] * 4 + [2] * 4
     for task in range(50):
@@ -25,7 +31,9 @@ def test_episodes_hold_n_classes_k_shots_and_no_image_twice():
 
 def test_only_the_given_classes_are_drawn_and_all_of_them():
     images = marked_images()
-    support, _ = sample_n_way_k_shot(images, torch.tensor([1, 4, 5]), 100, torch.Generator().manual_seed(0), n_way=2, k_shot=1, queries=1)
+    support, _ = sample_n_way_k_shot(
+        images, torch.tensor([1, 4, 5]), 100, torch.Generator().manual_seed(0), n_way=2, k_shot=1, queries=1
+    )
     drawn = set(((support[0][..., 0, 0, 0] * 1000).round().long() // 8).flatten().tolist())
     assert drawn == {1, 4, 5}
 
@@ -33,7 +41,16 @@ def test_only_the_given_classes_are_drawn_and_all_of_them():
 def test_rotations_are_classes_of_their_own():
     image = torch.zeros(1, 4, 1, 3, 3, dtype=torch.uint8)
     image[..., 0, 0] = 255  # one corner tells the turn
-    (x, _), (q, _) = sample_n_way_k_shot(image, torch.tensor([0]), 20, torch.Generator().manual_seed(0), n_way=4, k_shot=1, queries=2, rotations=True)
+    (x, _), (q, _) = sample_n_way_k_shot(
+        image,
+        torch.tensor([0]),
+        20,
+        torch.Generator().manual_seed(0),
+        n_way=4,
+        k_shot=1,
+        queries=2,
+        rotations=True,
+    )
     corners = torch.stack([x[..., 0, 0, 0], x[..., 0, 0, 2], x[..., 0, 2, 0], x[..., 0, 2, 2]], -1)
     assert x.max() == 1.0 and torch.equal(corners.sum(-1), torch.ones(20, 4))
     assert all(len(set(task.argmax(-1).tolist())) == 4 for task in corners)
@@ -54,15 +71,23 @@ def test_an_episode_the_data_cannot_serve_is_refused(arguments, message):
 
 
 def test_generators_depend_on_seed_split_and_index_alone():
-    draws = {tuple(torch.rand(4, generator=episode_generator(s, split, i)).tolist()) for s in (0, 1) for split in ("train", "val", "test") for i in range(5)}
+    draws = {
+        tuple(torch.rand(4, generator=episode_generator(s, split, i)).tolist())
+        for s in (0, 1)
+        for split in ("train", "val", "test")
+        for i in range(5)
+    }
     assert len(draws) == 30
-    assert torch.equal(torch.rand(4, generator=episode_generator(3, "val", 2)), torch.rand(4, generator=episode_generator(3, "val", 2)))
+    assert torch.equal(
+        torch.rand(4, generator=episode_generator(3, "val", 2)),
+        torch.rand(4, generator=episode_generator(3, "val", 2)),
+    )
 
 
 def test_sinusoids_are_finn_et_als():
     (xs, ys), (xq, yq) = Sinusoid(shots=10, queries=30).sample(2000, torch.Generator().manual_seed(0))
     assert xs.shape == (2000, 10, 1) and xq.shape == (2000, 30, 1)
-    assert -5 <= xs.min() and xs.max() <= 5 and xs.min() < -4.99 and xs.max() > 4.99
+    assert xs.min() >= -5 and xs.max() <= 5 and xs.min() < -4.99 and xs.max() > 4.99
     # Every task is a*sin(x - p): two parameters explain all forty points.
     x, y = torch.cat([xs, xq], 1).double(), torch.cat([ys, yq], 1).double()
     basis = torch.cat([torch.sin(x), torch.cos(x)], -1)
@@ -71,7 +96,7 @@ def test_sinusoids_are_finn_et_als():
     amplitude = coefficients.norm(dim=1).flatten()
     phase = torch.atan2(-coefficients[:, 1], coefficients[:, 0]).flatten()
     assert 0.1 <= amplitude.min() < 0.12 and 4.98 < amplitude.max() <= 5.0001
-    assert -1e-4 <= phase.min() and phase.max() <= 3.1416
+    assert phase.min() >= -1e-4 and phase.max() <= 3.1416
 
 
 def test_linear_tasks_are_linear_up_to_the_noise():
@@ -81,7 +106,12 @@ def test_linear_tasks_are_linear_up_to_the_noise():
     torch.testing.assert_close(xq @ weight, yq)
     same = LinearRegression(same_query=True).sample(2, torch.Generator())
     assert same.support is same.query and same.support[0].dtype == torch.float32
-    spread = LinearRegression(features=2, shots=5000, condition=10.0).sample(1, torch.Generator().manual_seed(0)).support[0][0].std(0)
+    spread = (
+        LinearRegression(features=2, shots=5000, condition=10.0)
+        .sample(1, torch.Generator().manual_seed(0))
+        .support[0][0]
+        .std(0)
+    )
     assert float(spread[0] / spread[1]) == pytest.approx(10, rel=0.1)
 
 

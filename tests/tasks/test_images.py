@@ -68,7 +68,7 @@ def test_real_episodes(data_folder):
     family = Omniglot(root=str(data_folder), n_way=20, k_shot=1, queries=5)
     (xs, ys), (xq, yq) = family.sample(3, episode_generator(0, "train", 0))
     assert xs.shape == (3, 20, 1, 28, 28) and xq.shape == (3, 100, 1, 28, 28)
-    assert 0 <= xs.min() and xs.max() <= 1 and 0.02 < xs.mean() < 0.3
+    assert xs.min() >= 0 and xs.max() <= 1 and 0.02 < xs.mean() < 0.3
     assert {len(c) for c in family._classes.values()} == {1100, 100, 423}
     assert len(set().union(*(c.tolist() for c in family._classes.values()))) == 1623
 
@@ -84,7 +84,10 @@ def test_splits_share_no_character(folders):
 
 
 def test_a_missing_data_set_says_where_to_put_what(tmp_path):
-    with pytest.raises(DatasetError, match=r"Omniglot was not found in .*Put there omniglot_images_background.zip.*LMG_DATA=/path"):
+    with pytest.raises(
+        DatasetError,
+        match=r"Omniglot was not found in .*Put there omniglot_images_background.zip.*LMG_DATA=/path",
+    ):
         Omniglot(root=str(tmp_path)).setup()
 
 

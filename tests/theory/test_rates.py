@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_maml_guard import critical_rates
-from lightning_maml_guard.theory.rates import rates_from_lanczos, rates_from_top, ritz_values, worst_of
+from lightning_maml_guard.theory.rates import worst_of
+from lightning_maml_guard.theory.ritz import rates_from_lanczos, rates_from_top, ritz_values
 from tests.helpers import bisect
 
 SPECTRUM = [0.3, 1.0, 2.0, 4.0]
@@ -186,7 +187,9 @@ def test_the_rayleigh_ritz_value_of_h_tilde_needs_no_further_product(seed, fract
     assert rates.curvature == pytest.approx(np.linalg.eigvalsh(projected)[-1], rel=1e-10)
     values, bounds = ritz_values(diagonal, off)
     true = np.linalg.eigvalsh(matrix)
-    assert all(np.abs(true - value).min() <= bound * (1 + 1e-9) + 1e-12 for value, bound in zip(values, bounds, strict=True))
+    assert all(
+        np.abs(true - value).min() <= bound * (1 + 1e-9) + 1e-12 for value, bound in zip(values, bounds, strict=True)
+    )
     f = true - alpha * true**2
     low, high = rates.curvature_interval
     assert min(abs(f - rates.curvature)) <= high - rates.curvature + 1e-12

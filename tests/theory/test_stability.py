@@ -90,7 +90,9 @@ def test_the_preconditioner_is_the_denominator_adam_divides_by(amsgrad):
         before = weight.detach().clone()
         optimizer.step()
     m_hat = optimizer.state[weight]["exp_avg"] / (1 - 0.9**5)
-    torch.testing.assert_close(preconditioner(optimizer)[weight], 1e-3 * m_hat / (before - weight.detach()), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        preconditioner(optimizer)[weight], 1e-3 * m_hat / (before - weight.detach()), rtol=1e-9, atol=0
+    )
 
 
 @pytest.mark.parametrize("centered", [False, True])
@@ -101,7 +103,9 @@ def test_the_preconditioner_is_the_denominator_rmsprop_divides_by(centered):
         weight.grad = torch.tensor([3.0 - k, 0.1 * k + 1], dtype=torch.float64)
         before = weight.detach().clone()
         optimizer.step()
-    torch.testing.assert_close(preconditioner(optimizer)[weight], 1e-3 * weight.grad / (before - weight.detach()), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        preconditioner(optimizer)[weight], 1e-3 * weight.grad / (before - weight.detach()), rtol=1e-9, atol=0
+    )
 
 
 def test_several_groups_have_the_smallest_of_their_limits():
@@ -135,5 +139,9 @@ def test_a_wrapper_is_looked_through():
 
 def test_decoupled_weight_decay_is_recognised():
     weight = [torch.zeros(1)]
-    for optimizer, expected in ((AdamW(weight), True), (Adam(weight), False), (NAdam(weight, decoupled_weight_decay=True), True)):
+    for optimizer, expected in (
+        (AdamW(weight), True),
+        (Adam(weight), False),
+        (NAdam(weight, decoupled_weight_decay=True), True),
+    ):
         assert decoupled_decay(optimizer.param_groups[0], optimizer) is expected

@@ -42,7 +42,9 @@ def test_no_finite_limit_is_safe():
 
 
 def test_a_beta_message_says_what_happened_why_and_what_to_do():
-    (reason,) = judge(None, Limit(0.3, 0.11, (0.10, 0.12)), growth=4.5, cost="8 Hessian-vector products, step 400").reasons
+    (reason,) = judge(
+        None, Limit(0.3, 0.11, (0.10, 0.12)), growth=4.5, cost="8 Hessian-vector products, step 400"
+    ).reasons
     assert reason == (
         "beta = 0.3 exceeds beta_c = 0.11 (interval 0.1 to 0.12, 8 Hessian-vector products, step 400): the meta update "
         "grows along the sharpest direction by 4.5 a step. Lower the optimizer's lr below 0.11, or use action='rescale'."

@@ -1,0 +1,128 @@
+"""StabilityReport: what one measurement found, and how a checkpoint keeps it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from lightning_maml_guard.curvature.lanczos import Tridiagonal
+from lightning_maml_guard.curvature.pyhessian import PowerIteration
+from lightning_maml_guard.guard.estimate import Spectrum
+from lightning_maml_guard.theory.multiplier import Interval
+from lightning_maml_guard.theory.verdict import Limit
+
+
+@dataclass(frozen=True)
+class StabilityReport:
+    """What one measurement found. Floats, strings and tuples of them: picklable.
+
+    Attributes:
+        alpha: Configured inner rate (the largest, if there are several).
+        alpha_c: Its critical value.
+        beta: Configured meta rate (the largest over parameter groups); ``nan`` if none was given.
+        beta_c: Its critical value for the optimizer as it runs; ``nan`` if no statement can be made.
+        sgd_beta_c: The poster's ``beta_c``: for plain SGD, whatever the optimizer.
+        exact_beta_c: The critical meta rate of the update as configured; ``nan`` where it was not measured.
+        lambda_max: Largest eigenvalue of the Hessian.
+        lambda_min: Smallest Ritz value seen.
+        status: ``"safe"``, ``"unsafe"`` or ``"unresolved"``.
+        reasons: Why, and what to do.
+        alpha_status: The status of the inner rate alone.
+        beta_status: The status of the meta rate alone.
+        safe_alpha: Inner rate brought down to ``margin * alpha_c``.
+        safe_beta: Meta rate brought down to ``margin * beta_c`` *at* ``safe_alpha``.
+        safe_beta_c: That ``beta_c``; it equals ``beta_c`` while ``alpha`` is safe.
+        lambda_max_interval: Where ``lambda_max`` lies.
+        alpha_c_interval: Where ``alpha_c`` lies.
+        beta_c_interval: Where ``beta_c`` lies.
+        spectrum: What is known of the Hessian's spectrum.
+        inner_steps: Number of inner steps the poster's ``alpha`` stands for.
+        hvps: Hessian-vector products used.
+        seconds: Wall time.
+        step: Training step, if the caller gave one.
+        alpha_applied: Inner rate applied after this measurement; ``alpha`` unless a guard capped it.
+        beta_applied: Meta rate applied after this measurement.
+    """
+
+    alpha: float
+    alpha_c: float
+    beta: float
+    beta_c: float
+    sgd_beta_c: float
+    exact_beta_c: float
+    lambda_max: float
+    lambda_min: float
+    status: str
+    reasons: tuple[str, ...]
+    alpha_status: str
+    beta_status: str
+    safe_alpha: float
+    safe_beta: float
+    safe_beta_c: float
+    lambda_max_interval: Interval
+    alpha_c_interval: Interval
+    beta_c_interval: Interval
+    spectrum: Spectrum
+    inner_steps: int
+    hvps: int
+    seconds: float
+    step: int | None = None
+    alpha_applied: float = math.nan
+    beta_applied: float = math.nan
+
+    @property
+    def alpha_ratio(self) -> float:
+        """``alpha / alpha_c``: above 1 is unsafe."""
+        return Limit(self.alpha, self.alpha_c, self.alpha_c_interval).ratio
+
+    @property
+    def beta_ratio(self) -> float:
+        """``beta / beta_c``: 1 and above is unsafe; ``nan`` where either is not known."""
+        return Limit(self.beta, self.beta_c, self.beta_c_interval).ratio
+
+
+def to_plain(report: StabilityReport) -> dict[str, Any]:
+    """Convert a report to dicts, lists and numbers.
+
+    Args:
+        report: The report.
+
+    Returns:
+        Its fields.
+    """
+    plain = asdict(report)
+    spectrum = report.spectrum
+    plain["spectrum"] = {
+        "runs": [[list(part) for part in run] for run in spectrum.runs],
+        "power": None if spectrum.power is None else list(spectrum.power),
+        "values": list(spectrum.values),
+        "rounding": spectrum.rounding,
+        "matvecs": spectrum.matvecs,
+    }
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+
+def from_plain(plain: dict[str, Any]) -> StabilityReport:
+    """Restore a report; fields of a newer or older version that are not known here are left out.
+
+    Args:
+        plain: What :func:`to_plain` made.
+
+    Returns:
+        The report.
+    """
+    known = {field.name for field in fields(StabilityReport)}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in plain.items() if name in known
+    }
+    spectrum = dict(plain["spectrum"])
+    power = spectrum.get("power")
+    values["spectrum"] = Spectrum(
+        runs=tuple(Tridiagonal(tuple(main), tuple(off)) for main, off in spectrum.get("runs", [])),
+        power=None if power is None else PowerIteration(*power),
+        values=tuple(spectrum.get("values", ())),
+        rounding=spectrum.get("rounding", 0.0),
+        matvecs=spectrum.get("matvecs", 0),
+    )
+    return StabilityReport(**values)

@@ -1,0 +1,148 @@
+"""Evaluation over episodes: before and after adaptation, with confidence intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.utilities import dim_zero_cat
+
+from lightning_maml_guard._vectorize import TaskMap
+from lightning_maml_guard.maml.inner_loop import InnerRate, Params, adapt
+from lightning_maml_guard.maml.problem import MetaProblem
+
+
+class EpisodeMean(Metric):
+    """Mean of one value an episode, with the half-width of its 95 % confidence interval.
+
+    The half-width is ``1.96 * s / sqrt(n)`` with the sample standard deviation ``s`` over ``n`` episodes,
+    the form few-shot papers report.
+    """
+
+    full_state_update = False
+    values: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("values", default=[], dist_reduce_fx="cat")
+
+    def update(self, values: Tensor) -> None:
+        """Add episodes.
+
+        Args:
+            values: One value an episode, any shape.
+        """
+        self.values.append(values.detach().flatten().float())
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Compute the mean and the half-width (``nan`` for a single episode).
+
+        Returns:
+            Mean and half-width, scalars.
+        """
+        values = dim_zero_cat(self.values)
+        if len(values) < 2:
+            return values.mean(), torch.full_like(values.mean(), float("nan"))
+        return values.mean(), 1.96 * values.std() / len(values) ** 0.5
+
+
+class EpisodeEvaluation(nn.Module):
+    """Accumulates losses and metrics of each stage, one value an episode.
+
+    Args:
+        metrics: A torchmetrics metric or collection, computed on each episode's query set.
+
+    Raises:
+        TypeError: If ``metrics`` is something else.
+    """
+
+    def __init__(self, metrics: Metric | MetricCollection | None) -> None:
+        super().__init__()
+        if isinstance(metrics, Metric):
+            metrics = MetricCollection({_short_name(metrics): metrics})
+        if metrics is not None and not isinstance(metrics, MetricCollection):
+            raise TypeError(
+                "Expected argument `metrics` to be a torchmetrics Metric or MetricCollection but got "
+                f"{type(metrics).__name__}."
+            )
+        self.metrics = metrics
+        self.means = nn.ModuleDict()
+
+    def update(self, stage: str, found: dict[str, Tensor], query: Any) -> None:
+        """Add a batch of episodes.
+
+        Args:
+            stage: Prefix of the logged names.
+            found: What :func:`evaluate_tasks` found.
+            query: The episodes' query sets ``(x, y)``; read only where there are metrics.
+        """
+        self._mean(f"{stage}/loss", found["loss"]).update(found["loss"])
+        self._mean(f"{stage}/loss_before", found["loss"]).update(found["loss_before"])
+        if self.metrics is None:
+            return
+        for suffix in ("", "_before"):
+            for prediction, target in zip(found[f"prediction{suffix}"], query[1], strict=True):
+                for name, value in self.metrics(prediction, target).items():
+                    self._mean(f"{stage}/{name}{suffix}", value).update(value)
+                self.metrics.reset()
+
+    def compute(self, stage: str) -> dict[str, tuple[Tensor, Tensor]]:
+        """Compute a stage's means and half-widths, and start over.
+
+        Args:
+            stage: The stage.
+
+        Returns:
+            ``(mean, half-width)`` by logged name.
+        """
+        found = {}
+        for key, metric in self.means.items():
+            if key.startswith(f"{stage}/") and isinstance(metric, EpisodeMean):
+                found[key] = metric.compute()
+                metric.reset()
+        return found
+
+    def _mean(self, key: str, like: Tensor) -> EpisodeMean:
+        if key not in self.means:
+            self.means[key] = EpisodeMean().to(like.device)
+        return self.means[key]  # type: ignore[return-value]
+
+
+def evaluate_tasks(
+    problem: MetaProblem, inner_steps: int, predict: Callable[[Params, Tensor], Tensor] | None, tasks: TaskMap
+) -> dict[str, Tensor]:
+    """Evaluate each task's query set before and after adaptation.
+
+    Args:
+        problem: The problem.
+        inner_steps: Number of inner steps.
+        predict: ``(params, x) -> prediction``; None to leave predictions out.
+        tasks: How to run over the tasks.
+
+    Returns:
+        ``loss``, ``loss_before`` and, with ``predict``, ``prediction`` and ``prediction_before``; each with a
+        leading task dimension.
+    """
+    params = {name: value.detach() for name, value in problem.params.items()}
+    rates: InnerRate = problem.inner_lr
+    if isinstance(rates, dict):
+        rates = {name: value.detach() for name, value in rates.items()}
+
+    def one(support: Any, query: Any) -> dict[str, Tensor]:
+        adapted = adapt(problem.task_loss, params, support, rates, inner_steps)
+        found = {"loss": problem.task_loss(adapted, query), "loss_before": problem.task_loss(params, query)}
+        if predict is not None:
+            found |= {"prediction": predict(adapted, query[0]), "prediction_before": predict(params, query[0])}
+        return found
+
+    return tasks(one, problem.support, problem.query, in_dims=(0, 0))
+
+
+def _short_name(metric: Metric) -> str:
+    name = type(metric).__name__
+    for prefix in ("Multiclass", "Binary", "Multilabel"):
+        name = name.removeprefix(prefix)
+    return name.lower()

@@ -1,0 +1,113 @@
+"""The multiplier of the meta update along one eigenvector, for each order of MAML.
+
+Near a minimum the meta update multiplies the error along the i-th eigenvector of the Hessian ``H`` by
+``1 - beta * f(lambda_i)``. The *multiplier* ``f`` depends on how the meta-gradient is taken:
+
+=============  ==================================  =====================================
+order          f(lambda)                           largest inner rate alpha_c
+=============  ==================================  =====================================
+simplified     lambda * (1 - K*alpha*lambda)       1 / (K * lambda_max)   (the poster: K = 1)
+first          lambda * (1 - alpha*lambda)^K       1 / lambda_max for odd K, else 2 / lambda_max
+exact          lambda * (1 - alpha*lambda)^(2K)    2 / lambda_max (the inner loop's own limit)
+=============  ==================================  =====================================
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+ORDERS = ("exact", "first", "simplified")
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Multiplier:
+    """``f(lambda) = lambda * (1 - rate*lambda)^power`` and what follows from its shape."""
+
+    rate: float
+    power: int
+    inner_limit: float  # alpha_c = inner_limit / lambda_max
+
+    def __call__(self, eigenvalue: float) -> float:
+        """Evaluate ``f(eigenvalue)``."""
+        with np.errstate(over="ignore"):
+            return float(eigenvalue * np.float64(1.0 - self.rate * eigenvalue) ** self.power)
+
+    def range_over(self, low: float, high: float) -> Interval:
+        """Smallest and largest value on ``[low, high]``: at the ends or where the derivative is 0."""
+        points = [low, high]
+        if self.rate > 0:
+            stationary = (1.0 / self.rate, 1.0 / (self.rate * (1 + self.power)))
+            points += [point for point in stationary if low < point < high]
+        values = [self(point) for point in points]
+        return min(values), max(values)
+
+
+def multiplier(alpha: float, order: str, inner_steps: int) -> Multiplier:
+    """Look the multiplier of an order up (see the module's table).
+
+    Args:
+        alpha: Inner rate.
+        order: How the meta-gradient is taken.
+        inner_steps: Number ``K`` of inner steps.
+
+    Returns:
+        The multiplier.
+    """
+    if order == "simplified":
+        return Multiplier(alpha * inner_steps, 1, 1.0 / inner_steps)
+    if order == "first":
+        return Multiplier(alpha, inner_steps, 1.0 if inner_steps % 2 else 2.0)
+    return Multiplier(alpha, 2 * inner_steps, 2.0)
+
+
+def rate_limit(numerator: float, curvature: float) -> float:
+    """Divide by a curvature; ``inf`` (no finite limit) when it is not positive.
+
+    Args:
+        numerator: What the rate times the curvature must not exceed.
+        curvature: The curvature.
+
+    Returns:
+        The rate.
+    """
+    if curvature <= 0:
+        return math.inf
+    with np.errstate(over="ignore"):
+        return float(np.float64(numerator) / np.float64(curvature))
+
+
+def check_rate(alpha: float, name: str = "alpha") -> None:
+    """Refuse a learning rate that is not a finite number of at least 0.
+
+    Args:
+        alpha: The rate.
+        name: What the message calls it.
+
+    Raises:
+        ValueError: If the rate is negative, ``nan``, infinite or not a number.
+    """
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float, np.floating)):
+        raise ValueError(f"Expected argument `{name}` to be a number of at least 0 but got {alpha!r}.")
+    if not math.isfinite(alpha) or alpha < 0:
+        raise ValueError(f"Expected argument `{name}` to be a finite number of at least 0 but got {alpha!r}.")
+
+
+def check_order(order: str, inner_steps: int) -> None:
+    """Refuse an unknown order or number of inner steps.
+
+    Args:
+        order: How the meta-gradient is taken.
+        inner_steps: Number of inner steps.
+
+    Raises:
+        ValueError: If either is not allowed.
+    """
+    if order not in ORDERS:
+        raise ValueError(f"Expected argument `order` to be one of {ORDERS} but got {order!r}.")
+    if isinstance(inner_steps, bool) or not isinstance(inner_steps, int) or inner_steps < 1:
+        raise ValueError(f"Expected argument `inner_steps` to be an integer of at least 1 but got {inner_steps!r}.")

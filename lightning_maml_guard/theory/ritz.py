@@ -1,0 +1,135 @@
+"""Critical rates from what Krylov methods know of a spectrum: Ritz values, or its top alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lightning_maml_guard.theory.multiplier import check_order, check_rate, multiplier
+from lightning_maml_guard.theory.rates import CriticalRates, assemble, critical_rates
+
+
+def ritz_values(diagonal: Sequence[float], off_diagonal: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Compute Ritz values and their residual bounds from a Lanczos run.
+
+    Args:
+        diagonal: The ``m`` diagonal entries of the tridiagonal matrix ``T``.
+        off_diagonal: The ``m`` norms after each step: ``m - 1`` off-diagonal entries and the last residual
+            ``b``.
+
+    Returns:
+        The Ritz values in ascending order and the bounds ``b * |last component of the eigenvector|``.
+
+    Raises:
+        ValueError: If the two do not have the same length of at least 1.
+    """
+    tridiagonal = _tridiagonal(diagonal, off_diagonal)
+    values, vectors = np.linalg.eigh(tridiagonal)
+    return values, abs(float(off_diagonal[-1])) * np.abs(vectors[-1])
+
+
+def rates_from_lanczos(
+    diagonal: Sequence[float],
+    off_diagonal: Sequence[float],
+    alpha: float,
+    *,
+    inner_steps: int = 1,
+    rounding: float = 0.0,
+) -> CriticalRates:
+    """Compute the poster's critical rates from one Lanczos run on ``H``.
+
+    With basis ``V``, tridiagonal ``T`` and last residual ``b``,
+    ``V^T (H - alpha*H^2) V = T - alpha*(T^2 + b^2 e_m e_m^T)`` exactly, so the top eigenvalue of the right
+    side is the Rayleigh-Ritz value of ``H - alpha*H^2`` at no further Hessian-vector product.
+
+    Args:
+        diagonal: Diagonal of ``T``, length ``m``.
+        off_diagonal: Off-diagonal of ``T`` followed by the last residual ``b``, length ``m``.
+        alpha: Inner rate, at least 0.
+        inner_steps: Number ``K`` of simplified inner steps; ``alpha`` becomes ``K*alpha``.
+        rounding: Relative rounding error of a product, added to every residual bound.
+
+    Returns:
+        The critical rates of simplified MAML, with intervals from the residual bounds.
+
+    Raises:
+        ValueError: If the rate is negative or not finite, or if the run is empty or not finite.
+    """
+    check_rate(alpha)
+    check_order("simplified", inner_steps)
+    values, residuals = ritz_values(diagonal, off_diagonal)
+    f = multiplier(alpha, "simplified", inner_steps)
+    tridiagonal = _tridiagonal(diagonal, off_diagonal)
+    last = float(off_diagonal[-1])
+    projected = tridiagonal - f.rate * (tridiagonal @ tridiagonal)
+    projected[-1, -1] -= f.rate * last**2
+    curvatures, vectors = np.linalg.eigh(projected)
+    curvature, vector = float(curvatures[-1]), vectors[:, -1]
+    radius = float(max(abs(values[0]), abs(values[-1])) + last)
+    noise = rounding * radius
+    residual = float(residuals[-1]) + noise
+    # (H - a*H^2) V y = V P y + r, |r| <= b|y_m| + a*b*(|(T y)_m| + |H| |y_m|): H leaves the Krylov space
+    # through the last basis vector alone.
+    leak = last * (abs(vector[-1]) + f.rate * (abs(tridiagonal[-1] @ vector) + radius * abs(vector[-1])))
+    leak = float(leak) + noise * (1 + f.rate * radius)
+    return assemble(
+        f,
+        alpha,
+        lambda_max=float(values[-1]),
+        lambda_min=float(values[0]),
+        lambda_interval=(float(values[-1]) - noise, float(values[-1]) + residual),
+        curvature=max(curvature, 0.0),
+        curvature_interval=(max(curvature - noise * (1 + f.rate * radius), 0.0), max(curvature + leak, 0.0)),
+        negative=int((values < -residuals - noise).sum()),
+    )
+
+
+def rates_from_top(
+    lambda_max: float, lambda_min: float, residual: float, alpha: float, *, inner_steps: int = 1
+) -> CriticalRates:
+    """Compute the poster's critical rates when only the top of the spectrum is known (power iteration).
+
+    Any eigenvalue in ``[0, lambda_max]`` may bind, so ``beta_c`` is the certificate: ``2/f(lambda_max)`` if
+    ``alpha <= 1/(2*lambda_max)``, else ``8*alpha``.
+
+    Args:
+        lambda_max: Largest eigenvalue.
+        lambda_min: Smallest eigenvalue seen.
+        residual: An eigenvalue lies this close to ``lambda_max``.
+        alpha: Inner rate, at least 0.
+        inner_steps: Number ``K`` of simplified inner steps; ``alpha`` becomes ``K*alpha``.
+
+    Returns:
+        The critical rates of simplified MAML; the true ``beta_c`` is at least the one given.
+
+    Raises:
+        ValueError: If a number is not finite or the rate is negative.
+    """
+    at_top = critical_rates([lambda_max], alpha, inner_steps=inner_steps, residuals=residual)
+    f = multiplier(alpha, "simplified", inner_steps)
+    return assemble(
+        f,
+        alpha,
+        lambda_max=lambda_max,
+        lambda_min=lambda_min,
+        lambda_interval=at_top.lambda_max_interval,
+        curvature=f.range_over(0.0, max(lambda_max, 0.0))[1],
+        curvature_interval=(
+            at_top.curvature_interval[0],
+            f.range_over(0.0, max(lambda_max + residual, 0.0))[1],
+        ),
+        negative=int(lambda_min < 0),
+    )
+
+
+def _tridiagonal(diagonal: Sequence[float], off_diagonal: Sequence[float]) -> np.ndarray:
+    main, off = np.asarray(diagonal, dtype=np.float64), np.asarray(off_diagonal, dtype=np.float64)
+    if main.ndim != 1 or main.size == 0 or main.shape != off.shape:
+        raise ValueError(
+            "Expected arguments `diagonal` and `off_diagonal` to be two sequences of one length m >= 1 (the "
+            f"last off-diagonal entry is the residual) but got shapes {main.shape} and {off.shape}."
+        )
+    if not (np.isfinite(main).all() and np.isfinite(off).all()):
+        raise ValueError("Expected a finite Lanczos run but it holds nan or inf: the curvature was not measured.")
+    return np.diag(main) + np.diag(off[:-1], 1) + np.diag(off[:-1], -1)

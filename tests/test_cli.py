@@ -1,0 +1,123 @@
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from lightning_maml_guard import GuardWarning, MetaLearningModule
+from lightning_maml_guard.cli import CONFIGS, main, translate
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SHORT = [
+    "--trainer.max_steps",
+    "4",
+    "--trainer.enable_progress_bar",
+    "false",
+    "--data.test_episodes",
+    "10",
+    "--data.val_episodes",
+    "0",
+]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], ["--config", "sinusoid.yaml"]),
+        (["linear"], ["--config", "linear.yaml"]),
+        (["--guard"], ["--config", "sinusoid.yaml", "GUARD", "--guard.action=warn"]),
+        (
+            ["omniglot", "--guard", "stop", "--x", "1"],
+            ["--config", "omniglot.yaml", "GUARD", "--guard.action=stop", "--x", "1"],
+        ),
+        (["--guard=log"], ["--config", "sinusoid.yaml", "GUARD", "--guard.action=log"]),
+        (
+            ["--guard", "--guard.margin", "0.9"],
+            ["--config", "sinusoid.yaml", "GUARD", "--guard.action=warn", "--guard.margin", "0.9"],
+        ),
+        (["--config", "own.yaml"], ["--config", "own.yaml"]),
+        (["linear", "--config", "own.yaml"], ["--config", "linear.yaml", "--config", "own.yaml"]),
+    ],
+)
+def test_words_become_options(words, expected):
+    expected = [str(CONFIGS / w) if w.endswith(".yaml") and (CONFIGS / w).exists() else w for w in expected]
+    expected = ["--guard=lightning_maml_guard.ConvergenceGuard" if w == "GUARD" else w for w in expected]
+    assert translate(words) == expected
+
+
+def test_unknown_words_are_named():
+    with pytest.raises(SystemExit, match="expected the task to be one of linear, sinusoid, omniglot but got 'cifar'"):
+        translate(["cifar"])
+    with pytest.raises(SystemExit, match="expected --guard to be one of log, warn, rescale, stop but got 'maybe'"):
+        translate(["--guard", "maybe"])
+
+
+def test_a_guarded_run_leaves_logs_a_picture_and_a_checkpoint_that_loads(elsewhere):
+    cli = main(["sinusoid", "--guard", "rescale", "--guard.every_n_steps", "2", "--model.inner_lr", "0.02", *SHORT])
+    folder = elsewhere / "runs" / "sinusoid" / "version_0"
+    assert cli.guard.action == "rescale" and len(cli.guard.history) == 2 and cli.model.inner_lr == 0.02
+    assert (folder / "safe_region.png").stat().st_size > 10_000
+    assert "guard/alpha_ratio" in pd.read_csv(folder / "metrics.csv").columns
+    assert list((elsewhere / "runs" / "tensorboard" / "sinusoid" / "version_0").glob("events*"))
+    (checkpoint,) = folder.glob("checkpoints/*.ckpt")
+    loaded = MetaLearningModule.load_from_checkpoint(checkpoint)
+    assert loaded.inner_lr == 0.02
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), cli.model.parameters(), strict=True))
+    assert (folder / "config.yaml").exists()
+
+
+def test_without_guard_there_is_none_and_weights_are_bitwise_those_with_guard_log():
+    plain = main(["linear", *SHORT])
+    logged = main(["linear", "--guard", "log", "--guard.every_n_steps", "1", *SHORT])
+    assert plain.guard is None and len(logged.guard.history) == 4
+    assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), logged.model.parameters(), strict=True))
+
+
+def test_omniglot_on_real_images(data_folder, monkeypatch):
+    monkeypatch.setenv("LMG_DATA", str(data_folder))
+    words = ["omniglot", "--guard", "log", *SHORT, "--trainer.max_steps", "2", "--data.meta_batch_size", "2"]
+    cli = main([*words, "--model.network.filters", "4"])
+    assert cli.guard.history[0].lambda_max > 0
+    assert 0 < float(cli.trainer.callback_metrics["test/accuracy"]) <= 1
+
+
+def test_omniglot_without_its_data_says_where_to_put_it(monkeypatch):
+    monkeypatch.delenv("LMG_DATA", raising=False)
+    with pytest.raises(FileNotFoundError, match="Omniglot was not found"):
+        main(["omniglot", *SHORT])
+
+
+def test_a_run_outside_the_safe_region_warns():
+    with pytest.warns(GuardWarning, match="beta = 5 exceeds beta_c"):
+        main(["linear", "--guard", *SHORT, "--model.optimizer.lr", "5"])
+
+
+def test_help_reads_well():
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "train.py", "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "100"},
+    )
+    assert done.returncode == 0
+    assert "train.py [linear|sinusoid|omniglot] [--guard [log|warn|rescale|stop]]" in done.stdout
+    assert "--guard" in done.stdout
+
+
+def test_the_quickstart_tells_which_rate_to_lower(capsys):
+    assert len((EXAMPLES / "quickstart.py").read_text().splitlines()) < 40
+    module = runpy.run_path(str(EXAMPLES / "quickstart.py"))
+    with pytest.warns(GuardWarning, match="Lower the optimizer's lr below"):
+        guard = module["main"](steps=15)
+    assert guard.history[-1].beta_applied < 0.3
+    assert "beta = 0.3 was applied as" in capsys.readouterr().out

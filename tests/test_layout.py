@@ -1,0 +1,82 @@
+"""The house: imports go down only, Lightning is named in one file, files stay readable."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lightning_maml_guard"
+# What each room may import from: itself and these. Order is from the bottom up.
+ALLOWED = {
+    "_warnings": set(),
+    "_vectorize": {"_warnings"},
+    "_lightning": set(),
+    "theory": set(),
+    "curvature": {"_vectorize"},
+    "networks": set(),
+    "maml": {"theory", "curvature", "_vectorize", "_lightning"},
+    "tasks": {"_lightning"},
+    "plots": {"guard"},  # for type hints alone: see below
+    "guard": {"theory", "curvature", "maml", "plots", "_vectorize", "_warnings", "_lightning"},
+    "cli": {"guard", "_lightning"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path):
+    part = path.relative_to(PACKAGE).parts[0]
+    return part.removesuffix(".py")
+
+
+def imports(path, *, type_checking=True):
+    tree = ast.parse(path.read_text())
+    skipped = set()
+    if not type_checking:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+                skipped |= {id(inner) for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p.name != "__init__.py"], ids=lambda p: str(p.relative_to(PACKAGE))
+)
+def test_imports_go_down_only(path):
+    for name in imports(path):
+        if name.startswith("lightning_maml_guard."):
+            target = name.split(".")[1]
+            assert target == room(path) or target in ALLOWED[room(path)], f"{path} imports {name}"
+
+
+def test_plots_meet_the_guard_in_type_hints_only():
+    assert not any(
+        name.startswith("lightning_maml_guard") for name in imports(PACKAGE / "plots.py", type_checking=False)
+    )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_lightning_is_named_in_one_file(path):
+    named = {name.split(".")[0] for name in imports(path)} & {"lightning", "pytorch_lightning"}
+    assert not named or path.name == "_lightning.py"
+
+
+def test_theory_is_pure():
+    for path in (PACKAGE / "theory").glob("*.py"):
+        assert not any("nn" in name.split(".") for name in imports(path))
+
+
+def test_the_public_names_are_there():
+    import lightning_maml_guard as package
+
+    for name in package.__all__:
+        assert getattr(package, name).__module__.startswith("lightning_maml_guard")
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = package.nonsense
+    assert set(package.__all__) <= set(dir(package))
