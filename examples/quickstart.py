@@ -1,4 +1,4 @@
-"""A Trainer you already have, plus the callback."""
+"""A Trainer you already have, plus the callback: its meta rate is too large, and the guard brings it home."""
 
 from pytorch_lightning import Trainer, seed_everything
 from torch.optim import SGD
@@ -9,7 +9,7 @@ from lightning_maml_guard.tasks.regression import Sinusoid
 
 
 def main(steps: int = 500) -> ConvergenceGuard:
-    """Train with a meta rate that is too large for plain SGD; the guard says which rate to lower."""
+    """Train, say which rate was lowered, and draw the safe region."""
     seed_everything(0)
     module = MetaLearningModule(mlp(), inner_lr=0.01, optimizer=lambda parameters: SGD(parameters, lr=0.3))
     episodes = TaskDataModule(Sinusoid(shots=10), meta_batch_size=25, val_episodes=0)
@@ -20,6 +20,7 @@ def main(steps: int = 500) -> ConvergenceGuard:
 
     last = guard.history[-1]
     print(f"beta = {last.beta:.3g} was applied as {last.beta_applied:.3g}; beta_c = {last.beta_c:.3g}")
+    guard.plot()[0].savefig("safe_region.png", dpi=150)
     return guard
 
 
