@@ -14,7 +14,7 @@ ALLOWED = {
     "theory": set(),
     "curvature": {"_vectorize"},
     "networks": set(),
-    "maml": {"theory", "curvature", "_vectorize", "_lightning"},
+    "maml": {"theory", "curvature", "_vectorize", "_warnings", "_lightning"},
     "tasks": {"_lightning"},
     "plots": {"guard"},  # for type hints alone: see below
     "guard": {"theory", "curvature", "maml", "plots", "_vectorize", "_warnings", "_lightning"},

@@ -67,7 +67,11 @@ def largest_eigenvalue(
     """
     from pyhessian import hessian
 
-    objective = _Objective(loss, params)
+    def fixed(at: Params) -> Tensor:
+        torch.manual_seed(0)  # one dropout mask for every product: else it is not one matrix
+        return loss(at)
+
+    objective = _Objective(fixed, params)
     first = next(iter(params.values()))
     dummy = torch.zeros(1, device=first.device)
     products = 0
@@ -87,14 +91,14 @@ def largest_eigenvalue(
             parameter.grad = None  # breaks the cycle that backward(create_graph=True) leaves
         return float(values[0]), [piece.detach() for piece in vectors[0]]
 
-    with _default_dtype(first.dtype):
+    with torch.random.fork_rng(), _default_dtype(first.dtype):
         value, vector = run()
         lambda_min = value
         if value < 0:
             objective.shift = abs(value)
             shifted, vector = run()
             value = shifted - objective.shift
-    operator = Hessian(loss, params)
+        operator = Hessian(fixed, params)
     flat = operator.layout.flatten(dict(zip(params, vector, strict=True)))
     flat = flat / torch.linalg.vector_norm(flat)
     residual = float(torch.linalg.vector_norm(operator(flat) - value * flat))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lightning_maml_guard._lightning import Callback, MisconfigurationException
+from lightning_maml_guard._vectorize import TaskMap
 from lightning_maml_guard.guard.estimate import Estimator
 from lightning_maml_guard.guard.governor import RateGovernor, scheduled_rate
 from lightning_maml_guard.guard.isolation import isolated
@@ -16,7 +18,7 @@ from lightning_maml_guard.guard.monitor import check_options, measure
 from lightning_maml_guard.guard.report import StabilityReport, from_plain, to_plain
 from lightning_maml_guard.guard.reporting import inform, log_report, logger_step, warn
 from lightning_maml_guard.maml.problem import MetaProblem
-from lightning_maml_guard.theory.verdict import UNRESOLVED, UNSAFE, check_margin
+from lightning_maml_guard.theory.verdict import SAFE, UNSAFE, check_margin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,16 +99,22 @@ class ConvergenceGuard(Callback):
         self.margin, self.patience, self.estimator = margin, patience, estimator
         self.max_iter, self.tol, self.tasks, self.data = max_iter, tol, tasks, data
         self.problem = problem
+        self._start_over()
+        self._inert = False
+        self._governor: RateGovernor | None = None
+
+    def _start_over(self) -> None:
         self.history: list[StabilityReport] = []
         self.stopped_step: int | None = None
         self.stopping_reason: str | None = None
         self._last_step: int | None = None
         self._unsafe_checks = 0
-        self._alarmed = False
-        self._failed: set[str] = set()
+        self._alarms: set[str] = set()
+        self._said: set[str] = set()
+        self._alpha_cap: float | None = None
         self._beta_cap: float | None = None
-        self._inert = False
-        self._governor: RateGovernor | None = None
+        self._governed: list[int] = []
+        self._task_map: TaskMap | None = None
 
     @property
     def state_key(self) -> str:
@@ -117,10 +125,16 @@ class ConvergenceGuard(Callback):
             criterion=self.criterion,
             tasks=self.tasks,
             data=self.data,
+            margin=self.margin,
+            patience=self.patience,
+            estimator=self.estimator
+            if isinstance(self.estimator, str)
+            else getattr(self.estimator, "__name__", "callable"),
+            problem=getattr(self.problem, "__qualname__", None),
         )
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Check that there is something to measure.
+        """Check that there is something to measure, and start a run of its own (a resumed one restores its state next).
 
         Args:
             trainer: The Trainer.
@@ -138,6 +152,7 @@ class ConvergenceGuard(Callback):
                 "MetaLearningModule, give the module a method meta_problem(batch) -> MetaProblem, or pass "
                 "ConvergenceGuard(problem=lambda module, batch: MetaProblem(...))."
             )
+        self._start_over()
         self._inert = bool(getattr(trainer, "barebones", False))
         if self._inert:
             warn(
@@ -146,14 +161,15 @@ class ConvergenceGuard(Callback):
             )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Take hold of the optimizers; a resumed run's cap holds from its first step.
+        """Apply the caps of a resumed run from its first step on.
 
         Args:
             trainer: The Trainer.
             pl_module: The module.
         """
-        if self.action == "rescale" and not self._inert:
-            self._governor = RateGovernor(trainer.optimizers, self._beta_cap)
+        self._govern([trainer.optimizers[index] for index in self._governed if index < len(trainer.optimizers)])
+        if self._alpha_cap is not None and hasattr(pl_module, "inner_lr_cap"):
+            pl_module.inner_lr_cap = self._alpha_cap
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Measure, if it is time, before the batch is used.
@@ -200,8 +216,11 @@ class ConvergenceGuard(Callback):
             "stopping_reason": self.stopping_reason,
             "last_step": self._last_step,
             "unsafe_checks": self._unsafe_checks,
-            "alarmed": self._alarmed,
+            "alarms": sorted(self._alarms),
+            "said": sorted(self._said),
+            "alpha_cap": self._alpha_cap,
             "beta_cap": self._beta_cap,
+            "governed": list(self._governed),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -215,8 +234,11 @@ class ConvergenceGuard(Callback):
         self.stopping_reason = state_dict.get("stopping_reason")
         self._last_step = state_dict.get("last_step")
         self._unsafe_checks = state_dict.get("unsafe_checks", 0)
-        self._alarmed = state_dict.get("alarmed", False)
+        self._alarms = set(state_dict.get("alarms", []))
+        self._said = set(state_dict.get("said", []))
+        self._alpha_cap = state_dict.get("alpha_cap")
         self._beta_cap = state_dict.get("beta_cap")
+        self._governed = list(state_dict.get("governed", []))
 
     def plot(self) -> Any:
         """Draw the safe region with the path of ``(alpha, beta)`` in it.
@@ -232,9 +254,12 @@ class ConvergenceGuard(Callback):
         try:
             with isolated(pl_module), _configured_inner_rate(pl_module):
                 problem = pl_module.meta_problem(batch) if self.problem is None else self.problem(pl_module, batch)
-                return measure(
+                if self._task_map is None or self._task_map.chunk_size != problem.task_chunk_size:
+                    self._task_map = TaskMap(problem.task_chunk_size)
+                owners = _owners(problem, trainer.optimizers)
+                report = measure(
                     problem,
-                    optimizer=_optimizer_of(problem, trainer.optimizers),
+                    optimizer=max((trainer.optimizers[index] for index in owners), key=scheduled_rate),
                     criterion=self.criterion,
                     estimator=self.estimator,
                     max_iter=self.max_iter,
@@ -243,41 +268,57 @@ class ConvergenceGuard(Callback):
                     data=self.data,
                     margin=self.margin,
                     step=step,
+                    task_map=self._task_map,
                 )
         except Exception as error:
             # Whatever goes wrong in a check, training goes on as if the guard were not there.
-            self._warn_failure(error, step)
-            return None
-
-    def _warn_failure(self, error: Exception, step: int) -> None:
-        cause = f"{type(error).__name__}: {error}"
-        if cause not in self._failed:
-            self._failed.add(cause)
-            warn(
+            self._say_once(
                 f"ConvergenceGuard could not measure at step {step}; training goes on without this check. Cause: "
-                f"{cause} This is said once for each cause."
+                f"{type(error).__name__}: {error} This is said once for each cause."
             )
+            return None
+        if self._governed != owners:
+            self._governed = owners
+            self._govern([trainer.optimizers[index] for index in owners])
+        return report
+
+    def _govern(self, optimizers: list[Any]) -> None:
+        if self._governor is not None:
+            self._governor.remove()
+        active = self.action == "rescale" and not self._inert
+        self._governor = RateGovernor(optimizers, self._beta_cap) if active else None
+
+    def _say_once(self, message: str) -> None:
+        """Warn, unless the same was said before with other numbers in it."""
+        gist = re.sub(r"[-+]?[0-9]+[0-9.e+-]*", "#", message)
+        if gist not in self._said:
+            self._said.add(gist)
+            warn(message)
 
     def _act(self, trainer: Any, pl_module: Any, report: StabilityReport, step: int) -> StabilityReport:
-        unsafe = report.status == UNSAFE
-        if report.status != UNRESOLVED:
-            self._unsafe_checks = self._unsafe_checks + 1 if unsafe else 0
-        crossed = unsafe and self._unsafe_checks >= self.patience
-        if crossed and not self._alarmed:
+        status = {"alpha": report.alpha_status, "beta": report.beta_status}
+        unsafe = {rate for rate in status if status[rate] == UNSAFE}
+        self._unsafe_checks = self._unsafe_checks + 1 if unsafe else 0
+        crossed = unsafe if self._unsafe_checks >= self.patience else set()
+        if crossed - self._alarms:
             self._announce(report, step)
-            if self.action == "stop":
-                self.stopped_step, self.stopping_reason = step, " ".join(report.reasons)
-                trainer.should_stop = True
-        if self._alarmed and report.status == "safe" and self.action != "log":
+        if crossed and self.action == "stop":
+            self.stopped_step, self.stopping_reason = step, " ".join(report.reasons)
+            trainer.should_stop = True
+        # A rate that is not resolved keeps its state: neither an all-clear nor a second alarm.
+        remaining = (self._alarms | crossed) - {rate for rate in status if status[rate] == SAFE}
+        if self._alarms and not remaining and self.action != "log":
             inform(f"ConvergenceGuard: step {step}: the rates are back in the safe region.")
-        if report.status != UNRESOLVED:
-            self._alarmed = crossed
+        self._alarms = remaining
+        if self.action != "log":
+            for notice in report.notices:
+                self._say_once(f"ConvergenceGuard: step {step}: {notice}")
         if self.action == "rescale" and (crossed or not unsafe):
             self._rescale(pl_module, report)
         return replace(
             report,
-            alpha_applied=report.alpha * getattr(pl_module, "inner_lr_factor", 1.0),
-            beta_applied=report.beta if self._beta_cap is None else min(report.beta, self._beta_cap),
+            alpha_applied=_capped(report.alpha, self._alpha_cap),
+            beta_applied=_capped(report.beta, self._beta_cap),
         )
 
     def _announce(self, report: StabilityReport, step: int) -> None:
@@ -295,31 +336,41 @@ class ConvergenceGuard(Callback):
         warn(f"ConvergenceGuard: the learning rates left the safe region at step {step}. {reasons}{effect}")
 
     def _rescale(self, pl_module: Any, report: StabilityReport) -> None:
-        if report.status == UNRESOLVED and math.isnan(report.beta_c):
-            return  # nothing new is known: what is capped stays capped
-        if hasattr(pl_module, "inner_lr_factor"):
-            pl_module.inner_lr_factor = report.safe_alpha / report.alpha if report.alpha > 0 else 1.0
-        self._beta_cap = report.safe_beta if report.safe_beta < report.beta else None
+        """Cap at ``margin`` times the limits just measured, also where the schedule is below them and may rise.
+
+        What could not be measured stays capped as it was.
+        """
+        if hasattr(pl_module, "inner_lr_cap") and not math.isnan(report.alpha_c):
+            self._alpha_cap = pl_module.inner_lr_cap = self.margin * report.alpha_c
+        if not math.isnan(report.safe_beta_c):
+            self._beta_cap = self.margin * report.safe_beta_c
         if self._governor is not None:
             self._governor.cap = self._beta_cap
+
+
+def _capped(rate: float, cap: float | None) -> float:
+    return rate if cap is None or not rate > cap else cap
 
 
 @contextmanager
 def _configured_inner_rate(pl_module: Any) -> Iterator[None]:
     """Measure at the inner rate as configured, not as capped by an earlier check."""
-    factor = getattr(pl_module, "inner_lr_factor", None)
-    if factor is None:
+    if not hasattr(pl_module, "inner_lr_cap"):
         yield
         return
-    pl_module.inner_lr_factor = 1.0
+    cap, pl_module.inner_lr_cap = pl_module.inner_lr_cap, None
     try:
         yield
     finally:
-        pl_module.inner_lr_factor = factor
+        pl_module.inner_lr_cap = cap
 
 
-def _optimizer_of(problem: MetaProblem, optimizers: list[Any]) -> Any:
-    """Find the optimizer that moves the problem's parameters (the fastest, if several do)."""
+def _owners(problem: MetaProblem, optimizers: list[Any]) -> list[int]:
+    """Find the optimizers that move the problem's parameters; all of them if none does (measure then says so)."""
     moved = {id(value) for value in problem.params.values()}
-    owners = [o for o in optimizers if any(id(p) in moved for group in o.param_groups for p in group["params"])]
-    return max(owners or optimizers, key=scheduled_rate)
+    owners = [
+        index
+        for index, optimizer in enumerate(optimizers)
+        if any(id(parameter) in moved for group in optimizer.param_groups for parameter in group["params"])
+    ]
+    return owners or list(range(len(optimizers)))

@@ -103,7 +103,7 @@ def hessian_spectrum(
         The spectrum.
 
     Raises:
-        ValueError: If the estimator can't treat several blocks.
+        ValueError: If the estimator can't treat several blocks, or returns nothing.
     """
     like = next(iter(params.values()))
     if estimator == "lanczos":
@@ -117,6 +117,8 @@ def hessian_spectrum(
     assert callable(estimator)
     before = hessian.matvecs
     values = estimator(hessian, start_vector((hessian.layout.size,), like))
+    if len(values) == 0:
+        raise ValueError(f"The estimator {estimator!r} returned no eigenvalue; expected at least one.")
     return Spectrum(values=tuple(float(value) for value in values), matvecs=hessian.matvecs - before)
 
 

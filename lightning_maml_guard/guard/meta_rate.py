@@ -34,6 +34,7 @@ class OuterStep:
         coupled: Coupled weight decay by parameter group, expanded; or one number where it is uniform.
         decoupled: Largest decoupled weight decay.
         note: Why no statement can be made, if so.
+        lasting: Whether that will stay so.
     """
 
     limit: float = 2.0
@@ -41,6 +42,7 @@ class OuterStep:
     coupled: Params | float = 0.0
     decoupled: float = 0.0
     note: str = ""
+    lasting: bool = False
 
 
 def outer_step(optimizer: Optimizer | None, params: Params) -> OuterStep:
@@ -54,11 +56,16 @@ def outer_step(optimizer: Optimizer | None, params: Params) -> OuterStep:
         What decides stability.
 
     Raises:
+        TypeError: If it is not an optimizer.
         ValueError: If the optimizer holds none of the parameters.
     """
     if optimizer is None:
         return OuterStep()
     optimizer = unwrap(optimizer)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"Expected argument `optimizer` to be a torch.optim.Optimizer but got {type(optimizer).__name__}."
+        )
     owners = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     if not any(id(value) in owners for value in params.values()):
         raise ValueError(
@@ -68,7 +75,7 @@ def outer_step(optimizer: Optimizer | None, params: Params) -> OuterStep:
     try:
         limit = stability_limit(optimizer)
     except UnknownOptimizerError as error:
-        return OuterStep(note=str(error))
+        return OuterStep(note=str(error), lasting=True)
     highest = scheduled_rate(optimizer)
     if highest == 0:
         return OuterStep(note="the optimizer's lr is 0 at this step.")

@@ -51,6 +51,7 @@ def measure(
     data: str = "support",
     margin: float = 1.0,
     step: int | None = None,
+    task_map: TaskMap | None = None,
 ) -> StabilityReport:
     """Measure whether a problem's learning rates lie in the safe region.
 
@@ -71,6 +72,7 @@ def measure(
         data: The loss whose Hessian is measured: ``"support"``, ``"query"`` or ``"both"`` (their mean).
         margin: Fraction of the critical values that counts as the threshold.
         step: Training step, for the messages.
+        task_map: How to run over the tasks; by default vmapped, ``problem.task_chunk_size`` at once.
 
     Returns:
         The report. Curvature that can't be measured gives ``"unresolved"`` with the reason.
@@ -89,7 +91,9 @@ def measure(
             raise ValueError("Expected `beta` or `optimizer` but got both: the optimizer holds its own rate.")
     began = time.perf_counter()
     with preserved_randomness(), double_backward():
-        measurement = _Measurement(problem, optimizer, beta, estimator, max_iter, tol, tasks, data, margin, step)
+        measurement = _Measurement(
+            problem, optimizer, beta, estimator, max_iter, tol, tasks, data, margin, step, task_map
+        )
         try:
             return measurement.report(began)
         except NonFiniteProductError as error:
@@ -143,6 +147,7 @@ class _Measurement:
         data: str,
         margin: float,
         step: int | None,
+        task_map: TaskMap | None,
     ) -> None:
         self.problem, self.estimator, self.margin, self.step = problem, estimator, margin, step
         self.max_iter, self.tol = max_iter, tol
@@ -158,7 +163,8 @@ class _Measurement:
         self.data = as_float32(
             {"support": (problem.support,), "query": (problem.query,)}.get(data, (problem.support, problem.query))
         )
-        self.task_map = TaskMap(problem.task_chunk_size)
+        self.task_map = task_map or TaskMap(problem.task_chunk_size)
+        self.alpha_note = ""
         self.hvps = 0
 
     def _task_loss(self, params: Params, sets: tuple[Any, ...]) -> Tensor:
@@ -195,7 +201,8 @@ class _Measurement:
         if rates is not None:
             alpha_limit = self._alpha_limit_by_parameter(hessian, rates)
         beta_limit = self._beta_limit(hessian, spectrum, self.alpha, rates, alpha_limit.ratio > 1 + 1e-12)
-        safe_alpha = min(self.alpha, self.margin * alpha_limit.critical)
+        capped = self.margin * alpha_limit.critical
+        safe_alpha = capped if capped < self.alpha else self.alpha
         at_safe = beta_limit
         if safe_alpha < self.alpha:
             lowered = None if rates is None else {n: r * (safe_alpha / self.alpha) for n, r in rates.items()}
@@ -225,6 +232,7 @@ class _Measurement:
             inner_steps=self.inner_steps,
             hvps=self.hvps,
             seconds=time.perf_counter() - began,
+            notices=verdict.reasons if flat else (self.outer.note,) if self.outer.lasting else (),
             step=self.step,
             alpha_applied=self.alpha,
             beta_applied=self.beta,
@@ -232,6 +240,9 @@ class _Measurement:
 
     def _alpha_limit_by_parameter(self, hessian: Hessian, rates: Params) -> Limit:
         """Rates ``A`` by parameter: the condition is ``lambda_max(A^(1/2) H A^(1/2)) <= 1`` (``1/K`` simplified)."""
+        if any(bool((rate < 0).any()) for rate in rates.values()):
+            self.alpha_note = "a learned inner rate is negative, and the condition is about rates of at least 0."
+            return Limit(self.alpha, math.nan, _NAN_INTERVAL)
         before = hessian.matvecs
         weights = hessian.layout.flatten(as_float32(rates)).to(self.like) * self.inner_steps
         top, (low, high), _ = top_eigenvalue(
@@ -276,10 +287,11 @@ class _Measurement:
             growth=growth,
             cost=cost,
             beta_note=self.outer.note,
-            alpha_note=_ORDER_NOTES.get(self.problem.order, ""),
+            alpha_note=self.alpha_note or _ORDER_NOTES.get(self.problem.order, ""),
         )
 
     def failed(self, reason: str, began: float) -> StabilityReport:
+        said = f"The curvature could not be measured: {reason}"
         return StabilityReport(
             alpha=self.alpha,
             alpha_c=math.nan,
@@ -290,7 +302,8 @@ class _Measurement:
             lambda_max=math.nan,
             lambda_min=math.nan,
             status="unresolved",
-            reasons=(f"The curvature could not be measured: {reason}",),
+            reasons=(said,),
+            notices=(said,),
             alpha_status="unresolved",
             beta_status="unresolved",
             safe_alpha=self.alpha,

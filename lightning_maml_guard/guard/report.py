@@ -40,6 +40,7 @@ class StabilityReport:
         inner_steps: Number of inner steps the poster's ``alpha`` stands for.
         hvps: Hessian-vector products used.
         seconds: Wall time.
+        notices: What keeps a rate from being judged and will not pass by itself; worth saying once.
         step: Training step, if the caller gave one.
         alpha_applied: Inner rate applied after this measurement; ``alpha`` unless a guard capped it.
         beta_applied: Meta rate applied after this measurement.
@@ -67,6 +68,7 @@ class StabilityReport:
     inner_steps: int
     hvps: int
     seconds: float
+    notices: tuple[str, ...] = ()
     step: int | None = None
     alpha_applied: float = math.nan
     beta_applied: float = math.nan

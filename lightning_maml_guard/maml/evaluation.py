@@ -78,6 +78,9 @@ class EpisodeEvaluation(nn.Module):
             stage: Prefix of the logged names.
             found: What :func:`evaluate_tasks` found.
             query: The episodes' query sets ``(x, y)``; read only where there are metrics.
+
+        Raises:
+            ValueError: If a metric gives more than one value an episode.
         """
         self._mean(f"{stage}/loss", found["loss"]).update(found["loss"])
         self._mean(f"{stage}/loss_before", found["loss"]).update(found["loss_before"])
@@ -86,6 +89,11 @@ class EpisodeEvaluation(nn.Module):
         for suffix in ("", "_before"):
             for prediction, target in zip(found[f"prediction{suffix}"], query[1], strict=True):
                 for name, value in self.metrics(prediction, target).items():
+                    if value.numel() != 1:
+                        raise ValueError(
+                            f"The metric {name!r} gave {value.numel()} values for one episode; an interval over "
+                            "episodes needs one. Choose an average, such as average='micro'."
+                        )
                     self._mean(f"{stage}/{name}{suffix}", value).update(value)
                 self.metrics.reset()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -16,6 +17,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_maml_guard._lightning import LightningModule, hyperparameters_given
 from lightning_maml_guard._vectorize import TaskMap
+from lightning_maml_guard._warnings import GuardWarning
 from lightning_maml_guard.curvature.backward import BatchStatistics
 from lightning_maml_guard.maml.evaluation import EpisodeEvaluation, evaluate_tasks
 from lightning_maml_guard.maml.gradients import AttachGradient, meta_gradient
@@ -130,7 +132,7 @@ class MetaLearningModule(LightningModule):
             )
         if hyperparameters_given():
             self.save_hyperparameters()  # LightningCLI's configuration: plain values, the network's included
-        else:
+        elif type(self) is MetaLearningModule:  # a subclass has arguments of its own, and saves those
             # Modules and callables stay out: a checkpoint of them would not load with weights_only.
             self.save_hyperparameters(*_PLAIN_ARGUMENTS)
         self.network = network
@@ -141,7 +143,7 @@ class MetaLearningModule(LightningModule):
         self.order = order
         self.adapted_names = select(theta, adapt)
         self.partial = adapt is not None and len(self.adapted_names) < len(theta)
-        self.inner_lr_factor = 1.0
+        self.inner_lr_cap: float | None = None
         self.learned_rates: nn.ParameterList | None = None
         if learn_inner_lr:
             values = dict(network.named_parameters())
@@ -211,13 +213,21 @@ class MetaLearningModule(LightningModule):
             ``alpha``, or one tensor an adapted parameter.
         """
         if self.learned_rates is not None:
+            theta, factor = self.theta(), self._rate_factor()
             learned = zip(self.adapted_names, self.learned_rates, strict=True)
-            return {name: rate * self.inner_lr_factor for name, rate in learned}
-        alpha = self.inner_lr * self.inner_lr_factor
+            return {name: rate * factor for name, rate in learned if name in theta}
+        alpha = self.inner_lr if self.inner_lr_cap is None else min(self.inner_lr, self.inner_lr_cap)
         if self.partial:
             theta = self.theta()
-            return {name: theta[name].new_tensor(alpha) for name in self.adapted_names}
+            return {name: theta[name].new_tensor(alpha) for name in self.adapted_names if name in theta}
         return alpha
+
+    def _rate_factor(self) -> float:
+        """One factor brings the largest learned rate down to the cap."""
+        if self.inner_lr_cap is None or self.learned_rates is None:
+            return 1.0
+        highest = max(float(rate.detach().max()) for rate in self.learned_rates)
+        return min(1.0, self.inner_lr_cap / highest) if highest > 0 else 1.0
 
     def meta_problem(self, batch: Any) -> MetaProblem:
         """State the coming step's problem; what training and the guard share.
@@ -266,14 +276,21 @@ class MetaLearningModule(LightningModule):
         result = meta_gradient(problem, tasks=self.task_map, learn_rates=learned, **auxiliary)
         parameters, gradients = list(problem.params.values()), list(result.gradients.values())
         if self.learned_rates is not None and result.rate_gradients is not None:
-            parameters += list(self.learned_rates)
-            gradients += [self.inner_lr_factor * result.rate_gradients[name] for name in self.adapted_names]
+            factor = self._rate_factor()
+            for name, rate in zip(self.adapted_names, self.learned_rates, strict=True):
+                if name in result.rate_gradients:
+                    parameters.append(rate)
+                    gradients.append(factor * result.rate_gradients[name])
         loss = result.losses.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=problem.tasks)
         if self.train_metrics is not None:
             self.train_metrics(result.auxiliary.flatten(0, 1), problem.query[1].flatten(0, 1))
             self.log_dict(self.train_metrics, batch_size=problem.tasks)
         return AttachGradient.apply(loss, gradients, *parameters)
+
+    def on_fit_start(self) -> None:
+        """Forget a cap that a checkpoint held: a guard that rescales sets its own."""
+        self.inner_lr_cap = None
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Evaluate the episodes of a batch before and after adaptation.
@@ -308,26 +325,35 @@ class MetaLearningModule(LightningModule):
             The optimizer, or what Lightning takes for an optimizer with a scheduler.
         """
         parameters = [value for value in self.parameters() if value.requires_grad]
+        trained = {id(value) for value in [*self.theta().values(), *(self.learned_rates or [])]}
+        others = [n for n, value in self.named_parameters() if value.requires_grad and id(value) not in trained]
+        if others:
+            warnings.warn(
+                f"The parameters {others} lie outside `network`, and MAML's meta-gradient is taken towards the "
+                "network's parameters alone: they get no gradient. Move them into the network, or freeze them.",
+                GuardWarning,
+                stacklevel=2,
+            )
         optimizer = torch.optim.Adam(parameters, lr=1e-3) if self._optimizer is None else self._optimizer(parameters)
         if self._lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self._lr_scheduler(optimizer)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the factor a guard holds the inner rate at, so that evaluation adapts as training did.
+        """Keep the cap a guard holds the inner rate at, so that evaluation adapts as training did.
 
         Args:
             checkpoint: The checkpoint to write to.
         """
-        checkpoint["inner_lr_factor"] = self.inner_lr_factor
+        checkpoint["inner_lr_cap"] = self.inner_lr_cap
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the factor of the inner rate.
+        """Restore the cap of the inner rate.
 
         Args:
             checkpoint: The checkpoint to read from.
         """
-        self.inner_lr_factor = float(checkpoint.get("inner_lr_factor", 1.0))
+        self.inner_lr_cap = checkpoint.get("inner_lr_cap")
 
     def _evaluate(self, stage: str, batch: Any) -> None:
         # Lightning validates in inference mode, whose tensors cannot be differentiated: leave it, and clone

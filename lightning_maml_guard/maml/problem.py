@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -101,17 +100,13 @@ class MetaProblem:
             Tensors of the parameters' shapes; 0 where nothing is adapted.
 
         Raises:
-            ValueError: If a rate is negative or not finite.
+            ValueError: If a rate is not finite.
         """
         expanded = {}
         for name, value in self.params.items():
             rate = self.inner_lr.get(name, 0.0) if isinstance(self.inner_lr, dict) else self.inner_lr
             rate = torch.as_tensor(rate, dtype=value.dtype, device=value.device).detach()
-            lowest = float(rate.min())
-            if not math.isfinite(float(rate.max())) or not lowest >= 0:
-                raise ValueError(
-                    f"The inner rate of {name!r} holds {lowest}: the conditions of convergence are about rates "
-                    "that are finite and at least 0."
-                )
+            if not bool(torch.isfinite(rate).all()):
+                raise ValueError(f"The inner rate of {name!r} holds nan or inf: no update follows from it.")
             expanded[name] = rate.expand(value.shape)
         return expanded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,7 +47,8 @@ class Omniglot(TaskFamily):
     Reads whichever of these lies in ``root``, in this order: ``omniglot.npz``; the folders
     ``images_background`` and ``images_evaluation``; ``omniglot_images_background.zip`` and
     ``omniglot_images_evaluation.zip``. Characters are split, shuffled by ``split_seed``, into 1100 for
-    training, 100 for validation and the rest for test; a rotated character stays in its split.
+    training, 100 for validation and the rest for test (of fewer than 1300 characters: two thirds, a
+    twelfth and the rest); a rotated character stays in its split.
 
     Args:
         root: Folder of the data (default: ``$LMG_DATA``, then ``./data``).
@@ -163,7 +165,7 @@ def _from_npz(path: Path) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as archive:
             images = archive["images"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise DatasetError(
             f"{path} is damaged ({error}). Copy it anew, or remove it to use the image archives."
         ) from error
@@ -185,9 +187,9 @@ def _zip_images(archive: Path) -> Iterator[tuple[str, bytes]]:
     try:
         with zipfile.ZipFile(archive) as members:
             for name in sorted(members.namelist()):
-                if name.endswith(".png"):
+                if name.endswith(".png") and not name.startswith("__MACOSX/"):
                     yield name, members.read(name)
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+    except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
         raise DatasetError(f"{archive} is damaged ({error}). Download or copy it again.") from error
 
 

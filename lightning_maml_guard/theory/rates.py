@@ -214,4 +214,9 @@ def assemble(
 
 
 def _to_numpy(values: Any) -> Any:
-    return values.detach().cpu().numpy() if hasattr(values, "detach") else values
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = (values if values.is_complex() else values.double()).numpy()
+    if np.iscomplexobj(values):
+        raise ValueError(f"Expected real numbers (a Hessian is symmetric) but got complex ones: {values}.")
+    return values

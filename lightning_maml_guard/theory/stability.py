@@ -106,7 +106,8 @@ def stability_limit(optimizer: Optimizer) -> float:
 
     Raises:
         UnknownOptimizerError: If the optimizer is not in the table (a subclass may step differently, so it
-            does not count), or if it maximises.
+            does not count), if it maximises, or if it decays
+            its rate by itself (Adagrad's ``lr_decay``).
 
     Example:
         >>> import torch
@@ -120,6 +121,11 @@ def stability_limit(optimizer: Optimizer) -> float:
         raise UnknownOptimizerError(
             f"{type(optimizer).__name__}(maximize=True) climbs the loss: no learning rate is stable at a minimum. "
             "Minimise the negated objective instead."
+        )
+    if any(group.get("lr_decay") for group in optimizer.param_groups):
+        raise UnknownOptimizerError(
+            f"{type(optimizer).__name__} with lr_decay applies a rate that is not its `lr`, so nothing is said about "
+            "it. Use lr_decay=0 with a scheduler; the inner rate is still checked."
         )
     return min(row.limit(group) for group in optimizer.param_groups)
 

@@ -106,7 +106,7 @@ def judge(
         if status == UNSAFE:
             reasons.append(_unsafe(name, limit, margin, growth, cost, alpha_note and alpha_note + " "))
         elif status == UNRESOLVED:
-            reasons.append(_unresolved(name, limit, margin, cost, beta_note if name == "beta" else ""))
+            reasons.append(_unresolved(name, limit, margin, cost, beta_note if name == "beta" else alpha_note))
     worst = UNSAFE if UNSAFE in statuses.values() else UNRESOLVED if UNRESOLVED in statuses.values() else SAFE
     return Verdict(worst, statuses["alpha"], statuses["beta"], tuple(reasons))
 

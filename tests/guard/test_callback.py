@@ -310,7 +310,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path):
     torch.load(tmp_path / "step=18.ckpt", weights_only=True)
     second, rest = guarded(ckpt_path=tmp_path / "step=18.ckpt")
     assert torch.equal(rest.network.weight, module.network.weight)
-    assert rest.inner_lr_factor == module.inner_lr_factor
+    assert rest.inner_lr_cap == module.inner_lr_cap == pytest.approx(0.9 * 0.25)
 
     def plain(history):
         return [(r.step, r.alpha_c, r.beta_c, r.safe_beta, r.status, r.beta_applied, r.spectrum) for r in history]
@@ -402,3 +402,174 @@ def test_arguments_keep_their_names_and_the_guard_pickles():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         ConvergenceGuard(**arguments)
+
+
+class Scheduled(MetaLearningModule):
+    """Sets rates by hand at every batch, as a schedule would."""
+
+    def __init__(self, rate, **arguments):
+        network = nn.Linear(4, 1, bias=False).double()
+        nn.init.ones_(network.weight)
+        super().__init__(
+            network, order="simplified", optimizer=lambda p: SGD(p, lr=0.1), **{"inner_lr": 0.05, **arguments}
+        )
+        self.rate = rate
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.rate(self, batch_idx)
+
+
+def test_a_schedule_that_rises_between_checks_meets_the_cap():
+    def rise(module, index):
+        module.optimizers().param_groups[0]["lr"] = 0.1 if index % 10 == 0 else 5.0
+
+    guard = ConvergenceGuard(every_n_steps=10, action="rescale")
+    with pytest.warns(GuardWarning, match="at step 10"):  # the callback sees the rate of the step before
+        trainer = fit(Scheduled(rise), BATCH, 40, [guard])
+    assert loss_of(trainer) < 10 and trainer.optimizers[0].param_groups[0]["lr"] == 5.0
+
+
+def test_the_inner_cap_is_a_cap_and_not_a_factor():
+    def drop(module, index):
+        module.inner_lr = 0.4 if index < 3 else 0.01
+
+    module = Scheduled(drop)
+    with pytest.warns(GuardWarning, match="alpha = 0.4 exceeds alpha_c"):
+        fit(module, BATCH, 6, [ConvergenceGuard(every_n_steps=2, action="rescale")])
+    assert module.rates() == 0.01
+
+
+def test_a_cap_survives_for_evaluation_and_not_for_an_unguarded_fit(tmp_path):
+    module = module_at(alpha=0.4)
+    with pytest.warns(GuardWarning):
+        trainer = fit(module, BATCH, 2, [ConvergenceGuard(every_n_steps=1, action="rescale")])
+    trainer.save_checkpoint(tmp_path / "capped.ckpt")
+    loaded = MetaLearningModule.load_from_checkpoint(
+        tmp_path / "capped.ckpt", network=nn.Linear(4, 1, bias=False).double()
+    )
+    assert loaded.rates() == module.rates() == pytest.approx(0.25)
+    loaded._optimizer = lambda p: SGD(p, lr=0.1)
+    fit(loaded, BATCH, 1)
+    assert loaded.rates() == 0.4
+
+
+class TwoOptimizers(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.net, self.other = nn.Linear(4, 1, bias=False).double(), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        for optimizer, loss in zip(self.optimizers(), (self(batch[0][0]).pow(2).mean(), self.other.sum()), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [SGD(self.net.parameters(), lr=3.0), SGD([self.other], lr=1.0)]
+
+
+def test_only_the_optimizer_of_the_problem_is_capped():
+    def problem(module, batch):
+        def loss(params, data):
+            return torch.func.functional_call(module.net, params, (data[0],)).pow(2).mean()
+
+        return MetaProblem(dict(module.net.named_parameters()), loss, batch[0], batch[1], inner_lr=0.05)
+
+    module = TwoOptimizers()
+    guard = ConvergenceGuard(every_n_steps=1, action="rescale", problem=problem)
+    with pytest.warns(GuardWarning, match="beta = 3 exceeds beta_c = 0.625"):
+        trainer = fit(module, BATCH, 8, [guard])
+    assert float(module.other) == -4.0
+    assert float(module.net.weight.abs().max()) < 1
+    assert [o.param_groups[0]["lr"] for o in trainer.optimizers] == [3.0, 1.0]
+
+
+def test_two_rescaling_guards_leave_the_schedule_alone():
+    guards = [ConvergenceGuard(every_n_steps=1, action="rescale", margin=m) for m in (0.9, 0.5)]
+    with pytest.warns(GuardWarning):
+        trainer = fit(module_at(beta=5.0), BATCH, 10, guards)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 5.0
+    assert all(report.beta == 5.0 for guard in guards for report in guard.history)
+
+
+def test_stop_stops_a_resumed_run_too(tmp_path):
+    with pytest.warns(GuardWarning):
+        trainer = fit(module_at(beta=1.5), BATCH, 50, [ConvergenceGuard(every_n_steps=5, action="stop")])
+        trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+    again, guard = module_at(beta=1.5), ConvergenceGuard(every_n_steps=5, action="stop")
+    trainer = Trainer(
+        max_steps=50,
+        max_epochs=5,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[guard],
+    )
+    trainer.fit(again, DataLoader([BATCH] * 20, batch_size=None), ckpt_path=tmp_path / "stopped.ckpt")
+    assert guard.stopped_step == 5 and trainer.global_step == 6
+
+
+def test_a_second_fit_starts_over():
+    guard = ConvergenceGuard(every_n_steps=5, action="stop")
+    for beta in (1.5, 2.0):
+        with pytest.warns(GuardWarning, match=f"beta = {beta:g} exceeds"):
+            trainer = fit(module_at(beta=beta), BATCH, 20, [guard])
+        assert trainer.global_step == 1 and len(guard.history) == 1
+
+
+class Unknown(SGD):
+    pass
+
+
+def test_an_unknown_optimizer_is_said_once_and_alpha_is_judged_on():
+    def alternate(module, index):
+        module.inner_lr = 1.0 if index % 4 >= 2 else 0.01
+
+    module = Scheduled(alternate)
+    module._optimizer = lambda p: Unknown(p, lr=1e-3)
+    guard = ConvergenceGuard(every_n_steps=2)
+    with pytest.warns(GuardWarning) as caught:
+        fit(module, BATCH, 10, [guard])
+    said = [str(w.message) for w in caught if w.category is GuardWarning]
+    assert [report.alpha_status for report in guard.history] == ["safe", "safe", "unsafe", "safe", "unsafe"]
+    assert sum("Unknown is not known" in text and "left the safe region" not in text for text in said) == 1
+    assert sum("left the safe region" in text for text in said) == 2
+
+
+def test_a_nan_is_said_once():
+    def poison(module, index):
+        if index == 2:
+            with torch.no_grad():
+                module.network.weight.fill_(math.nan)
+
+    guard = ConvergenceGuard(every_n_steps=1)
+    with pytest.warns(GuardWarning, match="curvature could not be measured: The task loss is nan") as caught:
+        fit(Scheduled(poison), BATCH, 6, [guard])
+    assert len([w for w in caught if w.category is GuardWarning]) == 1
+
+
+def test_meta_sgd_is_guarded_throughout():
+    module = MetaLearningModule(mlp(), inner_lr=0.003, learn_inner_lr=True)
+    guard = ConvergenceGuard(every_n_steps=5, action="log")
+    fit(module, Sinusoid().sample(4, torch.Generator().manual_seed(0)), 40, [guard])
+    assert any(bool((rate < 0).any()) for rate in module.learned_rates)
+    assert len(guard.history) == 8 and all(math.isfinite(r.beta_c) for r in guard.history[1:])
+
+
+@pytest.mark.parametrize(("tasks", "status"), [("mean", "safe"), ("worst", "unsafe")])
+def test_tasks_of_different_sharpness_need_the_worst_task(tasks, status):
+    """The limit the README names: curvatures 2 and 18, whose mean is safe while the run diverges."""
+    x, y = torch.tensor([[[1.0]], [[3.0]]]), torch.zeros(2, 1, 1)
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(network.weight)
+    module = MetaLearningModule(network, inner_lr=0.075, order="simplified", optimizer=lambda p: SGD(p, lr=0.1))
+    guard = ConvergenceGuard(every_n_steps=20, action="log", tasks=tasks)
+    fit(module, ((x, y), (x, y)), 100, [guard])
+    assert {report.status for report in guard.history} == {status}
+    assert abs(float(network.weight)) > 1e6

@@ -89,3 +89,21 @@ def test_remove_takes_every_hook_out():
     optimizer = SGD([weight], lr=1.0)
     RateGovernor([optimizer], 0.5).remove()
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+
+
+def test_two_governors_apply_the_lower_cap_and_leave_the_schedule():
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = SGD([weight], lr=1.0)
+    governors = [RateGovernor([optimizer], 0.5), RateGovernor([optimizer], 0.25)]
+    for _ in range(3):
+        before = weight.detach().clone()
+        weight.grad = torch.ones(1)
+        optimizer.step()
+        assert float((before - weight).detach()) == pytest.approx(0.25)
+        assert optimizer.param_groups[0]["lr"] == 1.0
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    for governor in governors:
+        governor.remove()

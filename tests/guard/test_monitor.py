@@ -169,6 +169,25 @@ def test_an_adapted_head_is_judged_by_its_own_block():
     assert measure(problem, tol=1e-6, max_iter=37).alpha_c == pytest.approx(1 / np.linalg.eigvalsh(block)[-1], rel=1e-6)
 
 
+def test_a_negative_learned_rate_leaves_alpha_unjudged_and_beta_measured():
+    module, batch, _ = sinusoid_problem(learn_inner_lr=True, inner_lr=0.05)
+    with torch.no_grad():
+        module.learned_rates[0][0] = -0.02
+    h = dense_hessian(support_loss(module, batch), module.theta())
+    a = torch.cat([rate.detach().flatten() for rate in module.learned_rates]).numpy()
+    report = measure(module.meta_problem(batch), beta=1e-3, tol=1e-6, max_iter=37)
+    assert report.alpha_status == "unresolved" and "a learned inner rate is negative" in report.reasons[0]
+    assert report.beta_c == pytest.approx(2 / np.linalg.eigvalsh(h - h @ np.diag(a) @ h)[-1], rel=1e-6)
+    assert report.safe_alpha == report.alpha
+
+
+def test_pyhessian_measures_one_matrix_of_a_dropout_net():
+    network = nn.Sequential(nn.Linear(1, 40), nn.Dropout(0.5), nn.Tanh(), nn.Linear(40, 1))
+    problem = MetaLearningModule(network).meta_problem(Sinusoid().sample(4, torch.Generator().manual_seed(0)))
+    low, high = measure(problem, beta=0.1, estimator="pyhessian", max_iter=300, tol=1e-7).lambda_max_interval
+    assert (high - low) / high < 0.02
+
+
 def test_safe_beta_is_the_limit_at_the_alpha_that_is_applied():
     module = linear_module(4, 1.0, inner_lr=0.4, order="simplified")
     report = measure(module.meta_problem(quadratic_batch(SPECTRUM)), beta=50.0, margin=0.8)
@@ -276,6 +295,7 @@ def test_a_report_is_picklable_and_usable_in_a_plain_loop():
         ({"tol": 0.0}, "`tol` to be a number between 0 and 1"),
         ({"margin": 0.0}, "`margin`"),
         ({"beta": 0.1, "optimizer": SGD([torch.zeros(1)], lr=0.1)}, "`beta` or `optimizer` but got both"),
+        ({"estimator": lambda matvec, start: []}, "returned no eigenvalue"),
         ({"optimizer": SGD([torch.zeros(1)], lr=0.1)}, "holds none of the problem's `params`"),
     ],
 )
@@ -283,6 +303,12 @@ def test_bad_options_are_named(keywords, message):
     _, _, problem = sinusoid_problem()
     with pytest.raises(ValueError, match=message):
         measure(problem, **keywords)
+
+
+def test_an_optimizer_of_another_type_is_refused():
+    module, _, problem = sinusoid_problem()
+    with pytest.raises(TypeError, match="Optimizer but got MetaLearningModule"):
+        measure(problem, optimizer=module)
 
 
 def test_a_problem_of_another_type_is_refused():

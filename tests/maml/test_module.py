@@ -160,6 +160,43 @@ def test_a_subclass_may_override_the_task_loss():
     assert math.isfinite(float(trainer.callback_metrics["train/loss"]))
 
 
+class Own(MetaLearningModule):
+    def __init__(self, hidden=8, rate=0.1, **arguments):
+        super().__init__(mlp(1, (hidden,)), inner_lr=rate, **arguments)
+        self.save_hyperparameters()
+
+
+def test_a_subclass_with_its_own_arguments_loads(tmp_path):
+    trainer = Trainer(max_steps=2, default_root_dir=tmp_path, **QUIET)
+    trainer.fit(Own(hidden=12, rate=0.3, inner_steps=2), sinusoids())
+    loaded = Own.load_from_checkpoint(trainer.checkpoint_callback.best_model_path)
+    assert (loaded.inner_lr, loaded.hparams["hidden"], loaded.inner_steps) == (0.3, 12, 2)
+
+
+def test_parameters_outside_the_network_are_named():
+    module = MetaLearningModule(mlp())
+    module.scale = nn.Parameter(torch.ones(1))
+    with pytest.warns(GuardWarning, match=r"\['scale'\] lie outside `network`"):
+        module.configure_optimizers()
+
+
+def test_freezing_an_adapted_parameter_in_training_is_allowed():
+    for arguments in ({"adapt": ["0", "4"]}, {"learn_inner_lr": True}):
+        module = MetaLearningModule(mlp(), **arguments)
+        module.network[0].weight.requires_grad_(False)
+        fit(module, Sinusoid().sample(3, torch.Generator()), 2)
+        assert "0.weight" not in module.rates()
+
+
+def test_a_metric_with_several_values_is_refused():
+    module = MetaLearningModule(
+        conv4(filters=4, image_size=16), metrics=MulticlassAccuracy(num_classes=5, average=None)
+    )
+    episode = (torch.randn(2, 5, 1, 16, 16), torch.arange(5).expand(2, -1))
+    with pytest.raises(ValueError, match="gave 5 values for one episode"):
+        Trainer(**QUIET).test(module, DataLoader([EpisodeBatch(episode, episode)], batch_size=None), verbose=False)
+
+
 def test_frozen_parameters_stay():
     network = mlp()
     network[0].weight.requires_grad_(False)

@@ -114,6 +114,33 @@ def test_damage_is_named(folders, tmp_path):
         load_omniglot(cases[3])
 
 
+def test_other_damage_is_named_too(folders, tmp_path):
+    for name, content in (("empty", b""), ("npy", None)):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "omniglot.npz"
+        if content is not None:
+            path.write_bytes(content)
+        else:
+            with path.open("wb") as stream:
+                np.save(stream, np.zeros(3))
+        with pytest.raises(DatasetError, match=r"omniglot\.npz is damaged"):
+            load_omniglot(tmp_path / name)
+    zipped(folders, tmp_path)
+    archive = tmp_path / "omniglot_images_background.zip"
+    data = bytearray(archive.read_bytes())
+    data[60:160] = bytes(100)
+    archive.write_bytes(bytes(data))
+    with pytest.raises(DatasetError, match="damaged"):
+        load_omniglot(tmp_path)
+
+
+def test_what_a_mac_adds_to_an_archive_is_passed_over(folders, tmp_path):
+    zipped(folders, tmp_path)
+    with zipfile.ZipFile(tmp_path / "omniglot_images_background.zip", "a") as archive:
+        archive.writestr("__MACOSX/images_background/Alphabet_0/character00/._0000_00.png", b"resource fork")
+    assert len(load_omniglot(tmp_path)) == 40
+
+
 def test_an_npz_with_code_in_it_is_not_run(tmp_path):
     buffer = io.BytesIO()
     np.savez(buffer, images=np.array([object()], dtype=object))

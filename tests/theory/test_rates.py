@@ -121,6 +121,7 @@ def test_intervals_hold_every_spectrum_within_the_residual_bounds(values, fracti
 def test_spectra_may_be_tensors_arrays_or_lists():
     expected = critical_rates(SPECTRUM, 0.1)
     assert critical_rates(torch.tensor(SPECTRUM, dtype=torch.float64), 0.1) == expected
+    assert critical_rates(torch.tensor([0.5, 4.0], dtype=torch.bfloat16), 0.1) == critical_rates([0.5, 4.0], 0.1)
     assert critical_rates(np.array(SPECTRUM).reshape(2, 2), 0.1) == expected
 
 
@@ -130,6 +131,7 @@ def test_spectra_may_be_tensors_arrays_or_lists():
         (([], 0.1), "`eigenvalues` to hold at least one eigenvalue"),
         (([1.0, math.nan], 0.1), "to be finite"),
         (([1.0, math.inf], 0.1), "to be finite"),
+        (([1.0 + 1j], 0.1), "Expected real numbers"),
         (([1.0], -0.1), "`alpha` to be a finite number of at least 0 but got -0.1"),
         (([1.0], math.nan), "`alpha` to be a finite number of at least 0 but got nan"),
         (([1.0], "fast"), "`alpha` to be a number of at least 0 but got 'fast'"),

@@ -129,6 +129,11 @@ def test_maximising_has_no_stable_rate():
         stability_limit(SGD([torch.zeros(1)], lr=0.1, maximize=True))
 
 
+def test_a_rate_the_optimizer_decays_itself_is_not_judged():
+    with pytest.raises(UnknownOptimizerError, match="Adagrad with lr_decay applies a rate that is not its `lr`"):
+        stability_limit(Adagrad([torch.zeros(1)], lr=0.1, lr_decay=0.5))
+
+
 def test_a_wrapper_is_looked_through():
     class Wrapper:
         optimizer = SGD([torch.zeros(1)], lr=0.1)
