@@ -9,15 +9,16 @@ PACKAGE = Path(__file__).parents[1] / "lightning_maml_guard"
 # What each room may import from: itself and these. Order is from the bottom up.
 ALLOWED = {
     "_warnings": set(),
+    "_checks": set(),
     "_vectorize": {"_warnings"},
     "_lightning": set(),
-    "theory": set(),
+    "theory": {"_checks"},
     "curvature": {"_vectorize"},
     "networks": set(),
     "maml": {"theory", "curvature", "_vectorize", "_warnings", "_lightning"},
-    "tasks": {"_lightning"},
+    "tasks": {"_checks", "_lightning"},
     "plots": {"guard"},  # for type hints alone: see below
-    "guard": {"theory", "curvature", "maml", "plots", "_vectorize", "_warnings", "_lightning"},
+    "guard": {"theory", "curvature", "maml", "plots", "_checks", "_vectorize", "_warnings", "_lightning"},
     "cli": {"guard", "_lightning"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

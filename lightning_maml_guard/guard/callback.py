@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lightning_maml_guard._checks import check_count
 from lightning_maml_guard._lightning import Callback, MisconfigurationException
 from lightning_maml_guard._vectorize import TaskMap
 from lightning_maml_guard.guard.estimate import Estimator
@@ -85,8 +86,7 @@ class ConvergenceGuard(Callback):
     ) -> None:
         super().__init__()
         for name, number in (("every_n_steps", every_n_steps), ("patience", patience)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ValueError(f"Expected argument `{name}` to be an integer of at least 1 but got {number!r}.")
+            check_count(name, number)
         if action not in ACTIONS:
             raise ValueError(f"Expected argument `action` to be one of {ACTIONS} but got {action!r}.")
         if problem is not None and not callable(problem):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_maml_guard._checks import check_count
 from lightning_maml_guard._vectorize import TaskMap, as_float32
 from lightning_maml_guard.curvature.backward import double_backward
 from lightning_maml_guard.curvature.lanczos import NonFiniteProductError
@@ -126,8 +127,7 @@ def check_options(*, criterion: str, estimator: Any, max_iter: int, tol: float, 
         raise ValueError(
             f"tasks='worst' needs estimator='lanczos' but got {estimator!r}: the others treat one Hessian at a time."
         )
-    if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 1:
-        raise ValueError(f"Expected argument `max_iter` to be an integer of at least 1 but got {max_iter!r}.")
+    check_count("max_iter", max_iter)
     if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
         raise ValueError(f"Expected argument `tol` to be a number between 0 and 1 but got {tol!r}.")
 
@@ -209,13 +209,11 @@ class _Measurement:
             at_safe = self._beta_limit(hessian, spectrum, safe_alpha, lowered, False)
         flat = known.lambda_max == 0 and known.lambda_min == 0
         verdict = self._judge(alpha_limit, beta_limit, flat)
-        return StabilityReport(
-            alpha=self.alpha,
+        return self._report(
+            began,
             alpha_c=alpha_limit.critical,
-            beta=self.beta,
             beta_c=beta_limit.beta_c,
             sgd_beta_c=known.beta_c if rates is None else math.nan,
-            exact_beta_c=math.nan,
             lambda_max=known.lambda_max,
             lambda_min=known.lambda_min,
             status=verdict.status,
@@ -229,13 +227,7 @@ class _Measurement:
             alpha_c_interval=alpha_limit.interval,
             beta_c_interval=beta_limit.interval,
             spectrum=spectrum,
-            inner_steps=self.inner_steps,
-            hvps=self.hvps,
-            seconds=time.perf_counter() - began,
             notices=verdict.reasons if flat else (self.outer.note,) if self.outer.lasting else (),
-            step=self.step,
-            alpha_applied=self.alpha,
-            beta_applied=self.beta,
         )
 
     def _alpha_limit_by_parameter(self, hessian: Hessian, rates: Params) -> Limit:
@@ -292,13 +284,11 @@ class _Measurement:
 
     def failed(self, reason: str, began: float) -> StabilityReport:
         said = f"The curvature could not be measured: {reason}"
-        return StabilityReport(
-            alpha=self.alpha,
+        return self._report(
+            began,
             alpha_c=math.nan,
-            beta=self.beta,
             beta_c=math.nan,
             sgd_beta_c=math.nan,
-            exact_beta_c=math.nan,
             lambda_max=math.nan,
             lambda_min=math.nan,
             status="unresolved",
@@ -313,10 +303,18 @@ class _Measurement:
             alpha_c_interval=_NAN_INTERVAL,
             beta_c_interval=_NAN_INTERVAL,
             spectrum=Spectrum(),
+        )
+
+    def _report(self, began: float, **found: Any) -> StabilityReport:
+        return StabilityReport(
+            alpha=self.alpha,
+            beta=self.beta,
+            exact_beta_c=math.nan,
             inner_steps=self.inner_steps,
             hvps=self.hvps,
             seconds=time.perf_counter() - began,
             step=self.step,
             alpha_applied=self.alpha,
             beta_applied=self.beta,
+            **found,
         )

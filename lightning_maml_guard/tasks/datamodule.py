@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lightning_maml_guard._checks import check_count
 from lightning_maml_guard._lightning import LightningDataModule
 from lightning_maml_guard.tasks.episodes import EpisodeBatch, TaskFamily, episode_generator
 
@@ -97,8 +98,7 @@ class TaskDataModule(LightningDataModule):
             ("num_workers", num_workers, 0),
             ("seed", seed, 0),
         ):
-            if isinstance(number, bool) or not isinstance(number, int) or number < least:
-                raise ValueError(f"Expected argument `{name}` to be an integer of at least {least} but got {number!r}.")
+            check_count(name, number, least)
         self.tasks, self.meta_batch_size, self.steps_per_epoch = tasks, meta_batch_size, steps_per_epoch
         self.val_episodes, self.test_episodes = val_episodes, test_episodes
         self.num_workers, self.resample, self.seed = num_workers, resample, seed

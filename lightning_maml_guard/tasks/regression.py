@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_maml_guard._checks import check_count
 from lightning_maml_guard.tasks.episodes import EpisodeBatch, TaskFamily
 
 
 def _check_positive(**numbers: int) -> None:
     for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"Expected argument `{name}` to be an integer of at least 1 but got {number!r}.")
+        check_count(name, number)
 
 
 class LinearRegression(TaskFamily):

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lightning_maml_guard._checks import check_count
+
 ORDERS = ("exact", "first", "simplified")
 
 Interval = tuple[float, float]
@@ -109,5 +111,4 @@ def check_order(order: str, inner_steps: int) -> None:
     """
     if order not in ORDERS:
         raise ValueError(f"Expected argument `order` to be one of {ORDERS} but got {order!r}.")
-    if isinstance(inner_steps, bool) or not isinstance(inner_steps, int) or inner_steps < 1:
-        raise ValueError(f"Expected argument `inner_steps` to be an integer of at least 1 but got {inner_steps!r}.")
+    check_count("inner_steps", inner_steps)

@@ -187,28 +187,30 @@ def assemble(
     Returns:
         The critical rates.
     """
-    alpha_c = rate_limit(f.inner_limit, lambda_max)
     low, high = lambda_interval
-    # 2/f(lambda_max) left of the parabola's top, 8*alpha (2 over the top itself) right of it.
-    certificate = rate_limit(2.0, f.range_over(0.0, max(high, 0.0))[1])
-    # On the boundary itself the multiplier of lambda_max is 0 up to rounding: not yet negative.
-    unstable = f.power % 2 == 1 and alpha > alpha_c * (1 + 1e-12)
-    possibly_unstable = f.power % 2 == 1 and alpha > rate_limit(f.inner_limit, high) * (1 + 1e-12)
-    upper_curvature = max(min(curvature_interval[1], f.range_over(0.0, max(high, 0.0))[1]), curvature)
-    beta_c_low = 0.0 if possibly_unstable else rate_limit(2.0, upper_curvature)
-    certainly_unstable = f.power % 2 == 1 and alpha > rate_limit(f.inner_limit, low) * (1 + 1e-12)
+
+    def beyond(top: float) -> bool:
+        """Whether alpha makes the multiplier of this eigenvalue negative (0 up to rounding is not yet)."""
+        return f.power % 2 == 1 and alpha > rate_limit(f.inner_limit, top) * (1 + 1e-12)
+
+    # 2 over the peak is 2/f(lambda_max) left of the parabola's top and 8*alpha right of it.
+    peak = f.range_over(0.0, max(high, 0.0))[1]
+    upper_curvature = max(min(curvature_interval[1], peak), curvature)
     return CriticalRates(
         alpha=alpha,
-        alpha_c=alpha_c,
-        beta_c=0.0 if unstable else rate_limit(2.0, curvature),
+        alpha_c=rate_limit(f.inner_limit, lambda_max),
+        beta_c=0.0 if beyond(lambda_max) else rate_limit(2.0, curvature),
         lambda_max=lambda_max,
         lambda_min=lambda_min,
         curvature=curvature,
         lambda_max_interval=lambda_interval,
         alpha_c_interval=(rate_limit(f.inner_limit, high), rate_limit(f.inner_limit, low)),
-        beta_c_interval=(beta_c_low, 0.0 if certainly_unstable else rate_limit(2.0, curvature_interval[0])),
+        beta_c_interval=(
+            0.0 if beyond(high) else rate_limit(2.0, upper_curvature),
+            0.0 if beyond(low) else rate_limit(2.0, curvature_interval[0]),
+        ),
         curvature_interval=(curvature_interval[0], upper_curvature),
-        certificate=0.0 if possibly_unstable else certificate,
+        certificate=0.0 if beyond(high) else rate_limit(2.0, peak),
         negative=negative,
     )
 
