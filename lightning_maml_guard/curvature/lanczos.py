@@ -1,4 +1,4 @@
-"""Lanczos on the device: an algorithm that takes a matvec and nothing else.
+"""Lanczos and Arnoldi on the device: algorithms that take a matvec and nothing else.
 
 Full reorthogonalisation keeps the basis orthonormal, so that the Rayleigh-Ritz identities the theory uses
 hold to rounding (Golub and Van Loan, "Matrix Computations", section 10.3). The coefficients stay on the
@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+Matvec = Callable[[Tensor], Tensor]
 
 
 class NonFiniteProductError(ArithmeticError):
@@ -38,16 +41,35 @@ class LanczosRun(NamedTuple):
         basis: Orthonormal Lanczos vectors, shape ``(m, *batch, n)``, on the device.
         matvecs: Products used.
         converged: Whether ``stop`` was met (or the Krylov space is exhausted) within ``max_iter`` steps.
+        asymmetry: Largest ``|v_i.(A v_j) - v_j.(A v_i)|`` over the products, relative to the spectral radius seen:
+            rounding for one symmetric matrix, more if the operator is not symmetric or changes between products.
     """
 
     runs: list[Tridiagonal]
     basis: Tensor
     matvecs: int
     converged: bool
+    asymmetry: float
+
+
+class ArnoldiRun(NamedTuple):
+    """What :func:`arnoldi` found.
+
+    Attributes:
+        hessenberg: Projection ``V^T A V``, shape ``(m, m)``, on the host.
+        residual: Norm of what the last product left outside the space.
+        basis: Orthonormal vectors, shape ``(m, n)``, on the device.
+        matvecs: Products used.
+    """
+
+    hessenberg: np.ndarray
+    residual: float
+    basis: Tensor
+    matvecs: int
 
 
 def lanczos(
-    matvec: Callable[[Tensor], Tensor],
+    matvec: Matvec,
     start: Tensor,
     *,
     max_iter: int,
@@ -73,56 +95,117 @@ def lanczos(
         ValueError: If there is nothing to iterate on.
         NonFiniteProductError: If a product is not finite.
     """
+    steps = _steps(start, max_iter, sync_every)
     size = start.shape[-1]
-    if size == 0 or max_iter < 1 or sync_every < 1:
-        raise ValueError(
-            "Expected a start vector with at least one entry and `max_iter`, `sync_every` of at least 1 but got "
-            f"shape {tuple(start.shape)}, max_iter={max_iter!r}, sync_every={sync_every!r}."
-        )
-    steps = min(max_iter, size)
-    batch = start.shape[:-1]
-    tiny = torch.finfo(start.dtype).tiny
     basis = start.new_zeros((steps, *start.shape))
     vector = start / torch.linalg.vector_norm(start, dim=-1, keepdim=True)
     diagonal: list[Tensor] = []
     off_diagonal: list[Tensor] = []
+    strays: list[Tensor] = []
     runs: list[Tridiagonal] = []
-    converged = False
+    converged, asymmetry = False, 0.0
     for step in range(steps):
         basis[step] = vector
-        product = matvec(vector)
-        diagonal.append((vector * product).sum(-1))
-        known = basis[: step + 1]
-        # Twice is enough (Kahan, Parlett): the second pass removes what rounding left of the first.
-        for _ in range(2):
-            product = product - ((known * product).sum(-1, keepdim=True) * known).sum(0)
-        norm = torch.linalg.vector_norm(product, dim=-1)
+        coefficients, norm, vector = _expand(matvec, basis[: step + 1])
+        # In a symmetric matrix's row only the diagonal and its neighbour, the last norm, differ from 0.
+        stray = coefficients[:-1].clone()
+        if step:
+            stray[-1] -= off_diagonal[-1]
+        strays.append(stray.abs().amax(0) if step else torch.zeros_like(norm))
+        diagonal.append(coefficients[-1])
         off_diagonal.append(norm)
-        vector = product / norm.clamp(min=tiny).unsqueeze(-1)
         if (step + 1) % sync_every == 0 or step + 1 == steps:
-            runs, exhausted = _to_host(diagonal, off_diagonal, batch, size)
+            runs, exhausted, asymmetry = _to_host(diagonal, off_diagonal, strays, size)
             converged = exhausted or (stop is not None and stop(runs))
             if converged:
                 break
-    return LanczosRun(runs, basis[: len(diagonal)], len(diagonal), converged)
+    return LanczosRun(runs, basis[: len(diagonal)], len(diagonal), converged, asymmetry)
+
+
+def arnoldi(
+    matvec: Matvec,
+    start: Tensor,
+    *,
+    max_iter: int,
+    stop: Callable[[np.ndarray, float], bool] | None = None,
+    sync_every: int = 4,
+) -> ArnoldiRun:
+    """Run Arnoldi on a matrix that need not be symmetric.
+
+    After ``m`` steps ``A V = V H + r e_m^T`` with ``V^T V = I`` (Saad, "Numerical Methods for Large Eigenvalue
+    Problems", section 6.2).
+
+    Args:
+        matvec: Product with the matrix: ``(n,) -> (n,)``.
+        start: Start vector, shape ``(n,)``, not zero.
+        max_iter: Steps at most; also bounded by ``n``.
+        stop: Asked every ``sync_every`` steps with ``H`` and the residual's norm; True ends the run.
+        sync_every: Steps between two transfers to the host.
+
+    Returns:
+        The run.
+
+    Raises:
+        ValueError: If there is nothing to iterate on.
+        NonFiniteProductError: If a product is not finite.
+    """
+    steps = _steps(start, max_iter, sync_every)
+    basis = start.new_zeros((steps, *start.shape))
+    hessenberg = start.new_zeros((steps + 1, steps))
+    vector = start / torch.linalg.vector_norm(start)
+    found, residual = np.zeros((0, 0)), 0.0
+    eps = torch.finfo(start.dtype).eps
+    for step in range(steps):
+        basis[step] = vector
+        coefficients, norm, vector = _expand(matvec, basis[: step + 1])
+        hessenberg[: step + 1, step] = coefficients
+        hessenberg[step + 1, step] = norm
+        if (step + 1) % sync_every == 0 or step + 1 == steps:
+            host = hessenberg[: step + 2, : step + 1].double().cpu().numpy()
+            if not np.isfinite(host).all():
+                raise NonFiniteProductError(_non_finite(int((~np.isfinite(host)).any(0).argmax()) + 1))
+            below = np.diagonal(host, -1)
+            ends = np.flatnonzero(below <= 32 * eps * np.abs(host).max())
+            length = int(ends[0]) + 1 if ends.size else step + 1
+            done = bool(ends.size) or length == start.shape[-1]
+            found, residual = host[:length, :length], 0.0 if done else float(below[length - 1])
+            if done or (stop is not None and stop(found, residual)):
+                break
+    return ArnoldiRun(found, residual, basis[: len(found)], step + 1)
+
+
+def _steps(start: Tensor, max_iter: int, sync_every: int) -> int:
+    if start.shape[-1] == 0 or max_iter < 1 or sync_every < 1:
+        raise ValueError(
+            "Expected a start vector with at least one entry and `max_iter`, `sync_every` of at least 1 but got "
+            f"shape {tuple(start.shape)}, max_iter={max_iter!r}, sync_every={sync_every!r}."
+        )
+    return min(max_iter, start.shape[-1])
+
+
+def _expand(matvec: Matvec, known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Multiply the last basis vector; return the product's coefficients, and the norm and direction of its rest."""
+    product = matvec(known[-1])
+    coefficients = (known * product).sum(-1)
+    product = product - (coefficients.unsqueeze(-1) * known).sum(0)
+    # Twice is enough (Kahan, Parlett): the second pass removes what rounding left of the first.
+    product = product - ((known * product).sum(-1, keepdim=True) * known).sum(0)
+    norm = torch.linalg.vector_norm(product, dim=-1)
+    return coefficients, norm, product / norm.clamp(min=torch.finfo(norm.dtype).tiny).unsqueeze(-1)
 
 
 def _to_host(
-    diagonal: list[Tensor], off_diagonal: list[Tensor], batch: torch.Size, size: int
-) -> tuple[list[Tridiagonal], bool]:
+    diagonal: list[Tensor], off_diagonal: list[Tensor], strays: list[Tensor], size: int
+) -> tuple[list[Tridiagonal], bool, float]:
     """Bring the coefficients to the host in one transfer, each run cut where its space is exhausted."""
-    pair = torch.stack([torch.stack(diagonal), torch.stack(off_diagonal)]).double().reshape(2, len(diagonal), -1)
-    host = pair.cpu()
+    parts = torch.stack([torch.stack(diagonal), torch.stack(off_diagonal), torch.stack(strays)])
+    host = parts.double().reshape(3, len(diagonal), -1).cpu()
     if not bool(torch.isfinite(host).all()):
-        step = int((~torch.isfinite(host)).any(-1).any(0).nonzero()[0]) + 1
-        raise NonFiniteProductError(
-            f"Hessian-vector product {step} is not finite: the loss, its gradient or its second derivative "
-            "is nan or inf at these parameters and this batch."
-        )
+        raise NonFiniteProductError(_non_finite(int((~torch.isfinite(host)).any(-1).any(0).nonzero()[0]) + 1))
     eps = torch.finfo(diagonal[0].dtype).eps
-    runs, exhausted = [], True
+    runs, exhausted, asymmetry = [], True, 0.0
     for column in range(host.shape[-1]):
-        main, off = host[0, :, column], host[1, :, column]
+        main, off, stray = host[0, :, column], host[1, :, column], host[2, :, column]
         scale = max(float(main.abs().max()), float(off.abs().max()))
         ends = (off <= 32 * eps * scale).nonzero().flatten().tolist()
         length = ends[0] + 1 if ends else len(main)
@@ -132,7 +215,16 @@ def _to_host(
         if done:
             residuals[-1] = 0.0
         runs.append(Tridiagonal(tuple(main[:length].tolist()), tuple(residuals)))
-    return runs, exhausted
+        if scale:
+            asymmetry = max(asymmetry, float(stray[:length].max()) / scale)
+    return runs, exhausted, asymmetry
+
+
+def _non_finite(step: int) -> str:
+    return (
+        f"Hessian-vector product {step} is not finite: the loss, its gradient or its second derivative "
+        "is nan or inf at these parameters and this batch."
+    )
 
 
 def start_vector(shape: Sequence[int], like: Tensor, seed: int = 0) -> Tensor:

@@ -1,126 +1,100 @@
-"""The curvature of a loss as matrix-vector products over a flat parameter vector.
+"""The derivative of a gradient as matrix-vector products over a flat parameter vector.
 
-An operator is a function ``(*batch, n) -> (*batch, n)``. The Hessian keeps one graph of the gradient and
-reuses it for every product (reverse over reverse), so dropout masks are drawn once and the operator stays
-one matrix.
+An operator is a function ``(*batch, n) -> (*batch, n)``. What is differentiated is a *gradient field*
+``theta -> G(theta)``: the gradient of a loss, whose Jacobian is the Hessian, or the meta-gradient of MAML. One graph
+of the field is kept and reused for every product (reverse over reverse), so dropout masks are drawn once and the
+operator stays one matrix. Where the field cannot be differentiated again, finite differences of it stand in.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_maml_guard._vectorize import TaskMap
+from lightning_maml_guard.curvature.lanczos import Matvec
+from lightning_maml_guard.curvature.layout import Layout, Params
 
-Params = dict[str, Tensor]
-Matvec = Callable[[Tensor], Tensor]
 
+class FieldValue(NamedTuple):
+    """A gradient field at one point.
 
-class Layout:
-    """Where each named parameter lies in a flat vector.
-
-    Args:
-        params: Parameters by name; all floating point, on one device.
-
-    Raises:
-        ValueError: If there are none, or if they lie on several devices or are not floating point.
+    Attributes:
+        value: The scalar (or one a task) the gradient belongs to; the sum over tasks.
+        gradients: ``G``, by parameter; None where it does not depend on one.
     """
 
-    def __init__(self, params: Params) -> None:
-        if not params:
-            raise ValueError("Expected `params` to hold at least one parameter but it is empty: nothing is trained.")
-        wrong = {name: str(value.dtype) for name, value in params.items() if not value.is_floating_point()}
-        if wrong:
-            raise ValueError(f"Expected `params` to be floating point but got {wrong}.")
-        devices = {str(value.device) for value in params.values()}
-        if len(devices) != 1:
-            raise ValueError(f"Expected `params` on one device but got {sorted(devices)}.")
-        self.shapes = {name: value.shape for name, value in params.items()}
-        self.sizes = [math.prod(shape) for shape in self.shapes.values()]
-        self.size = sum(self.sizes)
-
-    def flatten(self, values: Params, batch: int = 0) -> Tensor:
-        """Concatenate named tensors.
-
-        Args:
-            values: Tensors by name, each with ``batch`` leading dimensions before the parameter's shape.
-            batch: Number of leading dimensions.
-
-        Returns:
-            Vector(s) of shape ``(*leading, n)``.
-        """
-        return torch.cat([values[name].flatten(batch) for name in self.shapes], dim=-1)
-
-    def split(self, vector: Tensor) -> Params:
-        """Cut vector(s) of shape ``(*leading, n)`` into named tensors.
-
-        Args:
-            vector: The vector(s).
-
-        Returns:
-            Tensors by name, of shape ``(*leading, *parameter shape)``.
-        """
-        pieces = vector.split(self.sizes, dim=-1)
-        leading = vector.shape[:-1]
-        return {
-            name: piece.reshape(leading + shape)
-            for piece, (name, shape) in zip(pieces, self.shapes.items(), strict=True)
-        }
+    value: Tensor
+    gradients: dict[str, Tensor | None]
 
 
-class Hessian:
-    """Hessian of a scalar function of a params dict, as products with a flat vector.
+# (params that require a gradient, whether the result must be differentiable again) -> value and gradient
+Field = Callable[[Params, bool], FieldValue]
+
+
+def gradient_of(loss: Callable[[Params], Tensor]) -> Field:
+    """Make the gradient field of a loss.
 
     Args:
-        loss: Function from the params to a scalar, or to one value a task when the params carry a leading
-            task dimension (then the operator is block diagonal, one block a task).
-        params: Where to differentiate: tensors by name. They are detached; nothing is written to them.
-        layout: Layout of one block; by default that of ``params`` without leading dimension.
+        loss: Function from the params to a scalar, or to one value a task when the params carry a leading task
+            dimension.
 
-    Raises:
-        ValueError: If the loss does not depend on the parameters in a differentiable way.
+    Returns:
+        The field. It raises a ValueError if the loss does not depend on the parameters in a differentiable way.
     """
 
-    def __init__(self, loss: Callable[[Params], Tensor], params: Params, layout: Layout | None = None) -> None:
-        self.layout = layout or Layout(params)
-        self.batch = 0 if layout is None else 1
-        self._leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
-        value = loss(self._leaves).sum()
+    def field(params: Params, differentiable: bool) -> FieldValue:
+        value = loss(params).sum()
         if not value.requires_grad:
             raise ValueError(
                 "The loss does not depend on any parameter in a differentiable way, so it has no curvature. "
                 "Check that it is computed from the `params` it is given (torch.func.functional_call), not "
                 "from the module's own, and without detach() or item()."
             )
-        self.value = value.detach()
-        gradients = torch.autograd.grad(value, list(self._leaves.values()), create_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(value, list(params.values()), create_graph=differentiable, allow_unused=True)
         if all(gradient is None for gradient in gradients):
             raise ValueError(
                 "The loss does not depend on the `params` it is given: compute it from them "
                 "(torch.func.functional_call), not from the module's own parameters."
             )
-        self._gradients = [
-            torch.zeros_like(leaf) if gradient is None else gradient
-            for gradient, leaf in zip(gradients, self._leaves.values(), strict=True)
-        ]
-        # A gradient that does not depend on the parameters (a linear part) has no graph: its rows are 0.
-        self._active = [gradient.requires_grad for gradient in self._gradients]
+        return FieldValue(value.detach(), dict(zip(params, gradients, strict=True)))
+
+    return field
+
+
+class Jacobian:
+    """Products with the transposed Jacobian of a gradient field (its eigenvalues are the Jacobian's).
+
+    For the gradient of a loss that is the Hessian.
+
+    Args:
+        field: The gradient field.
+        params: Where to differentiate: tensors by name. They are detached; nothing is written to them.
+        layout: Layout of one block where the params carry a leading task dimension (then the operator is block
+            diagonal, one block a task); None where they do not.
+    """
+
+    def __init__(self, field: Field, params: Params, layout: Layout | None = None) -> None:
+        self.layout = layout or Layout(params)
+        self.batch = 0 if layout is None else 1
+        self._leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+        self.value, gradients = field(self._leaves, True)
+        self._gradients = {
+            name: torch.zeros_like(leaf) if gradients[name] is None else gradients[name]
+            for name, leaf in self._leaves.items()
+        }
         self.matvecs = 0
 
     @property
     def gradient(self) -> Tensor:
         """Flat gradient, shape ``(n,)`` or ``(tasks, n)``."""
-        return self._flat(self._gradients)
-
-    def _flat(self, values: Any) -> Tensor:
-        return self.layout.flatten(dict(zip(self._leaves, values, strict=True)), self.batch).detach()
+        return self.layout.flatten(self._gradients, self.batch).detach()  # type: ignore[arg-type]
 
     def __call__(self, vector: Tensor) -> Tensor:
-        """Multiply the Hessian with a vector.
+        """Multiply with a vector.
 
         Args:
             vector: Shape ``(n,)``, or ``(tasks, n)`` for the block-diagonal form.
@@ -129,26 +103,87 @@ class Hessian:
             The product, same shape.
         """
         self.matvecs += 1
-        if not any(self._active):
-            return torch.zeros_like(vector)
         pieces = self.layout.split(vector)
-        outputs, weights = [], []
-        for active, gradient, piece in zip(self._active, self._gradients, pieces.values(), strict=True):
-            if active:
-                outputs.append(gradient)
-                weights.append(piece.to(gradient.dtype))
+        # A gradient that does not depend on the parameters (a linear part) has no graph: its rows are 0.
+        outputs = {name: g for name, g in self._gradients.items() if g is not None and g.requires_grad}
+        if not outputs:
+            return torch.zeros_like(vector)
         products = torch.autograd.grad(
-            outputs,
+            list(outputs.values()),
             list(self._leaves.values()),
-            grad_outputs=weights,
+            grad_outputs=[pieces[name].to(output.dtype) for name, output in outputs.items()],
             retain_graph=True,
             allow_unused=True,
             materialize_grads=True,
         )
-        return self._flat(products)
+        return self.layout.flatten(dict(zip(self._leaves, products, strict=True)), self.batch).detach()
 
 
-def task_hessian(
+class Hessian(Jacobian):
+    """Hessian of a scalar function of a params dict, as products with a flat vector.
+
+    Args:
+        loss: Function from the params to a scalar, or to one value a task (see :class:`Jacobian`).
+        params: Where to differentiate.
+        layout: Layout of one block, where there are several.
+    """
+
+    def __init__(self, loss: Callable[[Params], Tensor], params: Params, layout: Layout | None = None) -> None:
+        super().__init__(gradient_of(loss), params, layout)
+
+
+class FiniteDifference:
+    """Products with the Jacobian of a gradient field by central differences: two gradients a product.
+
+    Args:
+        field: The gradient field. Every evaluation starts from the same random state, so that dropout does not make
+            it another function each time.
+        params: Where to differentiate.
+        layout: Layout of one block, where there are several.
+        stretch: Factor on the step, which is ``eps^(1/3) * (1 + |theta|)``: it balances the rounding of the
+            gradients against the third derivative.
+    """
+
+    def __init__(self, field: Field, params: Params, layout: Layout | None = None, stretch: float = 1.0) -> None:
+        self.layout = layout or Layout(params)
+        self.batch = 0 if layout is None else 1
+        self._field = field
+        self._centre = self.layout.flatten({name: value.detach() for name, value in params.items()}, self.batch)
+        norm = torch.linalg.vector_norm(self._centre, dim=-1, keepdim=True)
+        self._step = stretch * torch.finfo(self._centre.dtype).eps ** (1 / 3) * (1 + norm)
+        self.value, self.gradient = self._evaluate(self._centre)
+        self.matvecs = 0
+
+    def _evaluate(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        leaves = {name: piece.detach().requires_grad_() for name, piece in self.layout.split(point).items()}
+        torch.manual_seed(0)
+        value, gradients = self._field(leaves, False)
+        known = {
+            name: torch.zeros_like(leaf) if gradients[name] is None else gradients[name]
+            for name, leaf in leaves.items()
+        }
+        return value, self.layout.flatten(known, self.batch).detach()  # type: ignore[arg-type]
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """Multiply with a vector.
+
+        Args:
+            vector: Shape ``(n,)``, or ``(tasks, n)`` for the block-diagonal form.
+
+        Returns:
+            The product, same shape; of the Jacobian itself, not of its transpose.
+        """
+        self.matvecs += 1
+        length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
+        reach = self._step / length.clamp(min=torch.finfo(vector.dtype).tiny)
+        ahead, behind = (self._evaluate(self._centre + side * reach * vector)[1] for side in (1.0, -1.0))
+        return (ahead - behind) / (2 * reach)
+
+
+Operator = Jacobian | FiniteDifference
+
+
+def task_gradient(
     losses: Callable[[Params, Any], Tensor],
     params: Params,
     data: Any,
@@ -156,24 +191,25 @@ def task_hessian(
     per_task: bool,
     tasks: TaskMap,
     count: int,
-) -> Hessian:
-    """Hessian of the mean task loss, or of every task's loss side by side.
+) -> tuple[Field, Params, Layout | None]:
+    """Gradient field of the mean task loss, or of every task's loss side by side; its Jacobian is the Hessian.
 
     Args:
         losses: Loss of one task: ``(params, one task's data) -> scalar``.
         params: Parameters by name.
         data: Pytree of tensors with a leading task dimension.
-        per_task: False: the Hessian of the mean. True: the block-diagonal operator on ``(tasks, n)``.
+        per_task: False: of the mean. True: block diagonal, on ``(tasks, n)``.
         tasks: How to run over the tasks.
         count: Number of tasks in ``data``.
 
     Returns:
-        The operator.
+        The field, the params to take it at, and the layout of one block: what :class:`Jacobian` and
+        :class:`FiniteDifference` take.
     """
     if per_task:
         copies = {name: value.detach().expand(count, *value.shape) for name, value in params.items()}
-        return Hessian(lambda each: tasks(losses, each, data, in_dims=(0, 0)), copies, Layout(params))
-    return Hessian(lambda shared: tasks(losses, shared, data, in_dims=(None, 0)).mean(), params)
+        return gradient_of(lambda each: tasks(losses, each, data, in_dims=(0, 0))), copies, Layout(params)
+    return gradient_of(lambda shared: tasks(losses, shared, data, in_dims=(None, 0)).mean()), params, None
 
 
 def simplified(hessian: Matvec, rates: Tensor | float) -> Matvec:

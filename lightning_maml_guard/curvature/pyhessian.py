@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_maml_guard.curvature.operators import Hessian, Params
+from lightning_maml_guard.curvature.layout import Params
+from lightning_maml_guard.curvature.operators import Hessian
 
 
 class PowerIteration(NamedTuple):

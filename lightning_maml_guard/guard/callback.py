@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_maml_guard._checks import check_count
 from lightning_maml_guard._lightning import Callback, MisconfigurationException
-from lightning_maml_guard._vectorize import TaskMap
 from lightning_maml_guard.guard.estimate import Estimator
 from lightning_maml_guard.guard.governor import RateGovernor, scheduled_rate
 from lightning_maml_guard.guard.isolation import isolated
 from lightning_maml_guard.guard.monitor import check_options, measure
+from lightning_maml_guard.guard.plain import PlainProblem, training_step_problem
+from lightning_maml_guard.guard.products import Memory
 from lightning_maml_guard.guard.report import StabilityReport, from_plain, to_plain
 from lightning_maml_guard.guard.reporting import inform, log_report, logger_step, warn
 from lightning_maml_guard.maml.problem import MetaProblem
@@ -50,7 +51,8 @@ class ConvergenceGuard(Callback):
     Args:
         every_n_steps: Optimizer steps between two checks; the first is at step 0.
         action: ``"log"``, ``"warn"``, ``"rescale"`` or ``"stop"``.
-        criterion: ``"simplified"``: the poster's conditions.
+        criterion: ``"simplified"``: the poster's conditions. ``"exact"``: the Jacobian of the update as configured,
+            and the inner loop's own limit.
         margin: Act when a rate exceeds ``margin`` times its critical value; ``rescale`` goes to that.
         patience: Consecutive unsafe checks before acting.
         estimator: ``"lanczos"``, ``"pyhessian"`` or ``(matvec, start vector) -> eigenvalues``.
@@ -59,7 +61,8 @@ class ConvergenceGuard(Callback):
         tasks: Curvature of the ``"mean"`` task loss, or of the ``"worst"`` (sharpest) task.
         data: The loss whose Hessian is measured: ``"support"``, ``"query"`` or ``"both"``.
         problem: ``(pl_module, batch) -> MetaProblem``, for modules that have no ``meta_problem``. The inner
-            rate of such a module is out of reach: ``rescale`` then caps the meta rate alone.
+            rate of such a module is out of reach: ``rescale`` then caps the meta rate alone. Without both, the
+            module's own ``training_step`` is watched as plain training: ``beta_c`` only.
 
     Raises:
         ValueError: If an argument is not allowed.
@@ -114,7 +117,7 @@ class ConvergenceGuard(Callback):
         self._alpha_cap: float | None = None
         self._beta_cap: float | None = None
         self._governed: list[int] = []
-        self._task_map: TaskMap | None = None
+        self._memory = Memory()
 
     @property
     def state_key(self) -> str:
@@ -142,15 +145,15 @@ class ConvergenceGuard(Callback):
             stage: Lightning's stage.
 
         Raises:
-            MisconfigurationException: If the module states no problem.
+            MisconfigurationException: If there is nothing the guard could measure.
         """
         if stage != "fit":
             return
-        if self.problem is None and not callable(getattr(pl_module, "meta_problem", None)):
+        if self.problem is None and not _has_meta_problem(pl_module) and not pl_module.automatic_optimization:
             raise MisconfigurationException(
-                f"ConvergenceGuard does not know what {type(pl_module).__name__} optimises. Subclass "
-                "MetaLearningModule, give the module a method meta_problem(batch) -> MetaProblem, or pass "
-                "ConvergenceGuard(problem=lambda module, batch: MetaProblem(...))."
+                f"ConvergenceGuard cannot watch the training_step of {type(pl_module).__name__}: with manual "
+                "optimisation it takes optimizer steps of its own. Give the module a method meta_problem(batch) -> "
+                "MetaProblem, or pass ConvergenceGuard(problem=lambda module, batch: MetaProblem(...))."
             )
         self._start_over()
         self._inert = bool(getattr(trainer, "barebones", False))
@@ -184,7 +187,7 @@ class ConvergenceGuard(Callback):
         if self._inert or step % self.every_n_steps or step == self._last_step:
             return
         self._last_step = step
-        report = self._measure(trainer, pl_module, batch, step)
+        report = self._measure(trainer, pl_module, batch, batch_idx, step)
         if report is None:
             return
         if not trainer.fast_dev_run:
@@ -250,12 +253,17 @@ class ConvergenceGuard(Callback):
 
         return safe_region(self.history)
 
-    def _measure(self, trainer: Any, pl_module: Any, batch: Any, step: int) -> StabilityReport | None:
+    def _state_problem(self, pl_module: Any, batch: Any, batch_idx: int) -> MetaProblem | PlainProblem:
+        if self.problem is not None:
+            return self.problem(pl_module, batch)
+        if _has_meta_problem(pl_module):
+            return pl_module.meta_problem(batch)
+        return training_step_problem(pl_module, batch, batch_idx)
+
+    def _measure(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, step: int) -> StabilityReport | None:
         try:
             with isolated(pl_module), _configured_inner_rate(pl_module):
-                problem = pl_module.meta_problem(batch) if self.problem is None else self.problem(pl_module, batch)
-                if self._task_map is None or self._task_map.chunk_size != problem.task_chunk_size:
-                    self._task_map = TaskMap(problem.task_chunk_size)
+                problem = self._state_problem(pl_module, batch, batch_idx)
                 owners = _owners(problem, trainer.optimizers)
                 report = measure(
                     problem,
@@ -268,7 +276,7 @@ class ConvergenceGuard(Callback):
                     data=self.data,
                     margin=self.margin,
                     step=step,
-                    task_map=self._task_map,
+                    memory=self._memory,
                 )
         except Exception as error:
             # Whatever goes wrong in a check, training goes on as if the guard were not there.
@@ -365,7 +373,11 @@ def _configured_inner_rate(pl_module: Any) -> Iterator[None]:
         pl_module.inner_lr_cap = cap
 
 
-def _owners(problem: MetaProblem, optimizers: list[Any]) -> list[int]:
+def _has_meta_problem(pl_module: Any) -> bool:
+    return callable(getattr(pl_module, "meta_problem", None))
+
+
+def _owners(problem: MetaProblem | PlainProblem, optimizers: list[Any]) -> list[int]:
     """Find the optimizers that move the problem's parameters; all of them if none does (measure then says so)."""
     moved = {id(value) for value in problem.params.values()}
     owners = [

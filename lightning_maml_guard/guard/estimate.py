@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_maml_guard.curvature.lanczos import LanczosRun, Tridiagonal, lanczos, start_vector
-from lightning_maml_guard.curvature.operators import Hessian, Matvec, Params
+from lightning_maml_guard.curvature.lanczos import (
+    ArnoldiRun,
+    LanczosRun,
+    Matvec,
+    Tridiagonal,
+    arnoldi,
+    lanczos,
+    start_vector,
+)
+from lightning_maml_guard.curvature.layout import Params
+from lightning_maml_guard.curvature.operators import Operator
 from lightning_maml_guard.curvature.pyhessian import PowerIteration, largest_eigenvalue
+from lightning_maml_guard.guard.outer import OuterStep
 from lightning_maml_guard.theory.multiplier import Interval
+from lightning_maml_guard.theory.nonsymmetric import complex_limit, complex_ritz
 from lightning_maml_guard.theory.rates import CriticalRates, critical_rates, worst_of
 from lightning_maml_guard.theory.ritz import rates_from_lanczos, rates_from_top, ritz_values
 
@@ -20,6 +33,8 @@ Estimator = str | Callable[[Matvec, Tensor], Sequence[float]]
 
 # A float product carries rounding of this many units in the last place, relative to the spectral radius.
 _ROUNDING_ULPS = 16
+# Products that disagree by more than this share of the spectral radius are not those of one matrix.
+_SYMMETRY = 1e-2
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,7 @@ def check_estimator(estimator: Any) -> None:
 
 
 def hessian_spectrum(
-    hessian: Hessian,
+    hessian: Operator,
     loss: Callable[[Params], Tensor],
     params: Params,
     *,
@@ -86,6 +101,7 @@ def hessian_spectrum(
     alpha: float,
     max_iter: int,
     tol: float,
+    noise: float,
 ) -> Spectrum:
     """Estimate the spectrum of a Hessian.
 
@@ -98,6 +114,7 @@ def hessian_spectrum(
         alpha: Inner rate, which decides when ``beta_c`` is known well enough.
         max_iter: Products at most.
         tol: Relative residual at which to stop.
+        noise: Relative rounding error of a product.
 
     Returns:
         The spectrum.
@@ -108,7 +125,8 @@ def hessian_spectrum(
     like = next(iter(params.values()))
     if estimator == "lanczos":
         run = run_lanczos(hessian, hessian.layout.size, like, blocks, max_iter=max_iter, tol=tol, alpha=alpha)
-        return Spectrum(runs=tuple(run.runs), rounding=rounding(like), matvecs=run.matvecs)
+        check_symmetry(run, noise)
+        return Spectrum(runs=tuple(run.runs), rounding=max(noise, run.asymmetry), matvecs=run.matvecs)
     if blocks is not None:
         raise ValueError("tasks='worst' needs estimator='lanczos': the others treat one Hessian at a time.")
     if estimator == "pyhessian":
@@ -185,6 +203,59 @@ def _tight(run: Tridiagonal, alpha: float, tol: float) -> bool:
         return True
     low, high = rates_from_lanczos(*run, alpha).curvature_interval
     return high - low <= tol * max(high, abs(float(values[-1])) * tol)
+
+
+class ChangingOperatorError(ArithmeticError):
+    """Products that belong to no one symmetric matrix: nothing follows from them."""
+
+
+def check_symmetry(run: LanczosRun, noise: float) -> None:
+    """Refuse a Lanczos run whose products are not those of one symmetric matrix.
+
+    Args:
+        run: The run.
+        noise: Relative rounding error of a product.
+
+    Raises:
+        ChangingOperatorError: If they disagree by much more than rounding.
+    """
+    allowed = max(_SYMMETRY, 50 * noise)
+    if run.asymmetry > allowed:
+        raise ChangingOperatorError(
+            f"The curvature products do not belong to one symmetric matrix (they disagree by {run.asymmetry:.1e} of "
+            f"the largest eigenvalue; up to {allowed:.0e} is rounding). Likely causes: (a) the loss changes between "
+            "products, as with random numbers that do not come from torch's generator or checkpointing without "
+            "preserve_rng_state; (b) a layer's second derivative is wrong. Make the loss a function of its "
+            "arguments, or freeze that layer's parameters."
+        )
+
+
+def run_arnoldi(
+    matvec: Matvec, size: int, like: Tensor, step: OuterStep, *, max_iter: int, tol: float, noise: float
+) -> ArnoldiRun:
+    """Run Arnoldi until the meta rate's limit is known to a relative accuracy.
+
+    Args:
+        matvec: The operator.
+        size: Length of a vector.
+        like: Tensor whose dtype and device the vectors take.
+        step: The optimizer.
+        max_iter: Products at most.
+        tol: Relative accuracy at which to stop.
+        noise: Relative rounding error of a product.
+
+    Returns:
+        The run.
+    """
+
+    def tight(hessenberg: np.ndarray, residual: float) -> bool:
+        ritz = complex_ritz(hessenberg, residual, noise)
+        if ritz.bounds[0] > tol * ritz.radius:
+            return False
+        low, high = complex_limit(ritz, step.responses[:1], tol=tol, decay=step.decoupled).interval
+        return high == math.inf or high - low <= 4 * tol * high
+
+    return arnoldi(matvec, start_vector((size,), like), max_iter=max_iter, stop=tight)
 
 
 def rounding(like: Tensor) -> float:

@@ -1,109 +1,23 @@
-"""The largest stable meta rate for the optimizer as it runs."""
+"""The largest stable meta rate for the optimizer as it runs: by the poster's formula, and by the exact Jacobian."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from lightning_maml_guard.curvature.operators import Hessian, Params, scaled, simplified
-from lightning_maml_guard.guard.estimate import Spectrum, top_eigenvalue
-from lightning_maml_guard.guard.governor import scheduled_rate
+from lightning_maml_guard.curvature.lanczos import Matvec
+from lightning_maml_guard.curvature.layout import Layout, Params
+from lightning_maml_guard.curvature.operators import Operator, scaled, simplified
+from lightning_maml_guard.guard.estimate import Spectrum, check_symmetry, rounding, run_arnoldi, run_lanczos
+from lightning_maml_guard.guard.outer import OuterStep
 from lightning_maml_guard.theory.multiplier import Interval
+from lightning_maml_guard.theory.nonsymmetric import complex_limit, complex_ritz
 from lightning_maml_guard.theory.rates import CriticalRates
-from lightning_maml_guard.theory.stability import (
-    UnknownOptimizerError,
-    decoupled_decay,
-    is_preconditioned,
-    preconditioner,
-    stability_limit,
-    unwrap,
-)
-
-
-@dataclass(frozen=True)
-class OuterStep:
-    """How an optimizer turns a meta-gradient into a step.
-
-    Attributes:
-        limit: Its stability limit ``c``.
-        scale: Diagonal ``D = lr_g / (P * max lr)`` as tensors by parameter, or None where ``D = I``.
-        coupled: Coupled weight decay by parameter group, expanded; or one number where it is uniform.
-        decoupled: Largest decoupled weight decay.
-        note: Why no statement can be made, if so.
-        lasting: Whether that will stay so.
-    """
-
-    limit: float = 2.0
-    scale: Params | None = None
-    coupled: Params | float = 0.0
-    decoupled: float = 0.0
-    note: str = ""
-    lasting: bool = False
-
-
-def outer_step(optimizer: Optimizer | None, params: Params) -> OuterStep:
-    """Read the live optimizer.
-
-    Args:
-        optimizer: The optimizer; None for plain SGD.
-        params: The parameters the problem is about: the very tensors the optimizer holds.
-
-    Returns:
-        What decides stability.
-
-    Raises:
-        TypeError: If it is not an optimizer.
-        ValueError: If the optimizer holds none of the parameters.
-    """
-    if optimizer is None:
-        return OuterStep()
-    optimizer = unwrap(optimizer)
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"Expected argument `optimizer` to be a torch.optim.Optimizer but got {type(optimizer).__name__}."
-        )
-    owners = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    if not any(id(value) in owners for value in params.values()):
-        raise ValueError(
-            "The optimizer holds none of the problem's `params`. Pass the module's own parameters "
-            "(dict(module.named_parameters())), not copies."
-        )
-    try:
-        limit = stability_limit(optimizer)
-    except UnknownOptimizerError as error:
-        return OuterStep(note=str(error), lasting=True)
-    highest = scheduled_rate(optimizer)
-    if highest == 0:
-        return OuterStep(note="the optimizer's lr is 0 at this step.")
-    groups = [owners.get(id(value)) for value in params.values()]
-    decays = [0.0 if group is None else float(group["weight_decay"]) for group in groups]
-    apart = [group is not None and decoupled_decay(group, optimizer) for group in groups]
-    decoupled = max(decay if outside else 0.0 for decay, outside in zip(decays, apart, strict=True))
-    coupled = [0.0 if outside else decay for decay, outside in zip(decays, apart, strict=True)]
-    same_rate = all(group is not None and float(group["lr"]) == highest for group in groups)
-    if not is_preconditioned(optimizer) and same_rate and len(set(coupled)) == 1:
-        return OuterStep(limit, None, coupled[0], decoupled)
-    diagonal = preconditioner(optimizer)
-    scale: Params = {}
-    seen = False
-    for (name, value), group in zip(params.items(), groups, strict=True):
-        entry = None if group is None else diagonal[value]
-        if entry is None:
-            scale[name] = torch.zeros_like(value)  # the optimizer does not move it, or has not yet
-        else:
-            seen = True
-            scale[name] = float(group["lr"]) / highest / entry.detach() if group is not None else entry
-    if not seen:
-        return OuterStep(
-            note=f"{type(optimizer).__name__} has no second moment before its first step, so its preconditioner is "
-            "not known yet."
-        )
-    shift = {name: torch.full_like(value, decay) for (name, value), decay in zip(params.items(), coupled, strict=True)}
-    return OuterStep(limit, scale, shift, decoupled)
+from lightning_maml_guard.theory.ritz import rates_from_lanczos, ritz_values
 
 
 @dataclass(frozen=True)
@@ -113,16 +27,25 @@ class MetaRateLimit:
     Attributes:
         beta_c: The rate; ``nan`` when no statement can be made, ``inf`` when there is no finite limit.
         interval: Where it lies.
-        hvps: Hessian-vector products used beyond the spectrum's.
+        curvature: The eigenvalue of the scaled operator that binds (its real part); ``nan`` where not computed.
+        direction: Unit vector along which it binds, in the scaled coordinates, on the device.
+        lowest: Smallest real part seen, where that is below what the residuals explain; else 0.
+        lowest_direction: Its unit vector.
     """
 
     beta_c: float
     interval: Interval
-    hvps: int = 0
+    curvature: float = math.nan
+    direction: Tensor | None = None
+    lowest: float = 0.0
+    lowest_direction: Tensor | None = None
 
 
-def meta_rate_limit(
-    hessian: Hessian,
+UNKNOWN = MetaRateLimit(math.nan, (math.nan, math.nan))
+
+
+def poster_limit(
+    hessian: Operator,
     spectrum: Spectrum,
     step: OuterStep,
     like: Tensor,
@@ -157,30 +80,103 @@ def meta_rate_limit(
         The limit.
     """
     if step.note:
-        return MetaRateLimit(math.nan, (math.nan, math.nan))
+        return UNKNOWN
     known: CriticalRates = spectrum.rates(alpha, inner_steps)
     if step.scale is None and rates is None and isinstance(step.coupled, float):
         if collapsed:
             return MetaRateLimit(0.0, known.beta_c_interval)
         low, high = known.curvature_interval
-        ends = (_limit(high + step.coupled, step), _limit(low + step.coupled, step))
-        low_end = 0.0 if known.beta_c_interval[0] == 0 else ends[0]
-        return MetaRateLimit(_limit(known.curvature + step.coupled, step), (low_end, ends[1]))
+        low_end = 0.0 if known.beta_c_interval[0] == 0 else step.rates(high + step.coupled)[1]
+        critical = step.rates(known.curvature + step.coupled)[0]
+        return MetaRateLimit(critical, (low_end, step.rates(low + step.coupled)[2]))
     if collapsed:
         return MetaRateLimit(0.0, (0.0, 0.0))
     layout = hessian.layout
     flat_rates: Tensor | float = inner_steps * (alpha if rates is None else layout.flatten(rates).to(like))
-    ones = like.new_ones(layout.size)
-    scale = ones if step.scale is None else layout.flatten(step.scale).to(like)
+    operator = _as_stepped(simplified(hessian, flat_rates), step, layout, like)
+    run = run_lanczos(operator, layout.size, like, blocks, max_iter=max_iter, tol=tol)
+    return _from_tops([rates_from_lanczos(*each, 0.0, rounding=rounding(like)) for each in run.runs], step)
+
+
+def exact_limit(
+    jacobian: Operator, symmetric: bool, step: OuterStep, like: Tensor, *, max_iter: int, tol: float, noise: float
+) -> MetaRateLimit:
+    """Compute ``beta_c`` of the update as configured, from the Jacobian of its meta-gradient.
+
+    Args:
+        jacobian: Product with ``J`` (or its transpose).
+        symmetric: Whether ``J`` is symmetric: Lanczos then, else Arnoldi.
+        step: The optimizer.
+        like: Tensor whose dtype and device vectors take.
+        max_iter: Products at most.
+        tol: Relative residual at which to stop.
+        noise: Relative rounding error of a product.
+
+    Returns:
+        The limit. ``beta_c`` is ``inf`` where no direction has positive curvature.
+    """
+    if step.note:
+        return UNKNOWN
+    layout = jacobian.layout
+    operator = _as_stepped(jacobian, step, layout, like)
+    if not symmetric:
+        return _nonsymmetric(operator, layout.size, step, like, max_iter, tol, noise)
+    run = run_lanczos(operator, layout.size, like, None, max_iter=max_iter, tol=tol)
+    check_symmetry(run, noise)
+    (single,) = run.runs
+    limit = _from_tops([rates_from_lanczos(*single, 0.0, rounding=noise)], step)
+    values, residuals = ritz_values(*single)
+    vectors = _ritz_vectors(single.diagonal, single.off_diagonal)
+    negative = values[0] + residuals[0] < -tol * abs(values).max()
+    return MetaRateLimit(
+        limit.beta_c,
+        limit.interval,
+        float(values[-1]),
+        _combine(run.basis, vectors[:, -1]),
+        float(values[0]) if negative else 0.0,
+        _combine(run.basis, vectors[:, 0]) if negative else None,
+    )
+
+
+def _nonsymmetric(
+    operator: Matvec, size: int, step: OuterStep, like: Tensor, max_iter: int, tol: float, noise: float
+) -> MetaRateLimit:
+    run = run_arnoldi(operator, size, like, step, max_iter=max_iter, tol=tol, noise=noise)
+    ritz = complex_ritz(run.hessenberg, run.residual, noise)
+    limit = complex_limit(ritz, step.responses, tol=tol, decay=step.decoupled)
+    lowest = int(ritz.values.real.argmin())
+    negative = ritz.values[lowest].real + ritz.bounds[lowest] < -tol * ritz.radius
+    return MetaRateLimit(
+        limit.rate,
+        limit.interval,
+        math.nan if limit.index is None else float(ritz.values[limit.index].real),
+        None if limit.index is None else _combine(run.basis, ritz.vectors[:, limit.index].real),
+        float(ritz.values[lowest].real) if negative else 0.0,
+        _combine(run.basis, ritz.vectors[:, lowest].real) if negative else None,
+    )
+
+
+def _as_stepped(matvec: Matvec, step: OuterStep, layout: Layout, like: Tensor) -> Matvec:
+    """Scale an operator by what the optimizer makes of a gradient."""
+    if step.scale is None and step.coupled == 0.0:
+        return matvec
+    scale = like.new_ones(layout.size) if step.scale is None else layout.flatten(step.scale).to(like)
     shift: Tensor | float = step.coupled if isinstance(step.coupled, float) else layout.flatten(step.coupled).to(like)
-    before = hessian.matvecs
-    operator = scaled(simplified(hessian, flat_rates), scale, shift)
-    top, (low, high), _ = top_eigenvalue(operator, layout.size, like, blocks, max_iter=max_iter, tol=tol)
-    return MetaRateLimit(_limit(top, step), (_limit(high, step), _limit(low, step)), hessian.matvecs - before)
+    return scaled(matvec, scale, shift)
 
 
-def _limit(curvature: float, step: OuterStep) -> float:
-    """``c/s``; with decoupled weight decay ``w``: ``2 / (w + 2*s/c)`` (THEORY: AdamW)."""
-    if step.decoupled:
-        return 2.0 / (step.decoupled + 2.0 * max(curvature, 0.0) / step.limit)
-    return step.limit / curvature if curvature > 0 else math.inf
+def _from_tops(tops: list[CriticalRates], step: OuterStep) -> MetaRateLimit:
+    top = max(tops, key=lambda each: each.lambda_max)
+    low, high = top.lambda_max_interval
+    return MetaRateLimit(step.rates(top.lambda_max)[0], (step.rates(high)[1], step.rates(low)[2]))
+
+
+def _ritz_vectors(diagonal: tuple[float, ...], off_diagonal: tuple[float, ...]) -> np.ndarray:
+    inner = off_diagonal[:-1]
+    return np.linalg.eigh(np.diag(diagonal) + np.diag(inner, 1) + np.diag(inner, -1))[1]
+
+
+def _combine(basis: Tensor, weights: np.ndarray) -> Tensor:
+    vector = torch.as_tensor(np.ascontiguousarray(weights), dtype=basis.dtype, device=basis.device)
+    vector = vector @ basis[: len(vector)].reshape(len(vector), -1)
+    return vector / torch.linalg.vector_norm(vector)

@@ -18,12 +18,13 @@ class StabilityReport:
     """What one measurement found. Floats, strings and tuples of them: picklable.
 
     Attributes:
-        alpha: Configured inner rate (the largest, if there are several).
+        alpha: Configured inner rate (the largest, if there are several); ``nan`` in plain training.
         alpha_c: Its critical value.
         beta: Configured meta rate (the largest over parameter groups); ``nan`` if none was given.
         beta_c: Its critical value for the optimizer as it runs; ``nan`` if no statement can be made.
         sgd_beta_c: The poster's ``beta_c``: for plain SGD, whatever the optimizer.
-        exact_beta_c: The critical meta rate of the update as configured; ``nan`` where it was not measured.
+        exact_beta_c: The critical meta rate of the update as configured, from its Jacobian; ``nan`` where it was not
+            measured.
         lambda_max: Largest eigenvalue of the Hessian.
         lambda_min: Smallest Ritz value seen.
         status: ``"safe"``, ``"unsafe"`` or ``"unresolved"``.
@@ -40,6 +41,12 @@ class StabilityReport:
         inner_steps: Number of inner steps the poster's ``alpha`` stands for.
         hvps: Hessian-vector products used.
         seconds: Wall time.
+        exact_beta_c_interval: Where ``exact_beta_c`` lies.
+        beta_c_noise: Meta rate below which the mean square shrinks when the tasks are drawn anew at every step;
+            ``nan`` for a single task.
+        mean_alpha_c: With ``tasks="worst"``, the ``alpha_c`` of the mean task loss; else ``nan``.
+        predicted_change: Change of the meta loss the coming step predicts, ``-g.u + 1/2 u.J.u``.
+        criterion: Whose conditions the status is about: ``"simplified"`` or ``"exact"``.
         notices: What keeps a rate from being judged and will not pass by itself; worth saying once.
         step: Training step, if the caller gave one.
         alpha_applied: Inner rate applied after this measurement; ``alpha`` unless a guard capped it.
@@ -68,6 +75,11 @@ class StabilityReport:
     inner_steps: int
     hvps: int
     seconds: float
+    exact_beta_c_interval: Interval = (math.nan, math.nan)
+    beta_c_noise: float = math.nan
+    mean_alpha_c: float = math.nan
+    predicted_change: float = math.nan
+    criterion: str = "simplified"
     notices: tuple[str, ...] = ()
     step: int | None = None
     alpha_applied: float = math.nan

@@ -17,32 +17,48 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 
+from lightning_maml_guard.theory.response import Response
+
 
 class UnknownOptimizerError(ValueError):
     """The optimizer's stability limit is not known here, and a guess would be worse than none."""
 
 
-def _sgd(group: dict[str, Any]) -> float:
+def _sgd(group: dict[str, Any]) -> Response:
     momentum = float(group["momentum"])
     if group["nesterov"]:
-        return 2 * (1 + momentum) / (1 + 2 * momentum)
-    # torch applies dampening to the momentum buffer alone: without momentum it has no effect.
-    dampening = float(group["dampening"]) if momentum else 0.0
-    return 2 * (1 + momentum) / (1 - dampening)
+        return Response(momentum, direct=1.0, buffered=momentum)
+    if not momentum:
+        return Response()  # torch applies dampening to the momentum buffer alone
+    return Response(momentum, direct=0.0, buffered=1 - float(group["dampening"]))
 
 
-def _adam(group: dict[str, Any]) -> float:
+def _adam(group: dict[str, Any]) -> Response:
     beta1 = float(group["betas"][0])
-    return 2 * (1 + beta1) / (1 - beta1)
+    return Response(beta1, direct=0.0, buffered=1 - beta1)
 
 
-def _nadam(group: dict[str, Any]) -> float:
+def _adam_now(group: dict[str, Any], state: dict[str, Any]) -> Response:
     beta1 = float(group["betas"][0])
-    return 2 * (1 + beta1) / ((1 - beta1) * (1 + 2 * beta1))
+    return Response(beta1, direct=0.0, buffered=(1 - beta1) / (1 - beta1 ** (float(state["step"]) + 1)))
 
 
-def _rmsprop(group: dict[str, Any]) -> float:
-    return 2 * (1 + float(group["momentum"]))
+def _nadam(group: dict[str, Any]) -> Response:
+    beta1 = float(group["betas"][0])
+    return Response(beta1, direct=1 - beta1, buffered=beta1 * (1 - beta1))
+
+
+def _nadam_now(group: dict[str, Any], state: dict[str, Any]) -> Response:
+    # torch's NAdam warms its momentum up over thousands of steps (momentum_decay).
+    beta1, step = float(group["betas"][0]), float(state["step"]) + 1
+    now, after = (beta1 * (1 - 0.5 * 0.96 ** (t * float(group["momentum_decay"]))) for t in (step, step + 1))
+    product = float(state["mu_product"]) * now
+    return Response(beta1, direct=(1 - now) / (1 - product), buffered=after * (1 - beta1) / (1 - product * after))
+
+
+def _rmsprop(group: dict[str, Any]) -> Response:
+    momentum = float(group["momentum"])
+    return Response(momentum, direct=0.0, buffered=1.0) if momentum else Response()
 
 
 def _bias_corrected(state: dict[str, Any], group: dict[str, Any]) -> Tensor | None:
@@ -70,17 +86,18 @@ def _adagrad(state: dict[str, Any], group: dict[str, Any]) -> Tensor | None:
 
 @dataclass(frozen=True)
 class _Row:
-    limit: Callable[[dict[str, Any]], float]
+    response: Callable[[dict[str, Any]], Response]
     preconditioner: Callable[[dict[str, Any], dict[str, Any]], Tensor | None] | None = None
+    now: Callable[[dict[str, Any], dict[str, Any]], Response] | None = None
 
 
 _TABLE: dict[type[Optimizer], _Row] = {
     SGD: _Row(_sgd),
-    Adam: _Row(_adam, _bias_corrected),
-    AdamW: _Row(_adam, _bias_corrected),
-    NAdam: _Row(_nadam, _bias_corrected),
+    Adam: _Row(_adam, _bias_corrected, _adam_now),
+    AdamW: _Row(_adam, _bias_corrected, _adam_now),
+    NAdam: _Row(_nadam, _bias_corrected, _nadam_now),
     RMSprop: _Row(_rmsprop, _rms),
-    Adagrad: _Row(lambda group: 2.0, _adagrad),
+    Adagrad: _Row(lambda group: Response(), _adagrad),
 }
 
 
@@ -127,7 +144,34 @@ def stability_limit(optimizer: Optimizer) -> float:
             f"{type(optimizer).__name__} with lr_decay applies a rate that is not its `lr`, so nothing is said about "
             "it. Use lr_decay=0 with a scheduler; the inner rate is still checked."
         )
-    return min(row.limit(group) for group in optimizer.param_groups)
+    return min(row.response(group).limit for group in optimizer.param_groups)
+
+
+def responses(optimizer: Optimizer) -> tuple[Response, ...]:
+    """Collect the linear responses between which the optimizer's lies, the strictest settled one first.
+
+    Groups may differ in momentum, and Adam and NAdam answer otherwise in their first steps than once their bias
+    corrections have settled (a larger gain: the limit starts at 2(1+b1) and rises to its settled value).
+
+    Args:
+        optimizer: An optimizer that :func:`stability_limit` knows.
+
+    Returns:
+        The settled response of every group, in ascending order of their limits, then those of the coming step.
+
+    Raises:
+        UnknownOptimizerError: If the optimizer is not known.
+    """
+    optimizer = unwrap(optimizer)
+    row = _row(optimizer)
+    settled = sorted({row.response(group) for group in optimizer.param_groups}, key=lambda each: each.limit)
+    coming: set[Response] = set()
+    for group in optimizer.param_groups if row.now is not None else ():
+        states = [optimizer.state[p] for p in group["params"] if "step" in optimizer.state.get(p, {})]
+        # Parameters that took the same number of steps share one response.
+        by_step = {float(state["step"]): state for state in states}
+        coming |= {row.now(group, state) for state in by_step.values() if row.now is not None}
+    return (*settled, *coming)
 
 
 def preconditioner(optimizer: Optimizer) -> dict[Tensor, Tensor | None]:

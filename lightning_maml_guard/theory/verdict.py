@@ -9,6 +9,19 @@ from lightning_maml_guard.theory.multiplier import Interval
 
 SAFE, UNSAFE, UNRESOLVED = "safe", "unsafe", "unresolved"
 
+POSTER_EFFECT = (
+    "simplified MAML's objective, lambda - alpha*lambda^2, curves downwards along the sharpest direction, so "
+    "no meta rate brings it to a minimum."
+)
+INNER_LOOP_EFFECT = (
+    "the inner loop itself diverges: along the sharpest direction each inner step multiplies the error by "
+    "|1 - alpha*lambda_max| > 1."
+)
+FIRST_ORDER_EFFECT = (
+    "first-order MAML's update, lambda*(1 - alpha*lambda)^K, turns against the sharpest direction, so no meta rate "
+    "brings it to a minimum."
+)
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -77,6 +90,7 @@ def judge(
     cost: str = "",
     beta_note: str = "",
     alpha_note: str = "",
+    alpha_effect: str = POSTER_EFFECT,
 ) -> Verdict:
     """Judge the configured rates.
 
@@ -88,6 +102,7 @@ def judge(
         cost: Where the numbers come from, for the message ("8 Hessian-vector products, step 400").
         beta_note: Why the meta rate's limit is not known, if it is not.
         alpha_note: What else the reader of an alarm about the inner rate should know.
+        alpha_effect: What an inner rate beyond its limit does.
 
     Returns:
         The verdict: unsafe if either rate is, else unresolved if either is, else safe.
@@ -104,7 +119,7 @@ def judge(
         status = limit.status(margin, strict=name == "beta")
         statuses[name] = status
         if status == UNSAFE:
-            reasons.append(_unsafe(name, limit, margin, growth, cost, alpha_note and alpha_note + " "))
+            reasons.append(_unsafe(name, limit, margin, growth, cost, alpha_effect, alpha_note and alpha_note + " "))
         elif status == UNRESOLVED:
             reasons.append(_unresolved(name, limit, margin, cost, beta_note if name == "beta" else alpha_note))
     worst = UNSAFE if UNSAFE in statuses.values() else UNRESOLVED if UNRESOLVED in statuses.values() else SAFE
@@ -134,15 +149,11 @@ def _threshold(name: str, limit: Limit, margin: float) -> str:
     return f"{scaled}{name}_c = {margin * limit.critical:.3g}"
 
 
-def _unsafe(name: str, limit: Limit, margin: float, growth: float | None, cost: str, note: str) -> str:
+def _unsafe(name: str, limit: Limit, margin: float, growth: float | None, cost: str, effect: str, note: str) -> str:
     head = f"{name} = {limit.value:.3g} exceeds {_threshold(name, limit, margin)} {_source(limit, cost)}: "
     below = f"below {margin * limit.critical:.3g}"
     if name == "alpha":
-        return head + (
-            "simplified MAML's objective, lambda - alpha*lambda^2, curves downwards along the sharpest direction, so "
-            f"no meta rate brings it to a minimum. {note}Lower the inner rate (inner_lr) {below}, "
-            "or use action='rescale'."
-        )
+        return head + (f"{effect} {note}Lower the inner rate (inner_lr) {below}, or use action='rescale'.")
     if limit.critical == 0:
         return head + (
             "no positive meta rate is stable while alpha exceeds alpha_c. Lower the inner rate first, or use "

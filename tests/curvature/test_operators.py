@@ -9,7 +9,8 @@ from torch.func import functional_call
 from lightning_maml_guard._vectorize import TaskMap
 from lightning_maml_guard._warnings import GuardWarning
 from lightning_maml_guard.curvature.backward import double_backward
-from lightning_maml_guard.curvature.operators import Hessian, Layout, scaled, simplified, task_hessian
+from lightning_maml_guard.curvature.layout import Layout
+from lightning_maml_guard.curvature.operators import Hessian, Jacobian, scaled, simplified, task_gradient
 from tests.helpers import dense_hessian
 
 
@@ -45,7 +46,7 @@ def test_the_mean_hessian_is_the_dense_one(name, looped):
     loss, params, data = regression(NETWORKS[name]())
     reference = dense_hessian(lambda p: sum(loss(p, (x, y)) for x, y in zip(*data, strict=True)) / 3, params)
     with double_backward():
-        operator = task_hessian(loss, params, data, per_task=False, tasks=TaskMap(looped=looped), count=3)
+        operator = Jacobian(*task_gradient(loss, params, data, per_task=False, tasks=TaskMap(looped=looped), count=3))
         found = dense(operator, operator.layout.size)
     np.testing.assert_allclose(found, reference, atol=1e-10)
     assert operator.matvecs == len(found)
@@ -55,7 +56,7 @@ def test_the_mean_hessian_is_the_dense_one(name, looped):
 def test_the_per_task_hessians_are_the_dense_ones(looped):
     loss, params, data = regression(NETWORKS["tanh"]())
     with double_backward():
-        operator = task_hessian(loss, params, data, per_task=True, tasks=TaskMap(looped=looped), count=3)
+        operator = Jacobian(*task_gradient(loss, params, data, per_task=True, tasks=TaskMap(looped=looped), count=3))
         vectors = torch.randn(3, operator.layout.size, dtype=torch.float64)
         products = operator(vectors)
     for task in range(3):
@@ -134,7 +135,7 @@ def test_a_dropout_net_is_one_matrix():
     network = nn.Sequential(nn.Linear(2, 20), nn.Tanh(), nn.Dropout(0.5), nn.Linear(20, 1))
     loss, params, data = regression(network)
     with double_backward():
-        operator = task_hessian(loss, params, data, per_task=False, tasks=TaskMap(), count=3)
+        operator = Jacobian(*task_gradient(loss, params, data, per_task=False, tasks=TaskMap(), count=3))
         found = dense(operator, operator.layout.size)
     np.testing.assert_allclose(found, found.T, atol=1e-12)
 

@@ -277,11 +277,11 @@ def test_a_keyboard_interrupt_passes_through():
         fit(Foreign(KeyboardInterrupt()), BATCH, 6, [guard])
 
 
-def test_a_module_that_states_no_problem_is_refused_before_training():
-    with pytest.raises(
-        MisconfigurationException, match="does not know what Foreign optimises.*MetaLearningModule.*problem="
-    ):
-        fit(Foreign(), BATCH, 1, [ConvergenceGuard()])
+def test_a_training_step_with_manual_optimisation_is_refused_before_training():
+    module = Foreign()
+    module.automatic_optimization = False
+    with pytest.raises(MisconfigurationException, match="cannot watch the training_step of Foreign.*problem="):
+        fit(module, BATCH, 1, [ConvergenceGuard()])
 
 
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path):

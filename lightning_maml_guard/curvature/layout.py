@@ -1,0 +1,62 @@
+"""Where each named parameter lies in a flat vector."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+
+
+class Layout:
+    """Where each named parameter lies in a flat vector.
+
+    Args:
+        params: Parameters by name; all floating point, on one device.
+
+    Raises:
+        ValueError: If there are none, or if they lie on several devices or are not floating point.
+    """
+
+    def __init__(self, params: Params) -> None:
+        if not params:
+            raise ValueError("Expected `params` to hold at least one parameter but it is empty: nothing is trained.")
+        wrong = {name: str(value.dtype) for name, value in params.items() if not value.is_floating_point()}
+        if wrong:
+            raise ValueError(f"Expected `params` to be floating point but got {wrong}.")
+        devices = {str(value.device) for value in params.values()}
+        if len(devices) != 1:
+            raise ValueError(f"Expected `params` on one device but got {sorted(devices)}.")
+        self.shapes = {name: value.shape for name, value in params.items()}
+        self.sizes = [math.prod(shape) for shape in self.shapes.values()]
+        self.size = sum(self.sizes)
+
+    def flatten(self, values: Params, batch: int = 0) -> Tensor:
+        """Concatenate named tensors.
+
+        Args:
+            values: Tensors by name, each with ``batch`` leading dimensions before the parameter's shape.
+            batch: Number of leading dimensions.
+
+        Returns:
+            Vector(s) of shape ``(*leading, n)``.
+        """
+        return torch.cat([values[name].flatten(batch) for name in self.shapes], dim=-1)
+
+    def split(self, vector: Tensor) -> Params:
+        """Cut vector(s) of shape ``(*leading, n)`` into named tensors.
+
+        Args:
+            vector: The vector(s).
+
+        Returns:
+            Tensors by name, of shape ``(*leading, *parameter shape)``.
+        """
+        pieces = vector.split(self.sizes, dim=-1)
+        leading = vector.shape[:-1]
+        return {
+            name: piece.reshape(leading + shape)
+            for piece, (name, shape) in zip(pieces, self.shapes.items(), strict=True)
+        }

@@ -1,0 +1,64 @@
+"""The step an optimizer is about to take, without taking it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import OrderedDict, defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_maml_guard.curvature.layout import Params
+from lightning_maml_guard.theory.stability import unwrap
+
+
+def coming_update(optimizer: Optimizer, params: Params, gradient: Params) -> Params | None:
+    """Compute the update ``u`` of the coming step, ``theta <- theta - u``, on copies of parameters and state.
+
+    The gradient is the one given: neither accumulated nor clipped.
+
+    Args:
+        optimizer: The live optimizer; left as it is.
+        params: Its parameters, by name.
+        gradient: Their gradient, by name.
+
+    Returns:
+        ``u`` by name, 0 for parameters the optimizer does not hold; None for an optimizer that needs a closure.
+    """
+    optimizer = unwrap(optimizer)
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        return None
+    names = {id(value): name for name, value in params.items()}
+    twin = object.__new__(type(optimizer))
+    # The instance's own `step` (a scheduler's counter) and hooks (a governor's) belong to the live one.
+    twin.__dict__.update({name: value for name, value in optimizer.__dict__.items() if name != "step"})
+    twin._optimizer_step_pre_hooks, twin._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    twin.state, twin.param_groups = defaultdict(dict), []
+    copies: dict[str, nn.Parameter] = {}
+    for group in optimizer.param_groups:
+        moved = []
+        for parameter in group["params"]:
+            name = names.get(id(parameter))
+            if name is None:
+                continue
+            replica = nn.Parameter(parameter.detach().clone())
+            replica.grad = gradient[name].to(parameter.dtype).clone()
+            copies[name] = replica
+            moved.append(replica)
+            if parameter in optimizer.state:
+                twin.state[replica] = {key: _cloned(value) for key, value in optimizer.state[parameter].items()}
+        rest = {key: _cloned(value) for key, value in group.items() if key != "params"}
+        twin.param_groups.append({**rest, "params": moved})
+    type(optimizer).step(twin)
+    return {
+        name: value.detach() - copies[name].detach() if name in copies else torch.zeros_like(value)
+        for name, value in params.items()
+    }
+
+
+def _cloned(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)

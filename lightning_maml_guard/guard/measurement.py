@@ -1,0 +1,409 @@
+"""One measurement in progress: from the subject's curvature to a report."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_maml_guard._vectorize import as_float32
+from lightning_maml_guard.curvature.lanczos import NonFiniteProductError
+from lightning_maml_guard.curvature.layout import Params
+from lightning_maml_guard.curvature.operators import Operator, scaled
+from lightning_maml_guard.guard.coming import coming_update
+from lightning_maml_guard.guard.estimate import Estimator, Spectrum, hessian_spectrum, top_eigenvalue
+from lightning_maml_guard.guard.governor import scheduled_rate
+from lightning_maml_guard.guard.meta_rate import UNKNOWN, MetaRateLimit, exact_limit, poster_limit
+from lightning_maml_guard.guard.outer import outer_step
+from lightning_maml_guard.guard.products import Memory, make_operator
+from lightning_maml_guard.guard.report import StabilityReport
+from lightning_maml_guard.guard.subject import MamlSubject, Subject, Target
+from lightning_maml_guard.theory.verdict import (
+    FIRST_ORDER_EFFECT,
+    INNER_LOOP_EFFECT,
+    POSTER_EFFECT,
+    Limit,
+    Verdict,
+    judge,
+)
+
+# The poster's theorem is about simplified MAML; users of the other orders must know what its alarm means for them.
+_ORDER_NOTES = {
+    "exact": "(This is the poster's condition; exact MAML, which this run trains, is a different update and its inner "
+    "loop diverges only beyond twice alpha_c. criterion='exact' judges that update.)",
+    "first": "(This is the poster's condition; it holds for first-order MAML with one inner step.)",
+}
+_EFFECTS = {"exact": INNER_LOOP_EFFECT, "first": FIRST_ORDER_EFFECT, "simplified": POSTER_EFFECT}
+_NAN_INTERVAL = (math.nan, math.nan)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure; see :func:`lightning_maml_guard.measure`."""
+
+    criterion: str
+    estimator: Estimator
+    max_iter: int
+    tol: float
+    worst: bool
+    margin: float
+    step: int | None
+
+
+class Measurement:
+    """Measures one subject for one optimizer.
+
+    Args:
+        subject: What is measured.
+        optimizer: The live optimizer.
+        beta: Rate of plain SGD, instead.
+        options: How to measure.
+        memory: What is known of the network.
+    """
+
+    def __init__(
+        self, subject: Subject, optimizer: Optimizer | None, beta: float | None, options: Options, memory: Memory
+    ) -> None:
+        self.subject, self.optimizer, self.options, self.memory = subject, optimizer, options, memory
+        self.maml = subject if isinstance(subject, MamlSubject) else None
+        self.alpha = subject.alpha
+        self.outer = outer_step(optimizer, subject.live)
+        self.beta = scheduled_rate(optimizer) if optimizer is not None else math.nan if beta is None else float(beta)
+        self.like = next(iter(subject.params.values())).new_empty(())
+        self.blocks = subject.tasks if options.worst and self.maml is not None else None
+        self.alpha_note = ""
+        self.notices: list[str] = []
+        self.operators: list[Operator] = []
+        self.extra_products = 0
+
+    @property
+    def hvps(self) -> int:
+        """Products used so far."""
+        return sum(operator.matvecs for operator in self.operators) + self.extra_products
+
+    def report(self, began: float) -> StabilityReport:
+        """Measure.
+
+        Args:
+            began: When the measurement began.
+
+        Returns:
+            The report.
+
+        Raises:
+            NonFiniteProductError: If the loss or a product is not finite.
+        """
+        hessian, noise = self._operator("Hessian", self.subject.curvature(self.blocks is not None))
+        if not bool(torch.isfinite(hessian.value)):
+            raise NonFiniteProductError(f"The task loss is {float(hessian.value)} at these parameters and this batch.")
+        exact = self.options.criterion == "exact" and self.maml is not None
+        poster_alpha = 0.0 if self.maml is None else self.alpha
+        spectrum = hessian_spectrum(
+            hessian,
+            self.subject.mean_loss,
+            self.subject.params,
+            estimator=self.options.estimator,
+            blocks=self.blocks,
+            alpha=0.0 if exact else poster_alpha * self.subject.inner_steps,
+            max_iter=self.options.max_iter,
+            tol=self.options.tol,
+            noise=noise,
+        )
+        if self.options.estimator == "pyhessian":
+            self.extra_products += spectrum.matvecs  # on copies of its own
+        known = spectrum.rates(poster_alpha, self.subject.inner_steps)
+        alpha_limit = self._alpha_limit(hessian, known, exact)
+        jacobian, exact_beta = self._exact(hessian, spectrum, exact)
+        if exact and exact_beta.beta_c == 0 and not alpha_limit.ratio > 1:
+            alpha_limit = self._sharpest_alpha_limit(alpha_limit)
+        beta_limit, at_safe, safe_alpha = self._beta_limits(hessian, spectrum, alpha_limit, exact_beta, exact)
+        flat = known.lambda_max == 0 and known.lambda_min == 0
+        verdict = self._judge(alpha_limit, beta_limit, flat, exact)
+        self.notices += list(self.memory.finite.values())
+        if flat:
+            self.notices += verdict.reasons
+        elif self.outer.lasting:
+            self.notices.append(self.outer.note)
+        return self._report(
+            began,
+            alpha_c=alpha_limit.critical,
+            beta_c=beta_limit.beta_c,
+            sgd_beta_c=math.nan if self.maml is None or self.subject.rates is not None else known.beta_c,
+            exact_beta_c=exact_beta.beta_c if self.maml is not None else math.nan,
+            exact_beta_c_interval=exact_beta.interval if self.maml is not None else _NAN_INTERVAL,
+            beta_c_noise=self._noise_limit(exact_beta),
+            mean_alpha_c=self._mean_alpha_c(exact),
+            predicted_change=self._predicted_change(jacobian),
+            lambda_max=known.lambda_max,
+            lambda_min=known.lambda_min,
+            status=verdict.status,
+            reasons=verdict.reasons,
+            alpha_status=verdict.alpha_status,
+            beta_status=verdict.beta_status,
+            safe_alpha=safe_alpha,
+            safe_beta=self.beta if math.isnan(at_safe) else min(self.beta, self.options.margin * at_safe),
+            safe_beta_c=at_safe,
+            lambda_max_interval=known.lambda_max_interval,
+            alpha_c_interval=alpha_limit.interval,
+            beta_c_interval=beta_limit.interval,
+            spectrum=spectrum,
+        )
+
+    def _operator(self, name: str, target: Target) -> tuple[Operator, float]:
+        gradient, params, layout = target
+        operator, noise = make_operator(name, gradient, params, layout, self.memory)
+        self.operators.append(operator)
+        return operator, noise
+
+    def _alpha_limit(self, hessian: Operator, known: Any, exact: bool) -> Limit:
+        """``inner_limit / lambda_max(H)``; with rates ``A`` by parameter of ``A^(1/2) H A^(1/2)``."""
+        if self.maml is None:
+            return Limit(math.nan, math.nan, _NAN_INTERVAL)
+        reach = self.subject.inner_limit if exact else 1 / self.subject.inner_steps
+        rates = self.subject.rates
+        if rates is None:
+            if not exact:
+                return Limit(self.alpha, known.alpha_c, known.alpha_c_interval)
+            return _alpha_of(self.alpha, reach, known.lambda_max, known.lambda_max_interval)
+        if any(bool((rate < 0).any()) for rate in rates.values()):
+            self.alpha_note = "a learned inner rate is negative, and the condition is about rates of at least 0."
+            return Limit(self.alpha, math.nan, _NAN_INTERVAL)
+        weights = hessian.layout.flatten(as_float32(rates)).to(self.like)
+        top, interval, _ = top_eigenvalue(
+            scaled(hessian, weights),
+            hessian.layout.size,
+            self.like,
+            self.blocks,
+            max_iter=self.options.max_iter,
+            tol=self.options.tol,
+        )
+        return _alpha_of(self.alpha, self.alpha * reach, top, interval)
+
+    def _sharpest_alpha_limit(self, mean: Limit) -> Limit:
+        """The mean's ``alpha_c`` does not explain a collapsed direction; single tasks' do."""
+        if self.blocks is not None or self.subject.rates is not None:
+            return mean
+        return self._uniform_alpha_limit(True, self.subject.inner_limit)
+
+    def _mean_alpha_c(self, exact: bool) -> float:
+        """With ``tasks="worst"``: the mean task loss's ``alpha_c``, to stand beside the sharpest task's."""
+        if self.blocks is None or self.subject.rates is not None:
+            return math.nan
+        return self._uniform_alpha_limit(
+            False, self.subject.inner_limit if exact else 1 / self.subject.inner_steps
+        ).critical
+
+    def _uniform_alpha_limit(self, per_task: bool, reach: float) -> Limit:
+        operator, _ = self._operator("Hessian", self.subject.curvature(per_task))
+        top, interval, _ = top_eigenvalue(
+            operator,
+            operator.layout.size,
+            self.like,
+            self.subject.tasks if per_task else None,
+            max_iter=self.options.max_iter,
+            tol=self.options.tol,
+        )
+        return _alpha_of(self.alpha, reach, top, interval)
+
+    def _exact(self, hessian: Operator, spectrum: Spectrum, acting: bool) -> tuple[Operator | None, MetaRateLimit]:
+        """Measure the update's own Jacobian; where nothing acts on it, a failure costs that number alone."""
+        if self.maml is None:
+            return hessian, UNKNOWN
+        if acting:
+            return self._exact_at(hessian, spectrum, 1.0)
+        try:
+            return self._exact_at(hessian, spectrum, 1.0)
+        except Exception as error:
+            self.notices.append(
+                f"exact_beta_c could not be measured ({type(error).__name__}: {error}); the poster's conditions are "
+                "still checked."
+            )
+            return None, UNKNOWN
+
+    def _exact_at(self, hessian: Operator, spectrum: Spectrum, factor: float) -> tuple[Operator, MetaRateLimit]:
+        assert self.maml is not None
+        jacobian, noise = self._operator("meta-update", self.maml.update(factor))
+        if not bool(torch.isfinite(jacobian.value)):
+            raise NonFiniteProductError(
+                f"The query loss after adaptation is {float(jacobian.value)} at these parameters and this batch."
+            )
+        limit = exact_limit(
+            jacobian,
+            self.maml.symmetric,
+            self.outer,
+            self.like,
+            max_iter=self.options.max_iter,
+            tol=self.options.tol,
+            noise=noise,
+        )
+        if limit.lowest_direction is not None and self._turned(hessian, spectrum, limit.lowest_direction):
+            limit = MetaRateLimit(0.0, (0.0, 0.0), limit.curvature, limit.direction)
+        return jacobian, limit
+
+    def _turned(self, hessian: Operator, spectrum: Spectrum, direction: Tensor) -> bool:
+        """Whether the inner rate turned a direction of positive curvature into one that no meta rate contracts."""
+        # Directions that the task losses curve down themselves are saddles, not the rates' doing.
+        if self.maml is None or self.maml.symmetric or self.alpha == 0:
+            return False
+        direction = self._unscaled(direction)
+        direction = direction / torch.linalg.vector_norm(direction)
+        rows = direction if self.blocks is None else direction.expand(self.blocks, -1)
+        curvature = float((rows * hessian(rows)).sum(-1).mean())
+        return curvature > self.options.tol * max(spectrum.rates(0.0).lambda_max, 0.0)
+
+    def _beta_limits(
+        self, hessian: Operator, spectrum: Spectrum, alpha_limit: Limit, exact_beta: MetaRateLimit, exact: bool
+    ) -> tuple[MetaRateLimit, float, float]:
+        """``beta_c`` as configured, at the safe inner rate, and that inner rate."""
+        capped = self.options.margin * alpha_limit.critical
+        safe_alpha = capped if capped < self.alpha else self.alpha
+        if exact:
+            if safe_alpha < self.alpha:
+                return exact_beta, self._exact_at(hessian, spectrum, safe_alpha / self.alpha)[1].beta_c, safe_alpha
+            return exact_beta, exact_beta.beta_c, safe_alpha
+        rates = self.subject.rates
+        beyond = alpha_limit.ratio > 1 + 1e-12
+        limit = self._poster(hessian, spectrum, 0.0 if self.maml is None else self.alpha, rates, beyond)
+        if not safe_alpha < self.alpha:
+            return limit, limit.beta_c, safe_alpha
+        lowered = None if rates is None else {n: r * (safe_alpha / self.alpha) for n, r in rates.items()}
+        return limit, self._poster(hessian, spectrum, safe_alpha, lowered, False).beta_c, safe_alpha
+
+    def _poster(
+        self, hessian: Operator, spectrum: Spectrum, alpha: float, rates: Params | None, collapsed: bool
+    ) -> MetaRateLimit:
+        return poster_limit(
+            hessian,
+            spectrum,
+            self.outer,
+            self.like,
+            alpha=alpha,
+            rates=rates,
+            inner_steps=self.subject.inner_steps,
+            collapsed=collapsed,
+            blocks=self.blocks,
+            max_iter=self.options.max_iter,
+            tol=self.options.tol,
+        )
+
+    def _unscaled(self, direction: Tensor) -> Tensor:
+        """A direction of the optimizer's scaled coordinates in parameter space: ``D^(1/2) u``."""
+        if self.outer.scale is None:
+            return direction
+        scale = {name: value.to(self.like) for name, value in self.outer.scale.items()}
+        return torch.cat([value.flatten() for value in scale.values()]).sqrt() * direction
+
+    def _noise_limit(self, exact_beta: MetaRateLimit) -> float:
+        """Mean-square limit for tasks drawn anew at every step, from their curvatures along the top direction."""
+        if self.maml is None or exact_beta.direction is None or self.maml.tasks < 2 or self.outer.decoupled:
+            return math.nan
+        direction = self._unscaled(exact_beta.direction)
+        layout = self.operators[0].layout
+        each = self.maml.curvature_by_task(layout.split(direction)).double()
+        self.extra_products += 1
+        if not bool(torch.isfinite(each).all()):
+            return math.nan
+        mean = float(each.mean()) + self._shift_along(direction)
+        # The batch's curvature is the mean over its tasks, so its variance is a task's over their number.
+        return self.outer.responses[0].mean_square_rate(mean, float(each.var()) / self.maml.tasks)
+
+    def _shift_along(self, direction: Tensor) -> float:
+        coupled = self.outer.coupled
+        if isinstance(coupled, float):
+            return coupled * float((direction * direction).sum())
+        shift = torch.cat([value.flatten() for value in coupled.values()]).to(self.like)
+        return float((shift * direction * direction).sum())
+
+    def _predicted_change(self, jacobian: Operator | None) -> float:
+        """``-g.u + 1/2 u.J.u`` along the coming update ``u``: one product."""
+        if jacobian is None or math.isnan(self.beta) or jacobian.batch:
+            return math.nan
+        layout, gradient = jacobian.layout, jacobian.gradient
+        if self.optimizer is None:
+            update = self.beta * gradient
+        else:
+            found = coming_update(self.optimizer, self.subject.live, layout.split(gradient))
+            if found is None:
+                return math.nan
+            update = layout.flatten(found).to(self.like)
+        return float(-(gradient @ update) + 0.5 * (update @ jacobian(update)))
+
+    def _judge(self, alpha: Limit, beta: MetaRateLimit, flat: bool, exact: bool) -> Verdict:
+        step = self.options.step
+        cost = f"{self.hvps} Hessian-vector products" + ("" if step is None else f", step {step}")
+        if flat:
+            reason = (
+                f"The loss has no curvature at these parameters and this batch ({cost}), so no limit follows; that is "
+                "not the same as safe. ReLU networks with dead units and losses that are linear look like this."
+            )
+            return Verdict("unresolved", "unresolved", "unresolved", (reason,))
+        growth = abs(1 - 2 * self.beta / beta.beta_c) if self.outer.plain_sgd and beta.beta_c > 0 else None
+        note = "" if exact else _ORDER_NOTES.get(self.subject.order, "")
+        return judge(
+            None if self.maml is None else alpha,
+            None if math.isnan(self.beta) else Limit(self.beta, beta.beta_c, beta.interval),
+            margin=self.options.margin,
+            growth=growth,
+            cost=cost,
+            beta_note=self.outer.note,
+            alpha_note=self.alpha_note or note,
+            alpha_effect=_EFFECTS.get(self.subject.order, POSTER_EFFECT) if exact else POSTER_EFFECT,
+        )
+
+    def failed(self, reason: str, began: float) -> StabilityReport:
+        """Report a measurement that came to nothing.
+
+        Args:
+            reason: Why.
+            began: When it began.
+
+        Returns:
+            The report: unresolved.
+        """
+        said = f"The curvature could not be measured: {reason}"
+        self.notices = [*self.memory.finite.values(), said]
+        return self._report(
+            began,
+            alpha_c=math.nan,
+            beta_c=math.nan,
+            sgd_beta_c=math.nan,
+            exact_beta_c=math.nan,
+            lambda_max=math.nan,
+            lambda_min=math.nan,
+            status="unresolved",
+            reasons=(said,),
+            alpha_status="unresolved",
+            beta_status="unresolved",
+            safe_alpha=self.alpha,
+            safe_beta=self.beta,
+            safe_beta_c=math.nan,
+            lambda_max_interval=_NAN_INTERVAL,
+            alpha_c_interval=_NAN_INTERVAL,
+            beta_c_interval=_NAN_INTERVAL,
+            spectrum=Spectrum(),
+        )
+
+    def _report(self, began: float, **found: Any) -> StabilityReport:
+        return StabilityReport(
+            alpha=self.alpha,
+            beta=self.beta,
+            inner_steps=self.subject.inner_steps,
+            hvps=self.hvps,
+            seconds=time.perf_counter() - began,
+            criterion=self.options.criterion,
+            notices=tuple(self.notices),
+            step=self.options.step,
+            alpha_applied=self.alpha,
+            beta_applied=self.beta,
+            **found,
+        )
+
+
+def _alpha_of(alpha: float, reach: float, top: float, interval: tuple[float, float]) -> Limit:
+    ends = [reach / end if end > 0 else math.inf for end in (interval[1], top, interval[0])]
+    return Limit(alpha, ends[1], (ends[0], ends[2]))

@@ -1,0 +1,115 @@
+"""Products with a Jacobian, by double backward where that works and by finite differences where it does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_maml_guard._vectorize import TaskMap
+from lightning_maml_guard.curvature.lanczos import start_vector
+from lightning_maml_guard.curvature.layout import Layout, Params
+from lightning_maml_guard.curvature.operators import Field, FiniteDifference, Jacobian, Operator
+from lightning_maml_guard.guard.estimate import rounding
+
+# Step sizes of the self-check, and how far a product may be from it, relative to its size, beyond their scatter.
+_STRETCHES = (1.0, 1 / 16, 1 / 256)
+_AGREEMENT = {torch.float32: 2e-2, torch.float64: 1e-4}
+
+
+@dataclass
+class Memory:
+    """What earlier measurements of the same network found out, so that it is asked once.
+
+    Attributes:
+        task_map: How its tasks are run over.
+        checked: Operators whose products were compared with finite differences.
+        finite: Operators whose products are taken by finite differences, with the reason.
+    """
+
+    task_map: TaskMap | None = None
+    checked: set[str] = field(default_factory=set)
+    finite: dict[str, str] = field(default_factory=dict)
+
+
+def make_operator(
+    name: str, gradient: Field, params: Params, layout: Layout | None, memory: Memory
+) -> tuple[Operator, float]:
+    """Build the operator of a gradient field.
+
+    On the first measurement one product is compared with finite differences: some layers' second derivatives are
+    wrong without a word.
+
+    Args:
+        name: What the operator is called in messages.
+        gradient: The gradient field.
+        params: Where to differentiate.
+        layout: Layout of one block, where there are several.
+        memory: What is known of the network; written to.
+
+    Returns:
+        The operator, and the relative error of its products.
+
+    Raises:
+        RuntimeError: If there is no room for the graph (torch.OutOfMemoryError).
+    """
+    like = next(iter(params.values()))
+    if name not in memory.finite:
+        try:
+            operator = Jacobian(gradient, params, layout)
+            if name in memory.checked:
+                return operator, rounding(like)
+            probe = _probe(operator, like)
+            product = operator(probe)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            differences = FiniteDifference(gradient, params, layout)  # raises what the loss itself raises
+            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            memory.finite[name] = (
+                f"{name}: this network has no second derivative by double backward ({first_line}), so its curvature "
+                "is measured by finite differences of gradients (less sharp, two gradients a product)."
+            )
+            return differences, _finite_noise(like)
+        memory.checked.add(name)
+        if not bool(torch.isfinite(product).all()):
+            return operator, rounding(like)  # the estimator names it
+        mismatch = _mismatch(gradient, params, layout, probe, product)
+        if mismatch is None:
+            return operator, rounding(like)
+        memory.finite[name] = (
+            f"{name}: the second derivative by double backward disagrees with finite differences by {mismatch:.1%}: a "
+            "layer's double backward is wrong (a custom autograd Function without one, a reentrant checkpoint). "
+            "The curvature is measured by finite differences of gradients instead."
+        )
+    return FiniteDifference(gradient, params, layout), _finite_noise(like)
+
+
+def _probe(operator: Jacobian, like: Tensor) -> Tensor:
+    """Unit vector(s) along the gradient, where curvature is strong, and along all parameters."""
+    gradient = operator.gradient
+    noise = start_vector(gradient.shape, like)
+    norms = [torch.linalg.vector_norm(each, dim=-1, keepdim=True) for each in (gradient, noise)]
+    usable = torch.isfinite(norms[0]) & (norms[0] > 0)
+    probe = torch.where(usable, gradient / norms[0], torch.zeros_like(gradient)) + noise / norms[1]
+    return probe / torch.linalg.vector_norm(probe, dim=-1, keepdim=True)
+
+
+def _mismatch(gradient: Field, params: Params, layout: Layout | None, probe: Tensor, product: Tensor) -> float | None:
+    """Relative distance of ``v.Jv`` from finite differences, if it is more than they can explain."""
+    # The scatter over three step sizes is what kinks (ReLU, max-pool) and rounding do to the differences; a double
+    # backward that is wrong is off by more. `v.Jv` does not depend on which side of J the product is.
+    differences = [FiniteDifference(gradient, params, layout, stretch)(probe) for stretch in _STRETCHES]
+    values = torch.stack([(probe * each).sum(-1) for each in differences])
+    sizes = torch.stack([torch.linalg.vector_norm(each, dim=-1) for each in (product, differences[0])]).amax(0)
+    gap = ((probe * product).sum(-1) - values.median(0).values).abs()
+    scatter = values.amax(0) - values.amin(0)
+    if not bool((gap > _AGREEMENT.get(product.dtype, 5e-2) * sizes + 2 * scatter).any()):
+        return None
+    return float((gap / sizes.clamp(min=torch.finfo(sizes.dtype).tiny)).max())
+
+
+def _finite_noise(like: Tensor) -> float:
+    """Relative error of a central difference with the step balanced: of the order of ``eps^(2/3)``."""
+    return float(40 * torch.finfo(like.dtype).eps ** (2 / 3))

@@ -1,0 +1,102 @@
+"""The meta-update as a gradient field ``G(theta)``: what its Jacobian ``J = dG/dtheta`` is taken of.
+
+No formula for ``J`` is needed, and none is used: the meta-gradients are written functionally, without ``detach``,
+so they are differentiated as they stand, with ``K`` steps, learned inner rates and parameters that are not adapted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_maml_guard._vectorize import TaskMap
+from lightning_maml_guard.curvature.operators import Field, FieldValue, gradient_of
+from lightning_maml_guard.maml.gradients import task_meta_gradient
+from lightning_maml_guard.maml.inner_loop import InnerRate, Params, adapt
+from lightning_maml_guard.maml.problem import MetaProblem
+
+
+def is_symmetric(problem: MetaProblem) -> bool:
+    """Say whether ``J`` is symmetric: exact MAML descends a loss, the other orders do not.
+
+    Args:
+        problem: The problem.
+
+    Returns:
+        True for exact MAML.
+    """
+    return problem.order == "exact"
+
+
+def meta_field(problem: MetaProblem, tasks: TaskMap) -> Field:
+    """Make the gradient field of the configured meta-update, the mean over the problem's tasks.
+
+    Args:
+        problem: The problem; ``problem.params`` is not read, the field takes its own.
+        tasks: How to run over the tasks.
+
+    Returns:
+        The field; its value is the mean query loss after adaptation.
+    """
+    rates = _detached(problem.inner_lr)
+    if is_symmetric(problem):
+
+        def query_loss(params: Params, support: Any, query: Any) -> Tensor:
+            return problem.task_loss(adapt(problem.task_loss, params, support, rates, problem.inner_steps), query)
+
+        return gradient_of(
+            lambda params: tasks(query_loss, params, problem.support, problem.query, in_dims=(None, 0, 0)).mean()
+        )
+
+    def field(params: Params, differentiable: bool) -> FieldValue:
+        def one(params: Params, support: Any, query: Any) -> tuple[Params, Tensor]:
+            return _meta_gradient(problem, rates, params, support, query)
+
+        # Without a graph for `differentiable=False` too: a gradient inside needs none outside.
+        with torch.set_grad_enabled(differentiable):
+            gradients, losses = tasks(one, params, problem.support, problem.query, in_dims=(None, 0, 0))
+        return FieldValue(losses.mean().detach(), {name: value.mean(0) for name, value in gradients.items()})
+
+    return field
+
+
+def curvature_by_task(problem: MetaProblem, params: Params, direction: Params, tasks: TaskMap) -> Tensor:
+    """Measure each task's own curvature of the meta-update along one direction, ``u . J_task u``.
+
+    One graph and one product serve all tasks: the derivative of ``u . G_task(theta + t*u)`` towards each task's ``t``.
+
+    Args:
+        problem: The problem.
+        params: ``theta``.
+        direction: ``u``, by parameter.
+        tasks: How to run over the tasks.
+
+    Returns:
+        Shape ``(tasks,)``.
+    """
+    rates = _detached(problem.inner_lr)
+    offsets = next(iter(params.values())).new_zeros(problem.tasks).requires_grad_()
+
+    def along(offset: Tensor, support: Any, query: Any) -> Tensor:
+        moved = {name: value.detach() + offset * direction[name] for name, value in params.items()}
+        gradient, _ = _meta_gradient(problem, rates, moved, support, query)
+        return torch.stack([(gradient[name] * direction[name]).sum() for name in gradient]).sum()
+
+    slopes = tasks(along, offsets, problem.support, problem.query, in_dims=(0, 0, 0))
+    (curvatures,) = torch.autograd.grad(slopes.sum(), offsets)
+    return curvatures.detach()
+
+
+def _meta_gradient(
+    problem: MetaProblem, rates: InnerRate, params: Params, support: Any, query: Any
+) -> tuple[Params, Tensor]:
+    (gradient, _), (loss, _) = task_meta_gradient(
+        problem.task_loss, params, rates, support, query, inner_steps=problem.inner_steps, order=problem.order
+    )
+    return gradient, loss
+
+
+def _detached(rates: float | Params) -> InnerRate:
+    return {name: rate.detach() for name, rate in rates.items()} if isinstance(rates, dict) else rates
