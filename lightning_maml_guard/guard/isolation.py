@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,7 +31,7 @@ def preserved_randomness() -> Iterator[None]:
 
 @contextmanager
 def isolated(module: nn.Module) -> Iterator[None]:
-    """Put random states, buffers, ``.grad``, train/eval modes and logging back on leaving, also after an error.
+    """Put back on leaving, also after an error: random states, buffers, metrics, attributes, ``.grad``, modes, logging.
 
     Inside, every ``.grad`` is None (so that nothing accumulates into the user's) and ``module.log`` and
     ``module.log_dict`` do nothing.
@@ -50,10 +51,12 @@ def isolated(module: nn.Module) -> Iterator[None]:
             for name, value in part._buffers.items()
             if value is not None
         ]
+        attributes = [(part, _snapshot(part)) for part in module.modules()]
         gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
         stack.callback(_restore_modes, modes)
         stack.callback(_restore_buffers, buffers)
         stack.callback(_restore_gradients, gradients)
+        stack.callback(_restore_attributes, attributes)
         for parameter, _ in gradients:
             parameter.grad = None
         for name in ("log", "log_dict"):
@@ -82,3 +85,34 @@ def _restore_buffers(buffers: list[tuple[dict[str, Any], str, torch.Tensor, torc
 def _restore_gradients(gradients: list[tuple[nn.Parameter, torch.Tensor | None]]) -> None:
     for parameter, gradient in gradients:
         parameter.grad = gradient
+
+
+# What torch keeps of a module: restored above, or no one's business.
+_OWN = frozenset({*nn.Module().__dict__, "_trainer", "_fabric"})
+
+
+def _snapshot(part: nn.Module) -> dict[str, Any]:
+    """Copy a module's own attributes: counters, lists of outputs, and the tensors of a torchmetrics metric."""
+    return {name: _copied(value) for name, value in part.__dict__.items() if name not in _OWN}
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and not value.requires_grad:
+        return value, value.clone()
+    return value, copy.copy(value) if type(value) in {list, dict, set} else None
+
+
+def _restore_attributes(attributes: list[tuple[nn.Module, dict[str, Any]]]) -> None:
+    for part, saved in attributes:
+        for name in set(part.__dict__) - set(saved) - _OWN:
+            del part.__dict__[name]
+        for name, (value, content) in saved.items():
+            if isinstance(content, torch.Tensor):
+                with torch.no_grad():
+                    value.copy_(content)
+            elif isinstance(content, list):
+                value[:] = content
+            elif content is not None:
+                value.clear()
+                value.update(content)
+            part.__dict__[name] = value

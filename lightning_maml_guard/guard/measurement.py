@@ -118,7 +118,7 @@ class Measurement:
             self.extra_products += spectrum.matvecs  # on copies of its own
         known = spectrum.rates(poster_alpha, self.subject.inner_steps)
         alpha_limit = self._alpha_limit(hessian, known, exact)
-        jacobian, exact_beta = self._exact(hessian, spectrum, exact)
+        jacobian, exact_beta = self._exact(hessian, exact)
         if exact and exact_beta.beta_c == 0 and not alpha_limit.ratio > 1:
             alpha_limit = self._sharpest_alpha_limit(alpha_limit)
         beta_limit, at_safe, safe_alpha = self._beta_limits(hessian, spectrum, alpha_limit, exact_beta, exact)
@@ -210,14 +210,14 @@ class Measurement:
         )
         return _alpha_of(self.alpha, reach, top, interval)
 
-    def _exact(self, hessian: Operator, spectrum: Spectrum, acting: bool) -> tuple[Operator | None, MetaRateLimit]:
+    def _exact(self, hessian: Operator, acting: bool) -> tuple[Operator | None, MetaRateLimit]:
         """Measure the update's own Jacobian; where nothing acts on it, a failure costs that number alone."""
         if self.maml is None:
             return hessian, UNKNOWN
         if acting:
-            return self._exact_at(hessian, spectrum, 1.0)
+            return self._exact_at(1.0)
         try:
-            return self._exact_at(hessian, spectrum, 1.0)
+            return self._exact_at(1.0)
         except Exception as error:
             self.notices.append(
                 f"exact_beta_c could not be measured ({type(error).__name__}: {error}); the poster's conditions are "
@@ -225,7 +225,7 @@ class Measurement:
             )
             return None, UNKNOWN
 
-    def _exact_at(self, hessian: Operator, spectrum: Spectrum, factor: float) -> tuple[Operator, MetaRateLimit]:
+    def _exact_at(self, factor: float) -> tuple[Operator, MetaRateLimit]:
         assert self.maml is not None
         jacobian, noise = self._operator("meta-update", self.maml.update(factor))
         if not bool(torch.isfinite(jacobian.value)):
@@ -241,20 +241,22 @@ class Measurement:
             tol=self.options.tol,
             noise=noise,
         )
-        if limit.lowest_direction is not None and self._turned(hessian, spectrum, limit.lowest_direction):
+        if limit.lowest_direction is not None and self._turned(limit.lowest_direction):
             limit = MetaRateLimit(0.0, (0.0, 0.0), limit.curvature, limit.direction)
         return jacobian, limit
 
-    def _turned(self, hessian: Operator, spectrum: Spectrum, direction: Tensor) -> bool:
-        """Whether the inner rate turned a direction of positive curvature into one that no meta rate contracts."""
+    def _turned(self, direction: Tensor) -> bool:
+        """Whether the inner rate turned a direction that a task's curvature makes too sharp for it."""
         # Directions that the task losses curve down themselves are saddles, not the rates' doing.
         if self.maml is None or self.maml.symmetric or self.alpha == 0:
             return False
         direction = self._unscaled(direction)
         direction = direction / torch.linalg.vector_norm(direction)
-        rows = direction if self.blocks is None else direction.expand(self.blocks, -1)
-        curvature = float((rows * hessian(rows)).sum(-1).mean())
-        return curvature > self.options.tol * max(spectrum.rates(0.0).lambda_max, 0.0)
+        operator, _ = self._operator("Hessian", self.maml.curvature(True))
+        rows = direction.expand(self.maml.tasks, -1)
+        curvatures = (rows * operator(rows)).sum(-1)
+        beyond = curvatures * self.alpha > self.maml.inner_limit
+        return bool(beyond.any()) and bool(curvatures.mean() > 0)
 
     def _beta_limits(
         self, hessian: Operator, spectrum: Spectrum, alpha_limit: Limit, exact_beta: MetaRateLimit, exact: bool
@@ -264,7 +266,7 @@ class Measurement:
         safe_alpha = capped if capped < self.alpha else self.alpha
         if exact:
             if safe_alpha < self.alpha:
-                return exact_beta, self._exact_at(hessian, spectrum, safe_alpha / self.alpha)[1].beta_c, safe_alpha
+                return exact_beta, self._exact_at(safe_alpha / self.alpha)[1].beta_c, safe_alpha
             return exact_beta, exact_beta.beta_c, safe_alpha
         rates = self.subject.rates
         beyond = alpha_limit.ratio > 1 + 1e-12

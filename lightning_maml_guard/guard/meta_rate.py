@@ -95,7 +95,9 @@ def poster_limit(
     flat_rates: Tensor | float = inner_steps * (alpha if rates is None else layout.flatten(rates).to(like))
     operator = _as_stepped(simplified(hessian, flat_rates), step, layout, like)
     run = run_lanczos(operator, layout.size, like, blocks, max_iter=max_iter, tol=tol)
-    return _from_tops([rates_from_lanczos(*each, 0.0, rounding=rounding(like)) for each in run.runs], step)
+    return _from_tops(
+        [rates_from_lanczos(*each, 0.0, rounding=rounding(like), resolution=tol) for each in run.runs], step
+    )
 
 
 def exact_limit(
@@ -124,7 +126,7 @@ def exact_limit(
     run = run_lanczos(operator, layout.size, like, None, max_iter=max_iter, tol=tol)
     check_symmetry(run, noise)
     (single,) = run.runs
-    limit = _from_tops([rates_from_lanczos(*single, 0.0, rounding=noise)], step)
+    limit = _from_tops([rates_from_lanczos(*single, 0.0, rounding=noise, resolution=tol)], step)
     values, residuals = ritz_values(*single)
     vectors = _ritz_vectors(single.diagonal, single.off_diagonal)
     negative = values[0] + residuals[0] < -tol * abs(values).max()

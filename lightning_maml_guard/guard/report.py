@@ -113,6 +113,7 @@ def to_plain(report: StabilityReport) -> dict[str, Any]:
         "values": list(spectrum.values),
         "rounding": spectrum.rounding,
         "matvecs": spectrum.matvecs,
+        "resolution": spectrum.resolution,
     }
     return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
@@ -138,5 +139,6 @@ def from_plain(plain: dict[str, Any]) -> StabilityReport:
         values=tuple(spectrum.get("values", ())),
         rounding=spectrum.get("rounding", 0.0),
         matvecs=spectrum.get("matvecs", 0),
+        resolution=spectrum.get("resolution", 0.0),
     )
     return StabilityReport(**values)

@@ -36,6 +36,7 @@ def rates_from_lanczos(
     *,
     inner_steps: int = 1,
     rounding: float = 0.0,
+    resolution: float = 0.0,
 ) -> CriticalRates:
     """Compute the poster's critical rates from one Lanczos run on ``H``.
 
@@ -49,6 +50,8 @@ def rates_from_lanczos(
         alpha: Inner rate, at least 0.
         inner_steps: Number ``K`` of simplified inner steps; ``alpha`` becomes ``K*alpha``.
         rounding: Relative rounding error of a product, added to every residual bound.
+        resolution: Relative width in which a cluster may hide its true top: a residual says that *an* eigenvalue is
+            near, not that none lies above. It widens the intervals of a run that has not exhausted its space.
 
     Returns:
         The critical rates of simplified MAML, with intervals from the residual bounds.
@@ -68,11 +71,13 @@ def rates_from_lanczos(
     curvature, vector = float(curvatures[-1]), vectors[:, -1]
     radius = float(max(abs(values[0]), abs(values[-1])) + last)
     noise = rounding * radius
-    residual = float(residuals[-1]) + noise
+    hidden = resolution * abs(float(values[-1])) if last > 0 else 0.0
+    residual = max(float(residuals[-1]), hidden) + noise
     # (H - a*H^2) V y = V P y + r, |r| <= b|y_m| + a*b*(|(T y)_m| + |H| |y_m|): H leaves the Krylov space
     # through the last basis vector alone.
     leak = last * (abs(vector[-1]) + f.rate * (abs(tridiagonal[-1] @ vector) + radius * abs(vector[-1])))
-    leak = float(leak) + noise * (1 + f.rate * radius)
+    hidden = resolution * abs(curvature) if last > 0 else 0.0
+    leak = max(float(leak), hidden) + noise * (1 + f.rate * radius)
     return assemble(
         f,
         alpha,

@@ -1,0 +1,113 @@
+"""Do the limits hold for trained networks?  ``python -m tests.benchmarks.trained``.
+
+Sinusoid networks (tanh and ReLU, exact MAML, K = 1, fixed tasks, float64) are brought to a minimum of the meta loss
+(gradient descent with a small rate, at the end with half the limit) and started 1e-4 away from it along random directions. The largest
+meta rate at which the run returns, by bisection, stands beside ``exact_beta_c`` and the poster's ``beta_c``
+(whose error measures the poster's approximation for exact MAML).
+"""
+
+from __future__ import annotations
+
+from statistics import median
+
+import torch
+
+from lightning_maml_guard import EpisodeBatch, MetaLearningModule, MetaProblem, measure
+from lightning_maml_guard._vectorize import TaskMap
+from lightning_maml_guard.curvature.operators import Jacobian
+from lightning_maml_guard.maml.jacobian import meta_field
+from lightning_maml_guard.networks import mlp
+from lightning_maml_guard.tasks.regression import Sinusoid
+from tests.helpers import bisect
+
+AWAY, STEPS, TASKS, DIRECTIONS, TRAINING, RATE = 1e-4, 1500, 3, 2, 20000, 0.02
+
+
+def problem_of(activation: str, seed: int, alpha: float) -> MetaProblem:
+    torch.manual_seed(seed)
+    module = MetaLearningModule(mlp(1, (20,), 1, activation=activation).double(), inner_lr=alpha)
+    support, query = Sinusoid(shots=100).sample(TASKS, torch.Generator().manual_seed(seed))
+    return module.meta_problem(EpisodeBatch(*[(x.double(), y.double()) for x, y in (support, query)]))
+
+
+class Objective:
+    """Meta loss and meta-gradient over a flat parameter vector."""
+
+    def __init__(self, problem: MetaProblem) -> None:
+        self.field = meta_field(problem, TaskMap())
+        self.operator = Jacobian(self.field, {n: p.detach() for n, p in problem.params.items()})
+        self.start = self.operator.layout.flatten({n: p.detach() for n, p in problem.params.items()})
+
+    def __call__(self, theta: torch.Tensor) -> tuple[float, torch.Tensor]:
+        leaves = {n: p.detach().requires_grad_() for n, p in self.operator.layout.split(theta).items()}
+        value, gradients = self.field(leaves, False)
+        return float(value), torch.cat([g.flatten() for g in gradients.values()])
+
+
+def minimum(objective: Objective) -> torch.Tensor:
+    """Gradient descent with a small rate, so that its own edge of stability (2/rate) bounds the sharpness."""
+    theta = objective.start.clone()
+    for _ in range(TRAINING):
+        theta = theta - RATE * objective(theta)[1]
+    return theta
+
+
+def returns(objective: Objective, at: torch.Tensor, direction: torch.Tensor, beta: float) -> bool:
+    """Whether a run that starts ``AWAY`` from the minimum stays with the one that starts there.
+
+    Directions without curvature neither grow nor shrink, hence the factor; unstable ones grow by orders of magnitude.
+    """
+    theta, reference = at + AWAY * direction, at
+    for _ in range(STEPS):
+        theta, reference = theta - beta * objective(theta)[1], reference - beta * objective(reference)[1]
+        if not float((theta - reference).norm()) < 3 * AWAY:
+            return False
+    return True
+
+
+def main(seeds: int = 1) -> None:
+    torch.set_num_threads(1)
+    print("| network | seed | alpha | gradient left | bisected | exact_beta_c | ratio | poster's beta_c | its error |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for activation in ("tanh", "relu"):
+        for seed in range(seeds):
+            for alpha in (0.002, 0.01):
+                problem = problem_of(activation, seed, alpha)
+                objective = Objective(problem)
+                at = minimum(objective)
+                with torch.no_grad():
+                    for name, piece in objective.operator.layout.split(at).items():
+                        problem.params[name].copy_(piece)
+                rate = 0.5 * measure(problem, tol=1e-6, max_iter=60).exact_beta_c
+                for _ in range(1000):
+                    at = at - rate * objective(at)[1]
+                with torch.no_grad():
+                    for name, piece in objective.operator.layout.split(at).items():
+                        problem.params[name].copy_(piece)
+                report = measure(problem, tol=1e-6, max_iter=60)
+                left = float(objective(at)[1].norm())
+                limit, found = report.exact_beta_c, []
+                for index in range(DIRECTIONS):
+                    direction = torch.randn(at.shape, generator=torch.Generator().manual_seed(index)).double()
+                    direction /= direction.norm()
+
+                    def stays(beta: float, o=objective, t=at, d=direction) -> bool:
+                        return returns(o, t, d, beta)
+
+                    if not stays(0.9 * limit):
+                        print(f"| {activation} | {seed} | {alpha} | {left:.0e} | no return at .9 | {limit:.5g} | | | |")
+                        continue
+                    found.append(bisect(stays, 0.9 * limit, 1.1 * limit, 2e-3))
+                if not found:
+                    continue
+                middle = median(found)
+                print(
+                    f"| {activation} | {seed} | {alpha} | {left:.0e} | {middle:.5g} | {report.exact_beta_c:.5g} "
+                    f"| {middle / report.exact_beta_c:.4f} | {report.sgd_beta_c:.5g} "
+                    f"| {report.sgd_beta_c / middle - 1:+.1%} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
