@@ -71,7 +71,7 @@ def rates_from_lanczos(
     curvature, vector = float(curvatures[-1]), vectors[:, -1]
     radius = float(max(abs(values[0]), abs(values[-1])) + last)
     noise = rounding * radius
-    hidden = resolution * abs(float(values[-1])) if last > 0 else 0.0
+    hidden = resolution * float(max(abs(values[0]), abs(values[-1]))) if last > 0 else 0.0
     residual = max(float(residuals[-1]), hidden) + noise
     # (H - a*H^2) V y = V P y + r, |r| <= b|y_m| + a*b*(|(T y)_m| + |H| |y_m|): H leaves the Krylov space
     # through the last basis vector alone.

@@ -1,6 +1,6 @@
 """What a check costs: ``python -m tests.benchmarks.check_cost``.
 
-Meta-training steps, checks with Lanczos and checks with PyHessian take turns in one process; printed are
+Meta-training steps, checks by either criterion and PyHessian's power iteration take turns in one process; printed are
 products, the median time as a multiple of a meta-training step (median of the ratios of one turn), and the
 error of lambda_max against a Lanczos run that is converged to 1e-6.
 """
@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import torch
 
 from lightning_maml_guard import MetaLearningModule, measure
+from lightning_maml_guard._vectorize import TaskMap
+from lightning_maml_guard.curvature.pyhessian import PowerIteration, largest_eigenvalue
+from lightning_maml_guard.guard.products import Memory
 from lightning_maml_guard.maml.gradients import meta_gradient
 from lightning_maml_guard.networks import conv4, mlp
 from lightning_maml_guard.tasks.episodes import episode_generator
@@ -42,6 +46,11 @@ def trained(module, family, tasks: int, steps: int):
     return optimizer, module.meta_problem(family.sample(tasks, episode_generator(0, "val", 0)))
 
 
+def mean_support_loss(problem):
+    tasks = TaskMap(problem.task_chunk_size)
+    return lambda params: tasks(problem.task_loss, params, problem.support, in_dims=(None, 0)).mean()
+
+
 def main(turns: int = 9) -> None:
     torch.set_num_threads(2)
     torch.manual_seed(0)
@@ -60,11 +69,21 @@ def main(turns: int = 9) -> None:
     for name, module, family, tasks, steps, repeats in rows:
         optimizer, problem = trained(module, family, tasks, steps)
         reference = measure(problem, max_iter=200, tol=1e-6).lambda_max
+        memory = Memory()
+        measure(problem, optimizer=optimizer, memory=memory)  # the self-check of the first measurement
+        measure(replace(problem, order="first"), memory=memory)
         checks = {
-            "Lanczos, alpha and SGD's beta": lambda p=problem: measure(p, beta=1e-3),
-            "Lanczos, alpha and Adam's beta": lambda p=problem, o=optimizer: measure(p, optimizer=o),
-            "PyHessian's defaults, alpha only": lambda p=problem: measure(
-                p, estimator="pyhessian", max_iter=100, tol=1e-3
+            "poster's criterion, SGD": lambda p=problem, m=memory: measure(p, beta=1e-3, memory=m),
+            "poster's criterion, Adam": lambda p=problem, o=optimizer, m=memory: measure(p, optimizer=o, memory=m),
+            "exact criterion, SGD": lambda p=problem, m=memory: measure(p, beta=1e-3, criterion="exact", memory=m),
+            "exact criterion, Adam": lambda p=problem, o=optimizer, m=memory: measure(
+                p, optimizer=o, criterion="exact", memory=m
+            ),
+            "first-order MAML, exact criterion, SGD": lambda p=problem, m=memory: measure(
+                replace(p, order="first"), beta=1e-3, criterion="exact", memory=m
+            ),
+            "PyHessian's defaults, lambda_max only": lambda p=problem: largest_eigenvalue(
+                mean_support_loss(p), {n: v.detach() for n, v in p.params.items()}, max_iter=100, tol=1e-3
             ),
         }
         times = {check: [] for check in checks}
@@ -77,8 +96,9 @@ def main(turns: int = 9) -> None:
         for check, work in checks.items():
             report = work()
             error = abs(report.lambda_max / reference - 1)
+            products = report.matvecs if isinstance(report, PowerIteration) else report.hvps
             print(
-                f"| {name} | {check} | {report.hvps} | {median(ratios[check]):.1f} | {1e3 * median(times[check]):.0f} "
+                f"| {name} | {check} | {products} | {median(ratios[check]):.1f} | {1e3 * median(times[check]):.0f} "
                 f"| {error:.1e} |"
             )
 

@@ -1,0 +1,77 @@
+"""The Jacobian of the meta-update through norm layers: a third derivative, against finite differences."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_maml_guard import EpisodeBatch, MetaLearningModule, MetaProblem
+from lightning_maml_guard._vectorize import TaskMap
+from lightning_maml_guard.curvature.backward import double_backward
+from lightning_maml_guard.curvature.operators import Jacobian
+from lightning_maml_guard.maml.gradients import meta_gradient
+from lightning_maml_guard.maml.jacobian import curvature_by_task, meta_field
+
+NORMS = {
+    "batch": lambda: nn.BatchNorm1d(5),
+    "batch, no running statistics": lambda: nn.BatchNorm1d(5, track_running_stats=False),
+    "layer": lambda: nn.LayerNorm(5),
+    "instance": lambda: nn.Sequential(nn.Unflatten(1, (1, 5)), nn.InstanceNorm1d(1, affine=True), nn.Flatten(1)),
+    "group": lambda: nn.GroupNorm(1, 5),
+}
+
+
+def problem(norm, order, inner_steps=1):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(2, 5), norm, nn.Tanh(), nn.Linear(5, 1)).double()
+    for name, value in network.named_parameters():
+        if name.startswith("1."):
+            nn.init.uniform_(value, 0.5, 1.5)
+    module = MetaLearningModule(network, inner_lr=0.05, order=order, inner_steps=inner_steps)
+    sets = [(torch.randn(3, 7, 2).double(), torch.randn(3, 7, 1).double()) for _ in range(2)]
+    return module.meta_problem(EpisodeBatch(*sets))
+
+
+def moved(problem, vector, layout, step):
+    """The meta-gradient as training takes it, in a plain loop and with the native kernels, ``step`` along a vector."""
+    params = {n: problem.params[n].detach() + step * v for n, v in layout.split(vector).items()}
+    at = MetaProblem(
+        params, problem.task_loss, problem.support, problem.query, problem.inner_lr, problem.inner_steps, problem.order
+    )
+    return layout.flatten(meta_gradient(at, tasks=TaskMap(looped=True)).gradients)
+
+
+@pytest.mark.parametrize("order, inner_steps", [("exact", 1), ("exact", 2), ("first", 2), ("simplified", 1)])
+@pytest.mark.parametrize("name", NORMS)
+def test_the_product_through_a_norm_layer_agrees_with_finite_differences(name, order, inner_steps):
+    given = problem(NORMS[name](), order, inner_steps)
+    with double_backward():
+        jacobian = Jacobian(meta_field(given, TaskMap()), {n: p.detach() for n, p in given.params.items()})
+        layout = jacobian.layout
+        u, v = (torch.randn(layout.size, generator=torch.Generator().manual_seed(k)).double() for k in (1, 2))
+        # u.(J v) from products with the transpose, so that the orders without symmetry are covered as well
+        product = jacobian(u)
+    h = 1e-3
+    near, far = (moved(given, v, layout, k * h) - moved(given, v, layout, -k * h) for k in (1, 2))
+    difference = (8 * near - far) / (12 * h)
+    scale = float(difference.norm() * u.norm())
+    assert abs(float(product @ v - u @ difference)) < 1e-6 * scale
+
+
+def test_each_tasks_curvature_is_its_own():
+    given = problem(nn.LayerNorm(5), "first", 2)
+    params = {n: p.detach() for n, p in given.params.items()}
+    with double_backward():
+        layout = Jacobian(meta_field(given, TaskMap()), params).layout
+        u = torch.randn(layout.size).double()
+        found = curvature_by_task(given, params, layout.split(u), TaskMap())
+        for k in range(3):
+            one = MetaProblem(
+                given.params,
+                given.task_loss,
+                *[tuple(t[k : k + 1] for t in part) for part in (given.support, given.query)],
+                given.inner_lr,
+                given.inner_steps,
+                given.order,
+            )
+            alone = Jacobian(meta_field(one, TaskMap()), params)
+            torch.testing.assert_close(found[k], u @ alone(u))
