@@ -332,11 +332,11 @@ class ConvergenceGuard(Callback):
     def _announce(self, report: StabilityReport, step: int) -> None:
         if self.action == "log":
             return
+        inner = "" if math.isnan(report.safe_alpha) else f"alpha = {report.safe_alpha:.3g}, "
         effect = {
             "warn": "",
             "stop": " Training stops after this step (action='stop').",
-            "rescale": f" Applied from now on: alpha = {report.safe_alpha:.3g}, beta = {report.safe_beta:.3g} "
-            "(action='rescale').",
+            "rescale": f" Applied from now on: {inner}beta = {report.safe_beta:.3g} (action='rescale').",
         }[self.action]
         reasons = " ".join(report.reasons)
         if self.action != "warn":

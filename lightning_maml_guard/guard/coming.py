@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections import OrderedDict, defaultdict
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_maml_guard.curvature.layout import Params
+from lightning_maml_guard.curvature.operators import Operator
 from lightning_maml_guard.theory.stability import unwrap
 
 
@@ -58,6 +60,30 @@ def coming_update(optimizer: Optimizer, params: Params, gradient: Params) -> Par
         name: value.detach() - copies[name].detach() if name in copies else torch.zeros_like(value)
         for name, value in params.items()
     }
+
+
+def predicted_change(jacobian: Operator | None, optimizer: Optimizer | None, beta: float, params: Params) -> float:
+    """Predict the change of the loss over the coming step, ``-g.u + 1/2 u.J.u``, with one product.
+
+    Args:
+        jacobian: The operator ``J``, which holds the gradient ``g``; None where it could not be measured.
+        optimizer: The live optimizer; None for plain SGD.
+        beta: Its rate, or that of plain SGD; ``nan`` if none was given.
+        params: The live parameters, by name.
+
+    Returns:
+        The change; ``nan`` where the coming update is not known.
+    """
+    if jacobian is None or math.isnan(beta) or jacobian.batch:
+        return math.nan
+    gradient = jacobian.gradient
+    update: Tensor = beta * gradient
+    if optimizer is not None:
+        found = coming_update(optimizer, params, jacobian.layout.split(gradient))
+        if found is None:
+            return math.nan
+        update = jacobian.layout.flatten(found).to(gradient)
+    return float(-(gradient @ update) + 0.5 * (update @ jacobian(update)))
 
 
 def _cloned(value: Any) -> Any:

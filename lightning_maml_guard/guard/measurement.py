@@ -15,30 +15,17 @@ from lightning_maml_guard._vectorize import as_float32
 from lightning_maml_guard.curvature.lanczos import NonFiniteProductError
 from lightning_maml_guard.curvature.layout import Params
 from lightning_maml_guard.curvature.operators import Operator, scaled
-from lightning_maml_guard.guard.coming import coming_update
+from lightning_maml_guard.guard.coming import predicted_change
 from lightning_maml_guard.guard.estimate import Estimator, Spectrum, hessian_spectrum, top_eigenvalue
 from lightning_maml_guard.guard.governor import scheduled_rate
+from lightning_maml_guard.guard.judgement import judged
 from lightning_maml_guard.guard.meta_rate import UNKNOWN, MetaRateLimit, exact_limit, poster_limit
 from lightning_maml_guard.guard.outer import outer_step
 from lightning_maml_guard.guard.products import Memory, make_operator
 from lightning_maml_guard.guard.report import StabilityReport
 from lightning_maml_guard.guard.subject import MamlSubject, Subject, Target
-from lightning_maml_guard.theory.verdict import (
-    FIRST_ORDER_EFFECT,
-    INNER_LOOP_EFFECT,
-    POSTER_EFFECT,
-    Limit,
-    Verdict,
-    judge,
-)
+from lightning_maml_guard.theory.verdict import Limit
 
-# The poster's theorem is about simplified MAML; users of the other orders must know what its alarm means for them.
-_ORDER_NOTES = {
-    "exact": "(This is the poster's condition; exact MAML, which this run trains, is a different update and its inner "
-    "loop diverges only beyond twice alpha_c. criterion='exact' judges that update.)",
-    "first": "(This is the poster's condition; it holds for first-order MAML with one inner step.)",
-}
-_EFFECTS = {"exact": INNER_LOOP_EFFECT, "first": FIRST_ORDER_EFFECT, "simplified": POSTER_EFFECT}
 _NAN_INTERVAL = (math.nan, math.nan)
 
 
@@ -123,7 +110,19 @@ class Measurement:
             alpha_limit = self._sharpest_alpha_limit(alpha_limit)
         beta_limit, at_safe, safe_alpha = self._beta_limits(hessian, spectrum, alpha_limit, exact_beta, exact)
         flat = known.lambda_max == 0 and known.lambda_min == 0
-        verdict = self._judge(alpha_limit, beta_limit, flat, exact)
+        verdict = judged(
+            None if self.maml is None else alpha_limit,
+            None if math.isnan(self.beta) else Limit(self.beta, beta_limit.beta_c, beta_limit.interval),
+            order=self.subject.order,
+            exact=exact,
+            flat=flat,
+            plain_sgd=self.outer.plain_sgd,
+            margin=self.options.margin,
+            hvps=self.hvps,
+            step=self.options.step,
+            alpha_note=self.alpha_note,
+            beta_note=self.outer.note,
+        )
         self.notices += list(self.memory.finite.values())
         if flat:
             self.notices += verdict.reasons
@@ -138,7 +137,7 @@ class Measurement:
             exact_beta_c_interval=exact_beta.interval if self.maml is not None else _NAN_INTERVAL,
             beta_c_noise=self._noise_limit(exact_beta),
             mean_alpha_c=self._mean_alpha_c(exact),
-            predicted_change=self._predicted_change(jacobian),
+            predicted_change=predicted_change(jacobian, self.optimizer, self.beta, self.subject.live),
             lambda_max=known.lambda_max,
             lambda_min=known.lambda_min,
             status=verdict.status,
@@ -250,7 +249,7 @@ class Measurement:
         # Directions that the task losses curve down themselves are saddles, not the rates' doing.
         if self.maml is None or self.maml.symmetric or self.alpha == 0:
             return False
-        direction = self._unscaled(direction)
+        direction = self.outer.unscaled(direction)
         direction = direction / torch.linalg.vector_norm(direction)
         operator, _ = self._operator("Hessian", self.maml.curvature(True))
         rows = direction.expand(self.maml.tasks, -1)
@@ -293,69 +292,19 @@ class Measurement:
             tol=self.options.tol,
         )
 
-    def _unscaled(self, direction: Tensor) -> Tensor:
-        """A direction of the optimizer's scaled coordinates in parameter space: ``D^(1/2) u``."""
-        if self.outer.scale is None:
-            return direction
-        scale = {name: value.to(self.like) for name, value in self.outer.scale.items()}
-        return torch.cat([value.flatten() for value in scale.values()]).sqrt() * direction
-
     def _noise_limit(self, exact_beta: MetaRateLimit) -> float:
         """Mean-square limit for tasks drawn anew at every step, from their curvatures along the top direction."""
         if self.maml is None or exact_beta.direction is None or self.maml.tasks < 2 or self.outer.decoupled:
             return math.nan
-        direction = self._unscaled(exact_beta.direction)
+        direction = self.outer.unscaled(exact_beta.direction)
         layout = self.operators[0].layout
         each = self.maml.curvature_by_task(layout.split(direction)).double()
         self.extra_products += 1
         if not bool(torch.isfinite(each).all()):
             return math.nan
-        mean = float(each.mean()) + self._shift_along(direction)
+        mean = float(each.mean()) + self.outer.shift_along(direction)
         # The batch's curvature is the mean over its tasks, so its variance is a task's over their number.
         return self.outer.responses[0].mean_square_rate(mean, float(each.var()) / self.maml.tasks)
-
-    def _shift_along(self, direction: Tensor) -> float:
-        coupled = self.outer.coupled
-        if isinstance(coupled, float):
-            return coupled * float((direction * direction).sum())
-        shift = torch.cat([value.flatten() for value in coupled.values()]).to(self.like)
-        return float((shift * direction * direction).sum())
-
-    def _predicted_change(self, jacobian: Operator | None) -> float:
-        """``-g.u + 1/2 u.J.u`` along the coming update ``u``: one product."""
-        if jacobian is None or math.isnan(self.beta) or jacobian.batch:
-            return math.nan
-        layout, gradient = jacobian.layout, jacobian.gradient
-        if self.optimizer is None:
-            update = self.beta * gradient
-        else:
-            found = coming_update(self.optimizer, self.subject.live, layout.split(gradient))
-            if found is None:
-                return math.nan
-            update = layout.flatten(found).to(self.like)
-        return float(-(gradient @ update) + 0.5 * (update @ jacobian(update)))
-
-    def _judge(self, alpha: Limit, beta: MetaRateLimit, flat: bool, exact: bool) -> Verdict:
-        step = self.options.step
-        cost = f"{self.hvps} Hessian-vector products" + ("" if step is None else f", step {step}")
-        if flat:
-            reason = (
-                f"The loss has no curvature at these parameters and this batch ({cost}), so no limit follows; that is "
-                "not the same as safe. ReLU networks with dead units and losses that are linear look like this."
-            )
-            return Verdict("unresolved", "unresolved", "unresolved", (reason,))
-        growth = abs(1 - 2 * self.beta / beta.beta_c) if self.outer.plain_sgd and beta.beta_c > 0 else None
-        note = "" if exact else _ORDER_NOTES.get(self.subject.order, "")
-        return judge(
-            None if self.maml is None else alpha,
-            None if math.isnan(self.beta) else Limit(self.beta, beta.beta_c, beta.interval),
-            margin=self.options.margin,
-            growth=growth,
-            cost=cost,
-            beta_note=self.outer.note,
-            alpha_note=self.alpha_note or note,
-            alpha_effect=_EFFECTS.get(self.subject.order, POSTER_EFFECT) if exact else POSTER_EFFECT,
-        )
 
     def failed(self, reason: str, began: float) -> StabilityReport:
         """Report a measurement that came to nothing.

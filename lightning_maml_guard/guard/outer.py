@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_maml_guard.curvature.layout import Params
@@ -57,6 +58,35 @@ class OuterStep:
         """
         each = [response.largest_rate(complex(curvature), self.decoupled) for response in self.responses]
         return each[0], min(each), max(each)
+
+    def unscaled(self, direction: Tensor) -> Tensor:
+        """Take a direction of the scaled coordinates to parameter space: ``D^(1/2) u``.
+
+        Args:
+            direction: ``u``, shape ``(n,)``.
+
+        Returns:
+            The direction, same shape.
+        """
+        if self.scale is None:
+            return direction
+        return _flat(self.scale).to(direction).sqrt() * direction
+
+    def shift_along(self, direction: Tensor) -> float:
+        """Compute what coupled weight decay adds to the curvature along a direction of parameter space.
+
+        Args:
+            direction: The direction, shape ``(n,)``.
+
+        Returns:
+            ``u . W u``.
+        """
+        shift = self.coupled if isinstance(self.coupled, float) else _flat(self.coupled).to(direction)
+        return float((shift * direction * direction).sum())
+
+
+def _flat(values: Params) -> Tensor:
+    return torch.cat([value.flatten() for value in values.values()])
 
 
 def outer_step(optimizer: Optimizer | None, params: Params) -> OuterStep:

@@ -4,40 +4,13 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from lightning_maml_guard import measure
 from lightning_maml_guard.guard.isolation import isolated
 from lightning_maml_guard.guard.plain import training_step_problem
+from tests.curvature.test_backward import Attention, Recurrent, Sdpa
 from tests.guard.test_plain import Shared, Tied
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.MultiheadAttention(4, 2, batch_first=True)
-
-    def forward(self, x):
-        return self.inner(x, x, x, need_weights=False)[0]
-
-
-class Sdpa(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(4, 12)
-
-    def forward(self, x):
-        return F.scaled_dot_product_attention(*self.inner(x).chunk(3, -1))
-
-
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.LSTM(4, 3, batch_first=True)
-
-    def forward(self, x):
-        return self.inner(x)[0]
 
 
 class Unused(nn.Module):
