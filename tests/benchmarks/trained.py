@@ -20,13 +20,17 @@ from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.regression import Sinusoid
 from tests.helpers import bisect
 
-AWAY, STEPS, TASKS, DIRECTIONS, TRAINING, RATE, POLISH = 1e-4, 1500, 3, 2, 15000, 0.02, 300
+AWAY, STEPS, TASKS, DIRECTIONS, TRAINING, RATE, POLISH = 1e-4, 1500, 3, 2, 8000, 0.02, 300
+# Hidden units and shots. A ReLU network's minima lie at kinks, where J does not exist, more often than not: several
+# seeds are tried, and those whose gradient does not vanish are shown as such.
+SIZES, SEEDS, SMOOTH = {"tanh": (6, 100), "relu": (3, 20)}, {"tanh": (0,), "relu": (0, 3, 4, 5)}, 1e-3
 
 
 def problem_of(activation: str, seed: int, alpha: float) -> MetaProblem:
     torch.manual_seed(seed)
-    module = MetaLearningModule(mlp(1, (6,), 1, activation=activation).double(), inner_lr=alpha)
-    support, query = Sinusoid(shots=100).sample(TASKS, torch.Generator().manual_seed(seed))
+    hidden, shots = SIZES[activation]
+    module = MetaLearningModule(mlp(1, (hidden,), 1, activation=activation).double(), inner_lr=alpha)
+    support, query = Sinusoid(shots=shots).sample(TASKS, torch.Generator().manual_seed(seed))
     return module.meta_problem(EpisodeBatch(*[(x.double(), y.double()) for x, y in (support, query)]))
 
 
@@ -81,48 +85,52 @@ def returns(objective: Objective, at: torch.Tensor, direction: torch.Tensor, bet
     return True
 
 
-def main(seeds: int = 1) -> None:
+def put(problem: MetaProblem, objective: Objective, theta: torch.Tensor) -> None:
+    with torch.no_grad():
+        for name, piece in objective.operator.layout.split(theta).items():
+            problem.params[name].copy_(piece)
+
+
+def row(activation: str, seed: int, alpha: float) -> str:
+    problem = problem_of(activation, seed, alpha)
+    objective = Objective(problem)
+    at = minimum(objective)
+    put(problem, objective, at)
+    rate = 0.5 * measure(problem, tol=1e-6, max_iter=60).exact_beta_c
+    for _ in range(1000):
+        at = at - rate * objective(at)[1]
+    put(problem, objective, at)
+    left = float(objective(at)[1].norm())
+    head = f"| {activation} | {seed} | {alpha} | {left:.0e} "
+    if left > SMOOTH:
+        return head + "| no smooth minimum | | | | |"
+    report = measure(problem, tol=1e-6, max_iter=60)
+    limit, found = report.exact_beta_c, []
+    for index in range(DIRECTIONS):
+        direction = torch.randn(at.shape, generator=torch.Generator().manual_seed(index)).double()
+        direction /= direction.norm()
+
+        def stays(beta: float, along: torch.Tensor = direction) -> bool:
+            return returns(objective, at, along, beta)
+
+        if not stays(0.9 * limit):
+            return head + f"| below {0.9 * limit:.4g} | {limit:.5g} | | {report.sgd_beta_c:.5g} | |"
+        found.append(bisect(stays, 0.9 * limit, 1.1 * limit, 2e-3))
+    middle = median(found)
+    return (
+        f"{head}| {middle:.5g} | {limit:.5g} | {middle / limit:.4f} | {report.sgd_beta_c:.5g} "
+        f"| {report.sgd_beta_c / middle - 1:+.1%} |"
+    )
+
+
+def main() -> None:
     torch.set_num_threads(1)
     print("| network | seed | alpha | gradient left | bisected | exact_beta_c | ratio | poster's beta_c | its error |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for activation in ("tanh", "relu"):
-        for seed in range(seeds):
-            for alpha in (0.002, 0.01):
-                problem = problem_of(activation, seed, alpha)
-                objective = Objective(problem)
-                at = minimum(objective)
-                with torch.no_grad():
-                    for name, piece in objective.operator.layout.split(at).items():
-                        problem.params[name].copy_(piece)
-                rate = 0.5 * measure(problem, tol=1e-6, max_iter=60).exact_beta_c
-                for _ in range(1000):
-                    at = at - rate * objective(at)[1]
-                with torch.no_grad():
-                    for name, piece in objective.operator.layout.split(at).items():
-                        problem.params[name].copy_(piece)
-                report = measure(problem, tol=1e-6, max_iter=60)
-                left = float(objective(at)[1].norm())
-                limit, found = report.exact_beta_c, []
-                for index in range(DIRECTIONS):
-                    direction = torch.randn(at.shape, generator=torch.Generator().manual_seed(index)).double()
-                    direction /= direction.norm()
-
-                    def stays(beta: float, o=objective, t=at, d=direction) -> bool:
-                        return returns(o, t, d, beta)
-
-                    if not stays(0.9 * limit):
-                        print(f"| {activation} | {seed} | {alpha} | {left:.0e} | no return at .9 | {limit:.5g} | | | |")
-                        continue
-                    found.append(bisect(stays, 0.9 * limit, 1.1 * limit, 2e-3))
-                if not found:
-                    continue
-                middle = median(found)
-                print(
-                    f"| {activation} | {seed} | {alpha} | {left:.0e} | {middle:.5g} | {report.exact_beta_c:.5g} "
-                    f"| {middle / report.exact_beta_c:.4f} | {report.sgd_beta_c:.5g} "
-                    f"| {report.sgd_beta_c / middle - 1:+.1%} |",
-                    flush=True,
-                )
+    for activation, seeds in SEEDS.items():
+        for seed in seeds:
+            for alpha in (0.0005, 0.002, 0.01):
+                print(row(activation, seed, alpha), flush=True)
 
 
 if __name__ == "__main__":
