@@ -1,9 +1,11 @@
 """Do the limits hold for trained networks?  ``python -m tests.benchmarks.trained``.
 
 Sinusoid networks (tanh and ReLU, exact MAML, K = 1, fixed tasks, float64) are brought to a minimum of the meta loss
-(gradient descent with a small rate, damped Newton, gradient descent with half the limit) and started 1e-4 away from it along random directions. The largest
-meta rate at which the run returns, by bisection, stands beside ``exact_beta_c`` and the poster's ``beta_c``
-(whose error measures the poster's approximation for exact MAML).
+(gradient descent with a small rate, damped Newton, gradient descent with half the limit) and started 1e-4 away from
+it along random directions. The largest meta rate at which the run returns, by bisection, stands beside
+``exact_beta_c`` and the poster's ``beta_c``
+(whose error measures the poster's approximation for exact MAML; 0: it allows no meta rate at this alpha). Where a ReLU
+network's kinks lie within 1e-4 of the minimum, the start is 1e-7 away, and the table says so.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.regression import Sinusoid
 from tests.helpers import bisect
 
-AWAY, STEPS, TASKS, DIRECTIONS, TRAINING, RATE, POLISH = 1e-4, 1500, 3, 2, 8000, 0.02, 300
+AWAY, STEPS, TASKS, DIRECTIONS, TRAINING, RATE, POLISH = (1e-4, 1e-7), 1500, 3, 2, 8000, 0.02, 300
 # Hidden units and shots. A ReLU network's minima lie at kinks, where J does not exist, more often than not: several
 # seeds are tried, and those whose gradient does not vanish are shown as such.
-SIZES, SEEDS, SMOOTH = {"tanh": (6, 100), "relu": (3, 20)}, {"tanh": (0,), "relu": (0, 3, 4, 5)}, 1e-3
+SIZES, SEEDS, SMOOTH = {"tanh": (6, 100), "relu": (3, 20)}, {"tanh": (0,), "relu": (0, 3, 4)}, 1e-3
 
 
 def problem_of(activation: str, seed: int, alpha: float) -> MetaProblem:
@@ -72,15 +74,15 @@ def minimum(objective: Objective) -> torch.Tensor:
     return theta
 
 
-def returns(objective: Objective, at: torch.Tensor, direction: torch.Tensor, beta: float) -> bool:
-    """Whether a run that starts ``AWAY`` from the minimum stays with the one that starts there.
+def returns(objective: Objective, at: torch.Tensor, direction: torch.Tensor, beta: float, away: float) -> bool:
+    """Whether a run that starts ``away`` from the minimum stays with the one that starts there.
 
     Directions without curvature neither grow nor shrink, hence the factor; unstable ones grow by orders of magnitude.
     """
-    theta, reference = at + AWAY * direction, at
+    theta, reference = at + away * direction, at
     for _ in range(STEPS):
         theta, reference = theta - beta * objective(theta)[1], reference - beta * objective(reference)[1]
-        if not float((theta - reference).norm()) < 3 * AWAY:
+        if not float((theta - reference).norm()) < 3 * away:
             return False
     return True
 
@@ -103,30 +105,35 @@ def row(activation: str, seed: int, alpha: float) -> str:
     left = float(objective(at)[1].norm())
     head = f"| {activation} | {seed} | {alpha} | {left:.0e} "
     if left > SMOOTH:
-        return head + "| no smooth minimum | | | | |"
+        return head + "| | no smooth minimum | | | | |"
     report = measure(problem, tol=1e-6, max_iter=60)
-    limit, found = report.exact_beta_c, []
-    for index in range(DIRECTIONS):
-        direction = torch.randn(at.shape, generator=torch.Generator().manual_seed(index)).double()
-        direction /= direction.norm()
+    limit = report.exact_beta_c
+    for away in AWAY:
+        found = []
+        for index in range(DIRECTIONS):
+            direction = torch.randn(at.shape, generator=torch.Generator().manual_seed(index)).double()
+            direction /= direction.norm()
 
-        def stays(beta: float, along: torch.Tensor = direction) -> bool:
-            return returns(objective, at, along, beta)
+            def stays(beta: float, along: torch.Tensor = direction, away: float = away) -> bool:
+                return returns(objective, at, along, beta, away)
 
-        if not stays(0.9 * limit):
-            return head + f"| below {0.9 * limit:.4g} | {limit:.5g} | | {report.sgd_beta_c:.5g} | |"
-        found.append(bisect(stays, 0.9 * limit, 1.1 * limit, 2e-3))
-    middle = median(found)
-    return (
-        f"{head}| {middle:.5g} | {limit:.5g} | {middle / limit:.4f} | {report.sgd_beta_c:.5g} "
-        f"| {report.sgd_beta_c / middle - 1:+.1%} |"
-    )
+            if stays(0.9 * limit):
+                found.append(bisect(stays, 0.9 * limit, 1.1 * limit, 2e-3))
+        if len(found) == DIRECTIONS:
+            middle = median(found)
+            return (
+                f"{head}| {away:.0e} | {middle:.5g} | {limit:.5g} | {middle / limit:.4f} | {report.sgd_beta_c:.5g} "
+                f"| {report.sgd_beta_c / middle - 1:+.1%} |"
+            )
+    return f"{head}| | below {0.9 * limit:.4g} | {limit:.5g} | | {report.sgd_beta_c:.5g} | |"
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    print("| network | seed | alpha | gradient left | bisected | exact_beta_c | ratio | poster's beta_c | its error |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| network | seed | alpha | gradient left | start | bisected | exact_beta_c | ratio | poster's beta_c | its error |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for activation, seeds in SEEDS.items():
         for seed in seeds:
             for alpha in (0.0005, 0.002, 0.01):
