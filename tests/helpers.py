@@ -37,6 +37,19 @@ def dense_hessian(loss: Callable[[dict], torch.Tensor], params: dict[str, torch.
     return torch.autograd.functional.hessian(flat_loss, vector).numpy()
 
 
+def dense_by_differences(
+    gradient: Callable[[torch.Tensor], torch.Tensor], centre: torch.Tensor, h: float = 1e-5
+) -> np.ndarray:
+    """Jacobian of a gradient, column by column, by central differences."""
+    steps = h * torch.eye(len(centre), dtype=centre.dtype)
+    return torch.stack([(gradient(centre + s) - gradient(centre - s)) / (2 * h) for s in steps], 1).numpy()
+
+
+def symmetric_top(matrix: np.ndarray) -> float:
+    """Largest eigenvalue of the symmetric part, which differences leave asymmetric by rounding."""
+    return float(np.linalg.eigvalsh((matrix + matrix.T) / 2)[-1])
+
+
 def support_loss(module: MetaLearningModule, batch: EpisodeBatch) -> Callable[[dict], torch.Tensor]:
     """Mean support loss over the tasks, in a plain loop."""
     xs, ys = batch.support

@@ -82,16 +82,13 @@ class Jacobian:
         self.batch = 0 if layout is None else 1
         self._leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
         self.value, gradients = field(self._leaves, True)
-        self._gradients = {
-            name: torch.zeros_like(leaf) if gradients[name] is None else gradients[name]
-            for name, leaf in self._leaves.items()
-        }
+        self._gradients = _filled(gradients, self._leaves)
         self.matvecs = 0
 
     @property
     def gradient(self) -> Tensor:
         """Flat gradient, shape ``(n,)`` or ``(tasks, n)``."""
-        return self.layout.flatten(self._gradients, self.batch).detach()  # type: ignore[arg-type]
+        return self.layout.flatten(self._gradients, self.batch).detach()
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Multiply with a vector.
@@ -140,17 +137,16 @@ class FiniteDifference:
             it another function each time.
         params: Where to differentiate.
         layout: Layout of one block, where there are several.
-        stretch: Factor on the step, which is ``eps^(1/3) * (1 + |theta|)``: it balances the rounding of the
-            gradients against the third derivative.
     """
 
-    def __init__(self, field: Field, params: Params, layout: Layout | None = None, stretch: float = 1.0) -> None:
+    def __init__(self, field: Field, params: Params, layout: Layout | None = None) -> None:
         self.layout = layout or Layout(params)
         self.batch = 0 if layout is None else 1
         self._field = field
         self._centre = self.layout.flatten({name: value.detach() for name, value in params.items()}, self.batch)
         norm = torch.linalg.vector_norm(self._centre, dim=-1, keepdim=True)
-        self._step = stretch * torch.finfo(self._centre.dtype).eps ** (1 / 3) * (1 + norm)
+        # Balances the rounding of the gradients against the third derivative.
+        self._step = torch.finfo(self._centre.dtype).eps ** (1 / 3) * (1 + norm)
         self.value, self.gradient = self._evaluate(self._centre)
         self.matvecs = 0
 
@@ -158,11 +154,7 @@ class FiniteDifference:
         leaves = {name: piece.detach().requires_grad_() for name, piece in self.layout.split(point).items()}
         torch.manual_seed(0)
         value, gradients = self._field(leaves, False)
-        known = {
-            name: torch.zeros_like(leaf) if gradients[name] is None else gradients[name]
-            for name, leaf in leaves.items()
-        }
-        return value, self.layout.flatten(known, self.batch).detach()  # type: ignore[arg-type]
+        return value, self.layout.flatten(_filled(gradients, leaves), self.batch).detach()
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Multiply with a vector.
@@ -173,11 +165,29 @@ class FiniteDifference:
         Returns:
             The product, same shape; of the Jacobian itself, not of its transpose.
         """
+        return self.product(vector)
+
+    def product(self, vector: Tensor, stretch: float = 1.0) -> Tensor:
+        """Multiply with a vector, with a step of another length.
+
+        Args:
+            vector: Shape ``(n,)``, or ``(tasks, n)`` for the block-diagonal form.
+            stretch: Factor on the step.
+
+        Returns:
+            The product, same shape.
+        """
         self.matvecs += 1
         length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
-        reach = self._step / length.clamp(min=torch.finfo(vector.dtype).tiny)
+        reach = stretch * self._step / length.clamp(min=torch.finfo(vector.dtype).tiny)
         ahead, behind = (self._evaluate(self._centre + side * reach * vector)[1] for side in (1.0, -1.0))
         return (ahead - behind) / (2 * reach)
+
+
+def _filled(gradients: dict[str, Tensor | None], leaves: Params) -> Params:
+    """Zeros where the field does not depend on a parameter."""
+    known = {name: gradients[name] for name in leaves}
+    return {name: torch.zeros_like(leaves[name]) if each is None else each for name, each in known.items()}
 
 
 Operator = Jacobian | FiniteDifference

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_maml_guard._vectorize import as_float32
-from lightning_maml_guard.curvature.lanczos import NonFiniteProductError
+from lightning_maml_guard.curvature.lanczos import Matvec, NonFiniteProductError
 from lightning_maml_guard.curvature.layout import Params
 from lightning_maml_guard.curvature.operators import Operator, scaled
 from lightning_maml_guard.guard.coming import predicted_change
@@ -163,8 +163,7 @@ class Measurement:
         """``inner_limit / lambda_max(H)``; with rates ``A`` by parameter of ``A^(1/2) H A^(1/2)``."""
         if self.maml is None:
             return Limit(math.nan, math.nan, _NAN_INTERVAL)
-        reach = self.subject.inner_limit if exact else 1 / self.subject.inner_steps
-        rates = self.subject.rates
+        reach, rates = self._reach(exact), self.subject.rates
         if rates is None:
             if not exact:
                 return Limit(self.alpha, known.alpha_c, known.alpha_c_interval)
@@ -173,41 +172,31 @@ class Measurement:
             self.alpha_note = "a learned inner rate is negative, and the condition is about rates of at least 0."
             return Limit(self.alpha, math.nan, _NAN_INTERVAL)
         weights = hessian.layout.flatten(as_float32(rates)).to(self.like)
-        top, interval, _ = top_eigenvalue(
-            scaled(hessian, weights),
-            hessian.layout.size,
-            self.like,
-            self.blocks,
-            max_iter=self.options.max_iter,
-            tol=self.options.tol,
-        )
-        return _alpha_of(self.alpha, self.alpha * reach, top, interval)
+        return self._alpha_of_top(scaled(hessian, weights), hessian.layout.size, self.blocks, self.alpha * reach)
+
+    def _reach(self, exact: bool) -> float:
+        """``alpha_c * lambda_max``: of the update as configured, or of the poster's."""
+        return self.subject.inner_limit if exact else 1 / self.subject.inner_steps
+
+    def _alpha_of_top(self, matvec: Matvec, size: int, blocks: int | None, reach: float) -> Limit:
+        found = top_eigenvalue(matvec, size, self.like, blocks, max_iter=self.options.max_iter, tol=self.options.tol)
+        return _alpha_of(self.alpha, reach, *found)
 
     def _sharpest_alpha_limit(self, mean: Limit) -> Limit:
         """The mean's ``alpha_c`` does not explain a collapsed direction; single tasks' do."""
         if self.blocks is not None or self.subject.rates is not None:
             return mean
-        return self._uniform_alpha_limit(True, self.subject.inner_limit)
+        return self._uniform_alpha_limit(True, self._reach(True))
 
     def _mean_alpha_c(self, exact: bool) -> float:
         """With ``tasks="worst"``: the mean task loss's ``alpha_c``, to stand beside the sharpest task's."""
         if self.blocks is None or self.subject.rates is not None:
             return math.nan
-        return self._uniform_alpha_limit(
-            False, self.subject.inner_limit if exact else 1 / self.subject.inner_steps
-        ).critical
+        return self._uniform_alpha_limit(False, self._reach(exact)).critical
 
     def _uniform_alpha_limit(self, per_task: bool, reach: float) -> Limit:
         operator, _ = self._operator("Hessian", self.subject.curvature(per_task))
-        top, interval, _ = top_eigenvalue(
-            operator,
-            operator.layout.size,
-            self.like,
-            self.subject.tasks if per_task else None,
-            max_iter=self.options.max_iter,
-            tol=self.options.tol,
-        )
-        return _alpha_of(self.alpha, reach, top, interval)
+        return self._alpha_of_top(operator, operator.layout.size, self.subject.tasks if per_task else None, reach)
 
     def _exact(self, hessian: Operator, acting: bool) -> tuple[Operator | None, MetaRateLimit]:
         """Measure the update's own Jacobian; where nothing acts on it, a failure costs that number alone."""
@@ -241,7 +230,7 @@ class Measurement:
             noise=noise,
         )
         if limit.lowest_direction is not None and self._turned(limit.lowest_direction):
-            limit = MetaRateLimit(0.0, (0.0, 0.0), limit.curvature, limit.direction)
+            limit = MetaRateLimit(0.0, (0.0, 0.0), limit.direction)
         return jacobian, limit
 
     def _turned(self, direction: Tensor) -> bool:

@@ -12,12 +12,12 @@ from torch import Tensor
 from lightning_maml_guard.curvature.lanczos import Matvec
 from lightning_maml_guard.curvature.layout import Layout, Params
 from lightning_maml_guard.curvature.operators import Operator, scaled, simplified
-from lightning_maml_guard.guard.estimate import Spectrum, check_symmetry, rounding, run_arnoldi, run_lanczos
+from lightning_maml_guard.guard.estimate import Spectrum, check_symmetry, run_arnoldi, run_lanczos, top_eigenvalue
 from lightning_maml_guard.guard.outer import OuterStep
 from lightning_maml_guard.theory.multiplier import Interval
 from lightning_maml_guard.theory.nonsymmetric import complex_limit, complex_ritz
 from lightning_maml_guard.theory.rates import CriticalRates
-from lightning_maml_guard.theory.ritz import rates_from_lanczos, ritz_values
+from lightning_maml_guard.theory.ritz import rates_from_lanczos, ritz_pairs, ritz_values
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,14 @@ class MetaRateLimit:
     Attributes:
         beta_c: The rate; ``nan`` when no statement can be made, ``inf`` when there is no finite limit.
         interval: Where it lies.
-        curvature: The eigenvalue of the scaled operator that binds (its real part); ``nan`` where not computed.
         direction: Unit vector along which it binds, in the scaled coordinates, on the device.
-        lowest: Smallest real part seen, where that is below what the residuals explain; else 0.
-        lowest_direction: Its unit vector.
+        lowest_direction: Unit vector of the smallest real part, where that is below 0 by more than the residuals
+            explain.
     """
 
     beta_c: float
     interval: Interval
-    curvature: float = math.nan
     direction: Tensor | None = None
-    lowest: float = 0.0
     lowest_direction: Tensor | None = None
 
 
@@ -94,10 +91,7 @@ def poster_limit(
     layout = hessian.layout
     flat_rates: Tensor | float = inner_steps * (alpha if rates is None else layout.flatten(rates).to(like))
     operator = _as_stepped(simplified(hessian, flat_rates), step, layout, like)
-    run = run_lanczos(operator, layout.size, like, blocks, max_iter=max_iter, tol=tol)
-    return _from_tops(
-        [rates_from_lanczos(*each, 0.0, rounding=rounding(like), resolution=tol) for each in run.runs], step
-    )
+    return _from_top(*top_eigenvalue(operator, layout.size, like, blocks, max_iter=max_iter, tol=tol), step)
 
 
 def exact_limit(
@@ -126,16 +120,14 @@ def exact_limit(
     run = run_lanczos(operator, layout.size, like, None, max_iter=max_iter, tol=tol)
     check_symmetry(run, noise)
     (single,) = run.runs
-    limit = _from_tops([rates_from_lanczos(*single, 0.0, rounding=noise, resolution=tol)], step)
-    values, residuals = ritz_values(*single)
-    vectors = _ritz_vectors(single.diagonal, single.off_diagonal)
+    top = rates_from_lanczos(*single, 0.0, rounding=noise, resolution=tol)
+    limit = _from_top(top.lambda_max, top.lambda_max_interval, step)
+    (values, residuals), vectors = ritz_values(*single), ritz_pairs(*single)[1]
     negative = values[0] + residuals[0] < -tol * abs(values).max()
     return MetaRateLimit(
         limit.beta_c,
         limit.interval,
-        float(values[-1]),
         _combine(run.basis, vectors[:, -1]),
-        float(values[0]) if negative else 0.0,
         _combine(run.basis, vectors[:, 0]) if negative else None,
     )
 
@@ -151,9 +143,7 @@ def _nonsymmetric(
     return MetaRateLimit(
         limit.rate,
         limit.interval,
-        math.nan if limit.index is None else float(ritz.values[limit.index].real),
         None if limit.index is None else _combine(run.basis, ritz.vectors[:, limit.index].real),
-        float(ritz.values[lowest].real) if negative else 0.0,
         _combine(run.basis, ritz.vectors[:, lowest].real) if negative else None,
     )
 
@@ -167,15 +157,9 @@ def _as_stepped(matvec: Matvec, step: OuterStep, layout: Layout, like: Tensor) -
     return scaled(matvec, scale, shift)
 
 
-def _from_tops(tops: list[CriticalRates], step: OuterStep) -> MetaRateLimit:
-    top = max(tops, key=lambda each: each.lambda_max)
-    low, high = top.lambda_max_interval
-    return MetaRateLimit(step.rates(top.lambda_max)[0], (step.rates(high)[1], step.rates(low)[2]))
-
-
-def _ritz_vectors(diagonal: tuple[float, ...], off_diagonal: tuple[float, ...]) -> np.ndarray:
-    inner = off_diagonal[:-1]
-    return np.linalg.eigh(np.diag(diagonal) + np.diag(inner, 1) + np.diag(inner, -1))[1]
+def _from_top(top: float, interval: Interval, step: OuterStep) -> MetaRateLimit:
+    low, high = interval
+    return MetaRateLimit(step.rates(top)[0], (step.rates(high)[1], step.rates(low)[2]))
 
 
 def _combine(basis: Tensor, weights: np.ndarray) -> Tensor:

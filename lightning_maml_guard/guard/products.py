@@ -101,7 +101,8 @@ def _mismatch(gradient: Field, params: Params, layout: Layout | None, probe: Ten
     """Relative distance of ``v.Jv`` from finite differences, if it is more than they can explain."""
     # The scatter over three step sizes is what kinks (ReLU, max-pool) and rounding do to the differences; a double
     # backward that is wrong is off by more. `v.Jv` does not depend on which side of J the product is.
-    differences = [FiniteDifference(gradient, params, layout, stretch)(probe) for stretch in _STRETCHES]
+    difference = FiniteDifference(gradient, params, layout)
+    differences = [difference.product(probe, stretch) for stretch in _STRETCHES]
     values = torch.stack([(probe * each).sum(-1) for each in differences])
     sizes = torch.stack([torch.linalg.vector_norm(each, dim=-1) for each in (product, differences[0])]).amax(0)
     gap = ((probe * product).sum(-1) - values.median(0).values).abs()

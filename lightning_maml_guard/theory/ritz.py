@@ -24,9 +24,25 @@ def ritz_values(diagonal: Sequence[float], off_diagonal: Sequence[float]) -> tup
     Raises:
         ValueError: If the two do not have the same length of at least 1.
     """
-    tridiagonal = _tridiagonal(diagonal, off_diagonal)
-    values, vectors = np.linalg.eigh(tridiagonal)
+    values, vectors = ritz_pairs(diagonal, off_diagonal)
     return values, abs(float(off_diagonal[-1])) * np.abs(vectors[-1])
+
+
+def ritz_pairs(diagonal: Sequence[float], off_diagonal: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Compute Ritz values with their vectors in the coordinates of the Lanczos basis.
+
+    Args:
+        diagonal: See :func:`ritz_values`.
+        off_diagonal: See :func:`ritz_values`.
+
+    Returns:
+        The Ritz values in ascending order and the vectors in columns.
+
+    Raises:
+        ValueError: If the two do not have the same length of at least 1.
+    """
+    values, vectors = np.linalg.eigh(_tridiagonal(diagonal, off_diagonal))
+    return values, vectors
 
 
 def rates_from_lanczos(

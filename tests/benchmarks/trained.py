@@ -16,6 +16,7 @@ import torch
 
 from lightning_maml_guard import EpisodeBatch, MetaLearningModule, MetaProblem, measure
 from lightning_maml_guard._vectorize import TaskMap
+from lightning_maml_guard.curvature.layout import Layout
 from lightning_maml_guard.curvature.operators import Jacobian
 from lightning_maml_guard.maml.jacobian import meta_field
 from lightning_maml_guard.networks import mlp
@@ -41,16 +42,17 @@ class Objective:
 
     def __init__(self, problem: MetaProblem) -> None:
         self.field = meta_field(problem, TaskMap())
-        self.operator = Jacobian(self.field, {n: p.detach() for n, p in problem.params.items()})
-        self.start = self.operator.layout.flatten({n: p.detach() for n, p in problem.params.items()})
+        params = {n: p.detach() for n, p in problem.params.items()}
+        self.layout = Layout(params)
+        self.start = self.layout.flatten(params)
 
     def __call__(self, theta: torch.Tensor) -> tuple[float, torch.Tensor]:
-        leaves = {n: p.detach().requires_grad_() for n, p in self.operator.layout.split(theta).items()}
+        leaves = {n: p.detach().requires_grad_() for n, p in self.layout.split(theta).items()}
         value, gradients = self.field(leaves, False)
         return float(value), torch.cat([g.flatten() for g in gradients.values()])
 
     def hessian(self, theta: torch.Tensor) -> torch.Tensor:
-        at = Jacobian(self.field, self.operator.layout.split(theta))
+        at = Jacobian(self.field, self.layout.split(theta))
         return torch.stack([at(row) for row in torch.eye(len(theta)).double()])
 
 
@@ -89,7 +91,7 @@ def returns(objective: Objective, at: torch.Tensor, direction: torch.Tensor, bet
 
 def put(problem: MetaProblem, objective: Objective, theta: torch.Tensor) -> None:
     with torch.no_grad():
-        for name, piece in objective.operator.layout.split(theta).items():
+        for name, piece in objective.layout.split(theta).items():
             problem.params[name].copy_(piece)
 
 

@@ -12,7 +12,7 @@ from lightning_maml_guard import ConvergenceGuard, EpisodeBatch, MetaLearningMod
 from lightning_maml_guard.maml.gradients import meta_gradient
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.regression import Sinusoid
-from tests.helpers import fit, linear_module, quadratic_batch
+from tests.helpers import dense_by_differences, fit, linear_module, quadratic_batch
 
 SPECTRUM = [0.3, 1.0, 2.0, 4.0]
 # THEORY.md, section 3: confirmed by bisection, alpha = .1.
@@ -110,9 +110,7 @@ def dense_jacobian(problem):
         )
         return torch.cat([g.flatten() for g in meta_gradient(moved).gradients.values()])
 
-    h = 1e-5
-    steps = torch.eye(len(centre), dtype=torch.float64) * h
-    return torch.stack([(gradient(centre + s) - gradient(centre - s)) / (2 * h) for s in steps], 1).numpy()
+    return dense_by_differences(gradient, centre)
 
 
 def limit_of(eigenvalues):
