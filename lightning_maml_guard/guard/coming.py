@@ -17,6 +17,61 @@ from lightning_maml_guard.curvature.operators import Operator
 from lightning_maml_guard.theory.stability import unwrap
 
 
+class Twin:
+    """An optimizer's double: it steps copies of parameters and state, and leaves the live ones as they are.
+
+    Args:
+        optimizer: The live optimizer.
+        params: Its parameters, by name.
+        factor: Factor on its learning rates.
+
+    Raises:
+        ClosureError: If the optimizer needs a closure, so that one gradient does not make a step.
+    """
+
+    def __init__(self, optimizer: Optimizer, params: Params, factor: float = 1.0) -> None:
+        optimizer = unwrap(optimizer)
+        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ClosureError(f"{type(optimizer).__name__} needs a closure for a step.")
+        names = {id(value): name for name, value in params.items()}
+        self.params = {name: value.detach().clone() for name, value in params.items()}
+        self._optimizer = twin = object.__new__(type(optimizer))
+        # The instance's own `step` (a scheduler's counter) and hooks (a governor's) belong to the live one.
+        twin.__dict__.update({name: value for name, value in optimizer.__dict__.items() if name != "step"})
+        twin._optimizer_step_pre_hooks, twin._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+        twin.state, twin.param_groups = defaultdict(dict), []
+        self._moved: dict[str, nn.Parameter] = {}
+        for group in optimizer.param_groups:
+            moved = []
+            for parameter in group["params"]:
+                name = names.get(id(parameter))
+                if name is None:
+                    continue
+                replica = nn.Parameter(parameter.detach().clone())
+                self.params[name] = replica.detach()
+                self._moved[name] = replica
+                moved.append(replica)
+                if parameter in optimizer.state:
+                    twin.state[replica] = {key: _cloned(value) for key, value in optimizer.state[parameter].items()}
+            rest = {key: _cloned(value) for key, value in group.items() if key != "params"}
+            twin.param_groups.append({**rest, "lr": rest["lr"] * factor, "params": moved})
+
+    def step(self, gradient: Params) -> None:
+        """Step.
+
+        Args:
+            gradient: The gradient, by name.
+        """
+        for name, replica in self._moved.items():
+            replica.grad = gradient[name].to(replica.dtype).clone()
+        type(self._optimizer).step(self._optimizer)
+
+
+class ClosureError(TypeError):
+    """The optimizer's step evaluates the loss itself."""
+
+
 def coming_update(optimizer: Optimizer, params: Params, gradient: Params) -> Params | None:
     """Compute the update ``u`` of the coming step, ``theta <- theta - u``, on copies of parameters and state.
 
@@ -30,36 +85,12 @@ def coming_update(optimizer: Optimizer, params: Params, gradient: Params) -> Par
     Returns:
         ``u`` by name, 0 for parameters the optimizer does not hold; None for an optimizer that needs a closure.
     """
-    optimizer = unwrap(optimizer)
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
+    try:
+        twin = Twin(optimizer, params)
+    except ClosureError:
         return None
-    names = {id(value): name for name, value in params.items()}
-    twin = object.__new__(type(optimizer))
-    # The instance's own `step` (a scheduler's counter) and hooks (a governor's) belong to the live one.
-    twin.__dict__.update({name: value for name, value in optimizer.__dict__.items() if name != "step"})
-    twin._optimizer_step_pre_hooks, twin._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
-    twin.state, twin.param_groups = defaultdict(dict), []
-    copies: dict[str, nn.Parameter] = {}
-    for group in optimizer.param_groups:
-        moved = []
-        for parameter in group["params"]:
-            name = names.get(id(parameter))
-            if name is None:
-                continue
-            replica = nn.Parameter(parameter.detach().clone())
-            replica.grad = gradient[name].to(parameter.dtype).clone()
-            copies[name] = replica
-            moved.append(replica)
-            if parameter in optimizer.state:
-                twin.state[replica] = {key: _cloned(value) for key, value in optimizer.state[parameter].items()}
-        rest = {key: _cloned(value) for key, value in group.items() if key != "params"}
-        twin.param_groups.append({**rest, "params": moved})
-    type(optimizer).step(twin)
-    return {
-        name: value.detach() - copies[name].detach() if name in copies else torch.zeros_like(value)
-        for name, value in params.items()
-    }
+    twin.step(gradient)
+    return {name: value.detach() - twin.params[name] for name, value in params.items()}
 
 
 def predicted_change(jacobian: Operator | None, optimizer: Optimizer | None, beta: float, params: Params) -> float:
