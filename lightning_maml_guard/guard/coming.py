@@ -6,15 +6,17 @@ import copy
 import inspect
 import math
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_maml_guard.curvature.layout import Params
 from lightning_maml_guard.curvature.operators import Operator
 from lightning_maml_guard.theory.stability import unwrap
+
+Clip = Callable[[list[nn.Parameter]], None]
 
 
 class Twin:
@@ -57,14 +59,17 @@ class Twin:
             rest = {key: _cloned(value) for key, value in group.items() if key != "params"}
             twin.param_groups.append({**rest, "lr": rest["lr"] * factor, "params": moved})
 
-    def step(self, gradient: Params) -> None:
+    def step(self, gradient: Params, clip: Clip | None = None) -> None:
         """Step.
 
         Args:
             gradient: The gradient, by name.
+            clip: Clips the ``.grad`` of a list of parameters in place, as the run does.
         """
         for name, replica in self._moved.items():
             replica.grad = gradient[name].to(replica.dtype).clone()
+        if clip is not None:
+            clip(list(self._moved.values()))
         type(self._optimizer).step(self._optimizer)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lightning_maml_guard.theory.multiplier import Interval
 
-SAFE, UNSAFE, UNRESOLVED = "safe", "unsafe", "unresolved"
+SAFE, EDGE, UNSAFE, UNRESOLVED = "safe", "edge", "unsafe", "unresolved"
 
 POSTER_EFFECT = (
     "simplified MAML's objective, lambda - alpha*lambda^2, curves downwards along the sharpest direction, so "
@@ -175,3 +175,62 @@ def _unresolved(name: str, limit: Limit, margin: float, cost: str, note: str) ->
         f"{name} = {limit.value:.3g} is too close to {_threshold(name, limit, margin)} {_source(limit, cost)} to be "
         "called safe or unsafe. Raise max_iter or lower tol for a sharper answer."
     )
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What a sequence of checks has come to.
+
+    Attributes:
+        state: ``"safe"``, ``"edge"``, ``"unsafe"`` or ``"unresolved"``.
+        failed: Consecutive checks that failed.
+    """
+
+    state: str = SAFE
+    failed: int = 0
+
+
+def severity(end: float, reference: float) -> float:
+    """Measure how far the coming steps take the loss: ``log(end / reference)``.
+
+    Args:
+        end: Loss the steps end at.
+        reference: Loss that training started from; losses at or below 0 cannot be compared.
+
+    Returns:
+        The severity, ``inf`` where the loss is not finite, ``nan`` where there is nothing to compare with.
+    """
+    if math.isnan(reference) or reference <= 0:
+        return math.nan if math.isfinite(end) else math.inf
+    if not math.isfinite(end):
+        return math.inf
+    return math.log(end / reference) if end > 0 else -math.inf
+
+
+def advance(watch: Watch, status: str, severe: float = math.nan, *, patience: int = 1, alarm: float = 3.0) -> Watch:
+    """Take one more check into account.
+
+    Where the coming steps were tried, their severity decides: ``log(alarm)`` and above fails, half of it and below
+    passes, and between the two nothing changes (hysteresis). Rates beyond their critical values whose trial passes are
+    at the edge of stability, where healthy runs live. Without a trial the rates' status alone decides.
+
+    Args:
+        watch: What the checks before it came to.
+        status: The rates' own status at this check.
+        severe: Severity of the trial; ``nan`` without one.
+        patience: Consecutive failures before the state is unsafe.
+        alarm: Factor on the reference loss that counts as failure, above 1.
+
+    Returns:
+        What it comes to now.
+    """
+    tried = not math.isnan(severe)
+    fails = severe >= math.log(alarm) if tried else status == UNSAFE
+    passes = severe <= 0.5 * math.log(alarm) if tried else status == SAFE
+    # Between the two levels a run of failures goes on neither counting nor ending.
+    failed = watch.failed + 1 if fails else watch.failed if tried and not passes else 0
+    if (fails and failed >= patience) or (watch.state == UNSAFE and not passes):
+        return Watch(UNSAFE, failed)
+    if status == UNSAFE:
+        return Watch(EDGE if tried else watch.state, failed)
+    return Watch(status, failed)

@@ -1,0 +1,119 @@
+"""How far to lower the rates of a run that is dying, and when to let them rise again. Pure: a trial is a function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lightning_maml_guard.guard.report import StabilityReport
+from lightning_maml_guard.guard.trial import Trial
+from lightning_maml_guard.theory.verdict import UNSAFE
+
+# A trial at lowered rates is calm if it does not raise the loss by more than the scatter of a batch.
+CALM = 1.2
+# Bounds the trials of one check; 2^-10 of a rate is no rate.
+ATTEMPTS = 10
+
+
+@dataclass(frozen=True)
+class Caps:
+    """Largest rates to apply; None applies the configured ones.
+
+    Attributes:
+        alpha: Of the inner rate.
+        beta: Of the meta rate.
+    """
+
+    alpha: float | None = None
+    beta: float | None = None
+
+    def applied(self, alpha: float, beta: float) -> tuple[float, float]:
+        """Apply the caps.
+
+        Args:
+            alpha: The inner rate as configured; ``nan`` without an inner loop.
+            beta: The meta rate as scheduled.
+
+        Returns:
+            The rates as applied.
+        """
+        return capped(alpha, self.alpha), capped(beta, self.beta)
+
+
+Try = Callable[[Caps], Trial]
+
+
+def capped(rate: float, cap: float | None) -> float:
+    """Apply one cap.
+
+    Args:
+        rate: The rate.
+        cap: The cap, or None.
+
+    Returns:
+        The smaller.
+    """
+    return rate if cap is None or not rate > cap else cap
+
+
+def lowered(report: StabilityReport, caps: Caps, margin: float, reach_alpha: bool, trial: Try) -> Caps:
+    """Bring the rates of a dying run down: to ``margin`` times their critical values, and on until a trial is calm.
+
+    Args:
+        report: The curvature where the run is.
+        caps: The caps so far.
+        margin: Fraction of the critical values.
+        reach_alpha: Whether the inner rate can be capped.
+        trial: Tries the coming steps under caps.
+
+    Returns:
+        The caps to apply. After ATTEMPTS trials the lowest tried.
+    """
+    alpha, beta = caps.applied(report.alpha, report.beta)
+    lower_alpha, lower_beta = alpha, beta
+    if reach_alpha and report.alpha_status == UNSAFE:
+        lower_alpha = min(alpha, margin * report.alpha_c)
+    critical = margin * report.safe_beta_c
+    if math.isfinite(critical) and critical > 0:
+        lower_beta = min(beta, critical)
+    if lower_beta == beta and lower_alpha == alpha:
+        lower_beta = beta / 2
+    halve_alpha = reach_alpha and alpha > 0
+    for attempt in range(ATTEMPTS):
+        candidate = Caps(lower_alpha if lower_alpha < report.alpha else None, lower_beta)
+        found = trial(candidate)
+        if found.end <= CALM * found.begin or attempt == ATTEMPTS - 1:
+            break
+        lower_beta /= 2
+        # The meta rate alone first; an inner loop that explodes cannot be calmed by it.
+        if halve_alpha and (attempt % 2 == 1 or not math.isfinite(found.begin)):
+            lower_alpha /= 2
+    return candidate
+
+
+def raised(report: StabilityReport, caps: Caps, present: Trial, trial: Try) -> Caps:
+    """Let capped rates rise again, at most to twice what they are, if the coming steps bear it.
+
+    Args:
+        report: The curvature where the run is.
+        caps: The caps so far.
+        present: The trial under them.
+        trial: Tries the coming steps under caps.
+
+    Returns:
+        The caps to apply: raised ones whose trial ends no worse than the present, else those so far.
+    """
+    alpha, beta = caps.applied(report.alpha, report.beta)
+    higher_alpha, higher_beta = 2 * alpha, 2 * beta
+    both = Caps(
+        None if caps.alpha is None or higher_alpha >= report.alpha else higher_alpha,
+        None if caps.beta is None or higher_beta >= report.beta else higher_beta,
+    )
+    for candidate in dict.fromkeys((both, Caps(caps.alpha, both.beta), Caps(both.alpha, caps.beta))):
+        if candidate == caps:
+            continue
+        found = trial(candidate)
+        if found.end <= CALM * found.begin and found.end <= CALM * present.end:
+            return candidate
+    return caps

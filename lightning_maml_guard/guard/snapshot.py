@@ -1,0 +1,72 @@
+"""The last parameters and optimizer state measured safe, to go back to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Snapshot:
+    """A copy of a module's parameters and buffers and of its optimizers' state; schedules are not part of it.
+
+    Args:
+        module: The module.
+        optimizers: Its optimizers.
+        step: Training step.
+        device: Where to keep it; None keeps every tensor where it is.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], step: int, device: torch.device | str | None = None
+    ) -> None:
+        self.step = step
+        self._tensors = [_kept(tensor, device) for tensor in _tensors(module)]
+        self._states = [
+            [{key: _kept(value, device) for key, value in optimizer.state.get(p, {}).items()} for p in _held(optimizer)]
+            for optimizer in optimizers
+        ]
+
+    @torch.no_grad()
+    def restore(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Put the copies back, in place where a tensor is still there.
+
+        Args:
+            module: The module.
+            optimizers: Its optimizers.
+        """
+        for tensor, saved in zip(_tensors(module), self._tensors, strict=True):
+            tensor.copy_(saved)
+        for optimizer, states in zip(optimizers, self._states, strict=True):
+            for parameter, saved in zip(_held(optimizer), states, strict=True):
+                if not saved:
+                    optimizer.state.pop(parameter, None)
+                    continue
+                live = optimizer.state[parameter]
+                for key in set(live) - set(saved):
+                    del live[key]
+                for key, value in saved.items():
+                    if isinstance(value, Tensor) and isinstance(live.get(key), Tensor):
+                        live[key].copy_(value)
+                    elif isinstance(value, Tensor):
+                        live[key] = value.to(parameter.device, copy=True)
+                    else:
+                        live[key] = copy.copy(value)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _held(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _kept(value: Any, device: torch.device | str | None) -> Any:
+    if not isinstance(value, Tensor):
+        return copy.copy(value)
+    return value.detach().to(value.device if device is None else device, copy=True)
