@@ -57,15 +57,18 @@ def capped(rate: float, cap: float | None) -> float:
     return rate if cap is None or not rate > cap else cap
 
 
-def lowered(report: StabilityReport, caps: Caps, margin: float, reach_alpha: bool, trial: Try) -> Caps:
+def lowered(
+    report: StabilityReport, caps: Caps, margin: float, trial: Try, *, reach_alpha: bool, at_least_halve: bool = False
+) -> Caps:
     """Bring the rates of a dying run down: to ``margin`` times their critical values, and on until a trial is calm.
 
     Args:
         report: The curvature where the run is.
         caps: The caps so far.
         margin: Fraction of the critical values.
-        reach_alpha: Whether the inner rate can be capped.
         trial: Tries the coming steps under caps.
+        reach_alpha: Whether the inner rate can be capped.
+        at_least_halve: Whether the meta rate must fall to half whatever the trial says.
 
     Returns:
         The caps to apply. After ATTEMPTS trials the lowest tried.
@@ -77,8 +80,8 @@ def lowered(report: StabilityReport, caps: Caps, margin: float, reach_alpha: boo
     critical = margin * report.safe_beta_c
     if math.isfinite(critical) and critical > 0:
         lower_beta = min(beta, critical)
-    if lower_beta == beta and lower_alpha == alpha:
-        lower_beta = beta / 2
+    if at_least_halve or (lower_beta == beta and not lower_alpha < alpha):
+        lower_beta = min(lower_beta, beta / 2)
     halve_alpha = reach_alpha and alpha > 0
     for attempt in range(ATTEMPTS):
         candidate = Caps(lower_alpha if lower_alpha < report.alpha else None, lower_beta)

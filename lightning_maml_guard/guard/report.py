@@ -27,7 +27,8 @@ class StabilityReport:
             measured.
         lambda_max: Largest eigenvalue of the Hessian.
         lambda_min: Smallest Ritz value seen.
-        status: ``"safe"``, ``"unsafe"`` or ``"unresolved"``.
+        status: ``"safe"``, ``"unsafe"`` or ``"unresolved"``; from a guard that tries the coming steps also ``"edge"``:
+            a rate exceeds its critical value and the coming steps do not lead away (the edge of stability).
         reasons: Why, and what to do.
         alpha_status: The status of the inner rate alone.
         beta_status: The status of the meta rate alone.
@@ -51,6 +52,8 @@ class StabilityReport:
         step: Training step, if the caller gave one.
         alpha_applied: Inner rate applied after this measurement; ``alpha`` unless a guard capped it.
         beta_applied: Meta rate applied after this measurement.
+        severity: Where the guard tried the coming steps, ``log(loss after them / loss training started from)``.
+        growth: Factor a step by which the loss grew in that trial.
     """
 
     alpha: float
@@ -84,6 +87,8 @@ class StabilityReport:
     step: int | None = None
     alpha_applied: float = math.nan
     beta_applied: float = math.nan
+    severity: float = math.nan
+    growth: float = math.nan
 
     @property
     def alpha_ratio(self) -> float:

@@ -10,7 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_maml_guard._warnings import GuardWarning
 from lightning_maml_guard.guard.report import StabilityReport
 
-_SAFE = {"safe": 1.0, "unsafe": 0.0}
+_SAFE = {"safe": 1.0, "edge": 0.5, "unsafe": 0.0}
 
 
 def metrics(report: StabilityReport) -> dict[str, float]:
@@ -39,27 +39,29 @@ def metrics(report: StabilityReport) -> dict[str, float]:
         "alpha_applied": report.alpha_applied,
         "beta_applied": report.beta_applied,
         "safe": _SAFE.get(report.status, math.nan),
+        "severity": report.severity,
+        "growth": report.growth,
         "hvps": float(report.hvps),
         "seconds": report.seconds,
     }
     return {f"guard/{name}": value for name, value in values.items() if math.isfinite(value)}
 
 
-def log_report(trainer: Any, pl_module: Any, report: StabilityReport, step: int) -> None:
-    """Log a report at the step it was measured, to every logger and the progress bar.
+def log_values(trainer: Any, pl_module: Any, values: dict[str, float], step: int) -> None:
+    """Log a check's numbers at the step it was made, to every logger and the progress bar.
 
     Args:
         trainer: The Trainer.
         pl_module: The module, whose ``log`` fills the progress bar and ``callback_metrics``.
-        report: The report.
+        values: The numbers.
         step: The loggers' step.
     """
-    values = metrics(report)
     ratios = {name: value for name, value in values.items() if name in {"guard/alpha_ratio", "guard/beta_ratio"}}
     rest = {name: value for name, value in values.items() if name not in ratios}
     # Not through `self.log(logger=True)`: with log_every_n_steps it would write stale values on wrong steps.
     options: dict[str, Any] = {"logger": False, "on_step": True, "on_epoch": False, "batch_size": 1}
-    pl_module.log_dict(ratios, prog_bar=True, **options)
+    if ratios:
+        pl_module.log_dict(ratios, prog_bar=True, **options)
     pl_module.log_dict(rest, prog_bar=False, **options)
     for logger in trainer.loggers:
         logger.log_metrics(values, step=step)

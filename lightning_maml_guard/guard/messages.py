@@ -1,0 +1,84 @@
+"""What a guard says when a state changes."""
+
+from __future__ import annotations
+
+import math
+
+from lightning_maml_guard.guard.caps import Caps
+from lightning_maml_guard.guard.report import StabilityReport
+from lightning_maml_guard.guard.trial import Trial
+
+
+def left(report: StabilityReport, action: str, step: int, caps: Caps) -> str:
+    """Say that the rates left the safe region.
+
+    Args:
+        report: The report that says so.
+        action: What the guard does about it.
+        step: Training step.
+        caps: The caps from now on.
+
+    Returns:
+        The message.
+    """
+    alpha, beta = caps.applied(report.alpha, report.beta)
+    inner = "" if math.isnan(alpha) else f"alpha = {alpha:.3g}, "
+    effect = {
+        "stop": " Training stops after this step (action='stop').",
+        "rescale": f" Applied from now on: {inner}beta = {beta:.3g} (action='rescale').",
+    }.get(action, "")
+    reasons = " ".join(report.reasons)
+    if action != "warn":
+        reasons = reasons.replace(", or use action='rescale'", "")
+    return f"ConvergenceGuard: the learning rates left the safe region at step {step}. {reasons}{effect}"
+
+
+def tried(trial: Trial, reference: float, alpha: float, beta: float, explained: bool) -> str:
+    """Say what a trial that failed saw.
+
+    Args:
+        trial: The trial.
+        reference: Loss that training started from.
+        alpha: The inner rate it was tried at; ``nan`` without an inner loop.
+        beta: The meta rate.
+        explained: Whether the critical values say why.
+
+    Returns:
+        The message.
+    """
+    steps = len(trial.losses) - 1
+    rates = ("" if math.isnan(alpha) else f"alpha = {alpha:.3g} and ") + f"beta = {beta:.3g}"
+    said = (
+        f"The coming {steps} steps, tried on copies at {rates}, take the loss from {trial.begin:.3g} to {trial.end:.3g} "
+        f"(training started from {reference:.3g})."
+    )
+    if explained:
+        return said
+    return said + (
+        " The curvature at this point alone does not explain it: it changes along the way. Lower the optimizer's lr, "
+        "or use action='rescale'."
+    )
+
+
+def rolled_back(step: int, to: int, loss: float, caps: Caps, report: StabilityReport, count: int, bound: int) -> str:
+    """Say that a run was taken back.
+
+    Args:
+        step: Training step.
+        to: Step of the snapshot.
+        loss: Loss that was lost.
+        caps: The caps from now on.
+        report: The report at the snapshot.
+        count: How many times so far.
+        bound: How many times at most.
+
+    Returns:
+        The message.
+    """
+    alpha, beta = caps.applied(report.alpha, report.beta)
+    inner = "" if math.isnan(alpha) else f"alpha = {alpha:.3g}, "
+    return (
+        f"ConvergenceGuard: the loss was {loss:.3g} at step {step}, so parameters and optimizer state were taken back to "
+        f"step {to} and the batches since are skipped (rollback {count} of at most {bound}). Applied from now on: "
+        f"{inner}beta = {beta:.3g}."
+    )
