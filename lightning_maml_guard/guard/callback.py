@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import math
 import re
+from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lightning_maml_guard._checks import check_count
 from lightning_maml_guard._lightning import Callback, MisconfigurationException
+from lightning_maml_guard.guard.caps import Caps, lowered, raised
+from lightning_maml_guard.guard.coming import Clip, ClosureError
 from lightning_maml_guard.guard.estimate import Estimator
-from lightning_maml_guard.guard.governor import RateGovernor, scheduled_rate
+from lightning_maml_guard.guard.governor import scheduled_rate
 from lightning_maml_guard.guard.isolation import isolated
+from lightning_maml_guard.guard.messages import left, rolled_back, tried
 from lightning_maml_guard.guard.monitor import check_options, measure
 from lightning_maml_guard.guard.plain import PlainProblem, training_step_problem
 from lightning_maml_guard.guard.products import Memory
 from lightning_maml_guard.guard.report import StabilityReport, from_plain, to_plain
-from lightning_maml_guard.guard.reporting import inform, log_report, logger_step, warn
+from lightning_maml_guard.guard.reporting import inform, log_values, logger_step, metrics, warn
+from lightning_maml_guard.guard.rescue import Rescue, critical_caps, reaches_alpha
+from lightning_maml_guard.guard.running import RunningRange
+from lightning_maml_guard.guard.trial import Trial, TrialRunner
 from lightning_maml_guard.maml.problem import MetaProblem
-from lightning_maml_guard.theory.verdict import SAFE, UNSAFE, check_margin
+from lightning_maml_guard.theory.verdict import UNSAFE, Watch, advance, check_margin, severity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,15 +95,36 @@ class ConvergenceGuard(Callback):
         tasks: str = "mean",
         data: str = "support",
         problem: Callable[[Any, Any], MetaProblem] | None = None,
+        trial_steps: int = 10,
+        replay: int = 8,
+        alarm: float = 3.0,
+        triggers: bool = True,
+        rollback: bool = False,
+        max_rollbacks: int = 10,
+        snapshot_device: str | None = None,
     ) -> None:
         super().__init__()
-        for name, number in (("every_n_steps", every_n_steps), ("patience", patience)):
+        for name, number in (
+            ("every_n_steps", every_n_steps),
+            ("patience", patience),
+            ("replay", replay),
+            ("max_rollbacks", max_rollbacks),
+        ):
             check_count(name, number)
+        if trial_steps != 0:
+            check_count("trial_steps", trial_steps)
         if action not in ACTIONS:
             raise ValueError(f"Expected argument `action` to be one of {ACTIONS} but got {action!r}.")
         if problem is not None and not callable(problem):
             raise ValueError(
                 f"Expected argument `problem` to be a function (pl_module, batch) -> MetaProblem but got {problem!r}."
+            )
+        if isinstance(alarm, bool) or not isinstance(alarm, (int, float)) or not 1 < alarm < math.inf:
+            raise ValueError(f"Expected argument `alarm` to be a finite number above 1 but got {alarm!r}.")
+        if rollback and (action != "rescale" or not trial_steps):
+            raise ValueError(
+                "rollback=True takes a run back and lowers its rates until a trial survives, so it needs "
+                f"action='rescale' and trial_steps of at least 1 but got {action!r} and {trial_steps}."
             )
         check_margin(margin)
         check_options(criterion=criterion, estimator=estimator, max_iter=max_iter, tol=tol, tasks=tasks, data=data)
@@ -102,22 +132,25 @@ class ConvergenceGuard(Callback):
         self.margin, self.patience, self.estimator = margin, patience, estimator
         self.max_iter, self.tol, self.tasks, self.data = max_iter, tol, tasks, data
         self.problem = problem
-        self._start_over()
+        self.trial_steps, self.replay, self.alarm, self.triggers = trial_steps, replay, float(alarm), triggers
+        self.rollback, self.max_rollbacks, self.snapshot_device = rollback, max_rollbacks, snapshot_device
         self._inert = False
-        self._governor: RateGovernor | None = None
+        self._start_over()
 
     def _start_over(self) -> None:
         self.history: list[StabilityReport] = []
+        self.severities: list[tuple[int, float]] = []
         self.stopped_step: int | None = None
         self.stopping_reason: str | None = None
         self._last_step: int | None = None
-        self._unsafe_checks = 0
-        self._alarms: set[str] = set()
+        self._watches: dict[str, Watch] = {}
         self._said: set[str] = set()
-        self._alpha_cap: float | None = None
-        self._beta_cap: float | None = None
-        self._governed: list[int] = []
         self._memory = Memory()
+        self._rescue = Rescue(self.action == "rescale" and not self._inert, self.snapshot_device)
+        self._range = RunningRange()
+        self._recent: deque[tuple[Any, int]] = deque(maxlen=self.replay)
+        self._spiked = self._lost = False
+        self._norm: Any = None
 
     @property
     def state_key(self) -> str:
@@ -155,8 +188,8 @@ class ConvergenceGuard(Callback):
                 "optimisation it takes optimizer steps of its own. Give the module a method meta_problem(batch) -> "
                 "MetaProblem, or pass ConvergenceGuard(problem=lambda module, batch: MetaProblem(...))."
             )
-        self._start_over()
         self._inert = bool(getattr(trainer, "barebones", False))
+        self._start_over()
         if self._inert:
             warn(
                 "ConvergenceGuard does nothing in this run: Trainer(barebones=True) asks for no logging and no "
@@ -170,12 +203,13 @@ class ConvergenceGuard(Callback):
             trainer: The Trainer.
             pl_module: The module.
         """
-        self._govern([trainer.optimizers[index] for index in self._governed if index < len(trainer.optimizers)])
-        if self._alpha_cap is not None and hasattr(pl_module, "inner_lr_cap"):
-            pl_module.inner_lr_cap = self._alpha_cap
+        rescue = self._rescue
+        rescue.govern([trainer.optimizers[index] for index in rescue.governed if index < len(trainer.optimizers)])
+        if rescue.caps.alpha is not None:
+            rescue.apply(pl_module, rescue.caps)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Measure, if it is time, before the batch is used.
+        """Measure, if it is time or the last step was out of its range, before the batch is used.
 
         Args:
             trainer: The Trainer.
@@ -183,29 +217,80 @@ class ConvergenceGuard(Callback):
             batch: The batch of the coming step, on the training device.
             batch_idx: Its index.
         """
+        if self._inert:
+            return
+        if self.trial_steps:
+            self._recent.appendleft((batch, batch_idx))
         step = logger_step(trainer)
-        if self._inert or step % self.every_n_steps or step == self._last_step:
+        if step == self._last_step:
             return
-        self._last_step = step
-        report = self._measure(trainer, pl_module, batch, batch_idx, step)
-        if report is None:
+        since = math.inf if self._last_step is None else step - self._last_step
+        # A triggered check stands for the scheduled one that would follow it closely.
+        scheduled = step % self.every_n_steps == 0 and since >= self.every_n_steps / 2
+        triggered = self._lost or (self._spiked and since >= self.every_n_steps / 10)
+        if scheduled or triggered:
+            self._last_step, self._spiked, self._lost = step, False, False
+            self._check(trainer, pl_module, batch, batch_idx, step, scheduled)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Keep the norm of the gradient at hand.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module.
+            optimizer: The optimizer about to step.
+        """
+        if self.triggers and self.trial_steps and not self._inert:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            self._norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Compare the step's loss and gradient norm with those of the steps before.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module.
+            outputs: What the step returned.
+            batch: Its batch.
+            batch_idx: Its index.
+        """
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if self._inert or not self.trial_steps or not isinstance(loss, torch.Tensor):
             return
-        if not trainer.fast_dev_run:
-            report = self._act(trainer, pl_module, report, step)
-        self.history.append(report)
-        log_report(trainer, pl_module, report, step)
+        value = float(loss) * trainer.accumulate_grad_batches
+        norm = math.nan if self._norm is None else float(self._norm)
+        self._norm = None
+        spiked = self._range.leaves(value, norm)
+        if self.triggers and spiked:
+            self._spiked = True
+            self._lost = self._lost or not math.isfinite(value) or value > self.alarm * self._range.start
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Take back a last step that made parameters non-finite.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module.
+        """
+        snapshot = self._rescue.snapshot
+        if snapshot is not None and not all(bool(torch.isfinite(each).all()) for each in pl_module.parameters()):
+            snapshot.restore(pl_module, trainer.optimizers)
+            warn(
+                "ConvergenceGuard: the last step made parameters non-finite, so parameters and optimizer state were "
+                f"taken back to step {snapshot.step}."
+            )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Take the hooks out of the optimizers.
+        """Take the hooks out of the optimizers, and let go of the batches and the snapshot.
 
         Args:
             trainer: The Trainer.
             pl_module: The module.
             stage: Lightning's stage.
         """
-        if self._governor is not None:
-            self._governor.remove()
-            self._governor = None
+        self._rescue.release()
+        self._rescue.snapshot = None
+        self._recent.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Collect the state a resumed run needs.
@@ -215,15 +300,15 @@ class ConvergenceGuard(Callback):
         """
         return {
             "history": [to_plain(report) for report in self.history],
+            "severities": [list(each) for each in self.severities],
             "stopped_step": self.stopped_step,
             "stopping_reason": self.stopping_reason,
             "last_step": self._last_step,
-            "unsafe_checks": self._unsafe_checks,
-            "alarms": sorted(self._alarms),
+            "watches": {name: [watch.state, watch.failed] for name, watch in self._watches.items()},
             "said": sorted(self._said),
-            "alpha_cap": self._alpha_cap,
-            "beta_cap": self._beta_cap,
-            "governed": list(self._governed),
+            "range": self._range.state(),
+            "triggered": [self._spiked, self._lost],
+            **self._rescue.state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -233,15 +318,15 @@ class ConvergenceGuard(Callback):
             state_dict: What :meth:`state_dict` collected.
         """
         self.history = [from_plain(plain) for plain in state_dict.get("history", [])]
+        self.severities = [(step, value) for step, value in state_dict.get("severities", [])]
         self.stopped_step = state_dict.get("stopped_step")
         self.stopping_reason = state_dict.get("stopping_reason")
         self._last_step = state_dict.get("last_step")
-        self._unsafe_checks = state_dict.get("unsafe_checks", 0)
-        self._alarms = set(state_dict.get("alarms", []))
+        self._watches = {name: Watch(*watch) for name, watch in state_dict.get("watches", {}).items()}
         self._said = set(state_dict.get("said", []))
-        self._alpha_cap = state_dict.get("alpha_cap")
-        self._beta_cap = state_dict.get("beta_cap")
-        self._governed = list(state_dict.get("governed", []))
+        self._range.load(state_dict.get("range", {}))
+        self._spiked, self._lost = state_dict.get("triggered", (False, False))
+        self._rescue.load(state_dict)
 
     def plot(self) -> Any:
         """Draw the safe region with the path of ``(alpha, beta)`` in it.
@@ -260,14 +345,32 @@ class ConvergenceGuard(Callback):
             return pl_module.meta_problem(batch)
         return training_step_problem(pl_module, batch, batch_idx)
 
-    def _measure(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, step: int) -> StabilityReport | None:
+    def _check(self, trainer: Any, module: Any, batch: Any, batch_idx: int, step: int, scheduled: bool) -> None:
+        fails = taken_back = False
+        severe, reference = math.nan, math.nan
         try:
-            with isolated(pl_module), _configured_inner_rate(pl_module):
-                problem = self._state_problem(pl_module, batch, batch_idx)
+            with isolated(module), _configured_inner_rate(module):
+                problem = self._state_problem(module, batch, batch_idx)
                 owners = _owners(problem, trainer.optimizers)
+                optimizer = max((trainer.optimizers[index] for index in owners), key=scheduled_rate)
+                trials = None if trainer.fast_dev_run else self._trials(trainer, module, problem, optimizer)
+                present = None if trials is None else trials(self._rescue.caps)
+            if present is not None:
+                reference = self._range.start if self._range.first else present.begin
+                severe = severity(present.end, reference)
+                fails = severe >= math.log(self.alarm)
+                self.severities.append((step, severe))
+                if not scheduled and not fails:
+                    log_values(trainer, module, {"guard/severity": severe}, step)
+                    return
+                if self.rollback and fails and not present.begin <= self.alarm * reference:
+                    taken_back = self._roll_back(trainer, module, present.begin, step)
+                    if not taken_back:
+                        return
+            with isolated(module), _configured_inner_rate(module):
                 report = measure(
                     problem,
-                    optimizer=max((trainer.optimizers[index] for index in owners), key=scheduled_rate),
+                    optimizer=optimizer,
                     criterion=self.criterion,
                     estimator=self.estimator,
                     max_iter=self.max_iter,
@@ -278,23 +381,128 @@ class ConvergenceGuard(Callback):
                     step=step,
                     memory=self._memory,
                 )
+                if present is not None:
+                    alpha, beta = self._rescue.caps.applied(report.alpha, report.beta)
+                    said = tried(present, reference, alpha, beta, report.status == UNSAFE) if fails else ""
+                    reasons = (*report.reasons, said) if said else report.reasons
+                    report = replace(report, severity=severe, growth=present.growth, reasons=reasons)
+                state, entered = self._state(report)
+                caps = self._next_caps(module, report, state, fails, taken_back, present, trials)
         except Exception as error:
             # Whatever goes wrong in a check, training goes on as if the guard were not there.
             self._say_once(
                 f"ConvergenceGuard could not measure at step {step}; training goes on without this check. Cause: "
                 f"{type(error).__name__}: {error} This is said once for each cause."
             )
-            return None
-        if self._governed != owners:
-            self._governed = owners
-            self._govern([trainer.optimizers[index] for index in owners])
-        return report
+            return
+        if self._rescue.governed != owners:
+            self._rescue.governed = owners
+            self._rescue.govern([trainer.optimizers[index] for index in owners])
+        if present is not None:
+            report = replace(report, status=state)
+        if not trainer.fast_dev_run:
+            report = self._act(trainer, module, report, state, entered, caps, step)
+            if taken_back:
+                self._report_rollback(report, present, caps, step)
+            if self.rollback and (self._rescue.snapshot is None or severe <= 0.5 * math.log(self.alarm)):
+                self._rescue.keep(module, trainer.optimizers, step)
+        self.history.append(report)
+        log_values(trainer, module, metrics(report), step)
 
-    def _govern(self, optimizers: list[Any]) -> None:
-        if self._governor is not None:
-            self._governor.remove()
-        active = self.action == "rescale" and not self._inert
-        self._governor = RateGovernor(optimizers, self._beta_cap) if active else None
+    def _trials(self, trainer: Any, module: Any, problem: Any, optimizer: Any) -> Callable[[Caps], Trial] | None:
+        if not self.trial_steps:
+            return None
+        older = [self._state_problem(module, *each) for each in list(self._recent)[1:]]
+        clip = _clipping(trainer)
+        try:
+            runner = TrialRunner([problem, *older], optimizer, self.trial_steps, self._memory.task_map, clip)
+            rate, alpha = scheduled_rate(optimizer), getattr(problem, "alpha", math.nan)
+
+            def attempt(caps: Caps) -> Trial:
+                lower_alpha, lower_beta = caps.applied(alpha, rate)
+                return runner.run(lower_alpha / alpha if alpha > 0 else 1.0, lower_beta / rate if rate > 0 else 1.0)
+
+            return attempt
+        except ClosureError as error:
+            self._say_once(f"ConvergenceGuard judges by curvature alone: the coming steps cannot be tried. {error}")
+            return None
+
+    def _state(self, report: StabilityReport) -> tuple[str, bool]:
+        """The state after this check, and whether it left the safe region just now."""
+        tried_it = not math.isnan(report.severity)
+        statuses = {"run": report.status} if tried_it else {"alpha": report.alpha_status, "beta": report.beta_status}
+        before = {name: self._watches.get(name, Watch()) for name in statuses}
+        self._watches = {
+            name: advance(before[name], status, report.severity, patience=self.patience, alarm=self.alarm)
+            for name, status in statuses.items()
+        }
+        states = {name: watch.state for name, watch in self._watches.items()}
+        entered = any(states[name] == UNSAFE and before[name].state != UNSAFE for name in states)
+        left_now = any(each.state == UNSAFE for each in before.values()) and UNSAFE not in states.values()
+        if left_now and self.action != "log":
+            inform(f"ConvergenceGuard: step {report.step}: the rates are back in the safe region.")
+        state = states["run"] if tried_it else UNSAFE if UNSAFE in states.values() else report.status
+        return state, entered
+
+    def _next_caps(
+        self,
+        module: Any,
+        report: StabilityReport,
+        state: str,
+        fails: bool,
+        taken_back: bool,
+        present: Trial | None,
+        trials: Callable[[Caps], Trial] | None,
+    ) -> Caps:
+        caps, reach = self._rescue.caps, reaches_alpha(module)
+        if self.action != "rescale":
+            return caps
+        if present is None or trials is None:
+            waiting = report.status == UNSAFE and state != UNSAFE
+            return caps if waiting else critical_caps(report, caps, self.margin, reach)
+        if taken_back or (fails and state == UNSAFE):
+            return lowered(report, caps, self.margin, trials, reach_alpha=reach, at_least_halve=taken_back)
+        return caps if fails else raised(report, caps, present, trials)
+
+    def _act(
+        self, trainer: Any, module: Any, report: StabilityReport, state: str, entered: bool, caps: Caps, step: int
+    ) -> StabilityReport:
+        if self.action == "rescale":
+            self._rescue.apply(module, caps)
+        if entered and self.action != "log":
+            warn(left(report, self.action, step, caps))
+        if state == UNSAFE and self.action == "stop":
+            self._stop(trainer, step, " ".join(report.reasons))
+        if self.action != "log":
+            for notice in report.notices:
+                self._say_once(f"ConvergenceGuard: step {step}: {notice}")
+        alpha, beta = self._rescue.caps.applied(report.alpha, report.beta)
+        return replace(report, alpha_applied=alpha, beta_applied=beta)
+
+    def _stop(self, trainer: Any, step: int, reason: str) -> None:
+        self.stopped_step, self.stopping_reason = step, reason
+        trainer.should_stop = True
+
+    def _roll_back(self, trainer: Any, module: Any, loss: float, step: int) -> bool:
+        rescue = self._rescue
+        if rescue.snapshot is None:
+            return True  # nothing was measured safe yet: the rates alone are lowered
+        if rescue.rollbacks >= self.max_rollbacks:
+            reason = (
+                f"The loss was {loss:.3g} at step {step} after {rescue.rollbacks} rollbacks (max_rollbacks), each with "
+                "lower rates: the rates are not what is wrong here. Look at the data, the loss and the precision."
+            )
+            self._stop(trainer, step, reason)
+            warn(f"ConvergenceGuard: training stops. {reason}")
+            return False
+        rescue.snapshot.restore(module, trainer.optimizers)
+        rescue.rollbacks += 1
+        return True
+
+    def _report_rollback(self, report: StabilityReport, present: Trial | None, caps: Caps, step: int) -> None:
+        if present is not None and self._rescue.snapshot is not None:
+            to, count = self._rescue.snapshot.step, self._rescue.rollbacks
+            warn(rolled_back(step, to, present.begin, caps, report, count, self.max_rollbacks))
 
     def _say_once(self, message: str) -> None:
         """Warn, unless the same was said before with other numbers in it."""
@@ -303,61 +511,18 @@ class ConvergenceGuard(Callback):
             self._said.add(gist)
             warn(message)
 
-    def _act(self, trainer: Any, pl_module: Any, report: StabilityReport, step: int) -> StabilityReport:
-        status = {"alpha": report.alpha_status, "beta": report.beta_status}
-        unsafe = {rate for rate in status if status[rate] == UNSAFE}
-        self._unsafe_checks = self._unsafe_checks + 1 if unsafe else 0
-        crossed = unsafe if self._unsafe_checks >= self.patience else set()
-        if crossed - self._alarms:
-            self._announce(report, step)
-        if crossed and self.action == "stop":
-            self.stopped_step, self.stopping_reason = step, " ".join(report.reasons)
-            trainer.should_stop = True
-        # A rate that is not resolved keeps its state: neither an all-clear nor a second alarm.
-        remaining = (self._alarms | crossed) - {rate for rate in status if status[rate] == SAFE}
-        if self._alarms and not remaining and self.action != "log":
-            inform(f"ConvergenceGuard: step {step}: the rates are back in the safe region.")
-        self._alarms = remaining
-        if self.action != "log":
-            for notice in report.notices:
-                self._say_once(f"ConvergenceGuard: step {step}: {notice}")
-        if self.action == "rescale" and (crossed or not unsafe):
-            self._rescale(pl_module, report)
-        return replace(
-            report,
-            alpha_applied=_capped(report.alpha, self._alpha_cap),
-            beta_applied=_capped(report.beta, self._beta_cap),
-        )
 
-    def _announce(self, report: StabilityReport, step: int) -> None:
-        if self.action == "log":
-            return
-        inner = "" if math.isnan(report.safe_alpha) else f"alpha = {report.safe_alpha:.3g}, "
-        effect = {
-            "warn": "",
-            "stop": " Training stops after this step (action='stop').",
-            "rescale": f" Applied from now on: {inner}beta = {report.safe_beta:.3g} (action='rescale').",
-        }[self.action]
-        reasons = " ".join(report.reasons)
-        if self.action != "warn":
-            reasons = reasons.replace(", or use action='rescale'", "")
-        warn(f"ConvergenceGuard: the learning rates left the safe region at step {step}. {reasons}{effect}")
-
-    def _rescale(self, pl_module: Any, report: StabilityReport) -> None:
-        """Cap at ``margin`` times the limits just measured, also where the schedule is below them and may rise.
-
-        What could not be measured stays capped as it was.
-        """
-        if hasattr(pl_module, "inner_lr_cap") and not math.isnan(report.alpha_c):
-            self._alpha_cap = pl_module.inner_lr_cap = self.margin * report.alpha_c
-        if not math.isnan(report.safe_beta_c):
-            self._beta_cap = self.margin * report.safe_beta_c
-        if self._governor is not None:
-            self._governor.cap = self._beta_cap
+def _clipping(trainer: Any) -> Clip | None:
+    value = trainer.gradient_clip_val
+    if not value:
+        return None
+    if trainer.gradient_clip_algorithm == "value":
+        return lambda parameters: torch.nn.utils.clip_grad_value_(parameters, value)
+    return lambda parameters: _clip_norm(parameters, value)
 
 
-def _capped(rate: float, cap: float | None) -> float:
-    return rate if cap is None or not rate > cap else cap
+def _clip_norm(parameters: list[torch.nn.Parameter], value: float) -> None:
+    torch.nn.utils.clip_grad_norm_(parameters, value)
 
 
 @contextmanager

@@ -49,8 +49,8 @@ def tried(trial: Trial, reference: float, alpha: float, beta: float, explained: 
     steps = len(trial.losses) - 1
     rates = ("" if math.isnan(alpha) else f"alpha = {alpha:.3g} and ") + f"beta = {beta:.3g}"
     said = (
-        f"The coming {steps} steps, tried on copies at {rates}, take the loss from {trial.begin:.3g} to {trial.end:.3g} "
-        f"(training started from {reference:.3g})."
+        f"The coming {steps} steps, tried on copies at {rates}, take the loss from {trial.begin:.3g} to "
+        f"{trial.end:.3g} (training started from {reference:.3g})."
     )
     if explained:
         return said
@@ -78,7 +78,7 @@ def rolled_back(step: int, to: int, loss: float, caps: Caps, report: StabilityRe
     alpha, beta = caps.applied(report.alpha, report.beta)
     inner = "" if math.isnan(alpha) else f"alpha = {alpha:.3g}, "
     return (
-        f"ConvergenceGuard: the loss was {loss:.3g} at step {step}, so parameters and optimizer state were taken back to "
-        f"step {to} and the batches since are skipped (rollback {count} of at most {bound}). Applied from now on: "
+        f"ConvergenceGuard: the loss was {loss:.3g} at step {step}, so parameters and optimizer state were taken back "
+        f"to step {to} and the batches since are skipped (rollback {count} of at most {bound}). Applied from now on: "
         f"{inner}beta = {beta:.3g}."
     )

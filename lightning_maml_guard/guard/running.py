@@ -46,7 +46,11 @@ class RunningRange:
             Whether one of the two spiked or is not finite.
         """
         # A run that leaves within its first steps must not take its start along.
-        if math.isfinite(loss) and len(self.first) < FIRST and (not self.first or loss <= self.loss_spike * self.first[0]):
+        if (
+            math.isfinite(loss)
+            and len(self.first) < FIRST
+            and (not self.first or loss <= self.loss_spike * self.first[0])
+        ):
             self.first = (*self.first, loss)
         left = not math.isfinite(loss) or loss > self.loss_spike * self.loss or norm > self.norm_spike * self.norm
         if math.isfinite(loss):
