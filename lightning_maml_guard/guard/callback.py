@@ -150,6 +150,7 @@ class ConvergenceGuard(Callback):
         self._range = RunningRange()
         self._recent: deque[tuple[Any, int]] = deque(maxlen=self.replay)
         self._spiked = self._lost = False
+        self._gap = 2
         self._norm: Any = None
 
     @property
@@ -227,8 +228,10 @@ class ConvergenceGuard(Callback):
         since = math.inf if self._last_step is None else step - self._last_step
         # A triggered check stands for the scheduled one that would follow it closely.
         scheduled = step % self.every_n_steps == 0 and since >= self.every_n_steps / 2
-        triggered = self._lost or (self._spiked and since >= self.every_n_steps / 10)
+        triggered = (self._lost and self.rollback) or (self._spiked and since >= self._gap)
         if scheduled or triggered:
+            # Each triggered check makes the next wait twice as long, so that a noisy loss does not cost a run its time.
+            self._gap = 2 if scheduled else min(2 * self._gap, max(self.every_n_steps // 2, 2))
             self._last_step, self._spiked, self._lost = step, False, False
             self._check(trainer, pl_module, batch, batch_idx, step, scheduled)
 
@@ -261,7 +264,8 @@ class ConvergenceGuard(Callback):
         norm = math.nan if self._norm is None else float(self._norm)
         self._norm = None
         spiked = self._range.leaves(value, norm)
-        if self.triggers and spiked:
+        told = self.action != "rescale" and any(watch.state == UNSAFE for watch in self._watches.values())
+        if self.triggers and spiked and not told:
             self._spiked = True
             self._lost = self._lost or not math.isfinite(value) or value > self.alarm * self._range.start
 
@@ -307,7 +311,7 @@ class ConvergenceGuard(Callback):
             "watches": {name: [watch.state, watch.failed] for name, watch in self._watches.items()},
             "said": sorted(self._said),
             "range": self._range.state(),
-            "triggered": [self._spiked, self._lost],
+            "triggered": [self._spiked, self._lost, self._gap],
             **self._rescue.state(),
         }
 
@@ -325,7 +329,7 @@ class ConvergenceGuard(Callback):
         self._watches = {name: Watch(*watch) for name, watch in state_dict.get("watches", {}).items()}
         self._said = set(state_dict.get("said", []))
         self._range.load(state_dict.get("range", {}))
-        self._spiked, self._lost = state_dict.get("triggered", (False, False))
+        self._spiked, self._lost, self._gap = state_dict.get("triggered", (False, False, 2))
         self._rescue.load(state_dict)
 
     def plot(self) -> Any:

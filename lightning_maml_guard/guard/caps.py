@@ -14,6 +14,8 @@ from lightning_maml_guard.theory.verdict import UNSAFE
 CALM = 1.2
 # Bounds the trials of one check; 2^-10 of a rate is no rate.
 ATTEMPTS = 10
+# Factor by which capped rates rise a check.
+RELEASE = 1.5
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def lowered(
 
 
 def raised(report: StabilityReport, caps: Caps, present: Trial, trial: Try) -> Caps:
-    """Let capped rates rise again, at most to twice what they are, if the coming steps bear it.
+    """Let capped rates rise again, by RELEASE at most, if the coming steps bear it.
 
     Args:
         report: The curvature where the run is.
@@ -108,7 +110,7 @@ def raised(report: StabilityReport, caps: Caps, present: Trial, trial: Try) -> C
         The caps to apply: raised ones whose trial ends no worse than the present, else those so far.
     """
     alpha, beta = caps.applied(report.alpha, report.beta)
-    higher_alpha, higher_beta = 2 * alpha, 2 * beta
+    higher_alpha, higher_beta = RELEASE * alpha, RELEASE * beta
     both = Caps(
         None if caps.alpha is None or higher_alpha >= report.alpha else higher_alpha,
         None if caps.beta is None or higher_beta >= report.beta else higher_beta,

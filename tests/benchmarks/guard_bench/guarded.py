@@ -7,21 +7,26 @@ import math
 import time
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_maml_guard import ConvergenceGuard
-from lightning_maml_guard.maml.evaluation import evaluate_tasks
+from lightning_maml_guard.maml.gradients import meta_gradient
 from tests.benchmarks.guard_bench.cells import AFTERMATH, STEPS, Column
 from tests.benchmarks.guard_bench.engine import Trace
 
+# Runs of 120 steps stand for longer ones, so the guard looks every 10; and as it comes, which is every 100.
 WARN, RESCALE, ROLLBACK = "guard warn", "guard rescale", "guard rescale + rollback"
-ARMS = {
-    WARN: {"action": "warn"},
-    RESCALE: {"action": "rescale"},
-    ROLLBACK: {"action": "rescale", "rollback": True},
+WARN_DEFAULT, ROLLBACK_DEFAULT = "guard warn, defaults", "guard rescale + rollback, defaults"
+ARMS: dict[str, dict[str, Any]] = {
+    WARN: {"action": "warn", "every_n_steps": 10},
+    WARN_DEFAULT: {"action": "warn"},
+    RESCALE: {"action": "rescale", "every_n_steps": 10},
+    ROLLBACK: {"action": "rescale", "rollback": True, "every_n_steps": 10},
+    ROLLBACK_DEFAULT: {"action": "rescale", "rollback": True},
 }
 
 
@@ -68,6 +73,11 @@ class _Batches(Dataset):
 class _Recorder(pl.Callback):
     def __init__(self) -> None:
         self.losses: list[float] = []
+        self.norms: list[float] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        norms = [p.grad.norm() for p in pl_module.parameters() if p.grad is not None]
+        self.norms.append(float(torch.stack(norms).norm()))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self.losses.append(float(outputs["loss"]))
@@ -117,7 +127,7 @@ def _run(column: Column, beta: float, batches: _Batches, options: dict) -> Guard
     ]
     first = guard.history[0] if guard.history else None
     return Guarded(
-        Trace(tuple(recorder.losses), (), start, _loss(module, judged)),
+        Trace(tuple(recorder.losses), tuple(recorder.norms), start, _loss(module, judged)),
         list(guard.severities),
         [(report.step, report.beta_ratio, report.alpha_ratio) for report in guard.history],
         alarms,
@@ -130,7 +140,4 @@ def _run(column: Column, beta: float, batches: _Batches, options: dict) -> Guard
 
 
 def _loss(module, batch) -> float:
-    with torch.no_grad():
-        problem = module.meta_problem(batch)
-    found = evaluate_tasks(problem, module.inner_steps, None, module.task_map)
-    return float(found.after.mean())
+    return float(meta_gradient(module.meta_problem(batch)).losses.mean())

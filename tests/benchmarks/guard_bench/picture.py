@@ -1,0 +1,47 @@
+"""GuardBench in one picture: who sees the end coming, and what becomes of the dying."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draw detection by lead, and rescue by remedy.
+
+    Args:
+        result: What ``figures`` found.
+        path: Where to write the picture.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    markers = "osD^vPX"
+    for marker, (name, leads) in zip(markers, result["detection"].items(), strict=True):
+        guard = name.startswith("guard")
+        left.plot(
+            list(leads),
+            [each[0] for each in leads.values()],
+            marker=marker,
+            label=name,
+            linewidth=2.5 if guard else 1.2,
+            color="#0072B2" if guard else None,
+        )
+    left.axhline(0.5, color="0.7", linestyle=":", linewidth=1)
+    left.set(xlabel="steps before the loss leaves 5x its start", ylabel="AUROC", xticks=list(leads), ylim=(0, 1.02))
+    left.legend(fontsize=7, loc="lower left")
+    arms = list(result["rescue"])
+    shares = [100 * result["rescue"][arm]["healthy"] for arm in arms]
+    bars = right.barh(arms, shares, color=["#0072B2" if arm.startswith("guard") else "0.6" for arm in arms])
+    ratios = [result["rescue"][arm]["median ratio"] for arm in arms]
+    labels = [f"final loss x{ratio:.2f}" if ratio < 1e4 else "final loss lost" for ratio in ratios]
+    right.bar_label(bars, labels, padding=3, fontsize=7)
+    right.invert_yaxis()
+    right.set(xlabel="dying runs that end healthy, %", xlim=(0, 125))
+    for ax in (left, right):
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
