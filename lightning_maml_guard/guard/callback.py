@@ -466,7 +466,7 @@ class ConvergenceGuard(Callback):
             return caps if waiting else critical_caps(report, caps, self.margin, reach)
         if taken_back or (fails and state == UNSAFE):
             return lowered(report, caps, self.margin, trials, reach_alpha=reach, at_least_halve=taken_back)
-        return caps if fails else raised(report, caps, present, trials)
+        return caps if fails else raised(report, caps, self.margin, present, trials)
 
     def _act(
         self, trainer: Any, module: Any, report: StabilityReport, state: str, entered: bool, caps: Caps, step: int

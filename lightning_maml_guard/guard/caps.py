@@ -97,12 +97,13 @@ def lowered(
     return candidate
 
 
-def raised(report: StabilityReport, caps: Caps, present: Trial, trial: Try) -> Caps:
-    """Let capped rates rise again, by RELEASE at most, if the coming steps bear it.
+def raised(report: StabilityReport, caps: Caps, margin: float, present: Trial, trial: Try) -> Caps:
+    """Let capped rates rise again, by RELEASE at most and to ``margin`` times the critical values at most.
 
     Args:
         report: The curvature where the run is.
         caps: The caps so far.
+        margin: Fraction of the critical values.
         present: The trial under them.
         trial: Tries the coming steps under caps.
 
@@ -110,7 +111,8 @@ def raised(report: StabilityReport, caps: Caps, present: Trial, trial: Try) -> C
         The caps to apply: raised ones whose trial ends no worse than the present, else those so far.
     """
     alpha, beta = caps.applied(report.alpha, report.beta)
-    higher_alpha, higher_beta = RELEASE * alpha, RELEASE * beta
+    higher_alpha = _towards(alpha, margin * report.alpha_c)
+    higher_beta = _towards(beta, margin * report.safe_beta_c)
     both = Caps(
         None if caps.alpha is None or higher_alpha >= report.alpha else higher_alpha,
         None if caps.beta is None or higher_beta >= report.beta else higher_beta,
@@ -122,3 +124,7 @@ def raised(report: StabilityReport, caps: Caps, present: Trial, trial: Try) -> C
         if found.end <= CALM * found.begin and found.end <= CALM * present.end:
             return candidate
     return caps
+
+
+def _towards(rate: float, limit: float) -> float:
+    return rate if math.isnan(limit) else max(rate, min(RELEASE * rate, limit))

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks.guard_bench.cells import STEPS, Column, columns
-from tests.benchmarks.guard_bench.engine import CLIP_1, CLIP_10, HALVE, UNGUARDED, train_column
+from tests.benchmarks.guard_bench.cells import STEPS, columns
+from tests.benchmarks.guard_bench.engine import CLIP_1, CLIP_10, HALVE, UNGUARDED
 from tests.benchmarks.guard_bench.guarded import (
     ARMS,
     RESCALE,
@@ -26,25 +26,12 @@ from tests.benchmarks.guard_bench.guarded import (
     ROLLBACK_DEFAULT,
     WARN,
     WARN_DEFAULT,
-    run_column,
 )
 from tests.benchmarks.guard_bench.picture import draw
 from tests.benchmarks.guard_bench.score import LEADS, Run, detection, false_alarms, harm, rescue
+from tests.benchmarks.guard_bench.work import both
 
 SEEDS = {"tune": range(0, 1), "report": range(1, 2)}
-
-
-def both(column: Column, options: dict[str, Any]) -> tuple[Column, list[Run], float]:
-    """Everything that is tried on a column, in one process."""
-    torch.set_num_threads(1)
-    began = time.perf_counter()
-    remedies = train_column(column)
-    guarded = run_column(column, tuple(ARMS), **options)
-    runs = [
-        Run(column, beta, {k: v[i] for k, v in remedies.items()}, {k: v[i] for k, v in guarded.items()})
-        for i, beta in enumerate(column.betas)
-    ]
-    return column, runs, time.perf_counter() - began
 
 
 def main() -> None:
@@ -67,6 +54,7 @@ def main() -> None:
     # The long ones first, so that the workers end together.
     chosen = random.Random(0).sample(chosen, min(count, len(chosen)))
     chosen.sort(key=lambda column: (column.family != "omniglot", -column.inner_steps))
+    given.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     runs: list[Run] = []
     context = multiprocessing.get_context("spawn")
@@ -74,6 +62,7 @@ def main() -> None:
         for done in as_completed([pool.submit(both, column, options) for column in chosen]):
             column, found, seconds = done.result()
             runs += found
+            torch.save(runs, given.out / "runs.pt")
             fates = " ".join(f"{run.plain.fate[0]}{run.guarded[ROLLBACK].trace.fate[0]}" for run in found)
             print(f"{len(runs):4d} runs  {seconds:5.0f} s  {fates}  {column}", flush=True)
     runs.sort(key=lambda run: (str(run.column), run.beta))
@@ -81,9 +70,7 @@ def main() -> None:
     result["set"], result["options"] = given.set, options
     result["minutes"] = (time.perf_counter() - began) / 60
     report(result)
-    given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "guard_bench.json").write_text(json.dumps(result, indent=1))
-    torch.save(runs, given.out / "runs.pt")
     draw(result, given.out / "guard_bench.png")
     print(f"written: {given.out}/guard_bench.json, guard_bench.png, runs.pt")
 
