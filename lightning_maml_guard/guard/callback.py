@@ -479,6 +479,8 @@ class ConvergenceGuard(Callback):
             self._stop(trainer, step, " ".join(report.reasons))
         if self.action != "log":
             for notice in report.notices:
+                if entered and notice in report.reasons:
+                    continue  # just said
                 self._say_once(f"ConvergenceGuard: step {step}: {notice}")
         alpha, beta = self._rescue.caps.applied(report.alpha, report.beta)
         return replace(report, alpha_applied=alpha, beta_applied=beta)

@@ -423,7 +423,7 @@ def test_a_schedule_that_rises_between_checks_meets_the_cap():
     def rise(module, index):
         module.optimizers().param_groups[0]["lr"] = 0.1 if index % 10 == 0 else 5.0
 
-    guard = ConvergenceGuard(every_n_steps=10, action="rescale")
+    guard = ConvergenceGuard(every_n_steps=10, action="rescale", trial_steps=0)
     with pytest.warns(GuardWarning, match="at step 10"):  # the callback sees the rate of the step before
         trainer = fit(Scheduled(rise), BATCH, 40, [guard])
     assert loss_of(trainer) < 10 and trainer.optimizers[0].param_groups[0]["lr"] == 5.0
@@ -533,7 +533,7 @@ def test_an_unknown_optimizer_is_said_once_and_alpha_is_judged_on():
 
     module = Scheduled(alternate)
     module._optimizer = lambda p: Unknown(p, lr=1e-3)
-    guard = ConvergenceGuard(every_n_steps=2)
+    guard = ConvergenceGuard(every_n_steps=2, trial_steps=0)
     with pytest.warns(GuardWarning) as caught:
         fit(module, BATCH, 10, [guard])
     said = [str(w.message) for w in caught if w.category is GuardWarning]
@@ -562,14 +562,16 @@ def test_meta_sgd_is_guarded_throughout():
     assert len(guard.history) == 8 and all(math.isfinite(r.beta_c) for r in guard.history[1:])
 
 
-@pytest.mark.parametrize(("tasks", "status"), [("mean", "safe"), ("worst", "unsafe")])
-def test_tasks_of_different_sharpness_need_the_worst_task(tasks, status):
+@pytest.mark.parametrize(
+    ("tasks", "trial_steps", "status"), [("mean", 0, "safe"), ("worst", 0, "unsafe"), ("mean", 10, "unsafe")]
+)
+def test_tasks_of_different_sharpness_need_the_worst_task_or_a_trial(tasks, trial_steps, status):
     """The limit the README names: curvatures 2 and 18, whose mean is safe while the run diverges."""
     x, y = torch.tensor([[[1.0]], [[3.0]]]), torch.zeros(2, 1, 1)
     network = nn.Linear(1, 1, bias=False)
     nn.init.ones_(network.weight)
     module = MetaLearningModule(network, inner_lr=0.075, order="simplified", optimizer=lambda p: SGD(p, lr=0.1))
-    guard = ConvergenceGuard(every_n_steps=20, action="log", tasks=tasks)
+    guard = ConvergenceGuard(every_n_steps=20, action="log", tasks=tasks, trial_steps=trial_steps)
     fit(module, ((x, y), (x, y)), 100, [guard])
     assert {report.status for report in guard.history} == {status}
     assert abs(float(network.weight)) > 1e6

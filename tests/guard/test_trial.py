@@ -1,0 +1,104 @@
+"""A trial is compared with training for real: the same steps on a copy of everything."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import LBFGS, SGD, Adam
+
+from lightning_maml_guard import MetaLearningModule
+from lightning_maml_guard.guard.coming import ClosureError
+from lightning_maml_guard.guard.plain import PlainProblem
+from lightning_maml_guard.guard.trial import Trial, TrialRunner
+from lightning_maml_guard.maml.gradients import meta_gradient
+from lightning_maml_guard.networks import mlp
+from lightning_maml_guard.tasks.regression import Sinusoid
+from tests.helpers import linear_module, quadratic_batch
+
+OPTIMIZERS = {
+    "sgd": lambda p: SGD(p, lr=0.02),
+    "momentum": lambda p: SGD(p, lr=0.01, momentum=0.9, weight_decay=0.01),
+    "adam": lambda p: Adam(p, lr=0.01),
+}
+
+
+def sinusoids(count):
+    return [Sinusoid().sample(3, torch.Generator().manual_seed(seed)) for seed in range(count)]
+
+
+def really(module, optimizer, batches, steps, clip=None):
+    """Take the steps, on the live module."""
+    losses = []
+    for step in range(steps):
+        result = meta_gradient(module.meta_problem(batches[step % len(batches)]))
+        losses.append(float(result.losses.mean()))
+        for name, value in module.theta().items():
+            value.grad = result.gradients[name].clone()
+        if clip is not None:
+            clip(list(module.theta().values()))
+        optimizer.step()
+    return [*losses, float(meta_gradient(module.meta_problem(batches[0])).losses.mean())]
+
+
+@pytest.mark.parametrize("order", ["exact", "first", "simplified"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_trial_sees_what_training_will_do_and_touches_nothing(name, order):
+    torch.manual_seed(0)
+    module = MetaLearningModule(mlp().double(), inner_lr=0.02, inner_steps=2, order=order).double()
+    optimizer = OPTIMIZERS[name](module.parameters())
+    batches = [tuple(tuple(x.double() for x in part) for part in batch) for batch in sinusoids(3)]
+    really(module, optimizer, batches, 2)  # so that there is momentum
+    before = copy.deepcopy(module.state_dict()), copy.deepcopy(optimizer.state_dict()), torch.get_rng_state()
+    trial = TrialRunner([module.meta_problem(batch) for batch in batches], optimizer, 5).run()
+    assert all(torch.equal(value, module.state_dict()[key]) for key, value in before[0].items())
+    assert str(before[1]) == str(optimizer.state_dict())
+    assert torch.equal(before[2], torch.get_rng_state())
+    assert trial.losses == pytest.approx(really(module, optimizer, batches, 5), rel=1e-6)
+
+
+def test_lower_rates_are_those_of_a_run_configured_with_them():
+    torch.manual_seed(0)
+    batches = sinusoids(1)
+    module = MetaLearningModule(mlp(), inner_lr=0.04)
+    trial = TrialRunner([module.meta_problem(batches[0])], SGD(module.parameters(), lr=0.08), 4).run(0.25, 0.5)
+    module.inner_lr = 0.01
+    assert trial.losses == pytest.approx(really(module, SGD(module.parameters(), lr=0.04), batches, 4), rel=1e-5)
+
+
+def test_gradients_are_clipped_as_in_the_run():
+    torch.manual_seed(0)
+    batches = sinusoids(1)
+    module = MetaLearningModule(mlp(), inner_lr=0.01)
+    optimizer = SGD(module.parameters(), lr=0.5)
+
+    def clip(parameters):
+        nn.utils.clip_grad_norm_(parameters, 0.1)
+
+    trial = TrialRunner([module.meta_problem(batches[0])], optimizer, 4, clip=clip).run()
+    assert trial.losses == pytest.approx(really(module, optimizer, batches, 4, clip), rel=1e-5)
+
+
+def test_on_a_quadratic_it_is_the_power_of_the_multiplier():
+    module = linear_module(2, 1.0, inner_lr=0.0, order="simplified")
+    problem = module.meta_problem(quadratic_batch([4.0, 4.0], target=1.0))
+    trial = TrialRunner([problem], 0.75, 6).run()  # 1 - 0.75*4 = -2 a step, so the loss grows fourfold
+    assert trial.growth == pytest.approx(4.0) and trial.end == pytest.approx(4.0**6 * trial.begin)
+
+
+def test_plain_training_is_tried_too():
+    weight = nn.Parameter(torch.ones(1))
+    trial = TrialRunner([PlainProblem({"w": weight}, lambda p: (p["w"] ** 2).sum())], SGD([weight], lr=0.25), 3).run()
+    assert trial.losses == pytest.approx((1, 0.25, 0.0625, 0.015625))
+
+
+def test_a_loss_that_was_not_finite_on_the_way_is_lost():
+    assert Trial((1.0, math.nan, 0.5)).end == Trial((1.0, math.inf)).end == math.inf
+
+
+def test_an_optimizer_that_wants_a_closure_is_refused():
+    module = linear_module(2, 1.0)
+    runner = TrialRunner([module.meta_problem(quadratic_batch([1.0, 2.0]))], LBFGS(module.parameters()), 2)
+    with pytest.raises(ClosureError, match="LBFGS needs a closure"):
+        runner.run()
