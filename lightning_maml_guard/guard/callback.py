@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import deque
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lightning_maml_guard._checks import check_count
 from lightning_maml_guard._lightning import Callback, MisconfigurationException
-from lightning_maml_guard.guard.caps import Caps, lowered, raised
-from lightning_maml_guard.guard.coming import Clip, ClosureError
+from lightning_maml_guard.guard.caps import Caps, Try, lowered, raised
+from lightning_maml_guard.guard.coming import ClosureError
+from lightning_maml_guard.guard.course import Course, Turn
 from lightning_maml_guard.guard.estimate import Estimator
 from lightning_maml_guard.guard.governor import scheduled_rate
 from lightning_maml_guard.guard.isolation import isolated
 from lightning_maml_guard.guard.messages import left, rolled_back, tried
 from lightning_maml_guard.guard.monitor import check_options, measure
-from lightning_maml_guard.guard.plain import PlainProblem, training_step_problem
+from lightning_maml_guard.guard.probe import (
+    configured_inner_rate,
+    gradient_norm,
+    has_meta_problem,
+    owners,
+    state_problem,
+    trials,
+)
 from lightning_maml_guard.guard.products import Memory
 from lightning_maml_guard.guard.report import StabilityReport, from_plain, to_plain
 from lightning_maml_guard.guard.reporting import inform, log_values, logger_step, metrics, warn
 from lightning_maml_guard.guard.rescue import Rescue, critical_caps, reaches_alpha
 from lightning_maml_guard.guard.running import RunningRange
-from lightning_maml_guard.guard.trial import Trial, TrialRunner
+from lightning_maml_guard.guard.trial import Trial
 from lightning_maml_guard.maml.problem import MetaProblem
-from lightning_maml_guard.theory.verdict import UNSAFE, Watch, advance, check_margin, severity
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from lightning_maml_guard.theory.verdict import UNSAFE, check_margin, severity
 
 ACTIONS = ("log", "warn", "rescale", "stop")
 
@@ -143,8 +146,7 @@ class ConvergenceGuard(Callback):
         self.stopped_step: int | None = None
         self.stopping_reason: str | None = None
         self._last_step: int | None = None
-        self._watches: dict[str, Watch] = {}
-        self._said: set[str] = set()
+        self._course = Course(self.patience, self.alarm)
         self._memory = Memory()
         self._rescue = Rescue(self.action == "rescale" and not self._inert, self.snapshot_device)
         self._range = RunningRange()
@@ -183,7 +185,7 @@ class ConvergenceGuard(Callback):
         """
         if stage != "fit":
             return
-        if self.problem is None and not _has_meta_problem(pl_module) and not pl_module.automatic_optimization:
+        if self.problem is None and not has_meta_problem(pl_module) and not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 f"ConvergenceGuard cannot watch the training_step of {type(pl_module).__name__}: with manual "
                 "optimisation it takes optimizer steps of its own. Give the module a method meta_problem(batch) -> "
@@ -244,8 +246,7 @@ class ConvergenceGuard(Callback):
             optimizer: The optimizer about to step.
         """
         if self.triggers and self.trial_steps and not self._inert:
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self._norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
+            self._norm = gradient_norm(optimizer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Compare the step's loss and gradient norm with those of the steps before.
@@ -264,7 +265,7 @@ class ConvergenceGuard(Callback):
         norm = math.nan if self._norm is None else float(self._norm)
         self._norm = None
         spiked = self._range.leaves(value, norm)
-        told = self.action != "rescale" and any(watch.state == UNSAFE for watch in self._watches.values())
+        told = self.action != "rescale" and self._course.unsafe
         if self.triggers and spiked and not told:
             self._spiked = True
             self._lost = self._lost or not math.isfinite(value) or value > self.alarm * self._range.start
@@ -308,10 +309,9 @@ class ConvergenceGuard(Callback):
             "stopped_step": self.stopped_step,
             "stopping_reason": self.stopping_reason,
             "last_step": self._last_step,
-            "watches": {name: [watch.state, watch.failed] for name, watch in self._watches.items()},
-            "said": sorted(self._said),
             "range": self._range.state(),
             "triggered": [self._spiked, self._lost, self._gap],
+            **self._course.state(),
             **self._rescue.state(),
         }
 
@@ -326,8 +326,7 @@ class ConvergenceGuard(Callback):
         self.stopped_step = state_dict.get("stopped_step")
         self.stopping_reason = state_dict.get("stopping_reason")
         self._last_step = state_dict.get("last_step")
-        self._watches = {name: Watch(*watch) for name, watch in state_dict.get("watches", {}).items()}
-        self._said = set(state_dict.get("said", []))
+        self._course.load(state_dict)
         self._range.load(state_dict.get("range", {}))
         self._spiked, self._lost, self._gap = state_dict.get("triggered", (False, False, 2))
         self._rescue.load(state_dict)
@@ -342,23 +341,16 @@ class ConvergenceGuard(Callback):
 
         return safe_region(self.history)
 
-    def _state_problem(self, pl_module: Any, batch: Any, batch_idx: int) -> MetaProblem | PlainProblem:
-        if self.problem is not None:
-            return self.problem(pl_module, batch)
-        if _has_meta_problem(pl_module):
-            return pl_module.meta_problem(batch)
-        return training_step_problem(pl_module, batch, batch_idx)
-
     def _check(self, trainer: Any, module: Any, batch: Any, batch_idx: int, step: int, scheduled: bool) -> None:
         fails = taken_back = False
         severe, reference = math.nan, math.nan
         try:
-            with isolated(module), _configured_inner_rate(module):
-                problem = self._state_problem(module, batch, batch_idx)
-                owners = _owners(problem, trainer.optimizers)
-                optimizer = max((trainer.optimizers[index] for index in owners), key=scheduled_rate)
-                trials = None if trainer.fast_dev_run else self._trials(trainer, module, problem, optimizer)
-                present = None if trials is None else trials(self._rescue.caps)
+            with isolated(module), configured_inner_rate(module):
+                problem = state_problem(self.problem, module, batch, batch_idx)
+                owned = owners(problem, trainer.optimizers)
+                optimizer = max((trainer.optimizers[index] for index in owned), key=scheduled_rate)
+                attempt = self._trials(trainer, module, problem, optimizer)
+                present = None if attempt is None else attempt(self._rescue.caps)
             if present is not None:
                 reference = self._range.start if self._range.first else present.begin
                 severe = severity(present.end, reference)
@@ -371,7 +363,7 @@ class ConvergenceGuard(Callback):
                     taken_back = self._roll_back(trainer, module, present.begin, step)
                     if not taken_back:
                         return
-            with isolated(module), _configured_inner_rate(module):
+            with isolated(module), configured_inner_rate(module):
                 report = measure(
                     problem,
                     optimizer=optimizer,
@@ -390,22 +382,22 @@ class ConvergenceGuard(Callback):
                     said = tried(present, reference, alpha, beta, report.status == UNSAFE) if fails else ""
                     reasons = (*report.reasons, said) if said else report.reasons
                     report = replace(report, severity=severe, growth=present.growth, reasons=reasons)
-                state, entered = self._state(report)
-                caps = self._next_caps(module, report, state, fails, taken_back, present, trials)
+                turn = self._course.take(report)
+                caps = self._next_caps(module, report, turn, fails, taken_back, present, attempt)
         except Exception as error:
             # Whatever goes wrong in a check, training goes on as if the guard were not there.
-            self._say_once(
+            self._course.say_once(
                 f"ConvergenceGuard could not measure at step {step}; training goes on without this check. Cause: "
                 f"{type(error).__name__}: {error} This is said once for each cause."
             )
             return
-        if self._rescue.governed != owners:
-            self._rescue.governed = owners
-            self._rescue.govern([trainer.optimizers[index] for index in owners])
+        if self._rescue.governed != owned:
+            self._rescue.governed = owned
+            self._rescue.govern([trainer.optimizers[index] for index in owned])
         if present is not None:
-            report = replace(report, status=state)
+            report = replace(report, status=turn.state)
         if not trainer.fast_dev_run:
-            report = self._act(trainer, module, report, state, entered, caps, step)
+            report = self._act(trainer, module, report, turn, caps, step)
             if taken_back:
                 self._report_rollback(report, present, caps, step)
             if self.rollback and (self._rescue.snapshot is None or severe <= 0.5 * math.log(self.alarm)):
@@ -413,75 +405,54 @@ class ConvergenceGuard(Callback):
         self.history.append(report)
         log_values(trainer, module, metrics(report), step)
 
-    def _trials(self, trainer: Any, module: Any, problem: Any, optimizer: Any) -> Callable[[Caps], Trial] | None:
-        if not self.trial_steps:
+    def _trials(self, trainer: Any, module: Any, problem: Any, optimizer: Any) -> Try | None:
+        if not self.trial_steps or trainer.fast_dev_run:
             return None
-        older = [self._state_problem(module, *each) for each in list(self._recent)[1:]]
-        clip = _clipping(trainer)
+        older = [state_problem(self.problem, module, *each) for each in list(self._recent)[1:]]
         try:
-            runner = TrialRunner([problem, *older], optimizer, self.trial_steps, self._memory.task_map, clip)
-            rate, alpha = scheduled_rate(optimizer), getattr(problem, "alpha", math.nan)
-
-            def attempt(caps: Caps) -> Trial:
-                lower_alpha, lower_beta = caps.applied(alpha, rate)
-                return runner.run(lower_alpha / alpha if alpha > 0 else 1.0, lower_beta / rate if rate > 0 else 1.0)
-
-            return attempt
+            return trials([problem, *older], optimizer, self.trial_steps, trainer, self._memory.task_map)
         except ClosureError as error:
-            self._say_once(f"ConvergenceGuard judges by curvature alone: the coming steps cannot be tried. {error}")
+            self._course.say_once(
+                f"ConvergenceGuard judges by curvature alone: the coming steps cannot be tried. {error}"
+            )
             return None
-
-    def _state(self, report: StabilityReport) -> tuple[str, bool]:
-        """The state after this check, and whether it left the safe region just now."""
-        tried_it = not math.isnan(report.severity)
-        statuses = {"run": report.status} if tried_it else {"alpha": report.alpha_status, "beta": report.beta_status}
-        before = {name: self._watches.get(name, Watch()) for name in statuses}
-        self._watches = {
-            name: advance(before[name], status, report.severity, patience=self.patience, alarm=self.alarm)
-            for name, status in statuses.items()
-        }
-        states = {name: watch.state for name, watch in self._watches.items()}
-        entered = any(states[name] == UNSAFE and before[name].state != UNSAFE for name in states)
-        left_now = any(each.state == UNSAFE for each in before.values()) and UNSAFE not in states.values()
-        if left_now and self.action != "log":
-            inform(f"ConvergenceGuard: step {report.step}: the rates are back in the safe region.")
-        state = states["run"] if tried_it else UNSAFE if UNSAFE in states.values() else report.status
-        return state, entered
 
     def _next_caps(
         self,
         module: Any,
         report: StabilityReport,
-        state: str,
+        turn: Turn,
         fails: bool,
         taken_back: bool,
         present: Trial | None,
-        trials: Callable[[Caps], Trial] | None,
+        attempt: Try | None,
     ) -> Caps:
         caps, reach = self._rescue.caps, reaches_alpha(module)
         if self.action != "rescale":
             return caps
-        if present is None or trials is None:
-            waiting = report.status == UNSAFE and state != UNSAFE
+        if present is None or attempt is None:
+            waiting = report.status == UNSAFE and turn.state != UNSAFE
             return caps if waiting else critical_caps(report, caps, self.margin, reach)
-        if taken_back or (fails and state == UNSAFE):
-            return lowered(report, caps, self.margin, trials, reach_alpha=reach, at_least_halve=taken_back)
-        return caps if fails else raised(report, caps, self.margin, present, trials)
+        if taken_back or (fails and turn.state == UNSAFE):
+            return lowered(report, caps, self.margin, attempt, reach_alpha=reach, at_least_halve=taken_back)
+        return caps if fails else raised(report, caps, self.margin, present, attempt)
 
     def _act(
-        self, trainer: Any, module: Any, report: StabilityReport, state: str, entered: bool, caps: Caps, step: int
+        self, trainer: Any, module: Any, report: StabilityReport, turn: Turn, caps: Caps, step: int
     ) -> StabilityReport:
         if self.action == "rescale":
             self._rescue.apply(module, caps)
-        if entered and self.action != "log":
+        if turn.returned and self.action != "log":
+            inform(f"ConvergenceGuard: step {step}: the rates are back in the safe region.")
+        if turn.entered and self.action != "log":
             warn(left(report, self.action, step, caps))
-        if state == UNSAFE and self.action == "stop":
+        if turn.state == UNSAFE and self.action == "stop":
             self._stop(trainer, step, " ".join(report.reasons))
         if self.action != "log":
             for notice in report.notices:
-                if entered and notice in report.reasons:
+                if turn.entered and notice in report.reasons:
                     continue  # just said
-                self._say_once(f"ConvergenceGuard: step {step}: {notice}")
+                self._course.say_once(f"ConvergenceGuard: step {step}: {notice}")
         alpha, beta = self._rescue.caps.applied(report.alpha, report.beta)
         return replace(report, alpha_applied=alpha, beta_applied=beta)
 
@@ -509,51 +480,3 @@ class ConvergenceGuard(Callback):
         if present is not None and self._rescue.snapshot is not None:
             to, count = self._rescue.snapshot.step, self._rescue.rollbacks
             warn(rolled_back(step, to, present.begin, caps, report, count, self.max_rollbacks))
-
-    def _say_once(self, message: str) -> None:
-        """Warn, unless the same was said before with other numbers in it."""
-        gist = re.sub(r"[-+]?[0-9]+[0-9.e+-]*", "#", message)
-        if gist not in self._said:
-            self._said.add(gist)
-            warn(message)
-
-
-def _clipping(trainer: Any) -> Clip | None:
-    value = trainer.gradient_clip_val
-    if not value:
-        return None
-    if trainer.gradient_clip_algorithm == "value":
-        return lambda parameters: torch.nn.utils.clip_grad_value_(parameters, value)
-    return lambda parameters: _clip_norm(parameters, value)
-
-
-def _clip_norm(parameters: list[torch.nn.Parameter], value: float) -> None:
-    torch.nn.utils.clip_grad_norm_(parameters, value)
-
-
-@contextmanager
-def _configured_inner_rate(pl_module: Any) -> Iterator[None]:
-    """Measure at the inner rate as configured, not as capped by an earlier check."""
-    if not hasattr(pl_module, "inner_lr_cap"):
-        yield
-        return
-    cap, pl_module.inner_lr_cap = pl_module.inner_lr_cap, None
-    try:
-        yield
-    finally:
-        pl_module.inner_lr_cap = cap
-
-
-def _has_meta_problem(pl_module: Any) -> bool:
-    return callable(getattr(pl_module, "meta_problem", None))
-
-
-def _owners(problem: MetaProblem | PlainProblem, optimizers: list[Any]) -> list[int]:
-    """Find the optimizers that move the problem's parameters; all of them if none does (measure then says so)."""
-    moved = {id(value) for value in problem.params.values()}
-    owners = [
-        index
-        for index, optimizer in enumerate(optimizers)
-        if any(id(parameter) in moved for group in optimizer.param_groups for parameter in group["params"])
-    ]
-    return owners or list(range(len(optimizers)))

@@ -33,9 +33,7 @@ class Twin:
 
     def __init__(self, optimizer: Optimizer, params: Params, factor: float = 1.0) -> None:
         optimizer = unwrap(optimizer)
-        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-        if closure is not None and closure.default is inspect.Parameter.empty:
-            raise ClosureError(f"{type(optimizer).__name__} needs a closure for a step.")
+        refuse_closures(optimizer)
         names = {id(value): name for name, value in params.items()}
         self.params = {name: value.detach().clone() for name, value in params.items()}
         self._optimizer = twin = object.__new__(type(optimizer))
@@ -75,6 +73,20 @@ class Twin:
 
 class ClosureError(TypeError):
     """The optimizer's step evaluates the loss itself."""
+
+
+def refuse_closures(optimizer: Optimizer) -> None:
+    """Refuse an optimizer of which one gradient does not make a step.
+
+    Args:
+        optimizer: The optimizer.
+
+    Raises:
+        ClosureError: If its step needs a closure.
+    """
+    closure = inspect.signature(type(unwrap(optimizer)).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ClosureError(f"{type(unwrap(optimizer)).__name__} needs a closure for a step.")
 
 
 def coming_update(optimizer: Optimizer, params: Params, gradient: Params) -> Params | None:

@@ -17,7 +17,7 @@ from torch.optim import SGD, Optimizer
 from lightning_maml_guard._vectorize import TaskMap, as_float32
 from lightning_maml_guard.curvature.backward import double_backward
 from lightning_maml_guard.curvature.layout import Params
-from lightning_maml_guard.guard.coming import Clip, Twin
+from lightning_maml_guard.guard.coming import Clip, Twin, refuse_closures
 from lightning_maml_guard.guard.isolation import preserved_randomness
 from lightning_maml_guard.guard.plain import PlainProblem
 from lightning_maml_guard.guard.subject import MamlSubject, PlainSubject, Subject
@@ -87,6 +87,7 @@ class TrialRunner:
         else:
             self._optimizer = SGD([value.detach().requires_grad_() for value in self._live.values()], lr=optimizer)
         self._owned = isinstance(optimizer, Optimizer)
+        refuse_closures(self._optimizer)
         self._steps, self._clip = steps, clip
         self.runs = 0
 

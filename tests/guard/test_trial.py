@@ -99,6 +99,5 @@ def test_a_loss_that_was_not_finite_on_the_way_is_lost():
 
 def test_an_optimizer_that_wants_a_closure_is_refused():
     module = linear_module(2, 1.0)
-    runner = TrialRunner([module.meta_problem(quadratic_batch([1.0, 2.0]))], LBFGS(module.parameters()), 2)
     with pytest.raises(ClosureError, match="LBFGS needs a closure"):
-        runner.run()
+        TrialRunner([module.meta_problem(quadratic_batch([1.0, 2.0]))], LBFGS(module.parameters()), 2)

@@ -1,0 +1,99 @@
+"""What a guard has seen and said in the course of a run."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from lightning_maml_guard.guard.report import StabilityReport
+from lightning_maml_guard.guard.reporting import warn
+from lightning_maml_guard.theory.verdict import UNSAFE, Watch, advance
+
+
+class Turn(NamedTuple):
+    """What a check changed.
+
+    Attributes:
+        state: The state after it.
+        entered: Whether the rates left the safe region just now.
+        returned: Whether they came back just now.
+    """
+
+    state: str
+    entered: bool
+    returned: bool
+
+
+@dataclass
+class Course:
+    """The states of a run's rates over its checks, and what the user was told.
+
+    Where the coming steps were tried there is one state, of the run; without trials each rate has its own.
+
+    Attributes:
+        patience: Consecutive failures before a state is unsafe.
+        alarm: See :func:`lightning_maml_guard.theory.verdict.advance`.
+        watches: The states by what they are about.
+        said: The gist of what was said once.
+    """
+
+    patience: int
+    alarm: float
+    watches: dict[str, Watch] = field(default_factory=dict)
+    said: set[str] = field(default_factory=set)
+
+    @property
+    def unsafe(self) -> bool:
+        """Whether the rates are outside the safe region."""
+        return any(watch.state == UNSAFE for watch in self.watches.values())
+
+    def take(self, report: StabilityReport) -> Turn:
+        """Take a check in.
+
+        Args:
+            report: What it found.
+
+        Returns:
+            What it changed.
+        """
+        tried = not math.isnan(report.severity)
+        statuses = {"run": report.status} if tried else {"alpha": report.alpha_status, "beta": report.beta_status}
+        before, was_unsafe = {name: self.watches.get(name, Watch()) for name in statuses}, self.unsafe
+        self.watches = {
+            name: advance(before[name], status, report.severity, patience=self.patience, alarm=self.alarm)
+            for name, status in statuses.items()
+        }
+        entered = any(self.watches[n].state == UNSAFE and before[n].state != UNSAFE for n in statuses)
+        state = self.watches["run"].state if tried else UNSAFE if self.unsafe else report.status
+        return Turn(state, entered, was_unsafe and not self.unsafe)
+
+    def say_once(self, message: str) -> None:
+        """Warn, unless the same was said before with other numbers in it.
+
+        Args:
+            message: What happened.
+        """
+        gist = re.sub(r"[-+]?[0-9]+[0-9.e+-]*", "#", message)
+        if gist not in self.said:
+            self.said.add(gist)
+            warn(message)
+
+    def state(self) -> dict[str, Any]:
+        """Collect the state as primitives.
+
+        Returns:
+            What :meth:`load` takes.
+        """
+        watches = {name: [watch.state, watch.failed] for name, watch in self.watches.items()}
+        return {"watches": watches, "said": sorted(self.said)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restore the state.
+
+        Args:
+            state: What :meth:`state` collected.
+        """
+        self.watches = {name: Watch(*watch) for name, watch in state.get("watches", {}).items()}
+        self.said = set(state.get("said", []))

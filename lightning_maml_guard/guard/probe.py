@@ -1,0 +1,145 @@
+"""What a check reads from a run: its problem, the optimizers that move it, and the steps that are coming."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_maml_guard.guard.caps import Caps, Try
+from lightning_maml_guard.guard.coming import Clip
+from lightning_maml_guard.guard.governor import scheduled_rate
+from lightning_maml_guard.guard.plain import PlainProblem, training_step_problem
+from lightning_maml_guard.guard.trial import Trial, TrialRunner
+from lightning_maml_guard.maml.problem import MetaProblem
+
+Problem = MetaProblem | PlainProblem
+
+
+def has_meta_problem(pl_module: Any) -> bool:
+    """Say whether a module states its own problem.
+
+    Args:
+        pl_module: The module.
+
+    Returns:
+        Whether it has a method ``meta_problem``.
+    """
+    return callable(getattr(pl_module, "meta_problem", None))
+
+
+def state_problem(
+    problem: Callable[[Any, Any], MetaProblem] | None, pl_module: Any, batch: Any, batch_idx: int
+) -> Problem:
+    """State the problem of a step.
+
+    Args:
+        problem: The user's function, which goes first.
+        pl_module: The module.
+        batch: The step's batch.
+        batch_idx: Its index.
+
+    Returns:
+        The problem; the module's own ``training_step`` as plain training where there is no other.
+    """
+    if problem is not None:
+        return problem(pl_module, batch)
+    if has_meta_problem(pl_module):
+        return pl_module.meta_problem(batch)
+    return training_step_problem(pl_module, batch, batch_idx)
+
+
+def owners(problem: Problem, optimizers: Sequence[Optimizer]) -> list[int]:
+    """Find the optimizers that move a problem's parameters.
+
+    Args:
+        problem: The problem.
+        optimizers: The run's optimizers.
+
+    Returns:
+        Their indices; all of them if none does (measure then says so).
+    """
+    moved = {id(value) for value in problem.params.values()}
+    found = [
+        index
+        for index, optimizer in enumerate(optimizers)
+        if any(id(parameter) in moved for group in optimizer.param_groups for parameter in group["params"])
+    ]
+    return found or list(range(len(optimizers)))
+
+
+@contextmanager
+def configured_inner_rate(pl_module: Any) -> Iterator[None]:
+    """Measure at the inner rate as configured, not as capped by an earlier check.
+
+    Args:
+        pl_module: The module.
+
+    Yields:
+        Nothing.
+    """
+    if not hasattr(pl_module, "inner_lr_cap"):
+        yield
+        return
+    cap, pl_module.inner_lr_cap = pl_module.inner_lr_cap, None
+    try:
+        yield
+    finally:
+        pl_module.inner_lr_cap = cap
+
+
+def trials(problems: Sequence[Problem], optimizer: Optimizer, steps: int, trainer: Any, task_map: Any) -> Try:
+    """Make the function that tries the coming steps under caps.
+
+    Args:
+        problems: The coming step's problem and those to go on with.
+        optimizer: The optimizer about to step.
+        steps: Number of steps.
+        trainer: The Trainer, which may clip gradients.
+        task_map: How to run over the tasks.
+
+    Returns:
+        The function.
+
+    Raises:
+        ClosureError: If the optimizer needs a closure.
+    """
+    runner = TrialRunner(problems, optimizer, steps, task_map, _clipping(trainer))
+    rate, alpha = scheduled_rate(optimizer), getattr(problems[0], "alpha", math.nan)
+
+    def attempt(caps: Caps) -> Trial:
+        lower_alpha, lower_beta = caps.applied(alpha, rate)
+        return runner.run(lower_alpha / alpha if alpha > 0 else 1.0, lower_beta / rate if rate > 0 else 1.0)
+
+    return attempt
+
+
+def _clipping(trainer: Any) -> Clip | None:
+    value = trainer.gradient_clip_val
+    if not value:
+        return None
+    if trainer.gradient_clip_algorithm == "value":
+        return lambda parameters: nn.utils.clip_grad_value_(parameters, value)
+    return lambda parameters: _clip_norm(parameters, value)
+
+
+def _clip_norm(parameters: list[nn.Parameter], value: float) -> None:
+    nn.utils.clip_grad_norm_(parameters, value)
+
+
+def gradient_norm(optimizer: Optimizer) -> torch.Tensor | None:
+    """Compute the norm of the gradient an optimizer is about to use.
+
+    Args:
+        optimizer: The optimizer.
+
+    Returns:
+        The scalar, on the device; None without a gradient.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return nn.utils.get_total_norm(gradients) if gradients else None
