@@ -89,7 +89,7 @@ class ConvergenceGuard(Callback):
         self,
         every_n_steps: int = 100,
         action: str = "warn",
-        criterion: str = "simplified",
+        criterion: str = "exact",
         margin: float = 1.0,
         patience: int = 1,
         estimator: Estimator = "lanczos",
@@ -434,7 +434,8 @@ class ConvergenceGuard(Callback):
             waiting = report.status == UNSAFE and turn.state != UNSAFE
             return caps if waiting else critical_caps(report, caps, self.margin, reach)
         if taken_back or (fails and turn.state == UNSAFE):
-            return lowered(report, caps, self.margin, attempt, reach_alpha=reach, at_least_halve=taken_back)
+            loss = attempt(caps).begin if taken_back else present.begin
+            return lowered(report, caps, self.margin, attempt, loss=loss, reach_alpha=reach, at_least_halve=taken_back)
         return caps if fails else raised(report, caps, self.margin, present, attempt)
 
     def _act(
@@ -450,9 +451,8 @@ class ConvergenceGuard(Callback):
             self._stop(trainer, step, " ".join(report.reasons))
         if self.action != "log":
             for notice in report.notices:
-                if turn.entered and notice in report.reasons:
-                    continue  # just said
-                self._course.say_once(f"ConvergenceGuard: step {step}: {notice}")
+                told = turn.entered and notice in report.reasons
+                self._course.say_once(f"ConvergenceGuard: step {step}: {notice}", just_said=told)
         alpha, beta = self._rescue.caps.applied(report.alpha, report.beta)
         return replace(report, alpha_applied=alpha, beta_applied=beta)
 

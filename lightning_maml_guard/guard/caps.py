@@ -12,8 +12,19 @@ from lightning_maml_guard.theory.verdict import UNSAFE
 
 # A trial at lowered rates is calm if it does not raise the loss by more than the scatter of a batch.
 CALM = 1.2
-# Bounds the trials of one check; 2^-10 of a rate is no rate.
-ATTEMPTS = 10
+# Shares of the lowered rates to try one after another; None leaves the inner rate alone.
+LADDER: tuple[tuple[float | None, float], ...] = (
+    (1.0, 1.0),
+    (None, 1.0),
+    (1.0, 0.5),
+    (None, 0.5),
+    (1.0, 0.25),
+    (None, 0.25),
+    (0.5, 0.25),
+    (None, 1 / 16),
+    (0.25, 1 / 16),
+    (None, 1 / 256),
+)
 # Factor by which capped rates rise a check.
 RELEASE = 1.5
 
@@ -60,20 +71,31 @@ def capped(rate: float, cap: float | None) -> float:
 
 
 def lowered(
-    report: StabilityReport, caps: Caps, margin: float, trial: Try, *, reach_alpha: bool, at_least_halve: bool = False
+    report: StabilityReport,
+    caps: Caps,
+    margin: float,
+    trial: Try,
+    *,
+    loss: float = math.inf,
+    reach_alpha: bool,
+    at_least_halve: bool = False,
 ) -> Caps:
     """Bring the rates of a dying run down: to ``margin`` times their critical values, and on until a trial is calm.
+
+    A lower inner rate changes the loss itself, for the worse where the parameters have come to rely on it, so each
+    step down is tried with the inner rate lowered and with it left alone.
 
     Args:
         report: The curvature where the run is.
         caps: The caps so far.
         margin: Fraction of the critical values.
         trial: Tries the coming steps under caps.
+        loss: Loss where the run is; ``inf`` if it is not known.
         reach_alpha: Whether the inner rate can be capped.
         at_least_halve: Whether the meta rate must fall to half whatever the trial says.
 
     Returns:
-        The caps to apply. After ATTEMPTS trials the lowest tried.
+        The caps to apply: the first whose trial is calm, else those whose trial ended lowest.
     """
     alpha, beta = caps.applied(report.alpha, report.beta)
     lower_alpha, lower_beta = alpha, beta
@@ -84,17 +106,18 @@ def lowered(
         lower_beta = min(beta, critical)
     if at_least_halve or (lower_beta == beta and not lower_alpha < alpha):
         lower_beta = min(lower_beta, beta / 2)
-    halve_alpha = reach_alpha and alpha > 0
-    for attempt in range(ATTEMPTS):
-        candidate = Caps(lower_alpha if lower_alpha < report.alpha else None, lower_beta)
-        found = trial(candidate)
-        if found.end <= CALM * found.begin or attempt == ATTEMPTS - 1:
-            break
-        lower_beta /= 2
-        # The meta rate alone first; an inner loop that explodes cannot be calmed by it.
-        if halve_alpha and (attempt % 2 == 1 or not math.isfinite(found.begin)):
-            lower_alpha /= 2
-    return candidate
+    tried: dict[Caps, Trial] = {}
+    for share_alpha, share_beta in LADDER:
+        at = alpha if share_alpha is None else share_alpha * lower_alpha
+        if at < alpha and not reach_alpha:
+            continue
+        candidate = Caps(at if at < report.alpha else None, share_beta * lower_beta)
+        if candidate in tried:
+            continue
+        found = tried[candidate] = trial(candidate)
+        if found.end <= CALM * min(found.begin, loss):
+            return candidate
+    return min(tried, key=lambda each: tried[each].end)
 
 
 def raised(report: StabilityReport, caps: Caps, margin: float, present: Trial, trial: Try) -> Caps:

@@ -69,16 +69,18 @@ class Course:
         state = self.watches["run"].state if tried else UNSAFE if self.unsafe else report.status
         return Turn(state, entered, was_unsafe and not self.unsafe)
 
-    def say_once(self, message: str) -> None:
+    def say_once(self, message: str, *, just_said: bool = False) -> None:
         """Warn, unless the same was said before with other numbers in it.
 
         Args:
             message: What happened.
+            just_said: Whether another message has this one in it, so that it counts as said.
         """
         gist = re.sub(r"[-+]?[0-9]+[0-9.e+-]*", "#", message)
         if gist not in self.said:
             self.said.add(gist)
-            warn(message)
+            if not just_said:
+                warn(message)
 
     def state(self) -> dict[str, Any]:
         """Collect the state as primitives.

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_maml_guard.guard.caps import ATTEMPTS, RELEASE, Caps, lowered, raised
+from lightning_maml_guard.guard.caps import LADDER, RELEASE, Caps, lowered, raised
 from lightning_maml_guard.guard.trial import Trial
 
 
@@ -54,13 +54,28 @@ def test_after_a_rollback_the_meta_rate_falls_even_if_the_trial_is_calm():
 
 def test_an_inner_loop_that_explodes_brings_the_inner_rate_down():
     found = report(alpha=0.4)
-    assert lowered(found, Caps(), 1.0, dies_above(found, 1.0, alpha=0.1), reach_alpha=True).alpha == 0.1
+    assert lowered(found, Caps(), 1.0, dies_above(found, 1.0, alpha=0.2), reach_alpha=True).alpha == 0.2
 
 
-def test_trials_are_bounded():
+def test_an_inner_rate_the_parameters_rely_on_is_left_alone():
+    found = report(alpha=0.1, alpha_c=0.05, safe_beta_c=0.4, alpha_status="unsafe")
+
+    def trial(caps):
+        loss = 40.0 if caps.alpha is not None else 1.0
+        return Trial((loss, 0.9 * loss))
+
+    assert lowered(found, Caps(), 1.0, trial, loss=1.0, reach_alpha=True) == Caps(None, 0.4)
+
+
+def test_trials_are_bounded_and_the_one_that_ended_lowest_is_taken():
     found, tried = report(), []
-    caps = lowered(found, Caps(), 1.0, dies_above(found, -1.0, tried=tried), reach_alpha=False)
-    assert len(tried) == ATTEMPTS and caps == tried[-1]
+
+    def trial(caps):
+        tried.append(caps)
+        return Trial((1.0, 5.0 if caps.beta == 0.125 else 9.0))
+
+    assert lowered(found, Caps(), 1.0, trial, reach_alpha=False).beta == 0.125
+    assert len(tried) == len({share for alpha, share in LADDER if alpha != 0.5})
 
 
 @given(st.floats(1e-2, 1.0), st.floats(1e-3, 2.0), st.floats(0.01, 3.0))
@@ -68,7 +83,7 @@ def test_lowering_never_raises_and_ends_where_the_run_lives(cap, lives, critical
     found = report(safe_beta_c=critical)
     caps = lowered(found, Caps(None, cap), 1.0, dies_above(found, lives), reach_alpha=False)
     assert caps.beta is not None and caps.beta <= cap
-    assert caps.beta <= lives or caps.beta <= cap * 0.5 ** (ATTEMPTS - 2)
+    assert caps.beta <= lives or min(cap, critical) / 256 > lives
 
 
 def test_release_is_gradual_and_ends_at_the_configured_rate():
