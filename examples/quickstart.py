@@ -11,7 +11,7 @@ from lightning_maml_guard.tasks.regression import Sinusoid
 def main(steps: int = 500) -> ConvergenceGuard:
     """Train, say which rate was lowered, and draw the safe region."""
     seed_everything(0)
-    module = MetaLearningModule(mlp(), inner_lr=0.01, optimizer=lambda parameters: SGD(parameters, lr=0.3))
+    module = MetaLearningModule(mlp(), inner_lr=0.01, optimizer=lambda parameters: SGD(parameters, lr=1.0))
     episodes = TaskDataModule(Sinusoid(shots=10), meta_batch_size=25, val_episodes=0)
 
     guard = ConvergenceGuard(every_n_steps=10, action="rescale")

@@ -119,6 +119,6 @@ def test_the_quickstart_tells_which_rate_to_lower(capsys):
     module = runpy.run_path(str(EXAMPLES / "quickstart.py"))
     with pytest.warns(GuardWarning, match="Lower the optimizer's lr below"):
         guard = module["main"](steps=60)
-    assert guard.history[-1].beta_applied < 0.3
+    assert min(report.beta_applied for report in guard.history) < 0.3
     assert Path("safe_region.png").stat().st_size > 10_000
-    assert "beta = 0.3 was applied as" in capsys.readouterr().out
+    assert "beta = 1 was applied as" in capsys.readouterr().out

@@ -43,19 +43,27 @@ ACTIONS = ("log", "warn", "rescale", "stop")
 class ConvergenceGuard(Callback):
     """Watches whether a MAML run's learning rates can converge, and acts when they cannot.
 
-    Every ``every_n_steps`` optimizer steps, before the step is taken and on the batch it will use, the
-    guard estimates the task loss's Hessian eigenvalues and compares the inner rate with
-    ``alpha_c = 1/lambda_max`` and the meta rate with ``beta_c = min_i 2/(lambda_i - alpha*lambda_i^2)``
-    (Takagi et al.), for the optimizer as it runs. A measurement leaves random states, buffers, gradients
-    and logged values as they were; if it fails, training goes on with one warning that says why.
+    A check comes before a step and uses the batch the step will use. It does two things. It estimates the task loss's
+    Hessian eigenvalues and compares the inner rate with ``alpha_c = 1/lambda_max`` and the meta rate with
+    ``beta_c = min_i 2/(lambda_i - alpha*lambda_i^2)`` (Takagi et al.) or with the limits of the update as configured,
+    for the optimizer as it runs. And it *tries* the coming ``trial_steps`` steps on copies of parameters and optimizer
+    state. A ratio above 1 alone is not divergence: healthy runs live at the edge of stability. The run is ``unsafe``
+    when the trial takes the loss to ``alarm`` times the one training started from; a rate beyond its critical value
+    whose trial survives is at the ``edge``, which is logged and not warned about. Without a trial the ratios decide.
+
+    Checks come every ``every_n_steps`` steps, and between them when the loss or the gradient norm of a step leaves its
+    running range: then the trial goes first, and the curvature is measured only if it fails. A check leaves random
+    states, buffers, gradients and logged values as they were; if it fails, training goes on with one warning that says
+    why.
 
     ===========  ================================================================================
-    action       effect when a rate is unsafe
+    action       effect when the rates are unsafe
     ===========  ================================================================================
     ``log``      none: the numbers are logged
     ``warn``     one warning each time the state changes to unsafe
-    ``rescale``  the applied rates are capped at ``margin`` times their critical values until a
-                 later check releases them; the schedule itself is never touched
+    ``rescale``  the applied rates are capped at ``margin`` times their critical values, or lower
+                 if the coming steps do not survive there; later checks release them by half as
+                 much again and to the critical values at most. The schedule is never touched
     ``stop``     the Trainer is asked to stop (after the step at hand; with ``min_steps`` it goes on
                  until then); ``stopped_step`` and ``stopping_reason`` say when and why
     ===========  ================================================================================
@@ -63,9 +71,9 @@ class ConvergenceGuard(Callback):
     Args:
         every_n_steps: Optimizer steps between two checks; the first is at step 0.
         action: ``"log"``, ``"warn"``, ``"rescale"`` or ``"stop"``.
-        criterion: ``"simplified"``: the poster's conditions. ``"exact"``: the Jacobian of the update as configured,
-            and the inner loop's own limit.
-        margin: Act when a rate exceeds ``margin`` times its critical value; ``rescale`` goes to that.
+        criterion: ``"exact"``: the Jacobian of the update as configured, and the inner loop's own limit.
+            ``"simplified"``: the poster's conditions. What is logged as ``alpha_c`` and ``beta_c`` is what is judged.
+        margin: Fraction of the critical values that counts as the threshold; ``rescale`` goes to that.
         patience: Consecutive unsafe checks before acting.
         estimator: ``"lanczos"``, ``"pyhessian"`` or ``(matvec, start vector) -> eigenvalues``.
         max_iter: Lanczos steps at most.
@@ -75,6 +83,16 @@ class ConvergenceGuard(Callback):
         problem: ``(pl_module, batch) -> MetaProblem``, for modules that have no ``meta_problem``. The inner
             rate of such a module is out of reach: ``rescale`` then caps the meta rate alone. Without both, the
             module's own ``training_step`` is watched as plain training: ``beta_c`` only.
+        trial_steps: Steps a trial takes, each about the cost of a training step; 0 judges by the ratios alone.
+        replay: Batches the trial goes through, the coming one and those before it, kept by reference on the device.
+            GuardBench: replaying fewer than 8 loses most of the recall where tasks are resampled.
+        alarm: Factor over the loss that training started from that counts as dying, above 1.
+        triggers: Whether a loss above twice its running mean or a gradient norm above four times its own calls a
+            check. Reads one number a step from the device.
+        rollback: With ``action="rescale"``: keep parameters, buffers and optimizer state of the last check that passed,
+            and go back to them when the loss is lost; the batches since are skipped and the meta rate at least halved.
+        max_rollbacks: Rollbacks before the guard stops the run and says so.
+        snapshot_device: Where that copy is kept (``"cpu"``); None: beside the parameters.
 
     Raises:
         ValueError: If an argument is not allowed.

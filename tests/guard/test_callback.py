@@ -251,7 +251,9 @@ def foreign_problem(module, batch):
 
 
 def test_a_foreign_module_is_guarded_through_problem():
-    guard = ConvergenceGuard(every_n_steps=5, action="rescale", problem=foreign_problem)
+    guard = ConvergenceGuard(
+        every_n_steps=5, action="rescale", criterion="simplified", problem=foreign_problem, trial_steps=0
+    )
     with pytest.warns(GuardWarning, match="beta = 0.7 exceeds beta_c = 0.625"):
         trainer = fit(Foreign(), BATCH, 10, [guard])
     assert guard.history[-1].beta_applied == pytest.approx(0.625, rel=1e-6)
@@ -480,8 +482,8 @@ def test_only_the_optimizer_of_the_problem_is_capped():
         return MetaProblem(dict(module.net.named_parameters()), loss, batch[0], batch[1], inner_lr=0.05)
 
     module = TwoOptimizers()
-    guard = ConvergenceGuard(every_n_steps=1, action="rescale", problem=problem)
-    with pytest.warns(GuardWarning, match="beta = 3 exceeds beta_c = 0.625"):
+    guard = ConvergenceGuard(every_n_steps=1, action="rescale", problem=problem, margin=0.8)
+    with pytest.warns(GuardWarning, match=r"beta = 3 exceeds 0.8 \* beta_c = 0.625"):
         trainer = fit(module, BATCH, 8, [guard])
     assert float(module.other) == -4.0
     assert float(module.net.weight.abs().max()) < 1
@@ -571,7 +573,9 @@ def test_tasks_of_different_sharpness_need_the_worst_task_or_a_trial(tasks, tria
     network = nn.Linear(1, 1, bias=False)
     nn.init.ones_(network.weight)
     module = MetaLearningModule(network, inner_lr=0.075, order="simplified", optimizer=lambda p: SGD(p, lr=0.1))
-    guard = ConvergenceGuard(every_n_steps=20, action="log", tasks=tasks, trial_steps=trial_steps)
+    guard = ConvergenceGuard(
+        every_n_steps=20, action="log", criterion="simplified", tasks=tasks, trial_steps=trial_steps
+    )
     fit(module, ((x, y), (x, y)), 100, [guard])
     assert {report.status for report in guard.history} == {status}
     assert abs(float(network.weight)) > 1e6
