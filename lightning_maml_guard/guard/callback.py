@@ -415,7 +415,7 @@ class ConvergenceGuard(Callback):
         if present is not None:
             report = replace(report, status=turn.state)
         if not trainer.fast_dev_run:
-            report = self._act(trainer, module, report, turn, caps, step)
+            report = self._act(trainer, module, report, turn, caps, taken_back)
             if taken_back:
                 self._report_rollback(report, present, caps, step)
             if self.rollback and (self._rescue.snapshot is None or severe <= 0.5 * math.log(self.alarm)):
@@ -457,13 +457,14 @@ class ConvergenceGuard(Callback):
         return caps if fails else raised(report, caps, self.margin, present, attempt)
 
     def _act(
-        self, trainer: Any, module: Any, report: StabilityReport, turn: Turn, caps: Caps, step: int
+        self, trainer: Any, module: Any, report: StabilityReport, turn: Turn, caps: Caps, taken_back: bool
     ) -> StabilityReport:
+        step = report.step or 0
         if self.action == "rescale":
             self._rescue.apply(module, caps)
         if turn.returned and self.action != "log":
             inform(f"ConvergenceGuard: step {step}: the rates are back in the safe region.")
-        if turn.entered and self.action != "log":
+        if turn.entered and self.action != "log" and not taken_back:
             warn(left(report, self.action, step, caps))
         if turn.state == UNSAFE and self.action == "stop":
             self._stop(trainer, step, " ".join(report.reasons))

@@ -48,8 +48,8 @@ def tried(trial: Trial, reference: float, alpha: float, beta: float, explained: 
     """
     if not math.isfinite(trial.begin):
         return (
-            f"The loss is {trial.begin} already, so no rate brings this run back. Start again with lower rates, or use "
-            "action='rescale' with rollback=True, which takes a run back to the last parameters measured safe."
+            f"The loss is {trial.begin} already, so no rate brings this run back. Start again with lower rates; "
+            "ConvergenceGuard(action='rescale', rollback=True) takes a run back to the last parameters measured safe."
         )
     steps = len(trial.losses) - 1
     rates = ("" if math.isnan(alpha) else f"alpha = {alpha:.3g} and ") + f"beta = {beta:.3g}"

@@ -96,6 +96,13 @@ class StabilityReport:
         return Limit(self.alpha, self.alpha_c, self.alpha_c_interval).ratio
 
     @property
+    def poster_alpha_c(self) -> float:
+        """The poster's ``alpha_c = 1/lambda_max`` (of ``K`` simplified steps a ``K``-th), whatever the criterion."""
+        if math.isnan(self.alpha):
+            return math.nan
+        return 1 / (self.inner_steps * self.lambda_max) if self.lambda_max > 0 else math.inf
+
+    @property
     def beta_ratio(self) -> float:
         """``beta / beta_c``: 1 and above is unsafe; ``nan`` where either is not known."""
         return Limit(self.beta, self.beta_c, self.beta_c_interval).ratio

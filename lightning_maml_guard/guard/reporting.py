@@ -27,6 +27,7 @@ def metrics(report: StabilityReport) -> dict[str, float]:
         "alpha_c": report.alpha_c,
         "beta": report.beta,
         "beta_c": report.beta_c,
+        "alpha_c_poster": report.poster_alpha_c,
         "beta_c_sgd": report.sgd_beta_c,
         "exact_beta_c": report.exact_beta_c,
         "beta_c_noise": report.beta_c_noise,
