@@ -112,8 +112,9 @@ def test_rollbacks_are_bounded_and_then_the_run_stops_with_the_reason():
     with pytest.warns(GuardWarning) as caught:
         trainer = fit(Struck(to_nan, at=set(range(5, 60))), BATCH, 60, [guard])
     said = [str(each.message) for each in caught if each.category is GuardWarning]
-    assert ["rollback 1 of" in said[0], "rollback 2 of" in said[1]] == [True, True] and len(said) == 3
+    assert ["rollback 1 of" in said[0], "rollback 2 of" in said[1]] == [True, True] and len(said) == 4
     assert "training stops. The loss was nan at step" in said[2] and "after 2 rollbacks" in said[2]
+    assert "the last step made parameters non-finite" in said[3]
     assert trainer.global_step < 20
     assert guard.stopped_step is not None and "the rates are not what is wrong" in guard.stopping_reason
 
