@@ -21,12 +21,13 @@ from lightning_maml_guard.guard.isolation import isolated
 from lightning_maml_guard.guard.messages import left, rolled_back, tried
 from lightning_maml_guard.guard.monitor import check_options, measure
 from lightning_maml_guard.guard.probe import (
+    Attempts,
+    attempts,
     configured_inner_rate,
     gradient_norm,
     has_meta_problem,
     owners,
     state_problem,
-    trials,
 )
 from lightning_maml_guard.guard.products import Memory
 from lightning_maml_guard.guard.report import StabilityReport, from_plain, to_plain
@@ -35,7 +36,7 @@ from lightning_maml_guard.guard.rescue import Rescue, critical_caps, reaches_alp
 from lightning_maml_guard.guard.running import RunningRange
 from lightning_maml_guard.guard.trial import Trial
 from lightning_maml_guard.maml.problem import MetaProblem
-from lightning_maml_guard.theory.verdict import UNSAFE, check_margin, severity
+from lightning_maml_guard.theory.verdict import UNSAFE, check_margin
 
 ACTIONS = ("log", "warn", "rescale", "stop")
 
@@ -368,10 +369,10 @@ class ConvergenceGuard(Callback):
                 owned = owners(problem, trainer.optimizers)
                 optimizer = max((trainer.optimizers[index] for index in owned), key=scheduled_rate)
                 attempt = self._trials(trainer, module, problem, optimizer)
-                present = None if attempt is None else attempt(self._rescue.caps)
+                present = None
+                if attempt is not None:
+                    present, reference, severe = attempt.judged(self._rescue.caps, self._range.start, self.alarm)
             if present is not None:
-                reference = self._range.start if self._range.first else present.begin
-                severe = severity(present.end, reference)
                 fails = severe >= math.log(self.alarm)
                 self.severities.append((step, severe))
                 if not scheduled and not fails:
@@ -423,12 +424,12 @@ class ConvergenceGuard(Callback):
         self.history.append(report)
         log_values(trainer, module, metrics(report), step)
 
-    def _trials(self, trainer: Any, module: Any, problem: Any, optimizer: Any) -> Try | None:
+    def _trials(self, trainer: Any, module: Any, problem: Any, optimizer: Any) -> Attempts | None:
         if not self.trial_steps or trainer.fast_dev_run:
             return None
         older = [state_problem(self.problem, module, *each) for each in list(self._recent)[1:]]
         try:
-            return trials([problem, *older], optimizer, self.trial_steps, trainer, self._memory.task_map)
+            return attempts([problem, *older], optimizer, self.trial_steps, trainer, self._memory.task_map)
         except ClosureError as error:
             self._course.say_once(
                 f"ConvergenceGuard judges by curvature alone: the coming steps cannot be tried. {error}"

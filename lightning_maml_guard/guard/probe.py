@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_maml_guard.guard.caps import Caps, Try
+from lightning_maml_guard.guard.caps import Caps
 from lightning_maml_guard.guard.coming import Clip
 from lightning_maml_guard.guard.governor import scheduled_rate
 from lightning_maml_guard.guard.plain import PlainProblem, training_step_problem
 from lightning_maml_guard.guard.trial import Trial, TrialRunner
 from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.theory.verdict import severity
 
 Problem = MetaProblem | PlainProblem
 
@@ -93,8 +95,58 @@ def configured_inner_rate(pl_module: Any) -> Iterator[None]:
         pl_module.inner_lr_cap = cap
 
 
-def trials(problems: Sequence[Problem], optimizer: Optimizer, steps: int, trainer: Any, task_map: Any) -> Try:
-    """Make the function that tries the coming steps under caps.
+@dataclass(frozen=True)
+class Attempts:
+    """Tries the coming steps of a run under caps.
+
+    Args:
+        runner: Takes the steps.
+        alpha: Inner rate as configured; ``nan`` without an inner loop.
+        beta: Meta rate as scheduled.
+    """
+
+    runner: TrialRunner
+    alpha: float
+    beta: float
+
+    def __call__(self, caps: Caps, first: int = 0) -> Trial:
+        """Try the steps.
+
+        Args:
+            caps: The caps.
+            first: Index of the batch to begin with.
+
+        Returns:
+            What the trial saw.
+        """
+        alpha, beta = caps.applied(self.alpha, self.beta)
+        return self.runner.run(
+            alpha / self.alpha if self.alpha > 0 else 1.0, beta / self.beta if self.beta > 0 else 1.0, first
+        )
+
+    def judged(self, caps: Caps, reference: float, alarm: float) -> tuple[Trial, float, float]:
+        """Try the steps, and once more from another batch on if they fail: one odd batch is not a dying run.
+
+        Args:
+            caps: The caps.
+            reference: Loss that training started from; ``nan`` takes the one at hand.
+            alarm: Factor on it that counts as failure.
+
+        Returns:
+            The trial that ended better for its severity, the reference, and the severity.
+        """
+        trial = self(caps)
+        reference = trial.begin if math.isnan(reference) else reference
+        severe = severity(trial.end, reference)
+        if severe >= math.log(alarm) and self.runner.batches > 1:
+            again = self(caps, self.runner.batches // 2)
+            if severity(again.end, reference) < severe:
+                return again, reference, severity(again.end, reference)
+        return trial, reference, severe
+
+
+def attempts(problems: Sequence[Problem], optimizer: Optimizer, steps: int, trainer: Any, task_map: Any) -> Attempts:
+    """Make what tries the coming steps under caps.
 
     Args:
         problems: The coming step's problem and those to go on with.
@@ -104,19 +156,13 @@ def trials(problems: Sequence[Problem], optimizer: Optimizer, steps: int, traine
         task_map: How to run over the tasks.
 
     Returns:
-        The function.
+        What tries them.
 
     Raises:
         ClosureError: If the optimizer needs a closure.
     """
     runner = TrialRunner(problems, optimizer, steps, task_map, _clipping(trainer))
-    rate, alpha = scheduled_rate(optimizer), getattr(problems[0], "alpha", math.nan)
-
-    def attempt(caps: Caps) -> Trial:
-        lower_alpha, lower_beta = caps.applied(alpha, rate)
-        return runner.run(lower_alpha / alpha if alpha > 0 else 1.0, lower_beta / rate if rate > 0 else 1.0)
-
-    return attempt
+    return Attempts(runner, getattr(problems[0], "alpha", math.nan), scheduled_rate(optimizer))
 
 
 def _clipping(trainer: Any) -> Clip | None:

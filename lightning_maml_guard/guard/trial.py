@@ -29,7 +29,8 @@ class Trial:
     """What a trial run saw.
 
     Attributes:
-        losses: Loss before each step, on that step's batch; the last is the loss after all of them, on the first batch.
+        losses: Loss before each step, on that step's batch; the last is the loss after all of them, on the batch of
+            the first step.
     """
 
     losses: tuple[float, ...]
@@ -54,7 +55,7 @@ class Trial:
 class TrialRunner:
     """Tries the coming steps, as configured or at lower rates.
 
-    The batches come in the given order, again from the first when they run out. Learned inner rates stay as they are,
+    The batches come in the given order, round and round. Learned inner rates stay as they are,
     and every step uses one batch, also under gradient accumulation.
 
     Args:
@@ -89,14 +90,16 @@ class TrialRunner:
         self._owned = isinstance(optimizer, Optimizer)
         refuse_closures(self._optimizer)
         self._steps, self._clip = steps, clip
+        self.batches = len(problems)
         self.runs = 0
 
-    def run(self, alpha_factor: float = 1.0, beta_factor: float = 1.0) -> Trial:
+    def run(self, alpha_factor: float = 1.0, beta_factor: float = 1.0, first: int = 0) -> Trial:
         """Try the steps.
 
         Args:
             alpha_factor: Factor on the inner rates.
             beta_factor: Factor on the optimizer's rates.
+            first: Index of the batch that the first step uses.
 
         Returns:
             What the trial saw.
@@ -110,10 +113,10 @@ class TrialRunner:
             twin = Twin(self._optimizer, live, beta_factor)
             losses = []
             for step in range(self._steps):
-                value, gradient = self._evaluate(twin.params, step, alpha_factor)
+                value, gradient = self._evaluate(twin.params, first + step, alpha_factor)
                 losses.append(value)
                 twin.step(gradient, self._clip)
-            losses.append(self._evaluate(twin.params, 0, alpha_factor)[0])
+            losses.append(self._evaluate(twin.params, first, alpha_factor)[0])
             return Trial(tuple(torch.stack(losses).tolist()))
 
     def _evaluate(self, params: Params, index: int, factor: float) -> tuple[Tensor, Params]:
