@@ -12,13 +12,14 @@ import torch
 
 from lightning_maml_guard._checks import check_count
 from lightning_maml_guard._lightning import Callback, MisconfigurationException
-from lightning_maml_guard.guard.caps import Caps, Try, lowered, raised
 from lightning_maml_guard.guard.coming import ClosureError
-from lightning_maml_guard.guard.course import Course, Turn
+from lightning_maml_guard.guard.course import Course
 from lightning_maml_guard.guard.estimate import Estimator
 from lightning_maml_guard.guard.governor import scheduled_rate
+from lightning_maml_guard.guard.intervention import Intervention
 from lightning_maml_guard.guard.isolation import isolated
-from lightning_maml_guard.guard.messages import left, rolled_back, tried
+from lightning_maml_guard.guard.lookout import SCHEDULED, Lookout
+from lightning_maml_guard.guard.messages import tried
 from lightning_maml_guard.guard.monitor import check_options, measure
 from lightning_maml_guard.guard.probe import (
     Attempts,
@@ -31,10 +32,8 @@ from lightning_maml_guard.guard.probe import (
 )
 from lightning_maml_guard.guard.products import Memory
 from lightning_maml_guard.guard.report import StabilityReport, from_plain, to_plain
-from lightning_maml_guard.guard.reporting import inform, log_values, logger_step, metrics, warn
-from lightning_maml_guard.guard.rescue import Rescue, critical_caps, reaches_alpha
-from lightning_maml_guard.guard.running import RunningRange
-from lightning_maml_guard.guard.trial import Trial
+from lightning_maml_guard.guard.reporting import log_values, logger_step, metrics, warn
+from lightning_maml_guard.guard.rescue import Rescue
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.theory.verdict import UNSAFE, check_margin
 
@@ -162,17 +161,23 @@ class ConvergenceGuard(Callback):
     def _start_over(self) -> None:
         self.history: list[StabilityReport] = []
         self.severities: list[tuple[int, float]] = []
-        self.stopped_step: int | None = None
-        self.stopping_reason: str | None = None
-        self._last_step: int | None = None
         self._course = Course(self.patience, self.alarm)
         self._memory = Memory()
         self._rescue = Rescue(self.action == "rescale" and not self._inert, self.snapshot_device)
-        self._range = RunningRange()
+        self._intervention = Intervention(self.action, self.margin, self.max_rollbacks, self._course, self._rescue)
+        self._lookout = Lookout(self.every_n_steps)
         self._recent: deque[tuple[Any, int]] = deque(maxlen=self.replay)
-        self._spiked = self._lost = False
-        self._gap = 2
         self._norm: Any = None
+
+    @property
+    def stopped_step(self) -> int | None:
+        """Step at which the guard stopped the run; None if it did not."""
+        return self._intervention.stopped_step
+
+    @property
+    def stopping_reason(self) -> str | None:
+        """Why the guard stopped the run; None if it did not."""
+        return self._intervention.stopping_reason
 
     @property
     def state_key(self) -> str:
@@ -244,17 +249,9 @@ class ConvergenceGuard(Callback):
         if self.trial_steps:
             self._recent.appendleft((batch, batch_idx))
         step = logger_step(trainer)
-        if step == self._last_step:
-            return
-        since = math.inf if self._last_step is None else step - self._last_step
-        # A triggered check stands for the scheduled one that would follow it closely.
-        scheduled = step % self.every_n_steps == 0 and since >= self.every_n_steps / 2
-        triggered = (self._lost and self.rollback) or (self._spiked and since >= self._gap)
-        if scheduled or triggered:
-            # Each triggered check makes the next wait twice as long, so that a noisy loss does not cost a run its time.
-            self._gap = 2 if scheduled else min(2 * self._gap, max(self.every_n_steps // 2, 2))
-            self._last_step, self._spiked, self._lost = step, False, False
-            self._check(trainer, pl_module, batch, batch_idx, step, scheduled)
+        due = self._lookout.due(step, at_once_if_lost=self.rollback)
+        if due is not None:
+            self._check(trainer, pl_module, batch, batch_idx, step, due == SCHEDULED)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Keep the norm of the gradient at hand.
@@ -280,14 +277,11 @@ class ConvergenceGuard(Callback):
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if self._inert or not self.trial_steps or not isinstance(loss, torch.Tensor):
             return
-        value = float(loss) * trainer.accumulate_grad_batches
         norm = math.nan if self._norm is None else float(self._norm)
         self._norm = None
-        spiked = self._range.leaves(value, norm)
         told = self.action != "rescale" and self._course.unsafe
-        if self.triggers and spiked and not told:
-            self._spiked = True
-            self._lost = self._lost or not math.isfinite(value) or value > self.alarm * self._range.start
+        value = float(loss) * trainer.accumulate_grad_batches
+        self._lookout.saw(value, norm, alarm=self.alarm, triggers=self.triggers and not told)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Take back a last step that made parameters non-finite.
@@ -296,13 +290,7 @@ class ConvergenceGuard(Callback):
             trainer: The Trainer.
             pl_module: The module.
         """
-        snapshot = self._rescue.snapshot
-        if snapshot is not None and not all(bool(torch.isfinite(each).all()) for each in pl_module.parameters()):
-            snapshot.restore(pl_module, trainer.optimizers)
-            warn(
-                "ConvergenceGuard: the last step made parameters non-finite, so parameters and optimizer state were "
-                f"taken back to step {snapshot.step}."
-            )
+        self._intervention.mend_last_step(trainer, pl_module)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take the hooks out of the optimizers, and let go of the batches and the snapshot.
@@ -327,9 +315,7 @@ class ConvergenceGuard(Callback):
             "severities": [list(each) for each in self.severities],
             "stopped_step": self.stopped_step,
             "stopping_reason": self.stopping_reason,
-            "last_step": self._last_step,
-            "range": self._range.state(),
-            "triggered": [self._spiked, self._lost, self._gap],
+            **self._lookout.state(),
             **self._course.state(),
             **self._rescue.state(),
         }
@@ -342,12 +328,10 @@ class ConvergenceGuard(Callback):
         """
         self.history = [from_plain(plain) for plain in state_dict.get("history", [])]
         self.severities = [(step, value) for step, value in state_dict.get("severities", [])]
-        self.stopped_step = state_dict.get("stopped_step")
-        self.stopping_reason = state_dict.get("stopping_reason")
-        self._last_step = state_dict.get("last_step")
+        self._intervention.stopped_step = state_dict.get("stopped_step")
+        self._intervention.stopping_reason = state_dict.get("stopping_reason")
+        self._lookout.load(state_dict)
         self._course.load(state_dict)
-        self._range.load(state_dict.get("range", {}))
-        self._spiked, self._lost, self._gap = state_dict.get("triggered", (False, False, 2))
         self._rescue.load(state_dict)
 
     def plot(self) -> Any:
@@ -371,7 +355,9 @@ class ConvergenceGuard(Callback):
                 attempt = self._trials(trainer, module, problem, optimizer)
                 present = None
                 if attempt is not None:
-                    present, reference, severe = attempt.judged(self._rescue.caps, self._range.start, self.alarm)
+                    present, reference, severe = attempt.judged(
+                        self._rescue.caps, self._lookout.range.start, self.alarm
+                    )
             if present is not None:
                 fails = severe >= math.log(self.alarm)
                 self.severities.append((step, severe))
@@ -379,7 +365,7 @@ class ConvergenceGuard(Callback):
                     log_values(trainer, module, {"guard/severity": severe}, step)
                     return
                 if self.rollback and fails and not present.begin <= self.alarm * reference:
-                    taken_back = self._roll_back(trainer, module, present.begin, step)
+                    taken_back = self._intervention.take_back(trainer, module, present.begin, step)
                     if not taken_back:
                         return
             with isolated(module), configured_inner_rate(module):
@@ -402,7 +388,9 @@ class ConvergenceGuard(Callback):
                     reasons = (*report.reasons, said) if said else report.reasons
                     report = replace(report, severity=severe, growth=present.growth, reasons=reasons)
                 turn = self._course.take(report)
-                caps = self._next_caps(module, report, turn, fails, taken_back, present, attempt)
+                caps = self._intervention.caps(
+                    module, report, turn, fails=fails, taken_back=taken_back, present=present, attempt=attempt
+                )
         except Exception as error:
             # Whatever goes wrong in a check, training goes on as if the guard were not there.
             self._course.say_once(
@@ -416,9 +404,9 @@ class ConvergenceGuard(Callback):
         if present is not None:
             report = replace(report, status=turn.state)
         if not trainer.fast_dev_run:
-            report = self._act(trainer, module, report, turn, caps, taken_back)
+            report = self._intervention.act(trainer, module, report, turn, caps, taken_back=taken_back)
             if taken_back:
-                self._report_rollback(report, present, caps, step)
+                self._intervention.report_taken_back(report, present, caps, step)
             if self.rollback and (self._rescue.snapshot is None or severe <= 0.5 * math.log(self.alarm)):
                 self._rescue.keep(module, trainer.optimizers, step)
         self.history.append(report)
@@ -435,68 +423,3 @@ class ConvergenceGuard(Callback):
                 f"ConvergenceGuard judges by curvature alone: the coming steps cannot be tried. {error}"
             )
             return None
-
-    def _next_caps(
-        self,
-        module: Any,
-        report: StabilityReport,
-        turn: Turn,
-        fails: bool,
-        taken_back: bool,
-        present: Trial | None,
-        attempt: Try | None,
-    ) -> Caps:
-        caps, reach = self._rescue.caps, reaches_alpha(module)
-        if self.action != "rescale":
-            return caps
-        if present is None or attempt is None:
-            waiting = report.status == UNSAFE and turn.state != UNSAFE
-            return caps if waiting else critical_caps(report, caps, self.margin, reach)
-        if taken_back or (fails and turn.state == UNSAFE):
-            loss = attempt(caps).begin if taken_back else present.begin
-            return lowered(report, caps, self.margin, attempt, loss=loss, reach_alpha=reach, at_least_halve=taken_back)
-        return caps if fails else raised(report, caps, self.margin, present, attempt)
-
-    def _act(
-        self, trainer: Any, module: Any, report: StabilityReport, turn: Turn, caps: Caps, taken_back: bool
-    ) -> StabilityReport:
-        step = report.step or 0
-        if self.action == "rescale":
-            self._rescue.apply(module, caps)
-        if turn.returned and self.action != "log":
-            inform(f"ConvergenceGuard: step {step}: the rates are back in the safe region.")
-        if turn.entered and self.action != "log" and not taken_back:
-            warn(left(report, self.action, step, caps))
-        if turn.state == UNSAFE and self.action == "stop":
-            self._stop(trainer, step, " ".join(report.reasons))
-        if self.action != "log":
-            for notice in report.notices:
-                told = turn.entered and notice in report.reasons
-                self._course.say_once(f"ConvergenceGuard: step {step}: {notice}", just_said=told)
-        alpha, beta = self._rescue.caps.applied(report.alpha, report.beta)
-        return replace(report, alpha_applied=alpha, beta_applied=beta)
-
-    def _stop(self, trainer: Any, step: int, reason: str) -> None:
-        self.stopped_step, self.stopping_reason = step, reason
-        trainer.should_stop = True
-
-    def _roll_back(self, trainer: Any, module: Any, loss: float, step: int) -> bool:
-        rescue = self._rescue
-        if rescue.snapshot is None:
-            return True  # nothing was measured safe yet: the rates alone are lowered
-        if rescue.rollbacks >= self.max_rollbacks:
-            reason = (
-                f"The loss was {loss:.3g} at step {step} after {rescue.rollbacks} rollbacks (max_rollbacks), each with "
-                "lower rates: the rates are not what is wrong here. Look at the data, the loss and the precision."
-            )
-            self._stop(trainer, step, reason)
-            warn(f"ConvergenceGuard: training stops. {reason}")
-            return False
-        rescue.snapshot.restore(module, trainer.optimizers)
-        rescue.rollbacks += 1
-        return True
-
-    def _report_rollback(self, report: StabilityReport, present: Trial | None, caps: Caps, step: int) -> None:
-        if present is not None and self._rescue.snapshot is not None:
-            to, count = self._rescue.snapshot.step, self._rescue.rollbacks
-            warn(rolled_back(step, to, present.begin, caps, report, count, self.max_rollbacks))

@@ -1,0 +1,162 @@
+"""What a guard does about a check: lower the rates or let them rise, take the run back, stop it, say so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lightning_maml_guard.guard.caps import Caps, Try, lowered, raised
+from lightning_maml_guard.guard.course import Course, Turn
+from lightning_maml_guard.guard.messages import left, rolled_back
+from lightning_maml_guard.guard.report import StabilityReport
+from lightning_maml_guard.guard.reporting import inform, warn
+from lightning_maml_guard.guard.rescue import Rescue, critical_caps, reaches_alpha
+from lightning_maml_guard.guard.trial import Trial
+from lightning_maml_guard.theory.verdict import UNSAFE
+
+
+class Intervention:
+    """Acts on a run.
+
+    Args:
+        action: The guard's action.
+        margin: Fraction of the critical values that rates are capped at.
+        max_rollbacks: Rollbacks before the run is stopped.
+        course: The states of the run so far.
+        rescue: What applies caps and takes the run back.
+    """
+
+    def __init__(self, action: str, margin: float, max_rollbacks: int, course: Course, rescue: Rescue) -> None:
+        self.action, self.margin, self.max_rollbacks = action, margin, max_rollbacks
+        self.course, self.rescue = course, rescue
+        self.stopped_step: int | None = None
+        self.stopping_reason: str | None = None
+
+    def caps(
+        self,
+        module: Any,
+        report: StabilityReport,
+        turn: Turn,
+        *,
+        fails: bool,
+        taken_back: bool,
+        present: Trial | None,
+        attempt: Try | None,
+    ) -> Caps:
+        """Find the caps from the coming step on.
+
+        Args:
+            module: The module.
+            report: The check.
+            turn: What it changed.
+            fails: Whether its trial failed.
+            taken_back: Whether the run was taken back before the measurement.
+            present: The trial under the caps so far; None without trials.
+            attempt: Tries the coming steps; None without trials.
+
+        Returns:
+            The caps.
+        """
+        caps, reach = self.rescue.caps, reaches_alpha(module)
+        if self.action != "rescale":
+            return caps
+        if present is None or attempt is None:
+            waiting = report.status == UNSAFE and turn.state != UNSAFE
+            return caps if waiting else critical_caps(report, caps, self.margin, reach)
+        if taken_back or (fails and turn.state == UNSAFE):
+            loss = attempt(caps).begin if taken_back else present.begin
+            return lowered(report, caps, self.margin, attempt, loss=loss, reach_alpha=reach, at_least_halve=taken_back)
+        return caps if fails else raised(report, caps, self.margin, present, attempt)
+
+    def act(
+        self, trainer: Any, module: Any, report: StabilityReport, turn: Turn, caps: Caps, *, taken_back: bool
+    ) -> StabilityReport:
+        """Apply the caps, speak, stop.
+
+        Args:
+            trainer: The Trainer.
+            module: The module.
+            report: The check.
+            turn: What it changed.
+            caps: The caps from now on.
+            taken_back: Whether the run was taken back, which has a message of its own.
+
+        Returns:
+            The report with the rates as applied.
+        """
+        step = report.step or 0
+        if self.action == "rescale":
+            self.rescue.apply(module, caps)
+        if turn.returned and self.action != "log":
+            inform(f"ConvergenceGuard: step {step}: the rates are back in the safe region.")
+        if turn.entered and self.action != "log" and not taken_back:
+            warn(left(report, self.action, step, caps))
+        if turn.state == UNSAFE and self.action == "stop":
+            self._stop(trainer, step, " ".join(report.reasons))
+        if self.action != "log":
+            for notice in report.notices:
+                told = turn.entered and notice in report.reasons
+                self.course.say_once(f"ConvergenceGuard: step {step}: {notice}", just_said=told)
+        alpha, beta = self.rescue.caps.applied(report.alpha, report.beta)
+        return replace(report, alpha_applied=alpha, beta_applied=beta)
+
+    def take_back(self, trainer: Any, module: Any, loss: float, step: int) -> bool:
+        """Take a lost run back to its last snapshot, or stop it if that was done too often.
+
+        Args:
+            trainer: The Trainer.
+            module: The module.
+            loss: The loss it is lost at.
+            step: Training step.
+
+        Returns:
+            Whether it goes on, from the snapshot or, before there is one, from where it is.
+        """
+        rescue = self.rescue
+        if rescue.snapshot is None:
+            return True
+        if rescue.rollbacks >= self.max_rollbacks:
+            reason = (
+                f"The loss was {loss:.3g} at step {step} after {rescue.rollbacks} rollbacks (max_rollbacks), each with "
+                "lower rates: the rates are not what is wrong here. Look at the data, the loss and the precision."
+            )
+            self._stop(trainer, step, reason)
+            warn(f"ConvergenceGuard: training stops. {reason}")
+            return False
+        rescue.snapshot.restore(module, trainer.optimizers)
+        rescue.rollbacks += 1
+        return True
+
+    def report_taken_back(self, report: StabilityReport, present: Trial | None, caps: Caps, step: int) -> None:
+        """Say that a run was taken back.
+
+        Args:
+            report: The curvature where it went.
+            present: The trial that was lost.
+            caps: The caps from now on.
+            step: Step at which it was lost.
+        """
+        if present is not None and self.rescue.snapshot is not None:
+            to, count = self.rescue.snapshot.step, self.rescue.rollbacks
+            warn(rolled_back(step, to, present.begin, caps, report, count, self.max_rollbacks))
+
+    def mend_last_step(self, trainer: Any, module: Any) -> None:
+        """Take back a last step that made parameters non-finite.
+
+        Args:
+            trainer: The Trainer.
+            module: The module.
+        """
+        snapshot = self.rescue.snapshot
+        if snapshot is not None and not all(bool(torch.isfinite(each).all()) for each in module.parameters()):
+            snapshot.restore(module, trainer.optimizers)
+            warn(
+                "ConvergenceGuard: the last step made parameters non-finite, so parameters and optimizer state were "
+                f"taken back to step {snapshot.step}."
+            )
+
+    def _stop(self, trainer: Any, step: int, reason: str) -> None:
+        self.stopped_step, self.stopping_reason = step, reason
+        trainer.should_stop = True

@@ -1,0 +1,82 @@
+"""When to look: every N steps, and in between when a step leaves the running range of those before."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lightning_maml_guard.guard.running import RunningRange
+
+SCHEDULED, TRIGGERED = "scheduled", "triggered"
+
+
+class Lookout:
+    """Decides at which steps to check.
+
+    Args:
+        every_n_steps: Steps between two scheduled checks.
+    """
+
+    def __init__(self, every_n_steps: int) -> None:
+        self.every_n_steps = every_n_steps
+        self.range = RunningRange()
+        self.last: int | None = None
+        self._spiked = self._lost = False
+        self._gap = 2
+
+    def due(self, step: int, *, at_once_if_lost: bool = False) -> str | None:
+        """Say whether to check now; a yes is taken as done.
+
+        Args:
+            step: The coming step.
+            at_once_if_lost: Whether a lost loss waits for nothing.
+
+        Returns:
+            ``"scheduled"``, ``"triggered"`` or None.
+        """
+        if step == self.last:
+            return None
+        since = math.inf if self.last is None else step - self.last
+        # A triggered check stands for the scheduled one that would follow it closely.
+        scheduled = step % self.every_n_steps == 0 and since >= self.every_n_steps / 2
+        if not scheduled and not (self._lost and at_once_if_lost) and not (self._spiked and since >= self._gap):
+            return None
+        # Each triggered check makes the next wait twice as long, so that a noisy loss does not cost a run its time.
+        self._gap = 2 if scheduled else min(2 * self._gap, max(self.every_n_steps // 2, 2))
+        self.last, self._spiked, self._lost = step, False, False
+        return SCHEDULED if scheduled else TRIGGERED
+
+    def saw(self, loss: float, norm: float, *, alarm: float, triggers: bool) -> None:
+        """Take a step's loss and gradient norm in.
+
+        Args:
+            loss: The loss.
+            norm: The gradient norm; ``nan`` if not known.
+            alarm: Factor on the loss at the start from which on the loss is lost.
+            triggers: Whether they may call a check.
+        """
+        if self.range.leaves(loss, norm) and triggers:
+            self._spiked = True
+            self._lost = self._lost or not math.isfinite(loss) or loss > alarm * self.range.start
+
+    def state(self) -> dict[str, Any]:
+        """Collect the state as primitives.
+
+        Returns:
+            What :meth:`load` takes.
+        """
+        return {
+            "last_step": self.last,
+            "range": self.range.state(),
+            "triggered": [self._spiked, self._lost, self._gap],
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restore the state.
+
+        Args:
+            state: What :meth:`state` collected.
+        """
+        self.last = state.get("last_step")
+        self.range.load(state.get("range", {}))
+        self._spiked, self._lost, self._gap = state.get("triggered", (False, False, 2))
