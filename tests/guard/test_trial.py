@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from torch import nn
 from torch.optim import LBFGS, SGD, Adam
 
 from lightning_maml_guard import MetaLearningModule
+from lightning_maml_guard.guard.caps import Caps
 from lightning_maml_guard.guard.coming import ClosureError
 from lightning_maml_guard.guard.plain import PlainProblem
+from lightning_maml_guard.guard.probe import attempts
 from lightning_maml_guard.guard.trial import Trial, TrialRunner
 from lightning_maml_guard.maml.gradients import meta_gradient
 from lightning_maml_guard.networks import mlp
@@ -56,6 +59,36 @@ def test_a_trial_sees_what_training_will_do_and_touches_nothing(name, order):
     assert str(before[1]) == str(optimizer.state_dict())
     assert torch.equal(before[2], torch.get_rng_state())
     assert trial.losses == pytest.approx(really(module, optimizer, batches, 5), rel=1e-6)
+
+
+def test_it_can_begin_with_another_batch():
+    torch.manual_seed(0)
+    batches = sinusoids(3)
+    module = MetaLearningModule(mlp(), inner_lr=0.02)
+    optimizer = SGD(module.parameters(), lr=0.02)
+    trial = TrialRunner([module.meta_problem(batch) for batch in batches], optimizer, 4).run(first=2)
+    turned = [batches[2], batches[0], batches[1]]
+    assert trial.losses == pytest.approx(really(module, optimizer, turned, 4), rel=1e-5)
+
+
+@pytest.mark.parametrize(("sharpness", "fails"), [([40.0, 1, 1, 1], False), ([40.0] * 4, True), ([40.0], True)])
+def test_one_odd_batch_is_not_a_dying_run(sharpness, fails):
+    weight = nn.Parameter(torch.ones(1))
+    problems = [PlainProblem({"w": weight}, lambda p, c=c: 0.5 * c * (p["w"] ** 2).sum()) for c in sharpness]
+    trainer = SimpleNamespace(gradient_clip_val=None)
+    tries = attempts(problems, SGD([weight], lr=0.1), 2, trainer, None)
+    trial, reference, severe = tries.judged(Caps(), 1.0, 3.0)
+    # One step on the odd batch multiplies the weight by 1 - 0.1 * 40 = -3, one on the others by 0.9.
+    end = 20 * 3**4 if fails else 0.5 * 0.9**4
+    assert reference == 1.0 and trial.end == pytest.approx(end) and severe == pytest.approx(math.log(end))
+    assert tries.runner.runs == (1 if len(sharpness) == 1 else 2)
+
+
+def test_without_a_start_the_loss_at_hand_is_the_reference():
+    weight = nn.Parameter(torch.ones(1))
+    problem = PlainProblem({"w": weight}, lambda p: (p["w"] ** 2).sum())
+    tries = attempts([problem], SGD([weight], lr=0.25), 2, SimpleNamespace(gradient_clip_val=None), None)
+    assert tries.judged(Caps(), math.nan, 3.0)[1:] == (1.0, pytest.approx(math.log(1 / 16)))
 
 
 def test_lower_rates_are_those_of_a_run_configured_with_them():
