@@ -248,6 +248,8 @@ class ConvergenceGuard(Callback):
             return
         if self.trial_steps:
             self._recent.appendleft((batch, batch_idx))
+        if batch_idx % trainer.accumulate_grad_batches:
+            return  # gradients of a step that is half done must not outlive a rollback
         step = logger_step(trainer)
         due = self._lookout.due(step, at_once_if_lost=self.rollback)
         if due is not None:
@@ -261,8 +263,15 @@ class ConvergenceGuard(Callback):
             pl_module: The module.
             optimizer: The optimizer about to step.
         """
-        if self.triggers and self.trial_steps and not self._inert:
+        if not self.triggers or not self.trial_steps or self._inert:
+            return
+        try:
             self._norm = gradient_norm(optimizer)
+        except Exception as error:
+            self._course.say_once(
+                "ConvergenceGuard looks between checks when the loss jumps, but not when the gradient norm does: it "
+                f"could not be computed. Cause: {type(error).__name__}: {error}"
+            )
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Compare the step's loss and gradient norm with those of the steps before.
@@ -408,9 +417,20 @@ class ConvergenceGuard(Callback):
             if taken_back:
                 self._intervention.report_taken_back(report, present, caps, step)
             if self.rollback and (self._rescue.snapshot is None or severe <= 0.5 * math.log(self.alarm)):
-                self._rescue.keep(module, trainer.optimizers, step)
+                self._keep(trainer, module, step)
         self.history.append(report)
         log_values(trainer, module, metrics(report), step)
+
+    def _keep(self, trainer: Any, module: Any, step: int) -> None:
+        try:
+            self._rescue.keep(module, trainer.optimizers, step)
+        except Exception as error:
+            kept = self._rescue.snapshot
+            self._course.say_once(
+                f"ConvergenceGuard could not copy parameters and optimizer state at step {step}, so "
+                + ("there is nothing to roll back to" if kept is None else f"a rollback goes to step {kept.step}")
+                + f". snapshot_device='cpu' keeps the copy off the device. Cause: {type(error).__name__}: {error}"
+            )
 
     def _trials(self, trainer: Any, module: Any, problem: Any, optimizer: Any) -> Attempts | None:
         if not self.trial_steps or trainer.fast_dev_run:

@@ -187,5 +187,6 @@ def gradient_norm(optimizer: Optimizer) -> torch.Tensor | None:
     Returns:
         The scalar, on the device; None without a gradient.
     """
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    known = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    gradients = [g.coalesce().values() if g.is_sparse else g for g in known]
     return nn.utils.get_total_norm(gradients) if gradients else None

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_maml_guard import ConvergenceGuard, GuardWarning, MetaLearningModule
 from lightning_maml_guard._lightning import Trainer
+from lightning_maml_guard.guard.probe import gradient_norm
 from lightning_maml_guard.guard.running import FIRST, RunningRange
 from lightning_maml_guard.guard.snapshot import Snapshot
 from lightning_maml_guard.networks import mlp
@@ -105,6 +106,42 @@ def test_without_rollback_a_nan_is_told_with_what_would_have_helped():
     guard = ConvergenceGuard(every_n_steps=10, action="rescale")
     with pytest.warns(GuardWarning, match="no rate brings this run back.*rollback=True"):
         fit(Struck(to_nan, at={14}), BATCH, 30, [guard])
+
+
+def test_gradients_of_a_half_accumulated_step_do_not_outlive_a_rollback():
+    guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True)
+    with pytest.warns(GuardWarning, match=r"rollback 1 of at most 10") as caught:
+        trainer = fit(Struck(to_nan, at={28}), BATCH, 160, [guard], accumulate_grad_batches=2, max_steps=75)
+    assert sum("taken back" in str(each.message) for each in caught) == 1
+    assert float(trainer.callback_metrics["train/loss"]) < 1e-2
+
+
+def test_a_copy_that_fails_costs_one_warning(monkeypatch):
+    def fails(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("lightning_maml_guard.guard.rescue.Snapshot", fails)
+    guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True)
+    with pytest.warns(GuardWarning, match=r"at step 0, so there is nothing to roll back to.*MemoryError: no room") as c:
+        trainer = fit(linear_module(4, 0.1), BATCH, 30, [guard])
+    assert trainer.global_step == 30 and len([each for each in c if each.category is GuardWarning]) == 1
+
+
+def test_a_gradient_norm_that_fails_costs_one_warning(monkeypatch):
+    def fails(_):
+        raise NotImplementedError("odd layout")
+
+    monkeypatch.setattr("lightning_maml_guard.guard.callback.gradient_norm", fails)
+    with pytest.warns(GuardWarning, match="not when the gradient norm does.*NotImplementedError: odd layout") as caught:
+        trainer = fit(linear_module(4, 0.1), BATCH, 30, [ConvergenceGuard()])
+    assert trainer.global_step == 30 and len([each for each in caught if each.category is GuardWarning]) == 1
+
+
+def test_the_gradient_norm_counts_sparse_gradients():
+    embedding = nn.Embedding(5, 2, sparse=True)
+    (embedding(torch.tensor([1, 1, 3])).sum() * 2).backward()
+    norm = gradient_norm(SGD(embedding.parameters(), lr=0.1))
+    assert norm == pytest.approx(float(embedding.weight.grad.to_dense().norm()))
 
 
 def test_rollbacks_are_bounded_and_then_the_run_stops_with_the_reason():
