@@ -35,7 +35,7 @@ from lightning_maml_guard.guard.report import StabilityReport, from_plain, to_pl
 from lightning_maml_guard.guard.reporting import log_values, logger_step, metrics, warn
 from lightning_maml_guard.guard.rescue import Rescue
 from lightning_maml_guard.maml.problem import MetaProblem
-from lightning_maml_guard.theory.verdict import UNSAFE, check_margin
+from lightning_maml_guard.theory.verdict import UNSAFE, check_margin, fails, passes
 
 ACTIONS = ("log", "warn", "rescale", "stop")
 
@@ -354,7 +354,7 @@ class ConvergenceGuard(Callback):
         return safe_region(self.history)
 
     def _check(self, trainer: Any, module: Any, batch: Any, batch_idx: int, step: int, scheduled: bool) -> None:
-        fails = taken_back = False
+        failing = taken_back = False
         severe, reference = math.nan, math.nan
         try:
             with isolated(module), configured_inner_rate(module):
@@ -368,12 +368,12 @@ class ConvergenceGuard(Callback):
                         self._rescue.caps, self._lookout.range.start, self.alarm
                     )
             if present is not None:
-                fails = severe >= math.log(self.alarm)
+                failing = fails(severe, self.alarm)
                 self.severities.append((step, severe))
-                if not scheduled and not fails:
+                if not scheduled and not failing:
                     log_values(trainer, module, {"guard/severity": severe}, step)
                     return
-                if self.rollback and fails and not present.begin <= self.alarm * reference:
+                if self.rollback and failing and not present.begin <= self.alarm * reference:
                     taken_back = self._intervention.take_back(trainer, module, present.begin, step)
                     if not taken_back:
                         return
@@ -393,12 +393,12 @@ class ConvergenceGuard(Callback):
                 )
                 if present is not None:
                     alpha, beta = self._rescue.caps.applied(report.alpha, report.beta)
-                    said = tried(present, reference, alpha, beta, report.status == UNSAFE) if fails else ""
+                    said = tried(present, reference, alpha, beta, report.status == UNSAFE) if failing else ""
                     reasons = (*report.reasons, said) if said else report.reasons
                     report = replace(report, severity=severe, growth=present.growth, reasons=reasons)
                 turn = self._course.take(report)
                 caps = self._intervention.caps(
-                    module, report, turn, fails=fails, taken_back=taken_back, present=present, attempt=attempt
+                    module, report, turn, fails=failing, taken_back=taken_back, present=present, attempt=attempt
                 )
         except Exception as error:
             # Whatever goes wrong in a check, training goes on as if the guard were not there.
@@ -416,7 +416,7 @@ class ConvergenceGuard(Callback):
             report = self._intervention.act(trainer, module, report, turn, caps, taken_back=taken_back)
             if taken_back:
                 self._intervention.report_taken_back(report, present, caps, step)
-            if self.rollback and (self._rescue.snapshot is None or severe <= 0.5 * math.log(self.alarm)):
+            if self.rollback and (self._rescue.snapshot is None or passes(severe, self.alarm)):
                 self._keep(trainer, module, step)
         self.history.append(report)
         log_values(trainer, module, metrics(report), step)

@@ -18,7 +18,7 @@ from lightning_maml_guard.guard.governor import scheduled_rate
 from lightning_maml_guard.guard.plain import PlainProblem, training_step_problem
 from lightning_maml_guard.guard.trial import Trial, TrialRunner
 from lightning_maml_guard.maml.problem import MetaProblem
-from lightning_maml_guard.theory.verdict import severity
+from lightning_maml_guard.theory.verdict import passes, severity
 
 Problem = MetaProblem | PlainProblem
 
@@ -125,7 +125,7 @@ class Attempts:
         )
 
     def judged(self, caps: Caps, reference: float, alarm: float) -> tuple[Trial, float, float]:
-        """Try the steps, and once more from another batch on if they fail: one odd batch is not a dying run.
+        """Try the steps; if they do not pass, twice more from other batches on: one odd batch is not a dying run.
 
         Args:
             caps: The caps.
@@ -133,16 +133,16 @@ class Attempts:
             alarm: Factor on it that counts as failure.
 
         Returns:
-            The trial that ended better for its severity, the reference, and the severity.
+            The trial of the median severity, the reference, and that severity.
         """
         trial = self(caps)
         reference = trial.begin if math.isnan(reference) else reference
-        severe = severity(trial.end, reference)
-        if severe >= math.log(alarm) and self.runner.batches > 1:
-            again = self(caps, self.runner.batches // 2)
-            if severity(again.end, reference) < severe:
-                return again, reference, severity(again.end, reference)
-        return trial, reference, severe
+        found = [trial]
+        if not passes(severity(trial.end, reference), alarm) and self.runner.batches > 1:
+            found += [self(caps, (self.runner.batches * share) // 3) for share in (1, 2)]
+        found.sort(key=lambda each: severity(each.end, reference))
+        median = found[len(found) // 2]
+        return median, reference, severity(median.end, reference)
 
 
 def attempts(problems: Sequence[Problem], optimizer: Optimizer, steps: int, trainer: Any, task_map: Any) -> Attempts:

@@ -207,6 +207,32 @@ def severity(end: float, reference: float) -> float:
     return math.log(end / reference) if end > 0 else -math.inf
 
 
+def fails(severe: float, alarm: float) -> bool:
+    """Say whether a trial fails.
+
+    Args:
+        severe: Its severity; ``nan`` without one.
+        alarm: Factor on the reference loss that counts as failure.
+
+    Returns:
+        Whether the severity is ``log(alarm)`` or more.
+    """
+    return severe >= math.log(alarm)
+
+
+def passes(severe: float, alarm: float) -> bool:
+    """Say whether a trial passes; between failing and passing nothing is decided.
+
+    Args:
+        severe: Its severity; ``nan`` without one.
+        alarm: Factor on the reference loss that counts as failure.
+
+    Returns:
+        Whether the severity is half of ``log(alarm)`` or less.
+    """
+    return severe <= 0.5 * math.log(alarm)
+
+
 def advance(watch: Watch, status: str, severe: float = math.nan, *, patience: int = 1, alarm: float = 3.0) -> Watch:
     """Take one more check into account.
 
@@ -225,11 +251,11 @@ def advance(watch: Watch, status: str, severe: float = math.nan, *, patience: in
         What it comes to now.
     """
     tried = not math.isnan(severe)
-    fails = severe >= math.log(alarm) if tried else status == UNSAFE
-    passes = severe <= 0.5 * math.log(alarm) if tried else status == SAFE
+    bad = fails(severe, alarm) if tried else status == UNSAFE
+    good = passes(severe, alarm) if tried else status == SAFE
     # Between the two levels a run of failures goes on neither counting nor ending.
-    failed = watch.failed + 1 if fails else watch.failed if tried and not passes else 0
-    if (fails and failed >= patience) or (watch.state == UNSAFE and not passes):
+    failed = watch.failed + 1 if bad else watch.failed if tried and not good else 0
+    if (bad and failed >= patience) or (watch.state == UNSAFE and not good):
         return Watch(UNSAFE, failed)
     if status == UNSAFE:
         return Watch(EDGE if tried else watch.state, failed)

@@ -18,11 +18,12 @@ from lightning_maml_guard.maml.gradients import meta_gradient
 from tests.benchmarks.guard_bench.cells import AFTERMATH, STEPS, Column
 from tests.benchmarks.guard_bench.engine import Trace
 
-# Runs of 120 steps stand for longer ones, so the guard looks every 10; and as it comes, which is every 100.
+# Runs of 120 steps stand for longer ones, so the guard that watches looks every 5 and those that act every 10; and as it
+# comes, which is every 100 and when triggered.
 WARN, RESCALE, ROLLBACK = "guard warn", "guard rescale", "guard rescale + rollback"
 WARN_DEFAULT, ROLLBACK_DEFAULT = "guard warn, defaults", "guard rescale + rollback, defaults"
 ARMS: dict[str, dict[str, Any]] = {
-    WARN: {"action": "warn", "every_n_steps": 10},
+    WARN: {"action": "warn", "every_n_steps": 5},
     WARN_DEFAULT: {"action": "warn"},
     RESCALE: {"action": "rescale", "every_n_steps": 10},
     ROLLBACK: {"action": "rescale", "rollback": True, "every_n_steps": 10},

@@ -19,7 +19,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         path: Where to write the picture.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    markers = "osD^vPX"
+    markers = "oosD^vPX"
     for marker, (name, leads) in zip(markers, result["detection"].items(), strict=True):
         guard = name.startswith("guard")
         left.plot(
@@ -28,6 +28,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             marker=marker,
             label=name,
             linewidth=2.5 if guard else 1.2,
+            linestyle="--" if name.endswith("defaults") else "-",
             color="#0072B2" if guard else None,
         )
     left.axhline(0.5, color="0.7", linestyle=":", linewidth=1)

@@ -11,7 +11,7 @@ from scipy.stats import mannwhitneyu
 
 from tests.benchmarks.guard_bench.cells import STEPS, Column
 from tests.benchmarks.guard_bench.engine import LEFT, UNGUARDED, Trace
-from tests.benchmarks.guard_bench.guarded import WARN, Guarded
+from tests.benchmarks.guard_bench.guarded import WARN, WARN_DEFAULT, Guarded
 
 LEADS = (1, 3, 5, 10)
 FALSE_ALARMS = 0.02
@@ -85,6 +85,7 @@ def _spike_detection(run: Run) -> list[tuple[int, float]]:
 
 DETECTORS = {
     "guard (trial of the coming steps)": lambda run: run.guarded[WARN].severities,
+    "guard at its defaults": lambda run: run.guarded[WARN_DEFAULT].severities,
     "beta/beta_c or alpha/alpha_c": lambda run: [
         (s, max(_finite(b) if not math.isnan(b) else 0.0, _finite(a) if not math.isnan(a) else 0.0))
         for s, b, a in run.guarded[WARN].ratios
