@@ -12,6 +12,9 @@ from lightning_maml_guard.theory.verdict import UNSAFE
 
 # A trial at lowered rates is calm if it does not raise the loss by more than the scatter of a batch.
 CALM = 1.2
+# Beyond the first calm one, lower rates are taken while they bring the loss further down by this much; tried so often.
+BETTER = 0.9
+PATIENCE = 2
 # Shares of the lowered rates to try one after another; None leaves the inner rate alone.
 LADDER: tuple[tuple[float | None, float], ...] = (
     (1.0, 1.0),
@@ -95,7 +98,8 @@ def lowered(
         at_least_halve: Whether the meta rate must fall to half whatever the trial says.
 
     Returns:
-        The caps to apply: the first whose trial is calm, else those whose trial ended lowest.
+        The caps to apply: the first whose trial is calm, or lower ones that bring the loss further down; if none is
+        calm, those whose trial ended lowest.
     """
     alpha, beta = caps.applied(report.alpha, report.beta)
     lower_alpha, lower_beta = alpha, beta
@@ -107,6 +111,7 @@ def lowered(
     if at_least_halve or (lower_beta == beta and not lower_alpha < alpha):
         lower_beta = min(lower_beta, beta / 2)
     tried: dict[Caps, Trial] = {}
+    best, worse = None, 0
     for share_alpha, share_beta in LADDER:
         at = alpha if share_alpha is None else share_alpha * lower_alpha
         if at < alpha and not reach_alpha:
@@ -115,9 +120,13 @@ def lowered(
         if candidate in tried:
             continue
         found = tried[candidate] = trial(candidate)
-        if found.end <= CALM * min(found.begin, loss):
-            return candidate
-    return min(tried, key=lambda each: tried[each].end)
+        if best is not None:
+            best, worse = (candidate, 0) if found.end < BETTER * tried[best].end else (best, worse + 1)
+            if worse == PATIENCE:
+                return best
+        elif found.end <= CALM * min(found.begin, loss):
+            best = candidate
+    return best or min(tried, key=lambda each: tried[each].end)
 
 
 def raised(report: StabilityReport, caps: Caps, margin: float, present: Trial, trial: Try) -> Caps:
