@@ -25,10 +25,17 @@ def dies_above(found, beta, alpha=math.inf, tried=None):
     return trial
 
 
-def test_the_critical_rate_is_tried_first_and_kept_if_the_run_is_calm_there():
+def test_the_critical_rate_is_tried_first_and_kept_if_lower_ones_end_no_lower():
     found, tried = report(safe_beta_c=0.5), []
     assert lowered(found, Caps(), 0.9, dies_above(found, 0.45, tried=tried), reach_alpha=True) == Caps(None, 0.45)
-    assert len(tried) == 1
+    assert [each.beta for each in tried] == [0.45, *(0.45 / 2**k for k in (1, 2))]  # PATIENCE more
+
+
+@pytest.mark.parametrize(("ends", "taken"), [((1.1, 0.9, 0.5, 0.6, 0.7), 0.1), ((1.1, 1.0, 1.0, 0.1), 0.4)])
+def test_lower_rates_are_taken_while_they_bring_the_loss_further_down(ends, taken):
+    found, left = report(safe_beta_c=0.4), list(ends)
+    caps = lowered(found, Caps(), 1.0, lambda caps: Trial((1.0, left.pop(0))), reach_alpha=True)
+    assert caps.beta == pytest.approx(taken)
 
 
 def test_both_rates_go_to_their_critical_values_together():
