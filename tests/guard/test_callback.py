@@ -131,7 +131,8 @@ def test_rescale_lets_go_when_the_rates_are_safe_again():
     with pytest.warns(GuardWarning):
         fit(module, BATCH, 10, [guard])
     applied = [report.beta_applied for report in guard.history]
-    assert applied[0] == pytest.approx(0.625) and applied[-1] == 0.2
+    # beta_c = 0.625 itself only swings along the sharpest direction; half of it brings the loss down.
+    assert applied[0] == pytest.approx(0.625 / 2) and applied[-1] == 0.2
 
 
 def test_log_changes_and_says_nothing():
