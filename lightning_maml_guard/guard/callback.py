@@ -47,9 +47,10 @@ class ConvergenceGuard(Callback):
     Hessian eigenvalues and compares the inner rate with ``alpha_c = 1/lambda_max`` and the meta rate with
     ``beta_c = min_i 2/(lambda_i - alpha*lambda_i^2)`` (Takagi et al.) or with the limits of the update as configured,
     for the optimizer as it runs. And it *tries* the coming ``trial_steps`` steps on copies of parameters and optimizer
-    state. A ratio above 1 alone is not divergence: healthy runs live at the edge of stability. The run is ``unsafe``
-    when the trial takes the loss to ``alarm`` times the one training started from; a rate beyond its critical value
-    whose trial survives is at the ``edge``, which is logged and not warned about. Without a trial the ratios decide.
+    state; a trial that does not pass is repeated from two other batches, and the median counts. A ratio above 1 alone
+    is not divergence: healthy runs live at the edge of stability. The run is ``unsafe`` when the trial takes the loss
+    to ``alarm`` times the one training started from; a rate beyond its critical value whose trial survives is at the
+    ``edge``, which is logged and not warned about. Without a trial the ratios decide.
 
     Checks come every ``every_n_steps`` steps, and between them when the loss or the gradient norm of a step leaves its
     running range: then the trial goes first, and the curvature is measured only if it fails. A check leaves random
@@ -62,8 +63,9 @@ class ConvergenceGuard(Callback):
     ``log``      none: the numbers are logged
     ``warn``     one warning each time the state changes to unsafe
     ``rescale``  the applied rates are capped at ``margin`` times their critical values, or lower
-                 if the coming steps do not survive there; later checks release them by half as
-                 much again and to the critical values at most. The schedule is never touched
+                 if the coming steps do not survive there or end lower below; later checks release
+                 them by half as much again and to the critical values at most. The schedule is
+                 never touched
     ``stop``     the Trainer is asked to stop (after the step at hand; with ``min_steps`` it goes on
                  until then); ``stopped_step`` and ``stopping_reason`` say when and why
     ===========  ================================================================================
