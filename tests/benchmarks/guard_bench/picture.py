@@ -19,6 +19,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         path: Where to write the picture.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    others = iter(("#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "0.4"))
     markers = "oosD^vPX"
     for marker, (name, leads) in zip(markers, result["detection"].items(), strict=True):
         guard = name.startswith("guard")
@@ -29,7 +30,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             label=name,
             linewidth=2.5 if guard else 1.2,
             linestyle="--" if name.endswith("defaults") else "-",
-            color="#0072B2" if guard else None,
+            color="#0072B2" if guard else next(others),
         )
     left.axhline(0.5, color="0.7", linestyle=":", linewidth=1)
     left.set(xlabel="steps before the loss leaves 5x its start", ylabel="AUROC", xticks=list(leads), ylim=(0, 1.02))
@@ -41,7 +42,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     labels = [f"final loss x{ratio:.2f}" if ratio < 1e4 else "final loss lost" for ratio in ratios]
     right.bar_label(bars, labels, padding=3, fontsize=7)
     right.invert_yaxis()
-    right.set(xlabel="dying runs that end healthy, %", xlim=(0, 125))
+    right.set(xlabel="dying runs that end healthy, %", xlim=(0, 125), xticks=range(0, 101, 20))
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
