@@ -7,6 +7,7 @@ guard tells and saves. Only ``--set report`` (seed 1) is reported; ``--set tune`
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import multiprocessing
 import random
@@ -41,12 +42,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of the columns, at random")
     parser.add_argument("--columns", type=int, help="so many columns, at random")
     parser.add_argument("--families", nargs="+", help="only these")
-    parser.add_argument("--criterion", help="of the guard (default: its own)")
-    parser.add_argument("--alarm", type=float, help="of the guard (default: its own)")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="of every guard: margin=0.5"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("guard_bench"))
     given = parser.parse_args()
-    options = {name: getattr(given, name) for name in ("criterion", "alarm") if getattr(given, name) is not None}
+    options = dict(map(_option, given.option))
     chosen = columns(SEEDS[given.set])
     if given.families:
         chosen = [column for column in chosen if column.family in given.families]
@@ -73,6 +75,14 @@ def main() -> None:
     (given.out / "guard_bench.json").write_text(json.dumps(result, indent=1))
     draw(result, given.out / "guard_bench.png")
     print(f"written: {given.out}/guard_bench.json, guard_bench.png, runs.pt")
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, value = text.split("=", 1)
+    try:
+        return name, ast.literal_eval(value)
+    except ValueError:
+        return name, value
 
 
 def figures(runs: list[Run]) -> dict[str, Any]:
