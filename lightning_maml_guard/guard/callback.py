@@ -416,6 +416,8 @@ class ConvergenceGuard(Callback):
                 f"ConvergenceGuard could not measure at step {step}; training goes on without this check. Cause: "
                 f"{type(error).__name__}: {error} This is said once for each cause."
             )
+            if taken_back:
+                self._intervention.halve(module, scheduled_rate(optimizer), present, step)
             return
         if self._rescue.governed != owned:
             self._rescue.governed = owned

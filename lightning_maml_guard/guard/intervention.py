@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -141,6 +142,25 @@ class Intervention:
         if present is not None and self.rescue.snapshot is not None:
             to, count = self.rescue.snapshot.step, self.rescue.rollbacks
             warn(rolled_back(step, to, present.begin, caps, report, count, self.max_rollbacks))
+
+    def halve(self, module: Any, beta: float, present: Trial | None, step: int) -> None:
+        """Halve the meta rate of a run that was taken back to where nothing could be measured, and say so.
+
+        Args:
+            module: The module.
+            beta: The meta rate as scheduled.
+            present: The trial that was lost.
+            step: Step at which it was lost.
+        """
+        caps = self.rescue.caps
+        self.rescue.apply(module, Caps(caps.alpha, caps.applied(math.nan, beta)[1] / 2))
+        if present is not None and self.rescue.snapshot is not None:
+            warn(
+                f"ConvergenceGuard: the loss was {present.begin:.3g} at step {step}, so parameters and optimizer state "
+                f"were taken back to step {self.rescue.snapshot.step} (rollback {self.rescue.rollbacks} of at most "
+                f"{self.max_rollbacks}). The curvature there could not be measured, so the meta rate is halved: beta = "
+                f"{self.rescue.caps.beta:.3g}."
+            )
 
     def mend_last_step(self, trainer: Any, module: Any) -> None:
         """Take back a last step that made parameters non-finite.
