@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_maml_guard._vectorize import TaskMap
 from lightning_maml_guard.curvature.lanczos import Matvec
 from lightning_maml_guard.curvature.layout import Layout, Params
+from lightning_maml_guard.curvature.ranks import Ranks
 
 
 class FieldValue(NamedTuple):
@@ -83,12 +84,18 @@ class Jacobian:
         self._leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
         self.value, gradients = field(self._leaves, True)
         self._gradients = _filled(gradients, self._leaves)
+        # Flat gradient, shape `(n,)` or `(tasks, n)`.
+        self.gradient = self.layout.flatten(self._gradients, self.batch).detach()
+        self._ranks = Ranks()
         self.matvecs = 0
 
-    @property
-    def gradient(self) -> Tensor:
-        """Flat gradient, shape ``(n,)`` or ``(tasks, n)``."""
-        return self.layout.flatten(self._gradients, self.batch).detach()
+    def across(self, ranks: Ranks) -> None:
+        """Make this the operator of the ranks' mean gradient field, from here on.
+
+        Args:
+            ranks: The ranks; each calls this, and every product.
+        """
+        _average(self, ranks)
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Multiply with a vector.
@@ -104,7 +111,7 @@ class Jacobian:
         # A gradient that does not depend on the parameters (a linear part) has no graph: its rows are 0.
         outputs = {name: g for name, g in self._gradients.items() if g is not None and g.requires_grad}
         if not outputs:
-            return torch.zeros_like(vector)
+            return self._ranks.mean(torch.zeros_like(vector))
         products = torch.autograd.grad(
             list(outputs.values()),
             list(self._leaves.values()),
@@ -113,7 +120,8 @@ class Jacobian:
             allow_unused=True,
             materialize_grads=True,
         )
-        return self.layout.flatten(dict(zip(self._leaves, products, strict=True)), self.batch).detach()
+        flat = self.layout.flatten(dict(zip(self._leaves, products, strict=True)), self.batch).detach()
+        return self._ranks.mean(flat)
 
 
 class Hessian(Jacobian):
@@ -148,7 +156,16 @@ class FiniteDifference:
         # Balances the rounding of the gradients against the third derivative.
         self._step = torch.finfo(self._centre.dtype).eps ** (1 / 3) * (1 + norm)
         self.value, self.gradient = self._evaluate(self._centre)
+        self._ranks = Ranks()
         self.matvecs = 0
+
+    def across(self, ranks: Ranks) -> None:
+        """Make this the operator of the ranks' mean gradient field, from here on.
+
+        Args:
+            ranks: The ranks; each calls this, and every product.
+        """
+        _average(self, ranks)
 
     def _evaluate(self, point: Tensor) -> tuple[Tensor, Tensor]:
         leaves = {name: piece.detach().requires_grad_() for name, piece in self.layout.split(point).items()}
@@ -181,7 +198,7 @@ class FiniteDifference:
         length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
         reach = stretch * self._step / length.clamp(min=torch.finfo(vector.dtype).tiny)
         ahead, behind = (self._evaluate(self._centre + side * reach * vector)[1] for side in (1.0, -1.0))
-        return (ahead - behind) / (2 * reach)
+        return self._ranks.mean((ahead - behind) / (2 * reach))
 
 
 def _filled(gradients: dict[str, Tensor | None], leaves: Params) -> Params:
@@ -191,6 +208,11 @@ def _filled(gradients: dict[str, Tensor | None], leaves: Params) -> Params:
 
 
 Operator = Jacobian | FiniteDifference
+
+
+def _average(operator: Operator, ranks: Ranks) -> None:
+    operator.value, operator.gradient = ranks.mean(operator.value), ranks.mean(operator.gradient)
+    operator._ranks = ranks
 
 
 def task_gradient(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,7 @@ from lightning_maml_guard.guard.probe import (
     owners,
     state_problem,
 )
+from lightning_maml_guard.guard.processes import check_strategy, ranks_of
 from lightning_maml_guard.guard.products import Memory
 from lightning_maml_guard.guard.report import StabilityReport, from_plain, to_plain
 from lightning_maml_guard.guard.reporting import log_values, logger_step, metrics, warn
@@ -103,6 +105,9 @@ class ConvergenceGuard(Callback):
             and go back to them when the loss is lost; the batches since are skipped and the meta rate at least halved.
         max_rollbacks: Rollbacks before the guard stops the run and says so.
         snapshot_device: Where that copy is kept (``"cpu"``); None: beside the parameters.
+        history_size: Checks that ``history`` and ``severities`` keep, the latest ones. Loggers get all of them.
+        allow_untested: Whether to go on under a strategy the guard was not tested with (FSDP, DeepSpeed and others that
+            split a module). A check that fails there is one warning, as ever.
 
     Raises:
         ValueError: If an argument is not allowed.
@@ -133,6 +138,8 @@ class ConvergenceGuard(Callback):
         rollback: bool = False,
         max_rollbacks: int = 10,
         snapshot_device: str | None = None,
+        history_size: int = 1000,
+        allow_untested: bool = False,
     ) -> None:
         super().__init__()
         for name, number in (
@@ -140,6 +147,7 @@ class ConvergenceGuard(Callback):
             ("patience", patience),
             ("replay", replay),
             ("max_rollbacks", max_rollbacks),
+            ("history_size", history_size),
         ):
             check_count(name, number)
         if trial_steps != 0:
@@ -165,6 +173,7 @@ class ConvergenceGuard(Callback):
         self.problem = problem
         self.trial_steps, self.replay, self.alarm, self.triggers = trial_steps, replay, float(alarm), triggers
         self.rollback, self.max_rollbacks, self.snapshot_device = rollback, max_rollbacks, snapshot_device
+        self.history_size, self.allow_untested = history_size, allow_untested
         self._inert = False
         self._start_over()
 
@@ -215,7 +224,8 @@ class ConvergenceGuard(Callback):
             stage: Lightning's stage.
 
         Raises:
-            MisconfigurationException: If there is nothing the guard could measure.
+            MisconfigurationException: If there is nothing the guard could measure, or if it was not tested with the
+                strategy.
         """
         if stage != "fit":
             return
@@ -225,8 +235,15 @@ class ConvergenceGuard(Callback):
                 "optimisation it takes optimizer steps of its own. Give the module a method meta_problem(batch) -> "
                 "MetaProblem, or pass ConvergenceGuard(problem=lambda module, batch: MetaProblem(...))."
             )
+        if trainer.world_size > 1 and self.estimator == "pyhessian":
+            raise MisconfigurationException(
+                f"ConvergenceGuard(estimator='pyhessian') measures one process's loss, but {trainer.world_size} train "
+                "together. Use estimator='lanczos', whose products are averaged over them."
+            )
+        check_strategy(trainer, self.allow_untested)
         self._inert = bool(getattr(trainer, "barebones", False))
         self._start_over()
+        self._memory.ranks = ranks_of(trainer)
         if self._inert:
             warn(
                 "ConvergenceGuard does nothing in this run: Trainer(barebones=True) asks for no logging and no "
@@ -299,6 +316,8 @@ class ConvergenceGuard(Callback):
         norm = math.nan if self._norm is None else float(self._norm)
         self._norm = None
         told = self.action != "rescale" and self._course.unsafe
+        if self._memory.ranks.size > 1:
+            loss = trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
         value = float(loss) * trainer.accumulate_grad_batches
         self._lookout.saw(value, norm, alarm=self.alarm, triggers=self.triggers and not told)
 
@@ -367,7 +386,7 @@ class ConvergenceGuard(Callback):
         failing = taken_back = False
         severe, reference = math.nan, math.nan
         try:
-            with isolated(module), configured_inner_rate(module):
+            with self._together(module):
                 problem = state_problem(self.problem, module, batch, batch_idx)
                 owned = owners(problem, trainer.optimizers)
                 optimizer = max((trainer.optimizers[index] for index in owned), key=scheduled_rate)
@@ -379,7 +398,7 @@ class ConvergenceGuard(Callback):
                     )
             if present is not None:
                 failing = fails(severe, self.alarm)
-                self.severities.append((step, severe))
+                self.severities = [*self.severities, (step, severe)][-self.history_size :]
                 if not scheduled and not failing:
                     log_values(trainer, module, {"guard/severity": severe}, step)
                     return
@@ -387,7 +406,7 @@ class ConvergenceGuard(Callback):
                     taken_back = self._intervention.take_back(trainer, module, present.begin, step)
                     if not taken_back:
                         return
-            with isolated(module), configured_inner_rate(module):
+            with self._together(module):
                 report = measure(
                     problem,
                     optimizer=optimizer,
@@ -430,12 +449,17 @@ class ConvergenceGuard(Callback):
                 self._intervention.report_taken_back(report, present, caps, step)
             if self.rollback and (self._rescue.snapshot is None or passes(severe, self.alarm)):
                 self._keep(trainer, module, step)
-        self.history.append(report)
+        self.history = [*self.history, report][-self.history_size :]
         log_values(trainer, module, metrics(report), step)
+
+    @contextmanager
+    def _together(self, module: Any) -> Iterator[None]:
+        with self._memory.ranks.together(), isolated(module), configured_inner_rate(module):
+            yield
 
     def _keep(self, trainer: Any, module: Any, step: int) -> None:
         try:
-            self._rescue.keep(module, trainer.optimizers, step)
+            self._rescue.keep(module, trainer.optimizers, step, self._memory.ranks)
         except Exception as error:
             kept = self._rescue.snapshot
             self._course.say_once(
@@ -449,7 +473,7 @@ class ConvergenceGuard(Callback):
             return None
         older = [state_problem(self.problem, module, *each) for each in list(self._recent)[1:]]
         try:
-            return attempts([problem, *older], optimizer, self.trial_steps, trainer, self._memory.task_map)
+            return attempts([problem, *older], optimizer, self.trial_steps, trainer, self._memory)
         except ClosureError as error:
             self._course.say_once(
                 f"ConvergenceGuard judges by curvature alone: the coming steps cannot be tried. {error}"

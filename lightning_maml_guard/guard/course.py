@@ -76,7 +76,7 @@ class Course:
             message: What happened.
             just_said: Whether another message has this one in it, so that it counts as said.
         """
-        gist = re.sub(r"[-+]?[0-9]+[0-9.e+-]*", "#", message)
+        gist = re.sub(r"0x[0-9a-f]+|[-+]?[0-9]+[0-9.e+-]*", "#", message)
         if gist not in self.said:
             self.said.add(gist)
             if not just_said:

@@ -84,6 +84,23 @@ class Spectrum:
         )
 
 
+def merged(spectra: Sequence[Spectrum]) -> Spectrum:
+    """Put the Lanczos runs of several ranks' blocks together.
+
+    Args:
+        spectra: One spectrum a rank.
+
+    Returns:
+        The spectrum of all blocks.
+    """
+    return Spectrum(
+        runs=tuple(run for spectrum in spectra for run in spectrum.runs),
+        rounding=max(spectrum.rounding for spectrum in spectra),
+        matvecs=max(spectrum.matvecs for spectrum in spectra),
+        resolution=spectra[0].resolution,
+    )
+
+
 def check_estimator(estimator: Any) -> None:
     """Refuse an estimator that is not known.
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,14 @@ from lightning_maml_guard.curvature.lanczos import Matvec, NonFiniteProductError
 from lightning_maml_guard.curvature.layout import Params
 from lightning_maml_guard.curvature.operators import Operator, scaled
 from lightning_maml_guard.guard.coming import predicted_change
-from lightning_maml_guard.guard.estimate import Estimator, Spectrum, hessian_spectrum, top_eigenvalue
+from lightning_maml_guard.guard.estimate import (
+    ChangingOperatorError,
+    Estimator,
+    Spectrum,
+    hessian_spectrum,
+    merged,
+    top_eigenvalue,
+)
 from lightning_maml_guard.guard.governor import scheduled_rate
 from lightning_maml_guard.guard.judgement import judged
 from lightning_maml_guard.guard.meta_rate import UNKNOWN, MetaRateLimit, exact_limit, poster_limit
@@ -25,6 +33,8 @@ from lightning_maml_guard.guard.products import Memory, make_operator
 from lightning_maml_guard.guard.report import StabilityReport
 from lightning_maml_guard.guard.subject import MamlSubject, Subject, Target
 from lightning_maml_guard.theory.verdict import Limit
+
+T = TypeVar("T")
 
 _NAN_INTERVAL = (math.nan, math.nan)
 
@@ -63,6 +73,8 @@ class Measurement:
         self.beta = scheduled_rate(optimizer) if optimizer is not None else math.nan if beta is None else float(beta)
         self.like = next(iter(subject.params.values())).new_empty(())
         self.blocks = subject.tasks if options.worst and self.maml is not None else None
+        self.ranks = memory.ranks
+        self.tasks = sum(self.ranks.gather(subject.tasks))
         self.alpha_note = ""
         self.notices: list[str] = []
         self.operators: list[Operator] = []
@@ -90,16 +102,20 @@ class Measurement:
             raise NonFiniteProductError(f"The task loss is {float(hessian.value)} at these parameters and this batch.")
         exact = self.options.criterion == "exact" and self.maml is not None
         poster_alpha = 0.0 if self.maml is None else self.alpha
-        spectrum = hessian_spectrum(
-            hessian,
-            self.subject.mean_loss,
-            self.subject.params,
-            estimator=self.options.estimator,
-            blocks=self.blocks,
-            alpha=0.0 if exact else poster_alpha * self.subject.inner_steps,
-            max_iter=self.options.max_iter,
-            tol=self.options.tol,
-            noise=noise,
+        spectrum = self._over_blocks(
+            lambda: hessian_spectrum(
+                hessian,
+                self.subject.mean_loss,
+                self.subject.params,
+                estimator=self.options.estimator,
+                blocks=self.blocks,
+                alpha=0.0 if exact else poster_alpha * self.subject.inner_steps,
+                max_iter=self.options.max_iter,
+                tol=self.options.tol,
+                noise=noise,
+            ),
+            self.blocks,
+            merged,
         )
         if self.options.estimator == "pyhessian":
             self.extra_products += spectrum.matvecs  # on copies of its own
@@ -179,8 +195,29 @@ class Measurement:
         return self.subject.inner_limit if exact else 1 / self.subject.inner_steps
 
     def _alpha_of_top(self, matvec: Matvec, size: int, blocks: int | None, reach: float) -> Limit:
-        found = top_eigenvalue(matvec, size, self.like, blocks, max_iter=self.options.max_iter, tol=self.options.tol)
+        found = self._over_blocks(
+            lambda: top_eigenvalue(
+                matvec, size, self.like, blocks, max_iter=self.options.max_iter, tol=self.options.tol
+            ),
+            blocks,
+            max,
+        )
         return _alpha_of(self.alpha, reach, *found)
+
+    def _over_blocks(self, compute: Callable[[], T], blocks: int | None, choose: Callable[[list[T]], T]) -> T:
+        """Of a block-diagonal operator each rank has its own tasks' blocks; what it finds there is gathered."""
+        if blocks is None or self.ranks.size == 1:
+            return compute()
+        own: T | ArithmeticError
+        try:
+            own = compute()
+        except (NonFiniteProductError, ChangingOperatorError) as error:
+            own = error
+        found = self.ranks.gather(own)
+        for each in found:
+            if isinstance(each, ArithmeticError):
+                raise each
+        return choose(found)  # type: ignore[arg-type]
 
     def _sharpest_alpha_limit(self, mean: Limit) -> Limit:
         """The mean's ``alpha_c`` does not explain a collapsed direction; single tasks' do."""
@@ -205,7 +242,8 @@ class Measurement:
         if acting:
             return self._exact_at(1.0)
         try:
-            return self._exact_at(1.0)
+            with self.ranks.together():
+                return self._exact_at(1.0)
         except Exception as error:
             self.notices.append(
                 f"exact_beta_c could not be measured ({type(error).__name__}: {error}); the poster's conditions are "
@@ -242,7 +280,7 @@ class Measurement:
         direction = direction / torch.linalg.vector_norm(direction)
         operator, _ = self._operator("Hessian", self.maml.curvature(True))
         rows = direction.expand(self.maml.tasks, -1)
-        curvatures = (rows * operator(rows)).sum(-1)
+        curvatures = torch.cat(self.ranks.gather((rows * operator(rows)).sum(-1)))
         beyond = curvatures * self.alpha > self.maml.inner_limit
         return bool(beyond.any()) and bool(curvatures.mean() > 0)
 
@@ -267,33 +305,37 @@ class Measurement:
     def _poster(
         self, hessian: Operator, spectrum: Spectrum, alpha: float, rates: Params | None, collapsed: bool
     ) -> MetaRateLimit:
-        return poster_limit(
-            hessian,
-            spectrum,
-            self.outer,
-            self.like,
-            alpha=alpha,
-            rates=rates,
-            inner_steps=self.subject.inner_steps,
-            collapsed=collapsed,
-            blocks=self.blocks,
-            max_iter=self.options.max_iter,
-            tol=self.options.tol,
+        return self._over_blocks(
+            lambda: poster_limit(
+                hessian,
+                spectrum,
+                self.outer,
+                self.like,
+                alpha=alpha,
+                rates=rates,
+                inner_steps=self.subject.inner_steps,
+                collapsed=collapsed,
+                blocks=self.blocks,
+                max_iter=self.options.max_iter,
+                tol=self.options.tol,
+            ),
+            self.blocks,
+            lambda found: min(found, key=lambda each: each.beta_c),
         )
 
     def _noise_limit(self, exact_beta: MetaRateLimit) -> float:
         """Mean-square limit for tasks drawn anew at every step, from their curvatures along the top direction."""
-        if self.maml is None or exact_beta.direction is None or self.maml.tasks < 2 or self.outer.decoupled:
+        if self.maml is None or exact_beta.direction is None or self.tasks < 2 or self.outer.decoupled:
             return math.nan
         direction = self.outer.unscaled(exact_beta.direction)
         layout = self.operators[0].layout
-        each = self.maml.curvature_by_task(layout.split(direction)).double()
+        each = torch.cat(self.ranks.gather(self.maml.curvature_by_task(layout.split(direction)).double()))
         self.extra_products += 1
         if not bool(torch.isfinite(each).all()):
             return math.nan
         mean = float(each.mean()) + self.outer.shift_along(direction)
         # The batch's curvature is the mean over its tasks, so its variance is a task's over their number.
-        return self.outer.responses[0].mean_square_rate(mean, float(each.var()) / self.maml.tasks)
+        return self.outer.responses[0].mean_square_rate(mean, float(each.var()) / self.tasks)
 
     def failed(self, reason: str, began: float) -> StabilityReport:
         """Report a measurement that came to nothing.

@@ -16,6 +16,7 @@ from lightning_maml_guard.guard.caps import Caps
 from lightning_maml_guard.guard.coming import Clip
 from lightning_maml_guard.guard.governor import scheduled_rate
 from lightning_maml_guard.guard.plain import PlainProblem, training_step_problem
+from lightning_maml_guard.guard.products import Memory
 from lightning_maml_guard.guard.trial import Trial, TrialRunner
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.theory.verdict import passes, severity
@@ -145,7 +146,7 @@ class Attempts:
         return median, reference, severity(median.end, reference)
 
 
-def attempts(problems: Sequence[Problem], optimizer: Optimizer, steps: int, trainer: Any, task_map: Any) -> Attempts:
+def attempts(problems: Sequence[Problem], optimizer: Optimizer, steps: int, trainer: Any, memory: Memory) -> Attempts:
     """Make what tries the coming steps under caps.
 
     Args:
@@ -153,7 +154,7 @@ def attempts(problems: Sequence[Problem], optimizer: Optimizer, steps: int, trai
         optimizer: The optimizer about to step.
         steps: Number of steps.
         trainer: The Trainer, which may clip gradients.
-        task_map: How to run over the tasks.
+        memory: How to run over the tasks, and which processes step together.
 
     Returns:
         What tries them.
@@ -161,7 +162,7 @@ def attempts(problems: Sequence[Problem], optimizer: Optimizer, steps: int, trai
     Raises:
         ClosureError: If the optimizer needs a closure.
     """
-    runner = TrialRunner(problems, optimizer, steps, task_map, _clipping(trainer))
+    runner = TrialRunner(problems, optimizer, steps, memory.task_map, _clipping(trainer), memory.ranks)
     return Attempts(runner, getattr(problems[0], "alpha", math.nan), scheduled_rate(optimizer))
 
 

@@ -11,6 +11,7 @@ from lightning_maml_guard._vectorize import TaskMap
 from lightning_maml_guard.curvature.lanczos import start_vector
 from lightning_maml_guard.curvature.layout import Layout, Params
 from lightning_maml_guard.curvature.operators import Field, FiniteDifference, Jacobian, Operator
+from lightning_maml_guard.curvature.ranks import Ranks
 from lightning_maml_guard.guard.estimate import rounding
 
 # Step sizes of the self-check, and how far a product may be from it, relative to its size, beyond their scatter.
@@ -26,11 +27,13 @@ class Memory:
         task_map: How its tasks are run over.
         checked: Operators whose products were compared with finite differences.
         finite: Operators whose products are taken by finite differences, with the reason.
+        ranks: The processes that measure together.
     """
 
     task_map: TaskMap | None = None
     checked: set[str] = field(default_factory=set)
     finite: dict[str, str] = field(default_factory=dict)
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 def make_operator(
@@ -55,36 +58,52 @@ def make_operator(
         RuntimeError: If there is no room for the graph (torch.OutOfMemoryError).
     """
     like = next(iter(params.values()))
+    operator: Operator | None = None
+    trouble = None
     if name not in memory.finite:
-        try:
-            torch.manual_seed(0)  # the masks that the finite differences draw, too
-            operator = Jacobian(gradient, params, layout)
-            if name in memory.checked:
-                return operator, rounding(like)
-            probe = _probe(operator, like)
-            product = operator(probe)
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            differences = FiniteDifference(gradient, params, layout)  # raises what the loss itself raises
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            memory.finite[name] = (
-                f"{name}: this network has no second derivative by double backward ({first_line}), so its curvature "
-                "is measured by finite differences of gradients (less sharp, two gradients a product)."
-            )
-            return differences, _finite_noise(like)
+        torch.manual_seed(0)  # the masks that the finite differences draw, too
+        operator, trouble = _double_backward(name, gradient, params, layout, checked=name in memory.checked)
         memory.checked.add(name)
-        if not bool(torch.isfinite(product).all()):
-            return operator, rounding(like)  # the estimator names it
-        mismatch = _mismatch(gradient, params, layout, probe, product)
-        if mismatch is None:
-            return operator, rounding(like)
-        memory.finite[name] = (
-            f"{name}: the second derivative by double backward disagrees with finite differences by {mismatch:.1%}: a "
-            "layer's double backward is wrong (a custom autograd Function without one, a reentrant checkpoint). "
-            "The curvature is measured by finite differences of gradients instead."
+    # What fails on one rank is done by finite differences on all: their products are averaged.
+    found = [each for each in memory.ranks.gather(trouble) if each is not None]
+    if found:
+        memory.finite[name] = found[0]
+    if operator is None or found:
+        operator = FiniteDifference(gradient, params, layout)  # raises what the loss itself raises
+    if layout is None:
+        operator.across(memory.ranks)
+    return operator, rounding(like) if isinstance(operator, Jacobian) else _finite_noise(like)
+
+
+def _double_backward(
+    name: str, gradient: Field, params: Params, layout: Layout | None, *, checked: bool
+) -> tuple[Jacobian | None, str | None]:
+    """The operator by double backward, and what is wrong with it."""
+    try:
+        operator = Jacobian(gradient, params, layout)
+        if checked:
+            return operator, None
+        probe = _probe(operator, next(iter(params.values())))
+        product = operator(probe)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        FiniteDifference(gradient, params, layout)  # raises what the loss itself raises
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return None, (
+            f"{name}: this network has no second derivative by double backward ({first_line}), so its curvature "
+            "is measured by finite differences of gradients (less sharp, two gradients a product)."
         )
-    return FiniteDifference(gradient, params, layout), _finite_noise(like)
+    if not bool(torch.isfinite(product).all()):
+        return operator, None  # the estimator names it
+    mismatch = _mismatch(gradient, params, layout, probe, product)
+    if mismatch is None:
+        return operator, None
+    return operator, (
+        f"{name}: the second derivative by double backward disagrees with finite differences by {mismatch:.1%}: a "
+        "layer's double backward is wrong (a custom autograd Function without one, a reentrant checkpoint). "
+        "The curvature is measured by finite differences of gradients instead."
+    )
 
 
 def _probe(operator: Jacobian, like: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from lightning_maml_guard.curvature.ranks import Ranks
 from lightning_maml_guard.guard.caps import Caps
 from lightning_maml_guard.guard.governor import RateGovernor
 from lightning_maml_guard.guard.report import StabilityReport
@@ -59,15 +60,18 @@ class Rescue:
         if self._governor is not None:
             self._governor.cap = caps.beta
 
-    def keep(self, pl_module: Any, optimizers: Sequence[Optimizer], step: int) -> None:
+    def keep(self, pl_module: Any, optimizers: Sequence[Optimizer], step: int, ranks: Ranks) -> None:
         """Keep the state of a run as one to go back to.
 
         Args:
             pl_module: The module.
             optimizers: Its optimizers.
             step: Training step.
+            ranks: The processes that keep it: all of them, or none.
         """
-        self.snapshot = Snapshot(pl_module, optimizers, step, self._device)
+        with ranks.together():
+            snapshot = Snapshot(pl_module, optimizers, step, self._device)
+        self.snapshot = snapshot
 
     def state(self) -> dict[str, Any]:
         """Collect the state as primitives; a snapshot is not part of it.

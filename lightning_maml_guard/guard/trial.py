@@ -16,7 +16,8 @@ from torch.optim import SGD, Optimizer
 
 from lightning_maml_guard._vectorize import TaskMap, as_float32
 from lightning_maml_guard.curvature.backward import double_backward
-from lightning_maml_guard.curvature.layout import Params
+from lightning_maml_guard.curvature.layout import Layout, Params
+from lightning_maml_guard.curvature.ranks import Ranks
 from lightning_maml_guard.guard.coming import Clip, Twin, refuse_closures
 from lightning_maml_guard.guard.isolation import preserved_randomness
 from lightning_maml_guard.guard.plain import PlainProblem
@@ -64,6 +65,7 @@ class TrialRunner:
         steps: Number of steps.
         task_map: How to run over the tasks.
         clip: Clips gradients as the run does.
+        ranks: The processes that step together.
 
     Raises:
         ClosureError: If the optimizer needs a closure.
@@ -76,7 +78,9 @@ class TrialRunner:
         steps: int,
         task_map: TaskMap | None = None,
         clip: Clip | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks or Ranks()
         tasks = task_map or TaskMap()
         self._subjects: list[Subject] = [
             PlainSubject(each) if isinstance(each, PlainProblem) else MamlSubject(each, "support", tasks)
@@ -126,4 +130,7 @@ class TrialRunner:
         value, gradients = field(leaves, False)
         known = {name: gradients[name] for name in leaves}
         filled = {n: torch.zeros_like(leaves[n]) if g is None else g.detach() for n, g in known.items()}
-        return value.detach().float(), filled
+        if self._ranks.size == 1:
+            return value.detach().float(), filled
+        layout = Layout(filled)
+        return self._ranks.mean(value.float()), layout.split(self._ranks.mean(layout.flatten(filled)))

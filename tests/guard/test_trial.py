@@ -14,6 +14,7 @@ from lightning_maml_guard.guard.caps import Caps
 from lightning_maml_guard.guard.coming import ClosureError
 from lightning_maml_guard.guard.plain import PlainProblem
 from lightning_maml_guard.guard.probe import attempts
+from lightning_maml_guard.guard.products import Memory
 from lightning_maml_guard.guard.trial import Trial, TrialRunner
 from lightning_maml_guard.maml.gradients import meta_gradient
 from lightning_maml_guard.networks import mlp
@@ -76,7 +77,7 @@ def test_one_odd_batch_is_not_a_dying_run(sharpness, fails):
     weight = nn.Parameter(torch.ones(1))
     problems = [PlainProblem({"w": weight}, lambda p, c=c: 0.5 * c * (p["w"] ** 2).sum()) for c in sharpness]
     trainer = SimpleNamespace(gradient_clip_val=None)
-    tries = attempts(problems, SGD([weight], lr=0.1), 2, trainer, None)
+    tries = attempts(problems, SGD([weight], lr=0.1), 2, trainer, Memory())
     trial, reference, severe = tries.judged(Caps(), 1.0, 3.0)
     # One step on the odd batch multiplies the weight by 1 - 0.1 * 40 = -3, one on the others by 0.9.
     end = 20 * 3**4 if fails else 0.5 * 0.9**4
@@ -87,7 +88,7 @@ def test_one_odd_batch_is_not_a_dying_run(sharpness, fails):
 def test_without_a_start_the_loss_at_hand_is_the_reference():
     weight = nn.Parameter(torch.ones(1))
     problem = PlainProblem({"w": weight}, lambda p: (p["w"] ** 2).sum())
-    tries = attempts([problem], SGD([weight], lr=0.25), 2, SimpleNamespace(gradient_clip_val=None), None)
+    tries = attempts([problem], SGD([weight], lr=0.25), 2, SimpleNamespace(gradient_clip_val=None), Memory())
     assert tries.judged(Caps(), math.nan, 3.0)[1:] == (1.0, pytest.approx(math.log(1 / 16)))
 
 
