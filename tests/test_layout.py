@@ -16,7 +16,7 @@ ALLOWED = {
     "curvature": {"_vectorize"},
     "networks": set(),
     "maml": {"theory", "curvature", "_vectorize", "_warnings", "_lightning"},
-    "tasks": {"_checks", "_lightning"},
+    "tasks": {"_checks", "_warnings", "_lightning"},
     "plots": {"guard"},  # for type hints alone: see below
     "guard": {"theory", "curvature", "maml", "plots", "_checks", "_vectorize", "_warnings", "_lightning"},
     "cli": {"guard", "_lightning"},

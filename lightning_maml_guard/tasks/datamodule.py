@@ -104,12 +104,14 @@ class TaskDataModule(LightningDataModule):
         self.num_workers, self.resample, self.seed = num_workers, resample, seed
 
     def setup(self, stage: str) -> None:
-        """Load the family's data.
+        """Load the family's data; without workers, onto the device that trains.
 
         Args:
             stage: Lightning's stage; not used.
         """
         self.tasks.setup()
+        if self.trainer is not None and not self.num_workers:
+            self.tasks.to(self.trainer.strategy.root_device)
 
     def train_dataloader(self) -> DataLoader[EpisodeBatch]:
         """Build the loader of training episodes.

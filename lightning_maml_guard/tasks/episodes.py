@@ -30,6 +30,13 @@ class TaskFamily(ABC):
     def setup(self) -> None:  # noqa: B027
         """Load what sampling needs; called once a process before the first episode."""
 
+    def to(self, device: torch.device) -> None:  # noqa: B027
+        """Hold on a device what episodes are cut from, where the family has such data.
+
+        Args:
+            device: The device that trains; episodes are then made on it.
+        """
+
     @abstractmethod
     def sample(self, n_tasks: int, generator: torch.Generator, split: str = "train") -> EpisodeBatch:
         """Sample tasks.
@@ -69,18 +76,22 @@ def sample_n_way_k_shot(
     n_way: int,
     k_shot: int,
     queries: int,
+    counts: Tensor | None = None,
     rotations: bool = False,
 ) -> EpisodeBatch:
     """Sample n-way k-shot classification episodes from images held in memory.
 
     Args:
-        images: All images, shape ``(classes, images per class, channels, height, width)``, uint8 or float.
-        classes: Indices of the classes to draw from, shape ``(m,)``.
+        images: All images, shape ``(classes, images per class, channels, height, width)``, uint8 or float; with
+            ``counts``, class after class in one row, shape ``(images, channels, height, width)``. Episodes are made
+            on their device.
+        classes: Indices of the classes to draw from, shape ``(m,)``, on the CPU.
         n_tasks: Number of episodes.
-        generator: Source of all randomness.
+        generator: Source of all randomness, on the CPU, so that episodes are the same on every device.
         n_way: Classes an episode.
         k_shot: Support images a class.
         queries: Query images a class; no image is in both sets.
+        counts: Number of images of every class, where they differ.
         rotations: Count each class turned by 0, 90, 180 and 270 degrees as four classes.
 
     Returns:
@@ -90,17 +101,24 @@ def sample_n_way_k_shot(
     Raises:
         ValueError: If an episode asks for more classes or images than there are.
     """
+    if counts is None:
+        counts = torch.full((images.shape[0],), images.shape[1])
+        images = images.flatten(0, 1)
     turns = 4 if rotations else 1
-    check_episode(n_way, k_shot, queries, len(classes) * turns, images.shape[1])
+    check_episode(n_way, k_shot, queries, len(classes) * turns, int(counts[classes].min()) if len(classes) else 0)
     chosen = torch.stack([torch.randperm(len(classes) * turns, generator=generator)[:n_way] for _ in range(n_tasks)])
+    members = classes[chosen // turns]
     # The k+q smallest of as many random numbers as there are images are a draw without replacement.
-    order = torch.rand(n_tasks, n_way, images.shape[1], generator=generator).argsort(-1)[..., : k_shot + queries]
-    picked = images[classes[chosen // turns].unsqueeze(-1), order]
+    tickets = torch.rand(n_tasks, n_way, int(counts[classes].max()), generator=generator)
+    tickets = tickets.masked_fill(torch.arange(tickets.shape[-1]) >= counts[members].unsqueeze(-1), 2.0)
+    order = tickets.argsort(-1)[..., : k_shot + queries]
+    starts = counts.cumsum(0) - counts
+    picked = images[(starts[members].unsqueeze(-1) + order).to(images.device)]
     if rotations:
-        turn = (chosen % turns).reshape(n_tasks, n_way, 1, 1, 1, 1)
+        turn = (chosen % turns).reshape(n_tasks, n_way, 1, 1, 1, 1).to(images.device)
         picked = sum((torch.rot90(picked, k, (-2, -1)) * (turn == k) for k in range(1, 4)), picked * (turn == 0))
     picked = picked.float() / 255 if picked.dtype == torch.uint8 else picked
-    labels = torch.arange(n_way).reshape(1, n_way, 1)
+    labels = torch.arange(n_way, device=images.device).reshape(1, n_way, 1)
 
     def flat(part: Tensor) -> tuple[Tensor, Tensor]:
         target = labels.expand(n_tasks, n_way, part.shape[2])

@@ -1,47 +1,32 @@
-"""Omniglot, from its official folders, its zip archives or one ``omniglot.npz``."""
+"""Few-shot image classification: Omniglot, miniImageNet and any folder of class folders."""
 
 from __future__ import annotations
 
-import io
-import os
-import zipfile
-import zlib
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_maml_guard.tasks.episodes import (
-    SPLITS,
-    EpisodeBatch,
-    TaskFamily,
-    check_episode,
-    sample_n_way_k_shot,
+from lightning_maml_guard._checks import check_count
+from lightning_maml_guard.tasks.episodes import SPLITS, check_episode
+from lightning_maml_guard.tasks.image_family import ImageFamily, Splits, decoded
+from lightning_maml_guard.tasks.omniglot import DRAWERS, load_omniglot
+from lightning_maml_guard.tasks.sources import (
+    IMAGES,
+    DatasetError,
+    FolderSource,
+    Source,
+    ZipSource,
+    data_root,
+    read_split,
 )
 
-_PARTS = ("images_background", "images_evaluation")
-_DRAWERS = 20
+__all__ = ["ClassFolders", "DatasetError", "ImageFamily", "MiniImageNet", "Omniglot", "data_root", "load_omniglot"]
 
 
-class DatasetError(FileNotFoundError):
-    """A data set is missing or damaged; the message says where to put what."""
-
-
-def data_root(root: str | os.PathLike[str] | None) -> Path:
-    """Find the folder the data sets lie in.
-
-    Args:
-        root: The folder, or None for the environment variable ``LMG_DATA``, then ``./data``.
-
-    Returns:
-        The folder; it may not exist.
-    """
-    return Path(root if root is not None else os.environ.get("LMG_DATA", "data")).expanduser()
-
-
-class Omniglot(TaskFamily):
+class Omniglot(ImageFamily):
     """Omniglot n-way k-shot classification at 28x28, ink 1 on paper 0.
 
     Reads whichever of these lies in ``root``, in this order: ``omniglot.npz``; the folders
@@ -71,134 +56,174 @@ class Omniglot(TaskFamily):
         rotations: bool = True,
         split_seed: int = 0,
     ) -> None:
-        check_episode(n_way, k_shot, queries, 1623, _DRAWERS)
-        self.root = root
-        self.n_way, self.k_shot, self.queries = n_way, k_shot, queries
-        self.rotations, self.split_seed = rotations, split_seed
-        self._images: Tensor | None = None
-        self._classes: dict[str, Tensor] = {}
+        check_episode(n_way, k_shot, queries, 1623, DRAWERS)
+        super().__init__(n_way, k_shot, queries, rotations)
+        self.root, self.split_seed = root, split_seed
 
-    def setup(self) -> None:
-        """Load the images into memory (26 MB)."""
-        if self._images is not None:
-            return
+    def load(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Load the images into memory (26 MB).
+
+        Returns:
+            What :meth:`ImageFamily.load` says.
+        """
         images = torch.from_numpy(load_omniglot(data_root(self.root))).unsqueeze(2)
         order = torch.from_numpy(np.random.default_rng(self.split_seed).permutation(len(images)))
         train, val = (1100, 100) if len(images) >= 1300 else (len(images) * 2 // 3, max(len(images) // 12, 1))
-        self._classes = dict(zip(SPLITS, order.split([train, val, len(images) - train - val]), strict=True))
-        for split, classes in self._classes.items():
-            turns = 4 if self.rotations and split == "train" else 1
-            check_episode(self.n_way, self.k_shot, self.queries, len(classes) * turns, images.shape[1])
-        self._images = images
-
-    def sample(self, n_tasks: int, generator: torch.Generator, split: str = "train") -> EpisodeBatch:
-        """Sample episodes.
-
-        Args:
-            n_tasks: Number of episodes.
-            generator: Source of all randomness.
-            split: ``"train"``, ``"val"`` or ``"test"``.
-
-        Returns:
-            Images ``(n_tasks, n_way * shots, 1, 28, 28)`` and labels ``(n_tasks, n_way * shots)``.
-        """
-        self.setup()
-        assert self._images is not None
-        return sample_n_way_k_shot(
-            self._images,
-            self._classes[split],
-            n_tasks,
-            generator,
-            n_way=self.n_way,
-            k_shot=self.k_shot,
-            queries=self.queries,
-            rotations=self.rotations and split == "train",
-        )
+        classes = dict(zip(SPLITS, order.split([train, val, len(images) - train - val]), strict=True))
+        return images.flatten(0, 1), torch.full((len(images),), images.shape[1]), classes
 
 
-def load_omniglot(root: Path) -> np.ndarray:
-    """Load every character's images.
+class MiniImageNet(ImageFamily):
+    """miniImageNet n-way k-shot classification (Ravi and Larochelle's split), RGB in [0, 1].
+
+    Reads whichever lies in ``root``: ``images/`` with ``train.csv``, ``val.csv``, ``test.csv`` (columns ``filename``
+    and ``label``) beside it; the same in a folder ``miniimagenet``; or one ``miniimagenet*.zip`` of it (case does not
+    matter; ``root`` may name the archive itself). The images are decoded once, see :func:`cached_images`.
 
     Args:
-        root: Folder that holds the npz file, the official folders or their zip archives.
-
-    Returns:
-        Array ``(characters, 20, 28, 28)``, uint8, ink 255 on paper 0.
+        root: Folder of the data, or the archive (default: ``$LMG_DATA``, then ``./data``).
+        n_way: Classes an episode.
+        k_shot: Support images a class.
+        queries: Query images a class.
+        image_size: Height and width, in pixels; other images are scaled to it.
 
     Raises:
-        DatasetError: If nothing is found, or if what is found is damaged or incomplete.
+        ValueError: If an episode asks for less than 1 class or image, or if the size is below 1.
     """
-    if (root / "omniglot.npz").is_file():
-        return _from_npz(root / "omniglot.npz")
-    characters: dict[str, list[np.ndarray]] = {}
-    found = False
-    for part in _PARTS:
-        folder, archive = root / part, root / f"omniglot_{part}.zip"
-        archive = archive if archive.is_file() else root / f"{part}.zip"
-        if folder.is_dir():
-            source = _folder_images(folder)
-        elif archive.is_file():
-            source = _zip_images(archive)
+
+    def __init__(
+        self, root: str | None = None, n_way: int = 5, k_shot: int = 1, queries: int = 15, image_size: int = 84
+    ) -> None:
+        check_episode(n_way, k_shot, queries, 100, 600)
+        check_count("image_size", image_size)
+        super().__init__(n_way, k_shot, queries)
+        self.root, self.image_size = root, image_size
+
+    def load(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Map the decoded images into memory, decoding them first where that has not been done.
+
+        Returns:
+            What :meth:`ImageFamily.load` says.
+
+        Raises:
+            DatasetError: If the data is missing or damaged.
+        """
+        source = _mini_imagenet(data_root(self.root))
+        stamps = source.stamps()
+        tops = {name.removesuffix("train.csv") for name in stamps if PurePosixPath(name).name == "train.csv"}
+        top = min(tops, key=len, default="")
+        missing = [f"{split}.csv" for split in SPLITS if f"{top}{split}.csv" not in stamps]
+        if missing:
+            raise DatasetError(f"{source.path} lacks {', '.join(missing)} of miniImageNet. {_WANTED}")
+        splits = {split: read_split(source, f"{top}{split}.csv", f"{top}images/", stamps) for split in SPLITS}
+        return decoded(source, stamps, splits, self.image_size, 3)
+
+
+class ClassFolders(ImageFamily):
+    """n-way k-shot classification from class folders: ``root/CLASS/*.png`` (or jpg, jpeg).
+
+    With the folders ``train``, ``val`` and ``test`` in ``root``, each holds the class folders of its split
+    (``root/train/CLASS/*.png``). Otherwise the classes are split at random, by shares. Images are scaled to one size
+    and decoded once, see :func:`cached_images`. Classes may differ in their number of images.
+
+    Args:
+        root: The folder, or a zip archive of it.
+        n_way: Classes an episode.
+        k_shot: Support images a class.
+        queries: Query images a class.
+        image_size: Height and width, in pixels.
+        channels: 3 for colours, 1 for grey.
+        shares: Shares of the classes for training, validation and test; unused with folders for the splits.
+        split_seed: Seed of the split.
+
+    Raises:
+        ValueError: If a number is not allowed.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        n_way: int = 5,
+        k_shot: int = 1,
+        queries: int = 15,
+        image_size: int = 84,
+        channels: int = 3,
+        shares: Sequence[float] = (0.64, 0.16, 0.2),
+        split_seed: int = 0,
+    ) -> None:
+        for name, number in (("n_way", n_way), ("k_shot", k_shot), ("queries", queries), ("image_size", image_size)):
+            check_count(name, number)
+        if channels not in {1, 3}:
+            raise ValueError(f"Expected argument `channels` to be 3 (colours) or 1 (grey) but got {channels!r}.")
+        if len(shares) != 3 or min(shares) < 0 or not sum(shares) > 0:
+            raise ValueError(
+                f"Expected argument `shares` to be 3 numbers of at least 0, one above, but got {shares!r}."
+            )
+        check_count("split_seed", split_seed, 0)
+        super().__init__(n_way, k_shot, queries)
+        self.root, self.image_size, self.channels = root, image_size, channels
+        self.shares, self.split_seed = tuple(shares), split_seed
+
+    def load(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Map the decoded images into memory, decoding them first where that has not been done.
+
+        Returns:
+            What :meth:`ImageFamily.load` says.
+
+        Raises:
+            DatasetError: If there are no class folders with images, or if an image is damaged.
+        """
+        root = Path(self.root).expanduser()
+        source: Source = ZipSource(root) if root.is_file() else FolderSource(root)
+        stamps = source.stamps() if root.exists() else {}
+        by_class: dict[str, list[str]] = {}
+        for name in stamps:
+            if name.lower().endswith(IMAGES) and "/" in name:
+                by_class.setdefault(name.rpartition("/")[0], []).append(name)
+        if not by_class:
+            raise DatasetError(
+                f"No class folders with images were found in {root.resolve()}. Put there one folder a class "
+                f"({', '.join(IMAGES)} files in it), or such folders in train, val and test."
+            )
+        split_of = {label: set(SPLITS) & set(PurePosixPath(label).parts[:-1]) for label in by_class}
+        if all(len(found) == 1 for found in split_of.values()):
+            splits: Splits = {
+                split: {label: names for label, names in by_class.items() if split in split_of[label]}
+                for split in SPLITS
+            }
         else:
-            continue
-        found = True
-        for name, data in source:
-            characters.setdefault(name.rpartition("/")[0], []).append(_decode(data, name))
-    if not found:
+            labels = sorted(by_class)
+            order = np.random.default_rng(self.split_seed).permutation(len(labels))
+            bounds = np.round(np.cumsum(self.shares)[:-1] / sum(self.shares) * len(labels)).astype(int)
+            parts = np.split(order, bounds)
+            splits = {
+                split: {labels[i]: by_class[labels[i]] for i in sorted(part)}
+                for split, part in zip(SPLITS, parts, strict=True)
+            }
+        return decoded(source, stamps, splits, self.image_size, self.channels)
+
+
+_WANTED = (
+    "Put there the folder images with train.csv, val.csv and test.csv beside it (columns filename, label; Ravi "
+    "and Larochelle's split), or a miniimagenet*.zip of them; or name the folder, with LMG_DATA=/path or `root`."
+)
+
+
+def _mini_imagenet(root: Path) -> Source:
+    if root.is_file():
+        return ZipSource(root)
+    entries = sorted(root.iterdir()) if root.is_dir() else []
+    if (root / "train.csv").is_file():
+        return FolderSource(root)
+    for each in entries:
+        if each.is_dir() and each.name.lower().replace("-", "") == "miniimagenet":
+            return FolderSource(each)
+    archives = [e for e in entries if e.name.lower().replace("-", "").startswith("miniimagenet") and e.suffix == ".zip"]
+    if len(archives) > 1:
         raise DatasetError(
-            f"Omniglot was not found in {root.resolve()}. Put there omniglot_images_background.zip and "
-            "omniglot_images_evaluation.zip (the archives images_background.zip and images_evaluation.zip of "
-            "https://github.com/brendenlake/omniglot, folder python), their unpacked folders images_background and "
-            "images_evaluation, or omniglot.npz; or name the folder they lie in, with LMG_DATA=/path or `root`."
+            f"Several archives of miniImageNet lie in {root.resolve()}: {', '.join(e.name for e in archives)}. Name "
+            "the one to read with `root`."
         )
-    short = {name: len(images) for name, images in characters.items() if len(images) != _DRAWERS}
-    if short or not characters:
-        name, number = next(iter(short.items()), (str(root), 0))
-        raise DatasetError(
-            f"Omniglot in {root.resolve()} is incomplete: {name} holds {number} images instead of {_DRAWERS}"
-            f"{f' (and {len(short) - 1} characters more)' if len(short) > 1 else ''}. Unpack the archive again."
-        )
-    return np.stack([np.stack(characters[name]) for name in sorted(characters)])
-
-
-def _from_npz(path: Path) -> np.ndarray:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            images = archive["images"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise DatasetError(
-            f"{path} is damaged ({error}). Copy it anew, or remove it to use the image archives."
-        ) from error
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[2:] != (28, 28):
-        raise DatasetError(
-            f"{path} holds images of dtype {images.dtype} and shape {images.shape} where uint8 "
-            "(characters, 20, 28, 28) is expected. Copy it anew, or remove it to use the image archives."
-        )
-    return images
-
-
-def _folder_images(folder: Path) -> Iterator[tuple[str, bytes]]:
-    for path in sorted(folder.glob("*/*/*.png")):
-        yield path.relative_to(folder.parent).as_posix(), path.read_bytes()
-
-
-def _zip_images(archive: Path) -> Iterator[tuple[str, bytes]]:
-    # Members are read, never extracted: no path is made from a name in the archive.
-    try:
-        with zipfile.ZipFile(archive) as members:
-            for name in sorted(members.namelist()):
-                if name.endswith(".png") and not name.startswith("__MACOSX/"):
-                    yield name, members.read(name)
-    except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
-        raise DatasetError(f"{archive} is damaged ({error}). Download or copy it again.") from error
-
-
-def _decode(data: bytes, name: str) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            small = image.convert("L").resize((28, 28), Image.Resampling.BOX)
-    except (UnidentifiedImageError, OSError) as error:
-        raise DatasetError(f"The image {name} is damaged ({error}). Unpack or copy the archive again.") from error
-    return 255 - np.asarray(small, dtype=np.uint8)
+    if not archives:
+        raise DatasetError(f"miniImageNet was not found in {root.resolve()}. {_WANTED}")
+    return ZipSource(archives[0])

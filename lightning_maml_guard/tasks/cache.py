@@ -1,0 +1,122 @@
+"""Images decoded once into a memory-mapped array, kept until their source changes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from lightning_maml_guard._warnings import GuardWarning
+from lightning_maml_guard.tasks.sources import Source, decode
+
+# Raised when decoding changes, so that no older cache is taken for a new one.
+_VERSION = 1
+
+
+def cached_images(
+    source: Source,
+    names: Sequence[str],
+    stamps: dict[str, tuple[int, int]],
+    *,
+    size: int,
+    channels: int = 3,
+    progress: bool = True,
+) -> np.ndarray:
+    """Decode images once, and map the result into memory from then on.
+
+    The array lies in ``.lmg_cache`` beside the source or, where nothing can be written there, in
+    ``$XDG_CACHE_HOME/lightning_maml_guard`` (``~/.cache``). Its name carries a fingerprint of the files' names, sizes
+    and times or checksums; an array of another fingerprint is decoded anew and the old one removed. It is written to
+    a temporary file and renamed, so that a reader never sees half of one.
+
+    Args:
+        source: Where the images lie.
+        names: Their names, in the order of the array.
+        stamps: What ``source.stamps()`` lists.
+        size: Height and width to scale to, in pixels.
+        channels: 3 for colours, 1 for grey.
+        progress: Show a progress bar while decoding.
+
+    Returns:
+        Shape ``(images, channels, size, size)``, uint8, memory-mapped; writes to it do not reach the file.
+
+    Raises:
+        DatasetError: If an image is damaged; the message names it.
+        PermissionError: If neither folder can be written to.
+    """
+    content = json.dumps([_VERSION, [[name, *stamps[name]] for name in names]])
+    fingerprint = hashlib.sha256(content.encode()).hexdigest()[:24]
+    place = hashlib.sha256(str(source.path.resolve()).encode()).hexdigest()[:8]
+    stem = f"{source.path.stem}-{place}-{channels}x{size}"
+    shape = len(names), channels, size, size
+    folders = source.path.parent / ".lmg_cache", _user_cache()
+    for folder in folders:
+        path = folder / f"{stem}-{fingerprint}.npy"
+        if path.is_file():
+            found = _mapped(path, shape)
+            if found is not None:
+                return found
+    writable = [each for each in folders if _writable(each)]
+    if not writable:
+        raise PermissionError(
+            f"The decoded images of {source.path} can be written neither to {folders[0]} nor to {folders[1]}. Let "
+            "XDG_CACHE_HOME name a folder that can be written to."
+        )
+    folder = writable[0]
+    path = folder / f"{stem}-{fingerprint}.npy"
+    handle, temporary = tempfile.mkstemp(suffix=".part", prefix=stem, dir=folder)
+    os.close(handle)
+    try:
+        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+        label = f"decoding {source.path.name}"
+        for index, name in enumerate(tqdm(names, desc=label, unit="image", disable=not progress)):
+            array[index] = decode(source.read(name), f"{name} of {source.path}", size, channels)
+        array.flush()
+        del array
+        os.chmod(temporary, 0o644)  # mkstemp's own mode would keep a shared cache from others
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    for older in folder.glob(f"{stem}-*.npy"):
+        if older != path:
+            older.unlink(missing_ok=True)
+    mapped = _mapped(path, shape)
+    assert mapped is not None
+    return mapped
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    # "c": a private copy on write, since torch refuses to share memory it must not write to.
+    try:
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        reason = str(error)
+    else:
+        if array.dtype == np.uint8 and array.shape == shape:
+            return array
+        reason = f"it holds {array.dtype} of shape {array.shape}"
+    warnings.warn(f"The cache {path} is damaged ({reason}): decoding the images again.", GuardWarning, stacklevel=3)
+    return None
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_maml_guard"
+
+
+def _writable(folder: Path) -> bool:
+    present = next(each for each in (folder, *folder.parents) if each.is_dir())
+    if not present.stat().st_mode & 0o222:
+        return False  # root could write there all the same, but whoever marked it read-only meant it
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:  # no right to write, a read-only file system, a file in the folder's place: the answer is no
+        return False

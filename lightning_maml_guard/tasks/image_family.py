@@ -1,0 +1,130 @@
+"""What every family of image classification tasks shares: images held whole, episodes cut from them on their device."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from lightning_maml_guard.tasks.cache import cached_images
+from lightning_maml_guard.tasks.episodes import EpisodeBatch, TaskFamily, check_episode, sample_n_way_k_shot
+from lightning_maml_guard.tasks.sources import DatasetError, Source
+
+# Names of the images by class, for each split.
+Splits = dict[str, dict[str, list[str]]]
+
+
+class ImageFamily(TaskFamily):
+    """n-way k-shot episodes cut, on the device they lie on, from images that are held whole.
+
+    Args:
+        n_way: Classes an episode.
+        k_shot: Support images a class.
+        queries: Query images a class.
+        rotations: Count each class turned by 90, 180 and 270 degrees as further classes, in training.
+    """
+
+    def __init__(self, n_way: int, k_shot: int, queries: int, rotations: bool = False) -> None:
+        self.n_way, self.k_shot, self.queries, self.rotations = n_way, k_shot, queries, rotations
+        self._images: Tensor | None = None
+        self._counts = torch.zeros(0, dtype=torch.long)
+        self._classes: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def load(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Load the images.
+
+        Returns:
+            All images, class after class, shape ``(images, channels, height, width)``, uint8; the number of images of
+            each class; the indices of each split's classes.
+        """
+
+    def setup(self) -> None:
+        """Load the images, once.
+
+        Raises:
+            ValueError: If an episode asks for more classes or images than there are.
+        """
+        if self._images is not None:
+            return
+        images, self._counts, self._classes = self.load()
+        for split, classes in self._classes.items():
+            turns = 4 if self.rotations and split == "train" else 1
+            least = int(self._counts[classes].min()) if len(classes) else 0
+            check_episode(self.n_way, self.k_shot, self.queries, len(classes) * turns, least)
+        self._images = images
+
+    def to(self, device: torch.device) -> None:
+        """Hold the images on a device, so that episodes are made there.
+
+        Args:
+            device: The device.
+        """
+        self.setup()
+        assert self._images is not None
+        self._images = self._images.to(device)
+
+    def sample(self, n_tasks: int, generator: torch.Generator, split: str = "train") -> EpisodeBatch:
+        """Sample episodes.
+
+        Args:
+            n_tasks: Number of episodes.
+            generator: Source of all randomness.
+            split: ``"train"``, ``"val"`` or ``"test"``.
+
+        Returns:
+            Images ``(n_tasks, n_way * shots, channels, height, width)`` in ``[0, 1]`` and labels
+            ``(n_tasks, n_way * shots)``.
+        """
+        self.setup()
+        assert self._images is not None
+        return sample_n_way_k_shot(
+            self._images,
+            self._classes[split],
+            n_tasks,
+            generator,
+            n_way=self.n_way,
+            k_shot=self.k_shot,
+            queries=self.queries,
+            counts=self._counts,
+            rotations=self.rotations and split == "train",
+        )
+
+
+def decoded(
+    source: Source, stamps: dict[str, tuple[int, int]], splits: Splits, size: int, channels: int
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Decode the images of all splits, or map them into memory where that has been done.
+
+    Args:
+        source: Where the images lie.
+        stamps: What ``source.stamps()`` lists.
+        splits: Names of the images by class, for each split.
+        size: Height and width, in pixels.
+        channels: 3 for colours, 1 for grey.
+
+    Returns:
+        What :meth:`ImageFamily.load` says.
+
+    Raises:
+        DatasetError: If a class is in two splits, or if an image is damaged.
+    """
+    names: list[str] = []
+    counts: list[int] = []
+    classes: dict[str, Tensor] = {}
+    seen: dict[str, str] = {}
+    for split, by_class in splits.items():
+        twice = sorted(set(by_class) & set(seen))
+        if twice:
+            raise DatasetError(
+                f"{source.path}: the class {twice[0]!r} is in {seen[twice[0]]} and in {split}. Classes of the splits "
+                "must differ: correct the split files."
+            )
+        seen |= dict.fromkeys(by_class, split)
+        classes[split] = torch.arange(len(counts), len(counts) + len(by_class))
+        for files in by_class.values():
+            names += files
+            counts.append(len(files))
+    images = cached_images(source, names, stamps, size=size, channels=channels)
+    return torch.from_numpy(images), torch.tensor(counts), classes
