@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_maml_guard.guard.report import StabilityReport
     from lightning_maml_guard.maml.module import MetaLearningModule
     from lightning_maml_guard.maml.problem import MetaProblem
+    from lightning_maml_guard.phase_diagram import PhaseDiagram, phase_diagram
     from lightning_maml_guard.tasks.datamodule import TaskDataModule
     from lightning_maml_guard.tasks.episodes import EpisodeBatch
     from lightning_maml_guard.theory.rates import CriticalRates, critical_rates
@@ -27,10 +28,12 @@ _HOMES = {
     "EpisodeBatch": "tasks.episodes",
     "MetaLearningModule": "maml.module",
     "MetaProblem": "maml.problem",
+    "PhaseDiagram": "grid.diagram",
     "StabilityReport": "guard.report",
     "TaskDataModule": "tasks.datamodule",
     "critical_rates": "theory.rates",
     "measure": "guard.monitor",
+    "phase_diagram": "phase_diagram",
     "stability_limit": "theory.stability",
 }
 
@@ -41,10 +44,12 @@ __all__ = [
     "GuardWarning",
     "MetaLearningModule",
     "MetaProblem",
+    "PhaseDiagram",
     "StabilityReport",
     "TaskDataModule",
     "critical_rates",
     "measure",
+    "phase_diagram",
     "stability_limit",
 ]
 

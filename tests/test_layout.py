@@ -16,6 +16,8 @@ ALLOWED = {
     "curvature": {"_vectorize"},
     "networks": set(),
     "maml": {"theory", "curvature", "_vectorize", "_warnings", "_lightning"},
+    "grid": {"theory", "curvature", "maml", "_vectorize"},
+    "phase_diagram": {"theory", "curvature", "maml", "grid", "_checks"},
     "tasks": {"_checks", "_warnings", "_lightning"},
     "plots": {"guard"},  # for type hints alone: see below
     "guard": {"theory", "curvature", "maml", "plots", "_checks", "_vectorize", "_warnings", "_lightning"},

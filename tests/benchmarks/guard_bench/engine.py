@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from lightning_maml_guard.maml.gradients import task_meta_gradient
-from tests.benchmarks.guard_bench.cells import AFTERMATH, STEPS, Column, make_optimizer
+from lightning_maml_guard.grid.fate import NEVER, departures
+from lightning_maml_guard.grid.gradients import copies, grid_gradient, grid_loss
+from lightning_maml_guard.grid.optimizers import SGD, Adam, MetaOptimizer, spread
+from tests.benchmarks.guard_bench.cells import AFTERMATH, STEPS, Column
 
 UNGUARDED, CLIP_1, CLIP_10, HALVE = "unguarded", "clip 1", "clip 10", "halve on a spike"
 REMEDIES = (UNGUARDED, CLIP_1, CLIP_10, HALVE)
+META_OPTIMIZERS: dict[str, MetaOptimizer] = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adam": Adam()}
 SPIKE = 2.0
 LEFT = 5.0
 
@@ -35,12 +38,10 @@ class Trace:
     @property
     def departure(self) -> int | None:
         """First step at which the loss has left 5 times its start: in most of five steps, not in one bad batch."""
-        outside = [not loss <= LEFT * self.start for loss in self.losses]
-        for step in range(len(outside)):
-            window = outside[step : step + 5]
-            if outside[step] and 2 * sum(window) > len(window):
-                return step
-        return None
+        if not self.losses:
+            return None
+        step = int(departures(np.array(self.losses), self.start, LEFT))
+        return None if step == NEVER else step
 
     @property
     def fate(self) -> str:
@@ -70,38 +71,16 @@ def train_column(column: Column, steps: int = STEPS + AFTERMATH) -> dict[str, li
     kind = torch.arange(len(REMEDIES)).repeat_interleave(len(column.betas))
     clip = torch.full((runs,), torch.inf)
     clip[kind == 1], clip[kind == 2] = 1.0, 10.0
-    params = {n: p.detach().expand(runs, *p.shape).clone() for n, p in module.theta().items()}
-    leaves = {n: torch.nn.Parameter(p) for n, p in params.items()}
-    # A step of these optimizers is linear in the rate, so they run at rate 1 and each run takes its share of the step.
-    optimizer = make_optimizer(column.optimizer, list(leaves.values()), 1.0)
+    alphas = torch.full((runs,), column.alpha)
+    optimizer = META_OPTIMIZERS[column.optimizer]
+    params = copies(module.theta(), runs)
+    state = optimizer.init(params)
     rates, running = betas.clone(), torch.full((runs,), torch.nan)
     losses, norms = [], []
-
-    def gradient(theta, batch):
-        def one(support, query):
-            (found, _), (loss, _) = task_meta_gradient(
-                module.task_loss,
-                theta,
-                column.alpha,
-                support,
-                query,
-                inner_steps=column.inner_steps,
-                order=column.order,
-            )
-            return found, loss
-
-        found, loss = torch.func.vmap(one)(*batch)
-        return {n: g.mean(0) for n, g in found.items()}, loss.mean()
-
-    vectorized = torch.func.vmap(gradient, in_dims=(0, None))
-
-    def values(batch) -> Tensor:
-        return vectorized({n: p.detach() for n, p in leaves.items()}, batch)[1]
-
-    judged = column.judged_on(family)
-    start = values(judged)
+    judged = module.meta_problem(column.judged_on(family))
+    start = grid_loss(judged, params, alphas)
     for step in range(steps):
-        found, loss = vectorized({n: p.detach() for n, p in leaves.items()}, column.batch(step, family))
+        found, loss = grid_gradient(module.meta_problem(column.batch(step, family)), params, alphas)
         norm = torch.stack([g.flatten(1).square().sum(1) for g in found.values()]).sum(0).sqrt()
         losses.append(loss)
         norms.append(norm)
@@ -110,14 +89,9 @@ def train_column(column: Column, steps: int = STEPS + AFTERMATH) -> dict[str, li
         rates = torch.where(spiked, rates / 2, rates)
         running = torch.where(spiked, running, 0.9 * running + 0.1 * loss)
         factor = (clip / norm.clamp(min=1e-30)).clamp(max=1.0)
-        before = {n: p.detach().clone() for n, p in leaves.items()}
-        for name, leaf in leaves.items():
-            leaf.grad = found[name] * _spread(factor, leaf)
-        optimizer.step()
-        with torch.no_grad():
-            for name, leaf in leaves.items():
-                leaf.copy_(before[name] + _spread(rates, leaf) * (leaf - before[name]))
-    final = values(judged)
+        clipped = {n: g * spread(factor, g) for n, g in found.items()}
+        params, state = optimizer.step(params, clipped, state, rates, step)
+    final = grid_loss(judged, params, alphas)
     table = torch.stack(losses), torch.stack(norms)
     traces = [
         Trace(tuple(table[0][:, run].tolist()), tuple(table[1][:, run].tolist()), float(start[run]), float(final[run]))
@@ -125,7 +99,3 @@ def train_column(column: Column, steps: int = STEPS + AFTERMATH) -> dict[str, li
     ]
     size = len(column.betas)
     return {remedy: traces[at * size : (at + 1) * size] for at, remedy in enumerate(REMEDIES)}
-
-
-def _spread(values: Tensor, like: Tensor) -> Tensor:
-    return values.reshape(-1, *[1] * (like.dim() - 1))

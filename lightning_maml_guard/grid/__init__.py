@@ -1,0 +1,1 @@
+"""Many trainings that differ in their rates alone, as one vmapped program."""
