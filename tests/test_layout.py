@@ -16,7 +16,7 @@ ALLOWED = {
     "curvature": {"_vectorize"},
     "networks": set(),
     "maml": {"theory", "curvature", "_vectorize", "_warnings", "_lightning"},
-    "grid": {"theory", "curvature", "maml", "_vectorize"},
+    "grid": {"theory", "curvature", "maml", "_checks", "_vectorize"},
     "phase_diagram": {"theory", "curvature", "maml", "grid", "_checks"},
     "tasks": {"_checks", "_warnings", "_lightning"},
     "plots": {"guard"},  # for type hints alone: see below

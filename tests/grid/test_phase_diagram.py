@@ -18,16 +18,8 @@ from lightning_maml_guard.theory.correlation import spearman
 from tests.grid.families import KINDS, error, family, module, trained
 from tests.helpers import dense_hessian, linear_module, quadratic_batch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 8
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small are slower on two threads, and far slower where cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def quiet(*args, **arguments) -> PhaseDiagram:
