@@ -119,7 +119,8 @@ def phase_diagram(
 ) -> tuple[Any, Any]:
     """Draw the training error over the grid, with the critical rates that theory gives for its start.
 
-    Dark cells trained furthest. Grey cells ended no lower than they began; crossed ones diverged. The vertical line is
+    Dark cells trained furthest. Grey cells did not train (see :class:`PhaseDiagram`); crossed ones diverged. A
+    cell's rates are those of its centre. The vertical line is
     the poster's ``alpha_c``, the curves are ``beta_c(alpha)`` by the poster and by the Jacobian of the update as
     configured, all before training.
 
@@ -147,7 +148,7 @@ def phase_diagram(
         _, ax = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     figure = ax.figure
     shown = np.ma.masked_where(~diagram.trained, diagram.final)
-    start = float(np.median(diagram.start))
+    start = float(np.nanmax(diagram.unadapted))
     low = float(shown.min()) if shown.count() else start / 10
     norm = plt.matplotlib.colors.LogNorm(max(low, start * 1e-12), start) if low < start else None
     colours = plt.get_cmap("viridis").with_extremes(bad="0.82")
@@ -185,7 +186,7 @@ def phase_diagram(
     )
     handles, _ = ax.get_legend_handles_labels()
     if (~diagram.trained & ~diagram.diverged).any() or len(lost):
-        handles.insert(0, plt.matplotlib.patches.Patch(facecolor="0.82", label="not below its start"))
+        handles.insert(0, plt.matplotlib.patches.Patch(facecolor="0.82", label="did not train"))
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize="small", frameon=False)
     if shown.count():
@@ -227,8 +228,12 @@ def spectrum(
     ax.plot(at, curve, color="#0072B2", linewidth=1.5, label="density, smoothed")
     ax.plot(density.nodes, np.full(len(density.nodes), floor), "|", color="black", markersize=9, label="Ritz values")
     if alpha:
-        ax.axvline(1 / alpha, color="#D55E00", linestyle="--", linewidth=2, label=rf"$1/\alpha$, $\alpha$ = {alpha:g}")
-        ax.set_xlim(at[0], max(at[-1], min(1.1 / alpha, at[-1] + 2 * extent)))
+        within = 1 / alpha <= high + extent
+        label = rf"$1/\alpha$ = {1 / alpha:.3g}" + ("" if within else ", to the right of this picture")
+        at_limit = [1 / alpha] * 2 if within else []
+        ax.plot(
+            at_limit, [floor, curve.max()][: len(at_limit)], color="#D55E00", linestyle="--", linewidth=2, label=label
+        )
     ax.set(
         yscale="log",
         ylim=(floor / 1.6, 2 * float(curve.max())),
@@ -236,6 +241,7 @@ def spectrum(
         ylabel="density of eigenvalues",
         title=title,
     )
+    ax.yaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
     ax.figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
     return ax.figure, ax
 

@@ -103,7 +103,7 @@ def diagram(**changes):
     rates = np.array([0.2, 0.3, 0.9, 0.0])[None, :, None] * np.ones((2, 4, 3))
     values = {
         "alphas": np.array([0.01, 0.1, 1.0, 10.0]), "betas": np.array([0.1, 1.0, 10.0]), "losses": np.zeros((0, 4, 3)),
-        "start": np.ones((4, 3)), "final": final, "divergence_step": np.where(np.isinf(final), 3, -1),
+        "start": np.ones((4, 3)), "unadapted": np.ones((4, 3)), "final": final, "divergence_step": np.where(np.isinf(final), 3, -1),
         "measured_steps": np.array([0, 9]), "alpha_c": np.full((2, 4, 3), 2.0), "beta_c": rates,
         "exact_beta_c": 2 * rates, "order": "exact", "inner_steps": 1, "optimizer": "SGD()",
     }  # fmt: skip
@@ -125,7 +125,7 @@ def test_the_heat_map_holds_every_cell_curve_and_mark():
     assert np.array_equal(ax.collections[2].get_offsets(), found)
     assert ax.get_xscale() == ax.get_yscale() == "log"
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels[:2] == ["not below its start", "diverged"] and len(labels) == 6
+    assert labels[:2] == ["did not train", "diverged"] and len(labels) == 6
     matplotlib.pyplot.close(figure)
 
 
@@ -153,7 +153,11 @@ def test_the_spectrum_peaks_at_its_eigenvalues():
     x, y = ax.lines[0].get_data()
     assert x[y.argmax()] == pytest.approx(0.0, abs=0.02) and y[abs(x - 2).argmin()] == pytest.approx(min(y))
     assert ax.lines[1].get_xdata().tolist() == [0.0, 4.0, 5.0]
-    assert ax.lines[2].get_xdata() == [4.0, 4.0] and ax.get_yscale() == "log"
+    assert list(ax.lines[2].get_xdata()) == [4.0, 4.0] and ax.lines[2].get_label() == r"$1/\alpha$ = 4"
+    assert ax.get_yscale() == "log"
+    matplotlib.pyplot.close(figure)
+    figure, ax = spectrum(density, alpha=0.01)
+    assert not len(ax.lines[2].get_xdata()) and "100, to the right" in ax.lines[2].get_label()
     matplotlib.pyplot.close(figure)
     figure, ax = matplotlib.pyplot.subplots()
     assert spectrum(SpectralDensity(np.ones(1), np.ones(1), 1), ax=ax) == (figure, ax)

@@ -14,6 +14,8 @@ import numpy as np
 from lightning_maml_guard.grid.fate import NEVER
 from lightning_maml_guard.theory.correlation import spearman
 
+TRAINED_SHARE = 0.9
+
 
 @dataclass(frozen=True)
 class PhaseDiagram:
@@ -24,6 +26,7 @@ class PhaseDiagram:
         betas: Meta rates, shape ``(B,)``.
         losses: Loss of each step's tasks before the step, shape ``(steps, A, B)``; ``nan`` after a run blew up.
         start: Error before training, shape ``(A, B)``.
+        unadapted: Error before training without adaptation, shape ``(A, B)``, the same everywhere.
         final: Error after training, on the same tasks, shape ``(A, B)``; ``inf`` where a run blew up.
         divergence_step: First step at which the loss left, shape ``(A, B)``; -1 where it never did.
         measured_steps: Steps before which the critical rates were measured, shape ``(M,)``.
@@ -40,6 +43,7 @@ class PhaseDiagram:
     betas: np.ndarray
     losses: np.ndarray
     start: np.ndarray
+    unadapted: np.ndarray
     final: np.ndarray
     divergence_step: np.ndarray
     measured_steps: np.ndarray
@@ -52,8 +56,12 @@ class PhaseDiagram:
 
     @property
     def trained(self) -> np.ndarray:
-        """Which runs trained: ended finite and below their start. Shape ``(A, B)``."""
-        return np.isfinite(self.final) & (self.final < self.start)
+        """Which runs trained: ended at most at 0.9 of the error before training, with and without adaptation.
+
+        Both, because adaptation at a high rate can make the error before training as large as one likes, and by a
+        margin, because a network that its rates have killed sits near the error of its start. Shape ``(A, B)``.
+        """
+        return np.isfinite(self.final) & (self.final <= TRAINED_SHARE * np.minimum(self.start, self.unadapted))
 
     @property
     def diverged(self) -> np.ndarray:

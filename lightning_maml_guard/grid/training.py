@@ -71,9 +71,9 @@ def train_runs(
         advance: Called after every step with the number of steps done.
 
     Returns:
-        On the CPU: ``losses``, shape ``(steps, runs)``, the loss of each step's tasks before the step; ``start`` and
-        ``final``, shape ``(runs,)``, ``inf`` where a run blew up; ``alpha_c``, ``beta_c`` and ``exact_beta_c``, shape
-        ``(measured, runs)``.
+        On the CPU: ``losses``, shape ``(steps, runs)``, the loss of each step's tasks before the step; ``start``,
+        ``unadapted`` and ``final``, shape ``(runs,)``, ``inf`` where a run blew up; ``alpha_c``, ``beta_c`` and
+        ``exact_beta_c``, shape ``(measured, runs)``.
     """
     runs = len(alphas)
     device = alphas.device
@@ -82,7 +82,10 @@ def train_runs(
         state = recipe.optimizer.init(params)
         alive = torch.arange(runs)
         start = grid_loss(recipe.judged_on, params, alphas)
-        kept = {"step": 0, "losses": [], "rates": [], "start": start.detach().cpu(), "result": None}
+        one = {name: value[:1] for name, value in params.items()}
+        unadapted = grid_loss(recipe.judged_on, one, torch.zeros_like(alphas[:1])).expand(runs)
+        errors = torch.stack([start, unadapted]).detach().cpu()
+        kept = {"step": 0, "losses": [], "rates": [], "errors": errors, "result": None}
         first = 0
     elif kept["result"] is not None:
         advance(recipe.steps)
@@ -103,7 +106,7 @@ def train_runs(
             "alive": alive,
             "losses": losses,
             "rates": rates,
-            "start": kept["start"],
+            "errors": kept["errors"],
             "result": result,
         }
 
@@ -137,7 +140,8 @@ def train_runs(
     by_rate = torch.stack(rates, 1) if rates else torch.zeros(3, 0, runs, dtype=torch.float64)
     result = {
         "losses": torch.stack(losses).detach().cpu() if losses else torch.zeros(0, runs),
-        "start": kept["start"],
+        "start": kept["errors"][0],
+        "unadapted": kept["errors"][1],
         "final": final.detach().cpu(),
         **dict(zip(("alpha_c", "beta_c", "exact_beta_c"), by_rate, strict=True)),
     }

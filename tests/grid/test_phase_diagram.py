@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from scipy import stats
 
 from lightning_maml_guard import MetaLearningModule, MetaProblem, PhaseDiagram, measure, phase_diagram
 from lightning_maml_guard.grid import training
+from lightning_maml_guard.grid.curvature import grid_rates
 from lightning_maml_guard.grid.gradients import GridError
 from lightning_maml_guard.grid.optimizers import SGD, Adam
 from lightning_maml_guard.maml.gradients import meta_gradient
@@ -141,7 +143,9 @@ def test_rates_before_training_are_those_of_the_dense_hessian(measured):
     assert found.at_start("alpha_c") == pytest.approx([1 / values[-1]] * 2, rel=1e-4)
     expected = [2 / max(v - a * v * v for v in values) for a in (0.02, 0.08)]
     assert found.at_start("beta_c") == pytest.approx(expected, rel=1e-3)
-    assert (found.smallest_along("beta_c") <= found.at_start("beta_c")).all()
+    assert np.isnan(found.smallest_along("beta_c")).all()  # none has trained yet
+    all_trained = replace(found, final=np.zeros((2, 2)))
+    assert all_trained.smallest_along("beta_c").tolist() == found.beta_c.min((0, 2)).tolist()
 
 
 def test_first_order_maml_is_measured_by_arnoldi():
@@ -158,6 +162,28 @@ def test_a_run_without_finite_curvature_is_nan_and_the_others_are_measured():
     found = quiet(problem, [0.1], [0.5, 1e200], 4, measure_every=2, max_iter=3)
     assert found.alpha_c[:, 0, 0] == pytest.approx([0.5] * 3) and found.exact_beta_c[1, 0, 0] == pytest.approx(2 / 1.6)
     assert np.isnan(found.beta_c[-1, 0, 1])
+
+
+def test_curvature_that_overflows_is_nan_too():
+    """In float32 a product of 1e30 is finite and its norm is not."""
+    data = torch.ones(1, 2)
+    problem = MetaProblem(
+        {"w": torch.ones(2)}, lambda p, d: ((p["w"] * d) ** 4).sum(), data, data, order="simplified", inner_lr=0.1
+    )
+    params = {"w": torch.tensor([[1.0, 1.0], [1e15, 1e15]])}
+    found = grid_rates(problem, params, torch.tensor([0.01, 0.01]), SGD(), {}, 1)
+    assert found.alpha_c[0] == pytest.approx(1 / 12) and np.isnan(found.alpha_c[1]) and np.isnan(found.exact_beta_c[1])
+
+
+def test_trained_is_below_the_start_with_and_without_adaptation():
+    found = hand_made([[0.89, 0.91, 0.5]], [1.0])
+    assert found.trained.tolist() == [[True, False, True]]
+    assert replace(found, start=np.full((1, 3), 0.6)).trained.tolist() == [[False, False, True]]
+    assert replace(found, unadapted=np.full((1, 3), 0.4)).trained.tolist() == [[False] * 3]
+    kind = KINDS["sinusoid"]
+    grid = quiet(family(kind), [0.1], [0.01], 1)
+    one = module(kind, 0.0)
+    assert grid.unadapted[0, 0] == pytest.approx(error(one, kind.batch(0)), rel=1e-12) != grid.start[0, 0]
 
 
 def test_it_goes_on_where_it_was_broken_off(tmp_path, monkeypatch):
@@ -214,7 +240,7 @@ def hand_made(final, beta_c):
     rates = np.array(beta_c)[None, :, None] * np.ones((1, *shape))
     return PhaseDiagram(
         alphas=np.arange(1.0, shape[0] + 1), betas=np.array([1.0, 10.0, 100.0]), losses=np.zeros((0, *shape)),
-        start=np.ones(shape), final=final, divergence_step=np.where(final < 1, -1, 0), measured_steps=np.array([0]),
+        start=np.ones(shape), unadapted=np.ones(shape), final=final, divergence_step=np.where(final < 1, -1, 0), measured_steps=np.array([0]),
         alpha_c=rates, beta_c=rates, exact_beta_c=rates, order="exact", inner_steps=1, optimizer="SGD()",
     )  # fmt: skip
 

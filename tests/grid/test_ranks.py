@@ -10,7 +10,7 @@ from lightning_maml_guard import phase_diagram
 from lightning_maml_guard.curvature.ranks import SharedError
 from tests.grid.families import KINDS, family
 
-ARRAYS = ("losses", "start", "final", "divergence_step", "alpha_c", "beta_c", "exact_beta_c")
+ARRAYS = ("losses", "start", "unadapted", "final", "divergence_step", "alpha_c", "beta_c", "exact_beta_c")
 CHUNKS = (3, None)
 
 
