@@ -18,7 +18,15 @@ from lightning_maml_guard._lightning import (
 from lightning_maml_guard.guard.callback import ACTIONS, ConvergenceGuard
 
 CONFIGS = Path(__file__).parent / "configs"
-TASKS = ("linear", "sinusoid", "omniglot")
+TASKS = (
+    "linear",
+    "sinusoid",
+    "omniglot",
+    "omniglot_5way",
+    "omniglot_20way",
+    "miniimagenet",
+    "miniimagenet_5shot",
+)
 USAGE = f"""usage: train.py [{"|".join(TASKS)}] [--guard [{"|".join(ACTIONS)}]] [LightningCLI options]
 
 Trains MAML on a task (default: sinusoid), tests it on held-out episodes and, with --guard, watches whether
@@ -27,6 +35,9 @@ with the package; every value of it can be overridden, for example
 
   train.py sinusoid --guard rescale --guard.every_n_steps 50 --model.inner_lr 0.02 --trainer.max_steps 2000
   train.py omniglot --guard --data.tasks.k_shot 5
+
+omniglot is a first look of 300 steps; omniglot_5way, omniglot_20way, miniimagenet (1 shot) and miniimagenet_5shot
+follow the published settings (Finn et al. 2017: 60,000 steps, for a GPU). Image data is read from $LMG_DATA.
 """
 
 

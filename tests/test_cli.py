@@ -7,9 +7,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from lightning_maml_guard import GuardWarning, MetaLearningModule
+from lightning_maml_guard._lightning import Trainer
 from lightning_maml_guard.cli import CONFIGS, main, translate
+from lightning_maml_guard.tasks.episodes import episode_generator
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHORT = [
@@ -24,9 +27,15 @@ SHORT = [
 ]
 
 
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory):
+    return tmp_path_factory.mktemp("caches")
+
+
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
+def elsewhere(tmp_path, monkeypatch, caches):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(caches))  # decoded images: once a session, not into the user's home
     return tmp_path
 
 
@@ -56,7 +65,10 @@ def test_words_become_options(words, expected):
 
 
 def test_unknown_words_are_named():
-    with pytest.raises(SystemExit, match="expected the task to be one of linear, sinusoid, omniglot but got 'cifar'"):
+    with pytest.raises(
+        SystemExit,
+        match="expected the task to be one of linear, sinusoid, omniglot, .*miniimagenet_5shot but got 'cifar'",
+    ):
         translate(["cifar"])
     with pytest.raises(SystemExit, match="expected --guard to be one of log, warn, rescale, stop but got 'maybe'"):
         translate(["--guard", "maybe"])
@@ -91,6 +103,65 @@ def test_omniglot_on_real_images(data_folder, monkeypatch):
     assert 0 < float(cli.trainer.callback_metrics["test/accuracy"]) <= 1
 
 
+PUBLISHED = {
+    # alpha, K in training and evaluation, meta-batch, ways, shots, queries, filters, strided (Finn et al. 2017, appendix A.1)
+    "omniglot_5way": (0.4, 1, 3, 32, 5, 1, 1, 64, True),
+    "omniglot_20way": (0.1, 5, 5, 16, 20, 1, 1, 64, True),
+    "miniimagenet": (0.01, 5, 10, 4, 5, 1, 15, 32, False),
+    "miniimagenet_5shot": (0.01, 5, 10, 2, 5, 5, 15, 32, False),
+}
+
+
+@pytest.mark.parametrize("task", PUBLISHED)
+def test_the_published_settings_are_those_of_the_paper(task, data_folder, monkeypatch):
+    """Built from the shipped file, at full size but for one step and one test episode: what it built is compared."""
+    monkeypatch.setenv("LMG_DATA", str(data_folder))
+    with open(CONFIGS / f"{task}.yaml") as stream:
+        trainer = yaml.safe_load(stream)["trainer"]
+    assert trainer["max_steps"] == 60_000
+    seen = []
+    monkeypatch.setattr(Trainer, "fit", lambda self, model, datamodule: seen.append((model, datamodule)))
+    monkeypatch.setattr(Trainer, "test", lambda *arguments, **named: None)
+    main([task])
+    ((module, data),) = seen
+    alpha, steps, eval_steps, batch, ways, shots, queries, filters, strided = PUBLISHED[task]
+    assert (module.inner_lr, module.inner_steps, module.eval_inner_steps, module.order) == (
+        alpha,
+        steps,
+        eval_steps,
+        "exact",
+    )
+    assert data.meta_batch_size == batch and data.test_episodes == 600
+    assert (data.tasks.n_way, data.tasks.k_shot, data.tasks.queries) == (ways, shots, queries)
+    convolutions = [part for part in module.network.modules() if isinstance(part, torch.nn.Conv2d)]
+    assert [part.out_channels for part in convolutions] == [filters] * 4
+    assert all((part.stride == (2, 2)) == strided for part in convolutions)
+    assert any(isinstance(part, torch.nn.MaxPool2d) for part in module.network.modules()) != strided
+    optimizer = module.configure_optimizers()
+    assert type(optimizer) is torch.optim.Adam and optimizer.param_groups[0]["lr"] == 1e-3
+    (x, y), (xq, yq) = data.tasks.sample(1, episode_generator(0, "train", 0))
+    assert x.shape[1] == ways * shots and xq.shape[1] == ways * queries
+    assert module.predict(module.theta(), x[0]).shape == (ways * shots, ways)
+
+
+def test_miniimagenet_on_real_images_with_intervals(data_folder, monkeypatch):
+    monkeypatch.setenv("LMG_DATA", str(data_folder))
+    words = ["miniimagenet", "--guard", "log", *SHORT, "--trainer.max_steps", "1", "--data.meta_batch_size", "2"]
+    words += ["--guard.trial_steps", "0", "--guard.max_iter", "5", "--model.inner_steps", "1"]
+    small = ["--model.network.filters", "4", "--data.tasks.queries", "2", "--data.tasks.image_size", "32"]
+    cli = main([*words, *small, "--model.network.image_size", "32", "--data.test_episodes", "4"])
+    assert cli.guard.history[0].lambda_max > 0
+    found = cli.trainer.callback_metrics
+    assert 0 <= float(found["test/accuracy"]) <= 1 and 0 <= float(found["test/accuracy_ci95"]) < 1
+    assert cli.model.eval_inner_steps == 10
+
+
+def test_miniimagenet_without_its_data_says_where_to_put_it(monkeypatch):
+    monkeypatch.delenv("LMG_DATA", raising=False)
+    with pytest.raises(FileNotFoundError, match="miniImageNet was not found"):
+        main(["miniimagenet", *SHORT])
+
+
 def test_omniglot_without_its_data_says_where_to_put_it(monkeypatch):
     monkeypatch.delenv("LMG_DATA", raising=False)
     with pytest.raises(FileNotFoundError, match="Omniglot was not found"):
@@ -107,10 +178,13 @@ def test_help_reads_well():
         [sys.executable, EXAMPLES / "train.py", "--help"],
         capture_output=True,
         text=True,
-        env={**os.environ, "COLUMNS": "100"},
+        env={**os.environ, "COLUMNS": "100", "PYTHONPATH": str(EXAMPLES.parent)},
     )
     assert done.returncode == 0
-    assert "train.py [linear|sinusoid|omniglot] [--guard [log|warn|rescale|stop]]" in done.stdout
+    assert (
+        "train.py [linear|sinusoid|omniglot|omniglot_5way|omniglot_20way|miniimagenet|miniimagenet_5shot] [--guard [log|warn|rescale|stop]]"
+        in done.stdout
+    )
     assert "--guard" in done.stdout
 
 
