@@ -79,25 +79,25 @@ SMALL = {
         judged_tasks=1,
         alphas=(-2, -0.3, 18),
         betas=(-1.2, 1.2, 18),
-        steps=100,
+        steps=400,
         order="simplified",
         resample=False,
     ),
     "sinusoid": Panel(
         mlp,
         lambda: Sinusoid(10, 10),
-        meta_batch_size=5,
-        judged_tasks=25,
+        meta_batch_size=10,
+        judged_tasks=50,
         alphas=(-3, -0.3, 16),
         betas=(-3, 0.3, 16),
-        steps=1200,
+        steps=4000,
     ),
     "omniglot": Panel(
         lambda: conv4(filters=8, strided=True),
         lambda: Omniglot(n_way=5, k_shot=1, queries=1),
         meta_batch_size=4,
         judged_tasks=4,
-        alphas=(-2, 1, 10),
+        alphas=(-3.5, 1, 12),
         betas=(-2, 2, 10),
         steps=300,
         resample=False,
@@ -108,7 +108,7 @@ SMALL = {
         lambda: MiniImageNet(n_way=5, k_shot=1, queries=3, image_size=32),
         meta_batch_size=2,
         judged_tasks=2,
-        alphas=(-2.5, 0.5, 10),
+        alphas=(-3.5, 0.5, 12),
         betas=(-2, 2, 10),
         steps=200,
         resample=False,
@@ -126,7 +126,7 @@ FULL = {
         network=lambda: conv4(filters=64, strided=True),
         meta_batch_size=32,
         judged_tasks=64,
-        alphas=(-2, 1, 16),
+        alphas=(-3.5, 1, 20),
         betas=(-2, 2, 16),
         steps=5000,
         resample=True,
@@ -139,7 +139,7 @@ FULL = {
         meta_batch_size=4,
         judged_tasks=16,
         inner_steps=5,
-        alphas=(-3, 0.5, 16),
+        alphas=(-3.5, 0.5, 20),
         betas=(-2, 2, 16),
         steps=5000,
         resample=True,
@@ -298,6 +298,8 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     if launched:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     given.out.mkdir(parents=True, exist_ok=True)
+    size = f"{panel.alphas[-1]}x{panel.betas[-1]}x{panel.steps}"
+    settings = f"{given.panel}{'_full' if given.full else ''}_{size}_seed{given.seed}"
     began = time.perf_counter()
     family, judged = problems(panel, device, given.seed)
     diagram = phase_diagram(
@@ -308,7 +310,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
         judged_on=judged,
         measure_every=max(1, panel.steps // 3),
         max_iter=panel.max_iter,
-        partial=given.out / f"{given.panel}_partial",
+        partial=given.out / "partial" / settings,
     )
     first = not launched or dist.get_rank() == 0
     result: dict[str, Any] = {"panel": given.panel, "full": given.full, "steps": panel.steps, "seed": given.seed}
