@@ -36,7 +36,7 @@ def run(example, name, folder, *words):
     return example["main"]([name, "--out", str(folder), "--threads", "1", *words])
 
 
-@pytest.mark.parametrize("name", ["sinusoid", "omniglot"])
+@pytest.mark.parametrize("name", ["sinusoid", pytest.param("omniglot", marks=pytest.mark.slow)])
 def test_a_panel_is_drawn_printed_and_written(example, name, tmp_path, capsys, data_folder, monkeypatch):
     monkeypatch.setenv("LMG_DATA", str(data_folder))
     found = run(example, name, tmp_path / "out", "--steps", "6", "--grid", "3")

@@ -17,12 +17,12 @@ def test_moments_are_the_traces():
     """Full runs make the quadrature exact for each probe: only the probes' own scatter is left."""
     values = np.linspace(-1, 3, 30)
     a = matrix(values)
-    found = spectral_density(lambda v: a @ v, 30, a, probes=400, steps=30)
+    found = spectral_density(lambda v: a @ v, 30, a, probes=60, steps=30)
     assert found.weights.sum() == pytest.approx(1.0)
     for power in (1, 2, 3):
         exact = (values**power).mean()
         assert (found.weights * found.nodes**power).sum() == pytest.approx(
-            exact, abs=0.03 * (np.abs(values) ** power).max()
+            exact, abs=0.06 * (np.abs(values) ** power).max()
         )
 
 

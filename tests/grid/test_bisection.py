@@ -22,6 +22,7 @@ def test_the_table_of_the_theory():
     assert inside <= 1.3889 * 1.001 and outside >= 1.3889 * 0.999 and outside / inside < 1.0011
 
 
+@pytest.mark.slow
 def test_every_column_has_its_own_limit_also_where_an_interior_eigenvalue_binds():
     alphas = [0.02, 0.1, 0.15, 0.2, 0.24]
     found = critical_betas(problem(), alphas, 0.2, 4.0, steps=800, relative=1e-3)
@@ -30,6 +31,7 @@ def test_every_column_has_its_own_limit_also_where_an_interior_eigenvalue_binds(
         assert (inside + outside) / 2 == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_inner_rates_limit():
     inside, outside = critical_alpha(problem(), 0.5, 0.1, 0.5, steps=800, relative=1e-3)
     assert (inside + outside) / 2 == pytest.approx(0.25, rel=1e-3)
