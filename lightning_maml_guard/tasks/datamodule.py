@@ -55,12 +55,10 @@ class EpochSampler(DistributedSampler[int]):
         return self.length
 
     def __iter__(self) -> Iterator[int]:
+        # A generator: worker processes' loaders make an iterator that they never use.
         first, self.skip = self.skip, 0
-        start = self.epoch * self.length
-        return iter(
-            (start + step) * self.num_replicas + self.rank if self.resample else self.rank
-            for step in range(first, self.length)
-        )
+        for step in range(first, self.length):
+            yield (self.epoch * self.length + step) * self.num_replicas + self.rank if self.resample else self.rank
 
 
 class EpisodeLoader(DataLoader[EpisodeBatch]):
