@@ -52,12 +52,12 @@ class Injector:
         self._undoing = {str(path): undoing(path) for path in PACKAGE.rglob("*.py")}
 
     def __enter__(self):
-        self.live = True
+        self.live, self._tracer = True, sys.gettrace()
         sys.settrace(self._calls)
         return self
 
     def __exit__(self, *_):
-        sys.settrace(None)
+        sys.settrace(self._tracer)  # coverage's
 
     def _calls(self, frame, event, argument):
         return self._lines if self.live and frame.f_code.co_filename in self._undoing else None
