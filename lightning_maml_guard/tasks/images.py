@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_maml_guard._checks import check_count, check_flag, check_folder
 from lightning_maml_guard.tasks.episodes import (
     SPLITS,
     EpisodeBatch,
     TaskFamily,
     check_episode,
+    check_sampling,
     sample_n_way_k_shot,
 )
 
@@ -59,7 +61,8 @@ class Omniglot(TaskFamily):
         split_seed: Seed of the split over characters.
 
     Raises:
-        ValueError: If an episode asks for less than 1 class or image, or more images than 20.
+        ValueError: If an episode asks for less than 1 class or image, or more images than 20, or if another argument
+            is not allowed.
     """
 
     def __init__(
@@ -71,7 +74,10 @@ class Omniglot(TaskFamily):
         rotations: bool = True,
         split_seed: int = 0,
     ) -> None:
+        check_folder("root", root)
         check_episode(n_way, k_shot, queries, 1623, _DRAWERS)
+        check_flag("rotations", rotations)
+        check_count("split_seed", split_seed, 0)
         self.root = root
         self.n_way, self.k_shot, self.queries = n_way, k_shot, queries
         self.rotations, self.split_seed = rotations, split_seed
@@ -102,6 +108,7 @@ class Omniglot(TaskFamily):
         Returns:
             Images ``(n_tasks, n_way * shots, 1, 28, 28)`` and labels ``(n_tasks, n_way * shots)``.
         """
+        check_sampling(n_tasks, generator, split)
         self.setup()
         assert self._images is not None
         return sample_n_way_k_shot(
