@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
@@ -30,6 +29,7 @@ from lightning_maml_guard.maml.batches import (
 )
 from lightning_maml_guard.maml.evaluation import EpisodeEvaluation, evaluate_tasks
 from lightning_maml_guard.maml.gradients import AttachGradient, meta_gradient
+from lightning_maml_guard.maml.losses import check_loss, default_loss
 from lightning_maml_guard.maml.patterns import select
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.theory.multiplier import check_order, check_rate
@@ -50,43 +50,6 @@ _NOTHING_TO_TRAIN = (
     "The network has no parameter to train: it has none at all, or all of them are frozen (requires_grad=False). "
     "Unfreeze at least one."
 )
-
-
-def default_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Take cross-entropy for integer targets and the mean squared error otherwise.
-
-    Args:
-        prediction: Logits ``(n, classes)``, or values of the target's shape.
-        target: Class indices ``(n,)``, or values.
-
-    Returns:
-        The scalar loss.
-
-    Raises:
-        ValueError: If prediction and target do not fit in shape (broadcasting would hide it).
-        TypeError: If the prediction is not a tensor.
-    """
-    if not isinstance(prediction, Tensor):
-        raise TypeError(
-            f"Expected the network to return a tensor but got {type(prediction).__name__}. Return the prediction "
-            "alone, or pass a `loss` of your own."
-        )
-    if not target.is_floating_point():
-        expected = prediction.shape[:1] + prediction.shape[2:] if prediction.dim() > 1 else torch.Size()
-        if target.shape != expected:
-            raise ValueError(
-                f"Expected class labels (integer targets) of shape {tuple(expected)} for a prediction of shape "
-                f"{tuple(prediction.shape)} but got {tuple(target.shape)} for one task. Squeeze labels to that shape; "
-                "for a regression make the targets floats, y.float()."
-            )
-        return F.cross_entropy(prediction, target)
-    if prediction.shape != target.shape:
-        raise ValueError(
-            f"The network's prediction has shape {tuple(prediction.shape)} and the target {tuple(target.shape)} for "
-            "one task; they must agree. Reshape the targets (class labels are integers: y.long()), or pass a `loss` "
-            "of your own."
-        )
-    return F.mse_loss(prediction, target)
 
 
 class MetaLearningModule(LightningModule):
@@ -156,7 +119,7 @@ class MetaLearningModule(LightningModule):
             check_count("eval_inner_steps", eval_inner_steps, 0)
         check_flag("learn_inner_lr", learn_inner_lr)
         if loss is not None:
-            _check_loss(loss)
+            check_loss(loss)
         if optimizer is not None:
             check_function("optimizer", optimizer, "parameters -> optimizer", "lambda params: SGD(params, lr=0.1)")
         if lr_scheduler is not None:
@@ -446,12 +409,3 @@ class MetaLearningModule(LightningModule):
         for key, (mean, half_width) in self.episodes.compute(stage).items():
             self.log(key, mean, prog_bar=key == f"{stage}/loss")
             self.log(f"{key}_ci95", half_width)
-
-
-def _check_loss(loss: Any) -> None:
-    if isinstance(loss, type):
-        raise TypeError(
-            f"Expected argument `loss` to be callable, (prediction, target) -> scalar, but got the class "
-            f"{loss.__name__}. Pass an instance: {loss.__name__}()."
-        )
-    check_function("loss", loss, "(prediction, target) -> scalar", "torch.nn.functional.mse_loss")

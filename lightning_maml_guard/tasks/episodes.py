@@ -169,7 +169,9 @@ def check_episode(n_way: int, k_shot: int, queries: int, classes: int, images: i
     for name, number in (("n_way", n_way), ("k_shot", k_shot), ("queries", queries)):
         check_count(name, number)
     if n_way > classes:
-        raise ValueError(f"An episode asks for n_way={n_way} classes but this split has {classes}: lower n_way.")
+        raise ValueError(
+            f"An episode asks for n_way={n_way} classes but this split has {classes}: lower n_way, or add classes."
+        )
     if k_shot + queries > images:
         raise ValueError(
             f"An episode asks for k_shot={k_shot} + queries={queries} different images a class but there are {images}: "

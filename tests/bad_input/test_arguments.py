@@ -163,7 +163,7 @@ def test_a_word_out_of_the_list_is_refused_and_the_near_one_named(row):
     make, name, allowed, wrong, near = row
     refused(lambda: make(**{name: wrong}), name, repr(wrong), allowed, f"Did you mean {near!r}?")
     for other in ("", None, 3, math.nan, [near], np.zeros(2)):
-        refused(lambda: make(**{name: other}), name, shown(other), allowed, "Pass one of these words.")
+        refused(lambda other=other: make(**{name: other}), name, shown(other), allowed, "Pass one of these words.")
 
 
 @pytest.mark.parametrize(
@@ -180,9 +180,9 @@ def test_a_word_out_of_the_list_is_refused_and_the_near_one_named(row):
 )
 def test_a_number_out_of_its_range_is_refused_by_name(make, name, allowed, values):
     for value in values:
-        refused(lambda: make(**{name: value}), name, shown(value), allowed, "Choose one in that range.")
+        refused(lambda value=value: make(**{name: value}), name, shown(value), allowed, "Choose one in that range.")
     for value in (None, "1", True, [1.0], torch.ones(2)):
-        refused(lambda: make(**{name: value}), name, shown(value), allowed, "Pass a plain number; float(x)")
+        refused(lambda value=value: make(**{name: value}), name, shown(value), allowed, "Pass a plain number; float(x)")
 
 
 @pytest.mark.parametrize("value", [np.int64(3), np.float32(0.5), torch.tensor(3)])

@@ -167,13 +167,13 @@ def test_a_vector_is_refused_where_a_problem_is_measured_too(loss, run):
 
 
 def test_an_error_of_the_users_own_stays_what_it_is():
-    class Own(RuntimeError):
+    class OwnError(RuntimeError):
         pass
 
     def loss(prediction, target):
-        raise Own("a shape of my own")
+        raise OwnError("a shape of my own")
 
-    with pytest.raises(Own, match=r"^a shape of my own$"):
+    with pytest.raises(OwnError, match=r"^a shape of my own$"):
         fit(with_loss(loss)(), both(X, Y), 1)
 
     def plain(prediction, target):
