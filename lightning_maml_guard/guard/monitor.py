@@ -10,7 +10,6 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_maml_guard._checks import check_choice, check_count, check_number
-from lightning_maml_guard._vectorize import TaskMap
 from lightning_maml_guard.curvature.backward import double_backward
 from lightning_maml_guard.curvature.lanczos import NonFiniteProductError
 from lightning_maml_guard.guard.estimate import ChangingOperatorError, Estimator, check_estimator
@@ -102,9 +101,7 @@ def measure(
         if isinstance(problem, PlainProblem):
             measurement = Measurement(PlainSubject(problem), optimizer, beta, options, memory)
         else:
-            if memory.task_map is None or memory.task_map.chunk_size != problem.task_chunk_size:
-                memory.task_map = TaskMap(problem.task_chunk_size)
-            subject = MamlSubject(problem, data, memory.task_map)
+            subject = MamlSubject(problem, data, memory.map_for(problem.task_chunk_size))
             measurement = Measurement(subject, optimizer, beta, options, memory)
         try:
             with explained(problem) if isinstance(problem, MetaProblem) else nullcontext():

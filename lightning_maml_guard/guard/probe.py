@@ -171,7 +171,8 @@ def attempts(problems: Sequence[Problem], optimizer: Optimizer, steps: int, trai
     Raises:
         ClosureError: If the optimizer needs a closure.
     """
-    runner = TrialRunner(problems, optimizer, steps, memory.task_map, _clipping(trainer), memory.ranks)
+    tasks = memory.map_for(getattr(problems[0], "task_chunk_size", None))
+    runner = TrialRunner(problems, optimizer, steps, tasks, _clipping(trainer), memory.ranks)
     return Attempts(runner, getattr(problems[0], "alpha", math.nan), scheduled_rate(optimizer))
 
 

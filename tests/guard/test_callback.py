@@ -267,7 +267,7 @@ def test_a_failure_inside_a_check_costs_one_warning_and_nothing_else():
     fit(reference, BATCH, 6)
     guard = ConvergenceGuard(every_n_steps=1, problem=foreign_problem)
     with pytest.warns(
-        GuardWarning, match="could not measure at step 0; training goes on.*RuntimeError: no such tensor"
+        GuardWarning, match="the check at step 0 failed; training goes on.*RuntimeError: no such tensor"
     ) as caught:
         fit(module, BATCH, 6, [guard])
     assert len([w for w in caught if w.category is GuardWarning]) == 1
