@@ -68,8 +68,9 @@ class MetaProblem:
                 f"and {counts[1]} in `query`. Give every task both sets, in the same order."
             )
         for name, data in (("support", self.support), ("query", self.query)):
-            shapes = [tuple(leaf.shape) for leaf in tree_leaves(data)]
-            if any(0 in shape[:2] for shape in shapes):
+            leaves = tree_leaves(data)
+            if not all(leaf.numel() for leaf in leaves) and any(0 in leaf.shape[:2] for leaf in leaves):
+                shapes = [tuple(leaf.shape) for leaf in leaves]
                 raise ValueError(
                     f"Expected `{name}` to hold at least one example a task but got shapes {shapes}: the loss of an "
                     "empty set is nan. Draw at least one shot."
@@ -153,8 +154,10 @@ def _check_params(params: dict[str, Tensor]) -> None:
             f"{shown(params) if isinstance(params, dict) else type(params).__name__}. Pass "
             "dict(module.named_parameters())."
         )
-    lazy = [name for name, value in params.items() if is_lazy(value)]
-    if lazy:
+    # One of each kind stands for all of them: this runs at every step.
+    kinds = {(type(value), value.dtype, value.device): value for value in params.values()}
+    if any(is_lazy(value) for value in kinds.values()):
+        lazy = [name for name, value in params.items() if is_lazy(value)]
         raise ValueError(
             f"Expected argument `params` to be initialised but the shapes of {lazy} are not known yet (lazy layers). "
             "Run the network once on a batch before training."
@@ -164,17 +167,17 @@ def _check_params(params: dict[str, Tensor]) -> None:
             "Expected argument `params` to hold at least one parameter but it is empty: the network has none, "
             "or all of them are frozen (requires_grad=False). Unfreeze at least one."
         )
-    odd = {name: value.dtype for name, value in params.items() if not value.is_floating_point()}
-    if odd:
+    if not all(value.is_floating_point() for value in kinds.values()):
+        odd = {name: value.dtype for name, value in params.items() if not value.is_floating_point()}
         raise ValueError(
             f"Expected argument `params` to hold real floating-point tensors but got {odd}. Pass the parameters that "
             "train; leave buffers and complex ones out."
         )
-    devices = sorted({str(value.device) for value in params.values()})
-    if len(devices) > 1 or devices == ["meta"]:
+    devices = {device for _, _, device in kinds}
+    if len(devices) > 1 or any(device.type == "meta" for device in devices):
         raise ValueError(
-            f"Expected argument `params` to lie on one device that holds values but got {devices}. Move the network "
-            "there, as in network.to('cpu')."
+            "Expected argument `params` to lie on one device that holds values but got "
+            f"{sorted(str(device) for device in devices)}. Move the network there, as in network.to('cpu')."
         )
 
 

@@ -104,7 +104,7 @@ CHOICES = [
     (LinearRegression, "dtype", "'float64'", "float", "float64"),
     *((sample(family), "split", "'val'", "vall", "val") for family in (Sinusoid(), LinearRegression(), Omniglot())),
 ]
-FEW = settings(max_examples=25, deadline=None)
+FEW = settings(max_examples=12, deadline=None)
 
 
 def named(rows):
