@@ -24,7 +24,7 @@ from lightning_maml_guard.theory.verdict import UNSAFE, fails, passes
 
 
 class Checker:
-    """Checks a run, and leaves it as it was where a check fails.
+    """Checks a run once, and leaves it as it was where the check fails.
 
     Args:
         settings: The guard's arguments.
@@ -50,7 +50,6 @@ class Checker:
         Raises:
             GuardWarning: If the user made warnings errors.
         """
-        self._taken_back = None
         try:
             with self.run.memory.ranks.together():
                 self._check(batch, batch_idx, step, scheduled)
