@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning_maml_guard._checks import check_count
+from lightning_maml_guard._checks import check_choice, check_count, check_device, check_flag, check_number
 from lightning_maml_guard._lightning import Callback, MisconfigurationException
 from lightning_maml_guard.guard.check import Checker
 from lightning_maml_guard.guard.estimate import Estimator
@@ -133,25 +133,27 @@ class ConvergenceGuard(Callback):
             ("history_size", history_size),
         ):
             check_count(name, number)
-        if trial_steps != 0:
-            check_count("trial_steps", trial_steps)
-        if action not in ACTIONS:
-            raise ValueError(f"Expected argument `action` to be one of {ACTIONS} but got {action!r}.")
+        check_count("trial_steps", trial_steps, 0)
+        check_choice("action", action, ACTIONS)
+        for name, flag in (("triggers", triggers), ("rollback", rollback), ("allow_untested", allow_untested)):
+            check_flag(name, flag)
+        check_device("snapshot_device", snapshot_device)
         if problem is not None and not callable(problem):
             raise ValueError(
-                f"Expected argument `problem` to be a function (pl_module, batch) -> MetaProblem but got {problem!r}."
+                f"Expected argument `problem` to be a function (pl_module, batch) -> MetaProblem but got {problem!r}. "
+                "Pass such a function, or None for the module's own `meta_problem`."
             )
-        if isinstance(alarm, bool) or not isinstance(alarm, (int, float)) or not 1 < alarm < math.inf:
-            raise ValueError(f"Expected argument `alarm` to be a finite number above 1 but got {alarm!r}.")
+        check_number("alarm", alarm, above=1)
         if rollback and (action != "rescale" or not trial_steps):
             raise ValueError(
                 "rollback=True takes a run back and lowers its rates until a trial survives, so it needs "
-                f"action='rescale' and trial_steps of at least 1 but got {action!r} and {trial_steps}."
+                f"action='rescale' and trial_steps of at least 1 but got {action!r} and {trial_steps}. Set both, or "
+                "leave `rollback` out."
             )
         check_margin(margin)
         check_options(criterion=criterion, estimator=estimator, max_iter=max_iter, tol=tol, tasks=tasks, data=data)
         self.every_n_steps, self.action, self.criterion = every_n_steps, action, criterion
-        self.margin, self.patience, self.estimator = margin, patience, estimator
+        self.margin, self.patience, self.estimator = float(margin), patience, estimator
         self.max_iter, self.tol, self.tasks, self.data = max_iter, tol, tasks, data
         self.problem = problem
         self.trial_steps, self.replay, self.alarm, self.triggers = trial_steps, replay, float(alarm), triggers

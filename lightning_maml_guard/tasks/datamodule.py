@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lightning_maml_guard._checks import check_count
+from lightning_maml_guard._checks import check_count, check_flag
 from lightning_maml_guard._lightning import LightningDataModule
 from lightning_maml_guard.tasks.episodes import EpisodeBatch, TaskFamily, episode_generator
 
@@ -132,7 +132,8 @@ class TaskDataModule(LightningDataModule):
         super().__init__()
         if not isinstance(tasks, TaskFamily):
             raise TypeError(
-                f"Expected argument `tasks` to be a TaskFamily (such as Sinusoid()) but got {type(tasks).__name__}."
+                f"Expected argument `tasks` to be a TaskFamily (such as Sinusoid()) but got {type(tasks).__name__}. "
+                "Pass an instance of one; your own is a subclass with a method `sample`."
             )
         for name, number, least in (
             ("meta_batch_size", meta_batch_size, 1),
@@ -143,6 +144,7 @@ class TaskDataModule(LightningDataModule):
             ("seed", seed, 0),
         ):
             check_count(name, number, least)
+        check_flag("resample", resample)
         self.tasks, self.meta_batch_size, self.steps_per_epoch = tasks, meta_batch_size, steps_per_epoch
         self.val_episodes, self.test_episodes = val_episodes, test_episodes
         self.num_workers, self.resample, self.seed = num_workers, resample, seed
