@@ -157,7 +157,7 @@ def left_behind(module, trainer):
         "optimizer": exact([each.state_dict() for each in trainer.optimizers]),
         "schedulers": exact(schedulers),
         "python": random.getstate(),
-        "numpy": exact(list(np.random.get_state()[1])),
+        "numpy": str(np.random.get_state(legacy=False)),
         "torch": exact(torch.get_rng_state()),
         "log": written(trainer),
     }
