@@ -30,6 +30,7 @@ from lightning_maml_guard.guard.probe import (
     has_meta_problem,
     owners,
     state_problem,
+    takes_no_steps,
 )
 from lightning_maml_guard.guard.processes import check_strategy, ranks_of
 from lightning_maml_guard.guard.products import Memory
@@ -258,7 +259,7 @@ class ConvergenceGuard(Callback):
             pl_module: The module.
         """
         rescue = self._rescue
-        rescue.govern([trainer.optimizers[index] for index in rescue.governed if index < len(trainer.optimizers)])
+        self._govern(trainer)
         if rescue.caps.alpha is not None:
             rescue.apply(pl_module, rescue.caps)
 
@@ -271,7 +272,7 @@ class ConvergenceGuard(Callback):
             batch: The batch of the coming step, on the training device.
             batch_idx: Its index.
         """
-        if self._inert:
+        if self._inert or takes_no_steps(trainer):
             return
         if self.trial_steps:
             self._recent.appendleft((batch, batch_idx))
@@ -311,7 +312,7 @@ class ConvergenceGuard(Callback):
             batch_idx: Its index.
         """
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if self._inert or not self.trial_steps or not isinstance(loss, torch.Tensor):
+        if self._inert or takes_no_steps(trainer) or not self.trial_steps or not isinstance(loss, torch.Tensor):
             return
         norm = math.nan if self._norm is None else float(self._norm)
         self._norm = None
@@ -440,7 +441,7 @@ class ConvergenceGuard(Callback):
             return
         if self._rescue.governed != owned:
             self._rescue.governed = owned
-            self._rescue.govern([trainer.optimizers[index] for index in owned])
+            self._govern(trainer)
         if present is not None:
             report = replace(report, status=turn.state)
         if not trainer.fast_dev_run:
@@ -451,6 +452,11 @@ class ConvergenceGuard(Callback):
                 self._keep(trainer, module, step)
         self.history = [*self.history, report][-self.history_size :]
         log_values(trainer, module, metrics(report), step)
+
+    def _govern(self, trainer: Any) -> None:
+        governed = [trainer.optimizers[index] for index in self._rescue.governed if index < len(trainer.optimizers)]
+        # Lightning's tuners step the run's optimizers with the run's callbacks taken out, to see what a rate does.
+        self._rescue.govern(governed, lambda: self in trainer.callbacks)
 
     @contextmanager
     def _together(self, module: Any) -> Iterator[None]:

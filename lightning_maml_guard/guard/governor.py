@@ -40,10 +40,14 @@ class RateGovernor:
     Args:
         optimizers: The optimizers to govern.
         cap: Largest rate to apply; None applies the scheduled rates.
+        holds: Says at each step whether the cap holds; None: always.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], cap: float | None = None) -> None:
+    def __init__(
+        self, optimizers: Sequence[Optimizer], cap: float | None = None, holds: Callable[[], bool] | None = None
+    ) -> None:
         self.cap = cap
+        self._holds = holds
         self._handles = []
         for optimizer in optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._begin))
@@ -90,7 +94,7 @@ class RateGovernor:
 
     def _apply(self, optimizer: Optimizer, step: _Step) -> None:
         highest = scheduled_rate(optimizer)
-        if self.cap is None or not highest > self.cap:
+        if self.cap is None or not highest > self.cap or not (self._holds is None or self._holds()):
             return
         rates = [group["lr"] for group in optimizer.param_groups]
         if step.scheduled is None:
