@@ -1,6 +1,5 @@
 """A guard that only logs leaves a run bit for bit as it is: a covering array of runs, and torch.compile."""
 
-import csv
 import itertools
 import math
 import random
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_maml_guard import ConvergenceGuard, GuardWarning, MetaLearningModule, MetaProblem
 from lightning_maml_guard._lightning import LightningModule, Trainer, seed_everything
 from lightning_maml_guard.tasks.regression import Sinusoid
+from tests.helpers import left_behind
 
 STEPS = 8
 LEVELS = {
@@ -130,37 +130,6 @@ def trained(module, guards, folder, epochs=2, **options):
     validation = DataLoader(data[:2], batch_size=None) if isinstance(module, MetaLearningModule) else None
     trainer.fit(module, DataLoader(data, batch_size=None, shuffle=True), validation)
     return trainer
-
-
-def written(trainer):
-    """The CSV log as text, without the guard's columns and the rows that held nothing else."""
-    with open(f"{trainer.log_dir}/metrics.csv") as file:
-        rows = [{n: v for n, v in row.items() if not n.startswith("guard/") and v} for row in csv.DictReader(file)]
-    return [row for row in rows if set(row) - {"step"}]
-
-
-def left_behind(module, trainer):
-    """Everything a run leaves, as bytes and primitives."""
-
-    def exact(value):
-        if isinstance(value, torch.Tensor):
-            return str(value.dtype), value.detach().contiguous().reshape(-1).view(torch.uint8).tolist()
-        if isinstance(value, dict):
-            return {key: exact(each) for key, each in value.items()}
-        return [exact(each) for each in value] if isinstance(value, (list, tuple)) else value
-
-    schedulers = [{**c.scheduler.state_dict(), "lr_lambdas": None} for c in trainer.lr_scheduler_configs]
-    for state in schedulers:
-        state.pop("_anneal_func_type", None)
-    return {
-        "weights and buffers": exact(module.state_dict()),
-        "optimizer": exact([each.state_dict() for each in trainer.optimizers]),
-        "schedulers": exact(schedulers),
-        "python": random.getstate(),
-        "numpy": str(np.random.get_state(legacy=False)),
-        "torch": exact(torch.get_rng_state()),
-        "log": written(trainer),
-    }
 
 
 def assert_invisible(make, guard, folder, **options):

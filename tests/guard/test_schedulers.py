@@ -1,7 +1,6 @@
 """The schedule goes its way and the applied rate is the lower of schedule and cap, bit for bit."""
 
 import csv
-import sys
 
 import pytest
 import torch
@@ -39,28 +38,6 @@ SCHEDULERS = {
     "warm restarts": lambda o: CosineAnnealingWarmRestarts(o, 4),
     "sequential": lambda o: SequentialLR(o, [ExponentialLR(o, 0.9), StepLR(o, 2, gamma=0.7)], [5]),
 }
-
-
-@pytest.fixture
-def applied(monkeypatch):
-    """Rates that reach the update itself, one list an optimizer; a double that tries a step has other parameters."""
-    found = {}
-    for name in ("sgd", "adam"):
-        module = sys.modules[f"torch.optim.{name}"]  # hidden in torch.optim by the function
-
-        original = getattr(module, name)
-
-        def update(params, *args, lr, original=original, **kwargs):
-            if id(params[0]) in found:
-                found[id(params[0])].append(float(lr))
-            original(params, *args, lr=lr, **kwargs)
-
-        monkeypatch.setattr(module, name, update)
-
-    def of(parameter):
-        return found.setdefault(id(parameter), [])
-
-    return of
 
 
 class Steps(LightningModule):
