@@ -35,7 +35,7 @@ from lightning_maml_guard.guard.probe import (
 from lightning_maml_guard.guard.processes import check_strategy, ranks_of
 from lightning_maml_guard.guard.products import Memory
 from lightning_maml_guard.guard.report import StabilityReport, from_plain, to_plain
-from lightning_maml_guard.guard.reporting import log_values, logger_step, metrics, warn
+from lightning_maml_guard.guard.reporting import log_values, logger_step, metrics, unlogged, warn
 from lightning_maml_guard.guard.rescue import Rescue
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.theory.verdict import UNSAFE, check_margin, fails, passes
@@ -460,7 +460,12 @@ class ConvergenceGuard(Callback):
 
     @contextmanager
     def _together(self, module: Any) -> Iterator[None]:
-        with self._memory.ranks.together(), isolated(module), configured_inner_rate(module):
+        with (
+            self._memory.ranks.together(),
+            unlogged(module.trainer),
+            isolated(module),
+            configured_inner_rate(module),
+        ):
             yield
 
     def _keep(self, trainer: Any, module: Any, step: int) -> None:
