@@ -122,8 +122,24 @@ def test_what_nothing_wrote_into_stays_usable_for_a_graph_that_holds_it():
 
 
 def test_parts_log_nothing_either():
-    whole = nn.Sequential(Probe())
+    logged = []
+
+    class Part(nn.Module):
+        def log(self, *args):
+            logged.append(args)
+
+    whole = nn.Sequential(Part())
     with isolated(whole):
         whole[0].log("loss", 1.0)
     whole[0].log("after", 1.0)
-    assert whole[0].logged == [("after", 1.0)]
+    assert logged == [("after", 1.0)]
+
+
+def test_running_statistics_are_put_back_though_batch_norm_does_not_count_as_writing():
+    norm = nn.BatchNorm1d(2)
+    before = {name: value.clone() for name, value in norm.named_buffers()}
+    with isolated(norm):
+        version = norm.running_mean._version
+        norm(torch.randn(4, 2))
+        assert norm.running_mean._version == version and not torch.equal(norm.running_mean, before["running_mean"])
+    assert all(torch.equal(value, before[name]) for name, value in norm.named_buffers())
