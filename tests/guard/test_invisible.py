@@ -174,6 +174,44 @@ def test_a_guard_that_does_not_act_leaves_no_trace(run, tmp_path):
     assert_measured(guard)
 
 
+class Noisy(Adam):
+    """Slow weights in a list, noise from generators of its own: all of it outside `state`."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, lr=lr)
+        self.fast = [value for group in self.param_groups for value in group["params"]]
+        self.slow = {"weights": [value.detach().clone() for value in self.fast]}
+        self.torch, self.numpy, self.python = (
+            torch.Generator().manual_seed(1),
+            np.random.default_rng(1),
+            random.Random(1),
+        )
+        self.norms = []
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for fast, slow in zip(self.fast, self.slow["weights"], strict=True):
+            noise = torch.rand((), generator=self.torch) + self.numpy.random() + self.python.random()
+            slow.lerp_(fast, 0.5).add_(1e-3 * float(noise))
+            fast.copy_(slow)
+        self.norms.append(float(self.slow["weights"][0].norm()))
+        return loss
+
+
+def test_an_optimizers_own_attributes_are_left_alone_by_trials(tmp_path):
+    optimizers = []
+
+    class Own(Plain):
+        def configure_optimizers(self):
+            optimizers.append(Noisy(self.parameters(), lr=0.01))
+            return optimizers[-1]
+
+    guard = ConvergenceGuard(every_n_steps=3, action="log", max_iter=5, trial_steps=3)
+    assert_invisible(lambda: Own(network("dropout")), guard, tmp_path)
+    assert optimizers[0].norms == optimizers[1].norms and len(guard.severities) >= 3
+
+
 class Compiled(Plain):
     """Logs after its step: Lightning's `log` cannot be compiled."""
 
