@@ -282,17 +282,6 @@ def test_state_of_an_older_guard_loads():
     assert guard.stopped_step == 3 and guard.history == []
 
 
-def test_two_guards_side_by_side():
-    guards = [
-        ConvergenceGuard(every_n_steps=2, action="log"),
-        ConvergenceGuard(every_n_steps=3, action="log"),
-    ]
-    trainer = fit(module_at(), BATCH, 7, guards)
-    assert [len(guard.history) for guard in guards] == [4, 3]
-    assert guards[0].state_key != guards[1].state_key
-    assert trainer.global_step == 7
-
-
 def test_fast_dev_run_measures_once_and_never_acts():
     guard = ConvergenceGuard(every_n_steps=1, action="stop")
     with warnings.catch_warnings():
@@ -409,49 +398,6 @@ def test_a_cap_survives_for_evaluation_and_not_for_an_unguarded_fit(tmp_path):
     loaded._optimizer = lambda p: SGD(p, lr=0.1)
     fit(loaded, BATCH, 1)
     assert loaded.rates() == 0.4
-
-
-class TwoOptimizers(LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-        self.net, self.other = nn.Linear(4, 1, bias=False).double(), nn.Parameter(torch.zeros(1))
-
-    def forward(self, x):
-        return self.net(x)
-
-    def training_step(self, batch, batch_idx):
-        for optimizer, loss in zip(self.optimizers(), (self(batch[0][0]).pow(2).mean(), self.other.sum()), strict=True):
-            optimizer.zero_grad()
-            self.manual_backward(loss)
-            optimizer.step()
-
-    def configure_optimizers(self):
-        return [SGD(self.net.parameters(), lr=3.0), SGD([self.other], lr=1.0)]
-
-
-def test_only_the_optimizer_of_the_problem_is_capped():
-    def problem(module, batch):
-        def loss(params, data):
-            return torch.func.functional_call(module.net, params, (data[0],)).pow(2).mean()
-
-        return MetaProblem(dict(module.net.named_parameters()), loss, batch[0], batch[1], inner_lr=0.05)
-
-    module = TwoOptimizers()
-    guard = ConvergenceGuard(every_n_steps=1, action="rescale", problem=problem, margin=0.8)
-    with pytest.warns(GuardWarning, match=r"beta = 3 exceeds 0.8 \* beta_c = 0.625"):
-        trainer = fit(module, BATCH, 8, [guard])
-    assert float(module.other) == -4.0
-    assert float(module.net.weight.abs().max()) < 1
-    assert [o.param_groups[0]["lr"] for o in trainer.optimizers] == [3.0, 1.0]
-
-
-def test_two_rescaling_guards_leave_the_schedule_alone():
-    guards = [ConvergenceGuard(every_n_steps=1, action="rescale", margin=m) for m in (0.9, 0.5)]
-    with pytest.warns(GuardWarning):
-        trainer = fit(module_at(beta=5.0), BATCH, 10, guards)
-    assert trainer.optimizers[0].param_groups[0]["lr"] == 5.0
-    assert all(report.beta == 5.0 for guard in guards for report in guard.history)
 
 
 def test_stop_stops_a_resumed_run_too(tmp_path):

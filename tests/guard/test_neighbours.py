@@ -17,13 +17,14 @@ from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_maml_guard import ConvergenceGuard
+from lightning_maml_guard import ConvergenceGuard, GuardWarning
 from lightning_maml_guard._lightning import Callback, LightningModule, Trainer, seed_everything
-from tests.helpers import is_free_of_hooks, left_behind
+from tests.helpers import fit, is_free_of_hooks, left_behind, linear_module, quadratic_batch
 
 EPOCHS, BATCHES, CAP = 3, 5, 0.05
 X = torch.randn(4 * BATCHES, 3, generator=torch.Generator().manual_seed(1))
 Y = X.sum(1, keepdim=True).sin()
+BATCH = quadratic_batch([0.3, 1.0, 2.0, 4.0], target=1.0)
 
 
 class Regression(LightningModule):
@@ -185,3 +186,19 @@ def test_weight_averagings_pass_for_batch_norm_is_not_checked(tmp_path):
     run("averaging", [guard], tmp_path)
     assert guard.history[-1].step == EPOCHS * BATCHES - 1
     assert [step for step, _ in guard.severities] == list(range(EPOCHS * BATCHES))
+
+
+def test_two_guards_keep_their_own_time_and_state():
+    guards = [ConvergenceGuard(every_n_steps=n, action="log") for n in (2, 3)]
+    trainer = fit(linear_module(4, 0.1, inner_lr=0.05), BATCH, 7, guards)
+    assert [len(guard.history) for guard in guards] == [4, 3]
+    assert guards[0].state_key != guards[1].state_key
+    assert trainer.global_step == 7
+
+
+def test_two_rescaling_guards_leave_the_schedule_alone():
+    guards = [ConvergenceGuard(every_n_steps=1, action="rescale", margin=m) for m in (0.9, 0.5)]
+    with pytest.warns(GuardWarning):
+        trainer = fit(linear_module(4, 5.0, inner_lr=0.05, order="simplified"), BATCH, 10, guards)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 5.0
+    assert all(report.beta == 5.0 for guard in guards for report in guard.history)
