@@ -38,10 +38,12 @@ PACKAGE = PACKAGES[0]
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
     from pytorch_lightning.cli import LightningCLI
+    from pytorch_lightning.loggers.logger import DummyLogger
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 else:
     _first = import_module(PACKAGE)
     LightningModule, Trainer, seed_everything = _first.LightningModule, _first.Trainer, _first.seed_everything
+    DummyLogger = import_module(f"{PACKAGE}.loggers.logger").DummyLogger
     MisconfigurationException = import_module(f"{PACKAGE}.utilities.exceptions").MisconfigurationException
     # A callback and a data module that inherit from both packages work in the Trainers and the CLIs of both.
     Callback = type("Callback", tuple(import_module(name).Callback for name in PACKAGES), {})
@@ -60,6 +62,7 @@ __all__ = [
     "PACKAGE",
     "PACKAGES",
     "Callback",
+    "DummyLogger",
     "LightningCLI",
     "LightningDataModule",
     "LightningModule",

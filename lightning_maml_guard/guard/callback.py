@@ -14,7 +14,7 @@ from lightning_maml_guard.guard.check import Checker
 from lightning_maml_guard.guard.estimate import Estimator
 from lightning_maml_guard.guard.lookout import SCHEDULED
 from lightning_maml_guard.guard.monitor import check_options
-from lightning_maml_guard.guard.probe import gradient_norm, has_meta_problem
+from lightning_maml_guard.guard.probe import gradient_norm, has_meta_problem, takes_no_steps
 from lightning_maml_guard.guard.processes import check_strategy, ranks_of
 from lightning_maml_guard.guard.report import StabilityReport
 from lightning_maml_guard.guard.reporting import logger_step, warn
@@ -241,7 +241,7 @@ class ConvergenceGuard(Callback):
             pl_module: The module.
         """
         rescue = self._run.rescue
-        rescue.govern([trainer.optimizers[index] for index in rescue.governed if index < len(trainer.optimizers)])
+        Checker(self, self._run, trainer, pl_module).govern()
         if rescue.caps.alpha is not None:
             rescue.apply(pl_module, rescue.caps)
 
@@ -254,7 +254,7 @@ class ConvergenceGuard(Callback):
             batch: The batch of the coming step, on the training device.
             batch_idx: Its index.
         """
-        if self._inert:
+        if self._inert or takes_no_steps(trainer):
             return
         run = self._run
         if self.trial_steps:
@@ -295,7 +295,9 @@ class ConvergenceGuard(Callback):
             batch_idx: Its index.
         """
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if self._inert or not self.trial_steps or not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        if self._inert or takes_no_steps(trainer) or not self.trial_steps:
+            return
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             return
         run = self._run
         norm = math.nan if run.norm is None else float(run.norm)

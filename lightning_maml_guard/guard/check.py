@@ -17,7 +17,7 @@ from lightning_maml_guard.guard.governor import scheduled_rate
 from lightning_maml_guard.guard.isolation import isolated
 from lightning_maml_guard.guard.monitor import measure
 from lightning_maml_guard.guard.probe import Attempts, attempts, configured_inner_rate, owners, state_problem
-from lightning_maml_guard.guard.reporting import log_values, metrics
+from lightning_maml_guard.guard.reporting import log_values, metrics, unlogged
 from lightning_maml_guard.guard.run import Run, Settings
 from lightning_maml_guard.guard.trial import Trial
 from lightning_maml_guard.theory.verdict import UNSAFE, fails, passes
@@ -61,6 +61,15 @@ class Checker:
             if self._taken_back is not None:
                 optimizer, present = self._taken_back
                 self.run.intervention.halve(self.module, scheduled_rate(optimizer), present, step)
+
+    def govern(self) -> None:
+        """Cap the optimizers that move the problem's parameters, as the caps are."""
+        rescue, optimizers = self.run.rescue, self.trainer.optimizers
+        # Lightning's tuners step the run's optimizers with the run's callbacks taken out, to see what a rate does.
+        rescue.govern(
+            [optimizers[index] for index in rescue.governed if index < len(optimizers)],
+            lambda: self.settings in self.trainer.callbacks,
+        )
 
     def _check(self, batch: Any, batch_idx: int, step: int, scheduled: bool) -> None:
         settings, run, trainer, module = self.settings, self.run, self.trainer, self.module
@@ -108,7 +117,7 @@ class Checker:
             )
         if run.rescue.governed != owned:
             run.rescue.governed = owned
-            run.rescue.govern([trainer.optimizers[index] for index in owned])
+            self.govern()
         if present is not None:
             report = replace(report, status=turn.state)
         if not trainer.fast_dev_run:
@@ -123,7 +132,7 @@ class Checker:
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
-        with isolated(self.module), configured_inner_rate(self.module):
+        with unlogged(self.trainer), isolated(self.module), configured_inner_rate(self.module):
             yield
 
     def _keep(self, step: int) -> None:

@@ -37,6 +37,18 @@ def has_meta_problem(pl_module: Any) -> bool:
     return callable(getattr(pl_module, "meta_problem", None))
 
 
+def takes_no_steps(trainer: Any) -> bool:
+    """Say whether the epoch at hand only runs forward, as StochasticWeightAveraging's pass for batch norm does.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        Whether no optimizer step follows.
+    """
+    return bool(getattr(getattr(trainer, "fit_loop", None), "_skip_backward", False))
+
+
 def state_problem(
     problem: Callable[[Any, Any], MetaProblem] | None, pl_module: Any, batch: Any, batch_idx: int
 ) -> Problem:
