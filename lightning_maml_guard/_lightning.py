@@ -23,7 +23,7 @@ def _chosen() -> tuple[str, ...]:
         return imported
     for name in _NAMES:
         root = name.partition(".")[0]
-        if not (root in sys.modules and sys.modules[root] is None) and find_spec(root) is not None:
+        if sys.modules.get(root, root) is not None and find_spec(root) is not None:
             return (name,)
     raise ImportError(
         "lightning_maml_guard's callback, module and data module need pytorch-lightning or lightning (2.6 or newer), "
@@ -84,14 +84,15 @@ def check_module(module: Any) -> None:
     Raises:
         TypeError: If it is not a LightningModule.
     """
-    of = [name for name in _NAMES if name in sys.modules and isinstance(module, sys.modules[name].LightningModule)]
+    imported = {name: sys.modules[name] for name in _NAMES if sys.modules.get(name) is not None}
+    of = [name for name, package in imported.items() if isinstance(module, package.LightningModule)]
     kind = type(module).__name__
     if not of:
         raise TypeError(
             f"Expected {kind} to be a LightningModule as well, of the package whose Trainer you use, but it derives "
             f"from MetaLearning alone. Write class {kind}(MetaLearning, lightning.pytorch.LightningModule)."
         )
-    others = [name for name in _NAMES if name in sys.modules and name not in of]
+    others = [name for name in imported if name not in of]
     if others:
         warnings.warn(
             f"{kind} is a module of {of[0]}, and {others[0]} is imported as well, whose Trainer would refuse it: "

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
