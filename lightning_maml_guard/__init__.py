@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_maml_guard.guard.callback import ConvergenceGuard
     from lightning_maml_guard.guard.monitor import measure
     from lightning_maml_guard.guard.report import StabilityReport
+    from lightning_maml_guard.maml.learning import MetaLearning
     from lightning_maml_guard.maml.module import MetaLearningModule
     from lightning_maml_guard.maml.problem import MetaProblem
     from lightning_maml_guard.phase_diagram import PhaseDiagram, phase_diagram
@@ -26,6 +27,7 @@ _HOMES = {
     "ConvergenceGuard": "guard.callback",
     "CriticalRates": "theory.rates",
     "EpisodeBatch": "tasks.episodes",
+    "MetaLearning": "maml.learning",
     "MetaLearningModule": "maml.module",
     "MetaProblem": "maml.problem",
     "PhaseDiagram": "grid.diagram",
@@ -42,6 +44,7 @@ __all__ = [
     "CriticalRates",
     "EpisodeBatch",
     "GuardWarning",
+    "MetaLearning",
     "MetaLearningModule",
     "MetaProblem",
     "PhaseDiagram",

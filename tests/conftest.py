@@ -1,12 +1,13 @@
 import logging
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -21,3 +22,25 @@ def data_folder() -> Path:
     if not (folder / "omniglot.npz").is_file():
         pytest.skip(f"no data sets in {folder}; set LMG_DATA")
     return folder
+
+
+@pytest.fixture
+def applied(monkeypatch):
+    """Rates that reach the update itself, one list an optimizer; a double that tries a step has other parameters."""
+    found = {}
+    for name in ("sgd", "adam"):
+        module = sys.modules[f"torch.optim.{name}"]  # hidden in torch.optim by the function
+
+        original = getattr(module, name)
+
+        def update(params, *args, lr, original=original, **kwargs):
+            if id(params[0]) in found:
+                found[id(params[0])].append(float(lr))
+            original(params, *args, lr=lr, **kwargs)
+
+        monkeypatch.setattr(module, name, update)
+
+    def of(parameter):
+        return found.setdefault(id(parameter), [])
+
+    return of

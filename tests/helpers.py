@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import random
 from collections.abc import Callable
 
 import numpy as np
@@ -88,3 +90,38 @@ def fit(module, batch, steps: int, callbacks=(), **arguments) -> Trainer:
     trainer = Trainer(**{**options, **arguments}, callbacks=list(callbacks))
     trainer.fit(module, DataLoader([batch] * max(steps, 1), batch_size=None))
     return trainer
+
+
+def written(trainer) -> list[dict]:
+    """The CSV log as text, without the guard's columns and the rows that held nothing else."""
+    with open(f"{trainer.log_dir}/metrics.csv") as file:
+        rows = [{n: v for n, v in row.items() if not n.startswith("guard/") and v} for row in csv.DictReader(file)]
+    return [row for row in rows if set(row) - {"step"}]
+
+
+def left_behind(module, trainer) -> dict:
+    """Everything a run leaves, as bytes and primitives."""
+
+    def exact(value):
+        if isinstance(value, torch.Tensor):
+            return str(value.dtype), value.detach().contiguous().reshape(-1).view(torch.uint8).tolist()
+        if isinstance(value, dict):
+            return {key: exact(each) for key, each in value.items()}
+        return [exact(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+    schedulers = [{**c.scheduler.state_dict(), "lr_lambdas": None} for c in trainer.lr_scheduler_configs]
+    for state in schedulers:
+        state.pop("_anneal_func_type", None)
+    return {
+        "weights and buffers": exact(module.state_dict()),
+        "optimizer": exact([each.state_dict() for each in trainer.optimizers]),
+        "schedulers": exact(schedulers),
+        "python": random.getstate(),
+        "numpy": str(np.random.get_state(legacy=False)),
+        "torch": exact(torch.get_rng_state()),
+        "log": written(trainer),
+    }
+
+
+def is_free_of_hooks(trainer) -> bool:
+    return not any(o._optimizer_step_pre_hooks or o._optimizer_step_post_hooks for o in trainer.optimizers)

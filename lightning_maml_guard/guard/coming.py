@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import random
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from lightning_maml_guard.curvature.layout import Params
 from lightning_maml_guard.curvature.operators import Operator
@@ -37,8 +41,6 @@ class Twin:
         names = {id(value): name for name, value in params.items()}
         self.params = {name: value.detach().clone() for name, value in params.items()}
         self._optimizer = twin = object.__new__(type(optimizer))
-        # The instance's own `step` (a scheduler's counter) and hooks (a governor's) belong to the live one.
-        twin.__dict__.update({name: value for name, value in optimizer.__dict__.items() if name != "step"})
         twin._optimizer_step_pre_hooks, twin._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
         twin.state, twin.param_groups = defaultdict(dict), []
         self._moved: dict[str, nn.Parameter] = {}
@@ -56,6 +58,11 @@ class Twin:
                     twin.state[replica] = {key: _cloned(value) for key, value in optimizer.state[parameter].items()}
             rest = {key: _cloned(value) for key, value in group.items() if key != "params"}
             twin.param_groups.append({**rest, "lr": rest["lr"] * factor, "params": moved})
+        replicas: dict[int, Tensor] = {id(params[name]): replica for name, replica in self._moved.items()}
+        # The instance's own `step` (a scheduler's counter) and hooks (a governor's) belong to the live one; whatever
+        # else a step may write into is doubled.
+        rest = {key: value for key, value in optimizer.__dict__.items() if key != "step" and key not in twin.__dict__}
+        twin.__dict__.update(tree_map(lambda leaf: _doubled(leaf, replicas), rest))
 
     def step(self, gradient: Params, clip: Clip | None = None) -> None:
         """Step.
@@ -132,6 +139,15 @@ def predicted_change(jacobian: Operator | None, optimizer: Optimizer | None, bet
             return math.nan
         update = jacobian.layout.flatten(found).to(gradient)
     return float(-(gradient @ update) + 0.5 * (update @ jacobian(update)))
+
+
+def _doubled(leaf: Any, replicas: dict[int, Tensor]) -> Any:
+    if isinstance(leaf, Tensor):
+        return replicas[id(leaf)] if id(leaf) in replicas else leaf.detach().clone()
+    if isinstance(leaf, torch.Generator):
+        return leaf.clone_state()
+    states = (set, random.Random, np.random.Generator, np.random.RandomState)
+    return copy.deepcopy(leaf) if isinstance(leaf, states) else leaf
 
 
 def _cloned(value: Any) -> Any:

@@ -1,13 +1,16 @@
 """Scheduled rate -> applied rate, inside the optimizer's step and nowhere else.
 
 A pre-step hook caps the rate, a post-step hook puts the scheduled one back, so that no scheduler ever
-sees, multiplies or overwrites a cap. A step that GradScaler skips calls neither hook.
+sees, multiplies or overwrites a cap. A closure runs at the scheduled rates as well: what a training step
+reads and writes there is the schedule. A step that GradScaler skips calls neither hook.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,10 +20,10 @@ from torch.optim import Optimizer
 
 @dataclass
 class _Step:
-    """A step in progress: the scheduled rates, and the governors that capped them."""
+    """A step in progress: the call that runs its hooks, and the scheduled rates while others are applied."""
 
-    scheduled: list[Any]
-    governors: set[int] = field(default_factory=set)
+    call: FrameType
+    scheduled: list[Any] | None = None
 
 
 # Shared by all governors of an optimizer: post hooks run in the order of registration, not in reverse, so the
@@ -37,46 +40,101 @@ class RateGovernor:
     Args:
         optimizers: The optimizers to govern.
         cap: Largest rate to apply; None applies the scheduled rates.
+        holds: Says at each step whether the cap holds; None: always.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], cap: float | None = None) -> None:
+    def __init__(
+        self, optimizers: Sequence[Optimizer], cap: float | None = None, holds: Callable[[], bool] | None = None
+    ) -> None:
         self.cap = cap
+        self._holds = holds
         self._handles = []
         for optimizer in optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(self._apply))
-            self._handles.append(optimizer.register_step_post_hook(_restore))
+            self._handles.append(optimizer.register_step_pre_hook(self._begin))
+            self._handles.append(optimizer.register_step_post_hook(_end))
         self._optimizers = list(optimizers)
 
     def remove(self) -> None:
         """Take the hooks out, and put back a rate that a step which raised left capped."""
         for optimizer in self._optimizers:
-            _restore(optimizer)
+            _forget(optimizer)
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
-    def _apply(self, optimizer: Optimizer, *_: Any) -> None:
+    def _begin(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        call = sys._getframe(1)
         step = _STEPS.get(optimizer)
-        if step is not None and id(self) in step.governors:
-            _restore(optimizer)  # the last step raised before its post hook
+        if step is not None and step.call is not call:
+            if _is_running(step.call):
+                return None  # a subclass's step called its base class's, where torch runs the same hooks again
+            _forget(optimizer)  # the last step raised before its post hook
             step = None
-        highest = scheduled_rate(optimizer)
-        if self.cap is None or not highest > self.cap:
-            return
         if step is None:
+            step = _STEPS[optimizer] = _Step(call)
+        self._apply(optimizer, step)
+        if len(args) > 1 and callable(args[1]):
+            return (args[0], self._at_the_scheduled_rates(optimizer, args[1], step), *args[2:]), kwargs
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._at_the_scheduled_rates(optimizer, kwargs["closure"], step)}
+        return None
+
+    def _at_the_scheduled_rates(
+        self, optimizer: Optimizer, closure: Callable[[], Any], step: _Step
+    ) -> Callable[[], Any]:
+        def evaluate() -> Any:
+            _put_back(optimizer, step)
+            value = closure()
+            self._apply(optimizer, step)
+            return value
+
+        return evaluate
+
+    def _apply(self, optimizer: Optimizer, step: _Step) -> None:
+        highest = scheduled_rate(optimizer)
+        if self.cap is None or not highest > self.cap or not (self._holds is None or self._holds()):
+            return
+        rates = [group["lr"] for group in optimizer.param_groups]
+        if step.scheduled is None:
             # A tensor rate (capturable, fused) is written into, never replaced: compiled steps hold it.
-            rates = [group["lr"] for group in optimizer.param_groups]
-            step = _STEPS[optimizer] = _Step([r.clone() if isinstance(r, torch.Tensor) else r for r in rates])
-        step.governors.add(id(self))
-        for group in optimizer.param_groups:
-            _write(group, self.cap * (group["lr"] / highest))
+            step.scheduled = [rate.clone() if isinstance(rate, torch.Tensor) else rate for rate in rates]
+        # All before the first is written: torch gives groups of one tensor rate the same tensor.
+        _write(optimizer, [self.cap * (rate / highest) for rate in rates])
 
 
-def _restore(optimizer: Optimizer, *_: Any) -> None:
+def _is_running(call: FrameType) -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not call:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _end(optimizer: Optimizer, *_: Any) -> None:
+    step = _STEPS.get(optimizer)
+    if step is not None and step.call is sys._getframe(1):
+        _forget(optimizer)
+
+
+def _forget(optimizer: Optimizer) -> None:
     step = _STEPS.pop(optimizer, None)
     if step is not None:
-        for group, rate in zip(optimizer.param_groups, step.scheduled, strict=False):
-            _write(group, rate)
+        _put_back(optimizer, step)
+
+
+def _put_back(optimizer: Optimizer, step: _Step) -> None:
+    if step.scheduled is not None:
+        _write(optimizer, step.scheduled)
+        step.scheduled = None
+
+
+def _write(optimizer: Optimizer, rates: Sequence[Any]) -> None:
+    for group, rate in zip(optimizer.param_groups, rates, strict=False):
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def scheduled_rate(optimizer: Optimizer) -> float:
@@ -89,10 +147,3 @@ def scheduled_rate(optimizer: Optimizer) -> float:
         The largest over its parameter groups.
     """
     return max(float(group["lr"]) for group in optimizer.param_groups)
-
-
-def _write(group: dict[str, Any], rate: Any) -> None:
-    if isinstance(group["lr"], torch.Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate

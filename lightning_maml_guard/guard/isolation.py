@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
-from collections.abc import Iterator
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+
+Undo = Callable[[], object]
 
 
 @contextmanager
@@ -33,8 +38,10 @@ def preserved_randomness() -> Iterator[None]:
 def isolated(module: nn.Module) -> Iterator[None]:
     """Put back on leaving, also after an error: random states, buffers, metrics, attributes, ``.grad``, modes, logging.
 
-    Inside, every ``.grad`` is None (so that nothing accumulates into the user's) and ``module.log`` and
-    ``module.log_dict`` do nothing.
+    Attributes are tensors, random generators and containers in containers; tensors in containers are left to the
+    user's code. A tensor that nothing wrote into is not written into either: a graph may hold it.
+    Inside, every ``.grad`` is None (so that nothing accumulates into the user's) and ``log`` and ``log_dict`` of the
+    module and its parts do nothing.
 
     Args:
         module: The module the measurement may touch.
@@ -46,7 +53,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
         stack.enter_context(preserved_randomness())
         modes = [(part, part.training) for part in module.modules()]
         buffers = [
-            (part._buffers, name, value, value.clone())
+            (part._buffers, name, value, _undo_tensor(value))
             for part in module.modules()
             for name, value in part._buffers.items()
             if value is not None
@@ -59,10 +66,10 @@ def isolated(module: nn.Module) -> Iterator[None]:
         stack.callback(_restore_attributes, attributes)
         for parameter, _ in gradients:
             parameter.grad = None
-        for name in ("log", "log_dict"):
-            if hasattr(module, name) and name not in module.__dict__:
-                module.__dict__[name] = _silent
-                stack.callback(module.__dict__.pop, name)
+        for part, name in itertools.product(module.modules(), ("log", "log_dict")):
+            if hasattr(part, name) and name not in part.__dict__:
+                part.__dict__[name] = _silent
+                stack.callback(part.__dict__.pop, name)
         yield
 
 
@@ -75,11 +82,10 @@ def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
         part.training = training
 
 
-def _restore_buffers(buffers: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]]) -> None:
-    with torch.no_grad():
-        for owner, name, tensor, saved in buffers:
-            tensor.copy_(saved)
-            owner[name] = tensor
+def _restore_buffers(buffers: list[tuple[dict[str, Any], str, torch.Tensor, Undo]]) -> None:
+    for owner, name, tensor, undo in buffers:
+        undo()
+        owner[name] = tensor
 
 
 def _restore_gradients(gradients: list[tuple[nn.Parameter, torch.Tensor | None]]) -> None:
@@ -89,30 +95,64 @@ def _restore_gradients(gradients: list[tuple[nn.Parameter, torch.Tensor | None]]
 
 # What torch keeps of a module: restored above, or no one's business.
 _OWN = frozenset({*nn.Module().__dict__, "_trainer", "_fabric"})
+_CONTAINERS = frozenset({list, dict, set, deque, defaultdict, OrderedDict, Counter})
 
 
-def _snapshot(part: nn.Module) -> dict[str, Any]:
-    """Copy a module's own attributes: counters, lists of outputs, and the tensors of a torchmetrics metric."""
-    return {name: _copied(value) for name, value in part.__dict__.items() if name not in _OWN}
+def _snapshot(part: nn.Module) -> dict[str, tuple[Any, Undo | None]]:
+    """Keep a module's own attributes: counters, lists of outputs, and the tensors of a torchmetrics metric."""
+    kept = {name: value for name, value in part.__dict__.items() if name not in _OWN}
+    return {name: (value, _undo_tensor(value) if _is_state(value) else _undo(value)) for name, value in kept.items()}
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and not value.requires_grad:
-        return value, value.clone()
-    return value, copy.copy(value) if type(value) in {list, dict, set} else None
+def _is_state(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not value.requires_grad
 
 
-def _restore_attributes(attributes: list[tuple[nn.Module, dict[str, Any]]]) -> None:
+def _undo_tensor(tensor: torch.Tensor) -> Undo:
+    saved, version = tensor.clone(), None if tensor.is_inference() else tensor._version
+
+    @torch.no_grad()
+    def undo() -> None:
+        written = version is None or tensor._version != version or tensor.layout != torch.strided
+        if written or not torch.equal(tensor, saved):  # batch norm writes and leaves the version as it is
+            tensor.copy_(saved)
+
+    return undo
+
+
+def _undo(value: Any, inside: frozenset[int] = frozenset()) -> Undo | None:
+    """Find how to undo what happens in a value; None where nothing can. A container may contain itself."""
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, np.random.Generator):
+        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    if isinstance(value, np.random.RandomState):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, random.Random):
+        return partial(value.setstate, value.getstate())
+    if type(value) not in _CONTAINERS or id(value) in inside:
+        return None
+    content = copy.copy(value)
+    parts = content.values() if isinstance(content, dict) else content
+    inner = [found for part in parts if (found := _undo(part, inside | {id(value)}))]
+
+    def undo() -> None:
+        value.clear()
+        if isinstance(value, (list, deque)):
+            value.extend(content)
+        else:
+            value.update(content)
+        for each in inner:
+            each()
+
+    return undo
+
+
+def _restore_attributes(attributes: list[tuple[nn.Module, dict[str, tuple[Any, Undo | None]]]]) -> None:
     for part, saved in attributes:
         for name in set(part.__dict__) - set(saved) - _OWN:
             del part.__dict__[name]
-        for name, (value, content) in saved.items():
-            if isinstance(content, torch.Tensor):
-                with torch.no_grad():
-                    value.copy_(content)
-            elif isinstance(content, list):
-                value[:] = content
-            elif content is not None:
-                value.clear()
-                value.update(content)
+        for name, (value, undo) in saved.items():
+            if undo is not None:
+                undo()
             part.__dict__[name] = value

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lightning_maml_guard._vectorize import as_float32
 from lightning_maml_guard.curvature.layout import Params
 
 
@@ -33,7 +34,8 @@ class _Step(nn.Module):
         self.module, self.arguments = module, arguments
 
     def forward(self) -> Tensor:
-        arguments = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self.arguments)
+        # The parameters come in float32, also those of a run in half precision.
+        arguments = tree_map(lambda x: as_float32(x.clone()) if isinstance(x, Tensor) else x, self.arguments)
         output = self.module.training_step(*arguments)  # type: ignore[operator]
         loss = output["loss"] if isinstance(output, dict) else output
         if not isinstance(loss, Tensor):
@@ -53,7 +55,8 @@ def training_step_problem(module: nn.Module, batch: Any, batch_idx: int) -> Plai
         batch_idx: Its index.
 
     Returns:
-        The problem. Its loss runs ``training_step`` on copies of the batch and the buffers.
+        The problem. Its loss runs ``training_step`` on copies of the batch and the buffers, in float32 instead of half
+        precision.
     """
     signature = inspect.signature(module.training_step)  # type: ignore[arg-type]
     arguments = (batch, batch_idx) if len(signature.parameters) > 1 else (batch,)
@@ -70,7 +73,7 @@ def training_step_problem(module: nn.Module, batch: Any, batch_idx: int) -> Plai
     }
 
     def loss(at: Params) -> Tensor:
-        buffers = {f"module.{name}": value.clone() for name, value in module.named_buffers()}
+        buffers = as_float32({f"module.{name}": value.clone() for name, value in module.named_buffers()})
         swapped = {place: at[name] for place, name in places.items()}
         return torch.func.functional_call(step, {**buffers, **swapped}, (), tie_weights=False)
 

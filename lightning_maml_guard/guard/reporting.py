@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_maml_guard._lightning import DummyLogger
 from lightning_maml_guard._warnings import GuardWarning
 from lightning_maml_guard.guard.report import StabilityReport
 
@@ -66,6 +69,24 @@ def log_values(trainer: Any, pl_module: Any, values: dict[str, float], step: int
     pl_module.log_dict(rest, prog_bar=False, **options)
     for logger in trainer.loggers:
         logger.log_metrics(values, step=step)
+
+
+@contextmanager
+def unlogged(trainer: Any) -> Iterator[None]:
+    """Keep what a measurement sends to the loggers themselves away from them.
+
+    Args:
+        trainer: The Trainer.
+
+    Yields:
+        Nothing.
+    """
+    loggers = trainer.loggers
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
 
 
 def warn(message: str) -> None:

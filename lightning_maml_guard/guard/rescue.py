@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -32,14 +32,15 @@ class Rescue:
         self._device = device
         self._governor: RateGovernor | None = None
 
-    def govern(self, optimizers: Sequence[Optimizer]) -> None:
+    def govern(self, optimizers: Sequence[Optimizer], holds: Callable[[], bool] | None = None) -> None:
         """Cap the steps of these optimizers and of no others.
 
         Args:
             optimizers: The optimizers.
+            holds: Says at each step whether the cap holds; None: always.
         """
         self.release()
-        self._governor = RateGovernor(optimizers, self.caps.beta) if self.active else None
+        self._governor = RateGovernor(optimizers, self.caps.beta, holds) if self.active else None
 
     def release(self) -> None:
         """Take the hooks out of the optimizers."""

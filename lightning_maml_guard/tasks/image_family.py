@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from lightning_maml_guard.tasks.cache import cached_images
-from lightning_maml_guard.tasks.episodes import EpisodeBatch, TaskFamily, check_episode, sample_n_way_k_shot
+from lightning_maml_guard.tasks.episodes import (
+    EpisodeBatch,
+    TaskFamily,
+    check_episode,
+    check_sampling,
+    sample_n_way_k_shot,
+)
 from lightning_maml_guard.tasks.sources import DatasetError, Source
 
 # Names of the images by class, for each split.
@@ -77,6 +83,7 @@ class ImageFamily(TaskFamily):
             Images ``(n_tasks, n_way * shots, channels, height, width)`` in ``[0, 1]`` and labels
             ``(n_tasks, n_way * shots)``.
         """
+        check_sampling(n_tasks, generator, split)
         self.setup()
         assert self._images is not None
         return sample_n_way_k_shot(

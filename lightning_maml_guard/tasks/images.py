@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_maml_guard._checks import check_count
+from lightning_maml_guard._checks import check_count, check_flag, check_folder, shown
 from lightning_maml_guard.tasks.episodes import SPLITS, check_episode
 from lightning_maml_guard.tasks.image_family import ImageFamily, Splits, decoded
 from lightning_maml_guard.tasks.omniglot import DRAWERS, load_omniglot
@@ -44,7 +45,8 @@ class Omniglot(ImageFamily):
         split_seed: Seed of the split over characters.
 
     Raises:
-        ValueError: If an episode asks for less than 1 class or image, or more images than 20.
+        ValueError: If an episode asks for less than 1 class or image, or more images than 20, or if another argument
+            is not allowed.
     """
 
     def __init__(
@@ -56,7 +58,10 @@ class Omniglot(ImageFamily):
         rotations: bool = True,
         split_seed: int = 0,
     ) -> None:
+        check_folder("root", root)
         check_episode(n_way, k_shot, queries, 1623, DRAWERS)
+        check_flag("rotations", rotations)
+        check_count("split_seed", split_seed, 0)
         super().__init__(n_way, k_shot, queries, rotations)
         self.root, self.split_seed = root, split_seed
 
@@ -94,6 +99,7 @@ class MiniImageNet(ImageFamily):
     def __init__(
         self, root: str | None = None, n_way: int = 5, k_shot: int = 1, queries: int = 15, image_size: int = 84
     ) -> None:
+        check_folder("root", root)
         check_episode(n_way, k_shot, queries, 100, 600)
         check_count("image_size", image_size)
         super().__init__(n_way, k_shot, queries)
@@ -151,13 +157,19 @@ class ClassFolders(ImageFamily):
         shares: Sequence[float] = (0.64, 0.16, 0.2),
         split_seed: int = 0,
     ) -> None:
+        check_folder("root", root)
         for name, number in (("n_way", n_way), ("k_shot", k_shot), ("queries", queries), ("image_size", image_size)):
             check_count(name, number)
+        check_count("channels", channels)
         if channels not in {1, 3}:
-            raise ValueError(f"Expected argument `channels` to be 3 (colours) or 1 (grey) but got {channels!r}.")
-        if len(shares) != 3 or min(shares) < 0 or not sum(shares) > 0:
             raise ValueError(
-                f"Expected argument `shares` to be 3 numbers of at least 0, one above, but got {shares!r}."
+                f"Expected argument `channels` to be 3 (colours) or 1 (grey) but got {channels!r}. Choose one of them."
+            )
+        numbers = isinstance(shares, Sequence) and all(isinstance(share, (int, float)) for share in shares)
+        if not numbers or len(shares) != 3 or min(shares) < 0 or not 0 < sum(shares) < math.inf:
+            raise ValueError(
+                f"Expected argument `shares` to be 3 finite numbers of at least 0, one above, but got {shown(shares)}. "
+                "Pass the shares of training, validation and test, such as (0.64, 0.16, 0.2)."
             )
         check_count("split_seed", split_seed, 0)
         super().__init__(n_way, k_shot, queries)

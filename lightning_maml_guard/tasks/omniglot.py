@@ -89,7 +89,7 @@ def _zip_images(archive: Path) -> Iterator[tuple[str, bytes]]:
             for name in sorted(members.namelist()):
                 if name.endswith(".png") and not name.startswith("__MACOSX/"):
                     yield name, members.read(name)
-    except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
+    except (zipfile.BadZipFile, OSError, EOFError, zlib.error, RuntimeError) as error:
         raise DatasetError(f"{archive} is damaged ({error}). Download or copy it again.") from error
 
 
@@ -97,8 +97,9 @@ def _decode(data: bytes, name: str) -> np.ndarray:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        # The format by name: asked to guess, Pillow hands an EPS file to Ghostscript, which runs it.
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             small = image.convert("L").resize((28, 28), Image.Resampling.BOX)
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise DatasetError(f"The image {name} is damaged ({error}). Unpack or copy the archive again.") from error
     return 255 - np.asarray(small, dtype=np.uint8)

@@ -146,7 +146,7 @@ class ZipSource(Source):
         """
         try:
             return self._archive.read(name)
-        except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
+        except (zipfile.BadZipFile, OSError, EOFError, zlib.error, RuntimeError) as error:
             raise DatasetError(f"{name} in {self.path} is damaged ({error}). Download or copy it again.") from error
 
 
@@ -168,7 +168,8 @@ def decode(data: bytes, name: str, size: int, channels: int = 3) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        # The formats by name: asked to guess, Pillow hands an EPS file to Ghostscript, which runs it.
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
             whole = image.convert("RGB" if channels == 3 else "L")
             if whole.size != (size, size):
                 whole = whole.resize((size, size), Image.Resampling.BILINEAR)

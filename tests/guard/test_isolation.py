@@ -1,4 +1,5 @@
 import random
+from collections import Counter, deque
 
 import numpy as np
 import pytest
@@ -75,3 +76,70 @@ def test_randomness_is_put_back_after_an_error():
         torch.rand(5)
         raise ValueError
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def states(module):
+    return (
+        module.generator.get_state().tolist(),
+        str(module.numpy.bit_generator.state),
+        str(module.older.get_state(legacy=False)),
+        module.python.getstate(),
+        str(module.kept),
+    )
+
+
+def test_generators_and_nested_containers_of_a_module_are_put_back():
+    """An augmentation draws from a generator of its own, a step appends to a list in a dict."""
+    module = Probe()
+    module.generator, module.python = torch.Generator().manual_seed(1), random.Random(1)
+    module.numpy, module.older = np.random.default_rng(1), np.random.RandomState(1)
+    module.kept = {"losses": [1.0], "last": deque([1, 2], maxlen=2), "seen": [{1}, Counter("ab")]}
+    module.kept["self"] = module.kept
+    module.kept["rng"] = [np.random.default_rng(2)]
+    inner, before, drawn = module.kept["losses"], states(module), str(module.kept["rng"][0].bit_generator.state)
+    with isolated(module):
+        torch.rand(3, generator=module.generator), module.python.random()
+        module.numpy.random(), module.older.rand(), module.kept["rng"][0].random()
+        module.kept["losses"].append(2.0)
+        module.kept["last"].append(3)
+        module.kept["seen"][0].add(2)
+        module.kept["seen"][1].update("b")
+        module.kept["new"] = 1
+        assert all(now != then for now, then in zip(states(module), before, strict=True))
+    assert states(module) == before and module.kept["losses"] is inner
+    assert str(module.kept["rng"][0].bit_generator.state) == drawn
+
+
+def test_what_nothing_wrote_into_stays_usable_for_a_graph_that_holds_it():
+    """Manual optimisation may go backward after several batches."""
+    module = Probe()
+    module.hidden = torch.ones(2)
+    weight = torch.ones(2, requires_grad=True)
+    loss = (weight * module.memory * module.hidden + module.inner[1].eval()(torch.ones(4, 2))).sum()
+    with isolated(module):
+        pass
+    loss.backward()
+
+
+def test_parts_log_nothing_either():
+    logged = []
+
+    class Part(nn.Module):
+        def log(self, *args):
+            logged.append(args)
+
+    whole = nn.Sequential(Part())
+    with isolated(whole):
+        whole[0].log("loss", 1.0)
+    whole[0].log("after", 1.0)
+    assert logged == [("after", 1.0)]
+
+
+def test_running_statistics_are_put_back_though_batch_norm_does_not_count_as_writing():
+    norm = nn.BatchNorm1d(2)
+    before = {name: value.clone() for name, value in norm.named_buffers()}
+    with isolated(norm):
+        version = norm.running_mean._version
+        norm(torch.randn(4, 2))
+        assert norm.running_mean._version == version and not torch.equal(norm.running_mean, before["running_mean"])
+    assert all(torch.equal(value, before[name]) for name, value in norm.named_buffers())

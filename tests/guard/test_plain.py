@@ -53,12 +53,11 @@ def train(module, callbacks=(), steps=12, **arguments):
     trainer = Trainer(
         max_steps=steps,
         accelerator="cpu",
-        logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=list(callbacks),
-        **arguments,
+        **{"logger": False, **arguments},
     )
     trainer.fit(module, DataLoader([(X.clone(), Y)] * steps, batch_size=None))
     return trainer
@@ -100,6 +99,25 @@ def test_it_warns_and_rescales():
         guard = ConvergenceGuard(every_n_steps=1, action="rescale", trial_steps=0)
         train(Regression(lr=50.0, dropout=0.0), [guard])
     assert guard.history[-1].beta_applied == pytest.approx(guard.history[-1].beta_c)
+
+
+def test_what_a_training_step_sends_to_its_logger_is_sent_once(tmp_path):
+    from pytorch_lightning.loggers import CSVLogger
+
+    class Direct(Regression):
+        def training_step(self, batch, batch_idx):
+            self.logger.log_metrics({"direct": float(batch_idx)}, step=batch_idx)
+            self.logger.experiment.log_metrics({"experiment": float(batch_idx)}, step=batch_idx)
+            return super().training_step(batch)
+
+    logger = CSVLogger(tmp_path)
+    sent = []
+    logger.log_metrics = lambda metrics, step: sent.append((dict(metrics), step))
+    logger.experiment.log_metrics = lambda metrics, step: sent.append((dict(metrics), step))
+    trainer = train(Direct(), [ConvergenceGuard(every_n_steps=2, action="log")], steps=4, logger=logger)
+    own = [values for values, _ in sent if not any(name.startswith("guard/") for name in values)]
+    assert own == [{name: float(step)} for step in range(4) for name in ("direct", "experiment")]
+    assert trainer.loggers == [logger] and len(sent) == 2 * 4 + 2
 
 
 @pytest.mark.parametrize("output", [None, 1.0])

@@ -11,7 +11,7 @@ from torch.optim import LBFGS, SGD, Adam
 
 from lightning_maml_guard import MetaLearningModule
 from lightning_maml_guard.guard.caps import Caps
-from lightning_maml_guard.guard.coming import ClosureError
+from lightning_maml_guard.guard.coming import ClosureError, coming_update
 from lightning_maml_guard.guard.plain import PlainProblem
 from lightning_maml_guard.guard.probe import attempts
 from lightning_maml_guard.guard.products import Memory
@@ -135,3 +135,20 @@ def test_an_optimizer_that_wants_a_closure_is_refused():
     module = linear_module(2, 1.0)
     with pytest.raises(ClosureError, match="LBFGS needs a closure"):
         TrialRunner([module.meta_problem(quadratic_batch([1.0, 2.0]))], LBFGS(module.parameters()), 2)
+
+
+def test_a_double_moves_the_parameters_an_optimizer_keeps_in_a_list_of_its_own():
+    class Listed(SGD):
+        def __init__(self, parameters, lr):
+            super().__init__(parameters, lr=lr)
+            self.mine = [value for group in self.param_groups for value in group["params"]]
+
+        @torch.no_grad()
+        def step(self):
+            for value in self.mine:
+                value.sub_(0.5 * value.grad)
+
+    weight = nn.Parameter(torch.ones(2))
+    optimizer, gradient = Listed([weight], lr=0.1), torch.tensor([1.0, 2.0])
+    update = coming_update(optimizer, {"w": weight}, {"w": gradient})
+    assert torch.equal(update["w"], 0.5 * gradient) and torch.equal(weight, torch.ones(2))
