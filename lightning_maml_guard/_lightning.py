@@ -2,13 +2,11 @@
 
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from pytorch_lightning.cli import LightningCLI
-from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info as inform
 
 __all__ = [
     "Callback",
-    "DummyLogger",
     "LightningCLI",
     "LightningDataModule",
     "LightningModule",
