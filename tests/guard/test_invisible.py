@@ -19,6 +19,8 @@ from lightning_maml_guard._lightning import LightningModule, Trainer, seed_every
 from lightning_maml_guard.tasks.regression import Sinusoid
 from tests.helpers import left_behind
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 8
 LEVELS = {
     "precision": ("32-true", "bf16-mixed", "bf16-true"),
@@ -261,7 +263,6 @@ def compiled_training_step(backend):
         (compiled_network, problem),
         (compiled_module, None),
         (compiled_training_step, None),
-        (compiled_training_step, problem),
     ],
 )
 def test_compiled_code_stays_compiled_and_as_it_is(make, told, backend, tmp_path):
