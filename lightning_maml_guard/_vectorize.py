@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from lightning_maml_guard._checks import check_count
 from lightning_maml_guard._warnings import GuardWarning
 
 T = TypeVar("T")
@@ -33,7 +34,8 @@ def task_count(data: Any, name: str) -> int:
     strangers = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)})
     if strangers:
         raise TypeError(
-            f"Expected `{name}` to hold tensors with a leading task dimension but found {', '.join(strangers)}."
+            f"Expected `{name}` to hold tensors with a leading task dimension but found {', '.join(strangers)}. "
+            "Stack the tasks' data, as in torch.stack([task.x for task in tasks])."
         )
     sizes = {leaf.shape[0] if leaf.dim() else 0 for leaf in leaves}
     if len(sizes) != 1 or 0 in sizes:
@@ -60,10 +62,8 @@ class TaskMap:
     """
 
     def __init__(self, chunk_size: int | None = None, looped: bool = False) -> None:
-        if chunk_size is not None and (
-            isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
-        ):
-            raise ValueError(f"Expected argument `task_chunk_size` to be None or at least 1 but got {chunk_size!r}.")
+        if chunk_size is not None:
+            check_count("task_chunk_size", chunk_size)
         self.chunk_size = chunk_size
         self.looped = looped
 

@@ -8,6 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from lightning_maml_guard._checks import check_choice, check_count, check_flag, shown
+
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "softplus": nn.Softplus}
 
 
@@ -27,12 +29,19 @@ def mlp(
 
     Raises:
         ValueError: If a size or the activation is not allowed.
+        TypeError: If ``hidden`` is not a sequence.
     """
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"Expected argument `activation` to be one of {sorted(_ACTIVATIONS)} but got {activation!r}.")
+    check_choice("activation", activation, sorted(_ACTIVATIONS))
+    if isinstance(hidden, str) or not isinstance(hidden, Sequence):
+        raise TypeError(
+            f"Expected argument `hidden` to be a list of layer sizes but got {shown(hidden)}. Pass (40, 40), or () for "
+            "a linear model."
+        )
+    check_count("in_features", in_features)
+    for index, size in enumerate(hidden):
+        check_count(f"hidden[{index}]", size)
+    check_count("out_features", out_features)
     sizes = [in_features, *hidden, out_features]
-    if min(sizes) < 1:
-        raise ValueError(f"Expected every layer to have at least 1 unit but got {sizes}.")
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(sizes):
         layers += [nn.Linear(fan_in, fan_out), _ACTIVATIONS[activation]()]
@@ -88,11 +97,13 @@ def conv4(
     Raises:
         ValueError: If a size is not allowed; four poolings need images of at least 16 pixels.
     """
-    if min(out_features, channels, filters) < 1:
+    check_flag("strided", strided)
+    for name, number in (("out_features", out_features), ("channels", channels), ("filters", filters)):
+        check_count(name, number)
+    check_count("image_size", image_size)
+    if image_size < 16 and not strided:
         raise ValueError(
-            "Expected arguments `out_features`, `channels` and `filters` to be at least 1 but got "
-            f"{out_features}, {channels} and {filters}."
+            f"Expected argument `image_size` to be at least 16 (four poolings by 2) but got {image_size}. Use larger "
+            "images, or strided=True."
         )
-    if image_size < (1 if strided else 16):
-        raise ValueError(f"Expected argument `image_size` to be at least 16 (four poolings by 2) but got {image_size}.")
     return Conv4(out_features, channels, filters, image_size, strided)

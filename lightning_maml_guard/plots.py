@@ -28,14 +28,28 @@ def safe_region(reports: Sequence[StabilityReport], ax: Axes | None = None) -> t
         ``(fig, ax)``.
 
     Raises:
+        TypeError: If ``reports`` or ``ax`` is something else.
         ValueError: If no report holds a measured limit.
         ModuleNotFoundError: If matplotlib is not installed.
     """
+    if not isinstance(reports, Sequence) or not all(hasattr(report, "safe_beta_c") for report in reports):
+        raise TypeError(
+            f"Expected argument `reports` to be a list of StabilityReport but got {type(reports).__name__} "
+            f"{str(reports)[:60]}. Pass guard.history, or [measure(...)]."
+        )
     plt = _pyplot()
+    if ax is not None and not isinstance(ax, plt.Axes):
+        raise TypeError(
+            f"Expected argument `ax` to be matplotlib's Axes or None but got {type(ax).__name__}. Pass the second of "
+            "plt.subplots()."
+        )
     measured = [report for report in reports if math.isfinite(report.alpha_c) and report.lambda_max > 0]
     measured = [report for report in measured if math.isfinite(report.safe_beta_c)] or measured
     if not measured:
-        raise ValueError("There is nothing to draw: no check has measured a finite limit yet.")
+        raise ValueError(
+            "There is nothing to draw: no check has measured a finite limit yet. Train until "
+            "one has, or draw other reports."
+        )
     if ax is None:
         _, ax = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     figure = ax.figure

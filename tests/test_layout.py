@@ -10,12 +10,12 @@ PACKAGE = Path(__file__).parents[1] / "lightning_maml_guard"
 ALLOWED = {
     "_warnings": set(),
     "_checks": set(),
-    "_vectorize": {"_warnings"},
+    "_vectorize": {"_checks", "_warnings"},
     "_lightning": set(),
     "theory": {"_checks"},
     "curvature": {"_vectorize"},
-    "networks": set(),
-    "maml": {"theory", "curvature", "_vectorize", "_warnings", "_lightning"},
+    "networks": {"_checks"},
+    "maml": {"theory", "curvature", "_checks", "_vectorize", "_warnings", "_lightning"},
     "tasks": {"_checks", "_lightning"},
     "plots": {"guard"},  # for type hints alone: see below
     "guard": {"theory", "curvature", "maml", "plots", "_checks", "_vectorize", "_warnings", "_lightning"},

@@ -35,8 +35,8 @@ def test_conv4_uses_batch_statistics_in_evaluation_too():
     ("make", "message"),
     [
         (lambda: mlp(activation="sine"), "`activation` to be one of .* but got 'sine'"),
-        (lambda: mlp(hidden=[0]), r"at least 1 unit but got \[1, 0, 1\]"),
-        (lambda: conv4(filters=0), "`filters` to be at least 1"),
+        (lambda: mlp(hidden=[0]), r"`hidden\[0\]` to be an integer of at least 1 but got 0"),
+        (lambda: conv4(filters=0), "`filters` to be an integer of at least 1 but got 0"),
         (lambda: conv4(image_size=8), "`image_size` to be at least 16 .* but got 8"),
     ],
 )

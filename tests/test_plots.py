@@ -62,7 +62,7 @@ def test_the_curve_passes_through_the_measured_beta_c_of_the_optimizer():
 
 def test_it_draws_on_given_axes_and_through_the_guard():
     guard = ConvergenceGuard()
-    guard.history = reports()
+    guard._run.history = reports()
     figure, ax = matplotlib.pyplot.subplots()
     assert safe_region(guard.history, ax=ax) == (figure, ax)
     other, _ = guard.plot()

@@ -33,7 +33,7 @@ class Ranks:
         """Collect what every rank has.
 
         Args:
-            value: This rank's; anything that can be pickled.
+            value: This rank's; anything that can be pickled, tensors on the host.
 
         Returns:
             One value a rank.
@@ -86,7 +86,7 @@ class ProcessGroup(Ranks):
         """Collect what every rank has.
 
         Args:
-            value: This rank's; anything that can be pickled.
+            value: This rank's; anything that can be pickled, tensors on the host.
 
         Returns:
             One value a rank.

@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from lightning_maml_guard._checks import check_count
+from lightning_maml_guard._checks import check_choice, check_count, check_device, check_flag, check_number
 from lightning_maml_guard._lightning import Callback, MisconfigurationException
-from lightning_maml_guard.guard.coming import ClosureError
-from lightning_maml_guard.guard.course import Course
+from lightning_maml_guard.guard.check import Checker
 from lightning_maml_guard.guard.estimate import Estimator
-from lightning_maml_guard.guard.governor import scheduled_rate
-from lightning_maml_guard.guard.intervention import Intervention
-from lightning_maml_guard.guard.isolation import isolated
-from lightning_maml_guard.guard.lookout import SCHEDULED, Lookout
-from lightning_maml_guard.guard.messages import tried
-from lightning_maml_guard.guard.monitor import check_options, measure
-from lightning_maml_guard.guard.probe import (
-    Attempts,
-    attempts,
-    configured_inner_rate,
-    gradient_norm,
-    has_meta_problem,
-    owners,
-    state_problem,
-    takes_no_steps,
-)
+from lightning_maml_guard.guard.lookout import SCHEDULED
+from lightning_maml_guard.guard.monitor import check_options
+from lightning_maml_guard.guard.probe import gradient_norm, has_meta_problem, takes_no_steps
 from lightning_maml_guard.guard.processes import check_strategy, ranks_of
-from lightning_maml_guard.guard.products import Memory
-from lightning_maml_guard.guard.report import StabilityReport, from_plain, to_plain
-from lightning_maml_guard.guard.reporting import log_values, logger_step, metrics, unlogged, warn
-from lightning_maml_guard.guard.rescue import Rescue
+from lightning_maml_guard.guard.report import StabilityReport
+from lightning_maml_guard.guard.reporting import logger_step, warn
+from lightning_maml_guard.guard.run import Run
 from lightning_maml_guard.maml.problem import MetaProblem
-from lightning_maml_guard.theory.verdict import UNSAFE, check_margin, fails, passes
+from lightning_maml_guard.theory.verdict import check_margin
 
 ACTIONS = ("log", "warn", "rescale", "stop")
 
@@ -151,53 +133,54 @@ class ConvergenceGuard(Callback):
             ("history_size", history_size),
         ):
             check_count(name, number)
-        if trial_steps != 0:
-            check_count("trial_steps", trial_steps)
-        if action not in ACTIONS:
-            raise ValueError(f"Expected argument `action` to be one of {ACTIONS} but got {action!r}.")
+        check_count("trial_steps", trial_steps, 0)
+        check_choice("action", action, ACTIONS)
+        for name, flag in (("triggers", triggers), ("rollback", rollback), ("allow_untested", allow_untested)):
+            check_flag(name, flag)
+        check_device("snapshot_device", snapshot_device)
         if problem is not None and not callable(problem):
             raise ValueError(
-                f"Expected argument `problem` to be a function (pl_module, batch) -> MetaProblem but got {problem!r}."
+                f"Expected argument `problem` to be a function (pl_module, batch) -> MetaProblem but got {problem!r}. "
+                "Pass such a function, or None for the module's own `meta_problem`."
             )
-        if isinstance(alarm, bool) or not isinstance(alarm, (int, float)) or not 1 < alarm < math.inf:
-            raise ValueError(f"Expected argument `alarm` to be a finite number above 1 but got {alarm!r}.")
+        check_number("alarm", alarm, above=1)
         if rollback and (action != "rescale" or not trial_steps):
             raise ValueError(
                 "rollback=True takes a run back and lowers its rates until a trial survives, so it needs "
-                f"action='rescale' and trial_steps of at least 1 but got {action!r} and {trial_steps}."
+                f"action='rescale' and trial_steps of at least 1 but got {action!r} and {trial_steps}. Set both, or "
+                "leave `rollback` out."
             )
         check_margin(margin)
         check_options(criterion=criterion, estimator=estimator, max_iter=max_iter, tol=tol, tasks=tasks, data=data)
         self.every_n_steps, self.action, self.criterion = every_n_steps, action, criterion
-        self.margin, self.patience, self.estimator = margin, patience, estimator
+        self.margin, self.patience, self.estimator = float(margin), patience, estimator
         self.max_iter, self.tol, self.tasks, self.data = max_iter, tol, tasks, data
         self.problem = problem
         self.trial_steps, self.replay, self.alarm, self.triggers = trial_steps, replay, float(alarm), triggers
         self.rollback, self.max_rollbacks, self.snapshot_device = rollback, max_rollbacks, snapshot_device
         self.history_size, self.allow_untested = history_size, allow_untested
         self._inert = False
-        self._start_over()
+        self._run = Run(self)
 
-    def _start_over(self) -> None:
-        self.history: list[StabilityReport] = []
-        self.severities: list[tuple[int, float]] = []
-        self._course = Course(self.patience, self.alarm)
-        self._memory = Memory()
-        self._rescue = Rescue(self.action == "rescale" and not self._inert, self.snapshot_device)
-        self._intervention = Intervention(self.action, self.margin, self.max_rollbacks, self._course, self._rescue)
-        self._lookout = Lookout(self.every_n_steps)
-        self._recent: deque[tuple[Any, int]] = deque(maxlen=self.replay)
-        self._norm: Any = None
+    @property
+    def history(self) -> list[StabilityReport]:
+        """The reports of the latest ``history_size`` checks."""
+        return self._run.history
+
+    @property
+    def severities(self) -> list[tuple[int, float]]:
+        """Steps of the latest trials, with ``log(loss after it / loss training started from)``."""
+        return self._run.severities
 
     @property
     def stopped_step(self) -> int | None:
         """Step at which the guard stopped the run; None if it did not."""
-        return self._intervention.stopped_step
+        return self._run.intervention.stopped_step
 
     @property
     def stopping_reason(self) -> str | None:
         """Why the guard stopped the run; None if it did not."""
-        return self._intervention.stopping_reason
+        return self._run.intervention.stopping_reason
 
     @property
     def state_key(self) -> str:
@@ -243,8 +226,7 @@ class ConvergenceGuard(Callback):
             )
         check_strategy(trainer, self.allow_untested)
         self._inert = bool(getattr(trainer, "barebones", False))
-        self._start_over()
-        self._memory.ranks = ranks_of(trainer)
+        self._run = Run(self, inert=self._inert, ranks=ranks_of(trainer))
         if self._inert:
             warn(
                 "ConvergenceGuard does nothing in this run: Trainer(barebones=True) asks for no logging and no "
@@ -258,8 +240,10 @@ class ConvergenceGuard(Callback):
             trainer: The Trainer.
             pl_module: The module.
         """
-        rescue = self._rescue
-        self._govern(trainer)
+        rescue = self._run.rescue
+        # Lightning's tuners step the run's optimizers with the run's callbacks taken out, to see what a rate does.
+        rescue.holds = lambda: self in trainer.callbacks
+        rescue.govern([trainer.optimizers[index] for index in rescue.governed if index < len(trainer.optimizers)])
         if rescue.caps.alpha is not None:
             rescue.apply(pl_module, rescue.caps)
 
@@ -274,14 +258,15 @@ class ConvergenceGuard(Callback):
         """
         if self._inert or takes_no_steps(trainer):
             return
+        run = self._run
         if self.trial_steps:
-            self._recent.appendleft((batch, batch_idx))
+            run.replay.add(batch, batch_idx)
         if batch_idx % trainer.accumulate_grad_batches:
             return  # gradients of a step that is half done must not outlive a rollback
         step = logger_step(trainer)
-        due = self._lookout.due(step, at_once_if_lost=self.rollback)
+        due = run.lookout.due(step, at_once_if_lost=self.rollback)
         if due is not None:
-            self._check(trainer, pl_module, batch, batch_idx, step, due == SCHEDULED)
+            Checker(self, run, trainer, pl_module).check(batch, batch_idx, step, scheduled=due == SCHEDULED)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Keep the norm of the gradient at hand.
@@ -294,9 +279,9 @@ class ConvergenceGuard(Callback):
         if not self.triggers or not self.trial_steps or self._inert:
             return
         try:
-            self._norm = gradient_norm(optimizer)
+            self._run.norm = gradient_norm(optimizer)
         except Exception as error:
-            self._course.say_once(
+            self._run.course.say_once(
                 "ConvergenceGuard looks between checks when the loss jumps, but not when the gradient norm does: it "
                 f"could not be computed. Cause: {type(error).__name__}: {error}"
             )
@@ -312,15 +297,18 @@ class ConvergenceGuard(Callback):
             batch_idx: Its index.
         """
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if self._inert or takes_no_steps(trainer) or not self.trial_steps or not isinstance(loss, torch.Tensor):
+        if self._inert or not self.trial_steps or not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             return
-        norm = math.nan if self._norm is None else float(self._norm)
-        self._norm = None
-        told = self.action != "rescale" and self._course.unsafe
-        if self._memory.ranks.size > 1:
+        if takes_no_steps(trainer):
+            return
+        run = self._run
+        norm = math.nan if run.norm is None else float(run.norm)
+        run.norm = None
+        told = self.action != "rescale" and run.course.unsafe
+        if run.memory.ranks.size > 1:
             loss = trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
-        value = float(loss) * trainer.accumulate_grad_batches
-        self._lookout.saw(value, norm, alarm=self.alarm, triggers=self.triggers and not told)
+        value = float(loss.detach()) * trainer.accumulate_grad_batches
+        run.lookout.saw(value, norm, alarm=self.alarm, triggers=self.triggers and not told)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Take back a last step that made parameters non-finite.
@@ -329,7 +317,7 @@ class ConvergenceGuard(Callback):
             trainer: The Trainer.
             pl_module: The module.
         """
-        self._intervention.mend_last_step(trainer, pl_module)
+        self._run.intervention.mend_last_step(trainer, pl_module)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take the hooks out of the optimizers, and let go of the batches and the snapshot.
@@ -339,39 +327,28 @@ class ConvergenceGuard(Callback):
             pl_module: The module.
             stage: Lightning's stage.
         """
-        self._rescue.release()
-        self._rescue.snapshot = None
-        self._recent.clear()
+        self._run.rescue.release()
+        self._run.rescue.holds = None
+        self._run.rescue.snapshot = None
+        self._run.replay.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Collect the state a resumed run needs.
 
         Returns:
-            Primitives only, so that a checkpoint loads with ``weights_only``.
+            Primitives and tensors only, so that a checkpoint loads with ``weights_only``. With ``action="rescale"`` or
+            ``"stop"`` in a single process the last ``replay`` batches are among them, with ``rollback=True`` the copy
+            to go back to: a resumed run is then the one that was interrupted.
         """
-        return {
-            "history": [to_plain(report) for report in self.history],
-            "severities": [list(each) for each in self.severities],
-            "stopped_step": self.stopped_step,
-            "stopping_reason": self.stopping_reason,
-            **self._lookout.state(),
-            **self._course.state(),
-            **self._rescue.state(),
-        }
+        return self._run.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state of a run.
 
         Args:
-            state_dict: What :meth:`state_dict` collected.
+            state_dict: What :meth:`state_dict` collected, also in an older version.
         """
-        self.history = [from_plain(plain) for plain in state_dict.get("history", [])]
-        self.severities = [(step, value) for step, value in state_dict.get("severities", [])]
-        self._intervention.stopped_step = state_dict.get("stopped_step")
-        self._intervention.stopping_reason = state_dict.get("stopping_reason")
-        self._lookout.load(state_dict)
-        self._course.load(state_dict)
-        self._rescue.load(state_dict)
+        self._run.load(state_dict)
 
     def plot(self) -> Any:
         """Draw the safe region with the path of ``(alpha, beta)`` in it.
@@ -382,111 +359,3 @@ class ConvergenceGuard(Callback):
         from lightning_maml_guard.plots import safe_region
 
         return safe_region(self.history)
-
-    def _check(self, trainer: Any, module: Any, batch: Any, batch_idx: int, step: int, scheduled: bool) -> None:
-        failing = taken_back = False
-        severe, reference = math.nan, math.nan
-        try:
-            with self._together(module):
-                problem = state_problem(self.problem, module, batch, batch_idx)
-                owned = owners(problem, trainer.optimizers)
-                optimizer = max((trainer.optimizers[index] for index in owned), key=scheduled_rate)
-                attempt = self._trials(trainer, module, problem, optimizer)
-                present = None
-                if attempt is not None:
-                    present, reference, severe = attempt.judged(
-                        self._rescue.caps, self._lookout.range.start, self.alarm
-                    )
-            if present is not None:
-                failing = fails(severe, self.alarm)
-                self.severities = [*self.severities, (step, severe)][-self.history_size :]
-                if not scheduled and not failing:
-                    log_values(trainer, module, {"guard/severity": severe}, step)
-                    return
-                if self.rollback and failing and not present.begin <= self.alarm * reference:
-                    taken_back = self._intervention.take_back(trainer, module, present.begin, step)
-                    if not taken_back:
-                        return
-            with self._together(module):
-                report = measure(
-                    problem,
-                    optimizer=optimizer,
-                    criterion=self.criterion,
-                    estimator=self.estimator,
-                    max_iter=self.max_iter,
-                    tol=self.tol,
-                    tasks=self.tasks,
-                    data=self.data,
-                    margin=self.margin,
-                    step=step,
-                    memory=self._memory,
-                )
-                if present is not None:
-                    alpha, beta = self._rescue.caps.applied(report.alpha, report.beta)
-                    said = tried(present, reference, alpha, beta, report.status == UNSAFE) if failing else ""
-                    reasons = (*report.reasons, said) if said else report.reasons
-                    report = replace(report, severity=severe, growth=present.growth, reasons=reasons)
-                turn = self._course.take(report)
-                caps = self._intervention.caps(
-                    module, report, turn, fails=failing, taken_back=taken_back, present=present, attempt=attempt
-                )
-        except Exception as error:
-            # Whatever goes wrong in a check, training goes on as if the guard were not there.
-            self._course.say_once(
-                f"ConvergenceGuard could not measure at step {step}; training goes on without this check. Cause: "
-                f"{type(error).__name__}: {error} This is said once for each cause."
-            )
-            if taken_back:
-                self._intervention.halve(module, scheduled_rate(optimizer), present, step)
-            return
-        if self._rescue.governed != owned:
-            self._rescue.governed = owned
-            self._govern(trainer)
-        if present is not None:
-            report = replace(report, status=turn.state)
-        if not trainer.fast_dev_run:
-            report = self._intervention.act(trainer, module, report, turn, caps, taken_back=taken_back)
-            if taken_back:
-                self._intervention.report_taken_back(report, present, caps, step)
-            if self.rollback and (self._rescue.snapshot is None or passes(severe, self.alarm)):
-                self._keep(trainer, module, step)
-        self.history = [*self.history, report][-self.history_size :]
-        log_values(trainer, module, metrics(report), step)
-
-    def _govern(self, trainer: Any) -> None:
-        governed = [trainer.optimizers[index] for index in self._rescue.governed if index < len(trainer.optimizers)]
-        # Lightning's tuners step the run's optimizers with the run's callbacks taken out, to see what a rate does.
-        self._rescue.govern(governed, lambda: self in trainer.callbacks)
-
-    @contextmanager
-    def _together(self, module: Any) -> Iterator[None]:
-        with (
-            self._memory.ranks.together(),
-            unlogged(module.trainer),
-            isolated(module),
-            configured_inner_rate(module),
-        ):
-            yield
-
-    def _keep(self, trainer: Any, module: Any, step: int) -> None:
-        try:
-            self._rescue.keep(module, trainer.optimizers, step, self._memory.ranks)
-        except Exception as error:
-            kept = self._rescue.snapshot
-            self._course.say_once(
-                f"ConvergenceGuard could not copy parameters and optimizer state at step {step}, so "
-                + ("there is nothing to roll back to" if kept is None else f"a rollback goes to step {kept.step}")
-                + f". snapshot_device='cpu' keeps the copy off the device. Cause: {type(error).__name__}: {error}"
-            )
-
-    def _trials(self, trainer: Any, module: Any, problem: Any, optimizer: Any) -> Attempts | None:
-        if not self.trial_steps or trainer.fast_dev_run:
-            return None
-        older = [state_problem(self.problem, module, *each) for each in list(self._recent)[1:]]
-        try:
-            return attempts([problem, *older], optimizer, self.trial_steps, trainer, self._memory)
-        except ClosureError as error:
-            self._course.say_once(
-                f"ConvergenceGuard judges by curvature alone: the coming steps cannot be tried. {error}"
-            )
-            return None

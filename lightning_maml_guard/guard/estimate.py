@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_maml_guard._checks import shown
 from lightning_maml_guard.curvature.lanczos import (
     ArnoldiRun,
     LanczosRun,
@@ -110,10 +111,10 @@ def check_estimator(estimator: Any) -> None:
     Raises:
         ValueError: If it is none of these.
     """
-    if not callable(estimator) and estimator not in {"lanczos", "pyhessian"}:
+    if not callable(estimator) and not (isinstance(estimator, str) and estimator in {"lanczos", "pyhessian"}):
         raise ValueError(
             "Expected argument `estimator` to be 'lanczos', 'pyhessian' or a callable (matvec, start vector) -> "
-            f"eigenvalues but got {estimator!r}."
+            f"eigenvalues but got {shown(estimator)}. Pass one of the two words, or a function."
         )
 
 
@@ -161,9 +162,18 @@ def hessian_spectrum(
     assert callable(estimator)
     before = hessian.matvecs
     values = estimator(hessian, start_vector((hessian.layout.size,), like))
-    if len(values) == 0:
-        raise ValueError(f"The estimator {estimator!r} returned no eigenvalue; expected at least one.")
-    return Spectrum(values=tuple(float(value) for value in values), matvecs=hessian.matvecs - before)
+    try:
+        found = tuple(float(value) for value in values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Expected argument `estimator` to return a sequence of eigenvalues but got {shown(values)}. Return a list "
+            "or a one-dimensional tensor of numbers."
+        ) from error
+    if not found:
+        raise ValueError(
+            f"The estimator {estimator!r} returned no eigenvalue; expected at least one. Return the largest it found."
+        )
+    return Spectrum(values=found, matvecs=hessian.matvecs - before)
 
 
 def top_eigenvalue(

@@ -280,7 +280,7 @@ class Measurement:
         direction = direction / torch.linalg.vector_norm(direction)
         operator, _ = self._operator("Hessian", self.maml.curvature(True))
         rows = direction.expand(self.maml.tasks, -1)
-        curvatures = torch.cat(self.ranks.gather((rows * operator(rows)).sum(-1)))
+        curvatures = torch.cat(self.ranks.gather((rows * operator(rows)).sum(-1).cpu()))
         beyond = curvatures * self.alpha > self.maml.inner_limit
         return bool(beyond.any()) and bool(curvatures.mean() > 0)
 
@@ -329,7 +329,8 @@ class Measurement:
             return math.nan
         direction = self.outer.unscaled(exact_beta.direction)
         layout = self.operators[0].layout
-        each = torch.cat(self.ranks.gather(self.maml.curvature_by_task(layout.split(direction)).double()))
+        along = self.maml.curvature_by_task(layout.split(direction))
+        each = torch.cat(self.ranks.gather(along.double().cpu()))
         self.extra_products += 1
         if not bool(torch.isfinite(each).all()):
             return math.nan

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import math
+import traceback
+from pathlib import Path
 
+import torch
+
+from lightning_maml_guard.curvature.ranks import SharedError
 from lightning_maml_guard.guard.caps import Caps
 from lightning_maml_guard.guard.report import StabilityReport
 from lightning_maml_guard.guard.trial import Trial
@@ -62,6 +67,33 @@ def tried(trial: Trial, reference: float, alpha: float, beta: float, explained: 
     return said + (
         " The curvature at this point alone does not explain it: it changes along the way. Lower the optimizer's lr, "
         "or use action='rescale'."
+    )
+
+
+def failed(step: int, error: Exception) -> str:
+    """Say that a check failed.
+
+    Args:
+        step: Training step.
+        error: What it failed with.
+
+    Returns:
+        The message: where, why, what to do.
+    """
+    trace = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(trace[-1].filename).name}, line {trace[-1].lineno}, in {trace[-1].name})" if trace else ""
+    if isinstance(error, torch.OutOfMemoryError):
+        remedy = (
+            "A check needs about max_iter vectors of the parameters' size and the graph of a second derivative: lower "
+            "max_iter or the module's task_chunk_size, or pass trial_steps=0 or replay=1."
+        )
+    elif isinstance(error, SharedError):
+        where, remedy = "", "Look at that rank; the others are well."
+    else:
+        remedy = "If it comes from code of yours (the problem, the loss, a logger), mend it there; the run goes on."
+    return (
+        f"ConvergenceGuard: the check at step {step} failed; training goes on without it. Cause: "
+        f"{type(error).__name__}: {error}{where}. {remedy} This is said once for each cause."
     )
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from lightning_maml_guard._checks import check_count
-from lightning_maml_guard._vectorize import TaskMap
+from lightning_maml_guard._checks import check_choice, check_count, check_number
 from lightning_maml_guard.curvature.backward import double_backward
 from lightning_maml_guard.curvature.lanczos import NonFiniteProductError
 from lightning_maml_guard.guard.estimate import ChangingOperatorError, Estimator, check_estimator
@@ -19,6 +19,7 @@ from lightning_maml_guard.guard.plain import PlainProblem
 from lightning_maml_guard.guard.products import Memory
 from lightning_maml_guard.guard.report import StabilityReport
 from lightning_maml_guard.guard.subject import MamlSubject, PlainSubject
+from lightning_maml_guard.maml.batches import explained
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.theory.multiplier import check_rate
 from lightning_maml_guard.theory.verdict import check_margin
@@ -67,17 +68,31 @@ def measure(
         The report. Curvature that can't be measured gives ``"unresolved"`` with the reason.
 
     Raises:
-        TypeError: If ``problem`` is neither a MetaProblem nor a PlainProblem.
+        TypeError: If ``problem`` is neither a MetaProblem nor a PlainProblem, or if ``optimizer`` or ``memory`` is
+            something else.
         ValueError: If another argument is not allowed.
+        BatchError: If the network or the loss can't take the problem's data.
     """
     if not isinstance(problem, (MetaProblem, PlainProblem)):
-        raise TypeError(f"Expected argument `problem` to be a MetaProblem but got {type(problem).__name__}.")
+        raise TypeError(
+            f"Expected argument `problem` to be a MetaProblem but got {type(problem).__name__}. Pass "
+            "MetaProblem(params, task_loss, support, query), or module.meta_problem(batch) of a MetaLearningModule."
+        )
     check_options(criterion=criterion, estimator=estimator, max_iter=max_iter, tol=tol, tasks=tasks, data=data)
     check_margin(margin)
     if beta is not None:
         check_rate(beta, "beta")
         if optimizer is not None:
-            raise ValueError("Expected `beta` or `optimizer` but got both: the optimizer holds its own rate.")
+            raise ValueError(
+                "Expected `beta` or `optimizer` but got both: the optimizer holds its own rate. Leave `beta` out."
+            )
+    if step is not None:
+        check_count("step", step, 0)
+    if memory is not None and not isinstance(memory, Memory):
+        raise TypeError(
+            f"Expected argument `memory` to be a Memory or None but got {type(memory).__name__}. Leave it out, or pass "
+            "the Memory() of the calls before."
+        )
     began = time.perf_counter()
     memory = memory or Memory()
     options = Options(criterion, estimator, max_iter, tol, tasks == "worst", margin, step)
@@ -86,12 +101,11 @@ def measure(
         if isinstance(problem, PlainProblem):
             measurement = Measurement(PlainSubject(problem), optimizer, beta, options, memory)
         else:
-            if memory.task_map is None or memory.task_map.chunk_size != problem.task_chunk_size:
-                memory.task_map = TaskMap(problem.task_chunk_size)
-            subject = MamlSubject(problem, data, memory.task_map)
+            subject = MamlSubject(problem, data, memory.map_for(problem.task_chunk_size))
             measurement = Measurement(subject, optimizer, beta, options, memory)
         try:
-            return measurement.report(began)
+            with explained(problem) if isinstance(problem, MetaProblem) else nullcontext():
+                return measurement.report(began)
         except (NonFiniteProductError, ChangingOperatorError) as error:
             return measurement.failed(str(error), began)
 
@@ -115,13 +129,12 @@ def check_options(*, criterion: str, estimator: Any, max_iter: int, tol: float, 
         ("tasks", tasks, ("mean", "worst")),
         ("data", data, ("support", "query", "both")),
     ):
-        if value not in allowed:
-            raise ValueError(f"Expected argument `{name}` to be one of {allowed} but got {value!r}.")
+        check_choice(name, value, allowed)
     check_estimator(estimator)
     if tasks == "worst" and estimator != "lanczos":
         raise ValueError(
-            f"tasks='worst' needs estimator='lanczos' but got {estimator!r}: the others treat one Hessian at a time."
+            f"tasks='worst' needs estimator='lanczos' but got {estimator!r}: the others treat one Hessian at a time. "
+            "Choose tasks='mean', or leave `estimator` out."
         )
     check_count("max_iter", max_iter)
-    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
-        raise ValueError(f"Expected argument `tol` to be a number between 0 and 1 but got {tol!r}.")
+    check_number("tol", tol, above=0, below=1)

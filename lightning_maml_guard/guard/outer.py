@@ -108,7 +108,8 @@ def outer_step(optimizer: Optimizer | None, params: Params) -> OuterStep:
     optimizer = unwrap(optimizer)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f"Expected argument `optimizer` to be a torch.optim.Optimizer but got {type(optimizer).__name__}."
+            f"Expected argument `optimizer` to be a torch.optim.Optimizer but got {type(optimizer).__name__}. Pass the "
+            "one that trains `params`, or `beta` for plain SGD."
         )
     owners = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     if not any(id(value) in owners for value in params.values()):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_maml_guard._checks import shown
 from lightning_maml_guard.guard.caps import Caps
 from lightning_maml_guard.guard.coming import Clip
 from lightning_maml_guard.guard.governor import scheduled_rate
@@ -61,12 +62,20 @@ def state_problem(
 
     Returns:
         The problem; the module's own ``training_step`` as plain training where there is no other.
+
+    Raises:
+        TypeError: If the function or the module's ``meta_problem`` returns something else.
     """
-    if problem is not None:
-        return problem(pl_module, batch)
-    if has_meta_problem(pl_module):
-        return pl_module.meta_problem(batch)
-    return training_step_problem(pl_module, batch, batch_idx)
+    if problem is None and not has_meta_problem(pl_module):
+        return training_step_problem(pl_module, batch, batch_idx)
+    found = pl_module.meta_problem(batch) if problem is None else problem(pl_module, batch)
+    if not isinstance(found, (MetaProblem, PlainProblem)):
+        source = f"`meta_problem` of {type(pl_module).__name__}" if problem is None else "argument `problem`"
+        raise TypeError(
+            f"Expected {source} to return a MetaProblem but got {shown(found)}. Return MetaProblem(params, task_loss, "
+            "support, query)."
+        )
+    return found
 
 
 def owners(problem: Problem, optimizers: Sequence[Optimizer]) -> list[int]:
@@ -174,7 +183,8 @@ def attempts(problems: Sequence[Problem], optimizer: Optimizer, steps: int, trai
     Raises:
         ClosureError: If the optimizer needs a closure.
     """
-    runner = TrialRunner(problems, optimizer, steps, memory.task_map, _clipping(trainer), memory.ranks)
+    tasks = memory.map_for(getattr(problems[0], "task_chunk_size", None))
+    runner = TrialRunner(problems, optimizer, steps, tasks, _clipping(trainer), memory.ranks)
     return Attempts(runner, getattr(problems[0], "alpha", math.nan), scheduled_rate(optimizer))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class Memory:
     """What earlier measurements of the same network found out, so that it is asked once.
 
     Attributes:
-        task_map: How its tasks are run over.
+        task_map: How its tasks are run over; None before the first measurement.
         checked: Operators whose products were compared with finite differences.
         finite: Operators whose products are taken by finite differences, with the reason.
         ranks: The processes that measure together.
@@ -34,6 +35,37 @@ class Memory:
     checked: set[str] = field(default_factory=set)
     finite: dict[str, str] = field(default_factory=dict)
     ranks: Ranks = field(default_factory=Ranks)
+
+    def map_for(self, chunk_size: int | None) -> TaskMap:
+        """Give the way to run over tasks, made anew when the chunk size changes.
+
+        Args:
+            chunk_size: Tasks vmapped at once (None: all).
+
+        Returns:
+            The map, which remembers whether it must loop.
+        """
+        if self.task_map is None or self.task_map.chunk_size != chunk_size:
+            self.task_map = TaskMap(chunk_size, looped=self.task_map is not None and self.task_map.looped)
+        return self.task_map
+
+    def state(self) -> dict[str, Any]:
+        """Collect the state as primitives.
+
+        Returns:
+            What :meth:`load` takes.
+        """
+        looped = self.task_map is not None and self.task_map.looped
+        return {"checked": sorted(self.checked), "finite": dict(self.finite), "looped": looped}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restore the state.
+
+        Args:
+            state: What :meth:`state` collected.
+        """
+        self.checked, self.finite = set(state.get("checked", [])), dict(state.get("finite", {}))
+        self.task_map = TaskMap(looped=True) if state.get("looped") else None
 
 
 def make_operator(

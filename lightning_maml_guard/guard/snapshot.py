@@ -31,6 +31,28 @@ class Snapshot:
             for optimizer in optimizers
         ]
 
+    def state(self) -> dict[str, Any]:
+        """Collect the copy for a checkpoint.
+
+        Returns:
+            What :meth:`restored` takes: tensors, and whatever else the optimizers keep.
+        """
+        return {"step": self.step, "tensors": list(self._tensors), "states": self._states}
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> Snapshot:
+        """Make a snapshot from a checkpoint.
+
+        Args:
+            state: What :meth:`state` collected.
+
+        Returns:
+            The snapshot.
+        """
+        snapshot = object.__new__(cls)
+        snapshot.step, snapshot._tensors, snapshot._states = state["step"], state["tensors"], state["states"]
+        return snapshot
+
     @torch.no_grad()
     def restore(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Put the copies back, in place where a tensor is still there.

@@ -76,7 +76,7 @@ class MamlSubject:
         self._sets = {"support": (support,), "query": (query,)}.get(data, (support, query))
 
     def _task_loss(self, params: Params, sets: tuple[Any, ...]) -> Tensor:
-        return sum(self._problem.task_loss(params, each) for each in sets) / len(sets)  # type: ignore[return-value]
+        return sum(self._problem.loss(params, each) for each in sets) / len(sets)  # type: ignore[return-value]
 
     def mean_loss(self, params: Params) -> Tensor:
         """Compute the mean over the tasks of the loss whose Hessian is measured.

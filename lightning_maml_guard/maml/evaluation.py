@@ -66,7 +66,7 @@ class EpisodeEvaluation(nn.Module):
         if metrics is not None and not isinstance(metrics, MetricCollection):
             raise TypeError(
                 "Expected argument `metrics` to be a torchmetrics Metric or MetricCollection but got "
-                f"{type(metrics).__name__}."
+                f"{type(metrics).__name__}. Pass one of torchmetrics, such as MulticlassAccuracy(num_classes=5)."
             )
         self.metrics = metrics
         self.means = nn.ModuleDict()
@@ -140,8 +140,8 @@ def evaluate_tasks(
         rates = {name: value.detach() for name, value in rates.items()}
 
     def one(support: Any, query: Any) -> dict[str, Tensor]:
-        adapted = adapt(problem.task_loss, params, support, rates, inner_steps)
-        found = {"loss": problem.task_loss(adapted, query), "loss_before": problem.task_loss(params, query)}
+        adapted = adapt(problem.loss, params, support, rates, inner_steps)
+        found = {"loss": problem.loss(adapted, query), "loss_before": problem.loss(params, query)}
         if predict is not None:
             found |= {"prediction": predict(adapted, query[0]), "prediction_before": predict(params, query[0])}
         return found

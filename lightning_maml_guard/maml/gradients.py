@@ -147,7 +147,7 @@ def meta_gradient(
 
     def one(support: Any, query: Any) -> tuple[tuple[Params, Params], tuple[Tensor, Any]]:
         return task_meta_gradient(
-            problem.task_loss,
+            problem.loss,
             params,
             rates,
             support,

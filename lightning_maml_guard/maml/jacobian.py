@@ -44,7 +44,7 @@ def meta_field(problem: MetaProblem, tasks: TaskMap) -> Field:
     if is_symmetric(problem):
 
         def query_loss(params: Params, support: Any, query: Any) -> Tensor:
-            return problem.task_loss(adapt(problem.task_loss, params, support, rates, problem.inner_steps), query)
+            return problem.loss(adapt(problem.loss, params, support, rates, problem.inner_steps), query)
 
         return gradient_of(
             lambda params: tasks(query_loss, params, problem.support, problem.query, in_dims=(None, 0, 0)).mean()
@@ -93,7 +93,7 @@ def _meta_gradient(
     problem: MetaProblem, rates: InnerRate, params: Params, support: Any, query: Any
 ) -> tuple[Params, Tensor]:
     (gradient, _), (loss, _) = task_meta_gradient(
-        problem.task_loss, params, rates, support, query, inner_steps=problem.inner_steps, order=problem.order
+        problem.loss, params, rates, support, query, inner_steps=problem.inner_steps, order=problem.order
     )
     return gradient, loss
 

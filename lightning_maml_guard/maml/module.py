@@ -8,19 +8,28 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 from torchmetrics import Metric, MetricCollection
 
+from lightning_maml_guard._checks import check_count, check_flag, check_function, shown
 from lightning_maml_guard._lightning import LightningModule, hyperparameters_given
 from lightning_maml_guard._vectorize import TaskMap
 from lightning_maml_guard._warnings import GuardWarning
 from lightning_maml_guard.curvature.backward import BatchStatistics
+from lightning_maml_guard.maml.batches import (
+    LabelRange,
+    check_finite_start,
+    check_labels,
+    check_pair,
+    explained,
+    label_range,
+)
 from lightning_maml_guard.maml.evaluation import EpisodeEvaluation, evaluate_tasks
 from lightning_maml_guard.maml.gradients import AttachGradient, meta_gradient
+from lightning_maml_guard.maml.losses import check_loss, default_loss
 from lightning_maml_guard.maml.patterns import select
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.theory.multiplier import check_order, check_rate
@@ -37,28 +46,10 @@ _PLAIN_ARGUMENTS = (
     "task_chunk_size",
 )
 
-
-def default_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Take cross-entropy for integer targets and the mean squared error otherwise.
-
-    Args:
-        prediction: Logits ``(n, classes)``, or values of the target's shape.
-        target: Class indices ``(n,)``, or values.
-
-    Returns:
-        The scalar loss.
-
-    Raises:
-        ValueError: If values and targets of a regression differ in shape (broadcasting would hide it).
-    """
-    if not target.is_floating_point():
-        return F.cross_entropy(prediction, target)
-    if prediction.shape != target.shape:
-        raise ValueError(
-            f"The network's prediction has shape {tuple(prediction.shape)} and the target {tuple(target.shape)} for "
-            "one task; they must agree. Reshape the targets, or pass a `loss` of your own."
-        )
-    return F.mse_loss(prediction, target)
+_NOTHING_TO_TRAIN = (
+    "The network has no parameter to train: it has none at all, or all of them are frozen (requires_grad=False). "
+    "Unfreeze at least one."
+)
 
 
 class MetaLearningModule(LightningModule):
@@ -89,7 +80,7 @@ class MetaLearningModule(LightningModule):
         metrics: A torchmetrics metric or collection, updated with the query set's predictions.
 
     Raises:
-        TypeError: If the network is not a module.
+        TypeError: If the network is not a module, or a function not callable.
         ValueError: If another argument is not allowed, or if the network has nothing to train.
 
     Example:
@@ -117,18 +108,32 @@ class MetaLearningModule(LightningModule):
     ) -> None:
         super().__init__()
         if not isinstance(network, nn.Module):
-            raise TypeError(f"Expected argument `network` to be a torch.nn.Module but got {type(network).__name__}.")
+            raise TypeError(
+                f"Expected argument `network` to be a torch.nn.Module but got {type(network).__name__}. Pass an "
+                "instance, such as mlp()."
+            )
         check_rate(inner_lr, "inner_lr")
+        inner_lr = float(inner_lr)  # a NumPy number in a checkpoint would not load with weights_only
         check_order(order, inner_steps)
-        if eval_inner_steps is not None and (not isinstance(eval_inner_steps, int) or eval_inner_steps < 0):
-            raise ValueError(
-                f"Expected argument `eval_inner_steps` to be None or at least 0 but got {eval_inner_steps!r}."
+        if eval_inner_steps is not None:
+            check_count("eval_inner_steps", eval_inner_steps, 0)
+        check_flag("learn_inner_lr", learn_inner_lr)
+        if loss is not None:
+            check_loss(loss)
+        if optimizer is not None:
+            check_function("optimizer", optimizer, "parameters -> optimizer", "lambda params: SGD(params, lr=0.1)")
+        if lr_scheduler is not None:
+            check_function(
+                "lr_scheduler", lr_scheduler, "optimizer -> scheduler", "lambda optimizer: StepLR(optimizer, 10)"
             )
         theta = [name for name, value in network.named_parameters() if value.requires_grad]
         if not theta:
+            raise ValueError(_NOTHING_TO_TRAIN)
+        empty = [name for name, value in network.named_parameters() if value.is_meta]
+        if empty:
             raise ValueError(
-                "The network has no parameter to train: it has none at all, or all of them are frozen "
-                "(requires_grad=False). Unfreeze at least one."
+                f"Expected argument `network` to hold values but got parameters on the meta device: {empty}. Build it "
+                "on the CPU, or use network.to_empty(device='cpu') and initialise it."
             )
         if hyperparameters_given():
             self.save_hyperparameters()  # LightningCLI's configuration: plain values, the network's included
@@ -156,6 +161,8 @@ class MetaLearningModule(LightningModule):
         self._has_buffers = next(network.buffers(), None) is not None
         norms = [part for part in network.modules() if isinstance(part, _BatchNorm)]
         self._has_norms, self._norms_track = bool(norms), any(norm.track_running_stats for norm in norms)
+        self._started = False
+        self._labels: LabelRange | None = None
         self.episodes = EpisodeEvaluation(metrics)
         self.train_metrics = self.episodes.metrics and self.episodes.metrics.clone(prefix="train/")
 
@@ -195,8 +202,17 @@ class MetaLearningModule(LightningModule):
         Returns:
             The scalar loss.
         """
+        check_pair(
+            "one task's `support` and `query`",
+            batch,
+            "the pair (x, y)",
+            "Bring the batch into that form, or override `task_loss` for other data.",
+        )
         x, y = batch
-        return self.loss(self.predict(params, x), y)
+        prediction = self.predict(params, x)
+        if self._labels is not None and self.loss is default_loss and isinstance(prediction, Tensor):
+            check_labels(self._labels, prediction.shape[min(1, prediction.dim() - 1)])
+        return self.loss(prediction, y)
 
     def theta(self) -> Params:
         """Collect the network's trainable parameters.
@@ -241,12 +257,15 @@ class MetaLearningModule(LightningModule):
         Raises:
             ValueError: If the batch is not a pair.
         """
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise ValueError(
-                "Expected a batch to be an EpisodeBatch(support=(x, y), query=(x, y)) or such a nested tuple but got "
-                f"{type(batch).__name__} of length {len(batch) if hasattr(batch, '__len__') else '?'}."
-            )
+        check_pair(
+            "a batch",
+            batch,
+            "an EpisodeBatch(support=(x, y), query=(x, y)) or such a nested tuple",
+            "Let the loader (its collate_fn) return that; TaskDataModule does.",
+        )
         support, query = batch
+        # Read once, before the first step: on a GPU a label out of range would end the process's CUDA context.
+        self._labels = None if self._started else label_range(batch)
         return MetaProblem(
             params=self.theta(),
             task_loss=self.task_loss,
@@ -273,7 +292,11 @@ class MetaLearningModule(LightningModule):
         auxiliary: dict[str, Any] = {}
         if self.train_metrics is not None:
             auxiliary["auxiliary"] = lambda params, query: self.predict(params, query[0])
-        result = meta_gradient(problem, tasks=self.task_map, learn_rates=learned, **auxiliary)
+        with explained(problem):
+            result = meta_gradient(problem, tasks=self.task_map, learn_rates=learned, **auxiliary)
+        if not self._started:
+            check_finite_start(problem, result.losses)
+            self._started = True
         parameters, gradients = list(problem.params.values()), list(result.gradients.values())
         if self.learned_rates is not None and result.rate_gradients is not None:
             factor = self._rate_factor()
@@ -323,7 +346,13 @@ class MetaLearningModule(LightningModule):
 
         Returns:
             The optimizer, or what Lightning takes for an optimizer with a scheduler.
+
+        Raises:
+            ValueError: If everything was frozen.
+            TypeError: If ``optimizer`` or ``lr_scheduler`` returned something else.
         """
+        if not self.theta():
+            raise ValueError(_NOTHING_TO_TRAIN)
         parameters = [value for value in self.parameters() if value.requires_grad]
         trained = {id(value) for value in [*self.theta().values(), *(self.learned_rates or [])]}
         others = [n for n, value in self.named_parameters() if value.requires_grad and id(value) not in trained]
@@ -335,9 +364,20 @@ class MetaLearningModule(LightningModule):
                 stacklevel=2,
             )
         optimizer = torch.optim.Adam(parameters, lr=1e-3) if self._optimizer is None else self._optimizer(parameters)
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"Expected argument `optimizer` to return a torch.optim.Optimizer but got {shown(optimizer)}. Return "
+                "one, as lambda params: SGD(params, lr=0.1) does."
+            )
         if self._lr_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self._lr_scheduler(optimizer)}
+        scheduler = self._lr_scheduler(optimizer)
+        if not callable(getattr(scheduler, "step", None)):
+            raise TypeError(
+                f"Expected argument `lr_scheduler` to return a learning-rate scheduler but got {shown(scheduler)}. "
+                "Return one, as lambda optimizer: StepLR(optimizer, 10) does."
+            )
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the cap a guard holds the inner rate at, so that evaluation adapts as training did.
@@ -361,7 +401,8 @@ class MetaLearningModule(LightningModule):
         with torch.inference_mode(False), torch.no_grad():
             problem = self.meta_problem(tree_map(torch.clone, batch))
             predict = self.predict if self.episodes.metrics is not None else None
-            found = evaluate_tasks(problem, self.eval_inner_steps, predict, self.task_map)
+            with explained(problem):
+                found = evaluate_tasks(problem, self.eval_inner_steps, predict, self.task_map)
             self.episodes.update(stage, found, problem.query)
 
     def _log_episodes(self, stage: str) -> None:

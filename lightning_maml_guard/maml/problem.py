@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
+from lightning_maml_guard._checks import check_function, shown
 from lightning_maml_guard._vectorize import TaskMap, task_count
 from lightning_maml_guard.theory.multiplier import check_order, check_rate
 
@@ -31,7 +34,7 @@ class MetaProblem:
         task_chunk_size: Tasks vmapped at once (None: all).
 
     Raises:
-        TypeError: If the params are not a dict of tensors or the loss is not callable.
+        TypeError: If the params or rates are not a dict of tensors or the loss is not callable.
         ValueError: If a rate, the order, the number of steps or the data's shapes are not allowed.
     """
 
@@ -45,25 +48,16 @@ class MetaProblem:
     task_chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.params, dict) or not all(isinstance(p, Tensor) for p in self.params.values()):
-            raise TypeError(
-                "Expected argument `params` to be a dict from names to tensors, as in "
-                f"dict(module.named_parameters()), but got {type(self.params).__name__}."
-            )
-        if not self.params:
-            raise ValueError(
-                "Expected argument `params` to hold at least one parameter but it is empty: the network has none, "
-                "or all of them are frozen (requires_grad=False)."
-            )
-        if not callable(self.task_loss):
-            raise TypeError(f"Expected argument `task_loss` to be callable but got {type(self.task_loss).__name__}.")
+        _check_params(self.params)
+        check_function(
+            "task_loss",
+            self.task_loss,
+            "(params, one task's data) -> scalar tensor",
+            "lambda params, data: loss(functional_call(network, params, (data[0],)), data[1])",
+        )
         check_order(self.order, self.inner_steps)
         if isinstance(self.inner_lr, dict):
-            unknown = sorted(set(self.inner_lr) - set(self.params))
-            if unknown:
-                raise ValueError(
-                    f"Argument `inner_lr` names {unknown}, which are not among the parameters {sorted(self.params)}."
-                )
+            _check_rates(self.inner_lr, self.params)
         else:
             check_rate(self.inner_lr, "inner_lr")
         TaskMap(self.task_chunk_size)
@@ -71,8 +65,44 @@ class MetaProblem:
         if counts[0] != counts[1]:
             raise ValueError(
                 f"Expected `support` and `query` to hold the same tasks but got {counts[0]} tasks in `support` "
-                f"and {counts[1]} in `query`."
+                f"and {counts[1]} in `query`. Give every task both sets, in the same order."
             )
+        for name, data in (("support", self.support), ("query", self.query)):
+            leaves = tree_leaves(data)
+            if not all(leaf.numel() for leaf in leaves) and any(0 in leaf.shape[:2] for leaf in leaves):
+                shapes = [tuple(leaf.shape) for leaf in leaves]
+                raise ValueError(
+                    f"Expected `{name}` to hold at least one example a task but got shapes {shapes}: the loss of an "
+                    "empty set is nan. Draw at least one shot."
+                )
+
+    def loss(self, params: dict[str, Tensor], data: Any) -> Tensor:
+        """Compute the loss of one task, and refuse what is not a loss.
+
+        Args:
+            params: Parameters by name.
+            data: One task's data.
+
+        Returns:
+            The scalar.
+
+        Raises:
+            ValueError: If ``task_loss`` gives no scalar.
+            TypeError: If it gives no tensor.
+        """
+        value = self.task_loss(params, data)
+        expected = "Expected the loss of one task to be a scalar tensor of floats but got"
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{expected} {shown(value)}. Return what torch computed, without float() or item(); a loss that is a "
+                "class is made first, as in nn.MSELoss()."
+            )
+        if value.dim() or not value.is_floating_point():
+            raise ValueError(
+                f"{expected} {value.dtype} of shape {tuple(value.shape)}. Reduce it over the examples, with "
+                "loss.mean() or reduction='mean'; a count is no loss."
+            )
+        return value
 
     @property
     def tasks(self) -> int:
@@ -107,6 +137,72 @@ class MetaProblem:
             rate = self.inner_lr.get(name, 0.0) if isinstance(self.inner_lr, dict) else self.inner_lr
             rate = torch.as_tensor(rate, dtype=value.dtype, device=value.device).detach()
             if not bool(torch.isfinite(rate).all()):
-                raise ValueError(f"The inner rate of {name!r} holds nan or inf: no update follows from it.")
+                raise ValueError(
+                    f"The inner rate of {name!r} holds nan or inf: no update follows from it. Start learned rates from "
+                    "a finite `inner_lr`, and lower the optimizer's lr if they left it."
+                )
             expanded[name] = rate.expand(value.shape)
         return expanded
+
+
+def _check_params(params: dict[str, Tensor]) -> None:
+    if not isinstance(params, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in params.items()
+    ):
+        raise TypeError(
+            "Expected argument `params` to be a dict from names to tensors but got "
+            f"{shown(params) if isinstance(params, dict) else type(params).__name__}. Pass "
+            "dict(module.named_parameters())."
+        )
+    # One of each kind stands for all of them: this runs at every step.
+    kinds = {(type(value), value.dtype, value.device): value for value in params.values()}
+    if any(is_lazy(value) for value in kinds.values()):
+        lazy = [name for name, value in params.items() if is_lazy(value)]
+        raise ValueError(
+            f"Expected argument `params` to be initialised but the shapes of {lazy} are not known yet (lazy layers). "
+            "Run the network once on a batch before training."
+        )
+    if not any(value.numel() for value in params.values()):
+        raise ValueError(
+            "Expected argument `params` to hold at least one parameter but it is empty: the network has none, "
+            "or all of them are frozen (requires_grad=False). Unfreeze at least one."
+        )
+    if not all(value.is_floating_point() for value in kinds.values()):
+        odd = {name: value.dtype for name, value in params.items() if not value.is_floating_point()}
+        raise ValueError(
+            f"Expected argument `params` to hold real floating-point tensors but got {odd}. Pass the parameters that "
+            "train; leave buffers and complex ones out."
+        )
+    devices = {device for _, _, device in kinds}
+    if len(devices) > 1 or any(device.type == "meta" for device in devices):
+        raise ValueError(
+            "Expected argument `params` to lie on one device that holds values but got "
+            f"{sorted(str(device) for device in devices)}. Move the network there, as in network.to('cpu')."
+        )
+
+
+def _check_rates(rates: dict[str, Tensor], params: dict[str, Tensor]) -> None:
+    unknown = sorted(set(rates) - set(params), key=str)
+    if unknown:
+        raise ValueError(
+            f"Argument `inner_lr` names {unknown}, which are not among the parameters {sorted(params)}. Name the "
+            "parameters as `params` does."
+        )
+    for name, rate in rates.items():
+        if not isinstance(rate, Tensor):
+            raise TypeError(
+                f"Expected argument `inner_lr[{name!r}]` to be a tensor but got {shown(rate)}. Pass "
+                "torch.tensor(0.01), or one number as `inner_lr` for all parameters."
+            )
+        value = params[name]
+        if not rate.is_floating_point() or rate.device != value.device:
+            raise ValueError(
+                f"Expected argument `inner_lr[{name!r}]` to be a floating-point tensor on {value.device}, as its "
+                f"parameter, but got {rate.dtype} on {rate.device}. Convert it: rate.to(parameter)."
+            )
+        ends = rate.shape[::-1], value.shape[::-1]
+        if rate.dim() > value.dim() or any(own not in {1, size} for own, size in zip(*ends, strict=False)):
+            raise ValueError(
+                f"Expected argument `inner_lr[{name!r}]` to be a scalar or of its parameter's shape "
+                f"{tuple(value.shape)} but got {tuple(rate.shape)}. Pass one rate an entry, or one for all."
+            )

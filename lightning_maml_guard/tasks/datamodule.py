@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, Sampler
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lightning_maml_guard._checks import check_count
+from lightning_maml_guard._checks import check_count, check_flag
 from lightning_maml_guard._lightning import LightningDataModule
 from lightning_maml_guard.tasks.episodes import EpisodeBatch, TaskFamily, episode_generator
 
@@ -26,16 +28,20 @@ class _Episodes(Dataset[EpisodeBatch]):
         return self.family.sample(tasks, episode_generator(self.seed, self.split, index), self.split)
 
 
-class EpochSampler(Sampler[int]):
+class EpochSampler(DistributedSampler[int]):
     """Indices that go on from epoch to epoch, so that no epoch repeats the tasks of another.
+
+    Every process draws tasks of its own. (The base class tells Lightning to leave the sampler as it is.)
 
     Args:
         length: Batches an epoch.
-        resample: False: every index is 0, the same tasks at every step.
+        resample: False: every index is the process's first, the same tasks at every step.
     """
 
     def __init__(self, length: int, resample: bool = True) -> None:
-        self.length, self.resample, self.epoch = length, resample, 0
+        together = dist.is_available() and dist.is_initialized()
+        self.num_replicas, self.rank = (dist.get_world_size(), dist.get_rank()) if together else (1, 0)
+        self.length, self.resample, self.epoch, self.skip = length, resample, 0, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Start an epoch (Lightning calls this, also when a run is resumed).
@@ -49,19 +55,57 @@ class EpochSampler(Sampler[int]):
         return self.length
 
     def __iter__(self) -> Iterator[int]:
-        start = self.epoch * self.length
-        return iter(range(start, start + self.length)) if self.resample else iter([0] * self.length)
+        # A generator: worker processes' loaders make an iterator that they never use.
+        first, self.skip = self.skip, 0
+        for step in range(first, self.length):
+            yield (self.epoch * self.length + step) * self.num_replicas + self.rank if self.resample else self.rank
+
+
+class EpisodeLoader(DataLoader[EpisodeBatch]):
+    """A loader that a run interrupted in the middle of an epoch goes on with where it was (Lightning asks it to)."""
+
+    _given = 0
+
+    def __iter__(self) -> Iterator[EpisodeBatch]:  # type: ignore[override]
+        """Load an epoch, or the rest of one that was interrupted.
+
+        Yields:
+            The meta-batches.
+        """
+        self._given = self.sampler.skip  # type: ignore[attr-defined]
+        for batch in super().__iter__():
+            self._given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Say how far the epoch has come.
+
+        Returns:
+            What :meth:`load_state_dict` takes.
+        """
+        return {"given": self._given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on within an epoch.
+
+        Args:
+            state: What :meth:`state_dict` said.
+        """
+        # At the end of an epoch the next one begins.
+        self._given = state["given"] % len(self)
+        self.sampler.skip = self._given  # type: ignore[attr-defined]
 
 
 class TaskDataModule(LightningDataModule):
     """Samples meta-batches from a family of tasks.
 
     Every meta-batch is drawn from its own seed, made of ``seed``, the split and the batch's number: runs
-    are reproducible with any number of workers and across a resume.
+    are reproducible with any number of workers and across a resume, also in the middle of an epoch. Of several
+    processes each draws ``meta_batch_size`` tasks of its own a step.
 
     Args:
         tasks: The family of tasks.
-        meta_batch_size: Tasks a training step.
+        meta_batch_size: Tasks a training step and process.
         steps_per_epoch: Training steps an epoch.
         val_episodes: Episodes of the validation set (the same at every validation); 0 for none.
         test_episodes: Episodes of the test set.
@@ -88,7 +132,8 @@ class TaskDataModule(LightningDataModule):
         super().__init__()
         if not isinstance(tasks, TaskFamily):
             raise TypeError(
-                f"Expected argument `tasks` to be a TaskFamily (such as Sinusoid()) but got {type(tasks).__name__}."
+                f"Expected argument `tasks` to be a TaskFamily (such as Sinusoid()) but got {type(tasks).__name__}. "
+                "Pass an instance of one; your own is a subclass with a method `sample`."
             )
         for name, number, least in (
             ("meta_batch_size", meta_batch_size, 1),
@@ -99,6 +144,7 @@ class TaskDataModule(LightningDataModule):
             ("seed", seed, 0),
         ):
             check_count(name, number, least)
+        check_flag("resample", resample)
         self.tasks, self.meta_batch_size, self.steps_per_epoch = tasks, meta_batch_size, steps_per_epoch
         self.val_episodes, self.test_episodes = val_episodes, test_episodes
         self.num_workers, self.resample, self.seed = num_workers, resample, seed
@@ -118,7 +164,8 @@ class TaskDataModule(LightningDataModule):
             A loader of ``steps_per_epoch`` meta-batches.
         """
         episodes = _Episodes(self.tasks, "train", self.meta_batch_size, self.steps_per_epoch, self.seed)
-        return self._loader(episodes, EpochSampler(self.steps_per_epoch, self.resample))
+        sampler = EpochSampler(self.steps_per_epoch, self.resample)
+        return EpisodeLoader(episodes, sampler=sampler, **self._options)
 
     def val_dataloader(self) -> DataLoader[EpisodeBatch] | list[DataLoader[EpisodeBatch]]:
         """Build the loader of validation episodes.
@@ -136,15 +183,11 @@ class TaskDataModule(LightningDataModule):
         """
         return self._evaluation("test", self.test_episodes)
 
-    def _evaluation(self, split: str, episodes: int) -> DataLoader[EpisodeBatch]:
-        batches, remainder = -(-episodes // self.meta_batch_size), episodes % self.meta_batch_size
-        return self._loader(_Episodes(self.tasks, split, self.meta_batch_size, batches, self.seed, remainder))
+    def _evaluation(self, split: str, number: int) -> DataLoader[EpisodeBatch]:
+        batches, remainder = -(-number // self.meta_batch_size), number % self.meta_batch_size
+        episodes = _Episodes(self.tasks, split, self.meta_batch_size, batches, self.seed, remainder)
+        return DataLoader(episodes, **self._options)
 
-    def _loader(self, episodes: _Episodes, sampler: EpochSampler | None = None) -> DataLoader[EpisodeBatch]:
-        return DataLoader(
-            episodes,
-            batch_size=None,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"batch_size": None, "num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_maml_guard._checks import check_choice, check_count, shown
+
 SPLITS = ("train", "val", "test")
 
 
@@ -88,8 +90,10 @@ def sample_n_way_k_shot(
         ``0 .. n_way - 1``.
 
     Raises:
-        ValueError: If an episode asks for more classes or images than there are.
+        ValueError: If an episode asks for more classes or images than there are, or if the images or the indices of
+            their classes are not of this form.
     """
+    _check_images(images, classes)
     turns = 4 if rotations else 1
     check_episode(n_way, k_shot, queries, len(classes) * turns, images.shape[1])
     chosen = torch.stack([torch.randperm(len(classes) * turns, generator=generator)[:n_way] for _ in range(n_tasks)])
@@ -109,6 +113,46 @@ def sample_n_way_k_shot(
     return EpisodeBatch(flat(picked[:, :, :k_shot]), flat(picked[:, :, k_shot:]))
 
 
+def _check_images(images: Tensor, classes: Tensor) -> None:
+    if images.dim() != 5 or not (images.dtype == torch.uint8 or images.is_floating_point()):
+        raise ValueError(
+            "Expected argument `images` to have shape (classes, images per class, channels, height, width) and dtype "
+            f"uint8 or float but got shape {tuple(images.shape)} and {images.dtype}. Grey images need a channel as "
+            "well: images.unsqueeze(2)."
+        )
+    if classes.dim() != 1 or classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
+        raise ValueError(
+            "Expected argument `classes` to hold the indices of classes, an integer tensor of shape (m,), but got "
+            f"shape {tuple(classes.shape)} and {classes.dtype}. Pass torch.arange(len(images)) for all of them."
+        )
+    if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < len(images):
+        raise ValueError(
+            f"Expected argument `classes` to lie between 0 and {len(images) - 1}, one less than the classes in "
+            f"`images`, but got {int(classes.min())} to {int(classes.max())}. Drop the indices beyond."
+        )
+
+
+def check_sampling(n_tasks: int, generator: torch.Generator, split: str) -> None:
+    """Refuse arguments of :meth:`TaskFamily.sample` that are not allowed.
+
+    Args:
+        n_tasks: Number of tasks.
+        generator: Source of all randomness.
+        split: Name of the split.
+
+    Raises:
+        ValueError: If the number is no count, or if there is no such split.
+        TypeError: If the generator is not one.
+    """
+    check_count("n_tasks", n_tasks)
+    check_choice("split", split, SPLITS)
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"Expected argument `generator` to be a torch.Generator but got {shown(generator)}: the same seed must "
+            "give the same episodes. Pass torch.Generator().manual_seed(0)."
+        )
+
+
 def check_episode(n_way: int, k_shot: int, queries: int, classes: int, images: int) -> None:
     """Refuse an episode that the data cannot serve.
 
@@ -120,14 +164,14 @@ def check_episode(n_way: int, k_shot: int, queries: int, classes: int, images: i
         images: Images a class there are.
 
     Raises:
-        ValueError: If a number is below 1 or above what there is.
+        ValueError: If a number is no count, or above what there is.
     """
-    if min(n_way, k_shot, queries) < 1:
-        raise ValueError(
-            f"Expected `n_way`, `k_shot` and `queries` to be at least 1 but got {n_way}, {k_shot} and {queries}."
-        )
+    for name, number in (("n_way", n_way), ("k_shot", k_shot), ("queries", queries)):
+        check_count(name, number)
     if n_way > classes:
-        raise ValueError(f"An episode asks for n_way={n_way} classes but this split has {classes}: lower n_way.")
+        raise ValueError(
+            f"An episode asks for n_way={n_way} classes but this split has {classes}: lower n_way, or add classes."
+        )
     if k_shot + queries > images:
         raise ValueError(
             f"An episode asks for k_shot={k_shot} + queries={queries} different images a class but there are {images}: "

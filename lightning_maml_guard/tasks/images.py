@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_maml_guard._checks import check_count, check_flag, check_folder
 from lightning_maml_guard.tasks.episodes import (
     SPLITS,
     EpisodeBatch,
     TaskFamily,
     check_episode,
+    check_sampling,
     sample_n_way_k_shot,
 )
 
@@ -59,7 +61,8 @@ class Omniglot(TaskFamily):
         split_seed: Seed of the split over characters.
 
     Raises:
-        ValueError: If an episode asks for less than 1 class or image, or more images than 20.
+        ValueError: If an episode asks for less than 1 class or image, or more images than 20, or if another argument
+            is not allowed.
     """
 
     def __init__(
@@ -71,7 +74,10 @@ class Omniglot(TaskFamily):
         rotations: bool = True,
         split_seed: int = 0,
     ) -> None:
+        check_folder("root", root)
         check_episode(n_way, k_shot, queries, 1623, _DRAWERS)
+        check_flag("rotations", rotations)
+        check_count("split_seed", split_seed, 0)
         self.root = root
         self.n_way, self.k_shot, self.queries = n_way, k_shot, queries
         self.rotations, self.split_seed = rotations, split_seed
@@ -102,6 +108,7 @@ class Omniglot(TaskFamily):
         Returns:
             Images ``(n_tasks, n_way * shots, 1, 28, 28)`` and labels ``(n_tasks, n_way * shots)``.
         """
+        check_sampling(n_tasks, generator, split)
         self.setup()
         assert self._images is not None
         return sample_n_way_k_shot(
@@ -189,7 +196,7 @@ def _zip_images(archive: Path) -> Iterator[tuple[str, bytes]]:
             for name in sorted(members.namelist()):
                 if name.endswith(".png") and not name.startswith("__MACOSX/"):
                     yield name, members.read(name)
-    except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
+    except (zipfile.BadZipFile, OSError, EOFError, zlib.error, RuntimeError) as error:
         raise DatasetError(f"{archive} is damaged ({error}). Download or copy it again.") from error
 
 
@@ -197,8 +204,9 @@ def _decode(data: bytes, name: str) -> np.ndarray:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        # The format by name: asked to guess, Pillow hands an EPS file to Ghostscript, which runs it.
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             small = image.convert("L").resize((28, 28), Image.Resampling.BOX)
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise DatasetError(f"The image {name} is damaged ({error}). Unpack or copy the archive again.") from error
     return 255 - np.asarray(small, dtype=np.uint8)

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_maml_guard._checks import check_count
-from lightning_maml_guard.tasks.episodes import EpisodeBatch, TaskFamily
+from lightning_maml_guard._checks import check_choice, check_count, check_flag, check_number
+from lightning_maml_guard.tasks.episodes import EpisodeBatch, TaskFamily, check_sampling
 
 
 def _check_positive(**numbers: int) -> None:
@@ -46,12 +46,10 @@ class LinearRegression(TaskFamily):
         dtype: str = "float32",
     ) -> None:
         _check_positive(features=features, shots=shots, queries=queries)
-        if not (math.isfinite(noise) and noise >= 0):
-            raise ValueError(f"Expected argument `noise` to be finite and at least 0 but got {noise!r}.")
-        if not (math.isfinite(condition) and condition >= 1):
-            raise ValueError(f"Expected argument `condition` to be finite and at least 1 but got {condition!r}.")
-        if dtype not in {"float32", "float64"}:
-            raise ValueError(f"Expected argument `dtype` to be 'float32' or 'float64' but got {dtype!r}.")
+        check_number("noise", noise, least=0)
+        check_number("condition", condition, least=1)
+        check_flag("same_query", same_query)
+        check_choice("dtype", dtype, ("float32", "float64"))
         self.features, self.shots, self.queries = features, shots, queries
         self.noise, self.condition, self.same_query = noise, condition, same_query
         self.dtype = getattr(torch, dtype)
@@ -67,6 +65,7 @@ class LinearRegression(TaskFamily):
         Returns:
             ``x`` of shape ``(n_tasks, shots, features)`` and ``y`` of shape ``(n_tasks, shots, 1)``.
         """
+        check_sampling(n_tasks, generator, split)
         spread = torch.logspace(0, -math.log10(self.condition), self.features, dtype=self.dtype)
         weight = torch.randn(n_tasks, self.features, 1, generator=generator, dtype=self.dtype)
 
@@ -105,6 +104,7 @@ class Sinusoid(TaskFamily):
         Returns:
             ``x`` and ``y`` of shape ``(n_tasks, shots, 1)``.
         """
+        check_sampling(n_tasks, generator, split)
         amplitude = 0.1 + 4.9 * torch.rand(n_tasks, 1, 1, generator=generator)
         phase = math.pi * torch.rand(n_tasks, 1, 1, generator=generator)
         x = 10 * torch.rand(n_tasks, self.shots + self.queries, 1, generator=generator) - 5

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_maml_guard._checks import check_count
+from lightning_maml_guard._checks import check_choice, check_count, check_number
 
 ORDERS = ("exact", "first", "simplified")
 
@@ -93,10 +93,7 @@ def check_rate(alpha: float, name: str = "alpha") -> None:
     Raises:
         ValueError: If the rate is negative, ``nan``, infinite or not a number.
     """
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float, np.floating)):
-        raise ValueError(f"Expected argument `{name}` to be a number of at least 0 but got {alpha!r}.")
-    if not math.isfinite(alpha) or alpha < 0:
-        raise ValueError(f"Expected argument `{name}` to be a finite number of at least 0 but got {alpha!r}.")
+    check_number(name, alpha, least=0)
 
 
 def check_order(order: str, inner_steps: int) -> None:
@@ -109,6 +106,5 @@ def check_order(order: str, inner_steps: int) -> None:
     Raises:
         ValueError: If either is not allowed.
     """
-    if order not in ORDERS:
-        raise ValueError(f"Expected argument `order` to be one of {ORDERS} but got {order!r}.")
+    check_choice("order", order, ORDERS)
     check_count("inner_steps", inner_steps)

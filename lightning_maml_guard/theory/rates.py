@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_maml_guard._checks import shown
 from lightning_maml_guard.theory.multiplier import (
     Interval,
     Multiplier,
@@ -95,19 +96,22 @@ def critical_rates(
     """
     check_rate(alpha)
     check_order(order, inner_steps)
-    values = np.asarray(_to_numpy(eigenvalues), dtype=np.float64).reshape(-1)
-    bounds = np.abs(np.asarray(_to_numpy(residuals), dtype=np.float64))
+    values = _real("eigenvalues", eigenvalues).reshape(-1)
+    bounds = np.abs(_real("residuals", residuals))
     if values.size == 0:
-        raise ValueError("Expected argument `eigenvalues` to hold at least one eigenvalue but it is empty.")
+        raise ValueError(
+            "Expected argument `eigenvalues` to hold at least one eigenvalue but it is empty. Pass the Hessian's "
+            "eigenvalues, such as numpy.linalg.eigvalsh(hessian)."
+        )
     if not np.isfinite(values).all() or not np.isfinite(bounds).all():
         raise ValueError(
             f"Expected arguments `eigenvalues` and `residuals` to be finite but got {values} and {bounds}: "
-            "the curvature was not measured, so no rate follows from it."
+            "the curvature was not measured, so no rate follows from it. Measure where the loss is finite."
         )
     if bounds.size not in {1, values.size}:
         raise ValueError(
             f"Expected argument `residuals` to be one number or {values.size} numbers (one an eigenvalue) "
-            f"but got {bounds.size}."
+            f"but got {bounds.size}. Pass one bound for all, or one a value."
         )
     bounds = np.broadcast_to(bounds.reshape(-1), values.shape)
     f = multiplier(alpha, order, inner_steps)
@@ -215,10 +219,24 @@ def assemble(
     )
 
 
-def _to_numpy(values: Any) -> Any:
+def _real(name: str, values: Any) -> np.ndarray:
+    given = values
     if hasattr(values, "detach"):
+        if values.device.type == "meta":
+            raise ValueError(
+                f"Expected argument `{name}` to hold numbers but got {shown(given)}: a tensor on the meta device has "
+                "no values. Move it to a real device and compute them there."
+            )
         values = values.detach().cpu()
         values = (values if values.is_complex() else values.double()).numpy()
-    if np.iscomplexobj(values):
-        raise ValueError(f"Expected real numbers (a Hessian is symmetric) but got complex ones: {values}.")
-    return values
+    message = (
+        f"Expected argument `{name}` to hold real numbers (a Hessian is symmetric) but got {shown(given)}. Pass a "
+        "list, an array or a tensor of them."
+    )
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(message) from error
+    if array.dtype.kind not in "biuf":
+        raise ValueError(message)
+    return array.astype(np.float64)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 
+from lightning_maml_guard._checks import shown
 from lightning_maml_guard.theory.response import Response
 
 
@@ -125,6 +126,7 @@ def stability_limit(optimizer: Optimizer) -> float:
         UnknownOptimizerError: If the optimizer is not in the table (a subclass may step differently, so it
             does not count), if it maximises, or if it decays
             its rate by itself (Adagrad's ``lr_decay``).
+        TypeError: If it is not an optimizer at all.
 
     Example:
         >>> import torch
@@ -133,6 +135,11 @@ def stability_limit(optimizer: Optimizer) -> float:
         (2.0, 38.0)
     """
     optimizer = unwrap(optimizer)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"Expected argument `optimizer` to be a torch.optim.Optimizer but got {shown(optimizer)}. Pass the "
+            "optimizer that trains, such as torch.optim.SGD(module.parameters(), lr=0.1)."
+        )
     row = _row(optimizer)
     if any(group.get("maximize") for group in optimizer.param_groups):
         raise UnknownOptimizerError(

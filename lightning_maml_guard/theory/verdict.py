@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lightning_maml_guard._checks import check_number
 from lightning_maml_guard.theory.multiplier import Interval
 
 SAFE, EDGE, UNSAFE, UNRESOLVED = "safe", "edge", "unsafe", "unresolved"
@@ -135,8 +136,7 @@ def check_margin(margin: float) -> None:
     Raises:
         ValueError: If it is not allowed.
     """
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin) or margin <= 0:
-        raise ValueError(f"Expected argument `margin` to be a finite number above 0 but got {margin!r}.")
+    check_number("margin", margin, above=0)
 
 
 def _source(limit: Limit, cost: str) -> str:

@@ -117,20 +117,20 @@ def test_gradients_of_a_half_accumulated_step_do_not_outlive_a_rollback():
 
 
 def test_a_run_taken_back_to_where_nothing_can_be_measured_goes_on_at_half_the_rate(monkeypatch):
-    from lightning_maml_guard.guard import callback
+    from lightning_maml_guard.guard import check
 
     def fails_after_the_rollback(problem, *, step, **arguments):
         if step == 15:
             raise RuntimeError("out of luck")
         return measure(problem, step=step, **arguments)
 
-    measure = callback.measure
-    monkeypatch.setattr(callback, "measure", fails_after_the_rollback)
+    measure = check.measure
+    monkeypatch.setattr(check, "measure", fails_after_the_rollback)
     guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True)
     with pytest.warns(GuardWarning) as caught:
         trainer = fit(Struck(to_nan, at={14}), BATCH, 60, [guard])
     said = [str(each.message) for each in caught if each.category is GuardWarning]
-    assert "could not measure at step 15" in said[0] and "RuntimeError: out of luck" in said[0]
+    assert "the check at step 15 failed" in said[0] and "RuntimeError: out of luck" in said[0]
     assert "taken back to step 10 (rollback 1 of at most 10)" in said[1] and "halved: beta = 0.05." in said[1]
     assert len(said) == 2 and float(trainer.callback_metrics["train/loss"]) < 1e-2
 

@@ -264,11 +264,11 @@ def test_forward_predicts_without_adaptation():
         ({"inner_lr": -0.1}, ValueError, "`inner_lr` to be a finite number of at least 0 but got -0.1"),
         ({"inner_lr": math.nan}, ValueError, "`inner_lr` to be a finite number"),
         ({"inner_steps": 0}, ValueError, "`inner_steps` to be an integer of at least 1 but got 0"),
-        ({"eval_inner_steps": -1}, ValueError, "`eval_inner_steps` to be None or at least 0 but got -1"),
+        ({"eval_inner_steps": -1}, ValueError, "`eval_inner_steps` to be an integer of at least 0 but got -1"),
         ({"order": "second"}, ValueError, "`order` to be one of"),
         ({"adapt": "nothing"}, ValueError, "matches no trainable parameter. There are: "),
         ({"adapt": []}, ValueError, "`adapt` is empty"),
-        ({"task_chunk_size": 0}, ValueError, "`task_chunk_size` to be None or at least 1 but got 0"),
+        ({"task_chunk_size": 0}, ValueError, "`task_chunk_size` to be an integer of at least 1 but got 0"),
         (
             {"metrics": "accuracy"},
             TypeError,

@@ -16,9 +16,9 @@ GOOD = {
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"params": [torch.ones(2)]}, TypeError, "`params` to be a dict from names to tensors"),
+        ({"params": [torch.ones(2)]}, TypeError, "`params` to be a dict from names to tensors but got list"),
         ({"params": {}}, ValueError, "`params` to hold at least one parameter"),
-        ({"task_loss": 3}, TypeError, "`task_loss` to be callable but got int"),
+        ({"task_loss": 3}, TypeError, "`task_loss` to be callable, .* but got 3"),
         ({"inner_lr": -1.0}, ValueError, "`inner_lr` to be a finite number of at least 0"),
         (
             {"inner_lr": {"v": torch.ones(1)}},

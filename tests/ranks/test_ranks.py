@@ -85,7 +85,7 @@ def test_a_failure_on_one_rank_leaves_no_other_waiting(tmp_path):
     assert [each["steps"] for each in ranks] == [STEPS, STEPS]
     assert [report["step"] for report in ranks[0]["guard"]["history"]] == [0, 12, 18]
     assert same(timeless(ranks[0]), timeless(ranks[1]))
-    (said,) = [each for each in ranks[0]["said"] if "could not measure" in each]
+    (said,) = [each for each in ranks[0]["said"] if "the check at step" in each]
     assert "step 6" in said and "on rank 1: OSError: the disk of rank 1 is full" in said
     assert all(torch.equal(value, ranks[1]["weights"][name]) for name, value in ranks[0]["weights"].items())
 

@@ -58,6 +58,43 @@ def test_lightning_tells_the_sampler_its_epoch():
     assert len({tuple(x.flatten().tolist()) for x in seen}) == 4
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_goes_on_where_it_was_interrupted(workers):
+    whole = batches(TaskDataModule(Sinusoid(), steps_per_epoch=5).train_dataloader())
+    loader = TaskDataModule(Sinusoid(), steps_per_epoch=5, num_workers=workers).train_dataloader()
+    begun = iter(loader)
+    for _ in range(2):
+        next(begun)
+    state = loader.state_dict()
+    again = TaskDataModule(Sinusoid(), steps_per_epoch=5, num_workers=workers).train_dataloader()
+    again.load_state_dict(state)
+    assert again.state_dict() == state
+    assert same(batches(again), whole[2:])
+    assert same(batches(again), whole)  # the next epoch is a whole one
+
+
+def test_an_epoch_that_ended_is_followed_by_a_whole_one():
+    loader = TaskDataModule(Sinusoid(), steps_per_epoch=3).train_dataloader()
+    whole = batches(loader)
+    loader.load_state_dict(loader.state_dict())
+    assert same(batches(loader), whole)
+
+
+@pytest.mark.parametrize("resample", [True, False])
+def test_each_process_draws_tasks_of_its_own(monkeypatch, resample):
+    indices = []
+    for rank in range(3):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        sampler = TaskDataModule(Sinusoid(), steps_per_epoch=4, resample=resample).train_dataloader().sampler
+        for epoch in range(2):
+            sampler.set_epoch(epoch)
+            indices.append(list(sampler))
+    assert all(len(each) == 4 for each in indices)
+    assert len({index for each in indices for index in each}) == (24 if resample else 3)
+
+
 def test_without_resampling_every_step_sees_the_same_tasks():
     found = batches(TaskDataModule(Sinusoid(), steps_per_epoch=4, resample=False).train_dataloader())
     assert all(torch.equal(x, found[0]) for x in found)

@@ -62,7 +62,7 @@ def test_rotations_are_classes_of_their_own():
     [
         ((6, 1, 1, 5, 20), "n_way=6 classes but this split has 5"),
         ((5, 10, 11, 5, 20), "k_shot=10 . queries=11 different images a class but there are 20"),
-        ((0, 1, 1, 5, 20), "at least 1 but got 0, 1 and 1"),
+        ((0, 1, 1, 5, 20), "`n_way` to be an integer of at least 1 but got 0"),
     ],
 )
 def test_an_episode_the_data_cannot_serve_is_refused(arguments, message):
@@ -120,9 +120,9 @@ def test_linear_tasks_are_linear_up_to_the_noise():
     [
         (lambda: Sinusoid(shots=0), "`shots` to be an integer of at least 1 but got 0"),
         (lambda: LinearRegression(features=1.5), "`features` to be an integer of at least 1 but got 1.5"),
-        (lambda: LinearRegression(noise=-1), "`noise` to be finite and at least 0 but got -1"),
-        (lambda: LinearRegression(condition=0.5), "`condition` to be finite and at least 1 but got 0.5"),
-        (lambda: LinearRegression(dtype="int8"), "`dtype` to be 'float32' or 'float64' but got 'int8'"),
+        (lambda: LinearRegression(noise=-1), "`noise` to be a finite number of at least 0 but got -1"),
+        (lambda: LinearRegression(condition=0.5), "`condition` to be a finite number of at least 1 but got 0.5"),
+        (lambda: LinearRegression(dtype="int8"), r"`dtype` to be one of \('float32', 'float64'\) but got 'int8'"),
     ],
 )
 def test_bad_arguments_are_named(make, message):

@@ -131,11 +131,11 @@ def test_spectra_may_be_tensors_arrays_or_lists():
         (([], 0.1), "`eigenvalues` to hold at least one eigenvalue"),
         (([1.0, math.nan], 0.1), "to be finite"),
         (([1.0, math.inf], 0.1), "to be finite"),
-        (([1.0 + 1j], 0.1), "Expected real numbers"),
+        (([1.0 + 1j], 0.1), "`eigenvalues` to hold real numbers"),
         (([1.0], -0.1), "`alpha` to be a finite number of at least 0 but got -0.1"),
         (([1.0], math.nan), "`alpha` to be a finite number of at least 0 but got nan"),
-        (([1.0], "fast"), "`alpha` to be a number of at least 0 but got 'fast'"),
-        (([1.0], True), "`alpha` to be a number of at least 0 but got True"),
+        (([1.0], "fast"), "`alpha` to be a finite number of at least 0 but got 'fast'"),
+        (([1.0], True), "`alpha` to be a finite number of at least 0 but got True"),
     ],
 )
 def test_bad_input_is_named(arguments, message):

@@ -133,7 +133,7 @@ def _run(column: Column, beta: float, batches: _Batches, options: dict) -> Guard
         [(report.step, report.beta_ratio, report.alpha_ratio) for report in guard.history],
         alarms,
         2 / first.lambda_max if first is not None and first.lambda_max > 0 else math.inf,
-        guard._rescue.rollbacks,
+        guard._run.rescue.rollbacks,
         guard.stopped_step,
         time.perf_counter() - began,
         said,

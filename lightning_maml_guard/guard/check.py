@@ -1,0 +1,152 @@
+"""One check of a run: try the coming steps, measure the curvature, decide, act."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch.optim import Optimizer
+
+from lightning_maml_guard._warnings import GuardWarning
+from lightning_maml_guard.guard import messages
+from lightning_maml_guard.guard.coming import ClosureError
+from lightning_maml_guard.guard.governor import scheduled_rate
+from lightning_maml_guard.guard.isolation import isolated
+from lightning_maml_guard.guard.monitor import measure
+from lightning_maml_guard.guard.probe import Attempts, attempts, configured_inner_rate, owners, state_problem
+from lightning_maml_guard.guard.reporting import log_values, metrics, unlogged
+from lightning_maml_guard.guard.run import Run, Settings
+from lightning_maml_guard.guard.trial import Trial
+from lightning_maml_guard.theory.verdict import UNSAFE, fails, passes
+
+
+class Checker:
+    """Checks a run once, and leaves it as it was where the check fails.
+
+    Args:
+        settings: The guard's arguments.
+        run: The run's state.
+        trainer: The Trainer.
+        module: The module.
+    """
+
+    def __init__(self, settings: Settings, run: Run, trainer: Any, module: Any) -> None:
+        self.settings, self.run, self.trainer, self.module = settings, run, trainer, module
+        # A run that was taken back, by this check: what its rates must be lowered by if the rest of the check fails.
+        self._taken_back: tuple[Optimizer, Trial] | None = None
+
+    def check(self, batch: Any, batch_idx: int, step: int, *, scheduled: bool) -> None:
+        """Check once.
+
+        Args:
+            batch: The batch of the coming step.
+            batch_idx: Its index.
+            step: Training step.
+            scheduled: Whether it was time; a triggered check that finds nothing ends early.
+
+        Raises:
+            GuardWarning: If the user made warnings errors.
+        """
+        try:
+            with self.run.memory.ranks.together():
+                self._check(batch, batch_idx, step, scheduled)
+        except GuardWarning:
+            raise
+        except Exception as error:
+            # Whatever goes wrong in a check, training goes on as if the guard were not there.
+            self.run.course.say_once(messages.failed(step, error))
+            if self._taken_back is not None:
+                optimizer, present = self._taken_back
+                self.run.intervention.halve(self.module, scheduled_rate(optimizer), present, step)
+
+    def _check(self, batch: Any, batch_idx: int, step: int, scheduled: bool) -> None:
+        settings, run, trainer, module = self.settings, self.run, self.trainer, self.module
+        present, failing, severe, reference = None, False, math.nan, math.nan
+        with self._undisturbed():
+            problem = state_problem(settings.problem, module, batch, batch_idx)
+            owned = owners(problem, trainer.optimizers)
+            optimizer = max((trainer.optimizers[index] for index in owned), key=scheduled_rate)
+            attempt = self._trials(problem, optimizer)
+            if attempt is not None:
+                present, reference, severe = attempt.judged(run.rescue.caps, run.lookout.range.start, settings.alarm)
+        if present is not None:
+            failing = fails(severe, settings.alarm)
+            run.note_severity(step, severe)
+            if not scheduled and not failing:
+                log_values(trainer, module, {"guard/severity": severe}, step)
+                return
+            if settings.rollback and failing and not present.begin <= settings.alarm * reference:
+                if not run.intervention.take_back(trainer, module, present.begin, step):
+                    return
+                self._taken_back = optimizer, present
+        taken_back = self._taken_back is not None
+        with self._undisturbed():
+            report = measure(
+                problem,
+                optimizer=optimizer,
+                criterion=settings.criterion,
+                estimator=settings.estimator,
+                max_iter=settings.max_iter,
+                tol=settings.tol,
+                tasks=settings.tasks,
+                data=settings.data,
+                margin=settings.margin,
+                step=step,
+                memory=run.memory,
+            )
+            if present is not None:
+                alpha, beta = run.rescue.caps.applied(report.alpha, report.beta)
+                said = messages.tried(present, reference, alpha, beta, report.status == UNSAFE) if failing else ""
+                reasons = (*report.reasons, said) if said else report.reasons
+                report = replace(report, severity=severe, growth=present.growth, reasons=reasons)
+            turn = run.course.take(report)
+            caps = run.intervention.caps(
+                module, report, turn, fails=failing, taken_back=taken_back, present=present, attempt=attempt
+            )
+        if run.rescue.governed != owned:
+            run.rescue.governed = owned
+            run.rescue.govern([trainer.optimizers[index] for index in owned])
+        if present is not None:
+            report = replace(report, status=turn.state)
+        if not trainer.fast_dev_run:
+            report = run.intervention.act(trainer, module, report, turn, caps, taken_back=taken_back)
+            if taken_back:
+                run.intervention.report_taken_back(report, present, caps, step)
+                self._taken_back = None  # its rates are lowered
+            if settings.rollback and (run.rescue.snapshot is None or passes(severe, settings.alarm)):
+                self._keep(step)
+        run.note(report)
+        log_values(trainer, module, metrics(report), step)
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        with unlogged(self.trainer), isolated(self.module), configured_inner_rate(self.module):
+            yield
+
+    def _keep(self, step: int) -> None:
+        run = self.run
+        try:
+            run.rescue.keep(self.module, self.trainer.optimizers, step, run.memory.ranks)
+        except Exception as error:
+            kept = run.rescue.snapshot
+            run.course.say_once(
+                f"ConvergenceGuard could not copy parameters and optimizer state at step {step}, so "
+                + ("there is nothing to roll back to" if kept is None else f"a rollback goes to step {kept.step}")
+                + f". snapshot_device='cpu' keeps the copy off the device. Cause: {type(error).__name__}: {error}"
+            )
+
+    def _trials(self, problem: Any, optimizer: Any) -> Attempts | None:
+        settings, run = self.settings, self.run
+        if not settings.trial_steps or self.trainer.fast_dev_run:
+            return None
+        older = [state_problem(settings.problem, self.module, *each) for each in run.replay.earlier()]
+        try:
+            return attempts([problem, *older], optimizer, settings.trial_steps, self.trainer, run.memory)
+        except ClosureError as error:
+            run.course.say_once(
+                f"ConvergenceGuard judges by curvature alone: the coming steps cannot be tried. {error}"
+            )
+            return None

@@ -1,0 +1,132 @@
+"""What a guard knows of the run it watches, and keeps across a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lightning_maml_guard.curvature.ranks import Ranks
+from lightning_maml_guard.guard.course import Course
+from lightning_maml_guard.guard.estimate import Estimator
+from lightning_maml_guard.guard.intervention import Intervention
+from lightning_maml_guard.guard.lookout import Lookout
+from lightning_maml_guard.guard.products import Memory
+from lightning_maml_guard.guard.replay import Replay
+from lightning_maml_guard.guard.report import StabilityReport, from_plain, to_plain
+from lightning_maml_guard.guard.rescue import Rescue
+from lightning_maml_guard.guard.snapshot import Snapshot
+from lightning_maml_guard.maml.problem import MetaProblem
+
+
+class Settings(Protocol):
+    """A guard's arguments; see :class:`~lightning_maml_guard.ConvergenceGuard`."""
+
+    every_n_steps: int
+    action: str
+    criterion: str
+    margin: float
+    patience: int
+    estimator: Estimator
+    max_iter: int
+    tol: float
+    tasks: str
+    data: str
+    problem: Callable[[Any, Any], MetaProblem] | None
+    trial_steps: int
+    replay: int
+    alarm: float
+    triggers: bool
+    rollback: bool
+    max_rollbacks: int
+    snapshot_device: str | None
+    history_size: int
+
+
+class Run:
+    """The state of a guarded run.
+
+    Args:
+        settings: The guard's arguments.
+        inert: Whether nothing may be done to the run.
+        ranks: The processes that train together.
+
+    Attributes:
+        history: The reports of the latest checks.
+        severities: Steps and severities of the latest trials.
+        norm: Gradient norm of the step at hand, on the device; None if it is not known.
+    """
+
+    def __init__(self, settings: Settings, *, inert: bool = False, ranks: Ranks | None = None) -> None:
+        self.history: list[StabilityReport] = []
+        self.severities: list[tuple[int, float]] = []
+        self.norm: Tensor | None = None
+        self.course = Course(settings.patience, settings.alarm)
+        self.memory = Memory(ranks=ranks or Ranks())
+        self.rescue = Rescue(settings.action == "rescale" and not inert, settings.snapshot_device)
+        self.intervention = Intervention(
+            settings.action, settings.margin, settings.max_rollbacks, self.course, self.rescue
+        )
+        self.lookout = Lookout(settings.every_n_steps)
+        self.replay = Replay(settings.replay)
+        self._size = settings.history_size
+        # What the guard does to a run hangs on these; where it does nothing they would only swell the checkpoint. In
+        # one of several processes each has batches of its own, and the checkpoint is the first one's.
+        self._keeps_batches = settings.action in {"rescale", "stop"} and settings.trial_steps > 0
+        self._keeps_batches = self._keeps_batches and self.memory.ranks.size == 1
+
+    def note(self, report: StabilityReport) -> None:
+        """Put a check's report into the history.
+
+        Args:
+            report: The report.
+        """
+        self.history = [*self.history, report][-self._size :]
+
+    def note_severity(self, step: int, severity: float) -> None:
+        """Note what a trial said.
+
+        Args:
+            step: Training step.
+            severity: Its severity.
+        """
+        self.severities = [*self.severities, (step, severity)][-self._size :]
+
+    def state(self) -> dict[str, Any]:
+        """Collect what a restart needs.
+
+        Returns:
+            Primitives and tensors, so that a checkpoint loads with ``weights_only``.
+        """
+        snapshot = self.rescue.snapshot
+        return {
+            "history": [to_plain(report) for report in self.history],
+            "severities": [list(each) for each in self.severities],
+            "stopped_step": self.intervention.stopped_step,
+            "stopping_reason": self.intervention.stopping_reason,
+            **self.lookout.state(),
+            **self.course.state(),
+            **self.rescue.state(),
+            **self.memory.state(),
+            "batches": self.replay.state() if self._keeps_batches else [],
+            "snapshot": None if snapshot is None else snapshot.state(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restore the state.
+
+        Args:
+            state: What :meth:`state` collected, also in an older version.
+        """
+        self.history = [from_plain(plain) for plain in state.get("history", [])][-self._size :]
+        self.severities = [(step, value) for step, value in state.get("severities", [])][-self._size :]
+        self.intervention.stopped_step = state.get("stopped_step")
+        self.intervention.stopping_reason = state.get("stopping_reason")
+        self.lookout.load(state)
+        self.course.load(state)
+        self.rescue.load(state)
+        self.memory.load(state)
+        self.replay.load(state.get("batches", []))
+        snapshot = state.get("snapshot")
+        self.rescue.snapshot = None if snapshot is None else Snapshot.restored(snapshot)

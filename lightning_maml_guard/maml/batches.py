@@ -1,0 +1,182 @@
+"""What can be wrong with a batch of episodes, in the user's words instead of torch's.
+
+What a batch shows without reading a value (structure, task counts, shots) is checked at every step. Values are read
+where that costs nothing: labels before the first step, and everything once a step has failed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from lightning_maml_guard.maml.problem import MetaProblem
+
+# Class labels that torch.nn.functional.cross_entropy passes over.
+IGNORED = -100
+
+LabelRange = tuple[int, int]
+
+_LABELS = (
+    "Labels lie between 0 and the number of the network's outputs less one: number the classes of an episode 0, 1, 2, "
+    "..., or give the network more outputs."
+)
+# By what torch says, the first that fits: torch has no error types of its own for these.
+_REMEDIES = (
+    (r"target .* out of bounds", _LABELS),
+    (r"index out of range in self", "An embedding has entries 0 to num_embeddings - 1: give it more, or lower x."),
+    (r"indices", "An embedding takes integers, as in x.long()."),
+    (r"device", "Put all of them on one device, as in x.to(parameter.device)."),
+    (
+        r"dtype|scalar type|type \(.*should be the same",
+        "Give the inputs the parameters' dtype, as in x.float() (for bytes of an image x.float() / 255).",
+    ),
+    (
+        r"shape|size|dimension|channels",
+        "Support and query go through one network: give both the shape its first layer takes.",
+    ),
+)
+
+
+class BatchError(ValueError, RuntimeError):
+    """A batch that the network or the loss could not take; torch's own error is its cause."""
+
+
+def check_pair(name: str, data: Any, what: str, remedy: str) -> None:
+    """Refuse what is not a pair.
+
+    Args:
+        name: What the message calls it.
+        data: The pair.
+        what: What it should be.
+        remedy: What to do.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
+        found = f"{type(data).__name__} of length {len(data)}" if _sized(data) else type(data).__name__
+        raise ValueError(f"Expected {name} to be {what} but got {found}. {remedy}")
+
+
+def _sized(data: Any) -> bool:
+    return hasattr(data, "__len__") and not (isinstance(data, Tensor) and data.dim() == 0)
+
+
+def label_range(batch: Any) -> LabelRange | None:
+    """Read the smallest and the largest class label of a batch of ``((x, y), (x, y))``.
+
+    Args:
+        batch: The episodes.
+
+    Returns:
+        The two; None where the targets are not class labels.
+    """
+    found = []
+    for part in batch:
+        target = part[1] if isinstance(part, (tuple, list)) and len(part) == 2 else None
+        if isinstance(target, Tensor) and _integer(target) and target.device.type != "meta":
+            kept = target[target != IGNORED]
+            found += [kept.min(), kept.max()] if kept.numel() else []
+    if not found:
+        return None
+    values = torch.stack([value.long() for value in found]).tolist()
+    return min(values), max(values)
+
+
+def check_labels(labels: LabelRange, classes: int) -> None:
+    """Refuse labels that name no output of the network.
+
+    Args:
+        labels: Smallest and largest label of the batch.
+        classes: Number of the network's outputs.
+
+    Raises:
+        BatchError: If one lies outside.
+    """
+    if labels[0] < 0 or labels[1] >= classes:
+        raise BatchError(
+            f"Expected class labels between 0 and {classes - 1}, for the network has {classes} outputs, but got labels "
+            f"from {labels[0]} to {labels[1]}. {_LABELS}"
+        )
+
+
+def check_finite_start(problem: MetaProblem, losses: Tensor) -> None:
+    """Refuse a first step whose loss is not finite because its data or parameters are not.
+
+    A loss that diverges on finite data passes: that is the rates' doing, and the guard's business.
+
+    Args:
+        problem: The problem.
+        losses: Loss of each task.
+
+    Raises:
+        BatchError: If data or parameters hold nan or inf.
+    """
+    if bool(torch.isfinite(losses).all()):
+        return
+    held = {f"`support`, tensor {i}": leaf for i, leaf in enumerate(tree_leaves(problem.support))}
+    held |= {f"`query`, tensor {i}": leaf for i, leaf in enumerate(tree_leaves(problem.query))}
+    held |= {f"the parameter {name!r}": value.detach() for name, value in problem.params.items()}
+    bad = {name: int((~torch.isfinite(value)).sum()) for name, value in held.items()}
+    bad = {name: number for name, number in bad.items() if number}
+    if bad:
+        places = "; ".join(f"{name} ({number} of {held[name].numel()} values)" for name, number in bad.items())
+        raise BatchError(
+            f"Expected the first batch and the parameters to be finite but got nan or inf in {places}, and the loss is "
+            "not finite either. Drop or fill those values, or start from other parameters."
+        )
+
+
+@contextmanager
+def explained(problem: MetaProblem) -> Iterator[None]:
+    """Say what the batch held when torch fails on it.
+
+    Args:
+        problem: The problem.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        BatchError: In place of an error of torch that is about dtypes, devices, shapes or labels.
+        RuntimeError: Any other, as it is.
+        IndexError: Any other, as it is.
+    """
+    try:
+        yield
+    except (RuntimeError, IndexError) as error:
+        said = " ".join(str(error).split())
+        remedies = [remedy for pattern, remedy in _REMEDIES if re.search(pattern, said, re.IGNORECASE)]
+        # Types derived from these are not torch's words about a batch: out of memory, or the user's own.
+        if type(error) not in {RuntimeError, IndexError} or not remedies or "memory" in said:
+            raise
+        raise BatchError(
+            f"The network or the loss could not take this batch. torch said: {said.rstrip('.')}. With the task "
+            f"dimension first, `support` holds {_held(problem.support)}; `query` holds {_held(problem.query)}; the "
+            f"parameters are {_kinds(list(problem.params.values()))}. {remedies[0]}"
+        ) from error
+
+
+def _held(data: Any) -> str:
+    return ", ".join(_described(leaf) for leaf in tree_leaves(data))
+
+
+def _described(leaf: Tensor) -> str:
+    text = f"{leaf.dtype} {tuple(leaf.shape)} on {leaf.device}"
+    if _integer(leaf) and leaf.device.type == "cpu" and leaf.numel():
+        text += f" with values from {int(leaf.min())} to {int(leaf.max())}"
+    return text
+
+
+def _kinds(tensors: list[Tensor]) -> str:
+    return " and ".join(sorted({f"{tensor.dtype} on {tensor.device}" for tensor in tensors}))
+
+
+def _integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)

@@ -1,0 +1,196 @@
+"""Counts, rates, flags and words of every public constructor and function."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_maml_guard import (
+    ConvergenceGuard,
+    MetaLearningModule,
+    MetaProblem,
+    TaskDataModule,
+    critical_rates,
+    measure,
+)
+from lightning_maml_guard._checks import shown
+from lightning_maml_guard.networks import conv4, mlp
+from lightning_maml_guard.tasks.episodes import check_episode
+from lightning_maml_guard.tasks.images import Omniglot
+from lightning_maml_guard.tasks.regression import LinearRegression, Sinusoid
+from tests.bad_input.helpers import not_counts, not_flags, not_rates, refused
+
+PROBLEM = MetaProblem(
+    params={"w": torch.ones(2)},
+    task_loss=lambda params, data: ((data[0] * params["w"]) ** 2).mean(),
+    support=(torch.ones(3, 2),),
+    query=(torch.ones(3, 2),),
+)
+NETWORK = mlp(hidden=(2,))
+
+
+def problem(**arguments):
+    return MetaProblem(**{**{n: getattr(PROBLEM, n) for n in ("params", "task_loss", "support", "query")}, **arguments})
+
+
+def module(**arguments):
+    return MetaLearningModule(NETWORK, **arguments)
+
+
+def data(**arguments):
+    return TaskDataModule(Sinusoid(), **arguments)
+
+
+def rates(**arguments):
+    return critical_rates([1.0], **{"alpha": 0.1, **arguments})
+
+
+def measured(**arguments):
+    return measure(PROBLEM, **arguments)
+
+
+def sample(family):
+    return lambda **arguments: family.sample(**{"n_tasks": 1, "generator": torch.Generator(), **arguments})
+
+
+def episode(**arguments):
+    return check_episode(**{"n_way": 2, "k_shot": 1, "queries": 1, "classes": 9, "images": 9, **arguments})
+
+
+COUNTS = [
+    *((ConvergenceGuard, name, 1) for name in ("every_n_steps", "patience", "max_iter", "replay", "max_rollbacks")),
+    (ConvergenceGuard, "history_size", 1),
+    (ConvergenceGuard, "trial_steps", 0),
+    (module, "inner_steps", 1),
+    (problem, "inner_steps", 1),
+    (rates, "inner_steps", 1),
+    (measured, "max_iter", 1),
+    *((data, name, 1) for name in ("meta_batch_size", "steps_per_epoch", "test_episodes")),
+    *((data, name, 0) for name in ("val_episodes", "num_workers", "seed")),
+    *((LinearRegression, name, 1) for name in ("features", "shots", "queries")),
+    *((Sinusoid, name, 1) for name in ("shots", "queries")),
+    *((Omniglot, name, 1) for name in ("n_way", "k_shot", "queries")),
+    (Omniglot, "split_seed", 0),
+    *((episode, name, 1) for name in ("n_way", "k_shot", "queries")),
+    *((mlp, name, 1) for name in ("in_features", "out_features")),
+    *((conv4, name, 1) for name in ("out_features", "channels", "filters", "image_size")),
+    *((sample(family), "n_tasks", 1) for family in (Sinusoid(), LinearRegression(), Omniglot())),
+]
+OPTIONAL_COUNTS = [
+    (module, "eval_inner_steps", 0),
+    (module, "task_chunk_size", 1),
+    (problem, "task_chunk_size", 1),
+    (measured, "step", 0),
+]
+RATES = [(module, "inner_lr"), (problem, "inner_lr"), (rates, "alpha"), (LinearRegression, "noise")]
+FLAGS = [
+    *((ConvergenceGuard, name) for name in ("triggers", "rollback", "allow_untested")),
+    (module, "learn_inner_lr"),
+    (data, "resample"),
+    (LinearRegression, "same_query"),
+    (Omniglot, "rotations"),
+    (conv4, "strided"),
+]
+CHOICES = [
+    (ConvergenceGuard, "action", "'log'", "wran", "warn"),
+    *((make, "criterion", "'exact'", "exakt", "exact") for make in (ConvergenceGuard, measured)),
+    *((make, "tasks", "'worst'", "Worst", "worst") for make in (ConvergenceGuard, measured)),
+    *((make, "data", "'query'", "querry", "query") for make in (ConvergenceGuard, measured)),
+    *((make, "order", "'simplified'", "frist", "first") for make in (module, problem, rates)),
+    (mlp, "activation", "'tanh'", "Relu", "relu"),
+    (LinearRegression, "dtype", "'float64'", "float", "float64"),
+    *((sample(family), "split", "'val'", "vall", "val") for family in (Sinusoid(), LinearRegression(), Omniglot())),
+]
+FEW = settings(max_examples=12, deadline=None)
+
+
+def named(rows):
+    return pytest.mark.parametrize("row", rows, ids=lambda row: f"{getattr(row[0], '__name__', row[0])}-{row[1]}")
+
+
+@named(COUNTS)
+@FEW
+@given(draw=st.data())
+def test_what_is_no_count_is_refused_by_name(row, draw):
+    make, name, least = row
+    value = draw.draw(not_counts(least))
+    refused(
+        lambda: make(**{name: value}), name, shown(value), f"an integer of at least {least}", "Pass a Python integer"
+    )
+
+
+@named(OPTIONAL_COUNTS)
+@FEW
+@given(draw=st.data())
+def test_what_is_neither_none_nor_a_count_is_refused_by_name(row, draw):
+    make, name, least = row
+    value = draw.draw(not_counts(least).filter(lambda x: x is not None))
+    refused(
+        lambda: make(**{name: value}), name, shown(value), f"an integer of at least {least}", "Pass a Python integer"
+    )
+
+
+@named(RATES)
+@FEW
+@given(value=not_rates())
+def test_what_is_no_rate_is_refused_by_name(row, value):
+    make, name = row
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    remedy = "Choose one in that range." if number else "Pass a plain number"
+    refused(lambda: make(**{name: value}), name, shown(value), "a finite number of at least 0", remedy)
+
+
+@FEW
+@given(value=not_rates().filter(lambda x: x is not None))
+def test_a_beta_that_is_no_rate_is_refused_by_name(value):
+    refused(lambda: measured(beta=value), "beta", shown(value), "a finite number of at least 0", "")
+
+
+@named(FLAGS)
+@FEW
+@given(value=not_flags())
+def test_what_is_no_flag_is_refused_by_name(row, value):
+    make, name = row
+    remedy = f"Pass the boolean itself: {name}=True or {name}=False."
+    refused(lambda: make(**{name: value}), name, shown(value), "True or False", remedy)
+
+
+@named(CHOICES)
+def test_a_word_out_of_the_list_is_refused_and_the_near_one_named(row):
+    make, name, allowed, wrong, near = row
+    refused(lambda: make(**{name: wrong}), name, repr(wrong), allowed, f"Did you mean {near!r}?")
+    for other in ("", None, 3, math.nan, [near], np.zeros(2)):
+        refused(lambda other=other: make(**{name: other}), name, shown(other), allowed, "Pass one of these words.")
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "allowed", "values"),
+    [
+        *(
+            (make, "margin", "a finite number above 0", (0, -1, math.nan, math.inf))
+            for make in (ConvergenceGuard, measured)
+        ),
+        *((make, "tol", "a number between 0 and 1", (0, 1, -1.0, math.nan)) for make in (ConvergenceGuard, measured)),
+        (ConvergenceGuard, "alarm", "a finite number above 1", (1, 0.5, math.nan, math.inf)),
+        (LinearRegression, "condition", "a finite number of at least 1", (0.5, -1, math.nan, math.inf)),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_by_name(make, name, allowed, values):
+    for value in values:
+        refused(lambda value=value: make(**{name: value}), name, shown(value), allowed, "Choose one in that range.")
+    for value in (None, "1", True, [1.0], torch.ones(2)):
+        refused(lambda value=value: make(**{name: value}), name, shown(value), allowed, "Pass a plain number; float(x)")
+
+
+@pytest.mark.parametrize("value", [np.int64(3), np.float32(0.5), torch.tensor(3)])
+def test_a_number_of_numpy_or_torch_is_no_count_and_the_message_says_how_to_make_one(value):
+    refused(lambda: ConvergenceGuard(value), "every_n_steps", shown(value), "an integer", "int(x) makes one of a NumPy")
+
+
+def test_a_long_value_is_cut_in_the_message():
+    with pytest.raises(ValueError) as caught:
+        ConvergenceGuard(torch.zeros(1000))
+    assert len(str(caught.value)) < 300 and "tensor([0., 0.," in str(caught.value)

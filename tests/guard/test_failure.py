@@ -1,0 +1,286 @@
+"""Whatever fails inside a check, the run goes on as if the guard were not there."""
+
+import ast
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch import nn
+from torch.optim import SGD
+
+from lightning_maml_guard import ConvergenceGuard, EpisodeBatch, GuardWarning, MetaLearningModule
+from lightning_maml_guard._lightning import Callback
+from lightning_maml_guard.guard.check import Checker
+from tests.helpers import fit, linear_module, quadratic_batch
+
+PACKAGE = Path(__file__).parents[2] / "lightning_maml_guard"
+# What runs after a failure, to undo or to report it, has nothing behind it that could undo it in turn; `check` is the
+# shell that catches.
+AFTERWARDS = {"failed", "say_once", "warn", "check"}
+
+
+class InjectedError(Exception):
+    pass
+
+
+def undoing(path: Path) -> set[int]:
+    """Lines of a file that put something back."""
+    tree, lines = ast.parse(path.read_text()), set()
+    for node in ast.walk(tree):
+        body = []
+        if isinstance(node, ast.Try):
+            body = [*node.finalbody, *(inner for handler in node.handlers for inner in handler.body)]
+        elif isinstance(node, ast.FunctionDef) and (node.name.startswith("_restore") or node.name in AFTERWARDS):
+            body = node.body
+        for inner in body:
+            lines |= set(range(inner.lineno, inner.end_lineno + 1))
+    return lines
+
+
+class Injector:
+    """Raises once at every line of the package that checks run through (or every n-th): one line a check."""
+
+    def __init__(self, error: type[BaseException], every: int = 1) -> None:
+        self.error, self.every, self.hit, self.live = error, every, set(), False
+        self._undoing = {str(path): undoing(path) for path in PACKAGE.rglob("*.py")}
+
+    def __enter__(self):
+        self.live, self._tracer = True, sys.gettrace()
+        sys.settrace(self._calls)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(self._tracer)  # coverage's
+
+    def _calls(self, frame, event, argument):
+        return self._lines if self.live and frame.f_code.co_filename in self._undoing else None
+
+    def _lines(self, frame, event, argument):
+        place = frame.f_code.co_filename, frame.f_lineno
+        if not self.live or event != "line" or place in self.hit or place[1] % self.every:
+            return self._lines
+        if place[1] not in self._undoing[place[0]]:
+            self.hit.add(place)
+            self.live = False
+            raise self.error(f"injected at {Path(place[0]).name}:{place[1]}")
+        return self._lines
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Dropout(0.2), nn.Tanh(), nn.Linear(3, 1))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def module(beta):
+    torch.manual_seed(0)
+    return MetaLearningModule(Net(), inner_lr=0.05, optimizer=lambda p: SGD(p, lr=beta, momentum=0.5))
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(2, 6, n, generator=generator) for n in (2, 1))
+    return EpisodeBatch((x[:, :3], y[:, :3]), (x[:, 3:], y[:, 3:]))
+
+
+def modes():
+    """What of torch's global state a check changes while it lasts."""
+    backends = torch.backends.cuda
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.backends.cudnn.enabled,
+        (backends.flash_sdp_enabled(), backends.mem_efficient_sdp_enabled(), backends.math_sdp_enabled()),
+        torch._C._len_torch_function_stack(),
+        torch.compiler._stance.stance if hasattr(torch.compiler, "_stance") else None,
+    )
+
+
+def state(module, optimizer):
+    generators = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes()
+    return {
+        "random": repr(generators),
+        "modes": modes(),
+        "training": [part.training for part in module.modules()],
+        "gradients": [id(parameter.grad) for parameter in module.parameters()],
+        "buffers": [(id(value), value.tolist()) for value in module.buffers()],
+        "logging": "log" in module.__dict__ or "log_dict" in module.__dict__,
+        "hooks": (len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)),
+        "rates": [group["lr"] for group in optimizer.param_groups],
+        "parameters": [value.tolist() for value in module.parameters()],
+        "optimizer": repr(optimizer.state_dict()["state"]),
+    }
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Runs every check under an injector and compares what was before it with what is after."""
+
+    def watch(injector, acts: bool):
+        check = Checker.check
+        told = {"checks": 0, "interrupts": 0, "exhausted": False}
+
+        def checked(self, *arguments, **options):
+            optimizer = self.trainer.optimizers[0]
+            before = state(self.module, optimizer)
+            told["checks"] += 1
+            try:
+                with injector:
+                    check(self, *arguments, **options)
+            except KeyboardInterrupt:
+                told["interrupts"] += 1
+            if injector.live and not acts:  # nothing was left to raise at
+                told["exhausted"] = self.trainer.should_stop = True
+            after = state(self.module, optimizer)
+            if acts:  # a guard that acts governs the optimizer, and may take parameters and optimizer state back
+                assert after["hooks"] in {(0, 0), (1, 1)}
+                for name in ("hooks", "parameters", "optimizer", "buffers"):
+                    before.pop(name), after.pop(name)
+            assert after == before
+
+        monkeypatch.setattr(Checker, "check", checked)
+        return told
+
+    return watch
+
+
+QUICK, ALL = 25, pytest.param(1, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("every", [QUICK, ALL])
+@pytest.mark.parametrize("error", [InjectedError, KeyboardInterrupt])
+@pytest.mark.filterwarnings("ignore::lightning_maml_guard.GuardWarning")
+def test_injected_at_every_line_of_a_check(error, every, watched):
+    injector = Injector(error, every)
+    told = watched(injector, acts=False)
+    options = {"every_n_steps": 1, "action": "log", "max_iter": 3, "trial_steps": 1, "replay": 2}
+    trained = module(0.05)
+    trainer = fit(trained, batch(), 3000, [ConvergenceGuard(**options)])
+    assert told["exhausted"]
+    plain = module(0.05)
+    fit(plain, batch(), trainer.global_step)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), trained.parameters(), strict=True))
+    files = {Path(place[0]).name for place in injector.hit}
+    print(f"{len(injector.hit)} lines in {len(files)} files, {told['checks']} checks")
+    known = {"check.py", "isolation.py", "measurement.py", "lanczos.py", "trial.py", "gradients.py", "rates.py"}
+    assert known <= files or (every > 1 and len(files) > 10)
+    assert len(injector.hit) > 500 / every
+    assert told["interrupts"] == (len(injector.hit) if error is KeyboardInterrupt else 0)
+
+
+@pytest.mark.parametrize("every", [QUICK, ALL])
+@pytest.mark.filterwarnings("ignore::lightning_maml_guard.GuardWarning")
+def test_injected_at_every_line_of_a_check_that_acts(every, watched):
+    injector = Injector(InjectedError, every)
+    told = watched(injector, acts=True)
+    steps = 1200 // every
+    for beta in (3.0, 30.0):
+        guard = ConvergenceGuard(every_n_steps=1, action="rescale", rollback=True, max_iter=3, trial_steps=2, replay=2)
+        trainer = fit(module(beta), batch(), steps, [guard])
+        assert trainer.global_step == steps or guard.stopped_step
+        assert not trainer.optimizers[0]._optimizer_step_pre_hooks
+        assert trainer.optimizers[0].param_groups[0]["lr"] == beta
+    assert len(injector.hit) > 600 / every
+    files = {Path(place[0]).name for place in injector.hit}
+    print(f"{len(injector.hit)} lines in {len(files)} files, {told['checks']} checks")
+    assert {"caps.py", "intervention.py", "rescue.py"} <= files or (every > 1 and len(files) > 10)
+
+
+QUADRATIC = quadratic_batch([1.0, 2.0, 4.0])
+
+
+def raises(error):
+    def problem(module, batch):
+        if module.global_step == 2:
+            raise error
+        return module.meta_problem(batch)
+
+    return problem
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (torch.OutOfMemoryError("no room on the device"), "lower max_iter or the module's task_chunk_size.*replay=1"),
+        (ZeroDivisionError("no tasks today"), "If it comes from code of yours .*, mend it there"),
+    ],
+)
+def test_a_failed_check_says_where_why_and_what_to_do(error, remedy):
+    plain, module = linear_module(3, 0.1), linear_module(3, 0.1)
+    fit(plain, QUADRATIC, 6)
+    guard = ConvergenceGuard(every_n_steps=1, problem=raises(error))
+    said = rf"the check at step 2 failed; training goes on without it. Cause: {type(error).__name__}: {error} "
+    with pytest.warns(GuardWarning, match=said + rf"\(test_failure.py, line \d+, in problem\)\. .*{remedy}") as caught:
+        fit(module, QUADRATIC, 6, [guard])
+    assert len([each for each in caught if each.category is GuardWarning]) == 1
+    assert [report.step for report in guard.history] == [0, 1, 3, 4, 5]
+    assert torch.equal(plain.network.weight, module.network.weight)
+
+
+def test_products_that_are_not_finite_are_named_and_training_goes_on():
+    class Kink(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 0 * (self.weight * 0).norm()  # finite gradient, NaN product
+
+    def module():
+        torch.manual_seed(0)
+        return MetaLearningModule(Kink(3, 1).double(), inner_lr=0.0, order="first", optimizer=lambda p: SGD(p, lr=0.1))
+
+    plain, guarded, guard = module(), module(), ConvergenceGuard(every_n_steps=2)
+    fit(plain, QUADRATIC, 6)
+    with pytest.warns(GuardWarning) as caught:
+        fit(guarded, QUADRATIC, 6, [guard])
+    said = [str(each.message) for each in caught if each.category is GuardWarning]
+    assert all("could not be measured" in each or "finite differences" in each for each in said) and said
+    assert torch.equal(plain.network.weight, guarded.network.weight)
+
+
+class BrokenLogger(CSVLogger):
+    def log_metrics(self, metrics, step=None):
+        if "guard/beta_c" in metrics:
+            raise ConnectionError("the server is gone")
+        super().log_metrics(metrics, step)
+
+
+def test_a_logger_that_fails_does_not_end_training_nor_the_guard(tmp_path):
+    guard = ConvergenceGuard(every_n_steps=2, action="rescale")
+    with pytest.warns(GuardWarning) as caught:
+        trainer = fit(linear_module(3, 3.0), QUADRATIC, 6, [guard], logger=BrokenLogger(tmp_path))
+    assert trainer.global_step == 6 and len(guard.history) == 3 and guard.history[-1].beta_applied < 3.0
+    assert len([each for each in caught if "ConnectionError: the server is gone" in str(each.message)]) == 1
+
+
+@pytest.mark.filterwarnings("error::lightning_maml_guard.GuardWarning")
+def test_warnings_that_the_user_made_errors_are_errors():
+    with pytest.raises(GuardWarning, match="left the safe region at step 0"):
+        fit(linear_module(3, 30.0), QUADRATIC, 3, [ConvergenceGuard()])
+
+
+class Terminate(Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_sigterm_inside_a_check_ends_training_as_outside(inside):
+    def problem(module, batch):
+        Terminate().on_train_batch_start(None, module, batch, module.global_step)
+        return module.meta_problem(batch)
+
+    module = linear_module(3, 0.1)
+    guard = ConvergenceGuard(every_n_steps=1, **({"problem": problem} if inside else {}))
+    with pytest.raises(SIGTERMException):
+        fit(module, QUADRATIC, 6, [guard] if inside else [guard, Terminate()])
+    assert module.global_step == 3 and len(guard.history) == 3

@@ -1,0 +1,92 @@
+import json
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_maml_guard import ConvergenceGuard
+from lightning_maml_guard.guard.replay import Replay
+from tests.resume.program import CASES, STEPS, train
+
+ROOT = Path(__file__).parents[2]
+
+
+def told(guard: ConvergenceGuard):
+    return repr([replace(report, seconds=0.0) for report in guard.history]), repr(guard.severities)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_killed_twice_ends_as_if_it_had_not_been(tmp_path, case):
+    whole, module = train(tmp_path / "whole", case)
+    torch.set_num_threads(2)
+    first, second = sorted(random.Random(case).sample(range(8, STEPS), 2))
+    print(f"killed at steps {first} and {second}")
+    for step in (first, second):
+        command = [sys.executable, "-m", "tests.resume.program", tmp_path / "killed", case, step]
+        done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=240)
+        assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    resumed, again = train(tmp_path / "killed", case)
+    torch.set_num_threads(2)
+    assert len(whole.history) >= STEPS // 10 and any(r.beta_applied < r.beta for r in whole.history)
+    assert told(resumed) == told(whole)
+    state = whole.state_dict()
+    assert (state["rollbacks"] > 0) == (case == "rollback")
+    for key in ("alpha_cap", "beta_cap", "rollbacks", "last_step", "range", "triggered", "watches", "said"):
+        assert repr(resumed.state_dict()[key]) == repr(state[key]), key
+    for name, value in module.network.named_parameters():
+        assert bool(torch.isfinite(value).all()) and torch.equal(value, again.network.get_parameter(name)), name
+
+
+def test_checkpoints_of_an_older_guard_load():
+    state = json.loads((Path(__file__).parent / "state_of_issue_2.json").read_text())
+    guard = ConvergenceGuard(action="rescale")
+    guard.load_state_dict(state)
+    assert [report.step for report in guard.history] == [0, 5]
+    assert guard.history[0].beta_c == pytest.approx(state["history"][0]["beta_c"])
+    assert guard.state_dict()["beta_cap"] == state["beta_cap"]
+    empty = ConvergenceGuard()
+    empty.load_state_dict({})
+    assert empty.history == [] and empty.stopped_step is None
+
+
+class Strange:
+    pass
+
+
+def test_batches_survive_as_tensors_and_come_back_as_the_batch_they_were():
+    replay = Replay(3)
+    storage = torch.arange(1000.0)
+    for index in range(4):
+        replay.add({"x": storage[index : index + 2], "n": [index, "name", None]}, index)
+    assert [index for _, index in replay.earlier()] == [2, 1]
+    state = replay.state()
+    assert all(leaf.untyped_storage().nbytes() == 8 for leaves, _ in state for leaf in leaves if torch.is_tensor(leaf))
+    again = Replay(3)
+    again.load(state)
+    assert repr(again.state()) == repr(state)  # a checkpoint before the first batch loses nothing
+    again.add({"x": torch.zeros(2), "n": [9, "name", None]}, 4)
+    (latest, first), (other, second) = again.earlier()
+    assert (first, second) == (3, 2) and latest["n"] == [3, "name", None] and torch.equal(other["x"], storage[2:4])
+
+
+def test_batches_of_another_kind_are_left_out():
+    replay = Replay(3)
+    replay.add(Strange(), 0)
+    replay.add(torch.ones(1), 1)
+    assert [index for _, index in replay.state()] == [1]
+    again = Replay(3)
+    again.load(replay.state())
+    again.add((torch.ones(1), torch.ones(1)), 2)
+    assert again.earlier() == []
+
+
+@pytest.mark.parametrize(("action", "kept"), [("log", 0), ("warn", 0), ("rescale", 1), ("stop", 1)])
+def test_only_a_guard_that_acts_puts_batches_into_a_checkpoint(action, kept):
+    guard = ConvergenceGuard(action=action)
+    guard._run.replay.add(torch.ones(1), 0)
+    assert len(guard.state_dict()["batches"]) == kept
