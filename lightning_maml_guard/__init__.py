@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_maml_guard.guard.callback import ConvergenceGuard
     from lightning_maml_guard.guard.monitor import measure
     from lightning_maml_guard.guard.report import StabilityReport
+    from lightning_maml_guard.maml.learning import MetaLearning
     from lightning_maml_guard.maml.module import MetaLearningModule
     from lightning_maml_guard.maml.problem import MetaProblem
     from lightning_maml_guard.tasks.datamodule import TaskDataModule
@@ -25,6 +26,7 @@ _HOMES = {
     "ConvergenceGuard": "guard.callback",
     "CriticalRates": "theory.rates",
     "EpisodeBatch": "tasks.episodes",
+    "MetaLearning": "maml.learning",
     "MetaLearningModule": "maml.module",
     "MetaProblem": "maml.problem",
     "StabilityReport": "guard.report",
@@ -39,6 +41,7 @@ __all__ = [
     "CriticalRates",
     "EpisodeBatch",
     "GuardWarning",
+    "MetaLearning",
     "MetaLearningModule",
     "MetaProblem",
     "StabilityReport",

@@ -1,21 +1,107 @@
-"""The only file that names Lightning."""
+"""The only file that names Lightning: pytorch_lightning, or lightning where the user has that one."""
 
-from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from pytorch_lightning.cli import LightningCLI
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.rank_zero import rank_zero_info as inform
+from __future__ import annotations
+
+import sys
+import warnings
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from lightning_utilities.core.rank_zero import rank_zero_info as inform
+
+from lightning_maml_guard._warnings import GuardWarning
+
+# Two packages with the same code and different classes: a Trainer of one refuses a module of the other.
+_NAMES = ("pytorch_lightning", "lightning.pytorch")
+
+
+def _chosen() -> tuple[str, ...]:
+    """The packages that are imported already; else the first that is installed."""
+    imported = tuple(name for name in _NAMES if sys.modules.get(name) is not None)
+    if imported:
+        return imported
+    for name in _NAMES:
+        root = name.partition(".")[0]
+        if sys.modules.get(root, root) is not None and find_spec(root) is not None:
+            return (name,)
+    raise ImportError(
+        "lightning_maml_guard's callback, module and data module need pytorch-lightning or lightning (2.6 or newer), "
+        "and neither is installed: pip install pytorch-lightning. The mathematics (measure, critical_rates) works "
+        "without."
+    )
+
+
+PACKAGES = _chosen()
+PACKAGE = PACKAGES[0]
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+    from pytorch_lightning.cli import LightningCLI
+    from pytorch_lightning.loggers.logger import DummyLogger
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+else:
+    _first = import_module(PACKAGE)
+    LightningModule, Trainer, seed_everything = _first.LightningModule, _first.Trainer, _first.seed_everything
+    DummyLogger = import_module(f"{PACKAGE}.loggers.logger").DummyLogger
+    MisconfigurationException = import_module(f"{PACKAGE}.utilities.exceptions").MisconfigurationException
+    # A callback and a data module that inherit from both packages work in the Trainers and the CLIs of both.
+    Callback = type("Callback", tuple(import_module(name).Callback for name in PACKAGES), {})
+    LightningDataModule = type(
+        "LightningDataModule", tuple(import_module(name).LightningDataModule for name in PACKAGES), {}
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LightningCLI":  # needs jsonargparse, which a user without a command line need not have
+        return import_module(f"{PACKAGE}.cli").LightningCLI
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
+    "PACKAGE",
+    "PACKAGES",
     "Callback",
+    "DummyLogger",
     "LightningCLI",
     "LightningDataModule",
     "LightningModule",
     "MisconfigurationException",
     "Trainer",
+    "check_module",
     "hyperparameters_given",
     "inform",
     "seed_everything",
 ]
+
+
+def check_module(module: Any) -> None:
+    """Refuse a module of no Lightning package, and warn of one that the user's Trainer may refuse.
+
+    Args:
+        module: The module under construction.
+
+    Raises:
+        TypeError: If it is not a LightningModule.
+    """
+    imported = {name: sys.modules[name] for name in _NAMES if sys.modules.get(name) is not None}
+    of = [name for name, package in imported.items() if isinstance(module, package.LightningModule)]
+    kind = type(module).__name__
+    if not of:
+        raise TypeError(
+            f"Expected {kind} to be a LightningModule as well, of the package whose Trainer you use, but it derives "
+            f"from MetaLearning alone. Write class {kind}(MetaLearning, lightning.pytorch.LightningModule)."
+        )
+    others = [name for name in imported if name not in of]
+    if others:
+        warnings.warn(
+            f"{kind} is a module of {of[0]}, and {others[0]} is imported as well, whose Trainer would refuse it: "
+            f"the two packages do not mix. If your Trainer is {of[0]}'s, all is well. If it is {others[0]}'s, import "
+            f"{others[0].partition('.')[0]} alone and before lightning_maml_guard, or write "
+            f"class Mine(lightning_maml_guard.MetaLearning, {others[0]}.LightningModule).",
+            GuardWarning,
+            stacklevel=3,
+        )
 
 
 def hyperparameters_given() -> bool:
@@ -24,7 +110,8 @@ def hyperparameters_given() -> bool:
     Returns:
         True inside LightningCLI's instantiation.
     """
-    from pytorch_lightning.core.mixins import hparams_mixin
-
-    given = getattr(hparams_mixin, "_given_hyperparameters", None)
-    return given is not None and given.get() is not None
+    for name in PACKAGES:
+        given = getattr(import_module(f"{name}.core.mixins.hparams_mixin"), "_given_hyperparameters", None)
+        if given is not None and given.get() is not None:
+            return True
+    return False

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_maml_guard._lightning import (
+    PACKAGE,
     Callback,
     LightningCLI,
     LightningDataModule,
@@ -147,11 +148,11 @@ def main(words: Sequence[str] | None = None) -> GuardCLI:
 def _loggers(task: str) -> list[dict[str, Any]]:
     return [
         {
-            "class_path": "pytorch_lightning.loggers.CSVLogger",
+            "class_path": f"{PACKAGE}.loggers.CSVLogger",
             "init_args": {"save_dir": "runs", "name": task},
         },
         {
-            "class_path": "pytorch_lightning.loggers.TensorBoardLogger",
+            "class_path": f"{PACKAGE}.loggers.TensorBoardLogger",
             "init_args": {"save_dir": "runs/tensorboard", "name": task},
         },
     ]

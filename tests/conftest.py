@@ -7,7 +7,7 @@ import pytest
 import torch
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -22,14 +22,6 @@ def data_folder() -> Path:
     if not (folder / "omniglot.npz").is_file():
         pytest.skip(f"no data sets in {folder}; set LMG_DATA")
     return folder
-
-
-@pytest.fixture
-def one_thread():
-    """Nets so small that two threads only wait for each other."""
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(2)
 
 
 @pytest.fixture

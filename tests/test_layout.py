@@ -11,7 +11,7 @@ ALLOWED = {
     "_warnings": set(),
     "_checks": set(),
     "_vectorize": {"_checks", "_warnings"},
-    "_lightning": set(),
+    "_lightning": {"_warnings"},
     "theory": {"_checks"},
     "curvature": {"_vectorize"},
     "networks": {"_checks"},

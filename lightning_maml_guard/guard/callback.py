@@ -241,9 +241,7 @@ class ConvergenceGuard(Callback):
             pl_module: The module.
         """
         rescue = self._run.rescue
-        # Lightning's tuners step the run's optimizers with the run's callbacks taken out, to see what a rate does.
-        rescue.holds = lambda: self in trainer.callbacks
-        rescue.govern([trainer.optimizers[index] for index in rescue.governed if index < len(trainer.optimizers)])
+        Checker(self, self._run, trainer, pl_module).govern()
         if rescue.caps.alpha is not None:
             rescue.apply(pl_module, rescue.caps)
 
@@ -297,9 +295,9 @@ class ConvergenceGuard(Callback):
             batch_idx: Its index.
         """
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if self._inert or not self.trial_steps or not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        if self._inert or takes_no_steps(trainer) or not self.trial_steps:
             return
-        if takes_no_steps(trainer):
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             return
         run = self._run
         norm = math.nan if run.norm is None else float(run.norm)
@@ -328,7 +326,6 @@ class ConvergenceGuard(Callback):
             stage: Lightning's stage.
         """
         self._run.rescue.release()
-        self._run.rescue.holds = None
         self._run.rescue.snapshot = None
         self._run.replay.clear()
 

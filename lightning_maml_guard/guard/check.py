@@ -62,6 +62,15 @@ class Checker:
                 optimizer, present = self._taken_back
                 self.run.intervention.halve(self.module, scheduled_rate(optimizer), present, step)
 
+    def govern(self) -> None:
+        """Cap the optimizers that move the problem's parameters, as the caps are."""
+        rescue, optimizers = self.run.rescue, self.trainer.optimizers
+        # Lightning's tuners step the run's optimizers with the run's callbacks taken out, to see what a rate does.
+        rescue.govern(
+            [optimizers[index] for index in rescue.governed if index < len(optimizers)],
+            lambda: self.settings in self.trainer.callbacks,
+        )
+
     def _check(self, batch: Any, batch_idx: int, step: int, scheduled: bool) -> None:
         settings, run, trainer, module = self.settings, self.run, self.trainer, self.module
         present, failing, severe, reference = None, False, math.nan, math.nan
@@ -108,7 +117,7 @@ class Checker:
             )
         if run.rescue.governed != owned:
             run.rescue.governed = owned
-            run.rescue.govern([trainer.optimizers[index] for index in owned])
+            self.govern()
         if present is not None:
             report = replace(report, status=turn.state)
         if not trainer.fast_dev_run:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_maml_guard._lightning import DummyLogger
 from lightning_maml_guard._warnings import GuardWarning
 from lightning_maml_guard.guard.report import StabilityReport
 
@@ -70,21 +71,6 @@ def log_values(trainer: Any, pl_module: Any, values: dict[str, float], step: int
         logger.log_metrics(values, step=step)
 
 
-class _NoLogger:
-    """Takes whatever a logger and its experiment take, and keeps nothing."""
-
-    def __getattr__(self, name: str) -> _NoLogger:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> _NoLogger:
-        return self
-
-    def __getitem__(self, index: int) -> _NoLogger:
-        return self
-
-
 @contextmanager
 def unlogged(trainer: Any) -> Iterator[None]:
     """Keep what a measurement sends to the loggers themselves away from them.
@@ -96,7 +82,7 @@ def unlogged(trainer: Any) -> Iterator[None]:
         Nothing.
     """
     loggers = trainer.loggers
-    trainer.loggers = [_NoLogger() for _ in loggers]
+    trainer.loggers = [DummyLogger() for _ in loggers]
     try:
         yield
     finally:

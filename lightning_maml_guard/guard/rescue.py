@@ -21,29 +21,26 @@ class Rescue:
     Args:
         active: Whether anything is applied at all.
         device: Where snapshots are kept; None: where the tensors are.
-
-    Attributes:
-        holds: Says at each step whether the cap of the meta rate holds; None: always.
     """
 
     def __init__(self, active: bool, device: str | None = None) -> None:
         self.active = active
         self.caps = Caps()
         self.governed: list[int] = []
-        self.holds: Callable[[], bool] | None = None
         self.rollbacks = 0
         self.snapshot: Snapshot | None = None
         self._device = device
         self._governor: RateGovernor | None = None
 
-    def govern(self, optimizers: Sequence[Optimizer]) -> None:
+    def govern(self, optimizers: Sequence[Optimizer], holds: Callable[[], bool] | None = None) -> None:
         """Cap the steps of these optimizers and of no others.
 
         Args:
             optimizers: The optimizers.
+            holds: Says at each step whether the cap holds; None: always.
         """
         self.release()
-        self._governor = RateGovernor(optimizers, self.caps.beta, self.holds) if self.active else None
+        self._governor = RateGovernor(optimizers, self.caps.beta, holds) if self.active else None
 
     def release(self) -> None:
         """Take the hooks out of the optimizers."""

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_maml_guard._vectorize import TaskMap
+from lightning_maml_guard.maml.batches import explained
 from lightning_maml_guard.maml.inner_loop import InnerRate, Params, adapt
 from lightning_maml_guard.maml.problem import MetaProblem
 
@@ -147,6 +149,58 @@ def evaluate_tasks(
         return found
 
     return tasks(one, problem.support, problem.query, in_dims=(0, 0))
+
+
+class EpisodeHooks:
+    """A LightningModule's validation and test: every episode before and after adaptation."""
+
+    episodes: EpisodeEvaluation
+    eval_inner_steps: int
+    task_map: TaskMap
+    meta_problem: Callable[[Any], MetaProblem]
+    predict: Callable[[Params, Tensor], Tensor]
+    log: Callable[..., None]
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Evaluate the episodes of a batch before and after adaptation.
+
+        Args:
+            batch: The episodes.
+            batch_idx: Index of the batch.
+        """
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Evaluate the episodes of a batch before and after adaptation.
+
+        Args:
+            batch: The episodes.
+            batch_idx: Index of the batch.
+        """
+        self._evaluate("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log means and confidence intervals over the validation episodes."""
+        self._log_episodes("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log means and confidence intervals over the test episodes."""
+        self._log_episodes("test")
+
+    def _evaluate(self, stage: str, batch: Any) -> None:
+        # Lightning validates in inference mode, whose tensors cannot be differentiated: leave it, and clone
+        # the batch, which was made under it.
+        with torch.inference_mode(False), torch.no_grad():
+            problem = self.meta_problem(tree_map(torch.clone, batch))
+            predict = self.predict if self.episodes.metrics is not None else None
+            with explained(problem):
+                found = evaluate_tasks(problem, self.eval_inner_steps, predict, self.task_map)
+            self.episodes.update(stage, found, problem.query)
+
+    def _log_episodes(self, stage: str) -> None:
+        for key, (mean, half_width) in self.episodes.compute(stage).items():
+            self.log(key, mean, prog_bar=key == f"{stage}/loss")
+            self.log(f"{key}_ci95", half_width)
 
 
 def _short_name(metric: Metric) -> str:

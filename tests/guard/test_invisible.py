@@ -19,8 +19,6 @@ from lightning_maml_guard._lightning import LightningModule, Trainer, seed_every
 from lightning_maml_guard.tasks.regression import Sinusoid
 from tests.helpers import left_behind
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 STEPS = 8
 LEVELS = {
     "precision": ("32-true", "bf16-mixed", "bf16-true"),

@@ -23,8 +23,6 @@ from lightning_maml_guard import ConvergenceGuard, GuardWarning
 from lightning_maml_guard._lightning import Callback, LightningModule, Trainer, seed_everything
 from tests.helpers import fit, is_free_of_hooks, left_behind, linear_module, quadratic_batch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EPOCHS, BATCHES, CAP = 3, 5, 0.05
 X = torch.randn(4 * BATCHES, 3, generator=torch.Generator().manual_seed(1))
 Y = X.sum(1, keepdim=True).sin()

@@ -24,8 +24,6 @@ from lightning_maml_guard import ConvergenceGuard, MetaProblem
 from lightning_maml_guard._lightning import LightningModule, Trainer
 from tests.helpers import fit
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 STEPS, CAP = 12, 0.5
 SCHEDULERS = {
     "step": lambda o: StepLR(o, 3, gamma=0.5),

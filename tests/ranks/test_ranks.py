@@ -59,7 +59,6 @@ def test_two_processes_measure_what_one_does_on_all_tasks(tmp_path, case):
     torch.set_num_threads(1)
     (alone,) = launched(tmp_path, case, "single")
     together = launched(tmp_path, case, "ddp_spawn")
-    torch.set_num_threads(2)
     assert len(alone["guard"]["history"]) == STEPS // 6
     for found in together:
         for mine, theirs in zip(alone["guard"]["history"], found["guard"]["history"], strict=True):

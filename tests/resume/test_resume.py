@@ -23,7 +23,6 @@ def told(guard: ConvergenceGuard):
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_killed_twice_ends_as_if_it_had_not_been(tmp_path, case):
     whole, module = train(tmp_path / "whole", case)
-    torch.set_num_threads(2)
     first, second = sorted(random.Random(case).sample(range(8, STEPS), 2))
     print(f"killed at steps {first} and {second}")
     for step in (first, second):
@@ -31,7 +30,6 @@ def test_a_run_killed_twice_ends_as_if_it_had_not_been(tmp_path, case):
         done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=240)
         assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     resumed, again = train(tmp_path / "killed", case)
-    torch.set_num_threads(2)
     assert len(whole.history) >= STEPS // 10 and any(r.beta_applied < r.beta for r in whole.history)
     assert told(resumed) == told(whole)
     state = whole.state_dict()

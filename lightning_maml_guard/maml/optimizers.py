@@ -1,0 +1,81 @@
+"""The outer optimizer and its schedule, from the functions that users give."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Adam, Optimizer
+
+from lightning_maml_guard._checks import check_function, shown
+from lightning_maml_guard._warnings import GuardWarning
+
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], Any]
+
+
+def check_factories(optimizer: OptimizerFactory | None, lr_scheduler: SchedulerFactory | None) -> None:
+    """Refuse what can't be called to make an optimizer or a scheduler.
+
+    Args:
+        optimizer: ``parameters -> optimizer``, or None.
+        lr_scheduler: ``optimizer -> scheduler``, or None.
+
+    Raises:
+        TypeError: If one is not callable.
+    """
+    if optimizer is not None:
+        check_function("optimizer", optimizer, "parameters -> optimizer", "lambda params: SGD(params, lr=0.1)")
+    if lr_scheduler is not None:
+        check_function(
+            "lr_scheduler", lr_scheduler, "optimizer -> scheduler", "lambda optimizer: StepLR(optimizer, 10)"
+        )
+
+
+def make_optimizer(
+    named: dict[str, nn.Parameter],
+    trained: Sequence[Any],
+    optimizer: OptimizerFactory | None,
+    lr_scheduler: SchedulerFactory | None,
+) -> Any:
+    """Make the optimizer of a module.
+
+    Args:
+        named: The module's parameters by name; those that require a gradient go to the optimizer.
+        trained: Those that the meta-gradient moves.
+        optimizer: ``parameters -> optimizer``; None: Adam with lr 1e-3.
+        lr_scheduler: ``optimizer -> scheduler``, or None.
+
+    Returns:
+        The optimizer, or what Lightning takes for an optimizer with a scheduler.
+
+    Raises:
+        TypeError: If one of the functions returned something else.
+    """
+    known = {id(value) for value in trained}
+    parameters = [value for value in named.values() if value.requires_grad]
+    others = [name for name, value in named.items() if value.requires_grad and id(value) not in known]
+    if others:
+        warnings.warn(
+            f"The parameters {others} lie outside `network`, and MAML's meta-gradient is taken towards the "
+            "network's parameters alone: they get no gradient. Move them into the network, or freeze them.",
+            GuardWarning,
+            stacklevel=3,
+        )
+    made = Adam(parameters, lr=1e-3) if optimizer is None else optimizer(parameters)
+    if not isinstance(made, Optimizer):
+        raise TypeError(
+            f"Expected argument `optimizer` to return a torch.optim.Optimizer but got {shown(made)}. Return "
+            "one, as lambda params: SGD(params, lr=0.1) does."
+        )
+    if lr_scheduler is None:
+        return made
+    scheduler = lr_scheduler(made)
+    if not callable(getattr(scheduler, "step", None)):
+        raise TypeError(
+            f"Expected argument `lr_scheduler` to return a learning-rate scheduler but got {shown(scheduler)}. "
+            "Return one, as lambda optimizer: StepLR(optimizer, 10) does."
+        )
+    return {"optimizer": made, "lr_scheduler": scheduler}
