@@ -27,7 +27,7 @@ def data_folder() -> Path:
 @pytest.fixture
 def applied(monkeypatch):
     """Rates that reach the update itself, one list an optimizer; a double that tries a step has other parameters."""
-    found = {}
+    found, kept = {}, []  # kept, so that no other parameter gets the id of one that is gone
     for name in ("sgd", "adam"):
         module = sys.modules[f"torch.optim.{name}"]  # hidden in torch.optim by the function
 
@@ -41,6 +41,7 @@ def applied(monkeypatch):
         monkeypatch.setattr(module, name, update)
 
     def of(parameter):
+        kept.append(parameter)
         return found.setdefault(id(parameter), [])
 
     return of

@@ -261,7 +261,6 @@ def compiled_training_step(backend):
         (compiled_network, problem),
         (compiled_module, None),
         (compiled_training_step, None),
-        (compiled_training_step, problem),
     ],
 )
 def test_compiled_code_stays_compiled_and_as_it_is(make, told, backend, tmp_path):

@@ -1,5 +1,7 @@
 """Other callbacks beside the guard, and Lightning's tuners, which train on their own in the middle of a run."""
 
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -109,9 +111,13 @@ def run(name, guards, folder):
     return module, trainer, result(neighbour)
 
 
+def flat(product, start):
+    return [2 / CAP]
+
+
 def capping(action="rescale"):
     """A guard by whose measurement the rates are safe up to CAP at every step."""
-    return ConvergenceGuard(every_n_steps=3, action=action, trial_steps=0, estimator=lambda product, start: [2 / CAP])
+    return ConvergenceGuard(every_n_steps=3, action=action, trial_steps=0, estimator=flat)
 
 
 @pytest.mark.parametrize("name", NEIGHBOURS)
@@ -133,6 +139,7 @@ def test_beside_a_guard_that_rescales_nothing_stays_behind(name, tmp_path):
     assert is_free_of_hooks(trainer)
     assert {report.beta_applied for report in guard.history} == {min(CAP, report.beta) for report in guard.history}
     assert "log" not in module.__dict__
+    assert str(pickle.loads(pickle.dumps(guard)).history) == str(guard.history)  # nothing of the run hangs on it
 
 
 @pytest.mark.filterwarnings("ignore:ConvergenceGuard")
