@@ -75,11 +75,12 @@ __all__ = [
 ]
 
 
-def check_module(module: Any) -> None:
+def check_module(module: Any, chosen: bool) -> None:
     """Refuse a module of no Lightning package, and warn of one that the user's Trainer may refuse.
 
     Args:
         module: The module under construction.
+        chosen: Whether its package was chosen here, and not by the user.
 
     Raises:
         TypeError: If it is not a LightningModule.
@@ -93,7 +94,7 @@ def check_module(module: Any) -> None:
             f"from MetaLearning alone. Write class {kind}(MetaLearning, lightning.pytorch.LightningModule)."
         )
     others = [name for name in imported if name not in of]
-    if others:
+    if others and chosen:
         warnings.warn(
             f"{kind} is a module of {of[0]}, and {others[0]} is imported as well, whose Trainer would refuse it: "
             f"the two packages do not mix. If your Trainer is {of[0]}'s, all is well. If it is {others[0]}'s, import "

@@ -241,9 +241,10 @@ class ConvergenceGuard(Callback):
             pl_module: The module.
         """
         rescue = self._run.rescue
-        Checker(self, self._run, trainer, pl_module).govern()
-        if rescue.caps.alpha is not None:
-            rescue.apply(pl_module, rescue.caps)
+        with self._run.course.only_told("apply the caps that the checkpoint holds"):
+            Checker(self, self._run, trainer, pl_module).govern(rescue.governed)
+            if rescue.caps.alpha is not None:
+                rescue.apply(pl_module, rescue.caps)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Measure, if it is time or the last step was out of its range, before the batch is used.
@@ -258,7 +259,8 @@ class ConvergenceGuard(Callback):
             return
         run = self._run
         if self.trial_steps:
-            run.replay.add(batch, batch_idx)
+            with run.course.only_told("take up the batches that the checkpoint holds"):
+                run.replay.add(batch, batch_idx)
         if batch_idx % trainer.accumulate_grad_batches:
             return  # gradients of a step that is half done must not outlive a rollback
         step = logger_step(trainer)
@@ -297,15 +299,20 @@ class ConvergenceGuard(Callback):
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if self._inert or takes_no_steps(trainer) or not self.trial_steps:
             return
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            return
         run = self._run
+        known = isinstance(loss, torch.Tensor) and loss.numel() == 1
+        value = float(loss.detach()) if isinstance(loss, torch.Tensor) and known else math.nan
         norm = math.nan if run.norm is None else float(run.norm)
         run.norm = None
-        told = self.action != "rescale" and run.course.unsafe
         if run.memory.ranks.size > 1:
-            loss = trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
-        value = float(loss.detach()) * trainer.accumulate_grad_batches
+            # On every rank, whatever it has: one that stayed away would leave the others waiting.
+            had = torch.tensor([float(known), value, norm], device=trainer.strategy.root_device)
+            share, value, norm = trainer.strategy.reduce(had, reduce_op="mean").tolist()
+            known = share == 1
+        if not known:
+            return
+        told = self.action != "rescale" and run.course.unsafe
+        value *= trainer.accumulate_grad_batches
         run.lookout.saw(value, norm, alarm=self.alarm, triggers=self.triggers and not told)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -315,7 +322,8 @@ class ConvergenceGuard(Callback):
             trainer: The Trainer.
             pl_module: The module.
         """
-        self._run.intervention.mend_last_step(trainer, pl_module)
+        with self._run.course.only_told("take the last step back"):
+            self._run.intervention.mend_last_step(trainer, pl_module)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take the hooks out of the optimizers, and let go of the batches and the snapshot.

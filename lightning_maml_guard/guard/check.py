@@ -37,6 +37,7 @@ class Checker:
         self.settings, self.run, self.trainer, self.module = settings, run, trainer, module
         # A run that was taken back, by this check: what its rates must be lowered by if the rest of the check fails.
         self._taken_back: tuple[Optimizer, Trial] | None = None
+        self._acted = False
 
     def check(self, batch: Any, batch_idx: int, step: int, *, scheduled: bool) -> None:
         """Check once.
@@ -50,26 +51,35 @@ class Checker:
         Raises:
             GuardWarning: If the user made warnings errors.
         """
+        watches = self.run.course.watches
         try:
             with self.run.memory.ranks.together():
                 self._check(batch, batch_idx, step, scheduled)
         except GuardWarning:
             raise
         except Exception as error:
-            # Whatever goes wrong in a check, training goes on as if the guard were not there.
+            # Whatever goes wrong in a check, training goes on as if the guard were not there. A state that it changed
+            # without acting on it is changed again by the next.
+            if not self._acted:
+                self.run.course.watches = watches
             self.run.course.say_once(messages.failed(step, error))
             if self._taken_back is not None:
                 optimizer, present = self._taken_back
                 self.run.intervention.halve(self.module, scheduled_rate(optimizer), present, step)
 
-    def govern(self) -> None:
-        """Cap the optimizers that move the problem's parameters, as the caps are."""
+    def govern(self, owned: list[int]) -> None:
+        """Cap the optimizers that move the problem's parameters, as the caps are.
+
+        Args:
+            owned: Their indices.
+        """
         rescue, optimizers = self.run.rescue, self.trainer.optimizers
         # Lightning's tuners step the run's optimizers with the run's callbacks taken out, to see what a rate does.
         rescue.govern(
-            [optimizers[index] for index in rescue.governed if index < len(optimizers)],
+            [optimizers[index] for index in owned if index < len(optimizers)],
             lambda: self.settings in self.trainer.callbacks,
         )
+        rescue.governed = owned  # only now: a failure is met again, and told again, at the next check
 
     def _check(self, batch: Any, batch_idx: int, step: int, scheduled: bool) -> None:
         settings, run, trainer, module = self.settings, self.run, self.trainer, self.module
@@ -116,11 +126,11 @@ class Checker:
                 module, report, turn, fails=failing, taken_back=taken_back, present=present, attempt=attempt
             )
         if run.rescue.governed != owned:
-            run.rescue.governed = owned
-            self.govern()
+            self.govern(owned)
         if present is not None:
             report = replace(report, status=turn.state)
         if not trainer.fast_dev_run:
+            self._acted = True
             report = run.intervention.act(trainer, module, report, turn, caps, taken_back=taken_back)
             if taken_back:
                 run.intervention.report_taken_back(report, present, caps, step)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from lightning_maml_guard._warnings import GuardWarning
 from lightning_maml_guard.guard.report import StabilityReport
 from lightning_maml_guard.guard.reporting import warn
 from lightning_maml_guard.theory.verdict import UNSAFE, Watch, advance
@@ -81,6 +84,28 @@ class Course:
             self.said.add(gist)
             if not just_said:
                 warn(message)
+
+    @contextmanager
+    def only_told(self, what: str) -> Iterator[None]:
+        """Let a failure outside a check cost a warning and nothing else.
+
+        Args:
+            what: What could not be done.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            GuardWarning: If the user made warnings errors.
+        """
+        try:
+            yield
+        except GuardWarning:
+            raise
+        except Exception as error:
+            self.say_once(
+                f"ConvergenceGuard could not {what}; training goes on. Cause: {type(error).__name__}: {error}"
+            )
 
     def state(self) -> dict[str, Any]:
         """Collect the state as primitives.

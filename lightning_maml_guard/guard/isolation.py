@@ -67,7 +67,11 @@ def isolated(module: nn.Module) -> Iterator[None]:
         for parameter, _ in gradients:
             parameter.grad = None
         for part, name in itertools.product(module.modules(), ("log", "log_dict")):
-            if hasattr(part, name) and name not in part.__dict__:
+            # A module's own layer or number of that name is no logging.
+            if (
+                all(callable(getattr(type(part), each, None)) for each in ("log", "log_dict"))
+                and name not in part.__dict__
+            ):
                 part.__dict__[name] = _silent
                 stack.callback(part.__dict__.pop, name)
         yield

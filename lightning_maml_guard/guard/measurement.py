@@ -98,8 +98,10 @@ class Measurement:
             NonFiniteProductError: If the loss or a product is not finite.
         """
         hessian, noise = self._operator("Hessian", self.subject.curvature(self.blocks is not None))
-        if not bool(torch.isfinite(hessian.value)):
-            raise NonFiniteProductError(f"The task loss is {float(hessian.value)} at these parameters and this batch.")
+        # Over blocks the value is this rank's own, and what ends a measurement must end it on every rank.
+        value = hessian.value if self.blocks is None else self.ranks.mean(hessian.value)
+        if not bool(torch.isfinite(value)):
+            raise NonFiniteProductError(f"The task loss is {float(value)} at these parameters and this batch.")
         exact = self.options.criterion == "exact" and self.maml is not None
         poster_alpha = 0.0 if self.maml is None else self.alpha
         spectrum = self._over_blocks(

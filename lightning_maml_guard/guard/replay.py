@@ -30,14 +30,14 @@ class Replay:
             batch: The batch.
             batch_idx: Its index.
         """
-        if self._restored:
+        restored, self._restored = self._restored, []
+        self._batches.appendleft((batch, batch_idx))
+        if restored:
             leaves, spec = tree_flatten(batch)
-            for saved, index in self._restored:
+            for saved, index in restored[: (self._batches.maxlen or 0) - 1]:
                 known = _rebuilt(saved, leaves, spec)
                 if known is not None:
                     self._batches.append((known, index))
-            self._restored = []
-        self._batches.appendleft((batch, batch_idx))
 
     def earlier(self) -> list[tuple[Any, int]]:
         """List the batches before the coming one, the latest first.
@@ -64,7 +64,8 @@ class Replay:
         copies = []
         for batch, index in self._batches:
             leaves = tree_flatten(batch)[0]
-            if all(type(leaf) is Tensor or isinstance(leaf, _PLAIN) for leaf in leaves):
+            # By exact type: a NumPy number is a float, but none that weights_only loads.
+            if all(type(leaf) is Tensor or type(leaf) in _PLAIN for leaf in leaves):
                 # A copy, because a view would take all of its storage into the checkpoint.
                 copied = [leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
                 copies.append([copied, index])

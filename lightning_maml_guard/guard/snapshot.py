@@ -60,7 +60,13 @@ class Snapshot:
         Args:
             module: The module.
             optimizers: Its optimizers.
+
+        Raises:
+            ValueError: If they hold other tensors than when the copy was made; nothing is put back then.
         """
+        held = [[value.shape for value in _tensors(module)], *[len(_held(optimizer)) for optimizer in optimizers]]
+        if held != [[value.shape for value in self._tensors], *[len(states) for states in self._states]]:
+            raise ValueError(f"the module or its optimizers hold other tensors than at step {self.step}")
         for tensor, saved in zip(_tensors(module), self._tensors, strict=True):
             tensor.copy_(saved)
         for optimizer, states in zip(optimizers, self._states, strict=True):

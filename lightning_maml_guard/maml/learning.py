@@ -71,6 +71,8 @@ class MetaLearning(EpisodeHooks, _Base):
         ...     pass
     """
 
+    _package_was_chosen = False
+
     def __init__(
         self,
         network: nn.Module,
@@ -88,7 +90,7 @@ class MetaLearning(EpisodeHooks, _Base):
         metrics: Metric | MetricCollection | None = None,
     ) -> None:
         super().__init__()
-        check_module(self)
+        check_module(self, self._package_was_chosen)
         if not isinstance(network, nn.Module):
             raise TypeError(
                 f"Expected argument `network` to be a torch.nn.Module but got {type(network).__name__}. Pass an "

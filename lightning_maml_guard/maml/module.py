@@ -44,3 +44,5 @@ class MetaLearningModule(MetaLearning, LightningModule):
         >>> module.meta_problem(((torch.zeros(4, 10, 1),) * 2,) * 2).tasks
         4
     """
+
+    _package_was_chosen = True

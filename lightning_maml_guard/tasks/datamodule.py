@@ -41,7 +41,9 @@ class EpochSampler(DistributedSampler[int]):
     def __init__(self, length: int, resample: bool = True) -> None:
         together = dist.is_available() and dist.is_initialized()
         self.num_replicas, self.rank = (dist.get_world_size(), dist.get_rank()) if together else (1, 0)
-        self.length, self.resample, self.epoch, self.skip = length, resample, 0, 0
+        self.length, self.resample, self.epoch = length, resample, 0
+        # How many batches of which epoch were given already, when it is gone on with.
+        self.skip, self.skip_epoch = 0, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Start an epoch (Lightning calls this, also when a run is resumed).
@@ -56,7 +58,8 @@ class EpochSampler(DistributedSampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         # A generator: worker processes' loaders make an iterator that they never use.
-        first, self.skip = self.skip, 0
+        first = self.skip if self.epoch == self.skip_epoch else 0
+        self.skip = 0
         for step in range(first, self.length):
             yield (self.epoch * self.length + step) * self.num_replicas + self.rank if self.resample else self.rank
 
@@ -72,7 +75,10 @@ class EpisodeLoader(DataLoader[EpisodeBatch]):
         Yields:
             The meta-batches.
         """
-        self._given = self.sampler.skip  # type: ignore[attr-defined]
+        # Lightning may put a sampler of its own in place (overfit_batches): that one starts at the beginning.
+        sampler = self.sampler
+        resumed = isinstance(sampler, EpochSampler) and sampler.epoch == sampler.skip_epoch
+        self._given = sampler.skip if resumed else 0  # type: ignore[attr-defined]
         for batch in super().__iter__():
             self._given += 1
             yield batch
@@ -83,7 +89,8 @@ class EpisodeLoader(DataLoader[EpisodeBatch]):
         Returns:
             What :meth:`load_state_dict` takes.
         """
-        return {"given": self._given}
+        epoch = self.sampler.epoch if isinstance(self.sampler, EpochSampler) else 0
+        return {"given": self._given, "epoch": epoch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on within an epoch.
@@ -93,7 +100,8 @@ class EpisodeLoader(DataLoader[EpisodeBatch]):
         """
         # At the end of an epoch the next one begins.
         self._given = state["given"] % len(self)
-        self.sampler.skip = self._given  # type: ignore[attr-defined]
+        if isinstance(self.sampler, EpochSampler):
+            self.sampler.skip, self.sampler.skip_epoch = self._given, state["epoch"]
 
 
 class TaskDataModule(LightningDataModule):

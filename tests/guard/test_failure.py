@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import nn
@@ -37,7 +38,9 @@ def undoing(path: Path) -> set[int]:
         body = []
         if isinstance(node, ast.Try):
             body = [*node.finalbody, *(inner for handler in node.handlers for inner in handler.body)]
-        elif isinstance(node, ast.FunctionDef) and (node.name.startswith("_restore") or node.name in AFTERWARDS):
+        elif isinstance(node, ast.FunctionDef) and (
+            node.name.startswith(("_restore", "undo")) or node.name in AFTERWARDS
+        ):
             body = node.body
         for inner in body:
             lines |= set(range(inner.lineno, inner.end_lineno + 1))
@@ -48,7 +51,7 @@ class Injector:
     """Raises once at every line of the package that checks run through (or every n-th): one line a check."""
 
     def __init__(self, error: type[BaseException], every: int = 1) -> None:
-        self.error, self.every, self.hit, self.live = error, every, set(), False
+        self.error, self.every, self.hit, self.live, self.at = error, every, set(), False, ""
         self._undoing = {str(path): undoing(path) for path in PACKAGE.rglob("*.py")}
 
     def __enter__(self):
@@ -68,8 +71,8 @@ class Injector:
             return self._lines
         if place[1] not in self._undoing[place[0]]:
             self.hit.add(place)
-            self.live = False
-            raise self.error(f"injected at {Path(place[0]).name}:{place[1]}")
+            self.live, self.at = False, f"{Path(place[0]).name}:{place[1]}"
+            raise self.error(f"injected at {self.at}")
         return self._lines
 
 
@@ -147,7 +150,7 @@ def watched(monkeypatch):
                 assert after["hooks"] in {(0, 0), (1, 1)}
                 for name in ("hooks", "parameters", "optimizer", "buffers"):
                     before.pop(name), after.pop(name)
-            assert after == before
+            assert after == before, f"after {injector.at}"
 
         monkeypatch.setattr(Checker, "check", checked)
         return told
@@ -186,7 +189,9 @@ def test_injected_at_every_line_of_a_check_that_acts(every, watched):
     told = watched(injector, acts=True)
     steps = 1200 // every
     for beta in (3.0, 30.0):
-        guard = ConvergenceGuard(every_n_steps=1, action="rescale", rollback=True, max_iter=3, trial_steps=2, replay=2)
+        guard = ConvergenceGuard(
+            every_n_steps=1, action="rescale", rollback=True, max_rollbacks=10**6, max_iter=3, trial_steps=2, replay=2
+        )
         trainer = fit(module(beta), batch(), steps, [guard])
         assert trainer.global_step == steps or guard.stopped_step
         assert not trainer.optimizers[0]._optimizer_step_pre_hooks
@@ -284,3 +289,64 @@ def test_sigterm_inside_a_check_ends_training_as_outside(inside):
     with pytest.raises(SIGTERMException):
         fit(module, QUADRATIC, 6, [guard] if inside else [guard, Terminate()])
     assert module.global_step == 3 and len(guard.history) == 3
+
+
+class Hookless(SGD):
+    """An optimizer that takes no step hooks, as duck-typed ones do not."""
+
+    def register_step_pre_hook(self, hook):
+        raise AttributeError("no hooks here")
+
+
+def test_an_optimizer_that_cannot_be_capped_is_told_and_nothing_is_claimed(tmp_path):
+    def guarded(**arguments):
+        guard, module = ConvergenceGuard(every_n_steps=2, action="rescale"), linear_module(3, 0.3)
+        module._optimizer = lambda parameters: Hookless(parameters, lr=3.0)
+        keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
+        with pytest.warns(GuardWarning, match="AttributeError: no hooks here") as caught:
+            trainer = fit(module, QUADRATIC, 5, [guard, keep], enable_checkpointing=True, **arguments)
+        assert len([each for each in caught if each.category is GuardWarning]) == 1
+        assert trainer.global_step == 5 and guard.history == [] and guard.state_dict()["governed"] == []
+
+    guarded()
+    checkpoint = torch.load(tmp_path / "step=3.ckpt", weights_only=True)
+    (state,) = [value for key, value in checkpoint["callbacks"].items() if "ConvergenceGuard" in key]
+    state["governed"], state["beta_cap"] = [0], 0.1  # as if it could have been capped once
+    guard = ConvergenceGuard(action="rescale")
+    guard._run.load(state)
+    trainer = type("Trainer", (), {"optimizers": [Hookless([torch.nn.Parameter(torch.ones(1))], lr=1.0)]})()
+    with pytest.warns(GuardWarning, match="could not apply the caps that the checkpoint holds; training goes on"):
+        guard.on_train_start(trainer, linear_module(3, 0.3))
+
+
+def test_a_check_that_fails_before_it_acts_warns_of_the_rates_at_the_next(monkeypatch):
+    from lightning_maml_guard.guard.intervention import Intervention
+
+    caps, calls = Intervention.caps, []
+
+    def fails_once(self, *arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise MemoryError("no room for another trial")
+        return caps(self, *arguments, **options)
+
+    monkeypatch.setattr(Intervention, "caps", fails_once)
+    with pytest.warns(GuardWarning) as caught:
+        fit(linear_module(3, 0.6), QUADRATIC, 6, [ConvergenceGuard(every_n_steps=2, action="rescale", alarm=1.5)])
+    said = [str(each.message) for each in caught if each.category is GuardWarning]
+    assert "MemoryError: no room" in said[0] and "left the safe region at step 2" in said[1]
+
+
+def test_a_snapshot_of_other_tensors_is_not_put_back():
+    from lightning_maml_guard.guard.snapshot import Snapshot
+
+    module = nn.Linear(2, 1)
+    optimizer = SGD([module.weight], lr=0.1)
+    snapshot = Snapshot(module, [optimizer], 7)
+    optimizer.add_param_group({"params": [module.bias]})
+    before = module.weight.detach().clone()
+    with torch.no_grad():
+        snapshot._tensors[0].zero_()
+    with pytest.raises(ValueError, match="other tensors than at step 7"):
+        snapshot.restore(module, [optimizer])
+    assert torch.equal(module.weight, before)

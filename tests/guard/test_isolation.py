@@ -128,6 +128,8 @@ def test_parts_log_nothing_either():
         def log(self, *args):
             logged.append(args)
 
+        log_dict = log
+
     whole = nn.Sequential(Part())
     with isolated(whole):
         whole[0].log("loss", 1.0)
@@ -143,3 +145,17 @@ def test_running_statistics_are_put_back_though_batch_norm_does_not_count_as_wri
         norm(torch.randn(4, 2))
         assert norm.running_mean._version == version and not torch.equal(norm.running_mean, before["running_mean"])
     assert all(torch.equal(value, before[name]) for name, value in norm.named_buffers())
+
+
+def test_a_layer_named_log_is_no_logging():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.log = nn.Softplus()
+
+        def forward(self, x):
+            return self.log(x)
+
+    net = Net()
+    with isolated(net):
+        assert net(torch.zeros(1)) is not None and net.log is net._modules["log"]

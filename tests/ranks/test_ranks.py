@@ -185,3 +185,23 @@ def test_history_keeps_the_latest_checks():
     fit(linear_module(2, 0.1, inner_lr=0.05), quadratic_batch([1.0, 2.0]), 8, [guard])
     assert [report.step for report in guard.history] == [5, 6, 7]
     assert [step for step, _ in guard.severities] == [5, 6, 7]
+
+
+def _measured_with_nan(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    memory = Memory(ranks=ProcessGroup())
+    batch = part(episodes(), rank, 2)
+    if rank == 1:
+        batch.support[1][0, 0] = torch.nan
+    with memory.ranks.together():
+        report = measure(_problem(batch), beta=0.05, tasks="worst", memory=memory)
+    torch.save([report.status, *report.reasons], f"{folder}/measured{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_ends_the_measurement_on_all(tmp_path):
+    processes.spawn(_measured_with_nan, (str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        status, reason = torch.load(tmp_path / f"measured{rank}.pt", weights_only=True)
+        assert status == "unresolved" and "nan" in reason

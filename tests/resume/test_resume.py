@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,6 +76,7 @@ def test_batches_survive_as_tensors_and_come_back_as_the_batch_they_were():
 def test_batches_of_another_kind_are_left_out():
     replay = Replay(3)
     replay.add(Strange(), 0)
+    replay.add((torch.ones(1), np.float64(1)), 2)  # a float that weights_only refuses
     replay.add(torch.ones(1), 1)
     assert [index for _, index in replay.state()] == [1]
     again = Replay(3)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_maml_guard import TaskDataModule
 from lightning_maml_guard._lightning import LightningModule, Trainer
@@ -126,3 +127,36 @@ def test_the_number_of_evaluation_episodes_is_kept():
 def test_bad_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         TaskDataModule(**{"tasks": Sinusoid(), **arguments})
+
+
+class Sees(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.seen = torch.nn.Parameter(torch.zeros(1)), []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch.support[0].sum().item())
+        return self.weight.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def seen(folder, checkpoint=None, **options):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    module, keep = Sees(), ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1)
+    trainer = Trainer(**{**quiet, "max_epochs": -1, "max_steps": 18, "callbacks": [keep], **options})
+    trainer.fit(module, TaskDataModule(Sinusoid(), steps_per_epoch=10, val_episodes=0), ckpt_path=checkpoint)
+    return module.seen
+
+
+@pytest.mark.parametrize("limit", [6, 10])
+def test_a_resumed_run_sees_the_tasks_it_would_have_seen(tmp_path, limit):
+    whole = seen(tmp_path, limit_train_batches=limit)
+    assert len(set(whole)) == 18
+    for step in (3, 6, 9, 12):
+        assert seen(tmp_path / "again", tmp_path / f"step={step}.ckpt", limit_train_batches=limit) == whole[step:], step
+
+
+def test_a_sampler_that_lightning_puts_in_place_is_served(tmp_path):
+    assert len(set(seen(tmp_path, overfit_batches=2, max_steps=6))) == 2
