@@ -235,7 +235,7 @@ def test_class_folders_of_their_own_splits_in_grey_and_from_a_zip(tmp_path):
 def test_class_folders_refuse_what_they_cannot_serve(tmp_path):
     with pytest.raises(DatasetError, match="No class folders with images were found"):
         ClassFolders(str(tmp_path)).setup()
-    with pytest.raises(ValueError, match=r"`shares` to be 3 numbers of at least 0.* but got \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"`shares` to be 3 finite numbers of at least 0.* but got \(1, 2\)"):
         ClassFolders(str(tmp_path), shares=(1, 2))
     with pytest.raises(ValueError, match="`channels` to be 3 .* but got 2"):
         ClassFolders(str(tmp_path), channels=2)
