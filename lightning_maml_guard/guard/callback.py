@@ -296,12 +296,12 @@ class ConvergenceGuard(Callback):
             batch: Its batch.
             batch_idx: Its index.
         """
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        loss: Any = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if self._inert or takes_no_steps(trainer) or not self.trial_steps:
             return
         run = self._run
         known = isinstance(loss, torch.Tensor) and loss.numel() == 1
-        value = float(loss.detach()) if isinstance(loss, torch.Tensor) and known else math.nan
+        value = float(loss.detach()) if known else math.nan
         norm = math.nan if run.norm is None else float(run.norm)
         run.norm = None
         if run.memory.ranks.size > 1:
