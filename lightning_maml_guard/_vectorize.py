@@ -56,16 +56,18 @@ class TaskMap:
     Args:
         chunk_size: Tasks vmapped at once (None: all).
         looped: Start with the loop.
+        strict: Raise where vmap fails, instead of looping.
 
     Raises:
         ValueError: If the chunk size is not an integer of at least 1.
     """
 
-    def __init__(self, chunk_size: int | None = None, looped: bool = False) -> None:
+    def __init__(self, chunk_size: int | None = None, looped: bool = False, strict: bool = False) -> None:
         if chunk_size is not None:
             check_count("task_chunk_size", chunk_size)
         self.chunk_size = chunk_size
         self.looped = looped
+        self.strict = strict
 
     def __call__(self, function: Callable[..., T], *args: Any, in_dims: tuple[int | None, ...]) -> T:
         """Map a function over the tasks.
@@ -82,6 +84,8 @@ class TaskMap:
             try:
                 return torch.func.vmap(function, in_dims, randomness="different", chunk_size=self.chunk_size)(*args)
             except Exception as error:
+                if self.strict:
+                    raise
                 result = self._loop(function, args, in_dims)
                 self.looped = True
                 reason = str(error).strip().splitlines() or [type(error).__name__]

@@ -74,9 +74,8 @@ class Conv4(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Classify images.
 
-        Computes what ``head(flatten(features(images)))`` does, with normalisation, ReLU and pooling of a block in one
-        (batch norm takes out the convolutions' biases, so they are left out and get a gradient of 0). A network
-        whose ``features`` were changed, or that hooks listen to, is run layer by layer.
+        Computes what ``head(flatten(features(images)))`` does, with normalisation, ReLU and pooling of a block in
+        one. A network whose ``features`` were changed, or that hooks listen to, is run layer by layer.
 
         Args:
             images: Shape ``(n, channels, height, width)``.
@@ -94,7 +93,8 @@ class Conv4(nn.Module):
         for start in range(0, len(layers), depth):
             conv, norm = layers[start : start + 2]
             x = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
-            x = norm_relu_pool(x, norm.weight, norm.bias, norm.eps, pool=depth == 4)
+            # The norm takes the convolution's bias out again; it stays in the graph, with its gradient of 0.
+            x = norm_relu_pool(x, norm.weight, norm.bias + 0 * conv.bias, norm.eps, pool=depth == 4)
         return self.head(torch.flatten(x, 1))
 
     def _as_built(self, layers: list[nn.Module]) -> bool:

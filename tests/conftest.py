@@ -8,6 +8,7 @@ import torch
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 torch.set_num_threads(1)
+os.environ["LMG_VECTORIZE"] = "rule"  # no choice that a clock makes
 
 
 @pytest.fixture(autouse=True)

@@ -15,23 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from lightning_maml_guard._randomness import preserved_randomness
+
 Undo = Callable[[], object]
-
-
-@contextmanager
-def preserved_randomness() -> Iterator[None]:
-    """Put the random states of Python, NumPy and torch (every device in use) back on leaving.
-
-    Yields:
-        Nothing.
-    """
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 @contextmanager

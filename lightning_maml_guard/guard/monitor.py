@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from lightning_maml_guard._randomness import preserved_randomness
 from lightning_maml_guard._checks import check_choice, check_count, check_number
 from lightning_maml_guard.curvature.backward import double_backward
 from lightning_maml_guard.curvature.lanczos import NonFiniteProductError
 from lightning_maml_guard.guard.estimate import ChangingOperatorError, Estimator, check_estimator
-from lightning_maml_guard.guard.isolation import preserved_randomness
 from lightning_maml_guard.guard.measurement import Measurement, Options
 from lightning_maml_guard.guard.plain import PlainProblem
 from lightning_maml_guard.guard.products import Memory
@@ -101,7 +101,7 @@ def measure(
         if isinstance(problem, PlainProblem):
             measurement = Measurement(PlainSubject(problem), optimizer, beta, options, memory)
         else:
-            subject = MamlSubject(problem, data, memory.map_for(problem.task_chunk_size))
+            subject = MamlSubject(problem, data, memory.map_for(problem.task_chunk_size, problem.looped))
             measurement = Measurement(subject, optimizer, beta, options, memory)
         try:
             with explained(problem) if isinstance(problem, MetaProblem) else nullcontext():

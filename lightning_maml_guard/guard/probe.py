@@ -183,7 +183,7 @@ def attempts(problems: Sequence[Problem], optimizer: Optimizer, steps: int, trai
     Raises:
         ClosureError: If the optimizer needs a closure.
     """
-    tasks = memory.map_for(getattr(problems[0], "task_chunk_size", None))
+    tasks = memory.map_for(getattr(problems[0], "task_chunk_size", None), getattr(problems[0], "looped", False))
     runner = TrialRunner(problems, optimizer, steps, tasks, _clipping(trainer), memory.ranks)
     return Attempts(runner, getattr(problems[0], "alpha", math.nan), scheduled_rate(optimizer))
 

@@ -26,27 +26,32 @@ class Memory:
 
     Attributes:
         task_map: How its tasks are run over; None before the first measurement.
+        asked_to_loop: Whether that is one after another because the problem says so.
         checked: Operators whose products were compared with finite differences.
         finite: Operators whose products are taken by finite differences, with the reason.
         ranks: The processes that measure together.
     """
 
     task_map: TaskMap | None = None
+    asked_to_loop: bool = False
     checked: set[str] = field(default_factory=set)
     finite: dict[str, str] = field(default_factory=dict)
     ranks: Ranks = field(default_factory=Ranks)
 
-    def map_for(self, chunk_size: int | None) -> TaskMap:
-        """Give the way to run over tasks, made anew when the chunk size changes.
+    def map_for(self, chunk_size: int | None, looped: bool = False) -> TaskMap:
+        """Give the way to run over tasks, made anew when that changes.
 
         Args:
             chunk_size: Tasks vmapped at once (None: all).
+            looped: Whether the problem asks for one task after another.
 
         Returns:
             The map, which remembers whether it must loop.
         """
-        if self.task_map is None or self.task_map.chunk_size != chunk_size:
-            self.task_map = TaskMap(chunk_size, looped=self.task_map is not None and self.task_map.looped)
+        # A map that found out that vmap fails goes on looping; one that was asked to loop need not.
+        found_out = self.task_map is not None and self.task_map.looped and not self.asked_to_loop
+        if self.task_map is None or self.task_map.chunk_size != chunk_size or self.asked_to_loop != looped:
+            self.task_map, self.asked_to_loop = TaskMap(chunk_size, looped=looped or found_out), looped
         return self.task_map
 
     def state(self) -> dict[str, Any]:
@@ -55,7 +60,7 @@ class Memory:
         Returns:
             What :meth:`load` takes.
         """
-        looped = self.task_map is not None and self.task_map.looped
+        looped = self.task_map is not None and self.task_map.looped and not self.asked_to_loop
         return {"checked": sorted(self.checked), "finite": dict(self.finite), "looped": looped}
 
     def load(self, state: dict[str, Any]) -> None:

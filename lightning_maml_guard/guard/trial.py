@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from lightning_maml_guard._randomness import preserved_randomness
 from lightning_maml_guard._vectorize import TaskMap, as_float32
 from lightning_maml_guard.curvature.backward import double_backward
 from lightning_maml_guard.curvature.layout import Layout, Params
 from lightning_maml_guard.curvature.ranks import Ranks
 from lightning_maml_guard.guard.coming import Clip, Twin, refuse_closures
-from lightning_maml_guard.guard.isolation import preserved_randomness
 from lightning_maml_guard.guard.plain import PlainProblem
 from lightning_maml_guard.guard.subject import MamlSubject, PlainSubject, Subject
 from lightning_maml_guard.maml.problem import MetaProblem

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_maml_guard._vectorize import TaskMap
+from lightning_maml_guard.maml.derivative import gradient
 from lightning_maml_guard.maml.inner_loop import InnerRate, Params, TaskLoss, adapt, adapt_with_sum
 from lightning_maml_guard.maml.problem import MetaProblem
 
@@ -35,7 +36,8 @@ class MetaGradient(NamedTuple):
     auxiliary: Any
 
 
-def _nothing(params: Params, query: Any) -> Tensor:
+def nothing(params: Params, query: Any) -> Tensor:
+    """Pass nothing through: the ``auxiliary`` function of those who want none."""
     return torch.zeros(())
 
 
@@ -49,7 +51,7 @@ def task_meta_gradient(
     inner_steps: int,
     order: str,
     learn_rates: bool = False,
-    auxiliary: Auxiliary = _nothing,
+    auxiliary: Auxiliary = nothing,
 ) -> tuple[tuple[Params, Params], tuple[Tensor, Any]]:
     """Compute one task's meta-gradient ``G(theta)``.
 
@@ -86,12 +88,9 @@ def task_meta_gradient(
             return loss, (loss, auxiliary(adapted, query))
 
         if learn_rates:
-            (gradient, rate_gradient), report = torch.func.grad(objective, argnums=(0, 1), has_aux=True)(
-                params, inner_lr
-            )
-            return (gradient, rate_gradient), report
-        gradient, report = torch.func.grad(lambda theta: objective(theta, inner_lr), has_aux=True)(params)
-        return (gradient, {}), report
+            return gradient(lambda point: objective(*point), (params, inner_lr))
+        found, report = gradient(lambda theta: objective(theta, inner_lr), params)
+        return (found, {}), report
 
     adapted, total = adapt_with_sum(task_loss, params, support, inner_lr, inner_steps)
     if order == "first":
@@ -100,25 +99,25 @@ def task_meta_gradient(
             loss = task_loss(point, query)
             return loss, (loss, auxiliary(point, query))
 
-        gradient, report = torch.func.grad(at_adapted, has_aux=True)(adapted)
-        query_gradient, steps = gradient, total
+        found, report = gradient(at_adapted, adapted)
+        query_gradient, steps = found, total
     else:
-        steps = torch.func.grad(lambda theta: task_loss(theta, support))(params)
+        steps, _ = gradient(lambda theta: (task_loss(theta, support), ()), params)
         moves = {
             name: inner_steps * (inner_lr[name] if isinstance(inner_lr, dict) else inner_lr) * steps[name]
             for name in total
         }
 
         def along_move(theta: Params) -> tuple[Tensor, Params]:
-            query_gradient = torch.func.grad(lambda point: task_loss(point, query))(theta)
+            query_gradient, _ = gradient(lambda point: (task_loss(point, query), ()), theta)
             return sum((query_gradient[name] * moves[name]).sum() for name in moves), query_gradient
 
-        product, query_gradient = torch.func.grad(along_move, has_aux=True)(params)
-        gradient = {name: query_gradient[name] - product[name] for name in params}
+        product, query_gradient = gradient(along_move, params)
+        found = {name: query_gradient[name] - product[name] for name in params}
         report = (task_loss(adapted, query), auxiliary(adapted, query))
         steps = {name: inner_steps * steps[name] for name in total}
     rate_gradient = {name: -steps[name] * query_gradient[name] for name in total} if learn_rates else {}
-    return (gradient, rate_gradient), report
+    return (found, rate_gradient), report
 
 
 def meta_gradient(
@@ -126,7 +125,7 @@ def meta_gradient(
     *,
     tasks: TaskMap | None = None,
     learn_rates: bool = False,
-    auxiliary: Auxiliary = _nothing,
+    auxiliary: Auxiliary = nothing,
 ) -> MetaGradient:
     """Compute the mean meta-gradient over a problem's tasks.
 
@@ -139,7 +138,7 @@ def meta_gradient(
     Returns:
         The meta-gradient.
     """
-    tasks = tasks or TaskMap(problem.task_chunk_size)
+    tasks = tasks or TaskMap(problem.task_chunk_size, problem.looped)
     params = {name: value.detach() for name, value in problem.params.items()}
     rates: InnerRate = problem.inner_lr
     if isinstance(rates, dict):

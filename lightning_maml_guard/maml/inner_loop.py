@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_maml_guard.maml.derivative import gradient
+
 Params = dict[str, Tensor]
 TaskLoss = Callable[[Params, Any], Tensor]
 InnerRate = float | Tensor | dict[str, Tensor]
@@ -51,7 +53,7 @@ def adapt_with_sum(
     still = {name: value for name, value in params.items() if name not in moving}
     total = {name: torch.zeros_like(value) for name, value in moving.items()}
     for _ in range(inner_steps):
-        gradients = torch.func.grad(lambda fast: task_loss({**still, **fast}, support))(moving)
+        gradients, _ = gradient(lambda fast: (task_loss({**still, **fast}, support), ()), moving)
         total = {name: total[name] + gradient for name, gradient in gradients.items()}
         moving = {
             name: value - (inner_lr[name] if isinstance(inner_lr, dict) else inner_lr) * gradients[name]

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
 
 from lightning_maml_guard._checks import check_count, check_flag
-from lightning_maml_guard._lightning import check_module, hyperparameters_given
+from lightning_maml_guard._lightning import check_module, hyperparameters_given, inform
 from lightning_maml_guard._vectorize import TaskMap
 from lightning_maml_guard.curvature.backward import BatchStatistics
 from lightning_maml_guard.maml.batches import (
@@ -25,11 +25,13 @@ from lightning_maml_guard.maml.batches import (
     label_range,
 )
 from lightning_maml_guard.maml.evaluation import EpisodeEvaluation, EpisodeHooks
-from lightning_maml_guard.maml.gradients import AttachGradient, meta_gradient
+from lightning_maml_guard.maml.compiled import CompiledMetaGradient
+from lightning_maml_guard.maml.gradients import AttachGradient, Auxiliary, meta_gradient, nothing
 from lightning_maml_guard.maml.losses import check_loss, default_loss
 from lightning_maml_guard.maml.optimizers import check_factories, make_optimizer
 from lightning_maml_guard.maml.patterns import select
 from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.maml.strategy import Vectorization, check_strategy
 from lightning_maml_guard.theory.multiplier import check_order, check_rate
 
 Params = dict[str, Tensor]
@@ -42,6 +44,8 @@ _PLAIN_ARGUMENTS = (
     "adapt",
     "learn_inner_lr",
     "task_chunk_size",
+    "vectorize",
+    "compile",
 )
 
 _NOTHING_TO_TRAIN = (
@@ -88,6 +92,8 @@ class MetaLearning(EpisodeHooks, _Base):
         learn_inner_lr: bool = False,
         task_chunk_size: int | None = None,
         metrics: Metric | MetricCollection | None = None,
+        vectorize: str | int = "auto",
+        compile: bool = False,
     ) -> None:
         super().__init__()
         check_module(self, self._package_was_chosen)
@@ -102,6 +108,8 @@ class MetaLearning(EpisodeHooks, _Base):
         if eval_inner_steps is not None:
             check_count("eval_inner_steps", eval_inner_steps, 0)
         check_flag("learn_inner_lr", learn_inner_lr)
+        strategy = check_strategy(vectorize, task_chunk_size)
+        check_flag("compile", compile)
         if loss is not None:
             check_loss(loss)
         check_factories(optimizer, lr_scheduler)
@@ -134,7 +142,8 @@ class MetaLearning(EpisodeHooks, _Base):
             self.learned_rates = nn.ParameterList(
                 [nn.Parameter(torch.full_like(values[name], inner_lr)) for name in self.adapted_names]
             )
-        self.task_map = TaskMap(task_chunk_size)
+        self.vectorization = Vectorization(strategy, network, f"{type(self).__qualname__}/{type(network).__qualname__}")
+        self.compiled = CompiledMetaGradient() if compile else None
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
         self._has_buffers = next(network.buffers(), None) is not None
@@ -192,6 +201,11 @@ class MetaLearning(EpisodeHooks, _Base):
         if self._labels is not None and self.loss is default_loss and isinstance(prediction, Tensor):
             check_labels(self._labels, prediction.shape[min(1, prediction.dim() - 1)])
         return self.loss(prediction, y)
+
+    @property
+    def task_map(self) -> TaskMap:
+        """How the tasks of a batch are run over."""
+        return self.vectorization.tasks
 
     def theta(self) -> Params:
         """Collect the network's trainable parameters.
@@ -254,6 +268,7 @@ class MetaLearning(EpisodeHooks, _Base):
             inner_steps=self.inner_steps,
             order=self.order,
             task_chunk_size=self.task_map.chunk_size,
+            looped=self.task_map.looped,
         )
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -268,11 +283,15 @@ class MetaLearning(EpisodeHooks, _Base):
         """
         problem = self.meta_problem(batch)
         learned = self.learned_rates is not None
-        auxiliary: dict[str, Any] = {}
-        if self.train_metrics is not None:
-            auxiliary["auxiliary"] = lambda params, query: self.predict(params, query[0])
         with explained(problem):
-            result = meta_gradient(problem, tasks=self.task_map, learn_rates=learned, **auxiliary)
+            chosen = self.vectorization.decide(
+                problem, lambda tasks: meta_gradient(problem, tasks=tasks, learn_rates=learned).gradients
+            )
+            # Compiled from the second step on: the first one also checks the batch.
+            compute = self.compiled if self.compiled is not None and self._started else meta_gradient
+            result = compute(problem, tasks=self.task_map, learn_rates=learned, auxiliary=self._auxiliary())
+        if chosen is not None:
+            inform(chosen)
         if not self._started:
             check_finite_start(problem, result.losses)
             self._started = True
@@ -290,9 +309,16 @@ class MetaLearning(EpisodeHooks, _Base):
             self.log_dict(self.train_metrics, batch_size=problem.tasks)
         return AttachGradient.apply(loss, gradients, *parameters)
 
+    def _auxiliary(self) -> Auxiliary:
+        return nothing if self.train_metrics is None else self._query_predictions
+
+    def _query_predictions(self, params: Params, query: Any) -> Tensor:
+        return self.predict(params, query[0])
+
     def on_fit_start(self) -> None:
         """Forget a cap that a checkpoint held: a guard that rescales sets its own."""
         self.inner_lr_cap = None
+        self.vectorization.reopen()
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer over ``theta`` and the learned inner rates.
@@ -310,17 +336,19 @@ class MetaLearning(EpisodeHooks, _Base):
         return make_optimizer(dict(self.named_parameters()), trained, self._optimizer, self._lr_scheduler)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the cap a guard holds the inner rate at, so that evaluation adapts as training did.
+        """Keep the cap a guard holds the inner rate at, so that evaluation adapts as training did, and the strategy.
 
         Args:
             checkpoint: The checkpoint to write to.
         """
         checkpoint["inner_lr_cap"] = self.inner_lr_cap
+        checkpoint["vectorize"] = self.vectorization.chosen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the cap of the inner rate.
+        """Restore the cap of the inner rate, and the strategy.
 
         Args:
             checkpoint: The checkpoint to read from.
         """
         self.inner_lr_cap = checkpoint.get("inner_lr_cap")
+        self.vectorization.chosen = checkpoint.get("vectorize")

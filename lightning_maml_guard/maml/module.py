@@ -30,8 +30,15 @@ class MetaLearningModule(MetaLearning, LightningModule):
         adapt: Names, shell patterns or prefixes of the parameters the inner loop moves (None: all; only
             the head: ANIL).
         learn_inner_lr: Learn one inner rate a parameter entry, started at ``inner_lr`` (Meta-SGD).
-        task_chunk_size: Tasks vmapped at once (None: all). Lower it when memory runs out.
+        task_chunk_size: Tasks vmapped at once; the same as a number for ``vectorize``. Lower it when memory runs out.
         metrics: A torchmetrics metric or collection, updated with the query set's predictions.
+        vectorize: How to run over the tasks of a batch: ``"all"`` vmapped at once, a number of them at a time,
+            ``"loop"``: one after another; the gradients are the same. ``"auto"`` tries these on the first batch of
+            a fit (seconds), keeps the fastest, says so once, and keeps the choice in ``~/.cache`` so that the next
+            run on this machine is the same to the last bit. The environment variable ``LMG_VECTORIZE`` decides
+            instead of the trial (``rule``, ``loop``, ``all`` or a number).
+        compile: Run the meta-gradient under ``torch.compile``: a minute or more at the start, then small networks
+            take a fraction of the time. The guard measures without.
 
     Raises:
         TypeError: If the network is not a module, or a function not callable.

@@ -64,7 +64,12 @@ def make_optimizer(
             GuardWarning,
             stacklevel=3,
         )
-    made = Adam(parameters, lr=1e-3) if optimizer is None else optimizer(parameters)
+    if optimizer is None:
+        # One kernel a step instead of a dozen a parameter: a fifth of a small network's step.
+        fused = all(each.device.type in {"cpu", "cuda"} and each.is_floating_point() for each in parameters)
+        made: Any = Adam(parameters, lr=1e-3, fused=fused)
+    else:
+        made = optimizer(parameters)
     if not isinstance(made, Optimizer):
         raise TypeError(
             f"Expected argument `optimizer` to return a torch.optim.Optimizer but got {shown(made)}. Return "

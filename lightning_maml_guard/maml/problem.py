@@ -32,6 +32,7 @@ class MetaProblem:
         inner_steps: Number ``K`` of inner steps.
         order: How the meta-gradient is taken: ``"exact"``, ``"first"`` or ``"simplified"``.
         task_chunk_size: Tasks vmapped at once (None: all).
+        looped: Run over the tasks one after another instead.
 
     Raises:
         TypeError: If the params or rates are not a dict of tensors or the loss is not callable.
@@ -46,6 +47,7 @@ class MetaProblem:
     inner_steps: int = 1
     order: str = "exact"
     task_chunk_size: int | None = None
+    looped: bool = False
 
     def __post_init__(self) -> None:
         _check_params(self.params)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from lightning_maml_guard._folders import user_cache
 from lightning_maml_guard._warnings import GuardWarning
 from lightning_maml_guard.tasks.sources import Source, decode
 
@@ -56,7 +57,7 @@ def cached_images(
     place = hashlib.sha256(str(source.path.resolve()).encode()).hexdigest()[:8]
     stem = f"{source.path.stem}-{place}-{channels}x{size}"
     shape = len(names), channels, size, size
-    folders = source.path.parent / ".lmg_cache", _user_cache()
+    folders = source.path.parent / ".lmg_cache", user_cache()
     for folder in folders:
         path = folder / f"{stem}-{fingerprint}.npy"
         if path.is_file():
@@ -104,10 +105,6 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
         reason = f"it holds {array.dtype} of shape {array.shape}"
     warnings.warn(f"The cache {path} is damaged ({reason}): decoding the images again.", GuardWarning, stacklevel=3)
     return None
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_maml_guard"
 
 
 def _writable(folder: Path) -> bool:

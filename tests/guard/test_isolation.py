@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_maml_guard.guard.isolation import isolated, preserved_randomness
+from lightning_maml_guard._randomness import preserved_randomness
+from lightning_maml_guard.guard.isolation import isolated
 
 
 class Probe(nn.Module):

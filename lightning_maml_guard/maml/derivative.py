@@ -1,0 +1,48 @@
+"""The gradient of a function of a pytree, inside and outside of torch.func's transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from lightning_maml_guard._functorch import inside_transform
+
+P = TypeVar("P")
+T = TypeVar("T")
+
+
+def gradient(function: Callable[[P], tuple[Tensor, T]], point: P) -> tuple[P, T]:
+    """Differentiate a scalar function: ``torch.func.grad(function, has_aux=True)(point)``.
+
+    Inside ``vmap`` or ``grad`` it is that. Outside it is ``torch.autograd.grad``, which gives the same numbers and
+    leaves out what torch.func does at every operation: a convolutional network's tasks, one after another on a CPU,
+    take a third less time.
+
+    Args:
+        function: ``point -> (scalar, anything that holds tensors)``.
+        point: Pytree of tensors.
+
+    Returns:
+        The gradient, in the shape of ``point``, and what the function returned beside the scalar. Both can be
+        differentiated again if ``point`` requires a gradient.
+    """
+    if inside_transform():
+        return torch.func.grad(function, has_aux=True)(point)
+    leaves, spec = tree_flatten(point)
+    connected = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    with torch.enable_grad():
+        if not connected or not all(leaf.requires_grad for leaf in leaves):
+            leaves = [leaf if connected and leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves]
+        value, extra = function(tree_unflatten(leaves, spec))
+        if not value.requires_grad:
+            return tree_unflatten([torch.zeros_like(leaf) for leaf in leaves], spec), extra
+        found = torch.autograd.grad(value, leaves, create_graph=connected, allow_unused=True, materialize_grads=True)
+    return tree_unflatten(list(found), spec), extra if connected else tree_map(_detached, extra)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
