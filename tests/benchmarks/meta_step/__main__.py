@@ -1,0 +1,3 @@
+from tests.benchmarks.meta_step.run import main
+
+main()
