@@ -80,23 +80,50 @@ class TaskMap:
         Returns:
             The outputs, each with a leading task dimension.
         """
-        if not self.looped:
-            try:
-                return torch.func.vmap(function, in_dims, randomness="different", chunk_size=self.chunk_size)(*args)
-            except Exception as error:
-                if self.strict:
-                    raise
-                result = self._loop(function, args, in_dims)
-                self.looped = True
-                reason = str(error).strip().splitlines() or [type(error).__name__]
-                warnings.warn(
-                    f"The tasks of a batch cannot be vectorised, so they run one after another (slower, same "
-                    f"result). torch.func.vmap said: {reason[0]}",
-                    GuardWarning,
-                    stacklevel=2,
-                )
-                return result
-        return self._loop(function, args, in_dims)
+        return self._try(
+            lambda: torch.func.vmap(function, in_dims, randomness="different", chunk_size=self.chunk_size)(*args),
+            lambda: self._loop(function, args, in_dims),
+        )
+
+    def apply(self, one: Callable[..., T], together: Callable[..., T], *args: Any) -> T:
+        """Map a function that comes in two forms, of one task and of several.
+
+        Args:
+            one: Function of one task.
+            together: The same function of several tasks, whose arguments and outputs have a leading task dimension.
+            *args: The arguments, pytrees with a leading task dimension.
+
+        Returns:
+            The outputs, each with a leading task dimension.
+        """
+        return self._try(lambda: self._in_chunks(together, args), lambda: self._loop(one, args, (0,) * len(args)))
+
+    def _try(self, vectorised: Callable[[], T], looped: Callable[[], T]) -> T:
+        if self.looped:
+            return looped()
+        try:
+            return vectorised()
+        except Exception as error:
+            if self.strict:
+                raise
+            result = looped()
+            self.looped = True
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            warnings.warn(
+                f"The tasks of a batch cannot be vectorised, so they run one after another (slower, same "
+                f"result). torch.func.vmap said: {reason[0]}",
+                GuardWarning,
+                stacklevel=3,
+            )
+            return result
+
+    def _in_chunks(self, together: Callable[..., T], args: tuple[Any, ...]) -> T:
+        count = tree_leaves(args)[0].shape[0]
+        size = self.chunk_size or count
+        outputs = [
+            together(*tree_map(lambda leaf, at=start: leaf[at : at + size], args)) for start in range(0, count, size)
+        ]
+        return outputs[0] if len(outputs) == 1 else _joined(outputs, torch.cat)
 
     @staticmethod
     def _loop(function: Callable[..., T], args: tuple[Any, ...], in_dims: tuple[int | None, ...]) -> T:
@@ -111,8 +138,12 @@ class TaskMap:
                     )
                 )
             )
-        leaves, spec = zip(*(tree_flatten(output) for output in outputs), strict=True)
-        return tree_unflatten([torch.stack(group) for group in zip(*leaves, strict=True)], spec[0])
+        return _joined(outputs, torch.stack)
+
+
+def _joined(outputs: list[T], join: Callable[[Any], Tensor]) -> T:
+    leaves, spec = zip(*(tree_flatten(output) for output in outputs), strict=True)
+    return tree_unflatten([join(group) for group in zip(*leaves, strict=True)], spec[0])
 
 
 def as_float32(tree: T) -> T:

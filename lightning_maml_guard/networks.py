@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -91,10 +92,10 @@ class Conv4(nn.Module):
             x = x.contiguous(memory_format=torch.channels_last)  # oneDNN's own; half as long for a few images
         depth = len(layers) // 4
         for start in range(0, len(layers), depth):
-            conv, norm = layers[start : start + 2]
+            conv, norm = cast(nn.Conv2d, layers[start]), cast(nn.BatchNorm2d, layers[start + 1])
             x = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
             # The norm takes the convolution's bias out again; it stays in the graph, with its gradient of 0.
-            x = norm_relu_pool(x, norm.weight, norm.bias + 0 * conv.bias, norm.eps, pool=depth == 4)
+            x = norm_relu_pool(x, norm.weight, norm.bias + 0 * cast(Tensor, conv.bias), norm.eps, pool=depth == 4)
         return self.head(torch.flatten(x, 1))
 
     def _as_built(self, layers: list[nn.Module]) -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from lightning_maml_guard._randomness import preserved_randomness
 from lightning_maml_guard._checks import check_choice, check_count, check_number
+from lightning_maml_guard._randomness import preserved_randomness
 from lightning_maml_guard.curvature.backward import double_backward
 from lightning_maml_guard.curvature.lanczos import NonFiniteProductError
 from lightning_maml_guard.guard.estimate import ChangingOperatorError, Estimator, check_estimator

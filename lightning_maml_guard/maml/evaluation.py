@@ -15,6 +15,7 @@ from lightning_maml_guard._vectorize import TaskMap
 from lightning_maml_guard.maml.batches import explained
 from lightning_maml_guard.maml.inner_loop import InnerRate, Params, adapt
 from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.maml.strategy import Vectorization
 
 
 class EpisodeMean(Metric):
@@ -156,7 +157,7 @@ class EpisodeHooks:
 
     episodes: EpisodeEvaluation
     eval_inner_steps: int
-    task_map: TaskMap
+    vectorization: Vectorization
     meta_problem: Callable[[Any], MetaProblem]
     predict: Callable[[Params, Tensor], Tensor]
     log: Callable[..., None]
@@ -194,7 +195,7 @@ class EpisodeHooks:
             problem = self.meta_problem(tree_map(torch.clone, batch))
             predict = self.predict if self.episodes.metrics is not None else None
             with explained(problem):
-                found = evaluate_tasks(problem, self.eval_inner_steps, predict, self.task_map)
+                found = evaluate_tasks(problem, self.eval_inner_steps, predict, self.vectorization.tasks)
             self.episodes.update(stage, found, problem.query)
 
     def _log_episodes(self, stage: str) -> None:

@@ -24,8 +24,8 @@ from lightning_maml_guard.maml.batches import (
     explained,
     label_range,
 )
-from lightning_maml_guard.maml.evaluation import EpisodeEvaluation, EpisodeHooks
 from lightning_maml_guard.maml.compiled import CompiledMetaGradient
+from lightning_maml_guard.maml.evaluation import EpisodeEvaluation, EpisodeHooks
 from lightning_maml_guard.maml.gradients import AttachGradient, Auxiliary, meta_gradient, nothing
 from lightning_maml_guard.maml.losses import check_loss, default_loss
 from lightning_maml_guard.maml.optimizers import check_factories, make_optimizer

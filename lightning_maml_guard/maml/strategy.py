@@ -306,17 +306,19 @@ class Vectorization:
         self._open = False
         asked = told()
         key = signature(problem, self._label)
+        found: Strategy
+        seen: str | None
         if asked is not None or torch.are_deterministic_algorithms_enabled():
             # Whoever asks for determinism wants no choice that a clock makes.
-            found, seen = ("auto" if asked in {None, "rule"} else asked), None
+            found, seen = ("auto" if asked is None or asked == "rule" else asked), None
         elif self.chosen is not None and self.chosen[0] == key:
             found, seen = self.chosen[1], None
         else:
-            found, seen = remembered(key), None
-            if found is None:
-                found, seen = fastest(gradients, problem.tasks)
-                remember(key, found)
-            self.chosen = key, found
+            known, seen = remembered(key), None
+            if known is None:
+                known, seen = fastest(gradients, problem.tasks)
+                remember(key, known)
+            found, self.chosen = known, (key, known)
         self._strategy, self._map = found, None
         words = {"all": "all tasks at once", "loop": "one task after another"}.get(str(found), f"{found} tasks at once")
         return seen and f"MetaLearningModule runs {words}, the fastest of: {seen}. vectorize={found!r} fixes that."

@@ -114,7 +114,7 @@ def main() -> None:
         times, memory = timed(row, {n: m for n, m in here.items() if n not in failing}, device, given.rounds)
         limit = limit_seconds(row, peak, device)
         print(
-            f"| contestant | ms | x the loop | share of the limit | gradient's error | MiB |\n|---|---|---|---|---|---|"
+            "| contestant | ms | x the loop | share of the limit | gradient's error | MiB |\n|---|---|---|---|---|---|"
         )
         result = {"limit_ms": 1e3 * limit, "peak_gflops": peak / 1e9, "contestants": {}}
         for name in here:
