@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_maml_guard import plots
@@ -78,22 +78,30 @@ class RateSuggestion:
                 f"Plain training has no inner rate, so there is no region to draw but got plot() of one: beta_c = "
                 f"{self.beta_c:.3g} is its only limit. Print the suggestion instead."
             )
-        ordered = sorted(self.reports, key=lambda report: -_reach(report))
-        figure, axes = plots.safe_region(ordered, ax)
-        figure.axes[-1].set_ylabel("batch")
-        axes.set_title("Safe region before training")
-        beta, name = (self.beta, "suggested rates")
+        # Without their meta rate: what is marked are the configured and the suggested pair, not the mixture measured.
+        measured = [replace(report, beta=math.nan) for report in self.suggested_reports]
+        measured.sort(key=lambda report: -_reach(report))
+        figure, axes = plots.safe_region(measured, ax)
+        figure.axes[-1].set(ylabel="batch", yticks=range(len(measured)))
+        for part in axes.collections:
+            if part.get_label() == "safe region, last check":
+                part.set_label("safe region, smallest")
+        beta, name = self.beta, "suggested rates"
         if math.isnan(beta):
             beta, name = self.configured_beta, "suggested alpha, configured beta"
-        style = {"marker": "*", "s": 180, "color": "#D55E00", "edgecolors": "black", "linewidths": 0.6, "zorder": 7}
-        axes.scatter(self.alpha, beta, label=name, **style)
+        low, high = axes.get_ylim()
+        pairs = [rate for rate in (beta, self.configured_beta) if rate > 0]
+        axes.set_ylim(min([low, *(rate / 3 for rate in pairs)]), max([high, *(3 * rate for rate in pairs)]))
+        marks = {"edgecolors": "black", "linewidths": 0.6, "zorder": 7}
+        axes.scatter(self.configured_alpha, self.configured_beta, color="0.6", s=36, **marks)
+        axes.scatter(self.alpha, beta, marker="*", s=180, color="#D55E00", label=name, **marks)
+        axes.set_title("Safe region before training")
         axes.legend(loc="lower left", frameon=True, framealpha=0.9)
         return figure, axes
 
     def __str__(self) -> str:
-        lines = [
-            f"Rates before training, over {_counted(len(self.reports), 'batch', 'batches')} (the smallest counts):"
-        ]
+        over = _counted(len(self.reports), "batch", "batches")
+        lines = [f"Rates before training, over {over} (the smallest limits count; margin {self.margin:g}):"]
         if not math.isnan(self.configured_alpha):
             lines.append(
                 f"  inner rate alpha: configured {self.configured_alpha:.3g}, alpha_c {self.alpha_c:.3g}, "
