@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from lightning_maml_guard._lightning import Callback
 from lightning_maml_guard.guard.caps import Caps
@@ -57,6 +59,7 @@ class AtStart(Callback):
         self.trial_steps, self.alarm = trial_steps, alarm
         self.found: RateSuggestion | None = None
         self.memory = Memory()
+        self.resampled = True
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Measure.
@@ -83,6 +86,7 @@ class AtStart(Callback):
             problems = [state_problem(self.problem, pl_module, b, i) for i, b in enumerate(self.draw(trainer))]
             if not problems:
                 return
+            self.resampled = len(problems) < 2 or not _same(problems[0], problems[1])
             owned = owners(problems[0], optimizers)
             optimizer = max((optimizers[index] for index in owned), key=scheduled_rate)
             self.found = self._suggest(problems, optimizer, trainer)
@@ -103,7 +107,9 @@ class AtStart(Callback):
         if alpha != judged.alpha and not math.isnan(alpha):
             at = self._measured([_at(problem, alpha) for problem in problems], optimizer)
         beta_c = _smallest(report.beta_c for report in at)
-        beta = self.margin * beta_c if 0 < beta_c < math.inf else math.nan
+        noise = _smallest(report.beta_c_noise for report in at) if self.resampled else math.nan
+        limit = _smallest((beta_c, noise)) if not math.isnan(beta_c) else math.nan
+        beta = self.margin * limit if 0 < limit < math.inf else math.nan
         if math.isnan(beta):
             notes += list(dict.fromkeys(_why_no_beta(report) for report in at))
         trial = (math.nan, math.nan)
@@ -114,6 +120,7 @@ class AtStart(Callback):
             beta=beta,
             alpha_c=alpha_c,
             beta_c=beta_c,
+            beta_c_noise=noise,
             configured_alpha=judged.alpha,
             configured_beta=judged.beta,
             status=status,
@@ -171,6 +178,14 @@ class AtStart(Callback):
 def _smallest(limits: Any) -> float:
     known = [limit for limit in limits if not math.isnan(limit)]
     return min(known) if known else math.nan
+
+
+def _same(one: Problem, other: Problem) -> bool:
+    """Whether two batches hold the same tasks, as they do where tasks are not resampled."""
+    if not isinstance(one, MetaProblem) or not isinstance(other, MetaProblem):
+        return False
+    pairs = zip(tree_leaves((one.support, one.query)), tree_leaves((other.support, other.query)), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def _ratio(report: StabilityReport) -> float:

@@ -33,7 +33,7 @@ def suggest_rates(
     estimator: Estimator = "lanczos",
     max_iter: int = 20,
     tol: float = 1e-2,
-    tasks: str = "mean",
+    tasks: str = "worst",
     data: str = "support",
     trial_steps: int = 10,
     alarm: float = 3.0,
@@ -45,13 +45,13 @@ def suggest_rates(
     builds its optimizer and draws the first training batches; nothing is trained, and module, random states and data
     stay as they were. Each batch is measured as :class:`~lightning_maml_guard.ConvergenceGuard` does before its first
     step. ``alpha`` is suggested at ``margin`` times the smallest ``alpha_c`` over the batches, ``beta`` at ``margin``
-    times the smallest ``beta_c`` *at that* ``alpha``. The smallest and not the median, because one batch beyond its
-    limit can end a run. The pair is then tried for ``trial_steps`` steps on copies, and ``beta`` halved until
-    the loss survives.
+    times the smallest ``beta_c`` *at that* ``alpha``; where batches bring new tasks, at ``margin`` times the
+    mean-square limit ``beta_c_noise`` if that is smaller. The pair is then tried for ``trial_steps`` steps on copies,
+    and ``beta`` halved until the loss survives.
 
-    The numbers are those of the initialisation: curvature often grows while the network trains, which is what the
-    margin is for (runs rescued by the guard end a little lower at half of their limits than at the limits
-    themselves), and what a guard then watches.
+    The smallest limit and not the median, and the sharpest task's ``alpha_c`` and not the mean's, because one task
+    beyond its limit can end a run. The numbers are those of the initialisation: curvature often grows while the network
+    trains, which is what the margin is for, and what a guard then watches.
 
     Adam, AdamW, NAdam, RMSprop and Adagrad have no second moment before their first step, hence no preconditioned
     Jacobian and no ``beta_c``: no meta rate is suggested for them. The trial takes the configured one instead.
@@ -67,7 +67,7 @@ def suggest_rates(
         estimator: ``"lanczos"``, ``"pyhessian"`` or ``(matvec, start vector) -> eigenvalues``.
         max_iter: Lanczos steps at most.
         tol: Relative residual at which Lanczos stops.
-        tasks: Curvature of the ``"mean"`` task loss, or of the ``"worst"`` (sharpest) task.
+        tasks: ``alpha_c`` of the ``"worst"`` (sharpest) task of a batch, or of the ``"mean"`` task loss.
         data: The loss whose Hessian is measured: ``"support"``, ``"query"`` or ``"both"``.
         trial_steps: Steps a trial takes; 0 for none.
         alarm: Factor over the loss at the start that counts as dying, above 1.

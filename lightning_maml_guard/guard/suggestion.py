@@ -16,13 +16,16 @@ class RateSuggestion:
 
     Attributes:
         alpha: Suggested inner rate, ``margin * alpha_c``; ``nan`` in plain training.
-        beta: Suggested meta rate, ``margin * beta_c``, halved until a trial survives; ``nan`` where theory gives none
-            (Adam and its kin before their first step, curvature that could not be measured): ``notes`` says why.
+        beta: Suggested meta rate, ``margin`` times the smaller of ``beta_c`` and ``beta_c_noise``, halved until a trial
+            survives; ``nan`` where theory gives none (Adam and its kin before their first step, curvature that could
+            not be measured): ``notes`` says why.
         alpha_c: Smallest critical inner rate over the batches, as configured.
         beta_c: Smallest critical meta rate over the batches, at the suggested ``alpha``.
+        beta_c_noise: Smallest meta rate over the batches below which the mean square shrinks when every step draws new
+            tasks, at the suggested ``alpha``; ``nan`` where every step has the same, or one.
         configured_alpha: The module's inner rate; ``nan`` in plain training.
         configured_beta: The optimizer's rate, before a scheduler warms it up.
-        status: Of the configured rates, as a guard's first check gives it: ``"safe"``, ``"edge"``, ``"unsafe"`` or
+        status: Of the configured rates, by the batch nearest to its limits and a trial as a guard makes it: ``"safe"``, ``"edge"``, ``"unsafe"`` or
             ``"unresolved"``.
         reasons: Why, and what to do.
         margin: Fraction of the critical values that is suggested.
@@ -38,6 +41,7 @@ class RateSuggestion:
     beta: float
     alpha_c: float
     beta_c: float
+    beta_c_noise: float
     configured_alpha: float
     configured_beta: float
     status: str
@@ -108,6 +112,8 @@ class RateSuggestion:
                 f"suggested {self.alpha:.3g}"
             )
         beta_c = f"beta_c {self.beta_c:.3g}" if not math.isnan(self.beta_c) else "beta_c not known"
+        if not math.isnan(self.beta_c_noise):
+            beta_c += f" ({self.beta_c_noise:.3g} while every step draws new tasks)"
         where = "" if math.isnan(self.configured_alpha) else " at the suggested alpha"
         said = f"suggested {self.beta:.3g}" if not math.isnan(self.beta) else "none suggested"
         kind = "learning rate beta" if math.isnan(self.configured_alpha) else "meta rate beta"
