@@ -25,8 +25,8 @@ class RateSuggestion:
             tasks, at the suggested ``alpha``; ``nan`` where every step has the same, or one.
         configured_alpha: The module's inner rate; ``nan`` in plain training.
         configured_beta: The optimizer's rate, before a scheduler warms it up.
-        status: Of the configured rates, by the batch nearest to its limits and a trial as a guard makes it: ``"safe"``, ``"edge"``, ``"unsafe"`` or
-            ``"unresolved"``.
+        status: Of the configured rates, by the batch nearest to its limits and a trial as a guard makes it: ``"safe"``,
+            ``"edge"``, ``"unsafe"`` or ``"unresolved"``.
         reasons: Why, and what to do.
         margin: Fraction of the critical values that is suggested.
         notes: What the reader of the suggestion should know.
