@@ -77,7 +77,7 @@ def test_the_suggested_pair_trains_just_inside_and_not_outside(margin):
     module = on_quadratic(optimizer=sgd(margin * found.beta_c))
     module.inner_lr = found.alpha
     start = float(module.network.weight.detach().norm())
-    fit(module, batch, 300)
+    fit(module, batch, 120)
     assert (float(module.network.weight.detach().norm()) < start) == (margin < 1)
 
 
