@@ -145,7 +145,7 @@ def main(words: Sequence[str] | None = None) -> Any:
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"logger": _loggers(task)},
-        parser_kwargs={"prog": f"{program()} {command}".strip(), "description": _description(run)},
+        parser_kwargs={"usage": _usage_of(command), "description": _description(run)},
         args=translate(given),
         run=False,
         auto_configure_optimizers=False,
@@ -218,6 +218,12 @@ _RUNS: dict[str, Callable[..., None]] = {
 def _checkpoint(cli: GuardCLI) -> dict[str, Any]:
     path = cli.config["ckpt_path"]
     return {} if path is None else {"ckpt_path": path}
+
+
+def _usage_of(command: str) -> str:
+    watched = "" if command in {"validate", "test"} else f"[--guard [{'|'.join(ACTIONS)}]] "
+    own = "[--batches N] [--margin M] " if command == "suggest" else ""
+    return " ".join(f"{program()} {command} [task] {watched}{own}[options below]".split())
 
 
 def _description(run: Callable[..., None]) -> str:

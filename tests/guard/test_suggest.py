@@ -316,3 +316,26 @@ def test_a_module_without_an_optimizer_is_named():
 
     with pytest.raises(ValueError, match="configure_optimizers of Still to return an optimizer but got none"):
         suggest_rates(Still(), shuffled())
+
+
+@pytest.mark.parametrize("resample", [True, False])
+def test_new_tasks_at_every_step_lower_the_meta_rate(resample):
+    module = MetaLearningModule(mlp(hidden=(8,)), optimizer=sgd(0.1, momentum=0.9))
+    data = TaskDataModule(Sinusoid(shots=5), meta_batch_size=3, resample=resample)
+    found = suggest_rates(module, data, batches=2, trial_steps=0)
+    if resample:
+        assert found.beta_c_noise == min(report.beta_c_noise for report in found.suggested_reports) < found.beta_c
+        assert found.beta == 0.5 * found.beta_c_noise
+        assert f"({found.beta_c_noise:.3g} while every step draws new tasks)" in str(found)
+    else:
+        assert math.isnan(found.beta_c_noise) and found.beta == 0.5 * found.beta_c
+        assert "new tasks" not in str(found)
+
+
+def test_several_loaders_and_one_batch():
+    class Two(Plain):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch["a"], batch_idx) + super().training_step(batch["b"], batch_idx)
+
+    found = suggest_rates(Two(), {"a": shuffled(), "b": shuffled()}, batches=1, trial_steps=1)
+    assert len(found.reports) == 1 and found.beta > 0
