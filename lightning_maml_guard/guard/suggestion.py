@@ -83,7 +83,7 @@ class RateSuggestion:
                 f"{self.beta_c:.3g} is its only limit. Print the suggestion instead."
             )
         # Without their meta rate: what is marked are the configured and the suggested pair, not the mixture measured.
-        measured = [replace(report, beta=math.nan) for report in self.suggested_reports]
+        measured = [replace(report, beta=math.nan, beta_applied=math.nan) for report in self.suggested_reports]
         measured.sort(key=lambda report: -_reach(report))
         figure, axes = plots.safe_region(measured, ax)
         figure.axes[-1].set(ylabel="batch", yticks=range(len(measured)))
@@ -100,7 +100,7 @@ class RateSuggestion:
         axes.scatter(self.configured_alpha, self.configured_beta, color="0.6", s=36, **marks)
         axes.scatter(self.alpha, beta, marker="*", s=180, color="#D55E00", label=name, **marks)
         axes.set_title("Safe region before training")
-        axes.legend(loc="lower left", frameon=True, framealpha=0.9)
+        axes.legend(loc="best", frameon=True, framealpha=0.9)
         return figure, axes
 
     def __str__(self) -> str:

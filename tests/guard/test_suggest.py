@@ -143,9 +143,8 @@ def test_what_is_printed_and_drawn():
     )
     assert lines[4].startswith("The configured rates are unsafe. beta = 3 exceeds")
     figure, ax = found.plot()
-    assert {"safe region, smallest", "configured rates", "suggested rates"} <= {
-        text.get_text() for text in ax.get_legend().get_texts()
-    }
+    said = {text.get_text() for text in ax.get_legend().get_texts()}
+    assert said == {"safe region, smallest", "configured rates", "suggested rates"}
     marks = [tuple(part.get_offsets()[0]) for part in ax.collections if len(part.get_offsets()) == 1]
     assert (0.1, 3.0) in marks and found.suggestion() in [pytest.approx(mark) for mark in marks]
     # The filled region's border passes through the limit that was measured at the suggested alpha.
