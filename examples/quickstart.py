@@ -3,7 +3,7 @@
 from pytorch_lightning import Trainer, seed_everything
 from torch.optim import SGD
 
-from lightning_maml_guard import ConvergenceGuard, MetaLearningModule, TaskDataModule
+from lightning_maml_guard import ConvergenceGuard, MetaLearningModule, TaskDataModule  # added: ConvergenceGuard
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.regression import Sinusoid
 
@@ -14,8 +14,13 @@ def main(steps: int = 500) -> ConvergenceGuard:
     module = MetaLearningModule(mlp(), inner_lr=0.01, optimizer=lambda parameters: SGD(parameters, lr=1.0))
     episodes = TaskDataModule(Sinusoid(shots=10), meta_batch_size=25, val_episodes=0)
 
-    guard = ConvergenceGuard(every_n_steps=10, action="rescale")
-    trainer = Trainer(max_steps=steps, callbacks=[guard], logger=False, enable_checkpointing=False)
+    guard = ConvergenceGuard(every_n_steps=10, action="rescale")  # added
+    trainer = Trainer(
+        max_steps=steps,
+        callbacks=[guard],  # added
+        logger=False,
+        enable_checkpointing=False,
+    )
     trainer.fit(module, episodes)
 
     last = guard.history[-1]

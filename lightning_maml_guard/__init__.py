@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from lightning_maml_guard.guard.callback import ConvergenceGuard
     from lightning_maml_guard.guard.monitor import measure
     from lightning_maml_guard.guard.report import StabilityReport
+    from lightning_maml_guard.guard.suggest import suggest_rates
+    from lightning_maml_guard.guard.suggestion import RateSuggestion
     from lightning_maml_guard.maml.learning import MetaLearning
     from lightning_maml_guard.maml.module import MetaLearningModule
     from lightning_maml_guard.maml.problem import MetaProblem
@@ -31,12 +33,14 @@ _HOMES = {
     "MetaLearningModule": "maml.module",
     "MetaProblem": "maml.problem",
     "PhaseDiagram": "grid.diagram",
+    "RateSuggestion": "guard.suggestion",
     "StabilityReport": "guard.report",
     "TaskDataModule": "tasks.datamodule",
     "critical_rates": "theory.rates",
     "measure": "guard.monitor",
     "phase_diagram": "phase_diagram",
     "stability_limit": "theory.stability",
+    "suggest_rates": "guard.suggest",
 }
 
 __all__ = [
@@ -48,12 +52,14 @@ __all__ = [
     "MetaLearningModule",
     "MetaProblem",
     "PhaseDiagram",
+    "RateSuggestion",
     "StabilityReport",
     "TaskDataModule",
     "critical_rates",
     "measure",
     "phase_diagram",
     "stability_limit",
+    "suggest_rates",
 ]
 
 

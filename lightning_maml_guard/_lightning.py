@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -71,7 +74,9 @@ __all__ = [
     "check_module",
     "hyperparameters_given",
     "inform",
+    "inform_less",
     "seed_everything",
+    "tools_for",
 ]
 
 
@@ -116,3 +121,44 @@ def hyperparameters_given() -> bool:
         if given is not None and given.get() is not None:
             return True
     return False
+
+
+def tools_for(module: Any, name: str) -> tuple[Any, Any]:
+    """Find the Trainer that takes a module, and the class that combines several loaders for it.
+
+    Args:
+        module: The module.
+        name: What the message calls it.
+
+    Returns:
+        ``Trainer`` and ``CombinedLoader`` of the module's package.
+
+    Raises:
+        TypeError: If it is a LightningModule of neither package.
+    """
+    for package in _NAMES:
+        imported = sys.modules.get(package)
+        if imported is not None and isinstance(module, imported.LightningModule):
+            return imported.Trainer, import_module(f"{package}.utilities.combined_loader").CombinedLoader
+    raise TypeError(
+        f"Expected argument `{name}` to be a LightningModule but got {type(module).__name__}. Pass the instance you "
+        "would give to trainer.fit (of torch.compile's wrapper, the module inside)."
+    )
+
+
+@contextmanager
+def inform_less() -> Iterator[None]:
+    """Keep Lightning from telling about devices and tips, for a Trainer that the user did not make.
+
+    Yields:
+        Nothing.
+    """
+    loggers = [logging.getLogger(name) for name in _NAMES]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(max(logger.getEffectiveLevel(), logging.WARNING))
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""examples/phase_diagram.py at small size, each panel; the linear one and a launch over two processes are slow."""
+"""examples/phase_diagram.py and lightning-maml-guard phase-diagram at small size, each panel; the linear one and a launch over two processes are slow."""
 
 import json
 import os
@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from lightning_maml_guard import PhaseDiagram
+from lightning_maml_guard.poster.findings import plain
+from lightning_maml_guard.poster.panels import SMALL
 from lightning_maml_guard.tasks.episodes import episode_generator
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "phase_diagram.py"
@@ -54,8 +56,8 @@ def test_a_panel_is_drawn_printed_and_written(example, name, tmp_path, capsys, d
     assert f"alpha_c at the start {written['alpha_c at the start']:.4g}" in printed
 
 
-def test_what_json_cannot_hold_is_null(example):
-    assert example["plain"]({"a": np.array([1.0, np.nan]), "b": [np.inf, np.int64(3)], "c": "x"}) == {
+def test_what_json_cannot_hold_is_null():
+    assert plain({"a": np.array([1.0, np.nan]), "b": [np.inf, np.int64(3)], "c": "x"}) == {
         "a": [1.0, None],
         "b": [None, 3],
         "c": "x",
@@ -69,7 +71,7 @@ def test_the_linear_panel_meets_the_theory(example, tmp_path):
     assert found["largest relative difference of beta_c"] < 1e-3
     assert len(found["alpha"]) == 16 and found["alpha"][-1] > 0.97 * found["alpha_c measured"]
     # And the measured curve is that of the data's own matrix, in closed form.
-    family = example["SMALL"]["linear"].tasks()
+    family = SMALL["linear"].tasks()
     x = family.sample(1, episode_generator(0, "train", 0)).support[0][0].numpy()
     x = np.concatenate([x, np.ones((len(x), 1))], 1)  # the bias
     values = np.linalg.eigvalsh(2 * x.T @ x / len(x))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+import torch
 
 from lightning_maml_guard import GuardWarning
 
@@ -21,6 +22,17 @@ def test_the_quick_start_runs_and_warns_in_the_words_quoted(tmp_path, monkeypatc
     with pytest.warns(GuardWarning, match=r"left the safe region at step 0\. beta = 1 exceeds beta_c"):
         exec(code, {})
     assert (tmp_path / "safe_region.png").exists()
+
+
+def test_rates_are_suggested_in_the_words_quoted(capsys):
+    (code,) = [each for each in re.findall(r"```python\n(.*?)```", README, re.S) if "suggest_rates" in each]
+    torch.manual_seed(0)
+    exec(code, {})
+    quoted = re.findall(r"```text\n(Rates before training.*?)```", README, re.S)[0].splitlines()
+    printed = capsys.readouterr().out.splitlines()
+    numbers = r"\d+(\.\d+)?"  # their last digits are the machine's
+    assert [re.sub(numbers, "#", line) for line in printed[:4]] == [re.sub(numbers, "#", line) for line in quoted[:4]]
+    assert printed[4].startswith(quoted[4].removesuffix(" ..."))
 
 
 def test_ci_finds_the_test_command():

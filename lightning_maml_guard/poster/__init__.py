@@ -1,0 +1,1 @@
+"""The poster's experiments: a phase diagram for each of its panels."""

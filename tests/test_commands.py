@@ -1,0 +1,169 @@
+"""Every command over every shipped configuration, at tiny sizes; YAML in and out; words that are wrong."""
+
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_maml_guard import cli
+from lightning_maml_guard._words import COMMANDS, TASKS
+from lightning_maml_guard.cli import console, main
+
+PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
+SMALL = ["--trainer.max_steps=1", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+SMALL += ["--trainer.accelerator=cpu", "--data.test_episodes=2", "--data.val_episodes=2"]
+IMAGES = ["--model.network.filters=2", "--model.inner_steps=1", "--data.tasks.queries=1"]
+PICTURES = ["--data.tasks.image_size=32", "--model.network.image_size=32"]
+
+
+def words_of(task):
+    small = [] if task in {"linear", "sinusoid"} else IMAGES
+    return [task, *SMALL, *small, *(PICTURES if task.startswith("mini") else [])]
+
+
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory):
+    return tmp_path_factory.mktemp("caches")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch, caches):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(caches))
+    return tmp_path
+
+
+OFTEN = ("linear", "sinusoid", "omniglot", "miniimagenet")
+
+
+@pytest.mark.parametrize("task", [t if t in OFTEN else pytest.param(t, marks=pytest.mark.slow) for t in TASKS])
+def test_every_command_over_every_configuration(task, request, monkeypatch, capsys):
+    words, drawn = [*words_of(task), "--data.meta_batch_size=1", "--model.eval_inner_steps=1"], []
+    images = task not in {"linear", "sinusoid"}
+    if images:
+        monkeypatch.setenv("LMG_DATA", str(request.getfixturevalue("data_folder")))
+        monkeypatch.setattr(cli, "_save", lambda found, path: drawn.append(path))
+    guard = (
+        ["--guard=log", "--guard.trial_steps=0", "--guard.max_iter=2"]
+        if images
+        else ["--guard.trial_steps=2", "--guard.max_iter=4"]
+    )
+    trained = main(["fit", *words, *guard])
+    assert trained.trainer.global_step == 1 and "test/loss" not in trained.trainer.callback_metrics
+    assert trained.guard.action == ("log" if images else "warn") and len(trained.guard.history) == 1
+    (checkpoint,) = Path("runs", task, "version_0").glob("checkpoints/*.ckpt")
+    if images:  # most of a command's time goes into parsing: once is enough
+        monkeypatch.setattr(cli, "GuardCLI", lambda *arguments, **named: trained)
+    for command, key in (("validate", "val/loss"), ("test", "test/loss")):
+        judged = main([command, *words, f"--ckpt_path={checkpoint}"])
+        assert judged.trainer.callback_metrics[key] > 0 and (images or judged.guard is None)
+        pairs = zip(judged.model.parameters(), trained.model.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    capsys.readouterr()
+    found = main(["suggest", *words, "--batches=1", "--margin=0.4", *guard]).suggestion
+    assert len(found.reports) == 1 and found.trial_steps == (0 if images else 2)
+    alpha_c = found.alpha_c if math.isfinite(found.alpha_c) else found.configured_alpha / 0.4
+    assert found.alpha == pytest.approx(0.4 * alpha_c)
+    assert f"suggested {found.alpha:.3g}" in capsys.readouterr().out
+    assert images or Path("runs", "suggest", f"{task}.png").stat().st_size > 10_000
+
+
+def test_phase_diagram_is_the_example(monkeypatch, capsys):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    found = main(["phase-diagram", "sinusoid", "--grid", "2", "--steps", "3", "--threads", "1"])
+    assert found["runs"] == 4 and "sinusoid: " in capsys.readouterr().out
+    assert Path("runs/phase_diagram/sinusoid.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit) as stopped:
+        main(["phase-diagram", "circle"])
+    assert stopped.value.code == 2 and "invalid choice: 'circle'" in capsys.readouterr().err
+
+
+def printed(capsys, words):
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["", "fit", "suggest"])
+def test_yaml_goes_out_and_in(command, capsys, elsewhere):
+    start = [command] if command else []
+    words = [*start, *words_of("linear"), "--guard=rescale", "--guard.every_n_steps=7", "--model.inner_lr=0.02"]
+    text = printed(capsys, [*words, "--print_config"])
+    (elsewhere / "own.yaml").write_text(text)
+    assert printed(capsys, [*start, "--config", "own.yaml", "--print_config"]) == text
+    settings = yaml.safe_load(text)
+    assert settings["guard"]["init_args"]["every_n_steps"] == 7 and settings["model"]["init_args"]["inner_lr"] == 0.02
+
+
+def test_one_yaml_serves_the_other_commands(capsys, elsewhere):
+    (elsewhere / "own.yaml").write_text(printed(capsys, ["fit", *words_of("linear"), "--guard", "--print_config"]))
+    assert float(main(["test", "--config=own.yaml"]).trainer.callback_metrics["test/loss"]) > 0
+    assert main(["suggest", "--config=own.yaml", "--batches=1"]).suggestion.beta > 0
+
+
+def test_what_fit_suggests_is_what_fit_takes():
+    words = words_of("linear")
+    found = main(["suggest", *words, "--batches=1"]).suggestion
+    rates = [f"--model.inner_lr={found.alpha}", f"--model.optimizer.lr={found.beta}"]
+    guard = main(["fit", *words, "--guard=log", "--guard.criterion=exact", *rates]).guard
+    assert guard.history[0].status == "safe"
+    assert guard.history[0].beta_ratio == pytest.approx(0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["fitt"],
+            "expected the task to be one of linear, .* but got 'fitt'. Before it may stand one of fit, validate",
+        ),
+        (["fit", "cifar"], "but got 'cifar'"),
+        (
+            ["validate", "linear", "--guard"],
+            "error: validate trains nothing, so --guard has nothing to watch. Leave it",
+        ),
+        (["test", "linear", "--guard.margin=1"], "error: test trains nothing, so --guard has nothing to watch"),
+        (["suggest", "linear", "--ckpt_path=x.ckpt"], "suggest measures the network as initialised, so it takes no"),
+    ],
+)
+def test_wrong_words_are_explained(words, message):
+    with pytest.raises(SystemExit, match=message):
+        main(words)
+
+
+def test_a_margin_that_is_none_is_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["suggest", "linear", "--margin=much"])
+    assert (
+        "lightning-maml-guard suggest: error: argument --margin: invalid float value: 'much'" in capsys.readouterr().err
+    )
+    with pytest.raises(ValueError, match="`margin` to be a number between 0 and 1 but got 2.0"):
+        main(["suggest", *words_of("linear"), "--margin=2"])
+
+
+def test_help_tells_what_each_command_does(capsys):
+    text = printed(capsys, ["--help"])
+    assert text.startswith("usage: lightning-maml-guard [linear|sinusoid|")
+    for command in COMMANDS:
+        assert re.search(rf"^  {command} +[A-Z]", text, re.M), command
+    assert all(len(line) <= 120 for line in text[: text.index("omniglot is a first look")].splitlines()[3:])
+    said = " ".join(printed(capsys, ["suggest", "--help"]).split())
+    assert "usage: lightning-maml-guard suggest " in said
+    assert "suggest learning rates at --margin M (default 0.5) times their critical values" in said
+
+
+def test_the_installed_command_returns_nothing_for_its_exit_status():
+    entry = re.findall(r"^lightning-maml-guard = (.*)$", PYPROJECT.read_text(), re.M)
+    assert entry == ['"lightning_maml_guard.cli:console"']
+
+
+def test_console_runs_main(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lightning-maml-guard", "fit", *words_of("linear")])
+    assert console() is None
+    assert list(Path("runs", "linear").glob("version_0/checkpoints/*.ckpt"))

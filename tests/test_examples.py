@@ -1,0 +1,105 @@
+"""The examples run, say what is true, and take as few added lines as they claim."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_maml_guard import GuardWarning
+from lightning_maml_guard.maml.gradients import meta_gradient
+from lightning_maml_guard.tasks.episodes import episode_generator
+from lightning_maml_guard.tasks.regression import Sinusoid
+from tests.helpers import dense_hessian
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def example(name):
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))
+
+
+@pytest.mark.parametrize(
+    ("name", "imports", "lines"), [("quickstart", 1, 2), ("existing_maml", 1, 9), ("plain_training", 1, 1)]
+)
+def test_the_lines_that_the_guard_adds_are_counted(name, imports, lines):
+    added = [line for line in (EXAMPLES / f"{name}.py").read_text().splitlines() if re.search(r"# added\b", line)]
+    brought = [line for line in added if line.startswith("from lightning_maml_guard import")]
+    assert (len(brought), len(added) - len(brought)) == (imports, lines)
+    # Without the added lines nothing names the guard but the imports, and what prints its numbers in main().
+    rest = [line for line in (EXAMPLES / f"{name}.py").read_text().splitlines() if line not in added]
+    assert not any("MetaProblem(" in line or "ConvergenceGuard(" in line or "[guard]" in line for line in rest)
+
+
+def test_without_the_added_lines_the_hand_written_module_is_the_one_it_was(tmp_path):
+    lines = (EXAMPLES / "existing_maml.py").read_text().splitlines()
+    kept = "\n".join(line for line in lines if "# added" not in line)
+    (tmp_path / "before.py").write_text(kept.replace("import Sinusoid", "import Sinusoid\nConvergenceGuard = None"))
+    before = runpy.run_path(str(tmp_path / "before.py"))["HandWrittenMAML"]
+    assert not hasattr(before, "meta_problem") and hasattr(before, "training_step")
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_the_hand_written_modules_problem_is_what_it_trains(inner_steps):
+    module = example("existing_maml")["HandWrittenMAML"](inner_lr=0.05, inner_steps=inner_steps).double()
+    batch = Sinusoid(shots=5, queries=7).sample(3, episode_generator(0, "train", 0), "train")
+    batch = tuple(tuple(value.double() for value in part) for part in batch)
+    loss = module.training_step(batch, 0)
+    loss.backward()
+    found = meta_gradient(module.meta_problem(batch))
+    assert float(found.losses.mean()) == pytest.approx(float(loss.detach()), rel=1e-12)
+    for name, value in module.net.named_parameters():
+        torch.testing.assert_close(found.gradients[name], value.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_the_hand_written_module_is_stopped_before_it_dies(capsys):
+    with pytest.warns(GuardWarning, match="The coming 10 steps, tried on copies .* take the loss from .* to inf"):
+        guard = example("existing_maml")["main"]()
+    assert guard.stopped_step == 0 and guard.history[0].alpha == 0.01
+    assert re.search(
+        r"beta = 0\.5, beta_c = 0\.1\d+ after \d+ .*: unsafe\nstopped at step 0 of 40", capsys.readouterr().out
+    )
+
+
+def test_the_plain_loop_lowers_its_meta_rate_and_trains_without_lightning():
+    code = (
+        "import runpy, sys\n"
+        f"reports = runpy.run_path({str(EXAMPLES / 'plain_loop.py')!r})['main']()\n"
+        "assert reports[0].status == 'unsafe' and reports[1].beta == 0.5 * reports[0].beta_c\n"
+        "assert not {'pytorch_lightning', 'lightning'} & set(sys.modules), 'Lightning was imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=EXAMPLES.parent)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, *_, last = done.stdout.splitlines()
+    assert re.fullmatch(r"step 0: beta = 0\.5, beta_c = 0\.1\d+: unsafe", first)
+    assert float(re.fullmatch(r"query loss after 90 steps: (.*)", last)[1]) < 4
+
+
+def test_plain_training_reports_the_sharpness_of_its_own_loss(capsys):
+    found = example("plain_training")
+    guard = found["main"]()
+    printed = capsys.readouterr().out
+    assert [report.step for report in guard.history] == [0, 20, 40, 60]
+    for report in guard.history:  # momentum 0.9: 2 (1 + 0.9) / lambda_max
+        assert report.beta_c == pytest.approx(3.8 / report.lambda_max, rel=2e-2)
+        assert f"step {report.step}: sharpness {report.lambda_max:.3g}" in printed
+    assert guard.history[0].status == "safe" and "40% of it: safe" in printed
+
+
+def test_plain_trainings_limit_is_that_of_the_dense_hessian():
+    from lightning_maml_guard import measure
+    from lightning_maml_guard.guard.plain import training_step_problem
+
+    module = example("plain_training")["Regression"]().double()
+    x = torch.linspace(-2, 2, 32, dtype=torch.float64).unsqueeze(1)
+    params = {name: value.detach() for name, value in module.named_parameters()}
+    loss = lambda at: torch.nn.functional.mse_loss(  # noqa: E731
+        torch.func.functional_call(module.net, {n.removeprefix("net."): v for n, v in at.items()}, (x,)), x**2
+    )
+    top = np.linalg.eigvalsh(dense_hessian(loss, params))[-1]
+    report = measure(training_step_problem(module, [x, x**2], 0), optimizer=module.configure_optimizers(), tol=1e-6)
+    assert report.beta_c == pytest.approx(3.8 / top, rel=1e-4)
