@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +106,7 @@ def ritz(report: StabilityReport, ax: Axes | None = None, *, title: str | None =
     if not values:
         raise ValueError("There is nothing to draw: this check saw no eigenvalue. Draw another report.")
     if ax is None:
-        ax = new_figure(6.4, 3.6).subplots()
+        ax = new_figure(5.4, 3.4).subplots()
     low, high = min(*values, 0.0), max(*values, 0.0)
     extent = high - low or 1.0
     smallest = min((weight for weight in weights if weight > 0), default=1.0)
@@ -126,7 +127,7 @@ def ritz(report: StabilityReport, ax: Axes | None = None, *, title: str | None =
         ylabel="weight (share of a random vector)",
         title=f"Spectrum{step}" if title is None else title,
     )
-    ax.legend(loc="best", fontsize="small", frameon=False)
+    ax.legend(loc="best", fontsize="small", framealpha=0.9)
     return ax.figure, ax
 
 
@@ -157,7 +158,8 @@ def svg(figure: Any) -> str:
         figure: The figure.
 
     Returns:
-        An ``<svg>`` element: what is black becomes ``currentColor``, what is white the page's ``--paper``.
+        An ``<svg>`` element: what is black becomes ``currentColor``, what is white the page's ``--paper``, and colours
+        too dark for a dark page have a lighter one there.
     """
     from matplotlib import rcParams
     from matplotlib.colors import to_hex
@@ -172,18 +174,33 @@ def svg(figure: Any) -> str:
     for ink in {"#000000", *inks} - {to_hex(rcParams["axes.facecolor"])}:
         drawn = drawn.replace(f": {ink}", ": currentColor")
     drawn = drawn.replace(f": {to_hex(rcParams['axes.facecolor'])}", ": var(--paper)")
+    # A browser that does not know light-dark() keeps the declaration before it.
+    drawn = re.sub(r"(stroke|fill): (#[0-9a-f]{6})", lambda found: _on_both(*found.groups()), drawn)
     return drawn.replace("<svg ", '<svg fill="currentColor" ', 1)
+
+
+def _on_both(what: str, colour: str) -> str:
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    lighter = channels
+    while sum(w * c**2.2 for w, c in zip((0.2126, 0.7152, 0.0722), lighter, strict=True)) < 0.25:
+        lighter = [c + 0.1 * (1 - c) for c in lighter]
+    if lighter is channels:
+        return f"{what}: {colour}"
+    light = "".join(f"{round(255 * c):02x}" for c in lighter)
+    return f"{what}: {colour}; {what}: light-dark({colour}, #{light})"
 
 
 def _states(ax: Axes, reports: Sequence[StabilityReport], steps: Sequence[float]) -> None:
     rows = [name for name in STATE_COLOURS if name != "unresolved" or any(r.status == name for r in reports)]
     gap = (steps[-1] - steps[0]) / max(len(steps) - 1, 1) or 1.0
-    ends = [*steps[1:], steps[-1] + gap]
+    # Equal neighbours are one bar: between two the page would shine through.
+    begins = [i for i, report in enumerate(reports) if i == 0 or report.status != reports[i - 1].status]
+    ends = [*(steps[i] for i in begins[1:]), steps[-1] + gap]
     for row, name in enumerate(rows):
         spans = [
-            (step, max(end - step, 0.0))
-            for report, step, end in zip(reports, steps, ends, strict=True)
-            if report.status == name
+            (steps[i], max(end - steps[i], 0.0))
+            for i, end in zip(begins, ends, strict=True)
+            if reports[i].status == name
         ]
         ax.broken_barh(spans, (row - 0.38, 0.76), facecolors=STATE_COLOURS[name], linewidth=0)
     ax.set_yticks(range(len(rows)), rows)

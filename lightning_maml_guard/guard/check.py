@@ -62,7 +62,7 @@ class Checker:
             # without acting on it is changed again by the next.
             if not self._acted:
                 self.run.course.watches = watches
-            self.run.course.say_once(messages.failed(step, error))
+            self.run.course.say_once(messages.failed(step, error), step=step)
             if self._taken_back is not None:
                 optimizer, present = self._taken_back
                 self.run.intervention.halve(self.module, scheduled_rate(optimizer), present, step)

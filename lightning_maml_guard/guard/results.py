@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,14 @@ class Results:
         from lightning_maml_guard.guard.table import frame
 
         return frame(self.history)
+
+    def settings(self) -> dict[str, Any]:
+        """Read the guard's arguments.
+
+        Returns:
+            Their values by name, in the constructor's order.
+        """
+        return {name: getattr(self, name) for name in signature(type(self)).parameters if hasattr(self, name)}
 
     def plot(self) -> Any:
         """Draw the safe region with the path of ``(alpha, beta)`` in it.
