@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from importlib import import_module
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -279,11 +279,10 @@ def _border(report: StabilityReport, low: float, points: int = 160) -> tuple[lis
 def _matplotlib() -> Any:
     """Matplotlib without pyplot, whose import may choose a backend."""
     try:
-        for part in ("axes", "cm", "collections", "colors"):
-            import_module(f"matplotlib.{part}")
+        from matplotlib import axes, cm, collections, colormaps, colors
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("Drawing needs matplotlib: pip install 'lightning-maml-guard[plot]'.") from error
-    return import_module("matplotlib")
+    return SimpleNamespace(axes=axes, cm=cm, collections=collections, colormaps=colormaps, colors=colors)
 
 
 def _pyplot() -> Any:

@@ -161,7 +161,7 @@ def svg(figure: Any) -> str:
         An ``<svg>`` element: what is black becomes ``currentColor``, what is white the page's ``--paper``, and colours
         too dark for a dark page have a lighter one there.
     """
-    from matplotlib import rcParams
+    import matplotlib
     from matplotlib.colors import to_hex
 
     out = io.StringIO()
@@ -169,11 +169,12 @@ def svg(figure: Any) -> str:
     drawn = out.getvalue()
     drawn = drawn[drawn.index("<svg") :]
     # A user's own style may draw white on black: what is ink and what is paper is in it.
+    style: Any = matplotlib.rcParams
     names = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
-    inks = {to_hex(rcParams[name]) for name in names if rcParams[name] != "auto"}
-    for ink in {"#000000", *inks} - {to_hex(rcParams["axes.facecolor"])}:
+    inks = {to_hex(style[name]) for name in names if style[name] != "auto"}
+    for ink in {"#000000", *inks} - {to_hex(style["axes.facecolor"])}:
         drawn = drawn.replace(f": {ink}", ": currentColor")
-    drawn = drawn.replace(f": {to_hex(rcParams['axes.facecolor'])}", ": var(--paper)")
+    drawn = drawn.replace(f": {to_hex(style['axes.facecolor'])}", ": var(--paper)")
     # A browser that does not know light-dark() keeps the declaration before it.
     drawn = re.sub(r"(stroke|fill): (#[0-9a-f]{6})", lambda found: _on_both(*found.groups()), drawn)
     return drawn.replace("<svg ", '<svg fill="currentColor" ', 1)
@@ -225,7 +226,7 @@ def _ratios(ax: Axes, reports: Sequence[StabilityReport], steps: Sequence[float]
             for c, s in zip(capped, shown, strict=True)
         ]
         if any(math.isfinite(ratio) for ratio in differs):
-            options = {"linestyle": "--", "marker": marker and "v", "markersize": 5, "linewidth": 1.2}
+            options: dict[str, Any] = {"linestyle": "--", "marker": marker and "v", "markersize": 5, "linewidth": 1.2}
             ax.plot(steps, differs, color=colour, label=f"{symbol}, applied", **options)
             drawn += differs
     ax.axhline(1.0, color=STATE_COLOURS["unsafe"], linewidth=1.2, label="critical")

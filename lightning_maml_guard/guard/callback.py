@@ -276,7 +276,7 @@ class ConvergenceGuard(Results, Callback):
         except Exception as error:
             self._run.course.say_once(
                 "ConvergenceGuard looks between checks when the loss jumps, but not when the gradient norm does: it "
-                f"could not be computed. Cause: {type(error).__name__}: {error}"
+                f"could not be computed.\nCause: {type(error).__name__}: {error}"
             )
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -121,7 +121,7 @@ class Course:
             raise
         except Exception as error:
             self.say_once(
-                f"ConvergenceGuard could not {what}; training goes on. Cause: {type(error).__name__}: {error}"
+                f"ConvergenceGuard could not {what}; training goes on.\nCause: {type(error).__name__}: {error}"
             )
 
     def state(self) -> dict[str, Any]:

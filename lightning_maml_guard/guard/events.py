@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,15 +36,16 @@ def events(history: Sequence[StabilityReport], befell: Sequence[tuple[int, str, 
     Returns:
         The events in the order of their steps; those whose step is not known come last.
     """
-    found = [
-        Event(step, kind, "", text.removeprefix("ConvergenceGuard: ").removeprefix("ConvergenceGuard "))
+    said = [
+        Event(step, kind, "", re.sub(rf"^ConvergenceGuard(: | )(step {step}: )?", "", text))
         for step, kind, text in befell
     ]
+    found: list[Event] = []
     before: StabilityReport | None = None
     for report in history:
         found += _changes(before, report)
         before = report
-    return sorted(found, key=lambda event: event.step if event.step >= 0 else math.inf)
+    return sorted([*found, *said], key=lambda event: event.step if event.step >= 0 else math.inf)
 
 
 def _changes(before: StabilityReport | None, report: StabilityReport) -> list[Event]:

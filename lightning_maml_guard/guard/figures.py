@@ -118,9 +118,10 @@ def _send_histogram(logger: Any, report: StabilityReport) -> None:
     counts, edges = histogram(values, weights)
     name, step = "guard/spectrum", report.step or 0
     if wandb:
+        import numpy as np
         from wandb import Histogram
 
-        logger.log_metrics({name: Histogram(np_histogram=(counts, edges))}, step=step)
+        logger.log_metrics({name: Histogram(np_histogram=(np.array(counts), np.array(edges)))}, step=step)
     else:
         logger.experiment.add_histogram_raw(
             name,

@@ -65,8 +65,9 @@ def page(guard: Results) -> str:
     """
     history = guard.history
     body = [_head(guard), *_pictures(guard)] if history else [_head(guard), "<p>No check was made yet.</p>"]
+    action = guard.settings()["action"]
     happened = events(history, guard._run.course.events)
-    body += [_happened(happened, guard.settings()["action"]), _last(history), _configuration(guard), _versions()]
+    body += [_happened(happened, action), _last(history, action), _configuration(guard), _versions()]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -114,7 +115,7 @@ def _pictures(guard: Results) -> Iterable[str]:
     seen = [report for report in history if report.ritz()[0]]
     if seen:
         worst = max(seen, key=lambda report: report.lambda_max)
-        shown = [("Last check", seen[-1])] + ([("Sharpest check", worst)] if worst is not seen[-1] else [])
+        shown = [("Last spectrum", seen[-1])] + ([("Sharpest spectrum", worst)] if worst is not seen[-1] else [])
         drawn = ""
         for title, report in shown:
             figure, _ = ritz(report, title=f"{title}, step {report.step}")
@@ -147,14 +148,18 @@ def _happened(happened: Sequence[Event], action: str) -> str:
             "" if each.step < 0 else str(each.step),
             _badge(each.kind) if each.kind in _WORDS else escape(each.kind),
             escape(each.what),
-            escape(each.why.replace(", or use action='rescale'", "") if action == "rescale" else each.why),
+            escape(_fitting(each.why, action)),
         ]
         for each in happened[-_SHOWN:]
     ]
     return _section("What happened", note + _table(["step", "event", "what", "why"], rows, "events"))
 
 
-def _last(history: Sequence[StabilityReport]) -> str:
+def _fitting(reason: str, action: str) -> str:
+    return reason.replace(", or use action='rescale'", "") if action == "rescale" else reason
+
+
+def _last(history: Sequence[StabilityReport], action: str) -> str:
     if not history:
         return ""
     report = history[-1]
@@ -180,7 +185,7 @@ def _last(history: Sequence[StabilityReport]) -> str:
         known = low_high is not None and not any(math.isnan(end) for end in low_high)
         interval = f"{low_high[0]:.4g} to {low_high[1]:.4g}" if known and low_high is not None else ""
         rows.append([f"<code>{name}</code>", f"{value:.4g}", interval])
-    reasons = "".join(f"<p>{escape(reason)}</p>" for reason in report.reasons)
+    reasons = "".join(f"<p>{escape(_fitting(reason, action))}</p>" for reason in report.reasons)
     return _section("The last check", reasons + _table(["", "value", "interval"], rows, "numbers"))
 
 
