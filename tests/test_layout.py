@@ -70,6 +70,13 @@ def test_lightning_is_named_in_one_file(path):
     assert not named or path.name == "_lightning.py"
 
 
+def test_only_the_command_line_prints():
+    for path in FILES:
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        printed = any(isinstance(function, ast.Name) and function.id == "print" for function in calls)
+        assert not printed or path.name == "cli.py", path
+
+
 def test_theory_is_pure():
     for path in (PACKAGE / "theory").glob("*.py"):
         assert not any("nn" in name.split(".") for name in imports(path))

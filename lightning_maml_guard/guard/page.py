@@ -115,9 +115,9 @@ def _pictures(guard: Results) -> Iterable[str]:
     seen = [report for report in history if report.ritz()[0]]
     if seen:
         worst = max(seen, key=lambda report: report.lambda_max)
-        shown = [("Last spectrum", seen[-1])] + (
-            [("Sharpest spectrum", worst)] if worst.lambda_max > 1.01 * seen[-1].lambda_max else []
-        )
+        shown = [("Last spectrum", seen[-1])]
+        if worst.lambda_max > 1.01 * seen[-1].lambda_max:
+            shown.append(("Sharpest spectrum", worst))
         drawn = ""
         for title, report in shown:
             figure, _ = ritz(report, title=f"{title}, step {report.step}")

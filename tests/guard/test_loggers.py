@@ -2,11 +2,13 @@
 
 import builtins
 import math
+import random
 import sys
 
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from matplotlib import pyplot
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
@@ -49,6 +51,17 @@ def test_tensorboard_gets_pictures_when_the_state_changes_and_at_the_end_and_a_h
     assert found.min == pytest.approx(0.3) and found.max == pytest.approx(4.0)
     assert sum(found.bucket) == pytest.approx(1.0)
     assert [step.step for step in events.Scalars("guard/beta_c")] == [0, 2, 4, 6, 8]
+
+
+def test_drawing_touches_no_random_numbers(tmp_path):
+    def after(wanted):
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)
+        _, trainer = run(TensorBoardLogger(tmp_path), steps=2, figures=wanted)
+        weight = trainer.model.network.weight.detach().clone()
+        return weight, torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+
+    (weight, state, *others), (other_weight, other_state, *rest) = after(True), after(False)
+    assert torch.equal(weight, other_weight) and torch.equal(state, other_state) and others == rest
 
 
 def test_wandb_gets_them(tmp_path, monkeypatch):
