@@ -18,7 +18,7 @@ class Figures:
     """Sends the safe region, the spectrum's picture and its histogram to TensorBoard, W&B and MLflow.
 
     A histogram is a handful of numbers and goes out with every check to the loggers that have histograms of their own.
-    A picture takes some tenths of a second to draw: it goes out when the state changes, with at least ten checks
+    The two pictures take about a second to draw: they go out when the state changes, with at least ten checks
     between two of them, and at the end.
 
     Args:
