@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,8 +42,8 @@ def safe_region(reports: Sequence[StabilityReport], ax: Axes | None = None) -> t
             f"Expected argument `reports` to be a list of StabilityReport but got {type(reports).__name__} "
             f"{str(reports)[:60]}. Pass guard.history, or [measure(...)]."
         )
-    plt = _pyplot()
-    if ax is not None and not isinstance(ax, plt.Axes):
+    mpl = _matplotlib()
+    if ax is not None and not isinstance(ax, mpl.axes.Axes):
         raise TypeError(
             f"Expected argument `ax` to be matplotlib's Axes or None but got {type(ax).__name__}. Pass the second of "
             "plt.subplots()."
@@ -55,13 +56,13 @@ def safe_region(reports: Sequence[StabilityReport], ax: Axes | None = None) -> t
             "one has, or draw other reports."
         )
     if ax is None:
-        _, ax = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+        _, ax = _pyplot().subplots(figsize=(6.4, 4.8), layout="constrained")
     figure = ax.figure
     shown = [measured[i] for i in sorted({round(k * (len(measured) - 1) / 7) for k in range(8)})]
     steps = [float(report.step if report.step is not None else i) for i, report in enumerate(measured)]
     # The last check is drawn over the others: keep it off the palest end of the map.
-    colours = plt.matplotlib.colors.ListedColormap(plt.get_cmap("viridis")(range(20, 216)))
-    norm = plt.Normalize(min(steps), max(steps) if max(steps) > min(steps) else min(steps) + 1)
+    colours = mpl.colors.ListedColormap(mpl.colormaps["viridis"](range(20, 216)))
+    norm = mpl.colors.Normalize(min(steps), max(steps) if max(steps) > min(steps) else min(steps) + 1)
 
     low = min(min(r.alpha, r.alpha_applied) if r.alpha_applied > 0 else r.alpha_c for r in measured)
     low = min([low, *(r.alpha_c for r in shown)]) / 30
@@ -84,30 +85,18 @@ def safe_region(reports: Sequence[StabilityReport], ax: Axes | None = None) -> t
             ax.fill_between(
                 alphas, floor, curve, color=colour, alpha=0.18, linewidth=0, label="safe region, last check"
             )
-    for report, step in zip(measured, steps, strict=True):
-        if not math.isfinite(report.beta) or report.beta == 0:
-            continue
-        colour = colours(norm(step))
-        moved = (report.alpha_applied, report.beta_applied) != (report.alpha, report.beta)
-        if moved:
-            ax.plot(
-                [report.alpha, report.alpha_applied],
-                [report.beta, report.beta_applied],
-                color=colour,
-                linewidth=0.8,
-                zorder=4,
-            )
-            ax.scatter(
-                report.alpha_applied,
-                report.beta_applied,
-                color=[colour],
-                marker="v",
-                s=36,
-                edgecolors="black",
-                linewidths=0.6,
-                zorder=6,
-            )
-        ax.scatter(report.alpha, report.beta, color=[colour], s=36, edgecolors="black", linewidths=0.6, zorder=5)
+    drawn = [(r, step) for r, step in zip(measured, steps, strict=True) if math.isfinite(r.beta) and r.beta != 0]
+    capped = [(r, step) for r, step in drawn if (r.alpha_applied, r.beta_applied) != (r.alpha, r.beta)]
+    joined = [[(r.alpha, r.beta), (r.alpha_applied, r.beta_applied)] for r, _ in capped]
+    inks = [colours(norm(step)) for _, step in capped]
+    ax.add_collection(mpl.collections.LineCollection(joined, colors=inks, linewidths=0.8, zorder=4), autolim=False)
+    dots: dict[str, Any] = {"cmap": colours, "norm": norm, "s": 36, "edgecolors": "black", "linewidths": 0.6}
+    if capped:
+        x, y = [r.alpha_applied for r, _ in capped], [r.beta_applied for r, _ in capped]
+        ax.scatter(x, y, c=[step for _, step in capped], marker="v", zorder=6, **dots)
+    if drawn:
+        x, y = [r.alpha for r, _ in drawn], [r.beta for r, _ in drawn]
+        ax.scatter(x, y, c=[step for _, step in drawn], zorder=5, **dots)
     ax.scatter([], [], color="0.6", edgecolors="black", s=36, label="configured rates")
     if any((r.alpha_applied, r.beta_applied) != (r.alpha, r.beta) for r in measured):
         ax.scatter([], [], color="0.6", edgecolors="black", marker="v", s=36, label="applied rates")
@@ -120,7 +109,7 @@ def safe_region(reports: Sequence[StabilityReport], ax: Axes | None = None) -> t
     )
     ax.set_ylim(floor, ceiling)
     ax.legend(loc="lower left", frameon=True, framealpha=0.9)
-    figure.colorbar(plt.cm.ScalarMappable(norm, colours), ax=ax, label="training step of the check")
+    figure.colorbar(mpl.cm.ScalarMappable(norm, colours), ax=ax, label="training step of the check")
     return figure, ax
 
 
@@ -287,9 +276,17 @@ def _border(report: StabilityReport, low: float, points: int = 160) -> tuple[lis
     ]
 
 
-def _pyplot() -> Any:
+def _matplotlib() -> Any:
+    """Matplotlib without pyplot, whose import may choose a backend."""
     try:
-        import matplotlib.pyplot as plt
+        from matplotlib import axes, cm, collections, colormaps, colors
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("Drawing needs matplotlib: pip install 'lightning-maml-guard[plot]'.") from error
+    return SimpleNamespace(axes=axes, cm=cm, collections=collections, colormaps=colormaps, colors=colors)
+
+
+def _pyplot() -> Any:
+    _matplotlib()
+    import matplotlib.pyplot as plt
+
     return plt

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 import random
+import re
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 
-from lightning_maml_guard import EpisodeBatch, MetaLearningModule
+from lightning_maml_guard import EpisodeBatch, GuardWarning, MetaLearningModule
 from lightning_maml_guard._lightning import Trainer
 
 
@@ -121,6 +124,20 @@ def left_behind(module, trainer) -> dict:
         "torch": exact(torch.get_rng_state()),
         "log": written(trainer),
     }
+
+
+def one_line(message) -> str:
+    """A warning's text without the wrapping that makes it a block."""
+    return " ".join(str(message).split())
+
+
+@contextmanager
+def guard_warns(pattern: str):
+    """``pytest.warns(GuardWarning, match=...)`` on the text without its wrapping."""
+    with pytest.warns(GuardWarning) as caught:
+        yield caught
+    said = [one_line(each.message) for each in caught if each.category is GuardWarning]
+    assert any(re.search(pattern, text) for text in said), f"{pattern!r} matches none of {said}"
 
 
 def is_free_of_hooks(trainer) -> bool:

@@ -9,10 +9,11 @@ import pytest
 import torch
 import yaml
 
-from lightning_maml_guard import GuardWarning, MetaLearningModule
+from lightning_maml_guard import MetaLearningModule
 from lightning_maml_guard._lightning import Trainer
 from lightning_maml_guard.cli import CONFIGS, main, translate
 from lightning_maml_guard.tasks.episodes import episode_generator
+from tests.helpers import guard_warns
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHORT = [
@@ -169,7 +170,7 @@ def test_omniglot_without_its_data_says_where_to_put_it(monkeypatch):
 
 
 def test_a_run_outside_the_safe_region_warns():
-    with pytest.warns(GuardWarning, match="beta = 5 exceeds beta_c"):
+    with guard_warns("beta = 5 exceeds beta_c"):
         main(["linear", "--guard", *SHORT, "--model.optimizer.lr", "5"])
 
 
@@ -191,7 +192,7 @@ def test_help_reads_well():
 def test_the_quickstart_tells_which_rate_to_lower(capsys):
     assert len((EXAMPLES / "quickstart.py").read_text().splitlines()) < 40
     module = runpy.run_path(str(EXAMPLES / "quickstart.py"))
-    with pytest.warns(GuardWarning, match="Lower the optimizer's lr below"):
+    with guard_warns("Lower the optimizer's lr below"):
         guard = module["main"](steps=60)
     assert min(report.beta_applied for report in guard.history) < 0.3
     assert Path("safe_region.png").stat().st_size > 10_000

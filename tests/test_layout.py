@@ -34,11 +34,13 @@ ALLOWED = {
     "phase_diagram": {"theory", "curvature", "maml", "grid", "_checks"},
     "tasks": {"_checks", "_folders", "_warnings", "_lightning"},
     "plots": {"guard", "grid", "curvature"},  # for type hints alone: see below
+    "plots_run": {"guard"},  # likewise
     "guard": {
         "theory",
         "curvature",
         "maml",
         "plots",
+        "plots_run",
         "_checks",
         "_lightning",
         "_randomness",
@@ -94,15 +96,21 @@ def test_imports_go_down_only(path):
 
 
 def test_plots_meet_the_guard_in_type_hints_only():
-    assert not any(
-        name.startswith("lightning_maml_guard") for name in imports(PACKAGE / "plots.py", type_checking=False)
-    )
+    for name in ("plots.py", "plots_run.py"):
+        assert not any(each.startswith("lightning_maml_guard") for each in imports(PACKAGE / name, type_checking=False))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_lightning_is_named_in_one_file(path):
     named = {name.split(".")[0] for name in imports(path)} & {"lightning", "pytorch_lightning"}
     assert not named or path.name == "_lightning.py"
+
+
+def test_only_the_command_line_prints():
+    for path in FILES:
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        printed = any(isinstance(function, ast.Name) and function.id == "print" for function in calls)
+        assert not printed or path.name == "cli.py", path
 
 
 def test_theory_is_pure():

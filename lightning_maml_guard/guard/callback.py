@@ -16,8 +16,8 @@ from lightning_maml_guard.guard.lookout import SCHEDULED
 from lightning_maml_guard.guard.monitor import check_options
 from lightning_maml_guard.guard.probe import gradient_norm, has_meta_problem, takes_no_steps
 from lightning_maml_guard.guard.processes import check_strategy, ranks_of
-from lightning_maml_guard.guard.report import StabilityReport
 from lightning_maml_guard.guard.reporting import logger_step, warn
+from lightning_maml_guard.guard.results import Results
 from lightning_maml_guard.guard.run import Run
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.theory.verdict import check_margin
@@ -25,7 +25,7 @@ from lightning_maml_guard.theory.verdict import check_margin
 ACTIONS = ("log", "warn", "rescale", "stop")
 
 
-class ConvergenceGuard(Callback):
+class ConvergenceGuard(Results, Callback):
     """Watches whether a MAML run's learning rates can converge, and acts when they cannot.
 
     A check comes before a step and uses the batch the step will use. It does two things. It estimates the task loss's
@@ -88,6 +88,8 @@ class ConvergenceGuard(Callback):
             and go back to them when the loss is lost; the batches since are skipped and the meta rate at least halved.
         max_rollbacks: Rollbacks before the guard stops the run and says so.
         snapshot_device: Where that copy is kept (``"cpu"``); None: beside the parameters.
+        figures: Whether TensorBoard, Weights & Biases and MLflow get the spectrum's histogram with every check, and the
+            pictures of safe region and spectrum when the state changes and at the end. Other loggers get numbers alone.
         history_size: Checks that ``history`` and ``severities`` keep, the latest ones. Loggers get all of them.
         allow_untested: Whether to go on under a strategy the guard was not tested with (FSDP, DeepSpeed and others that
             split a module). A check that fails there is one warning, as ever.
@@ -121,6 +123,7 @@ class ConvergenceGuard(Callback):
         rollback: bool = False,
         max_rollbacks: int = 10,
         snapshot_device: str | None = None,
+        figures: bool = True,
         history_size: int = 1000,
         allow_untested: bool = False,
     ) -> None:
@@ -135,7 +138,12 @@ class ConvergenceGuard(Callback):
             check_count(name, number)
         check_count("trial_steps", trial_steps, 0)
         check_choice("action", action, ACTIONS)
-        for name, flag in (("triggers", triggers), ("rollback", rollback), ("allow_untested", allow_untested)):
+        for name, flag in (
+            ("triggers", triggers),
+            ("rollback", rollback),
+            ("figures", figures),
+            ("allow_untested", allow_untested),
+        ):
             check_flag(name, flag)
         check_device("snapshot_device", snapshot_device)
         if problem is not None and not callable(problem):
@@ -158,29 +166,9 @@ class ConvergenceGuard(Callback):
         self.problem = problem
         self.trial_steps, self.replay, self.alarm, self.triggers = trial_steps, replay, float(alarm), triggers
         self.rollback, self.max_rollbacks, self.snapshot_device = rollback, max_rollbacks, snapshot_device
-        self.history_size, self.allow_untested = history_size, allow_untested
+        self.figures, self.history_size, self.allow_untested = figures, history_size, allow_untested
         self._inert = False
         self._run = Run(self)
-
-    @property
-    def history(self) -> list[StabilityReport]:
-        """The reports of the latest ``history_size`` checks."""
-        return self._run.history
-
-    @property
-    def severities(self) -> list[tuple[int, float]]:
-        """Steps of the latest trials, with ``log(loss after it / loss training started from)``."""
-        return self._run.severities
-
-    @property
-    def stopped_step(self) -> int | None:
-        """Step at which the guard stopped the run; None if it did not."""
-        return self._run.intervention.stopped_step
-
-    @property
-    def stopping_reason(self) -> str | None:
-        """Why the guard stopped the run; None if it did not."""
-        return self._run.intervention.stopping_reason
 
     @property
     def state_key(self) -> str:
@@ -265,8 +253,13 @@ class ConvergenceGuard(Callback):
             return  # gradients of a step that is half done must not outlive a rollback
         step = logger_step(trainer)
         due = run.lookout.due(step, at_once_if_lost=self.rollback)
-        if due is not None:
+        if due is None:
+            run.dress(trainer, batch_idx)
+        else:
+            last, unsafe = run.history[-1:], run.course.unsafe
             Checker(self, run, trainer, pl_module).check(batch, batch_idx, step, scheduled=due == SCHEDULED)
+            if run.history[-1:] != last:
+                run.show(trainer, changed=run.course.unsafe != unsafe)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Keep the norm of the gradient at hand.
@@ -283,7 +276,7 @@ class ConvergenceGuard(Callback):
         except Exception as error:
             self._run.course.say_once(
                 "ConvergenceGuard looks between checks when the loss jumps, but not when the gradient norm does: it "
-                f"could not be computed. Cause: {type(error).__name__}: {error}"
+                f"could not be computed.\nCause: {type(error).__name__}: {error}"
             )
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -316,7 +309,7 @@ class ConvergenceGuard(Callback):
         run.lookout.saw(value, norm, alarm=self.alarm, triggers=self.triggers and not told)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Take back a last step that made parameters non-finite.
+        """Take back a last step that made parameters non-finite, and send the last pictures.
 
         Args:
             trainer: The Trainer.
@@ -324,6 +317,8 @@ class ConvergenceGuard(Callback):
         """
         with self._run.course.only_told("take the last step back"):
             self._run.intervention.mend_last_step(trainer, pl_module)
+        if not self._inert:
+            self._run.show_at_end(trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take the hooks out of the optimizers, and let go of the batches and the snapshot.
@@ -354,13 +349,3 @@ class ConvergenceGuard(Callback):
             state_dict: What :meth:`state_dict` collected, also in an older version.
         """
         self._run.load(state_dict)
-
-    def plot(self) -> Any:
-        """Draw the safe region with the path of ``(alpha, beta)`` in it.
-
-        Returns:
-            ``(fig, ax)`` of matplotlib.
-        """
-        from lightning_maml_guard.plots import safe_region
-
-        return safe_region(self.history)

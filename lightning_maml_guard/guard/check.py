@@ -62,7 +62,7 @@ class Checker:
             # without acting on it is changed again by the next.
             if not self._acted:
                 self.run.course.watches = watches
-            self.run.course.say_once(messages.failed(step, error))
+            self.run.course.say_once(messages.failed(step, error), step=step)
             if self._taken_back is not None:
                 optimizer, present = self._taken_back
                 self.run.intervention.halve(self.module, scheduled_rate(optimizer), present, step)
@@ -154,7 +154,7 @@ class Checker:
             run.course.say_once(
                 f"ConvergenceGuard could not copy parameters and optimizer state at step {step}, so "
                 + ("there is nothing to roll back to" if kept is None else f"a rollback goes to step {kept.step}")
-                + f". snapshot_device='cpu' keeps the copy off the device. Cause: {type(error).__name__}: {error}"
+                + f". snapshot_device='cpu' keeps the copy off the device.\nCause: {type(error).__name__}: {error}"
             )
 
     def _trials(self, problem: Any, optimizer: Any) -> Attempts | None:

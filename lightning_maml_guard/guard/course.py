@@ -14,6 +14,8 @@ from lightning_maml_guard.guard.report import StabilityReport
 from lightning_maml_guard.guard.reporting import warn
 from lightning_maml_guard.theory.verdict import UNSAFE, Watch, advance
 
+_EVENTS = 1000  # kept at most
+
 
 class Turn(NamedTuple):
     """What a check changed.
@@ -40,12 +42,15 @@ class Course:
         alarm: See :func:`lightning_maml_guard.theory.verdict.advance`.
         watches: The states by what they are about.
         said: The gist of what was said once.
+        events: Step, kind and text of what befell the run besides its states, the latest ones; the step is -1 where it
+            is not known.
     """
 
     patience: int
     alarm: float
     watches: dict[str, Watch] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
+    events: list[tuple[int, str, str]] = field(default_factory=list)
 
     @property
     def unsafe(self) -> bool:
@@ -72,17 +77,29 @@ class Course:
         state = self.watches["run"].state if tried else UNSAFE if self.unsafe else report.status
         return Turn(state, entered, was_unsafe and not self.unsafe)
 
-    def say_once(self, message: str, *, just_said: bool = False) -> None:
+    def note(self, step: int, kind: str, text: str) -> None:
+        """Keep what befell the run, for its report.
+
+        Args:
+            step: Training step; -1 where it is not known.
+            kind: One or two words.
+            text: What happened and why.
+        """
+        self.events = [*self.events, (step, kind, text)][-_EVENTS:]
+
+    def say_once(self, message: str, *, just_said: bool = False, step: int = -1) -> None:
         """Warn, unless the same was said before with other numbers in it.
 
         Args:
             message: What happened.
             just_said: Whether another message has this one in it, so that it counts as said.
+            step: Training step; -1 where it is not known.
         """
         gist = re.sub(r"0x[0-9a-f]+|[-+]?[0-9]+[0-9.e+-]*", "#", message)
         if gist not in self.said:
             self.said.add(gist)
             if not just_said:
+                self.note(step, "notice", message)
                 warn(message)
 
     @contextmanager
@@ -104,7 +121,7 @@ class Course:
             raise
         except Exception as error:
             self.say_once(
-                f"ConvergenceGuard could not {what}; training goes on. Cause: {type(error).__name__}: {error}"
+                f"ConvergenceGuard could not {what}; training goes on.\nCause: {type(error).__name__}: {error}"
             )
 
     def state(self) -> dict[str, Any]:
@@ -114,7 +131,7 @@ class Course:
             What :meth:`load` takes.
         """
         watches = {name: [watch.state, watch.failed] for name, watch in self.watches.items()}
-        return {"watches": watches, "said": sorted(self.said)}
+        return {"watches": watches, "said": sorted(self.said), "events": [list(each) for each in self.events]}
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore the state.
@@ -124,3 +141,4 @@ class Course:
         """
         self.watches = {name: Watch(*watch) for name, watch in state.get("watches", {}).items()}
         self.said = set(state.get("said", []))
+        self.events = [(step, kind, text) for step, kind, text in state.get("events", [])]

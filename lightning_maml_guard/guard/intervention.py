@@ -12,7 +12,7 @@ from lightning_maml_guard.guard.caps import Caps, Try, lowered, raised
 from lightning_maml_guard.guard.course import Course, Turn
 from lightning_maml_guard.guard.messages import left, rolled_back
 from lightning_maml_guard.guard.report import StabilityReport
-from lightning_maml_guard.guard.reporting import inform, warn
+from lightning_maml_guard.guard.reporting import inform, logger_step, warn
 from lightning_maml_guard.guard.rescue import Rescue, critical_caps, reaches_alpha
 from lightning_maml_guard.guard.trial import Trial
 from lightning_maml_guard.theory.verdict import UNSAFE
@@ -99,7 +99,7 @@ class Intervention:
         if self.action != "log":
             for notice in report.notices:
                 told = turn.entered and notice in report.reasons
-                self.course.say_once(f"ConvergenceGuard: step {step}: {notice}", just_said=told)
+                self.course.say_once(f"ConvergenceGuard: step {step}: {notice}", just_said=told, step=step)
         alpha, beta = self.rescue.caps.applied(report.alpha, report.beta)
         return replace(report, alpha_applied=alpha, beta_applied=beta)
 
@@ -141,7 +141,9 @@ class Intervention:
         """
         if present is not None and self.rescue.snapshot is not None:
             to, count = self.rescue.snapshot.step, self.rescue.rollbacks
-            warn(rolled_back(step, to, present.begin, caps, report, count, self.max_rollbacks))
+            message = rolled_back(step, to, present.begin, caps, report, count, self.max_rollbacks)
+            self.course.note(step, "rolled back", message)
+            warn(message)
 
     def halve(self, module: Any, beta: float, present: Trial | None, step: int) -> None:
         """Halve the meta rate of a run that was taken back to where nothing could be measured, and say so.
@@ -155,12 +157,14 @@ class Intervention:
         caps = self.rescue.caps
         self.rescue.apply(module, Caps(caps.alpha, caps.applied(math.nan, beta)[1] / 2))
         if present is not None and self.rescue.snapshot is not None:
-            warn(
+            message = (
                 f"ConvergenceGuard: the loss was {present.begin:.3g} at step {step}, so parameters and optimizer state "
                 f"were taken back to step {self.rescue.snapshot.step} (rollback {self.rescue.rollbacks} of at most "
                 f"{self.max_rollbacks}). The curvature there could not be measured, so the meta rate is halved: beta = "
                 f"{self.rescue.caps.beta:.3g}."
             )
+            self.course.note(step, "rolled back", message)
+            warn(message)
 
     def mend_last_step(self, trainer: Any, module: Any) -> None:
         """Take back a last step that made parameters non-finite.
@@ -172,11 +176,15 @@ class Intervention:
         snapshot = self.rescue.snapshot
         if snapshot is not None and not all(bool(torch.isfinite(each).all()) for each in module.parameters()):
             snapshot.restore(module, trainer.optimizers)
-            warn(
+            message = (
                 "ConvergenceGuard: the last step made parameters non-finite, so parameters and optimizer state were "
                 f"taken back to step {snapshot.step}."
             )
+            self.course.note(logger_step(trainer), "rolled back", message)
+            warn(message)
 
     def _stop(self, trainer: Any, step: int, reason: str) -> None:
+        if self.stopped_step is None:
+            self.course.note(step, "stopped", reason)
         self.stopped_step, self.stopping_reason = step, reason
         trainer.should_stop = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import traceback
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from lightning_maml_guard.curvature.ranks import SharedError
 from lightning_maml_guard.guard.caps import Caps
 from lightning_maml_guard.guard.report import StabilityReport
 from lightning_maml_guard.guard.trial import Trial
+
+# Reasons are sentences; the last one of those that have a remedy is the remedy.
+_ADVICE = re.compile(r"(?<=[.)]) (?=(?:Lower|Raise|Start again)\b)")
 
 
 def left(report: StabilityReport, action: str, step: int, caps: Caps) -> str:
@@ -29,13 +33,18 @@ def left(report: StabilityReport, action: str, step: int, caps: Caps) -> str:
     alpha, beta = caps.applied(report.alpha, report.beta)
     inner = "" if math.isnan(alpha) else f"alpha = {alpha:.3g}, "
     effect = {
-        "stop": " Training stops after this step (action='stop').",
-        "rescale": f" Applied from now on: {inner}beta = {beta:.3g} (action='rescale').",
-    }.get(action, "")
-    reasons = " ".join(report.reasons)
-    if action != "warn":
-        reasons = reasons.replace(", or use action='rescale'", "")
-    return f"ConvergenceGuard: the learning rates left the safe region at step {step}. {reasons}{effect}"
+        "stop": ["Training stops after this step (action='stop')."],
+        "rescale": [f"Applied from now on: {inner}beta = {beta:.3g} (action='rescale')."],
+    }.get(action, [])
+    why, do = [], []
+    for reason in report.reasons:
+        if action != "warn":
+            reason = reason.replace(", or use action='rescale'", "")
+        cause, *advice = _ADVICE.split(reason, maxsplit=1)
+        why.append(f"Why: {cause}")
+        do += [f"To do: {each}" for each in advice]
+    head = f"ConvergenceGuard: the learning rates left the safe region at step {step}."
+    return "\n".join([head, *why, *dict.fromkeys(do), *effect])
 
 
 def tried(trial: Trial, reference: float, alpha: float, beta: float, explained: bool) -> str:
@@ -92,8 +101,8 @@ def failed(step: int, error: Exception) -> str:
     else:
         remedy = "If it comes from code of yours (the problem, the loss, a logger), mend it there; the run goes on."
     return (
-        f"ConvergenceGuard: the check at step {step} failed; training goes on without it. Cause: "
-        f"{type(error).__name__}: {error}{where}. {remedy} This is said once for each cause."
+        f"ConvergenceGuard: the check at step {step} failed; training goes on without it.\nCause: "
+        f"{type(error).__name__}: {error}{where}.\nTo do: {remedy} This is said once for each cause."
     )
 
 
@@ -116,6 +125,6 @@ def rolled_back(step: int, to: int, loss: float, caps: Caps, report: StabilityRe
     inner = "" if math.isnan(alpha) else f"alpha = {alpha:.3g}, "
     return (
         f"ConvergenceGuard: the loss was {loss:.3g} at step {step}, so parameters and optimizer state were taken back "
-        f"to step {to} and the batches since are skipped (rollback {count} of at most {bound}). Applied from now on: "
+        f"to step {to} and the batches since are skipped (rollback {count} of at most {bound}).\nApplied from now on: "
         f"{inner}beta = {beta:.3g}."
     )

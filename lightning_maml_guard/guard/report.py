@@ -10,6 +10,7 @@ from lightning_maml_guard.curvature.lanczos import Tridiagonal
 from lightning_maml_guard.curvature.pyhessian import PowerIteration
 from lightning_maml_guard.guard.estimate import Spectrum
 from lightning_maml_guard.theory.multiplier import Interval
+from lightning_maml_guard.theory.ritz import ritz_pairs
 from lightning_maml_guard.theory.verdict import Limit
 
 
@@ -106,6 +107,28 @@ class StabilityReport:
     def beta_ratio(self) -> float:
         """``beta / beta_c``: 1 and above is unsafe; ``nan`` where either is not known."""
         return Limit(self.beta, self.beta_c, self.beta_c_interval).ratio
+
+    def ritz(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Read the Ritz values of the Hessian and their weights.
+
+        Returns:
+            The values in ascending order, and the share of the random start vector each stands for: an estimate, from
+            one probe, of the share of the eigenvalues there. Weights sum to 1; over several runs they are averaged. An
+            estimator that returns eigenvalues alone gives them equal weights.
+        """
+        spectrum = self.spectrum
+        if spectrum.power is not None:
+            pairs = [(value, 1.0) for value in {spectrum.power.lambda_min, spectrum.power.lambda_max}]
+        elif spectrum.values:
+            pairs = [(value, 1.0) for value in spectrum.values]
+        else:
+            runs = [ritz_pairs(*run) for run in spectrum.runs]
+            pairs = [
+                (float(v), float(w)) for values, vectors in runs for v, w in zip(values, vectors[0] ** 2, strict=True)
+            ]
+        pairs = sorted(pair for pair in pairs if math.isfinite(pair[0]))
+        total = sum(weight for _, weight in pairs)
+        return tuple(value for value, _ in pairs), tuple(weight / total for _, weight in pairs)
 
 
 def to_plain(report: StabilityReport) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from lightning_maml_guard._lightning import DummyLogger
 from lightning_maml_guard._warnings import GuardWarning
 from lightning_maml_guard.guard.report import StabilityReport
 
+_WIDTH = 100
 _SAFE = {"safe": 1.0, "edge": 0.5, "unsafe": 0.0}
 
 
@@ -89,13 +91,30 @@ def unlogged(trainer: Any) -> Iterator[None]:
         trainer.loggers = loggers
 
 
-def warn(message: str) -> None:
-    """Warn the user once, on rank zero.
+def block(message: str) -> str:
+    """Lay a message out for reading in a terminal.
 
     Args:
-        message: What happened, why, what to do.
+        message: What happened, why and what to do, a line each.
+
+    Returns:
+        The lines, wrapped; all but the first are indented.
     """
-    rank_zero_warn(message, category=GuardWarning, stacklevel=6)
+    first, *others = message.splitlines()
+    options: dict[str, Any] = {"width": _WIDTH, "break_long_words": False, "break_on_hyphens": False}
+    lines = textwrap.wrap(first, subsequent_indent="  ", **options)
+    for other in others:
+        lines += textwrap.wrap(other, initial_indent="  ", subsequent_indent="    ", **options)
+    return "\n".join(lines)
+
+
+def warn(message: str) -> None:
+    """Warn the user once, on rank zero, in one readable block.
+
+    Args:
+        message: What happened, why, what to do, a line each.
+    """
+    rank_zero_warn(block(message), category=GuardWarning, stacklevel=6)
 
 
 def inform(message: str) -> None:

@@ -8,8 +8,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lightning_maml_guard.curvature.ranks import Ranks
+from lightning_maml_guard.guard.console import Gauges
 from lightning_maml_guard.guard.course import Course
 from lightning_maml_guard.guard.estimate import Estimator
+from lightning_maml_guard.guard.figures import Figures
 from lightning_maml_guard.guard.intervention import Intervention
 from lightning_maml_guard.guard.lookout import Lookout
 from lightning_maml_guard.guard.products import Memory
@@ -41,6 +43,7 @@ class Settings(Protocol):
     rollback: bool
     max_rollbacks: int
     snapshot_device: str | None
+    figures: bool
     history_size: int
 
 
@@ -70,6 +73,7 @@ class Run:
         )
         self.lookout = Lookout(settings.every_n_steps)
         self.replay = Replay(settings.replay)
+        self.gauges, self.figures = Gauges(), Figures(settings.figures)
         self._size = settings.history_size
         # What the guard does to a run hangs on these; where it does nothing they would only swell the checkpoint. In
         # one of several processes each has batches of its own, and the checkpoint is the first one's.
@@ -92,6 +96,38 @@ class Run:
             severity: Its severity.
         """
         self.severities = [*self.severities, (step, severity)][-self._size :]
+
+    def show(self, trainer: Any, *, changed: bool) -> None:
+        """Show the latest check in the progress bar and, as pictures, on the loggers; the run goes on if that fails.
+
+        Args:
+            trainer: The Trainer.
+            changed: Whether it changed the run's state.
+        """
+        with self.course.only_told("colour the progress bar"):
+            self.gauges.show(trainer, self.history[-1])
+        with self.course.only_told("send a picture or histogram to a logger (figures=False sends none)"):
+            self.figures.after_check(trainer, self.history, changed=changed)
+
+    def dress(self, trainer: Any, batch_idx: int) -> None:
+        """Colour the progress bar again that an epoch may have begun with.
+
+        Args:
+            trainer: The Trainer.
+            batch_idx: Index of the batch at hand.
+        """
+        if batch_idx == 0 and self.history:
+            with self.course.only_told("colour the progress bar"):
+                self.gauges.dress(trainer)
+
+    def show_at_end(self, trainer: Any) -> None:
+        """Send the last pictures.
+
+        Args:
+            trainer: The Trainer.
+        """
+        with self.course.only_told("send the last pictures to a logger (figures=False sends none)"):
+            self.figures.at_end(trainer, self.history)
 
     def state(self) -> dict[str, Any]:
         """Collect what a restart needs.

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_maml_guard import ConvergenceGuard, EpisodeBatch, GuardWarning, MetaLearningModule, MetaProblem, measure
+from lightning_maml_guard import ConvergenceGuard, EpisodeBatch, MetaLearningModule, MetaProblem, measure
 from lightning_maml_guard.maml.batches import BatchError
 from lightning_maml_guard.maml.gradients import meta_gradient
 from lightning_maml_guard.networks import conv4, mlp
 from tests.bad_input.test_arguments import problem
-from tests.helpers import fit
+from tests.helpers import fit, guard_warns
 
 X, Y = torch.ones(2, 5, 1), torch.zeros(2, 5, 1)
 LABELS = torch.arange(5).expand(2, 5)
@@ -114,7 +114,7 @@ def test_a_batch_that_does_not_fit_is_refused_in_our_words(case):
 def test_a_guard_neither_hides_the_refusal_nor_makes_it(case):
     make, batch, parts = CASES[case]
     with (
-        pytest.warns(GuardWarning, match="(check at step 0 failed; training goes on|could not be measured)"),
+        guard_warns("(check at step 0 failed; training goes on|could not be measured)"),
         pytest.raises((ValueError, TypeError)) as caught,
     ):
         fit(make(), batch, 1, [ConvergenceGuard(trial_steps=0)])
@@ -125,7 +125,7 @@ def test_a_guard_neither_hides_the_refusal_nor_makes_it(case):
 def test_a_guard_whose_problem_is_none_says_so_and_training_goes_on(returns, source):
     guard = ConvergenceGuard(problem=lambda module, batch: returns, trial_steps=0)
     message = f"Expected {source} to return a MetaProblem but got {returns}. Return MetaProblem"
-    with pytest.warns(GuardWarning, match=message):
+    with guard_warns(message):
         trainer = fit(regressor(), both(X, Y), 2, [guard])
     assert trainer.global_step == 2 and guard.history == []
 
@@ -138,7 +138,7 @@ def test_a_module_whose_meta_problem_is_none_is_told_of_its_method():
         def meta_problem(self, batch):
             return None
 
-    with pytest.warns(GuardWarning, match="Expected `meta_problem` of Forgetful to return a MetaProblem but got None"):
+    with guard_warns("Expected `meta_problem` of Forgetful to return a MetaProblem but got None"):
         fit(Forgetful(mlp(hidden=(3,))), both(X, Y), 1, [ConvergenceGuard(trial_steps=0)])
 
 

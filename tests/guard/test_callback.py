@@ -22,7 +22,7 @@ from lightning_maml_guard._lightning import (
 )
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.regression import Sinusoid
-from tests.helpers import fit, linear_module, quadratic_batch
+from tests.helpers import fit, guard_warns, linear_module, one_line, quadratic_batch
 
 SPECTRUM = [0.3, 1.0, 2.0, 4.0]
 BATCH = quadratic_batch(SPECTRUM, target=1.0)
@@ -44,10 +44,11 @@ def test_warn_warns_once_a_crossing_with_the_numbers_and_the_remedy():
     guard = ConvergenceGuard(every_n_steps=2, action="warn")
     with pytest.warns(GuardWarning) as caught:
         fit(module_at(beta=1.5), BATCH, 12, [guard])
-    messages = [str(w.message) for w in caught if w.category is GuardWarning]
+    messages = [one_line(w.message) for w in caught if w.category is GuardWarning]
     assert len(messages) == 1
-    assert "left the safe region at step 0. beta = 1.5 exceeds beta_c = 0.625" in messages[0]
-    assert "grows along the sharpest direction by 3.8 a step. Lower the optimizer's lr below 0.625" in messages[0]
+    assert "left the safe region at step 0. Why: beta = 1.5 exceeds beta_c = 0.625" in messages[0]
+    assert "grows along the sharpest direction by 3.8 a step. Why: The coming 10 steps, tried on copies" in messages[0]
+    assert messages[0].endswith("To do: Lower the optimizer's lr below 0.625, or use action='rescale'.")
     assert [report.step for report in guard.history] == [0, 2, 4, 6, 8, 10]
 
 
@@ -76,7 +77,7 @@ def test_safe_runs_hear_nothing():
 
 def test_patience_waits_for_consecutive_unsafe_checks():
     guard = ConvergenceGuard(every_n_steps=1, patience=3, action="stop")
-    with pytest.warns(GuardWarning, match="at step 2"):
+    with guard_warns("at step 2"):
         fit(module_at(beta=1.5), BATCH, 20, [guard])
     assert guard.stopped_step == 2
 
@@ -84,7 +85,7 @@ def test_patience_waits_for_consecutive_unsafe_checks():
 def test_stop_stops_before_the_loss_is_infinite_and_says_why():
     guard = ConvergenceGuard(every_n_steps=5, action="stop")
     module = module_at(beta=1.5)
-    with pytest.warns(GuardWarning, match="Training stops after this step"):
+    with guard_warns("Training stops after this step"):
         trainer = fit(module, BATCH, 500, [guard])
     assert guard.stopped_step == 0 and trainer.global_step == 1
     assert guard.stopping_reason.startswith("beta = 1.5 exceeds beta_c")
@@ -93,7 +94,7 @@ def test_stop_stops_before_the_loss_is_infinite_and_says_why():
 
 def test_rescale_finishes_with_a_finite_loss_at_the_critical_rate():
     guard = ConvergenceGuard(every_n_steps=10, action="rescale", margin=0.9)
-    with pytest.warns(GuardWarning, match=r"Applied from now on: alpha = 0.05, beta = 0.562 .action='rescale'"):
+    with guard_warns(r"Applied from now on: alpha = 0.05, beta = 0.562 .action='rescale'"):
         trainer = fit(module_at(beta=1.5), BATCH, 300, [guard])
     best = float(torch.linalg.lstsq(BATCH.support[0][0], BATCH.support[1][0]).residuals.sum())
     assert loss_of(trainer) == pytest.approx(best, abs=1e-6)
@@ -105,7 +106,7 @@ def test_rescale_finishes_with_a_finite_loss_at_the_critical_rate():
 def test_rescale_caps_alpha_and_beta_together():
     module = module_at(alpha=0.4, beta=20.0)
     guard = ConvergenceGuard(every_n_steps=10, action="rescale", margin=0.9)
-    with pytest.warns(GuardWarning, match="alpha = 0.4 exceeds 0.9 . alpha_c"):
+    with guard_warns("alpha = 0.4 exceeds 0.9 . alpha_c"):
         trainer = fit(module, BATCH, 300, [guard])
     last = guard.history[-1]
     assert last.alpha == pytest.approx(0.4) and last.alpha_applied == pytest.approx(0.9 * 0.25, rel=1e-6)
@@ -210,7 +211,7 @@ def test_a_foreign_module_is_guarded_through_problem():
     guard = ConvergenceGuard(
         every_n_steps=5, action="rescale", criterion="simplified", problem=foreign_problem, trial_steps=0
     )
-    with pytest.warns(GuardWarning, match="beta = 0.7 exceeds beta_c = 0.625"):
+    with guard_warns("beta = 0.7 exceeds beta_c = 0.625"):
         trainer = fit(Foreign(), BATCH, 10, [guard])
     assert guard.history[-1].beta_applied == pytest.approx(0.625, rel=1e-6)
     assert "leak" not in trainer.callback_metrics
@@ -279,7 +280,7 @@ def test_fast_dev_run_measures_once_and_never_acts():
 
 def test_barebones_makes_it_inert():
     guard = ConvergenceGuard()
-    with pytest.warns(GuardWarning, match="does nothing in this run"):
+    with guard_warns("does nothing in this run"):
         Trainer(barebones=True, max_steps=2, accelerator="cpu", callbacks=[guard]).fit(
             module_at(), DataLoader([BATCH] * 2, batch_size=None)
         )
@@ -358,7 +359,7 @@ def test_a_schedule_that_rises_between_checks_meets_the_cap():
         module.optimizers().param_groups[0]["lr"] = 0.1 if index % 10 == 0 else 5.0
 
     guard = ConvergenceGuard(every_n_steps=10, action="rescale", trial_steps=0)
-    with pytest.warns(GuardWarning, match="at step 10"):  # the callback sees the rate of the step before
+    with guard_warns("at step 10"):  # the callback sees the rate of the step before
         trainer = fit(Scheduled(rise), BATCH, 40, [guard])
     assert loss_of(trainer) < 10 and trainer.optimizers[0].param_groups[0]["lr"] == 5.0
 
@@ -368,7 +369,7 @@ def test_the_inner_cap_is_a_cap_and_not_a_factor():
         module.inner_lr = 0.4 if index < 3 else 0.01
 
     module = Scheduled(drop)
-    with pytest.warns(GuardWarning, match="alpha = 0.4 exceeds alpha_c"):
+    with guard_warns("alpha = 0.4 exceeds alpha_c"):
         fit(module, BATCH, 6, [ConvergenceGuard(every_n_steps=2, action="rescale")])
     assert module.rates() == 0.01
 
@@ -409,7 +410,7 @@ def test_stop_stops_a_resumed_run_too(tmp_path):
 def test_a_second_fit_starts_over():
     guard = ConvergenceGuard(every_n_steps=5, action="stop")
     for beta in (1.5, 2.0):
-        with pytest.warns(GuardWarning, match=f"beta = {beta:g} exceeds"):
+        with guard_warns(f"beta = {beta:g} exceeds"):
             trainer = fit(module_at(beta=beta), BATCH, 20, [guard])
         assert trainer.global_step == 1 and len(guard.history) == 1
 
@@ -427,7 +428,7 @@ def test_an_unknown_optimizer_is_said_once_and_alpha_is_judged_on():
     guard = ConvergenceGuard(every_n_steps=2, trial_steps=0)
     with pytest.warns(GuardWarning) as caught:
         fit(module, BATCH, 10, [guard])
-    said = [str(w.message) for w in caught if w.category is GuardWarning]
+    said = [one_line(w.message) for w in caught if w.category is GuardWarning]
     assert [report.alpha_status for report in guard.history] == ["safe", "safe", "unsafe", "safe", "unsafe"]
     assert sum("Unknown is not known" in text and "left the safe region" not in text for text in said) == 1
     assert sum("left the safe region" in text for text in said) == 2
@@ -440,7 +441,7 @@ def test_a_nan_is_said_once():
                 module.network.weight.fill_(math.nan)
 
     guard = ConvergenceGuard(every_n_steps=1)
-    with pytest.warns(GuardWarning, match="curvature could not be measured: The task loss is nan") as caught:
+    with guard_warns("curvature could not be measured: The task loss is nan") as caught:
         fit(Scheduled(poison), BATCH, 6, [guard])
     assert len([w for w in caught if w.category is GuardWarning]) == 1
 

@@ -19,7 +19,7 @@ from torch.optim import SGD
 from lightning_maml_guard import ConvergenceGuard, EpisodeBatch, GuardWarning, MetaLearningModule
 from lightning_maml_guard._lightning import Callback
 from lightning_maml_guard.guard.check import Checker
-from tests.helpers import fit, linear_module, quadratic_batch
+from tests.helpers import fit, guard_warns, linear_module, one_line, quadratic_batch
 
 PACKAGE = Path(__file__).parents[2] / "lightning_maml_guard"
 # What runs after a failure, to undo or to report it, has nothing behind it that could undo it in turn; `check` is the
@@ -226,7 +226,7 @@ def test_a_failed_check_says_where_why_and_what_to_do(error, remedy):
     fit(plain, QUADRATIC, 6)
     guard = ConvergenceGuard(every_n_steps=1, problem=raises(error))
     said = rf"the check at step 2 failed; training goes on without it. Cause: {type(error).__name__}: {error} "
-    with pytest.warns(GuardWarning, match=said + rf"\(test_failure.py, line \d+, in problem\)\. .*{remedy}") as caught:
+    with guard_warns(said + rf"\(test_failure.py, line \d+, in problem\)\. To do: .*{remedy}") as caught:
         fit(module, QUADRATIC, 6, [guard])
     assert len([each for each in caught if each.category is GuardWarning]) == 1
     assert [report.step for report in guard.history] == [0, 1, 3, 4, 5]
@@ -246,7 +246,7 @@ def test_products_that_are_not_finite_are_named_and_training_goes_on():
     fit(plain, QUADRATIC, 6)
     with pytest.warns(GuardWarning) as caught:
         fit(guarded, QUADRATIC, 6, [guard])
-    said = [str(each.message) for each in caught if each.category is GuardWarning]
+    said = [one_line(each.message) for each in caught if each.category is GuardWarning]
     assert all("could not be measured" in each or "finite differences" in each for each in said) and said
     assert torch.equal(plain.network.weight, guarded.network.weight)
 
@@ -263,7 +263,7 @@ def test_a_logger_that_fails_does_not_end_training_nor_the_guard(tmp_path):
     with pytest.warns(GuardWarning) as caught:
         trainer = fit(linear_module(3, 3.0), QUADRATIC, 6, [guard], logger=BrokenLogger(tmp_path))
     assert trainer.global_step == 6 and len(guard.history) == 3 and guard.history[-1].beta_applied < 3.0
-    assert len([each for each in caught if "ConnectionError: the server is gone" in str(each.message)]) == 1
+    assert len([each for each in caught if "ConnectionError: the server is gone" in one_line(each.message)]) == 1
 
 
 @pytest.mark.filterwarnings("error::lightning_maml_guard.GuardWarning")
@@ -303,7 +303,7 @@ def test_an_optimizer_that_cannot_be_capped_is_told_and_nothing_is_claimed(tmp_p
         guard, module = ConvergenceGuard(every_n_steps=2, action="rescale"), linear_module(3, 0.3)
         module._optimizer = lambda parameters: Hookless(parameters, lr=3.0)
         keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
-        with pytest.warns(GuardWarning, match="AttributeError: no hooks here") as caught:
+        with guard_warns("AttributeError: no hooks here") as caught:
             trainer = fit(module, QUADRATIC, 5, [guard, keep], enable_checkpointing=True, **arguments)
         assert len([each for each in caught if each.category is GuardWarning]) == 1
         assert trainer.global_step == 5 and guard.history == [] and guard.state_dict()["governed"] == []
@@ -315,7 +315,7 @@ def test_an_optimizer_that_cannot_be_capped_is_told_and_nothing_is_claimed(tmp_p
     guard = ConvergenceGuard(action="rescale")
     guard._run.load(state)
     trainer = type("Trainer", (), {"optimizers": [Hookless([torch.nn.Parameter(torch.ones(1))], lr=1.0)]})()
-    with pytest.warns(GuardWarning, match="could not apply the caps that the checkpoint holds; training goes on"):
+    with guard_warns("could not apply the caps that the checkpoint holds; training goes on"):
         guard.on_train_start(trainer, linear_module(3, 0.3))
 
 
@@ -333,7 +333,7 @@ def test_a_check_that_fails_before_it_acts_warns_of_the_rates_at_the_next(monkey
     monkeypatch.setattr(Intervention, "caps", fails_once)
     with pytest.warns(GuardWarning) as caught:
         fit(linear_module(3, 0.6), QUADRATIC, 6, [ConvergenceGuard(every_n_steps=2, action="rescale", alarm=1.5)])
-    said = [str(each.message) for each in caught if each.category is GuardWarning]
+    said = [one_line(each.message) for each in caught if each.category is GuardWarning]
     assert "MemoryError: no room" in said[0] and "left the safe region at step 2" in said[1]
 
 

@@ -12,11 +12,11 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from lightning_maml_guard import ConvergenceGuard, GuardWarning, measure
+from lightning_maml_guard import ConvergenceGuard, measure
 from lightning_maml_guard._lightning import LightningModule, Trainer, seed_everything
 from lightning_maml_guard.guard.isolation import isolated
 from lightning_maml_guard.guard.plain import PlainProblem, training_step_problem
-from tests.helpers import dense_by_differences, dense_hessian, symmetric_top
+from tests.helpers import dense_by_differences, dense_hessian, guard_warns, symmetric_top
 
 X = torch.randn(12, 3, generator=torch.Generator().manual_seed(1)).double()
 Y = X.sum(1, keepdim=True).sin()
@@ -95,7 +95,7 @@ def test_only_what_exists_is_logged_and_training_is_as_without_the_guard():
 
 
 def test_it_warns_and_rescales():
-    with pytest.warns(GuardWarning, match="beta = 50 exceeds beta_c.*Applied from now on: beta = "):
+    with guard_warns("beta = 50 exceeds beta_c.*Applied from now on: beta = "):
         guard = ConvergenceGuard(every_n_steps=1, action="rescale", trial_steps=0)
         train(Regression(lr=50.0, dropout=0.0), [guard])
     assert guard.history[-1].beta_applied == pytest.approx(guard.history[-1].beta_c)
@@ -128,7 +128,7 @@ def test_a_step_without_a_loss_costs_one_warning(output):
 
     guard = ConvergenceGuard(every_n_steps=100)
     if output is None:
-        with pytest.warns(GuardWarning, match="Expected training_step to return a loss tensor.*NoneType"):
+        with guard_warns("Expected training_step to return a loss tensor.*NoneType"):
             train(Silent(), [guard], steps=2)
     else:
         module = Silent()

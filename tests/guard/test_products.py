@@ -18,7 +18,7 @@ from lightning_maml_guard.guard.products import Memory
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.regression import Sinusoid
 from lightning_maml_guard.theory.ritz import rates_from_lanczos
-from tests.helpers import dense_by_differences, symmetric_top
+from tests.helpers import dense_by_differences, one_line, symmetric_top
 
 
 def plain(network, loss):
@@ -157,7 +157,7 @@ def test_the_guard_says_it_once():
 
     with pytest.warns(GuardWarning) as caught:
         train(Training(), [ConvergenceGuard(every_n_steps=2)])
-    said = [str(w.message) for w in caught if w.category is GuardWarning]
+    said = [one_line(w.message) for w in caught if w.category is GuardWarning]
     assert len(said) == 1 and "finite differences of gradients" in said[0]
 
 

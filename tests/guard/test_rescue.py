@@ -18,7 +18,7 @@ from lightning_maml_guard.guard.running import FIRST, RunningRange
 from lightning_maml_guard.guard.snapshot import Snapshot
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.regression import Sinusoid
-from tests.helpers import fit, linear_module, quadratic_batch
+from tests.helpers import fit, guard_warns, linear_module, one_line, quadratic_batch
 
 BATCH = quadratic_batch([0.3, 1.0, 2.0, 4.0], target=1.0)
 
@@ -94,7 +94,7 @@ def test_a_snapshot_from_before_the_first_step_empties_the_state():
 def test_a_lost_run_is_taken_back_and_goes_on(strike):
     guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True)
     module = Struck(strike, at={14})
-    with pytest.warns(GuardWarning, match=r"taken back to step 10 and .* skipped \(rollback 1 of at most 10\)"):
+    with guard_warns(r"taken back to step 10 and .* skipped \(rollback 1 of at most 10\)"):
         trainer = fit(module, BATCH, 60, [guard])
     assert float(trainer.callback_metrics["train/loss"]) < 1e-2
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.1
@@ -104,15 +104,15 @@ def test_a_lost_run_is_taken_back_and_goes_on(strike):
 
 def test_without_rollback_a_nan_is_told_with_what_would_have_helped():
     guard = ConvergenceGuard(every_n_steps=10, action="rescale")
-    with pytest.warns(GuardWarning, match="no rate brings this run back.*rollback=True"):
+    with guard_warns("no rate brings this run back.*rollback=True"):
         fit(Struck(to_nan, at={14}), BATCH, 30, [guard])
 
 
 def test_gradients_of_a_half_accumulated_step_do_not_outlive_a_rollback():
     guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True)
-    with pytest.warns(GuardWarning, match=r"rollback 1 of at most 10") as caught:
+    with guard_warns(r"rollback 1 of at most 10") as caught:
         trainer = fit(Struck(to_nan, at={28}), BATCH, 160, [guard], accumulate_grad_batches=2, max_steps=75)
-    assert sum("taken back" in str(each.message) for each in caught) == 1
+    assert sum("taken back" in one_line(each.message) for each in caught) == 1
     assert float(trainer.callback_metrics["train/loss"]) < 1e-2
 
 
@@ -129,7 +129,7 @@ def test_a_run_taken_back_to_where_nothing_can_be_measured_goes_on_at_half_the_r
     guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True)
     with pytest.warns(GuardWarning) as caught:
         trainer = fit(Struck(to_nan, at={14}), BATCH, 60, [guard])
-    said = [str(each.message) for each in caught if each.category is GuardWarning]
+    said = [one_line(each.message) for each in caught if each.category is GuardWarning]
     assert "the check at step 15 failed" in said[0] and "RuntimeError: out of luck" in said[0]
     assert "taken back to step 10 (rollback 1 of at most 10)" in said[1] and "halved: beta = 0.05." in said[1]
     assert len(said) == 2 and float(trainer.callback_metrics["train/loss"]) < 1e-2
@@ -141,7 +141,7 @@ def test_a_copy_that_fails_costs_one_warning(monkeypatch):
 
     monkeypatch.setattr("lightning_maml_guard.guard.rescue.Snapshot", fails)
     guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True)
-    with pytest.warns(GuardWarning, match=r"at step 0, so there is nothing to roll back to.*MemoryError: no room") as c:
+    with guard_warns(r"at step 0, so there is nothing to roll back to.*MemoryError: no room") as c:
         trainer = fit(linear_module(4, 0.1), BATCH, 30, [guard])
     assert trainer.global_step == 30 and len([each for each in c if each.category is GuardWarning]) == 1
 
@@ -151,7 +151,7 @@ def test_a_gradient_norm_that_fails_costs_one_warning(monkeypatch):
         raise NotImplementedError("odd layout")
 
     monkeypatch.setattr("lightning_maml_guard.guard.callback.gradient_norm", fails)
-    with pytest.warns(GuardWarning, match="not when the gradient norm does.*NotImplementedError: odd layout") as caught:
+    with guard_warns("not when the gradient norm does.*NotImplementedError: odd layout") as caught:
         trainer = fit(linear_module(4, 0.1), BATCH, 30, [ConvergenceGuard()])
     assert trainer.global_step == 30 and len([each for each in caught if each.category is GuardWarning]) == 1
 
@@ -167,7 +167,7 @@ def test_rollbacks_are_bounded_and_then_the_run_stops_with_the_reason():
     guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True, max_rollbacks=2)
     with pytest.warns(GuardWarning) as caught:
         trainer = fit(Struck(to_nan, at=set(range(5, 60))), BATCH, 60, [guard])
-    said = [str(each.message) for each in caught if each.category is GuardWarning]
+    said = [one_line(each.message) for each in caught if each.category is GuardWarning]
     assert ["rollback 1 of" in said[0], "rollback 2 of" in said[1]] == [True, True] and len(said) == 4
     assert "training stops. The loss was nan at step" in said[2] and "after 2 rollbacks" in said[2]
     assert "the last step made parameters non-finite" in said[3]
@@ -178,7 +178,7 @@ def test_rollbacks_are_bounded_and_then_the_run_stops_with_the_reason():
 def test_a_last_step_that_is_lost_is_taken_back():
     guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True)
     module = Struck(to_nan, at={19})
-    with pytest.warns(GuardWarning, match="last step made parameters non-finite.*taken back to step 10"):
+    with guard_warns("last step made parameters non-finite.*taken back to step 10"):
         fit(module, BATCH, 20, [guard])
     assert bool(torch.isfinite(module.network.weight).all())
 
@@ -217,7 +217,7 @@ def test_caps_are_released_when_the_region_widens():
     guard = ConvergenceGuard(every_n_steps=5, action="rescale", replay=1)
     module = linear_module(4, 3.0, inner_lr=0.05, order="simplified")
     trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[guard])
-    with pytest.warns(GuardWarning, match="beta = 3 exceeds beta_c"):
+    with guard_warns("beta = 3 exceeds beta_c"):
         trainer.fit(module, DataLoader([BATCH] * 6 + [milder] * 60, batch_size=None))
     path = [report.beta_applied for report in guard.history]
     assert path[0] < 1.0 and path[-1] == 3.0
@@ -227,7 +227,7 @@ def test_caps_are_released_when_the_region_widens():
 def test_the_trial_of_adam_judges_its_first_step():
     guard = ConvergenceGuard(action="stop")
     module = MetaLearningModule(mlp(), inner_lr=0.01, optimizer=lambda p: Adam(p, lr=3.0))
-    with pytest.warns(GuardWarning, match="at step 0.*tried on copies at alpha = 0.01 and beta = 3"):
+    with guard_warns("at step 0.*tried on copies at alpha = 0.01 and beta = 3"):
         fit(module, Sinusoid().sample(4, torch.Generator().manual_seed(0)), 20, [guard])
     assert guard.stopped_step == 0
 

@@ -1,0 +1,178 @@
+"""Pictures and histograms, read back from each logger's own files with its own client."""
+
+import builtins
+import math
+import random
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib import pyplot
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+
+from lightning_maml_guard import ConvergenceGuard
+from lightning_maml_guard.guard import figures
+from tests.helpers import fit, guard_warns, linear_module, quadratic_batch
+
+SPECTRUM = [0.3, 1.0, 2.0, 4.0]
+BATCH = quadratic_batch(SPECTRUM, target=1.0)
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_maml_guard.GuardWarning")
+
+
+def run(logger, steps=10, **arguments):
+    guard = ConvergenceGuard(every_n_steps=2, action="rescale", **arguments)
+    module = linear_module(4, 1.5, inner_lr=0.05, order="simplified")
+    return guard, fit(module, BATCH, steps, [guard], logger=logger, log_every_n_steps=1)
+
+
+def read(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"images": 0, "histograms": 0})
+    events.Reload()
+    return events
+
+
+def test_tensorboard_gets_pictures_when_the_state_changes_and_at_the_end_and_a_histogram_a_check(tmp_path):
+    before, shown = dict(matplotlib.rcParams), pyplot.get_fignums()
+    _, trainer = run([TensorBoardLogger(tmp_path), CSVLogger(tmp_path)])
+    assert dict(matplotlib.rcParams) == before and pyplot.get_fignums() == shown
+    events = read(trainer.loggers[0].log_dir)
+    # Unsafe at 0, back at 2: too soon after the first pictures; 8 is the last check.
+    for name in ("guard/safe_region", "guard/spectrum"):
+        images = events.Images(name)
+        assert [image.step for image in images] == [0, 8]
+        assert images[0].encoded_image_string.startswith(b"\x89PNG") and images[0].width >= 500
+    histograms = events.Histograms("guard/spectrum")
+    assert [each.step for each in histograms] == [0, 2, 4, 6, 8]
+    found = histograms[-1].histogram_value
+    assert found.min == pytest.approx(0.3) and found.max == pytest.approx(4.0)
+    assert sum(found.bucket) == pytest.approx(1.0)
+    assert [step.step for step in events.Scalars("guard/beta_c")] == [0, 2, 4, 6, 8]
+
+
+def test_drawing_touches_no_random_numbers(tmp_path):
+    def after(wanted):
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)
+        _, trainer = run(TensorBoardLogger(tmp_path), steps=2, figures=wanted)
+        weight = trainer.model.network.weight.detach().clone()
+        return weight, torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+
+    (weight, state, *others), (other_weight, other_state, *rest) = after(True), after(False)
+    assert torch.equal(weight, other_weight) and torch.equal(state, other_state) and others == rest
+
+
+def test_wandb_gets_them(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="the client of Weights & Biases is not installed")
+    from pytorch_lightning.loggers import WandbLogger
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    _, trainer = run(logger, steps=4)
+    summary = logger.experiment.summary
+    assert summary["trainer/global_step"] == 2 and summary["guard/beta_c"] == pytest.approx(0.625)
+    bins, counts = (np.array(summary["guard/spectrum"][name]) for name in ("bins", "values"))
+    assert bins[0] == pytest.approx(0.3) and bins[-1] == pytest.approx(4.0) and counts.sum() == pytest.approx(1.0)
+    wandb.finish()
+    names = [path.name.rsplit("_", 2)[0] for path in tmp_path.rglob("media/images/guard/*.png")]
+    assert sorted(names) == ["safe_region", "safe_region", "spectrum", "spectrum"]
+
+
+def test_mlflow_gets_them(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow", reason="the client of MLflow is not installed")
+    from pytorch_lightning.loggers import MLFlowLogger
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    logger = MLFlowLogger(tracking_uri=f"file:{tmp_path}/runs")
+    run(logger, steps=4)
+    client = logger.experiment
+    found = sorted(artifact.path for artifact in client.list_artifacts(logger.run_id, "guard"))
+    assert found == [f"guard/{name}_step_0000000{step}.png" for name in ("safe_region", "spectrum") for step in (0, 2)]
+    assert [each.step for each in client.get_metric_history(logger.run_id, "guard/beta_c")] == [0, 2]
+
+
+class Foreign(CSVLogger):
+    """A logger that can do nothing but numbers, and says so loudly."""
+
+    def __getattr__(self, name):
+        assert "image" not in name and "figure" not in name and "histogram" not in name, name
+        raise AttributeError(name)
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, Foreign, None])
+def test_any_other_logger_or_none_gets_numbers_alone(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(figures, "new_figure", lambda *_: pytest.fail("drew a picture nobody can show"))
+    guard, trainer = run(kind(tmp_path) if kind else False, steps=4)
+    assert len(guard.history) == 2 and trainer.global_step == 4
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_figures_false_sends_none_and_the_flag_is_checked(tmp_path):
+    _, trainer = run(TensorBoardLogger(tmp_path), steps=2, figures=False)
+    assert not read(trainer.logger.log_dir).Tags()["images"] and not read(trainer.logger.log_dir).Tags()["histograms"]
+    with pytest.raises(ValueError, match="Expected argument `figures` to be True or False but got 'all'"):
+        ConvergenceGuard(figures="all")
+
+
+def test_without_matplotlib_there_is_no_picture_and_no_failure(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ModuleNotFoundError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(figures, "find_spec", lambda name: None if name == "matplotlib" else pytest.fail(name))
+    guard, trainer = run(TensorBoardLogger(tmp_path))
+    events = read(trainer.logger.log_dir)
+    assert len(guard.history) == 5 and not events.Tags()["images"]
+    assert len(events.Histograms("guard/spectrum")) == 5
+    assert not guard._run.course.events or all("picture" not in text for _, _, text in guard._run.course.events)
+
+
+@pytest.mark.filterwarnings("default::lightning_maml_guard.GuardWarning")
+def test_a_logger_that_cannot_take_a_picture_costs_one_warning(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise OSError("disk full")
+
+    logger = TensorBoardLogger(tmp_path)
+    monkeypatch.setattr(figures, "_drawn", lambda history: {"safe_region": figures.new_figure(1, 1)})
+    monkeypatch.setattr(logger.experiment, "add_image", broken)
+    monkeypatch.setattr(logger.experiment, "add_histogram_raw", broken)
+    with guard_warns(r"could not send a picture or histogram .*figures=False.* Cause: OSError: disk full") as caught:
+        guard, trainer = run(logger)
+    said = [each for each in caught if "OSError: disk full" in str(each.message)]
+    assert len(said) == 2  # with the checks, and at the end
+    assert len(guard.history) == 5 and trainer.global_step == 10
+
+
+def test_a_flapping_run_is_not_drawn_at_every_turn():
+    class Shown:
+        is_global_zero = True
+        loggers = ()
+
+    drawn, sender = [], figures.Figures(True)
+    sender._send = lambda trainer, history: drawn.append(len(history))
+    history = []
+    for _ in range(25):
+        history.append(object())
+        sender.after_check(Shown, history, changed=True)
+    assert drawn == [1, 12, 23]
+
+
+def test_a_history_is_a_pandas_table(monkeypatch):
+    guard, _ = run(False, steps=6)
+    table = guard.frame()
+    assert table.index.tolist() == [0, 2, 4] and table.index.name == "step"
+    assert table["status"].tolist() == [report.status for report in guard.history]
+    assert table["beta_ratio"].tolist() == [report.beta_ratio for report in guard.history]
+    assert table.loc[0, "beta_c_low"] <= table.loc[0, "beta_c"] <= table.loc[0, "beta_c_high"]
+    assert "beta = 1.5 exceeds" in table.loc[0, "reasons"] and math.isfinite(table["severity"].iloc[0])
+    empty = ConvergenceGuard().frame()
+    assert empty.shape == (0, table.shape[1]) and list(empty.columns) == list(table.columns)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ModuleNotFoundError, match=r"guard.frame\(\) needs pandas: pip install pandas"):
+        guard.frame()
