@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_maml_guard._checks import check_count, check_number, shown
 from lightning_maml_guard._lightning import inform_less, tools_for
+from lightning_maml_guard._randomness import preserved_randomness
 from lightning_maml_guard.guard.beginning import AtStart
 from lightning_maml_guard.guard.estimate import Estimator
-from lightning_maml_guard.guard.isolation import preserved_randomness
 from lightning_maml_guard.guard.monitor import check_options
 from lightning_maml_guard.guard.probe import has_meta_problem
 from lightning_maml_guard.guard.suggestion import RateSuggestion
