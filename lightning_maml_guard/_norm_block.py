@@ -2,11 +2,12 @@
 
 With ``m``, ``v`` the mean and variance of a channel over the batch, ``r = (v + eps)^(-1/2)`` and ``P`` the pooling::
 
-    y = relu(P(gamma * r * (z - m) + beta)) = relu(gamma * r * (p - m) + beta),   p = P(z) where gamma >= 0
+    y = P(relu(gamma * r * (z - m) + beta)) = relu(gamma * r * (p - m) + beta),   p = P(z) where gamma >= 0
 
 ReLU and pooling commute with the increasing affine part, so that it is applied to a quarter of the entries; where
-``gamma < 0`` the pooling takes the smallest. On a CPU most of a small convolutional network's time goes into passes
-over memory, of which the derivatives composed from torch's operations make about three times as many.
+``gamma < 0`` the pooling takes the smallest. On a CPU half of a small convolutional network's time goes into passes
+over memory, of which derivatives composed from torch's operations make several times as many, and torch's kernel for
+max-pooling takes ten times as long as the comparisons below.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_maml_guard._functorch import inside_transform
+from lightning_maml_guard._functorch import inside_gradient, inside_transform
 
 _ALL_BUT_CHANNELS = (0, 2, 3)
 _HALF = (torch.float16, torch.bfloat16)
+# Entries a block of images holds where intermediate results are dropped: they then stay in a CPU's cache, and no
+# large piece of memory is mapped for them.
+_BLOCK = 2**18
 
 
 def norm_relu_pool(z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: bool) -> Tensor:
@@ -36,32 +40,60 @@ def norm_relu_pool(z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: boo
     Returns:
         The activations; of half the size, rounded down, after pooling.
     """
-    # Inside torch.func a Function is called from Python at every level; torch.compile fuses the plain operations.
-    if z.dtype in _HALF or z.dtype != gamma.dtype or inside_transform():
+    if z.dtype in _HALF or z.dtype != gamma.dtype or inside_gradient():
         return _composed(z, gamma, beta, eps, pool)
-    return _Block.apply(z, gamma, beta, eps, pool)
+    if inside_transform():  # vmap alone: on the tasks' channels side by side
+        return _OverTasks.apply(z, gamma, beta, eps, pool)
+    return _Block.apply(z.contiguous(), gamma, beta, eps, pool)
 
 
 def _composed(z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: bool) -> Tensor:
-    keep = _winners(z, gamma) if pool else None
     # Statistics of half precision are taken in float32, as the native kernel's.
     wide, gamma, beta = (each.float() if each.dtype in _HALF else each for each in (z, gamma, beta))
     mean, root = _statistics(wide, eps)
-    pooled = wide if keep is None else _gather(keep.to(wide.dtype), wide)
+    if pool:
+        sign = _column(torch.where(gamma < 0, -1, 1).to(wide.dtype))
+        wide = sign * _largest(sign * wide)
     scale = gamma * root
-    return F.relu(pooled * _column(scale) + _column(beta - mean * scale)).to(z.dtype)
+    return F.relu(wide * _column(scale) + _column(beta - mean * scale)).to(z.dtype)
+
+
+class _OverTasks(torch.autograd.Function):
+    """Under vmap: a task's channels beside another's in one tensor, so that autograd sees the operation itself."""
+
+    @staticmethod
+    def forward(z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: bool) -> Tensor:
+        return norm_relu_pool(z, gamma, beta, eps, pool)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep nothing: autograd records what the vmap rule does."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: bool) -> Any:
+        count = info.batch_size
+        z = z.expand(count, *z.shape).movedim(0, 1) if in_dims[0] is None else z.movedim(in_dims[0], 1)
+        scales = [
+            each.expand(count, *each.shape) if dim is None else each.movedim(dim, 0)
+            for each, dim in zip((gamma, beta), in_dims[1:3], strict=True)
+        ]
+        y = norm_relu_pool(z.flatten(1, 2), *(each.flatten() for each in scales), eps, pool)
+        return y.unflatten(1, (count, -1)), 1
 
 
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: bool) -> Tensor:
-        keep = _winners(z, gamma) if pool else None
-        mean, root = _statistics(z, eps)
-        pooled = z if keep is None else _gather(keep, z)
+        index = _winners(z, gamma) if pool else None
+        mean = z.mean(_ALL_BUT_CHANNELS)
+        # Centred first: sums of squares cancel in float32.
+        squares = torch.stack([(each - _column(mean)).square_().sum(_ALL_BUT_CHANNELS) for each in _blocks(z)]).sum(0)
+        root = torch.rsqrt(squares / (z.numel() // z.shape[1]) + eps)
+        pooled = z if index is None else _gather(index, z)
         scale = gamma * root
-        y = torch.addcmul(_column(beta - mean * scale), pooled, _column(scale)).relu_()
+        y = (pooled * _column(scale)).add_(_column(beta - mean * scale)).relu_()
         ctx.eps = eps
-        ctx.save_for_backward(z, gamma, mean, root, pooled, keep, y)
+        ctx.save_for_backward(z, gamma, mean, root, pooled, index, y)
         return y
 
     @staticmethod
@@ -85,7 +117,7 @@ class _BlockGradient(torch.autograd.Function):
         mean: Tensor,
         root: Tensor,
         pooled: Tensor,
-        keep: Tensor | None,
+        index: Tensor | None,
         y: Tensor,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,28 +127,28 @@ class _BlockGradient(torch.autograd.Function):
         centred = (g * pooled).sum(_ALL_BUT_CHANNELS) - mean * total
         slope = -(root**3) * gamma * centred / count
         level = -gamma * root * total / count - slope * mean
-        dz = torch.addcmul(_column(level), z, _column(slope))
-        dz = _spread(dz, keep, _column(gamma * root) * g)
+        dz = (z * _column(slope)).add_(_column(level))
+        dz = _spread(dz, index, _column(gamma * root) * g)
         ctx.eps = eps
-        ctx.save_for_backward(outer, z, gamma, mean, root, pooled, keep, y, g, total, centred, slope)
+        ctx.save_for_backward(outer, z, gamma, mean, root, pooled, index, y, g, total, centred, slope)
         return dz, root * centred, total
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         hz, hgamma, hbeta = outputs
-        outer, z, gamma, mean, root, pooled, keep, y, g, total, centred, slope = ctx.saved_tensors
+        outer, z, gamma, mean, root, pooled, index, y, g, total, centred, slope = ctx.saved_tensors
         count = z.numel() // z.shape[1]
         if torch.is_grad_enabled():
             # To be differentiated again: what was saved must depend on z, gamma and the gradient once more.
             mean, root = _statistics(z, ctx.eps)
-            pooled = z if keep is None else _gather(keep, z)
+            pooled = z if index is None else _gather(index, z)
             g = outer * (y > 0)
             total = g.sum(_ALL_BUT_CHANNELS)
             centred = (g * pooled).sum(_ALL_BUT_CHANNELS) - mean * total
             slope = -(root**3) * gamma * centred / count
         h_total = hz.sum(_ALL_BUT_CHANNELS)
         h_centred = (hz * z).sum(_ALL_BUT_CHANNELS) - mean * h_total
-        h_pooled = hz if keep is None else _gather(keep, hz)
+        h_pooled = hz if index is None else _gather(index, hz)
         rest = (g * h_pooled).sum(_ALL_BUT_CHANNELS) - total * h_total / count
         cube = root**3
         # Derivatives of <hz, dz> + <hgamma, dgamma> + <hbeta, dbeta>, a function of a few sums a channel.
@@ -127,9 +159,9 @@ class _BlockGradient(torch.autograd.Function):
         by_mean = -total * by_centred - h_total * slope
         by_variance = -cube * by_root / count  # twice the derivative, over the count
         by_outer = _column(by_centred) * pooled + _column(by_total) + _column(gamma * root) * h_pooled
-        by_z = torch.addcmul(_column(by_mean / count - by_variance * mean), z, _column(by_variance))
-        by_z = by_z + _column(slope) * hz
-        by_z = _spread(by_z, keep, _column(by_centred) * g)
+        by_z = (z * _column(by_variance)).add_(_column(by_mean / count - by_variance * mean))
+        by_z = by_z.add_(_column(slope) * hz)
+        by_z = _spread(by_z, index, _column(by_centred) * g)
         return by_outer * (y > 0), by_z, by_gamma, None, None, None, None, None, None
 
 
@@ -139,45 +171,55 @@ def _column(value: Tensor) -> Tensor:
 
 def _statistics(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     mean = z.mean(_ALL_BUT_CHANNELS)
-    # Centred first: sums of squares cancel in float32.
     centred = z - _column(mean)
     return mean, torch.rsqrt((centred * centred).mean(_ALL_BUT_CHANNELS) + eps)
 
 
-def _windows(z: Tensor) -> Tensor:
-    """The 2x2 windows, shape ``(n, channels, h, 2, w, 2)``: a view."""
-    height, width = z.shape[-2] // 2, z.shape[-1] // 2
-    return z[..., : 2 * height, : 2 * width].unflatten(-2, (height, 2)).unflatten(-1, (width, 2))
+def _even(z: Tensor) -> Tensor:
+    """Without the last row or column that pooling leaves out."""
+    return z[..., : z.shape[-2] // 2 * 2, : z.shape[-1] // 2 * 2]
+
+
+def _largest(z: Tensor) -> Tensor:
+    z = _even(z)
+    rows = torch.maximum(z[..., 0::2, :], z[..., 1::2, :])
+    return torch.maximum(rows[..., 0::2], rows[..., 1::2])
 
 
 def _winners(z: Tensor, gamma: Tensor) -> Tensor:
-    """1 at the entry that each window's pooling takes, the first of equals as ``MaxPool2d`` does; 0 elsewhere."""
+    """Where in its image each window's pooling takes its entry, shape ``(n, channels, h, w)``, int64."""
     with torch.no_grad():
-        z, gamma = z.detach(), gamma.detach()
-        window = _windows(torch.where(_column(gamma < 0), -z, z))
-        a, b, c, d = (window[..., row, :, column] for row in (0, 1) for column in (0, 1))
-        left, right = a >= b, c >= d
-        upper = torch.maximum(a, b) >= torch.maximum(c, d)
-        keep = torch.zeros_like(z)
-        places = _windows(keep)
-        places[..., 0, :, 0] = upper & left
-        places[..., 0, :, 1] = upper & ~left
-        places[..., 1, :, 0] = ~upper & right
-        places[..., 1, :, 1] = ~(upper | right)
-        return keep
+        negative = _column(gamma < 0) if bool((gamma < 0).any()) else None
+        width, height, half = z.shape[-1], z.shape[-2] // 2, z.shape[-1] // 2
+        first = torch.arange(0, 2 * height, 2, device=z.device).float().unsqueeze(-1) * width
+        first = first + torch.arange(0, 2 * half, 2, device=z.device)
+        found = [_winners_of(each if negative is None else torch.where(negative, -each, each)) for each in _blocks(z)]
+        return torch.cat([(row * width + column + first).long() for row, column in found])
 
 
-def _gather(keep: Tensor, z: Tensor) -> Tensor:
-    return (_windows(keep) * _windows(z)).sum((-3, -1))
+def _winners_of(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column within each window, in floating point: torch's kernels are vectorised there, and 2^24 is exact."""
+    z = _even(z)
+    upper, lower = z[..., 0::2, :], z[..., 1::2, :]
+    rows = torch.maximum(upper, lower)
+    column = (rows[..., 1::2] > rows[..., 0::2]).float()
+    row = (lower > upper).float()
+    return torch.lerp(row[..., 0::2], row[..., 1::2], column), column
 
 
-def _spread(base: Tensor, keep: Tensor | None, pooled: Tensor) -> Tensor:
+def _blocks(z: Tensor) -> tuple[Tensor, ...]:
+    return z.split(max(1, _BLOCK // (z.numel() // z.shape[0]))) if z.device.type == "cpu" else (z,)
+
+
+def _gather(index: Tensor, z: Tensor) -> Tensor:
+    return z.flatten(2).gather(2, index.flatten(2)).view(index.shape)
+
+
+def _spread(base: Tensor, index: Tensor | None, pooled: Tensor) -> Tensor:
     """Add the adjoint of the pooling to a tensor that nothing else holds."""
-    if keep is None:
+    if index is None:
         return base + pooled
+    flat, places, values = base.flatten(2), index.flatten(2), pooled.flatten(2)
     if torch.is_grad_enabled():
-        height, width = 2 * pooled.shape[-2], 2 * pooled.shape[-1]
-        spread = (_windows(keep) * pooled.unsqueeze(-1).unsqueeze(-3)).flatten(-2).flatten(-3, -2)
-        return base + F.pad(spread, (0, base.shape[-1] - width, 0, base.shape[-2] - height))
-    _windows(base).addcmul_(_windows(keep), pooled.unsqueeze(-1).unsqueeze(-3))
-    return base
+        return flat.scatter_add(2, places, values).view(base.shape)
+    return flat.scatter_add_(2, places, values).view(base.shape)

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_maml_guard._checks import check_choice, check_count, check_flag, shown
-from lightning_maml_guard._functorch import inside_transform
 from lightning_maml_guard._norm_block import norm_relu_pool
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "softplus": nn.Softplus}
@@ -88,8 +87,6 @@ class Conv4(nn.Module):
         if not self._as_built(layers):
             return self.head(torch.flatten(self.features(images), 1))
         x = images
-        if x.device.type == "cpu" and not inside_transform():
-            x = x.contiguous(memory_format=torch.channels_last)  # oneDNN's own; half as long for a few images
         depth = len(layers) // 4
         for start in range(0, len(layers), depth):
             conv, norm = cast(nn.Conv2d, layers[start]), cast(nn.BatchNorm2d, layers[start + 1])

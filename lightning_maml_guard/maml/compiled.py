@@ -68,24 +68,33 @@ class CompiledMetaGradient:
             else torch.tensor(rates, dtype=like.dtype, device=like.device)
         )
         function = self._function(problem, tasks.looped, options)
-        size = 1 if tasks.looped else tasks.chunk_size or problem.tasks
-        sums: Any = None
+        count = problem.tasks
+        size = 1 if tasks.looped else tasks.chunk_size or count
+        if size >= count and not tasks.looped:
+            (gradients, rate_gradients), (losses, extra) = function(params, rates, problem.support, problem.query)
+            return MetaGradient(gradients, rate_gradients if options["learn_rates"] else None, losses, extra)
+        total: Any = None
         losses, extras = [], []
-        for start in range(0, problem.tasks, size):
-            stop = start if tasks.looped else slice(start, start + size)
+        for start in range(0, count, size):
+            chosen = start if tasks.looped else slice(start, start + size)
             support, query = (
-                tree_map(lambda leaf, at=stop: leaf[at], data) for data in (problem.support, problem.query)
+                tree_map(lambda leaf, at=chosen: leaf[at], data) for data in (problem.support, problem.query)
             )
             found, (loss, extra) = function(params, rates, support, query)
             losses.append(loss.reshape(-1))
             extras.append(tree_map(lambda leaf: leaf.unsqueeze(0), extra) if tasks.looped else extra)
-            if sums is None:
-                sums = tree_map(torch.clone, found)
+            share = len(losses[-1]) / count
+            if total is None:
+                total = tree_map(lambda each, share=share: each * share, found)
             else:
-                torch._foreach_add_(tree_leaves(sums), tree_leaves(found))
-        gradients, rate_gradients = tree_map(lambda each: each / problem.tasks, sums)
-        extra = extras[0] if len(extras) == 1 else tree_map(lambda *leaves: torch.cat(leaves), *extras)
-        return MetaGradient(gradients, rate_gradients if options["learn_rates"] else None, torch.cat(losses), extra)
+                torch._foreach_add_(tree_leaves(total), tree_leaves(found), alpha=share)
+        gradients, rate_gradients = total
+        return MetaGradient(
+            gradients,
+            rate_gradients if options["learn_rates"] else None,
+            torch.cat(losses),
+            tree_map(lambda *leaves: torch.cat(leaves), *extras),
+        )
 
     def _function(self, problem: MetaProblem, looped: bool, options: dict[str, Any]) -> Callable[..., Any]:
         key = problem.order, problem.inner_steps, looped, options["learn_rates"], problem.uniform
@@ -101,7 +110,7 @@ class CompiledMetaGradient:
                 found, report = torch.func.vmap(one, (None, None, 0, 0), randomness="different")(
                     params, rates, support, query
                 )
-                return tree_map(lambda each: each.sum(0), found), report
+                return tree_map(lambda each: each.mean(0), found), report
 
             self._functions[key] = torch.compile(one if looped else chunk)
         return self._functions[key]

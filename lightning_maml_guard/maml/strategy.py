@@ -28,7 +28,8 @@ Strategy = str | int
 
 ENVIRONMENT = "LMG_VECTORIZE"
 _CHUNKS = (2, 4, 8, 16, 32)
-_SECONDS, _REPEATS = 4.0, 3
+# The whole trial's, after which nothing new is begun; one candidate's, after which it is not repeated.
+_SECONDS, _ENOUGH, _REPEATS = 15.0, 1.0, 3
 # In float32 a rectified or pooled network's gradient jumps where a kink lies within rounding.
 _AGREEMENT = {torch.float64: 1e-6, torch.float32: 5e-2}
 
@@ -173,8 +174,8 @@ def remember(key: str, strategy: Strategy) -> None:
 def fastest(gradients: Gradients, tasks: int, clock: Callable[[], float] = time.perf_counter) -> tuple[Strategy, str]:
     """Try the strategies on one batch, and keep the fastest whose gradient is the loop's.
 
-    The random states are put back. A chunk size is left out when the one before it was a third slower than the best,
-    and everything not yet begun after four seconds.
+    The random states are put back. A candidate is run once to warm up and up to three times more, within a second;
+    what has not begun after fifteen is left out.
 
     Args:
         gradients: Computes the batch's mean meta-gradient by a map.
@@ -198,17 +199,23 @@ class _Trial:
 
     def choose(self, tasks: int) -> tuple[Strategy, str]:
         self._try("loop")
-        self._reference = self._run("loop", 0)[1]
-        if not _close(self._reference, self._run("loop", 1)[1]):
-            self._reference = None  # dropout: the tasks' masks differ by strategy
-        chunks = [size for size in _CHUNKS if size < tasks]
         if tasks > 1:
             self._try("all")
-        for size in reversed(chunks) if self._best() == "all" else chunks:
-            known = self.seconds[self._best()]
+        # From the middle on towards the better end: times fall and rise once over the sizes.
+        chunks = [size for size in _CHUNKS if size < tasks]
+        middle = [size for size in chunks if size == min(chunks, key=lambda each: abs(each - 8))]
+        for size in middle:
             self._try(size)
-            if self.seconds.get(size, math.inf) > 4 / 3 * known and size in self.seconds and size > chunks[0]:
-                break
+        for side in (
+            [size for size in chunks if middle and size > middle[0]],
+            [size for size in reversed(chunks) if middle and size < middle[0]],
+        ):
+            last = self.seconds.get(middle[0], math.inf) if middle else math.inf
+            for size in side:
+                self._try(size)
+                if self.seconds.get(size, math.inf) > last:
+                    break
+                last = self.seconds[size]
         best = self._best()
         seen = [f"{name} {1e3 * value:.3g} ms" for name, value in self.seconds.items()]
         return best, ", ".join(seen + [f"{name} {note}" for name, note in self.notes.items()])
@@ -222,11 +229,15 @@ class _Trial:
             return
         try:
             first, found = self._run(strategy, 0)
-            if self._reference is not None and not _close(found, self._reference):
+            times = []
+            if strategy == "loop":
+                # Seeded otherwise: what dropout makes of it cannot be compared between strategies.
+                again, other = self._run(strategy, 1)
+                times, self._reference = [again], found if _close(found, other) else None
+            elif self._reference is not None and not _close(found, self._reference):
                 self.notes[strategy] = "gives another gradient"
                 return
-            times = [first]
-            while len(times) <= _REPEATS and self._clock() - self._began < _SECONDS and not self._hopeless(first):
+            while len(times) < _REPEATS and first + sum(times) < _ENOUGH and not self._hopeless(first):
                 times.append(self._run(strategy, 0)[0])
         except Exception as error:
             if strategy == "loop":
@@ -234,7 +245,7 @@ class _Trial:
             # Not every function can be vmapped, and not every batch fits at once.
             self.notes[strategy] = f"fails ({type(error).__name__})"
             return
-        self.seconds[strategy] = min(times[1:] or times)
+        self.seconds[strategy] = min(times or [first])  # the first one warms up
 
     def _hopeless(self, seconds: float) -> bool:
         return bool(self.seconds) and seconds > 3 * min(self.seconds.values())
