@@ -73,11 +73,11 @@ class _OverTasks(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: bool) -> Any:
         count = info.batch_size
         z = z.expand(count, *z.shape).movedim(0, 1) if in_dims[0] is None else z.movedim(in_dims[0], 1)
-        scales = [
+        gamma, beta = (
             each.expand(count, *each.shape) if dim is None else each.movedim(dim, 0)
             for each, dim in zip((gamma, beta), in_dims[1:3], strict=True)
-        ]
-        y = norm_relu_pool(z.flatten(1, 2), *(each.flatten() for each in scales), eps, pool)
+        )
+        y = norm_relu_pool(z.flatten(1, 2), gamma.flatten(), beta.flatten(), eps, pool)
         return y.unflatten(1, (count, -1)), 1
 
 

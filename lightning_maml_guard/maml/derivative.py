@@ -35,8 +35,11 @@ def gradient(function: Callable[[P], tuple[Tensor, T]], point: P) -> tuple[P, T]
     leaves, spec = tree_flatten(point)
     connected = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     with torch.enable_grad():
-        if not connected or not all(leaf.requires_grad for leaf in leaves):
-            leaves = [leaf if connected and leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves]
+        # New tensors, so that what the function holds from outside counts as constant, as it does for torch.func.
+        leaves = [
+            leaf.view_as(leaf) if connected and leaf.requires_grad else leaf.detach().requires_grad_()
+            for leaf in leaves
+        ]
         value, extra = function(tree_unflatten(leaves, spec))
         if not value.requires_grad:
             return tree_unflatten([torch.zeros_like(leaf) for leaf in leaves], spec), extra

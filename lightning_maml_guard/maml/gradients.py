@@ -151,7 +151,9 @@ def meta_gradient(
         return task_meta_gradient(problem.loss, params, rates, support, query, auxiliary=auxiliary, **options)
 
     def together(support: Any, query: Any) -> Any:
-        return _side_by_side(problem.loss, params, rates, support, query, auxiliary=auxiliary, **options)
+        beside = SideBySide(params, rates, task_count(support, "support"))
+        loss, extra = beside.over(problem.loss), beside.over(auxiliary)
+        return task_meta_gradient(loss, beside.params, beside.rates, support, query, auxiliary=extra, **options)
 
     (gradients, rate_gradients), (losses, extra) = tasks.apply(one, together, problem.support, problem.query)
     return MetaGradient(
@@ -162,39 +164,41 @@ def meta_gradient(
     )
 
 
-def _side_by_side(
-    task_loss: TaskLoss,
-    params: Params,
-    rates: InnerRate,
-    support: Any,
-    query: Any,
-    *,
-    auxiliary: Auxiliary,
-    **options: Any,
-) -> Any:
-    """Compute what :func:`task_meta_gradient` does for several tasks, which lie side by side in every tensor.
+class SideBySide:
+    """Several tasks as one: parameters and rates with a task dimension, and only the forward pass vmapped.
 
-    Only the forward pass is vmapped, over parameters with a task dimension. The tasks' losses do not share parameters,
-    so that the gradient of their sum holds every task's own. What is differentiated are torch's native operations,
-    which is right for norm layers at second order, and a third faster than ``vmap(grad(...))``.
+    The tasks' losses do not share parameters, so that the gradient of their sum holds every task's own. What is
+    differentiated are torch's native operations, which is right for norm layers at second order, and a third faster
+    than ``vmap(grad(...))``.
 
-    Returns:
-        What :func:`task_meta_gradient` returns, with a leading task dimension.
+    Args:
+        params: Parameters by name.
+        rates: Inner rates.
+        count: Number of tasks.
+
+    Attributes:
+        params: The parameters, of shapes ``(tasks, ...)``.
+        rates: The rates, likewise where there is one a parameter.
     """
-    count = task_count(support, "support")
 
-    def beside(values: Params) -> Params:
-        return {name: value.expand(count, *value.shape) for name, value in values.items()}
+    def __init__(self, params: Params, rates: InnerRate, count: int) -> None:
+        self.params = {name: value.expand(count, *value.shape) for name, value in params.items()}
+        self.rates = rates
+        if isinstance(rates, dict):
+            # Of as many dimensions as its parameter, so that the tasks' dimension comes first.
+            self.rates = {name: rate.expand(self.params[name].shape) for name, rate in rates.items()}
 
+    @staticmethod
     def over(function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.func.vmap(function, (0, 0), randomness="different")
+        """Vmap a function of one task's parameters and data.
 
-    if isinstance(rates, dict):
-        # Of as many dimensions as its parameter, so that the tasks' dimension comes first.
-        rates = beside({name: rate.expand(params[name].shape) for name, rate in rates.items()})
-    return task_meta_gradient(
-        over(task_loss), beside(params), rates, support, query, auxiliary=over(auxiliary), **options
-    )
+        Args:
+            function: The function.
+
+        Returns:
+            The function of all tasks'.
+        """
+        return torch.func.vmap(function, (0, 0), randomness="different")
 
 
 class AttachGradient(torch.autograd.Function):

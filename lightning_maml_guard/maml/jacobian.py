@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_maml_guard._vectorize import TaskMap
+from lightning_maml_guard._vectorize import TaskMap, task_count
 from lightning_maml_guard.curvature.operators import Field, FieldValue, gradient_of
-from lightning_maml_guard.maml.gradients import task_meta_gradient
-from lightning_maml_guard.maml.inner_loop import InnerRate, Params, adapt
+from lightning_maml_guard.maml.gradients import SideBySide, task_meta_gradient
+from lightning_maml_guard.maml.inner_loop import InnerRate, Params, TaskLoss, adapt
 from lightning_maml_guard.maml.problem import MetaProblem
 
 
@@ -42,24 +42,34 @@ def meta_field(problem: MetaProblem, tasks: TaskMap) -> Field:
     """
     rates = _detached(problem.inner_lr)
     if is_symmetric(problem):
-
-        def query_loss(params: Params, support: Any, query: Any) -> Tensor:
-            return problem.loss(adapt(problem.loss, params, support, rates, problem.inner_steps), query)
-
-        return gradient_of(
-            lambda params: tasks(query_loss, params, problem.support, problem.query, in_dims=(None, 0, 0)).mean()
-        )
+        return gradient_of(lambda params: _query_losses(problem, params, rates, tasks).mean())
 
     def field(params: Params, differentiable: bool) -> FieldValue:
-        def one(params: Params, support: Any, query: Any) -> tuple[Params, Tensor]:
-            return _meta_gradient(problem, rates, params, support, query)
+        def one(support: Any, query: Any) -> tuple[Params, Tensor]:
+            return _meta_gradient(problem, problem.loss, rates, params, support, query)
+
+        def together(support: Any, query: Any) -> tuple[Params, Tensor]:
+            beside = SideBySide(params, rates, task_count(support, "support"))
+            return _meta_gradient(problem, beside.over(problem.loss), beside.rates, beside.params, support, query)
 
         # Without a graph for `differentiable=False` too: a gradient inside needs none outside.
         with torch.set_grad_enabled(differentiable):
-            gradients, losses = tasks(one, params, problem.support, problem.query, in_dims=(None, 0, 0))
+            gradients, losses = tasks.apply(one, together, problem.support, problem.query)
         return FieldValue(losses.mean().detach(), {name: value.mean(0) for name, value in gradients.items()})
 
     return field
+
+
+def _query_losses(problem: MetaProblem, params: Params, rates: InnerRate, tasks: TaskMap) -> Tensor:
+    def one(support: Any, query: Any) -> Tensor:
+        return problem.loss(adapt(problem.loss, params, support, rates, problem.inner_steps), query)
+
+    def together(support: Any, query: Any) -> Tensor:
+        beside = SideBySide(params, rates, task_count(support, "support"))
+        loss = beside.over(problem.loss)
+        return loss(adapt(loss, beside.params, support, beside.rates, problem.inner_steps), query)
+
+    return tasks.apply(one, together, problem.support, problem.query)
 
 
 def curvature_by_task(problem: MetaProblem, params: Params, direction: Params, tasks: TaskMap) -> Tensor:
@@ -81,7 +91,7 @@ def curvature_by_task(problem: MetaProblem, params: Params, direction: Params, t
 
     def along(offset: Tensor, support: Any, query: Any) -> Tensor:
         moved = {name: value.detach() + offset * direction[name] for name, value in params.items()}
-        gradient, _ = _meta_gradient(problem, rates, moved, support, query)
+        gradient, _ = _meta_gradient(problem, problem.loss, rates, moved, support, query)
         return torch.stack([(gradient[name] * direction[name]).sum() for name in gradient]).sum()
 
     slopes = tasks(along, offsets, problem.support, problem.query, in_dims=(0, 0, 0))
@@ -90,12 +100,12 @@ def curvature_by_task(problem: MetaProblem, params: Params, direction: Params, t
 
 
 def _meta_gradient(
-    problem: MetaProblem, rates: InnerRate, params: Params, support: Any, query: Any
+    problem: MetaProblem, loss: TaskLoss, rates: InnerRate, params: Params, support: Any, query: Any
 ) -> tuple[Params, Tensor]:
-    (gradient, _), (loss, _) = task_meta_gradient(
-        problem.loss, params, rates, support, query, inner_steps=problem.inner_steps, order=problem.order
+    (gradient, _), (value, _) = task_meta_gradient(
+        loss, params, rates, support, query, inner_steps=problem.inner_steps, order=problem.order
     )
-    return gradient, loss
+    return gradient, value
 
 
 def _detached(rates: float | Params) -> InnerRate:
