@@ -61,7 +61,18 @@ class PhaseDiagram:
         Both, because adaptation at a high rate can make the error before training as large as one likes, and by a
         margin, because a network that its rates have killed sits near the error of its start. Shape ``(A, B)``.
         """
-        return np.isfinite(self.final) & (self.final <= TRAINED_SHARE * np.minimum(self.start, self.unadapted))
+        return self.trained_to(TRAINED_SHARE)
+
+    def trained_to(self, share: float) -> np.ndarray:
+        """Say which runs brought the error down to a share of that before training, with and without adaptation.
+
+        Args:
+            share: The share; ``trained`` asks for 0.9.
+
+        Returns:
+            Shape ``(A, B)``.
+        """
+        return np.isfinite(self.final) & (self.final <= share * np.minimum(self.start, self.unadapted))
 
     @property
     def diverged(self) -> np.ndarray:
@@ -71,7 +82,19 @@ class PhaseDiagram:
     @property
     def largest_beta(self) -> np.ndarray:
         """Largest meta rate of each inner rate that trained, shape ``(A,)``; ``nan`` where none did."""
-        return np.where(self.trained.any(1), np.where(self.trained, self.betas, -np.inf).max(1), math.nan)
+        return self.largest_beta_to(TRAINED_SHARE)
+
+    def largest_beta_to(self, share: float) -> np.ndarray:
+        """Find the largest meta rate of each inner rate that brought the error down to a share.
+
+        Args:
+            share: See :meth:`trained_to`.
+
+        Returns:
+            Shape ``(A,)``; ``nan`` where none did.
+        """
+        trained = self.trained_to(share)
+        return np.where(trained.any(1), np.where(trained, self.betas, -np.inf).max(1), math.nan)
 
     def at_start(self, name: str) -> np.ndarray:
         """Read a critical rate before training.
@@ -109,18 +132,20 @@ class PhaseDiagram:
         both = np.isfinite(predicted) & np.isfinite(self.largest_beta)
         return spearman(predicted[both], self.largest_beta[both])
 
-    def growth_towards_limit(self, limit: float) -> float:
+    def growth_towards_limit(self, limit: float, share: float = TRAINED_SHARE) -> float:
         """Say how much larger the usable meta rates are near a limit of ``alpha`` than far from it: the poster's claim.
 
         Args:
             limit: The limit, ``alpha_c`` say.
+            share: What counts as trained; see :meth:`trained_to`.
 
         Returns:
             Mean of ``log10`` of the largest meta rate that trained over the upper third of the inner rates up to the
             limit, less that over the lower third. Positive: they grow, as the poster says; ``nan`` if fewer than 3
             columns below the limit trained.
         """
-        inside = self.largest_beta[(self.alphas <= limit) & np.isfinite(self.largest_beta)]
+        largest = self.largest_beta_to(share)
+        inside = largest[(self.alphas <= limit) & np.isfinite(largest)]
         third = len(inside) // 3
         if not third:
             return math.nan

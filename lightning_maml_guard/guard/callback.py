@@ -64,7 +64,11 @@ class ConvergenceGuard(Results, Callback):
     compared within 1.10 of the best; looking every 10 instead of every 100 steps (and when triggered) saves no more.
 
     Args:
-        every_n_steps: Optimizer steps between two checks; the first is at step 0.
+        every_n_steps: Optimizer steps between two checks; the first is at step 0. None: every 100 steps, as far as
+            ``max_cost`` allows.
+        max_cost: Without ``every_n_steps``: share of the training's work that checks may take, counted in gradients
+            and products, so that the same run checks at the same steps. A check is left out until the steps taken pay
+            for it; the first one, and those that a jump of the loss or the gradient calls, come at any cost.
         action: ``"log"``, ``"warn"``, ``"rescale"`` or ``"stop"``.
         criterion: ``"exact"``: the Jacobian of the update as configured, and the inner loop's own limit.
             ``"simplified"``: the poster's conditions. What is logged as ``alpha_c`` and ``beta_c`` is what is judged.
@@ -91,6 +95,8 @@ class ConvergenceGuard(Results, Callback):
         figures: Whether TensorBoard, Weights & Biases and MLflow get the spectrum's histogram with every check, and the
             pictures of safe region and spectrum when the state changes and at the end. Other loggers get numbers alone.
         history_size: Checks that ``history`` and ``severities`` keep, the latest ones. Loggers get all of them.
+        tasks_per_check: Measure the curvature on so many tasks of the batch (the first ones) instead of all: a few are
+            cheaper, and their mean is sharper than that of all. Trials go on with the whole batch.
         allow_untested: Whether to go on under a strategy the guard was not tested with (FSDP, DeepSpeed and others that
             split a module). A check that fails there is one warning, as ever.
 
@@ -105,7 +111,7 @@ class ConvergenceGuard(Results, Callback):
 
     def __init__(
         self,
-        every_n_steps: int = 100,
+        every_n_steps: int | None = None,
         action: str = "warn",
         criterion: str = "exact",
         margin: float = 1.0,
@@ -126,10 +132,17 @@ class ConvergenceGuard(Results, Callback):
         figures: bool = True,
         history_size: int = 1000,
         allow_untested: bool = False,
+        max_cost: float = 0.02,
+        tasks_per_check: int | None = None,
     ) -> None:
         super().__init__()
+        check_number("max_cost", max_cost, above=0, below=1)
+        # A number of steps is taken at its word.
+        self.max_cost = float(max_cost) if every_n_steps is None else None
+        every_n_steps = 100 if every_n_steps is None else every_n_steps
         for name, number in (
             ("every_n_steps", every_n_steps),
+            ("tasks_per_check", 1 if tasks_per_check is None else tasks_per_check),
             ("patience", patience),
             ("replay", replay),
             ("max_rollbacks", max_rollbacks),
@@ -160,6 +173,7 @@ class ConvergenceGuard(Results, Callback):
             )
         check_margin(margin)
         check_options(criterion=criterion, estimator=estimator, max_iter=max_iter, tol=tol, tasks=tasks, data=data)
+        self.tasks_per_check = tasks_per_check
         self.every_n_steps, self.action, self.criterion = every_n_steps, action, criterion
         self.margin, self.patience, self.estimator = float(margin), patience, estimator
         self.max_iter, self.tol, self.tasks, self.data = max_iter, tol, tasks, data

@@ -20,6 +20,7 @@ from lightning_maml_guard.guard.probe import Attempts, attempts, configured_inne
 from lightning_maml_guard.guard.reporting import log_values, metrics, unlogged
 from lightning_maml_guard.guard.run import Run, Settings
 from lightning_maml_guard.guard.trial import Trial
+from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.theory.verdict import UNSAFE, fails, passes
 
 
@@ -95,6 +96,7 @@ class Checker:
             failing = fails(severe, settings.alarm)
             run.note_severity(step, severe)
             if not scheduled and not failing:
+                self._charge(attempt, problem, 0)
                 log_values(trainer, module, {"guard/severity": severe}, step)
                 return
             if settings.rollback and failing and not present.begin <= settings.alarm * reference:
@@ -104,7 +106,7 @@ class Checker:
         taken_back = self._taken_back is not None
         with self._undisturbed():
             report = measure(
-                problem,
+                self._measured(problem),
                 optimizer=optimizer,
                 criterion=settings.criterion,
                 estimator=settings.estimator,
@@ -137,8 +139,18 @@ class Checker:
                 self._taken_back = None  # its rates are lowered
             if settings.rollback and (run.rescue.snapshot is None or passes(severe, settings.alarm)):
                 self._keep(step)
+        self._charge(attempt, problem, report.hvps)
         run.note(report)
         log_values(trainer, module, metrics(report), step)
+
+    def _measured(self, problem: Any) -> Any:
+        part = self.settings.tasks_per_check
+        return problem if part is None or not isinstance(problem, MetaProblem) else problem.part(part)
+
+    def _charge(self, attempt: Attempts | None, problem: Any, products: int) -> None:
+        share = self._measured(problem).tasks / problem.tasks if isinstance(problem, MetaProblem) else 1.0
+        evaluations = 0 if attempt is None else attempt.runner.runs * (self.settings.trial_steps + 1)
+        self.run.lookout.budget.charge(trial_steps=evaluations, products=products * share)
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:

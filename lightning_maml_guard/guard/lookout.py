@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from lightning_maml_guard.guard.budget import Budget
 from lightning_maml_guard.guard.running import RunningRange
 
 SCHEDULED, TRIGGERED = "scheduled", "triggered"
@@ -15,10 +16,12 @@ class Lookout:
 
     Args:
         every_n_steps: Steps between two scheduled checks.
+        budget: What they may cost; a triggered check comes at any cost.
     """
 
-    def __init__(self, every_n_steps: int) -> None:
+    def __init__(self, every_n_steps: int, budget: Budget | None = None) -> None:
         self.every_n_steps = every_n_steps
+        self.budget = budget or Budget(None)
         self.range = RunningRange()
         self.last: int | None = None
         self._spiked = self._lost = False
@@ -38,7 +41,7 @@ class Lookout:
             return None
         since = math.inf if self.last is None else step - self.last
         # A triggered check stands for the scheduled one that would follow it closely.
-        scheduled = step % self.every_n_steps == 0 and since >= self.every_n_steps / 2
+        scheduled = step % self.every_n_steps == 0 and since >= self.every_n_steps / 2 and self.budget.allows(step)
         if not scheduled and not (self._lost and at_once_if_lost) and not (self._spiked and since >= self._gap):
             return None
         # Each triggered check makes the next wait twice as long, so that a noisy loss does not cost a run its time.
@@ -69,6 +72,7 @@ class Lookout:
             "last_step": self.last,
             "range": self.range.state(),
             "triggered": [self._spiked, self._lost, self._gap],
+            **self.budget.state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -79,4 +83,5 @@ class Lookout:
         """
         self.last = state.get("last_step")
         self.range.load(state.get("range", {}))
+        self.budget.load(state)
         self._spiked, self._lost, self._gap = state.get("triggered", (False, False, 2))

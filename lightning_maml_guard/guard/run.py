@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lightning_maml_guard.curvature.ranks import Ranks
+from lightning_maml_guard.guard.budget import Budget
 from lightning_maml_guard.guard.console import Gauges
 from lightning_maml_guard.guard.course import Course
 from lightning_maml_guard.guard.estimate import Estimator
@@ -26,6 +27,8 @@ class Settings(Protocol):
     """A guard's arguments; see :class:`~lightning_maml_guard.ConvergenceGuard`."""
 
     every_n_steps: int
+    max_cost: float | None
+    tasks_per_check: int | None
     action: str
     criterion: str
     margin: float
@@ -71,7 +74,7 @@ class Run:
         self.intervention = Intervention(
             settings.action, settings.margin, settings.max_rollbacks, self.course, self.rescue
         )
-        self.lookout = Lookout(settings.every_n_steps)
+        self.lookout = Lookout(settings.every_n_steps, Budget(settings.max_cost))
         self.replay = Replay(settings.replay)
         self.gauges, self.figures = Gauges(), Figures(settings.figures)
         self._size = settings.history_size

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_maml_guard._checks import check_function, shown
 from lightning_maml_guard._vectorize import TaskMap, task_count
@@ -105,6 +105,20 @@ class MetaProblem:
                 "loss.mean() or reduction='mean'; a count is no loss."
             )
         return value
+
+    def part(self, tasks: int) -> MetaProblem:
+        """Take the first of the batch's tasks.
+
+        Args:
+            tasks: How many, at least 1.
+
+        Returns:
+            The problem with these tasks; this one if there are no more.
+        """
+        if tasks >= self.tasks:
+            return self
+        support, query = (tree_map(lambda leaf: leaf[:tasks], data) for data in (self.support, self.query))
+        return replace(self, support=support, query=query)
 
     @property
     def tasks(self) -> int:

@@ -61,7 +61,7 @@ def episode(**arguments):
 
 
 COUNTS = [
-    *((ConvergenceGuard, name, 1) for name in ("every_n_steps", "patience", "max_iter", "replay", "max_rollbacks")),
+    *((ConvergenceGuard, name, 1) for name in ("patience", "max_iter", "replay", "max_rollbacks")),
     (ConvergenceGuard, "history_size", 1),
     (ConvergenceGuard, "trial_steps", 0),
     (module, "inner_steps", 1),
@@ -80,6 +80,8 @@ COUNTS = [
     *((sample(family), "n_tasks", 1) for family in (Sinusoid(), LinearRegression(), Omniglot())),
 ]
 OPTIONAL_COUNTS = [
+    (ConvergenceGuard, "every_n_steps", 1),
+    (ConvergenceGuard, "tasks_per_check", 1),
     (module, "eval_inner_steps", 0),
     (module, "task_chunk_size", 1),
     (problem, "task_chunk_size", 1),

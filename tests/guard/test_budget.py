@@ -1,0 +1,102 @@
+"""What checks may cost: counted, and kept."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_maml_guard import ConvergenceGuard, MetaLearningModule, TaskDataModule
+from lightning_maml_guard._lightning import Trainer
+from lightning_maml_guard.guard.budget import Budget
+from lightning_maml_guard.guard.lookout import SCHEDULED, TRIGGERED, Lookout
+from lightning_maml_guard.networks import mlp
+from lightning_maml_guard.tasks.regression import Sinusoid
+
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+@given(st.floats(0.005, 0.5), st.integers(1, 40), st.integers(0, 60), st.integers(1, 50))
+def test_after_the_first_check_has_been_paid_no_more_than_the_share_is_spent(share, trial, products, every):
+    budget = Budget(share)
+    lookout = Lookout(every, budget)
+    spent = 0.0
+    for step in range(2000):
+        if lookout.due(step) is not None:
+            budget.charge(trial_steps=trial, products=products)
+            first = spent == 0
+            spent += 1.2 * trial + 1.75 * products
+            assert first or spent <= share * step + 1e-9
+    assert spent > 0
+
+
+def test_without_a_share_every_check_comes():
+    budget = Budget(None)
+    lookout = Lookout(10, budget)
+    found = []
+    for step in range(50):
+        if lookout.due(step) is not None:
+            found.append(step)
+            budget.charge(trial_steps=1000, products=1000)
+    assert found == [0, 10, 20, 30, 40]
+
+
+def test_a_jump_of_the_loss_calls_a_check_at_any_cost():
+    lookout = Lookout(100, Budget(0.01))
+    assert lookout.due(0) == SCHEDULED
+    lookout.budget.charge(trial_steps=1000, products=1000)
+    for step in range(20):
+        lookout.saw(1.0 if step < 19 else 50.0, 1.0, alarm=3.0, triggers=True)
+    assert lookout.due(20) == TRIGGERED
+    assert lookout.due(100) is None  # too early still for a scheduled one
+
+
+def test_what_was_spent_survives_a_restart():
+    lookout = Lookout(10, Budget(0.02))
+    assert lookout.due(0) == SCHEDULED
+    lookout.budget.charge(trial_steps=11, products=20)
+    again = Lookout(10, Budget(0.02))
+    again.load(lookout.state())
+    assert [step for step in range(1, 6000) if again.due(step)] == [
+        step for step in range(1, 6000) if lookout.due(step)
+    ]
+
+
+def run(guard, steps):
+    torch.manual_seed(0)
+    module = MetaLearningModule(mlp(hidden=(4,)), inner_lr=0.01)
+    data = TaskDataModule(Sinusoid(shots=3), meta_batch_size=4)
+    Trainer(max_steps=steps, callbacks=[guard], **QUIET).fit(module, data)
+    return [report.step for report in guard.history]
+
+
+def test_a_number_of_steps_is_taken_at_its_word_and_the_default_is_paid_for():
+    assert run(ConvergenceGuard(every_n_steps=40, action="log", trial_steps=1), 121) == [0, 40, 80, 120]
+    guard = ConvergenceGuard(action="log", trial_steps=1, triggers=False, max_iter=4, max_cost=0.25)
+    steps = run(guard, 301)
+    assert steps[0] == 0 and 1 < len(steps) < 4 and all(step % 100 == 0 for step in steps)
+
+
+def test_the_curvature_is_that_of_the_first_tasks():
+    guard = ConvergenceGuard(every_n_steps=1, action="log", trial_steps=0, tasks_per_check=2, tol=1e-6, max_iter=50)
+    few = ConvergenceGuard(every_n_steps=1, action="log", trial_steps=0, tol=1e-6, max_iter=50)
+    run(guard, 1)
+    torch.manual_seed(0)
+    module = MetaLearningModule(mlp(hidden=(4,)), inner_lr=0.01)
+    data = TaskDataModule(Sinusoid(shots=3), meta_batch_size=4)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    few.problem = lambda module, batch: module.meta_problem(batch).part(2)
+    Trainer(max_steps=1, callbacks=[few], **QUIET).fit(module, torch.utils.data.DataLoader([batch], batch_size=None))
+    assert guard.history[0].lambda_max == pytest.approx(few.history[0].lambda_max, rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan"), "2 %"])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises((ValueError, TypeError), match=r"`max_cost` to be"):
+        ConvergenceGuard(max_cost=share)
