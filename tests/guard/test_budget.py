@@ -76,7 +76,7 @@ def run(guard, steps):
 
 
 def test_a_number_of_steps_is_taken_at_its_word_and_the_default_is_paid_for():
-    assert run(ConvergenceGuard(every_n_steps=40, action="log", trial_steps=1), 121) == [0, 40, 80, 120]
+    assert run(ConvergenceGuard(every_n_steps=40, action="log", trial_steps=1, triggers=False), 121) == [0, 40, 80, 120]
     guard = ConvergenceGuard(action="log", trial_steps=1, triggers=False, max_iter=4, max_cost=0.25)
     steps = run(guard, 301)
     assert steps[0] == 0 and 1 < len(steps) < 4 and all(step % 100 == 0 for step in steps)

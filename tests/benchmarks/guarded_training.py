@@ -1,0 +1,119 @@
+"""What the guard adds to a training, end to end: ``python -m tests.benchmarks.guarded_training [sinusoid|omniglot|miniimagenet]``.
+
+Trainer runs with and without ``ConvergenceGuard()`` take turns. ``sinusoid`` is run to the end (4000 steps) as it is; a
+whole run of the image rows would take hours on a CPU, so there a training step and a check are timed in short runs, and
+the checks of the published 60,000 iterations follow from the guard's own count (printed as "computed").
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+import warnings
+from statistics import median
+
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_maml_guard import ConvergenceGuard, MetaLearningModule
+from lightning_maml_guard._lightning import Trainer
+from lightning_maml_guard.guard.budget import Budget
+from lightning_maml_guard.guard.lookout import Lookout
+from lightning_maml_guard.networks import conv4, mlp
+from lightning_maml_guard.tasks.episodes import episode_generator
+from lightning_maml_guard.tasks.images import MiniImageNet, Omniglot
+from lightning_maml_guard.tasks.regression import Sinusoid
+
+ROWS = {
+    "sinusoid": (mlp, lambda: Sinusoid(10, 10), 25, 0.01, 1, 4000),
+    "omniglot": (conv4, lambda: Omniglot(n_way=5, k_shot=1, queries=1), 32, 0.4, 1, 8),
+    "miniimagenet": (
+        lambda: conv4(channels=3, filters=32, image_size=84),
+        lambda: MiniImageNet(n_way=5, k_shot=1, queries=15),
+        4,
+        0.01,
+        5,
+        6,
+    ),
+}
+PUBLISHED = 60_000
+
+
+class Clock:
+    """Adds up what the guard's hook takes."""
+
+    def __init__(self, guard: ConvergenceGuard) -> None:
+        self.seconds: list[float] = []
+        original = guard.on_train_batch_start
+
+        def timed(*args) -> None:
+            began = time.perf_counter()
+            original(*args)
+            self.seconds.append(time.perf_counter() - began)
+
+        guard.on_train_batch_start = timed
+
+
+def train(row: tuple, batches: list, steps: int, guard: ConvergenceGuard | None) -> float:
+    """Seconds of ``fit``."""
+    network, _, _, alpha, inner_steps, _ = row
+    torch.manual_seed(0)
+    module = MetaLearningModule(network(), inner_lr=alpha, inner_steps=inner_steps)
+    trainer = Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[guard] if guard else [],
+    )
+    began = time.perf_counter()
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    """Time, print."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.guarded_training", description=__doc__)
+    parser.add_argument("rows", nargs="*", default=list(ROWS))
+    parser.add_argument("--turns", type=int, default=3)
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    torch.set_num_threads(2)
+    print("| training | step, ms | check, steps | checks | guard's share of the time |\n|---|---|---|---|---|")
+    for name in given.rows:
+        row = ROWS[name]
+        family = row[1]()
+        family.setup()
+        batches = [
+            family.sample(row[2], episode_generator(0, "train", index), "train") for index in range(min(row[5], 500))
+        ]
+        train(row, batches, 2, None)  # what a first run pays alone: the trial of the strategies, too
+        plain, shares, checks, counted = [], [], [], []
+        for _ in range(given.turns):
+            plain.append(train(row, batches, row[5], None) / row[5])
+            guard = ConvergenceGuard()
+            clock = Clock(guard)
+            guarded = train(row, batches, row[5], guard)
+            shares.append(guarded / (plain[-1] * row[5]) - 1)
+            checks.append(clock.seconds[0])  # the first check: self-check of the second derivatives included
+            counted.append((len(guard.history), guard._run.lookout.budget._latest))
+        step, check = median(plain), median(checks)
+        if name == "sinusoid":
+            share, number = f"{median(shares):+.1%} (measured, {row[5]} steps)", median(each[0] for each in counted)
+        else:
+            lookout = Lookout(100, Budget(0.02))
+            number = 0
+            for index in range(PUBLISHED):
+                if lookout.due(index) is not None:
+                    lookout.budget.charge(trial_steps=0, products=counted[0][1] / 1.75)
+                    number += 1
+            share = f"{number * check / (PUBLISHED * step):.1%} (computed, {PUBLISHED} steps)"
+        print(f"| {name} | {1e3 * step:.3g} | {check / step:.3g} | {number:g} | {share} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
