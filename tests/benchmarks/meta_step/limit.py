@@ -40,6 +40,13 @@ def bandwidth(device: torch.device) -> float:
     return _rate(lambda: b.copy_(a), 2.0 * a.numel(), device)
 
 
+def step_flops(row: Row) -> float:
+    """FLOPs of one exact meta-training step; see :func:`limit_seconds`."""
+    way = max(row.way, 1)
+    support, query = row.tasks * way * row.shots, row.tasks * way * row.queries
+    return row.flops * (9 * row.inner_steps * support + 3 * query)
+
+
 def limit_seconds(row: Row, peak: float, device: torch.device) -> float:
     """The limit of one exact meta-training step.
 
@@ -49,7 +56,6 @@ def limit_seconds(row: Row, peak: float, device: torch.device) -> float:
     """
     way = max(row.way, 1)
     support, query = row.tasks * way * row.shots, row.tasks * way * row.queries
-    flops = row.flops * (9 * row.inner_steps * support + 3 * query)
     traffic = 0.0
     if len(row.example) == 3:
         channels, size, _ = row.example
@@ -60,4 +66,4 @@ def limit_seconds(row: Row, peak: float, device: torch.device) -> float:
     else:
         traffic = 4 * 40 * 4.0
     passes = 4 * row.inner_steps * support + 2 * query
-    return flops / peak + passes * traffic / bandwidth(device)
+    return step_flops(row) / peak + passes * traffic / bandwidth(device)

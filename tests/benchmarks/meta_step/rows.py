@@ -15,7 +15,7 @@ from lightning_maml_guard.networks import conv4, mlp
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table; ``flops`` is of the forward pass of one example."""
+    """One row of the table; ``flops`` is of the forward pass of one example, ``burst`` the steps of a turn."""
 
     title: str
     network: Callable[[], nn.Module]
@@ -27,7 +27,7 @@ class Row:
     alpha: float
     inner_steps: int
     flops: float
-    targets: str = ""
+    burst: int = 1
 
     def data(
         self, dtype: torch.dtype, device: torch.device, tasks: int | None = None
@@ -103,7 +103,9 @@ def _conv_flops(channels: int, filters: int, size: int) -> float:
 
 _OMNIGLOT = _conv_flops(1, 64, 28)
 ROWS = {
-    "sinusoid": Row("sinusoid MLP 1-40-40-1, 25 tasks, 10 shots, K=1", mlp, (1,), 25, 0, 10, 10, 0.01, 1, 2 * 1680.0),
+    "sinusoid": Row(
+        "sinusoid MLP 1-40-40-1, 25 tasks, 10 shots, K=1", mlp, (1,), 25, 0, 10, 10, 0.01, 1, 2 * 1680.0, 10
+    ),
     "omniglot": Row(
         "Omniglot conv4-64, 32 tasks, 5-way 1-shot, 1 query, K=1", conv4, (1, 28, 28), 32, 5, 1, 1, 0.4, 1, _OMNIGLOT
     ),
@@ -122,6 +124,6 @@ ROWS = {
         _conv_flops(3, 32, 84),
     ),
     "transformer": Row(
-        "transformer regressor, 8 tasks, 20 shots, K=1", Transformer, (1,), 8, 0, 20, 20, 0.01, 1, 2 * 32 * 32 * 16.0
+        "transformer regressor, 8 tasks, 20 shots, K=1", Transformer, (1,), 8, 0, 20, 20, 0.01, 1, 2 * 32 * 32 * 16.0, 5
     ),
 }

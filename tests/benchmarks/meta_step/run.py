@@ -64,13 +64,15 @@ def timed(row: Row, makes: dict, device: torch.device, rounds: int) -> tuple[dic
     times: dict = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
+            # As in a training, a small step follows another: a turn is so many of them.
             if device.type == "cuda":
                 torch.cuda.synchronize()
             began = time.perf_counter()
-            step()
+            for _ in range(row.burst):
+                step()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - began)
+            times[name].append((time.perf_counter() - began) / row.burst)
     return times, memory
 
 
