@@ -72,7 +72,7 @@ def make_optimizer(
         fused = "mixed" not in precision and all(
             each.device.type in {"cpu", "cuda"} and each.is_floating_point() for each in parameters
         )
-        made: Any = Adam(parameters, lr=1e-3, fused=fused)
+        made: Any = Adam(parameters, lr=1e-3, fused=fused or None)  # None: torch chooses among the others
     else:
         made = optimizer(parameters)
     if not isinstance(made, Optimizer):
