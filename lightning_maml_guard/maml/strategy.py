@@ -165,9 +165,13 @@ def remember(key: str, strategy: Strategy) -> None:
         except (OSError, ValueError):
             known = {}
         handle, temporary = tempfile.mkstemp(suffix=".part", dir=path.parent)
-        with os.fdopen(handle, "w") as file:
-            json.dump({**(known if isinstance(known, dict) else {}), key: strategy}, file, indent=0)
-        os.replace(temporary, path)
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump({**(known if isinstance(known, dict) else {}), key: strategy}, file, indent=0)
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(temporary)
+            raise
     except (OSError, RuntimeError):  # nowhere to write: the next run tries again
         return
 
@@ -239,7 +243,8 @@ class _Trial:
             elif self._reference is not None and not _close(found, self._reference):
                 self.notes[strategy] = "gives another gradient"
                 return
-            while len(times) < _REPEATS and first + sum(times) < _ENOUGH and not self._hopeless(first):
+            # At least once more: what a first run loads and allocates says nothing about the second.
+            while len(times) < _REPEATS and first + sum(times) < _ENOUGH and not self._hopeless(times):
                 times.append(self._run(strategy, 0)[0])
         except Exception as error:
             if strategy == "loop":
@@ -249,8 +254,8 @@ class _Trial:
             return
         self.seconds[strategy] = min(times or [first])  # the first one warms up
 
-    def _hopeless(self, seconds: float) -> bool:
-        return bool(self.seconds) and seconds > 3 * min(self.seconds.values())
+    def _hopeless(self, times: list[float]) -> bool:
+        return bool(self.seconds and times) and min(times) > 3 * min(self.seconds.values())
 
     def _run(self, strategy: Strategy, seed: int) -> tuple[float, dict[str, Tensor]]:
         torch.manual_seed(seed)
