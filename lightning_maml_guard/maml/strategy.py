@@ -169,9 +169,8 @@ def remember(key: str, strategy: Strategy) -> None:
             with os.fdopen(handle, "w") as file:
                 json.dump({**(known if isinstance(known, dict) else {}), key: strategy}, file, indent=0)
             os.replace(temporary, path)
-        except OSError:
-            os.unlink(temporary)
-            raise
+        finally:
+            Path(temporary).unlink(missing_ok=True)  # gone, unless something failed
     except (OSError, RuntimeError):  # nowhere to write: the next run tries again
         return
 
