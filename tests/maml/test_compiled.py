@@ -1,6 +1,7 @@
 """compile=True: the same training, one warning where it cannot be compiled, nothing compiled anew; the default Adam."""
 
 import copy
+import functools
 import pickle
 import warnings
 
@@ -50,7 +51,10 @@ def compiler(monkeypatch):
     return calls
 
 
-def test_a_compiled_fit_is_the_eager_one_with_the_guard_beside_it():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_fit_is_the_eager_one_with_the_guard_beside_it(backend, monkeypatch):
+    """Traced as for the default backend; what that one adds is a C++ compiler's 20 seconds."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     guard = ConvergenceGuard(action="log", every_n_steps=2)
     found = trained(5, compile=True, callbacks=[guard])
     same(found, trained(5), atol=1e-5)
