@@ -40,9 +40,11 @@ def norm_relu_pool(z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: boo
     Returns:
         The activations; of half the size, rounded down, after pooling.
     """
-    if z.dtype in _HALF or z.dtype != gamma.dtype or inside_gradient():
+    if z.dtype in _HALF or z.dtype != gamma.dtype or z.is_meta or inside_gradient():
         return _composed(z, gamma, beta, eps, pool)
     if inside_transform():  # vmap alone: on the tasks' channels side by side
+        if not any(torch._C._functorch.is_batchedtensor(each) for each in (z, gamma, beta)):
+            return _composed(z, gamma, beta, eps, pool)  # vmap would leave its rule out, and autograd with it
         return _OverTasks.apply(z, gamma, beta, eps, pool)
     return _Block.apply(z.contiguous(), gamma, beta, eps, pool)
 
@@ -208,7 +210,7 @@ def _winners_of(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(z: Tensor) -> tuple[Tensor, ...]:
-    return z.split(max(1, _BLOCK // (z.numel() // z.shape[0]))) if z.device.type == "cpu" else (z,)
+    return z.split(max(1, _BLOCK // max(1, z.shape[1:].numel()))) if z.device.type == "cpu" else (z,)
 
 
 def _gather(index: Tensor, z: Tensor) -> Tensor:

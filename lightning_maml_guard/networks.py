@@ -97,9 +97,25 @@ class Conv4(nn.Module):
 
     def _as_built(self, layers: list[nn.Module]) -> bool:
         return tuple(type(layer) for layer in layers) == self._built and not any(
-            layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+            layer._forward_hooks
+            or layer._forward_pre_hooks
+            or layer._backward_hooks
+            or layer._backward_pre_hooks
+            or _unusual(layer)
             for layer in (self.features, *layers)
         )
+
+
+def _unusual(layer: nn.Module) -> bool:
+    """Whether a layer of the right type is set to do what a block in one does not."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.bias is None or layer.padding_mode != "zeros" or layer.groups != 1 or layer.dilation != (1, 1)
+    if isinstance(layer, nn.BatchNorm2d):
+        return layer.weight is None or layer.bias is None or layer.running_mean is not None
+    if isinstance(layer, nn.MaxPool2d):
+        window = layer.kernel_size, layer.stride, layer.padding, layer.dilation
+        return window != (2, 2, 0, 1) or layer.ceil_mode or layer.return_indices
+    return False
 
 
 def conv4(

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -47,3 +49,81 @@ def test_bad_sizes_are_named(make, message):
 
 def test_an_empty_hidden_list_is_a_linear_model():
     assert count(mlp(3, [], 2)) == 8
+
+
+def by_layers(network, images):
+    return network.head(torch.flatten(network.features(images), 1))
+
+
+@pytest.mark.parametrize(("size", "strided"), [(16, False), (28, False), (21, True)])
+def test_conv4_is_its_layers_one_after_another(size, strided):
+    network = conv4(3, 2, 4, size, strided).double()
+    for name, value in network.named_parameters():
+        if value.dim() == 1 and "head" not in name:
+            torch.nn.init.normal_(value)  # scales of both signs, shifts, biases
+    images = torch.randn(5, 2, size, size).double()
+    found, expected = network(images), by_layers(network, images)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    gradients = []
+    for logits in (found, expected):
+        network.zero_grad()
+        logits.pow(2).sum().backward()
+        gradients.append({name: value.grad for name, value in network.named_parameters()})
+    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-9)
+    biases = [name for name in gradients[0] if name.endswith("bias") and f"{name[:-5]}.weight" in gradients[0]]
+    convs = [n for n in biases if network.get_parameter(f"{n[:-5]}.weight").dim() == 4]
+    assert len(convs) == 4 and all(torch.equal(gradients[0][n], torch.zeros(4).double()) for n in convs)
+
+
+def test_conv4_keeps_its_names_and_takes_copies_and_autocast():
+    network = conv4(filters=4, image_size=16)
+    expected = [f"features.{4 * b + i}.{kind}" for b in range(4) for i in (0, 1) for kind in ("weight", "bias")]
+    assert list(network.state_dict()) == [*expected, "head.weight", "head.bias"]
+    images = torch.randn(6, 1, 16, 16)
+    assert torch.equal(copy.deepcopy(network)(images), network(images))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = network(images), by_layers(network, images)
+    assert found.dtype == torch.bfloat16 and float((found - expected).detach().norm() / expected.detach().norm()) < 0.1
+
+
+def statistics():
+    norm = torch.nn.BatchNorm2d(4)
+    torch.nn.init.constant_(norm.running_mean, 1.0)
+    return norm
+
+
+@pytest.mark.parametrize(
+    ("place", "layer"),
+    [
+        (2, torch.nn.Tanh),
+        (1, lambda: torch.nn.GroupNorm(2, 4)),
+        (1, statistics),
+        (1, lambda: torch.nn.BatchNorm2d(4, affine=False, track_running_stats=False)),
+        (0, lambda: torch.nn.Conv2d(1, 4, 3, padding=1, bias=False)),
+        (0, lambda: torch.nn.Conv2d(1, 4, 3, padding=1, padding_mode="circular")),
+        (0, lambda: torch.nn.Conv2d(1, 4, 3, padding=2, dilation=2)),
+        (4, lambda: torch.nn.Conv2d(4, 4, 3, padding=1, groups=2)),
+        (3, lambda: torch.nn.MaxPool2d(3, stride=2, padding=1)),
+        (3, lambda: torch.nn.MaxPool2d(2, ceil_mode=True)),
+    ],
+)
+def test_a_conv4_with_another_layer_in_it_runs_that_layer(place, layer):
+    network, images = conv4(filters=4, image_size=17).eval(), torch.randn(3, 1, 17, 17)
+    network.features[place] = layer()
+    if place == 3:
+        network.head = torch.nn.LazyLinear(5)
+    assert torch.equal(network(images), by_layers(network, images))
+
+
+def test_hooks_on_the_layers_of_a_conv4_are_called():
+    network, images, called = conv4(filters=4, image_size=16), torch.randn(3, 1, 16, 16), []
+    before = network(images)
+    for listen in (network.features[2].register_forward_hook, network.features[5].register_forward_pre_hook):
+        handle = listen(lambda *args: called.append(1))
+        torch.testing.assert_close(network(images), before, rtol=1e-4, atol=1e-5)
+        handle.remove()
+    handle = network.features[3].register_full_backward_hook(lambda *args: called.append(2))
+    network(images).sum().backward()
+    handle.remove()
+    network(images)
+    assert called == [1, 1, 2]

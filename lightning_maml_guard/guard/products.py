@@ -27,6 +27,7 @@ class Memory:
     Attributes:
         task_map: How its tasks are run over; None before the first measurement.
         asked_to_loop: Whether that is one after another because the problem says so.
+        vmap_fails: Whether a map found out that it must loop.
         checked: Operators whose products were compared with finite differences.
         finite: Operators whose products are taken by finite differences, with the reason.
         ranks: The processes that measure together.
@@ -34,6 +35,7 @@ class Memory:
 
     task_map: TaskMap | None = None
     asked_to_loop: bool = False
+    vmap_fails: bool = False
     checked: set[str] = field(default_factory=set)
     finite: dict[str, str] = field(default_factory=dict)
     ranks: Ranks = field(default_factory=Ranks)
@@ -48,10 +50,9 @@ class Memory:
         Returns:
             The map, which remembers whether it must loop.
         """
-        # A map that found out that vmap fails goes on looping; one that was asked to loop need not.
-        found_out = self.task_map is not None and self.task_map.looped and not self.asked_to_loop
+        self._ask_the_map()
         if self.task_map is None or self.task_map.chunk_size != chunk_size or self.asked_to_loop != looped:
-            self.task_map, self.asked_to_loop = TaskMap(chunk_size, looped=looped or found_out), looped
+            self.task_map, self.asked_to_loop = TaskMap(chunk_size, looped=looped or self.vmap_fails), looped
         return self.task_map
 
     def state(self) -> dict[str, Any]:
@@ -60,8 +61,13 @@ class Memory:
         Returns:
             What :meth:`load` takes.
         """
-        looped = self.task_map is not None and self.task_map.looped and not self.asked_to_loop
-        return {"checked": sorted(self.checked), "finite": dict(self.finite), "looped": looped}
+        self._ask_the_map()
+        return {"checked": sorted(self.checked), "finite": dict(self.finite), "looped": self.vmap_fails}
+
+    def _ask_the_map(self) -> None:
+        # A map that found out that vmap fails goes on looping; one that was asked to loop need not.
+        if self.task_map is not None and self.task_map.looped and not self.asked_to_loop:
+            self.vmap_fails = True
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore the state.
@@ -70,7 +76,7 @@ class Memory:
             state: What :meth:`state` collected.
         """
         self.checked, self.finite = set(state.get("checked", [])), dict(state.get("finite", {}))
-        self.task_map = TaskMap(looped=True) if state.get("looped") else None
+        self.task_map, self.asked_to_loop, self.vmap_fails = None, False, bool(state.get("looped"))
 
 
 def make_operator(

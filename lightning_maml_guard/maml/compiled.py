@@ -26,6 +26,10 @@ class CompiledMetaGradient:
         self.given_up = False
         self._functions: dict[Any, Callable[..., Any]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the functions out of copies and pickles: they hold the original's network, and can't be pickled."""
+        return {"given_up": self.given_up, "_functions": {}}
+
     def __call__(
         self, problem: MetaProblem, *, tasks: TaskMap, learn_rates: bool, auxiliary: Auxiliary
     ) -> MetaGradient:

@@ -41,10 +41,10 @@ def gradient(function: Callable[[P], tuple[Tensor, T]], point: P) -> tuple[P, T]
             for leaf in leaves
         ]
         value, extra = function(tree_unflatten(leaves, spec))
-        if not value.requires_grad:
-            return tree_unflatten([torch.zeros_like(leaf) for leaf in leaves], spec), extra
-        found = torch.autograd.grad(
-            value.sum(), leaves, create_graph=connected, allow_unused=True, materialize_grads=True
+        found = (
+            torch.autograd.grad(value.sum(), leaves, create_graph=connected, allow_unused=True, materialize_grads=True)
+            if value.requires_grad
+            else [torch.zeros_like(leaf) for leaf in leaves]
         )
     return tree_unflatten(list(found), spec), extra if connected else tree_map(_detached, extra)
 

@@ -333,7 +333,8 @@ class MetaLearning(EpisodeHooks, _Base):
         if not self.theta():
             raise ValueError(_NOTHING_TO_TRAIN)
         trained = [*self.theta().values(), *(self.learned_rates or [])]
-        return make_optimizer(dict(self.named_parameters()), trained, self._optimizer, self._lr_scheduler)
+        precision = str(getattr(self._trainer, "precision", ""))
+        return make_optimizer(dict(self.named_parameters()), trained, self._optimizer, self._lr_scheduler, precision)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the cap a guard holds the inner rate at, so that evaluation adapts as training did, and the strategy.

@@ -39,6 +39,7 @@ def make_optimizer(
     trained: Sequence[Any],
     optimizer: OptimizerFactory | None,
     lr_scheduler: SchedulerFactory | None,
+    precision: str = "",
 ) -> Any:
     """Make the optimizer of a module.
 
@@ -47,6 +48,7 @@ def make_optimizer(
         trained: Those that the meta-gradient moves.
         optimizer: ``parameters -> optimizer``; None: Adam with lr 1e-3.
         lr_scheduler: ``optimizer -> scheduler``, or None.
+        precision: The Trainer's.
 
     Returns:
         The optimizer, or what Lightning takes for an optimizer with a scheduler.
@@ -65,9 +67,12 @@ def make_optimizer(
             stacklevel=3,
         )
     if optimizer is None:
-        # One kernel a step instead of a dozen a parameter: a fifth of a small network's step.
-        fused = all(each.device.type in {"cpu", "cuda"} and each.is_floating_point() for each in parameters)
-        made: Any = Adam(parameters, lr=1e-3, fused=fused)
+        # One kernel a step instead of a dozen a parameter: a fifth of a small network's step. In mixed precision
+        # Lightning refuses to clip the gradients of an optimizer that unscales them itself, as a fused one would.
+        fused = "mixed" not in precision and all(
+            each.device.type in {"cpu", "cuda"} and each.is_floating_point() for each in parameters
+        )
+        made: Any = Adam(parameters, lr=1e-3, fused=fused or None)  # None: torch chooses among the others
     else:
         made = optimizer(parameters)
     if not isinstance(made, Optimizer):

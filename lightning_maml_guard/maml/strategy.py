@@ -104,7 +104,7 @@ def told() -> Strategy | None:
         ValueError: If it names no strategy.
     """
     value = os.environ.get(ENVIRONMENT, "")
-    if value.isdigit() and int(value) > 0:
+    if value.isdecimal() and int(value) > 0:
         return int(value)
     if value not in {"", "rule", "loop", "all"}:
         raise ValueError(
@@ -143,10 +143,11 @@ def remembered(key: str) -> Strategy | None:
     """
     try:
         found = json.loads(_file().read_text()).get(key)
-    except (OSError, ValueError, AttributeError):  # no file, or damaged: the choice is made anew
+    except (OSError, RuntimeError, ValueError, AttributeError):  # no file or no home, or damaged: decided anew
         return None
-    known = found in {"loop", "all"} or (isinstance(found, int) and not isinstance(found, bool) and found > 0)
-    return found if known else None
+    if isinstance(found, str):
+        return found if found in {"loop", "all"} else None
+    return found if type(found) is int and found > 0 else None
 
 
 def remember(key: str, strategy: Strategy) -> None:
@@ -156,18 +157,21 @@ def remember(key: str, strategy: Strategy) -> None:
         key: The signature.
         strategy: The choice.
     """
-    path = _file()
     try:
+        path = _file()
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             known = json.loads(path.read_text())
         except (OSError, ValueError):
             known = {}
         handle, temporary = tempfile.mkstemp(suffix=".part", dir=path.parent)
-        with os.fdopen(handle, "w") as file:
-            json.dump({**(known if isinstance(known, dict) else {}), key: strategy}, file, indent=0)
-        os.replace(temporary, path)
-    except OSError:  # nowhere to write: the next run tries again
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump({**(known if isinstance(known, dict) else {}), key: strategy}, file, indent=0)
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)  # gone, unless something failed
+    except (OSError, RuntimeError):  # nowhere to write: the next run tries again
         return
 
 
@@ -213,9 +217,10 @@ class _Trial:
             last = self.seconds.get(middle[0], math.inf) if middle else math.inf
             for size in side:
                 self._try(size)
-                if self.seconds.get(size, math.inf) > last:
+                found = self.seconds.get(size, math.inf)
+                if found > last:
                     break
-                last = self.seconds[size]
+                last = found
         best = self._best()
         seen = [f"{name} {1e3 * value:.3g} ms" for name, value in self.seconds.items()]
         return best, ", ".join(seen + [f"{name} {note}" for name, note in self.notes.items()])
@@ -237,7 +242,8 @@ class _Trial:
             elif self._reference is not None and not _close(found, self._reference):
                 self.notes[strategy] = "gives another gradient"
                 return
-            while len(times) < _REPEATS and first + sum(times) < _ENOUGH and not self._hopeless(first):
+            # At least once more: what a first run loads and allocates says nothing about the second.
+            while len(times) < _REPEATS and first + sum(times) < _ENOUGH and not self._hopeless(times):
                 times.append(self._run(strategy, 0)[0])
         except Exception as error:
             if strategy == "loop":
@@ -247,8 +253,8 @@ class _Trial:
             return
         self.seconds[strategy] = min(times or [first])  # the first one warms up
 
-    def _hopeless(self, seconds: float) -> bool:
-        return bool(self.seconds) and seconds > 3 * min(self.seconds.values())
+    def _hopeless(self, times: list[float]) -> bool:
+        return bool(self.seconds and times) and min(times) > 3 * min(self.seconds.values())
 
     def _run(self, strategy: Strategy, seed: int) -> tuple[float, dict[str, Tensor]]:
         torch.manual_seed(seed)
