@@ -29,6 +29,7 @@ from tests.benchmarks.check_cost.cases import SPECS, Case, Reference, cases, few
 from tests.benchmarks.check_cost.contestants import Found
 
 CERTIFIED, FEW, LONG = 1e-2, 4, 200
+PATIENCE = 6.0  # seconds, after which a contestant takes no further turn
 
 
 def taking_turns(step: Callable[[], Any], works: dict[str, Callable[[], Any]], turns: int) -> dict[str, Any]:
@@ -40,6 +41,8 @@ def taking_turns(step: Callable[[], Any], works: dict[str, Callable[[], Any]], t
     for _ in range(turns):
         one = seconds(step)[0]
         for name, work in works.items():
+            if sum(times[name]) > PATIENCE:
+                continue
             taken, last[name] = seconds(work)
             times[name].append(taken)
             ratios[name].append(taken / one)
