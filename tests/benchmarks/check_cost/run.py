@@ -57,9 +57,11 @@ def power_to(case: Case, operator: Any, known: Reference, error: float) -> tuple
     return (reached + missed)[len(runs) // 2]
 
 
-def at_least(found: Found) -> float:
-    """Products, or those after which it was given up; inf where it goes to another eigenvalue."""
-    return float(found.note.split()[2]) if found.products is None else found.products
+def at_least(found: Found, known: Reference) -> float:
+    """Products, or those after which it was given up; inf where it goes to an eigenvalue of the other sign."""
+    if found.products is not None:
+        return found.products
+    return math.inf if found.value * known.top < 0 else float(found.note.split()[2])
 
 
 def compare(case: Case, which: str) -> tuple[list[dict], dict]:
@@ -103,9 +105,9 @@ def compare(case: Case, which: str) -> tuple[list[dict], dict]:
         "ours_error": known.error(certified.value),
         "interval_width": width,
         "certified": bool(certified.low <= known.top <= certified.high),
-        "pyhessian": at_least(same),
+        "pyhessian": at_least(same, known),
         "pyhessian_reached": same.products is not None,
-        "pyhessian_1_percent": at_least(loose),
+        "pyhessian_1_percent": at_least(loose, known),
         "pyhessian_1_percent_reached": loose.products is not None,
         "fewest_possible_with_our_error": least.products,
         "wrong_sign": [each["method"] for each in rows if each["wrong_sign"]],
@@ -163,9 +165,7 @@ def judge(verdicts: list[dict]) -> list[str]:
         lines.append(f"\nOurs to a certified 1 % / PyHessian to {title}, products:")
         for ratio, each in ratios:
             sign = "" if each[f"{key}_reached"] else "<"
-            lines.append(
-                f"  {each['case']}: {each['ours']} / {'' if not sign else '>'}{each[key]:.0f} = {sign}{ratio:.2f}"
-            )
+            lines.append(f"  {each['case']}: {each['ours']} / {'>' * bool(sign)}{each[key]:.0f} = {sign}{ratio:.2f}")
         worst = max(ratio for ratio, _ in ratios)
         more = sum(ratio > 1 for ratio, _ in ratios)
         lines.append(
