@@ -1,0 +1,1 @@
+"""What a check costs, beside PyHessian, hessian-eigenthings and curvlinops: see ``run``."""

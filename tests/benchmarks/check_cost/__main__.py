@@ -1,0 +1,3 @@
+from tests.benchmarks.check_cost.run import main
+
+main()
