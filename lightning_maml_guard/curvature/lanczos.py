@@ -74,7 +74,7 @@ def lanczos(
     *,
     max_iter: int,
     stop: Callable[[Sequence[Tridiagonal]], bool] | None = None,
-    sync_every: int | None = None,
+    sync_every: int = 4,
 ) -> LanczosRun:
     """Run Lanczos on a symmetric matrix, or on a batch of them at once.
 
@@ -86,7 +86,7 @@ def lanczos(
         start: Start vector(s), shape ``(*batch, n)``, not zero. The same on every rank.
         max_iter: Steps at most; also bounded by ``n``.
         stop: Asked every ``sync_every`` steps with the tridiagonals so far; True ends the run.
-        sync_every: Steps between two transfers to the host (None: 4, or 1 on the CPU, where a transfer costs nothing).
+        sync_every: Steps between two transfers to the host.
 
     Returns:
         The run. A Krylov space that is exhausted early (an invariant subspace) ends it, with residual 0.
@@ -95,8 +95,6 @@ def lanczos(
         ValueError: If there is nothing to iterate on.
         NonFiniteProductError: If a product is not finite.
     """
-    if sync_every is None:
-        sync_every = 1 if start.device.type == "cpu" else 4
     steps = _steps(start, max_iter, sync_every)
     size = start.shape[-1]
     basis = start.new_zeros((steps, *start.shape))
@@ -130,7 +128,7 @@ def arnoldi(
     *,
     max_iter: int,
     stop: Callable[[np.ndarray, float], bool] | None = None,
-    sync_every: int | None = None,
+    sync_every: int = 4,
 ) -> ArnoldiRun:
     """Run Arnoldi on a matrix that need not be symmetric.
 
@@ -142,7 +140,7 @@ def arnoldi(
         start: Start vector, shape ``(n,)``, not zero.
         max_iter: Steps at most; also bounded by ``n``.
         stop: Asked every ``sync_every`` steps with ``H`` and the residual's norm; True ends the run.
-        sync_every: Steps between two transfers to the host (None: 4, or 1 on the CPU, where a transfer costs nothing).
+        sync_every: Steps between two transfers to the host.
 
     Returns:
         The run.
@@ -151,8 +149,6 @@ def arnoldi(
         ValueError: If there is nothing to iterate on.
         NonFiniteProductError: If a product is not finite.
     """
-    if sync_every is None:
-        sync_every = 1 if start.device.type == "cpu" else 4
     steps = _steps(start, max_iter, sync_every)
     basis = start.new_zeros((steps, *start.shape))
     hessenberg = start.new_zeros((steps + 1, steps))
@@ -244,22 +240,3 @@ def start_vector(shape: Sequence[int], like: Tensor, seed: int = 0) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(like)
-
-
-def start_along(gradient: Tensor, like: Tensor) -> Tensor:
-    """Make a start vector of two halves: along a gradient, where curvature is strong, and along all directions.
-
-    A run from it needs about two thirds of the products of one from a random vector alone.
-
-    Args:
-        gradient: Shape ``(*batch, n)``; one that is zero or not finite is left out.
-        like: Tensor whose dtype and device the vector takes.
-
-    Returns:
-        Unit vector(s), the same shape.
-    """
-    noise = start_vector(gradient.shape, like)
-    norms = [torch.linalg.vector_norm(each, dim=-1, keepdim=True) for each in (gradient, noise)]
-    usable = torch.isfinite(norms[0]) & (norms[0] > 0)
-    mixed = torch.where(usable, gradient / norms[0], torch.zeros_like(gradient)) + noise / norms[1]
-    return mixed / torch.linalg.vector_norm(mixed, dim=-1, keepdim=True)

@@ -19,7 +19,6 @@ from lightning_maml_guard.curvature.lanczos import (
     Tridiagonal,
     arnoldi,
     lanczos,
-    start_along,
     start_vector,
 )
 from lightning_maml_guard.curvature.layout import Params
@@ -208,7 +207,6 @@ def run_lanczos(
     max_iter: int,
     tol: float,
     alpha: float = 0.0,
-    along: Tensor | None = None,
 ) -> LanczosRun:
     """Run Lanczos until the top (and, for ``alpha > 0``, ``beta_c``) is known to a relative residual.
 
@@ -220,13 +218,11 @@ def run_lanczos(
         max_iter: Products at most.
         tol: Relative residual at which to stop.
         alpha: Inner rate.
-        along: Gradient to begin along; None: from a random vector, whose weights tell the spectrum's density.
 
     Returns:
         The run.
     """
-    shape = (size,) if blocks is None else (blocks, size)
-    start = start_vector(shape, like) if along is None else start_along(along, like)
+    start = start_vector((size,) if blocks is None else (blocks, size), like)
 
     def tight(runs: Sequence[Tridiagonal]) -> bool:
         # At `tol` itself the run may still sit on an eigenvalue below the top.
@@ -272,13 +268,13 @@ def check_symmetry(run: LanczosRun, noise: float) -> None:
 
 
 def run_arnoldi(
-    matvec: Matvec, along: Tensor, like: Tensor, step: OuterStep, *, max_iter: int, tol: float, noise: float
+    matvec: Matvec, size: int, like: Tensor, step: OuterStep, *, max_iter: int, tol: float, noise: float
 ) -> ArnoldiRun:
     """Run Arnoldi until the meta rate's limit is known to a relative accuracy.
 
     Args:
         matvec: The operator.
-        along: Gradient to begin along, shape ``(n,)``.
+        size: Length of a vector.
         like: Tensor whose dtype and device the vectors take.
         step: The optimizer.
         max_iter: Products at most.
@@ -296,7 +292,7 @@ def run_arnoldi(
         low, high = complex_limit(ritz, step.responses[:1], tol=tol, decay=step.decoupled).interval
         return high == math.inf or high - low <= 4 * tol * high
 
-    return arnoldi(matvec, start_along(along, like), max_iter=max_iter, stop=tight)
+    return arnoldi(matvec, start_vector((size,), like), max_iter=max_iter, stop=tight)
 
 
 def rounding(like: Tensor) -> float:

@@ -115,12 +115,9 @@ def exact_limit(
         return UNKNOWN
     layout = jacobian.layout
     operator = _as_stepped(jacobian, step, layout, like)
-    along = jacobian.gradient
-    if step.scale is not None:
-        along = layout.flatten(step.scale).to(like).sqrt() * along
     if not symmetric:
-        return _nonsymmetric(operator, along, step, like, max_iter, tol, noise)
-    run = run_lanczos(operator, layout.size, like, None, max_iter=max_iter, tol=tol, along=along)
+        return _nonsymmetric(operator, layout.size, step, like, max_iter, tol, noise)
+    run = run_lanczos(operator, layout.size, like, None, max_iter=max_iter, tol=tol)
     check_symmetry(run, noise)
     (single,) = run.runs
     top = rates_from_lanczos(*single, 0.0, rounding=noise, resolution=tol)
@@ -136,9 +133,9 @@ def exact_limit(
 
 
 def _nonsymmetric(
-    operator: Matvec, along: Tensor, step: OuterStep, like: Tensor, max_iter: int, tol: float, noise: float
+    operator: Matvec, size: int, step: OuterStep, like: Tensor, max_iter: int, tol: float, noise: float
 ) -> MetaRateLimit:
-    run = run_arnoldi(operator, along, like, step, max_iter=max_iter, tol=tol, noise=noise)
+    run = run_arnoldi(operator, size, like, step, max_iter=max_iter, tol=tol, noise=noise)
     ritz = complex_ritz(run.hessenberg, run.residual, noise)
     limit = complex_limit(ritz, step.responses, tol=tol, decay=step.decoupled)
     lowest = int(ritz.values.real.argmin())

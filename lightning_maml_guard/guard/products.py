@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_maml_guard._vectorize import TaskMap
-from lightning_maml_guard.curvature.lanczos import start_along
+from lightning_maml_guard.curvature.lanczos import start_vector
 from lightning_maml_guard.curvature.layout import Layout, Params
 from lightning_maml_guard.curvature.operators import Field, FiniteDifference, Jacobian, Operator
 from lightning_maml_guard.curvature.ranks import Ranks
@@ -126,7 +126,7 @@ def _double_backward(
         operator = Jacobian(gradient, params, layout)
         if checked:
             return operator, None
-        probe = start_along(operator.gradient, next(iter(params.values())))
+        probe = _probe(operator, next(iter(params.values())))
         product = operator(probe)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -147,6 +147,16 @@ def _double_backward(
         "layer's double backward is wrong (a custom autograd Function without one, a reentrant checkpoint). "
         "The curvature is measured by finite differences of gradients instead."
     )
+
+
+def _probe(operator: Jacobian, like: Tensor) -> Tensor:
+    """Unit vector(s) along the gradient, where curvature is strong, and along all parameters."""
+    gradient = operator.gradient
+    noise = start_vector(gradient.shape, like)
+    norms = [torch.linalg.vector_norm(each, dim=-1, keepdim=True) for each in (gradient, noise)]
+    usable = torch.isfinite(norms[0]) & (norms[0] > 0)
+    probe = torch.where(usable, gradient / norms[0], torch.zeros_like(gradient)) + noise / norms[1]
+    return probe / torch.linalg.vector_norm(probe, dim=-1, keepdim=True)
 
 
 def _mismatch(gradient: Field, params: Params, layout: Layout | None, probe: Tensor, product: Tensor) -> float | None:
