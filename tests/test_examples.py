@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_maml_guard import GuardWarning
 from lightning_maml_guard.maml.gradients import meta_gradient
 from lightning_maml_guard.tasks.episodes import episode_generator
 from lightning_maml_guard.tasks.regression import Sinusoid
-from tests.helpers import dense_hessian
+from tests.helpers import dense_hessian, guard_warns
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -57,7 +56,7 @@ def test_the_hand_written_modules_problem_is_what_it_trains(inner_steps):
 
 
 def test_the_hand_written_module_is_stopped_before_it_dies(capsys):
-    with pytest.warns(GuardWarning, match="The coming 10 steps, tried on copies .* take the loss from .* to inf"):
+    with guard_warns("The coming 10 steps, tried on copies .* take the loss from .* to inf"):
         guard = example("existing_maml")["main"]()
     assert guard.stopped_step == 0 and guard.history[0].alpha == 0.01
     assert re.search(

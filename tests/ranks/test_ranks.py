@@ -115,10 +115,10 @@ def _measured(rank: int, folder: str, options: dict, failing: int) -> None:
 
 
 OPTIONS = [
-    {"criterion": "simplified"},
+    pytest.param({"criterion": "simplified"}, marks=pytest.mark.slow),
     {"criterion": "exact", "data": "both"},
     {"criterion": "exact", "tasks": "worst"},
-    {"criterion": "simplified", "tasks": "worst", "data": "query"},
+    pytest.param({"criterion": "simplified", "tasks": "worst", "data": "query"}, marks=pytest.mark.slow),
 ]
 
 
