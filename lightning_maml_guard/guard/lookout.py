@@ -42,10 +42,15 @@ class Lookout:
         since = math.inf if self.last is None else step - self.last
         # A triggered check stands for the scheduled one that would follow it closely.
         scheduled = step % self.every_n_steps == 0 and since >= self.every_n_steps / 2 and self.budget.allows(step)
-        if not scheduled and not (self._lost and at_once_if_lost) and not (self._spiked and since >= self._gap):
+        longest = max(self.every_n_steps // 2, 2)
+        # A loss that is lost does not wait as long as one that is noisy.
+        gap = min(self._gap, longest) if self._lost else self._gap
+        if not scheduled and not (self._lost and at_once_if_lost) and not (self._spiked and since >= gap):
             return None
         # Each triggered check makes the next wait twice as long, so that a noisy loss does not cost a run its time.
-        self._gap = 2 if scheduled else min(2 * self._gap, max(self.every_n_steps // 2, 2))
+        self._gap = 2 * self._gap if self.budget.share is not None else min(2 * self._gap, longest)
+        if scheduled:
+            self._gap = 2
         self.last, self._spiked, self._lost = step, False, False
         return SCHEDULED if scheduled else TRIGGERED
 

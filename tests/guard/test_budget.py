@@ -100,3 +100,15 @@ def test_the_curvature_is_that_of_the_first_tasks():
 def test_a_share_that_is_none_is_refused(share):
     with pytest.raises((ValueError, TypeError), match=r"`max_cost` to be"):
         ConvergenceGuard(max_cost=share)
+
+
+@pytest.mark.parametrize(("share", "at_least"), [(0.02, 7), (None, 30)])
+def test_a_noisy_loss_calls_ever_fewer_checks_where_they_are_to_be_paid_for(share, at_least):
+    lookout = Lookout(100, Budget(share))
+    found = []
+    for step in range(2000):
+        if lookout.due(step) is not None:
+            found.append(step)
+            lookout.budget.charge(trial_steps=11, products=20)
+        lookout.saw(1.0 if step % 3 else 10.0, 1.0, alarm=1e9, triggers=True)
+    assert at_least <= len(found) <= 2 * at_least
