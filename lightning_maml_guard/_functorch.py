@@ -27,3 +27,15 @@ def inside_gradient() -> bool:
         return True
     levels = torch._C._functorch.get_interpreter_stack() or []
     return len(levels) > 1 or any(level.key() != torch._C._functorch.TransformType.Vmap for level in levels)
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Say whether a ``vmap`` around the calling code maps over a tensor.
+
+    Args:
+        tensor: The tensor.
+
+    Returns:
+        Whether it does.
+    """
+    return torch._C._functorch.is_batchedtensor(tensor)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_maml_guard._functorch import inside_gradient, inside_transform
+from lightning_maml_guard._functorch import inside_gradient, inside_transform, is_batched
 
 _ALL_BUT_CHANNELS = (0, 2, 3)
 _HALF = (torch.float16, torch.bfloat16)
@@ -43,7 +43,7 @@ def norm_relu_pool(z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: boo
     if z.dtype in _HALF or z.dtype != gamma.dtype or z.is_meta or inside_gradient():
         return _composed(z, gamma, beta, eps, pool)
     if inside_transform():  # vmap alone: on the tasks' channels side by side
-        if not any(torch._C._functorch.is_batchedtensor(each) for each in (z, gamma, beta)):
+        if not any(is_batched(each) for each in (z, gamma, beta)):
             return _composed(z, gamma, beta, eps, pool)  # vmap would leave its rule out, and autograd with it
         return _OverTasks.apply(z, gamma, beta, eps, pool)
     return _Block.apply(z.contiguous(), gamma, beta, eps, pool)
@@ -124,10 +124,7 @@ class _BlockGradient(torch.autograd.Function):
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         count = z.numel() // z.shape[1]
-        g = outer * (y > 0)
-        total = g.sum(_ALL_BUT_CHANNELS)
-        centred = (g * pooled).sum(_ALL_BUT_CHANNELS) - mean * total
-        slope = -(root**3) * gamma * centred / count
+        g, total, centred, slope = _sums(outer, y, pooled, gamma, mean, root, count)
         level = -gamma * root * total / count - slope * mean
         dz = (z * _column(slope)).add_(_column(level))
         dz = _spread(dz, index, _column(gamma * root) * g)
@@ -144,10 +141,7 @@ class _BlockGradient(torch.autograd.Function):
             # To be differentiated again: what was saved must depend on z, gamma and the gradient once more.
             mean, root = _statistics(z, ctx.eps)
             pooled = z if index is None else _gather(index, z)
-            g = outer * (y > 0)
-            total = g.sum(_ALL_BUT_CHANNELS)
-            centred = (g * pooled).sum(_ALL_BUT_CHANNELS) - mean * total
-            slope = -(root**3) * gamma * centred / count
+            g, total, centred, slope = _sums(outer, y, pooled, gamma, mean, root, count)
         h_total = hz.sum(_ALL_BUT_CHANNELS)
         h_centred = (hz * z).sum(_ALL_BUT_CHANNELS) - mean * h_total
         h_pooled = hz if index is None else _gather(index, hz)
@@ -165,6 +159,16 @@ class _BlockGradient(torch.autograd.Function):
         by_z = by_z.add_(_column(slope) * hz)
         by_z = _spread(by_z, index, _column(by_centred) * g)
         return by_outer * (y > 0), by_z, by_gamma, None, None, None, None, None, None
+
+
+def _sums(
+    outer: Tensor, y: Tensor, pooled: Tensor, gamma: Tensor, mean: Tensor, root: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient behind the ReLU, its sum, its sum with the centred entries, and the slope of ``dz`` in ``z``."""
+    g = outer * (y > 0)
+    total = g.sum(_ALL_BUT_CHANNELS)
+    centred = (g * pooled).sum(_ALL_BUT_CHANNELS) - mean * total
+    return g, total, centred, -(root**3) * gamma * centred / count
 
 
 def _column(value: Tensor) -> Tensor:

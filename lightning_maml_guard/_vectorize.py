@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from lightning_maml_guard._checks import check_count
-from lightning_maml_guard._warnings import GuardWarning
+from lightning_maml_guard._warnings import GuardWarning, first_line
 
 T = TypeVar("T")
+# "all": vmapped at once; "loop": one after another; a number: vmapped so many at once.
+Strategy = str | int
 
 
 def task_count(data: Any, name: str) -> int:
@@ -108,10 +110,9 @@ class TaskMap:
                 raise
             result = looped()
             self.looped = True
-            reason = str(error).strip().splitlines() or [type(error).__name__]
             warnings.warn(
                 f"The tasks of a batch cannot be vectorised, so they run one after another (slower, same "
-                f"result). torch.func.vmap said: {reason[0]}",
+                f"result). torch.func.vmap said: {first_line(error)}",
                 GuardWarning,
                 stacklevel=3,
             )
@@ -144,6 +145,19 @@ class TaskMap:
 def _joined(outputs: list[T], join: Callable[[Any], Tensor]) -> T:
     leaves, spec = zip(*(tree_flatten(output) for output in outputs), strict=True)
     return tree_unflatten([join(group) for group in zip(*leaves, strict=True)], spec[0])
+
+
+def task_map(strategy: Strategy, strict: bool = False) -> TaskMap:
+    """Make the map of a strategy.
+
+    Args:
+        strategy: ``"loop"``, ``"all"`` or a number of tasks.
+        strict: Raise where vmap fails, instead of looping.
+
+    Returns:
+        The map.
+    """
+    return TaskMap(None if isinstance(strategy, str) else strategy, looped=strategy == "loop", strict=strict)
 
 
 def as_float32(tree: T) -> T:

@@ -25,6 +25,19 @@ def data_folder() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory):
+    return tmp_path_factory.mktemp("caches")
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch, caches):
+    """A working folder and caches of its own, for what writes into them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(caches))  # decoded images: once a session, not into the user's home
+    return tmp_path
+
+
 @pytest.fixture
 def applied(monkeypatch):
     """Rates that reach the update itself, one list an optimizer; a double that tries a step has other parameters."""

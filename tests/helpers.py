@@ -79,17 +79,18 @@ def linear_module(n: int, beta: float, **arguments) -> MetaLearningModule:
     return MetaLearningModule(network, optimizer=lambda p: SGD(p, lr=beta), **arguments)
 
 
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
 def fit(module, batch, steps: int, callbacks=(), **arguments) -> Trainer:
     """Train on one and the same batch, quietly."""
-    options = {
-        "max_steps": steps,
-        "max_epochs": -1,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
+    options = {"max_steps": steps, "max_epochs": -1, **QUIET}
     trainer = Trainer(**{**options, **arguments}, callbacks=list(callbacks))
     trainer.fit(module, DataLoader([batch] * max(steps, 1), batch_size=None))
     return trainer

@@ -28,16 +28,7 @@ SHORT = [
 ]
 
 
-@pytest.fixture(scope="session")
-def caches(tmp_path_factory):
-    return tmp_path_factory.mktemp("caches")
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch, caches):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(caches))  # decoded images: once a session, not into the user's home
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.mark.parametrize(

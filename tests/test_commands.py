@@ -25,18 +25,7 @@ def words_of(task):
     return [task, *SMALL, *small, *(PICTURES if task.startswith("mini") else [])]
 
 
-@pytest.fixture(scope="session")
-def caches(tmp_path_factory):
-    return tmp_path_factory.mktemp("caches")
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch, caches):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(caches))
-    return tmp_path
-
-
+pytestmark = pytest.mark.usefixtures("elsewhere")
 OFTEN = ("linear", "sinusoid", "omniglot", "miniimagenet")
 
 

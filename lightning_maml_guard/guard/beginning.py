@@ -197,8 +197,7 @@ def _at(problem: Problem, alpha: float) -> Problem:
         return problem
     if not isinstance(problem.inner_lr, dict):
         return replace(problem, inner_lr=alpha)
-    factor = alpha / problem.alpha if problem.alpha > 0 else 1.0
-    return replace(problem, inner_lr={name: rate * factor for name, rate in problem.inner_lr.items()})
+    return problem.at_factor(alpha / problem.alpha if problem.alpha > 0 else 1.0)
 
 
 def _why_no_beta(report: StabilityReport) -> str:

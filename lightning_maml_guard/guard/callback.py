@@ -143,13 +143,14 @@ class ConvergenceGuard(Results, Callback):
         every_n_steps = 100 if every_n_steps is None else every_n_steps
         for name, number in (
             ("every_n_steps", every_n_steps),
-            ("tasks_per_check", 1 if tasks_per_check is None else tasks_per_check),
             ("patience", patience),
             ("replay", replay),
             ("max_rollbacks", max_rollbacks),
             ("history_size", history_size),
         ):
             check_count(name, number)
+        if tasks_per_check is not None:
+            check_count("tasks_per_check", tasks_per_check)
         check_count("trial_steps", trial_steps, 0)
         check_choice("action", action, ACTIONS)
         for name, flag in (

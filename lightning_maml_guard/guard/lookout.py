@@ -48,9 +48,10 @@ class Lookout:
         if not scheduled and not (self._lost and at_once_if_lost) and not (self._spiked and since >= gap):
             return None
         # Each triggered check makes the next wait twice as long, so that a noisy loss does not cost a run its time.
-        self._gap = 2 * self._gap if self.budget.share is not None else min(2 * self._gap, longest)
         if scheduled:
             self._gap = 2
+        else:
+            self._gap = 2 * self._gap if self.budget.share is not None else min(2 * self._gap, longest)
         self.last, self._spiked, self._lost = step, False, False
         return SCHEDULED if scheduled else TRIGGERED
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_maml_guard._vectorize import TaskMap
+from lightning_maml_guard._warnings import first_line
 from lightning_maml_guard.curvature.lanczos import start_vector
 from lightning_maml_guard.curvature.layout import Layout, Params
 from lightning_maml_guard.curvature.operators import Field, FiniteDifference, Jacobian, Operator
@@ -132,9 +133,8 @@ def _double_backward(
         if isinstance(error, torch.OutOfMemoryError):
             raise
         FiniteDifference(gradient, params, layout)  # raises what the loss itself raises
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return None, (
-            f"{name}: this network has no second derivative by double backward ({first_line}), so its curvature "
+            f"{name}: this network has no second derivative by double backward ({first_line(error)}), so its curvature "
             "is measured by finite differences of gradients (less sharp, two gradients a product)."
         )
     if not bool(torch.isfinite(product).all()):

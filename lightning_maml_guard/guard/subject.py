@@ -111,7 +111,7 @@ class MamlSubject:
         Returns:
             What :class:`~lightning_maml_guard.curvature.operators.Jacobian` takes.
         """
-        return meta_field(self._at(factor), self._map), self.params, None
+        return meta_field(self._problem.at_factor(factor), self._map), self.params, None
 
     def curvature_by_task(self, direction: Params) -> Tensor:
         """Measure each task's curvature of the update along a direction.
@@ -123,11 +123,6 @@ class MamlSubject:
             Shape ``(tasks,)``.
         """
         return curvature_by_task(self._problem, self.params, direction, self._map)
-
-    def _at(self, factor: float) -> MetaProblem:
-        rate = self._problem.inner_lr
-        lowered = {n: r * factor for n, r in rate.items()} if isinstance(rate, dict) else rate * factor
-        return replace(self._problem, inner_lr=lowered)
 
 
 Subject = PlainSubject | MamlSubject

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_maml_guard._vectorize import TaskMap
-from lightning_maml_guard._warnings import GuardWarning
-from lightning_maml_guard.maml.gradients import Auxiliary, MetaGradient, meta_gradient, task_meta_gradient
+from lightning_maml_guard._warnings import GuardWarning, first_line
+from lightning_maml_guard.maml.gradients import Auxiliary, MetaGradient, averaged, meta_gradient, task_meta_gradient
+from lightning_maml_guard.maml.inner_loop import detached
 from lightning_maml_guard.maml.problem import MetaProblem
 
 
 class CompiledMetaGradient:
     """Computes what :func:`~lightning_maml_guard.maml.gradients.meta_gradient` does, compiled.
 
-    What is compiled is the meta-gradient of one task for a map that loops, of the vmapped tasks otherwise. If that
+    What is compiled is the meta-gradient of one task for a map that loops, else of the vmapped tasks. If that
     fails and the plain computation does not, it says so once and computes plainly from then on.
     """
 
@@ -52,10 +53,9 @@ class CompiledMetaGradient:
         except Exception as error:
             result = meta_gradient(problem, tasks=tasks, **options)  # raises what the user's own code raises
             self.given_up = True
-            reason = str(error).strip().splitlines() or [type(error).__name__]
             warnings.warn(
                 "compile=True: the meta-gradient cannot be compiled here, so it is computed without (slower, same "
-                f"result). torch.compile said: {type(error).__name__}: {reason[0]}",
+                f"result). torch.compile said: {type(error).__name__}: {first_line(error)}",
                 GuardWarning,
                 stacklevel=2,
             )
@@ -64,44 +64,20 @@ class CompiledMetaGradient:
     def _compiled(self, problem: MetaProblem, tasks: TaskMap, options: dict[str, Any]) -> MetaGradient:
         params = {name: value.detach() for name, value in problem.params.items()}
         like = next(iter(params.values()))
-        rates: Any = problem.inner_lr
-        # A tensor: a number would be compiled in, and every cap of the guard would compile anew.
-        rates = (
-            {name: value.detach() for name, value in rates.items()}
-            if isinstance(rates, dict)
-            else torch.tensor(rates, dtype=like.dtype, device=like.device)
-        )
-        function = self._function(problem, tasks.looped, options)
-        count = problem.tasks
-        size = 1 if tasks.looped else tasks.chunk_size or count
-        if size >= count and not tasks.looped:
-            (gradients, rate_gradients), (losses, extra) = function(params, rates, problem.support, problem.query)
-            return MetaGradient(gradients, rate_gradients if options["learn_rates"] else None, losses, extra)
-        total: Any = None
-        losses, extras = [], []
-        for start in range(0, count, size):
-            chosen = start if tasks.looped else slice(start, start + size)
-            support, query = (
-                tree_map(lambda leaf, at=chosen: leaf[at], data) for data in (problem.support, problem.query)
-            )
-            found, (loss, extra) = function(params, rates, support, query)
-            losses.append(loss.reshape(-1))
-            extras.append(tree_map(lambda leaf: leaf.unsqueeze(0), extra) if tasks.looped else extra)
-            share = len(losses[-1]) / count
-            if total is None:
-                total = tree_map(lambda each, share=share: each * share, found)
-            else:
-                torch._foreach_add_(tree_leaves(total), tree_leaves(found), alpha=share)
-        gradients, rate_gradients = total
-        return MetaGradient(
-            gradients,
-            rate_gradients if options["learn_rates"] else None,
-            torch.cat(losses),
-            tree_map(lambda *leaves: torch.cat(leaves), *extras),
-        )
+        rates = detached(problem.inner_lr)
+        if not isinstance(rates, dict):
+            # A tensor: a number would be compiled in, and every cap of the guard would compile anew.
+            rates = torch.tensor(rates, dtype=like.dtype, device=like.device)
+        whole = not tasks.looped and (tasks.chunk_size or problem.tasks) >= problem.tasks
+        function = partial(self._function(problem, tasks.looped, whole, options), params, rates)
+        if whole:
+            return function(problem.support, problem.query)
+        strict = TaskMap(tasks.chunk_size, tasks.looped, strict=True)
+        return averaged(strict.apply(function, function, problem.support, problem.query), options["learn_rates"])
 
-    def _function(self, problem: MetaProblem, looped: bool, options: dict[str, Any]) -> Callable[..., Any]:
-        key = problem.order, problem.inner_steps, looped, options["learn_rates"], problem.uniform
+    def _function(self, problem: MetaProblem, looped: bool, whole: bool, options: dict[str, Any]) -> Callable[..., Any]:
+        learn_rates = options["learn_rates"]
+        key = problem.order, problem.inner_steps, looped, whole, learn_rates, problem.uniform
         if key not in self._functions:
             loss, order, inner_steps = problem.task_loss, problem.order, problem.inner_steps
 
@@ -110,11 +86,10 @@ class CompiledMetaGradient:
                     loss, params, rates, support, query, inner_steps=inner_steps, order=order, **options
                 )
 
-            def chunk(params: Any, rates: Any, support: Any, query: Any) -> Any:
-                found, report = torch.func.vmap(one, (None, None, 0, 0), randomness="different")(
-                    params, rates, support, query
-                )
-                return tree_map(lambda each: each.mean(0), found), report
+            several = torch.func.vmap(one, (None, None, 0, 0), randomness="different")
 
-            self._functions[key] = torch.compile(one if looped else chunk)
+            def mean(*args: Any) -> MetaGradient:
+                return averaged(several(*args), learn_rates)
+
+            self._functions[key] = torch.compile(one if looped else mean if whole else several)
         return self._functions[key]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_maml_guard._vectorize import TaskMap, task_count
 from lightning_maml_guard.maml.derivative import gradient
-from lightning_maml_guard.maml.inner_loop import InnerRate, Params, TaskLoss, adapt, adapt_with_sum
+from lightning_maml_guard.maml.inner_loop import InnerRate, Params, TaskLoss, adapt, adapt_with_sum, detached
 from lightning_maml_guard.maml.problem import MetaProblem
 
 Auxiliary = Callable[[Params, Any], Any]
@@ -141,10 +141,34 @@ def meta_gradient(
     """
     tasks = tasks or TaskMap(problem.task_chunk_size, problem.looped)
     params = {name: value.detach() for name, value in problem.params.items()}
-    rates: InnerRate = problem.inner_lr
-    if isinstance(rates, dict):
-        rates = {name: value.detach() for name, value in rates.items()}
+    found = task_meta_gradients(
+        problem, params, detached(problem.inner_lr), tasks, learn_rates=learn_rates, auxiliary=auxiliary
+    )
+    return averaged(found, learn_rates)
 
+
+def task_meta_gradients(
+    problem: MetaProblem,
+    params: Params,
+    rates: InnerRate,
+    tasks: TaskMap,
+    *,
+    learn_rates: bool = False,
+    auxiliary: Auxiliary = nothing,
+) -> Any:
+    """Compute every task's meta-gradient.
+
+    Args:
+        problem: The problem; its own parameters and rates are not read.
+        params: ``theta``, by name.
+        rates: Inner rates.
+        tasks: How to run over the tasks.
+        learn_rates: Also differentiate towards the inner rates, which must be a dict then.
+        auxiliary: ``(adapted params, query) -> pytree of tensors`` of one task, passed through.
+
+    Returns:
+        What :func:`task_meta_gradient` returns, with a leading task dimension.
+    """
     options: dict[str, Any] = {"inner_steps": problem.inner_steps, "order": problem.order, "learn_rates": learn_rates}
 
     def one(support: Any, query: Any) -> Any:
@@ -155,7 +179,20 @@ def meta_gradient(
         loss, extra = beside.over(problem.loss), beside.over(auxiliary)
         return task_meta_gradient(loss, beside.params, beside.rates, support, query, auxiliary=extra, **options)
 
-    (gradients, rate_gradients), (losses, extra) = tasks.apply(one, together, problem.support, problem.query)
+    return tasks.apply(one, together, problem.support, problem.query)
+
+
+def averaged(found: Any, learn_rates: bool) -> MetaGradient:
+    """Take the mean over the tasks.
+
+    Args:
+        found: What :func:`task_meta_gradients` returned.
+        learn_rates: Whether the rates' gradients were asked for.
+
+    Returns:
+        The meta-gradient.
+    """
+    (gradients, rate_gradients), (losses, extra) = found
     return MetaGradient(
         {name: value.mean(0) for name, value in gradients.items()},
         {name: value.mean(0) for name, value in rate_gradients.items()} if learn_rates else None,

@@ -15,6 +15,18 @@ TaskLoss = Callable[[Params, Any], Tensor]
 InnerRate = float | Tensor | dict[str, Tensor]
 
 
+def detached(rates: InnerRate) -> InnerRate:
+    """Take inner rates as constants.
+
+    Args:
+        rates: One rate, or one a parameter.
+
+    Returns:
+        The same, without a graph.
+    """
+    return {name: rate.detach() for name, rate in rates.items()} if isinstance(rates, dict) else rates
+
+
 def adapt(task_loss: TaskLoss, params: Params, support: Any, inner_lr: InnerRate, inner_steps: int) -> Params:
     """Adapt the parameters to one task: ``theta_{k+1} = theta_k - alpha * grad L(theta_k)``.
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lightning_maml_guard._vectorize import TaskMap, task_count
 from lightning_maml_guard.curvature.operators import Field, FieldValue, gradient_of
-from lightning_maml_guard.maml.gradients import SideBySide, task_meta_gradient
-from lightning_maml_guard.maml.inner_loop import InnerRate, Params, TaskLoss, adapt
+from lightning_maml_guard.maml.gradients import SideBySide, task_meta_gradient, task_meta_gradients
+from lightning_maml_guard.maml.inner_loop import InnerRate, Params, adapt, detached
 from lightning_maml_guard.maml.problem import MetaProblem
 
 
@@ -40,21 +40,14 @@ def meta_field(problem: MetaProblem, tasks: TaskMap) -> Field:
     Returns:
         The field; its value is the mean query loss after adaptation.
     """
-    rates = _detached(problem.inner_lr)
+    rates = detached(problem.inner_lr)
     if is_symmetric(problem):
         return gradient_of(lambda params: _query_losses(problem, params, rates, tasks).mean())
 
     def field(params: Params, differentiable: bool) -> FieldValue:
-        def one(support: Any, query: Any) -> tuple[Params, Tensor]:
-            return _meta_gradient(problem, problem.loss, rates, params, support, query)
-
-        def together(support: Any, query: Any) -> tuple[Params, Tensor]:
-            beside = SideBySide(params, rates, task_count(support, "support"))
-            return _meta_gradient(problem, beside.over(problem.loss), beside.rates, beside.params, support, query)
-
         # Without a graph for `differentiable=False` too: a gradient inside needs none outside.
         with torch.set_grad_enabled(differentiable):
-            gradients, losses = tasks.apply(one, together, problem.support, problem.query)
+            (gradients, _), (losses, _) = task_meta_gradients(problem, params, rates, tasks)
         return FieldValue(losses.mean().detach(), {name: value.mean(0) for name, value in gradients.items()})
 
     return field
@@ -86,27 +79,16 @@ def curvature_by_task(problem: MetaProblem, params: Params, direction: Params, t
     Returns:
         Shape ``(tasks,)``.
     """
-    rates = _detached(problem.inner_lr)
+    rates = detached(problem.inner_lr)
     offsets = next(iter(params.values())).new_zeros(problem.tasks).requires_grad_()
 
     def along(offset: Tensor, support: Any, query: Any) -> Tensor:
         moved = {name: value.detach() + offset * direction[name] for name, value in params.items()}
-        gradient, _ = _meta_gradient(problem, problem.loss, rates, moved, support, query)
+        (gradient, _), _ = task_meta_gradient(
+            problem.loss, moved, rates, support, query, inner_steps=problem.inner_steps, order=problem.order
+        )
         return torch.stack([(gradient[name] * direction[name]).sum() for name in gradient]).sum()
 
     slopes = tasks(along, offsets, problem.support, problem.query, in_dims=(0, 0, 0))
     (curvatures,) = torch.autograd.grad(slopes.sum(), offsets)
     return curvatures.detach()
-
-
-def _meta_gradient(
-    problem: MetaProblem, loss: TaskLoss, rates: InnerRate, params: Params, support: Any, query: Any
-) -> tuple[Params, Tensor]:
-    (gradient, _), (value, _) = task_meta_gradient(
-        loss, params, rates, support, query, inner_steps=problem.inner_steps, order=problem.order
-    )
-    return gradient, value
-
-
-def _detached(rates: float | Params) -> InnerRate:
-    return {name: rate.detach() for name, rate in rates.items()} if isinstance(rates, dict) else rates

@@ -120,6 +120,19 @@ class MetaProblem:
         support, query = (tree_map(lambda leaf: leaf[:tasks], data) for data in (self.support, self.query))
         return replace(self, support=support, query=query)
 
+    def at_factor(self, factor: float) -> MetaProblem:
+        """Scale the inner rates.
+
+        Args:
+            factor: Factor on every one.
+
+        Returns:
+            The problem with these rates.
+        """
+        rate = self.inner_lr
+        scaled = {name: each * factor for name, each in rate.items()} if isinstance(rate, dict) else rate * factor
+        return replace(self, inner_lr=scaled)
+
     @property
     def tasks(self) -> int:
         """Number of tasks in the batch."""

@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader
 
 from lightning_maml_guard import ConvergenceGuard, MetaLearningModule
 from lightning_maml_guard._lightning import Trainer
-from lightning_maml_guard.guard.budget import Budget
+from lightning_maml_guard.guard.budget import PRODUCT, Budget
 from lightning_maml_guard.guard.lookout import Lookout
 from lightning_maml_guard.networks import conv4, mlp
 from lightning_maml_guard.tasks.episodes import episode_generator
 from lightning_maml_guard.tasks.images import MiniImageNet, Omniglot
 from lightning_maml_guard.tasks.regression import Sinusoid
+from tests.helpers import QUIET
 
 ROWS = {
     "sinusoid": (mlp, lambda: Sinusoid(10, 10), 25, 0.01, 1, 4000),
@@ -62,11 +63,7 @@ def train(row: tuple, batches: list, steps: int, guard: ConvergenceGuard | None)
     module = MetaLearningModule(network(), inner_lr=alpha, inner_steps=inner_steps)
     trainer = Trainer(
         max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         callbacks=[guard] if guard else [],
     )
     began = time.perf_counter()
@@ -109,7 +106,7 @@ def main() -> None:
             number = 0
             for index in range(PUBLISHED):
                 if lookout.due(index) is not None:
-                    lookout.budget.charge(trial_steps=0, products=counted[0][1] / 1.75)
+                    lookout.budget.charge(trial_steps=0, products=counted[0][1] / PRODUCT)
                     number += 1
             share = f"{number * check / (PUBLISHED * step):.1%} (computed, {PUBLISHED} steps)"
         print(f"| {name} | {1e3 * step:.3g} | {check / step:.3g} | {number:g} | {share} |", flush=True)

@@ -22,6 +22,7 @@ from lightning_maml_guard.maml.gradients import meta_gradient
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.episodes import episode_generator
 from lightning_maml_guard.tasks.regression import Sinusoid
+from tests.helpers import QUIET
 
 POINTS = ((1, 2), (12, 4), (4, 9), (9, 6))
 
@@ -36,11 +37,7 @@ def run(alpha: float, beta: float, batches: list, judged) -> tuple[float, float]
     one = module(alpha, beta)
     trainer = Trainer(
         max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     began = time.perf_counter()
     trainer.fit(one, DataLoader(batches, batch_size=None))

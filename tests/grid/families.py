@@ -16,6 +16,7 @@ from lightning_maml_guard._lightning import Trainer
 from lightning_maml_guard.networks import conv4, mlp
 from lightning_maml_guard.tasks.episodes import episode_generator
 from lightning_maml_guard.tasks.regression import LinearRegression, Sinusoid
+from tests.helpers import QUIET
 
 OPTIMIZERS = {
     "sgd": SGD,
@@ -98,11 +99,7 @@ def trained(kind: Kind, alpha: float, beta: float, steps: int, optimizer: str = 
     one = module(kind, alpha, beta, optimizer)
     trainer = Trainer(
         max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     trainer.fit(one, DataLoader([kind.batch(step) for step in range(steps)], batch_size=None))
     return one

@@ -11,14 +11,7 @@ from lightning_maml_guard.guard.budget import Budget
 from lightning_maml_guard.guard.lookout import SCHEDULED, TRIGGERED, Lookout
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.regression import Sinusoid
-
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
+from tests.helpers import QUIET
 
 
 @given(st.floats(0.005, 0.5), st.integers(1, 40), st.integers(0, 60), st.integers(1, 50))

@@ -22,7 +22,7 @@ from lightning_maml_guard._lightning import (
 )
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.regression import Sinusoid
-from tests.helpers import fit, guard_warns, linear_module, one_line, quadratic_batch
+from tests.helpers import QUIET, fit, guard_warns, linear_module, one_line, quadratic_batch
 
 SPECTRUM = [0.3, 1.0, 2.0, 4.0]
 BATCH = quadratic_batch(SPECTRUM, target=1.0)
@@ -396,11 +396,7 @@ def test_stop_stops_a_resumed_run_too(tmp_path):
     trainer = Trainer(
         max_steps=50,
         max_epochs=5,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         callbacks=[guard],
     )
     trainer.fit(again, DataLoader([BATCH] * 20, batch_size=None), ckpt_path=tmp_path / "stopped.ckpt")

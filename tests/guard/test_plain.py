@@ -16,7 +16,7 @@ from lightning_maml_guard import ConvergenceGuard, measure
 from lightning_maml_guard._lightning import LightningModule, Trainer, seed_everything
 from lightning_maml_guard.guard.isolation import isolated
 from lightning_maml_guard.guard.plain import PlainProblem, training_step_problem
-from tests.helpers import dense_by_differences, dense_hessian, guard_warns, symmetric_top
+from tests.helpers import QUIET, dense_by_differences, dense_hessian, guard_warns, symmetric_top
 
 X = torch.randn(12, 3, generator=torch.Generator().manual_seed(1)).double()
 Y = X.sum(1, keepdim=True).sin()
@@ -52,12 +52,8 @@ class Regression(LightningModule):
 def train(module, callbacks=(), steps=12, **arguments):
     trainer = Trainer(
         max_steps=steps,
-        accelerator="cpu",
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=list(callbacks),
-        **{"logger": False, **arguments},
+        **{**QUIET, **arguments},
     )
     trainer.fit(module, DataLoader([(X.clone(), Y)] * steps, batch_size=None))
     return trainer

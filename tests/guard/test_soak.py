@@ -12,6 +12,7 @@ from lightning_maml_guard import ConvergenceGuard, MetaLearningModule, TaskDataM
 from lightning_maml_guard._lightning import Callback, Trainer
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.regression import Sinusoid
+from tests.helpers import QUIET
 
 PAGE = 4096
 
@@ -40,11 +41,7 @@ def test_memory_stays_flat_and_nothing_is_left(steps):
     guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True, history_size=20)
     trainer = Trainer(
         max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         callbacks=[guard, watch],
     )
     data = TaskDataModule(Sinusoid(shots=5), meta_batch_size=4, steps_per_epoch=steps, val_episodes=0)

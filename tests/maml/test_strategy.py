@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_maml_guard import EpisodeBatch, MetaLearningModule
 from lightning_maml_guard.guard.products import Memory
-from lightning_maml_guard.maml import learning, strategy
+from lightning_maml_guard.maml import choices, contest, learning, strategy
 from lightning_maml_guard.maml.strategy import check_strategy, fastest, told
 from lightning_maml_guard.networks import conv4, mlp
 from tests.helpers import fit
@@ -212,8 +212,8 @@ def test_the_trial_changes_nothing_but_the_time(untold, monkeypatch):
     found = []
     for vectorize in ("auto", 2):
         torch.manual_seed(1)
-        monkeypatch.setattr(strategy, "_CHUNKS", (2,))
-        monkeypatch.setattr(strategy._Trial, "_best", lambda self: 2)
+        monkeypatch.setattr(contest, "_CHUNKS", (2,))
+        monkeypatch.setattr(contest._Trial, "_best", lambda self: 2)
         network = nn.Sequential(nn.Linear(1, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, 1))
         module = MetaLearningModule(network, vectorize=vectorize)
         fit(module, batch(), 3)
@@ -284,35 +284,35 @@ def test_a_damaged_cache_is_as_none(untold, tmp_path, text):
     file = tmp_path / "cache" / "lightning_maml_guard" / "vectorize.json"
     file.parent.mkdir(parents=True)
     file.write_bytes(text.encode("latin-1"))
-    assert strategy.remembered("key") is None
-    strategy.remember("key", 4)
-    assert strategy.remembered("key") == 4
+    assert choices.remembered("key") is None
+    choices.remember("key", 4)
+    assert choices.remembered("key") == 4
 
 
 def test_where_nothing_can_be_written_the_run_goes_on(untold, tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file where the folder should be")
-    strategy.remember("key", "loop")
-    assert strategy.remembered("key") is None
+    choices.remember("key", "loop")
+    assert choices.remembered("key") is None
     monkeypatch.delenv("XDG_CACHE_HOME")
 
     def homeless():
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", homeless)
-    strategy.remember("key", "loop")
-    assert strategy.remembered("key") is None
+    choices.remember("key", "loop")
+    assert choices.remembered("key") is None
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_a_folder_without_permission_is_left_alone(untold, tmp_path):
     (tmp_path / "cache").mkdir(mode=0o500)
-    strategy.remember("key", "loop")
-    assert strategy.remembered("key") is None
+    choices.remember("key", "loop")
+    assert choices.remembered("key") is None
 
 
 def test_an_exchange_that_fails_leaves_nothing_lying_about(untold, tmp_path):
     (tmp_path / "cache" / "lightning_maml_guard" / "vectorize.json" / "full").mkdir(parents=True)
-    strategy.remember("key", "loop")
+    choices.remember("key", "loop")
     assert [p.name for p in (tmp_path / "cache" / "lightning_maml_guard").iterdir()] == ["vectorize.json"]
 
 

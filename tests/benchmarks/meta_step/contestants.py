@@ -13,9 +13,11 @@ from torch.func import functional_call
 from torch.optim import SGD, Adam, Optimizer
 
 from lightning_maml_guard import MetaLearningModule
+from lightning_maml_guard._vectorize import task_map
 from lightning_maml_guard.maml.compiled import CompiledMetaGradient
+from lightning_maml_guard.maml.contest import fastest
 from lightning_maml_guard.maml.gradients import meta_gradient, nothing
-from lightning_maml_guard.maml.strategy import fastest, rule, task_map
+from lightning_maml_guard.maml.strategy import rule
 from lightning_maml_guard.networks import Conv4
 from tests.benchmarks.meta_step.rows import LayerByLayer, Row
 
