@@ -16,7 +16,9 @@ class Lookout:
 
     Args:
         every_n_steps: Steps between two scheduled checks.
-        budget: What they may cost; a triggered check comes at any cost.
+        budget: What they may cost. A triggered check waits after each one before it twice as long as the last time, up
+            to half of ``every_n_steps``; with a share, those that would have to wait longer wait until they are paid
+            for. A check of a lost loss waits for neither.
     """
 
     def __init__(self, every_n_steps: int, budget: Budget | None = None) -> None:
@@ -40,20 +42,31 @@ class Lookout:
         if step == self.last:
             return None
         since = math.inf if self.last is None else step - self.last
+        paid = self.budget.allows(step)
         # A triggered check stands for the scheduled one that would follow it closely.
-        scheduled = step % self.every_n_steps == 0 and since >= self.every_n_steps / 2 and self.budget.allows(step)
-        longest = max(self.every_n_steps // 2, 2)
-        # A loss that is lost does not wait as long as one that is noisy.
-        gap = min(self._gap, longest) if self._lost else self._gap
-        if not scheduled and not (self._lost and at_once_if_lost) and not (self._spiked and since >= gap):
+        scheduled = step % self.every_n_steps == 0 and since >= self.every_n_steps / 2 and paid
+        if not scheduled and not self._called(since, paid, at_once_if_lost):
             return None
-        # Each triggered check makes the next wait twice as long, so that a noisy loss does not cost a run its time.
-        if scheduled:
-            self._gap = 2
-        else:
-            self._gap = 2 * self._gap if self.budget.share is not None else min(2 * self._gap, longest)
+        if self.budget.share is None:
+            self._gap = 2 if scheduled else min(2 * self._gap, self._longest)
+        elif not paid:
+            self._gap *= 2
         self.last, self._spiked, self._lost = step, False, False
         return SCHEDULED if scheduled else TRIGGERED
+
+    @property
+    def _longest(self) -> int:
+        return max(self.every_n_steps // 2, 2)
+
+    def _called(self, since: float, paid: bool, at_once_if_lost: bool) -> bool:
+        if not self._spiked:
+            return False
+        if self._lost:  # does not wait as long as a loss that is noisy, and not for money
+            return at_once_if_lost or since >= min(self._gap, self._longest)
+        if self.budget.share is None:
+            return since >= self._gap
+        # The first few are on credit: a run that dies young has paid for nothing.
+        return (paid and since >= 2) or (self._gap <= self._longest and since >= self._gap)
 
     def saw(self, loss: float, norm: float, *, alarm: float, triggers: bool) -> None:
         """Take a step's loss and gradient norm in.

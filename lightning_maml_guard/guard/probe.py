@@ -212,4 +212,7 @@ def gradient_norm(optimizer: Optimizer) -> torch.Tensor | None:
     """
     known = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     gradients = [g.coalesce().values() if g.is_sparse else g for g in known]
-    return nn.utils.get_total_norm(gradients) if gradients else None
+    if len({(g.device, g.dtype) for g in gradients}) != 1:
+        return nn.utils.get_total_norm(gradients) if gradients else None
+    # What get_total_norm comes to here; its sorting by device and type takes 1 % of a small network's step.
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))

@@ -11,6 +11,7 @@ import argparse
 import logging
 import time
 import warnings
+from collections.abc import Callable
 from statistics import median
 
 import torch
@@ -42,18 +43,24 @@ PUBLISHED = 60_000
 
 
 class Clock:
-    """Adds up what the guard's hook takes."""
+    """Adds up what the guard's hooks take."""
 
     def __init__(self, guard: ConvergenceGuard) -> None:
-        self.seconds: list[float] = []
-        original = guard.on_train_batch_start
+        self.checks: list[float] = []
+        self.seconds = 0.0
+        for name in ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end", "on_train_end"):
+            setattr(guard, name, self._timed(getattr(guard, name), guard))
 
+    def _timed(self, hook: Callable[..., None], guard: ConvergenceGuard) -> Callable[..., None]:
         def timed(*args) -> None:
-            began = time.perf_counter()
-            original(*args)
-            self.seconds.append(time.perf_counter() - began)
+            known, began = len(guard.history), time.perf_counter()
+            hook(*args)
+            took = time.perf_counter() - began
+            self.seconds += took
+            if len(guard.history) > known:
+                self.checks.append(took)
 
-        guard.on_train_batch_start = timed
+        return timed
 
 
 def train(row: tuple, batches: list, steps: int, guard: ConvergenceGuard | None) -> float:
@@ -76,40 +83,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.guarded_training", description=__doc__)
     parser.add_argument("rows", nargs="*", default=list(ROWS))
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="of the sinusoid row (default: 4000)")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(2)
-    print("| training | step, ms | check, steps | checks | guard's share of the time |\n|---|---|---|---|---|")
+    print("| training | step, ms | first check, steps | checks | x without the guard | of it checks, reading |")
+    print("|---|---|---|---|---|---|")
     for name in given.rows:
         row = ROWS[name]
+        steps = given.steps if given.steps and name == "sinusoid" else row[5]
         family = row[1]()
         family.setup()
         batches = [
-            family.sample(row[2], episode_generator(0, "train", index), "train") for index in range(min(row[5], 500))
+            family.sample(row[2], episode_generator(0, "train", index), "train") for index in range(min(steps, 500))
         ]
         train(row, batches, 2, None)  # what a first run pays alone: the trial of the strategies, too
-        plain, shares, checks, counted = [], [], [], []
+        plain, ratios, first, number, checks, reading, products = [], [], [], [], [], [], 0.0
         for _ in range(given.turns):
-            plain.append(train(row, batches, row[5], None) / row[5])
+            seconds = train(row, batches, steps, None)
             guard = ConvergenceGuard()
             clock = Clock(guard)
-            guarded = train(row, batches, row[5], guard)
-            shares.append(guarded / (plain[-1] * row[5]) - 1)
-            checks.append(clock.seconds[0])  # the first check: self-check of the second derivatives included
-            counted.append((len(guard.history), guard._run.lookout.budget._latest))
-        step, check = median(plain), median(checks)
+            ratios.append(train(row, batches, steps, guard) / seconds)
+            plain.append(seconds / steps)
+            first.append(clock.checks[0])  # self-check of the second derivatives included
+            number.append(len(clock.checks))
+            checks.append(sum(clock.checks) / seconds)
+            reading.append((clock.seconds - sum(clock.checks)) / seconds)
+            products = guard._run.lookout.budget._latest
+        step = median(plain)
         if name == "sinusoid":
-            share, number = f"{median(shares):+.1%} (measured, {row[5]} steps)", median(each[0] for each in counted)
+            told = f"{median(ratios):.3f} ({steps} steps) | {median(checks):.1%}, {median(reading):.2%}"
         else:
             lookout = Lookout(100, Budget(0.02))
-            number = 0
+            number = [0]
             for index in range(PUBLISHED):
                 if lookout.due(index) is not None:
-                    lookout.budget.charge(trial_steps=0, products=counted[0][1] / PRODUCT)
-                    number += 1
-            share = f"{number * check / (PUBLISHED * step):.1%} (computed, {PUBLISHED} steps)"
-        print(f"| {name} | {1e3 * step:.3g} | {check / step:.3g} | {number:g} | {share} |", flush=True)
+                    lookout.budget.charge(trial_steps=0, products=products / PRODUCT)
+                    number[0] += 1
+            share = number[0] * median(first) / (PUBLISHED * step)
+            told = f"computed for {PUBLISHED} steps | {share:.1%}, {median(reading):.2%}"
+        print(f"| {name} | {1e3 * step:.3g} | {median(first) / step:.3g} | {median(number):g} | {told} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What checks may cost: counted, and kept."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -95,13 +97,41 @@ def test_a_share_that_is_none_is_refused(share):
         ConvergenceGuard(max_cost=share)
 
 
-@pytest.mark.parametrize(("share", "at_least"), [(0.02, 7), (None, 30)])
-def test_a_noisy_loss_calls_ever_fewer_checks_where_they_are_to_be_paid_for(share, at_least):
-    lookout = Lookout(100, Budget(share))
-    found = []
-    for step in range(2000):
-        if lookout.due(step) is not None:
-            found.append(step)
-            lookout.budget.charge(trial_steps=11, products=20)
-        lookout.saw(1.0 if step % 3 else 10.0, 1.0, alarm=1e9, triggers=True)
-    assert at_least <= len(found) <= 2 * at_least
+def noisy(lookout, steps, height=10.0, alarm=1e9, cost=20):
+    for step in range(steps):
+        if (kind := lookout.due(step)) is not None:
+            lookout.budget.charge(trial_steps=0, products=cost / 1.75)
+            yield step, kind
+        lookout.saw(1.0 if step % 3 else height, 1.0, alarm=alarm, triggers=True)
+
+
+@pytest.mark.parametrize(("share", "checks"), [(0.02, 6), (None, 30)])
+def test_a_noisy_loss_calls_few_checks_on_credit_where_they_are_to_be_paid_for(share, checks):
+    found = list(noisy(Lookout(100, Budget(share)), 2000))
+    assert checks <= len(found) <= 2 * checks
+
+
+@given(st.floats(0.005, 0.5), st.integers(1, 60), st.integers(4, 200))
+def test_a_noisy_loss_spends_its_share_and_a_bounded_credit(share, cost, every):
+    on_credit = sum(2**power <= max(every // 2, 2) for power in range(1, 20))
+    for number, (step, _) in enumerate(noisy(Lookout(every, Budget(share)), 3000, cost=cost)):
+        assert (number + 1) * cost <= share * step + (1 + on_credit) * cost + 1e-6
+
+
+def test_a_jump_after_quiet_steps_is_looked_at_once_they_have_paid():
+    lookout = Lookout(100, Budget(0.02))
+    calm = list(noisy(lookout, 4000, height=1.0))
+    lookout.budget._spent = 0.02 * 3950 - 20  # one more check is paid for, three steps after the last
+    lookout.last, lookout._gap = 3998, 1024
+    lookout.saw(50.0, 1.0, alarm=1e9, triggers=True)
+    assert {kind for _, kind in calm} == {SCHEDULED}
+    assert lookout.due(4001) == TRIGGERED
+    lookout.budget.charge(trial_steps=0, products=20)
+    lookout.saw(50.0, 1.0, alarm=1e9, triggers=True)
+    assert lookout.due(4010) is None
+
+
+def test_a_lost_loss_waits_for_no_money():
+    lookout = Lookout(100, Budget(0.02))
+    seen = [step for step, _ in noisy(lookout, 2000, alarm=3.0)]
+    assert max(later - earlier for earlier, later in pairwise(seen)) <= 53

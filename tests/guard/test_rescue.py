@@ -156,6 +156,16 @@ def test_a_gradient_norm_that_fails_costs_one_warning(monkeypatch):
     assert trainer.global_step == 30 and len([each for each in caught if each.category is GuardWarning]) == 1
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, (torch.float32, torch.float64), (torch.float64,)])
+def test_the_gradient_norm_is_that_of_all_gradients_in_a_row(dtypes):
+    parameters = [nn.Parameter(torch.randn(3, size, dtype=dtype)) for size, dtype in enumerate(dtypes, 1)]
+    assert gradient_norm(SGD(parameters, lr=0.1)) is None
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    expected = torch.cat([parameter.grad.double().flatten() for parameter in parameters]).norm()
+    assert float(gradient_norm(SGD(parameters, lr=0.1))) == pytest.approx(float(expected), rel=1e-6)
+
+
 def test_the_gradient_norm_counts_sparse_gradients():
     embedding = nn.Embedding(5, 2, sparse=True)
     (embedding(torch.tensor([1, 1, 3])).sum() * 2).backward()
