@@ -8,6 +8,8 @@ from typing import Any
 
 from lightning_maml_guard import plots
 from lightning_maml_guard.guard.report import StabilityReport
+from lightning_maml_guard.guard.reporting import block
+from lightning_maml_guard.theory.verdict import EDGE
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ class RateSuggestion:
                 f"  {_counted(self.trial_steps, 'step', 'steps')} tried on copies at {pair}: the loss goes from "
                 f"{self.trial[0]:.3g} to {self.trial[1]:.3g}"
             )
-        lines.append(f"The configured rates are {self.status}. {' '.join(self.reasons)}".rstrip())
+        state = "at the edge" if self.status == EDGE else self.status
+        lines.append(block(" ".join([f"The configured rates are {state}.", *self.reasons])))
         return "\n".join([*lines, *self.notes])
 
 

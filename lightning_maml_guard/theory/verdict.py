@@ -120,7 +120,8 @@ def judge(
         status = limit.status(margin, strict=name == "beta")
         statuses[name] = status
         if status == UNSAFE:
-            reasons.append(_unsafe(name, limit, margin, growth, cost, alpha_effect, alpha_note and alpha_note + " "))
+            note = alpha_note and alpha_note + " "
+            reasons.append(_unsafe(name, limit, margin, growth, cost, alpha_effect, note, statuses["alpha"] == UNSAFE))
         elif status == UNRESOLVED:
             reasons.append(_unresolved(name, limit, margin, cost, beta_note if name == "beta" else alpha_note))
     worst = UNSAFE if UNSAFE in statuses.values() else UNRESOLVED if UNRESOLVED in statuses.values() else SAFE
@@ -149,7 +150,16 @@ def _threshold(name: str, limit: Limit, margin: float) -> str:
     return f"{scaled}{name}_c = {margin * limit.critical:.3g}"
 
 
-def _unsafe(name: str, limit: Limit, margin: float, growth: float | None, cost: str, effect: str, note: str) -> str:
+def _unsafe(
+    name: str,
+    limit: Limit,
+    margin: float,
+    growth: float | None,
+    cost: str,
+    effect: str,
+    note: str,
+    alpha_unsafe: bool,
+) -> str:
     head = f"{name} = {limit.value:.3g} exceeds {_threshold(name, limit, margin)} {_source(limit, cost)}: "
     below = f"below {margin * limit.critical:.3g}"
     if name == "alpha":
@@ -165,6 +175,11 @@ def _unsafe(name: str, limit: Limit, margin: float, growth: float | None, cost: 
         grown = f"the meta update grows along the sharpest direction by {growth:.2g} a step"
     else:
         grown = "the meta update grows along the sharpest direction"
+    if alpha_unsafe:
+        return head + (
+            f"{grown}. Lower the optimizer's lr only if it exceeds beta_c at the lowered inner rate too: beta_c moves "
+            "with alpha."
+        )
     return head + f"{grown}. Lower the optimizer's lr {below}, or use action='rescale'."
 
 

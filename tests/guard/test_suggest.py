@@ -142,6 +142,9 @@ def test_what_is_printed_and_drawn():
         f"  10 steps tried on copies at alpha = 0.125 and beta = {found.beta:.3g}: the loss goes"
     )
     assert lines[4].startswith("The configured rates are unsafe. beta = 3 exceeds")
+    assert all(len(line) <= 100 for line in lines[4:])
+    at_edge = str(suggest_rates(on_quadratic(beta=1.5), loader(*batches), trial_steps=1))
+    assert "\nThe configured rates are at the edge. beta = 1.5 exceeds" in at_edge
     figure, ax = found.plot()
     said = {text.get_text() for text in ax.get_legend().get_texts()}
     assert said == {"safe region, smallest", "configured rates", "suggested rates"}

@@ -59,6 +59,16 @@ def test_an_alpha_message_says_what_happened_why_and_what_to_do():
     assert reason.endswith("Lower the inner rate (inner_lr) below 0.25, or use action='rescale'.")
 
 
+def test_the_meta_rate_waits_where_its_limit_is_that_of_an_unsafe_inner_rate():
+    reasons = judge(limit(0.3, 0.25), limit(0.2, 0.01)).reasons
+    assert "Lower the inner rate (inner_lr) below 0.25" in reasons[0]
+    assert reasons[1].endswith(
+        "Lower the optimizer's lr only if it exceeds beta_c at the lowered inner rate too: beta_c moves with alpha."
+    )
+    (reason,) = judge(limit(0.2, 0.25), limit(0.2, 0.01)).reasons
+    assert "Lower the optimizer's lr below 0.01" in reason
+
+
 def test_an_alpha_message_carries_its_note():
     (reason,) = judge(limit(0.3, 0.25), None, alpha_note="(Note.)").reasons
     assert "brings it to a minimum. (Note.) Lower the inner rate" in reason
