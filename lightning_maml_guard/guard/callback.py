@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -186,7 +187,7 @@ class ConvergenceGuard(Results, Callback):
         self._inert = False
         self._run = Run(self)
 
-    @property
+    @cached_property  # Lightning reads it six times a step, for the names of its profiler
     def state_key(self) -> str:
         """Key of the guard's state in a checkpoint; guards that differ in what they do may run side by side."""
         return self._generate_state_key(
