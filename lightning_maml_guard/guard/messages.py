@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +16,7 @@ from lightning_maml_guard.guard.caps import Caps
 from lightning_maml_guard.guard.report import StabilityReport
 from lightning_maml_guard.guard.trial import Trial
 
+_WIDTH = 100
 # Reasons are sentences; the last one of those that have a remedy is the remedy.
 _ADVICE = re.compile(r"(?<=[.)]) (?=(?:Lower|Raise|Start again)\b)")
 
@@ -128,3 +131,20 @@ def rolled_back(step: int, to: int, loss: float, caps: Caps, report: StabilityRe
         f"to step {to} and the batches since are skipped (rollback {count} of at most {bound}).\nApplied from now on: "
         f"{inner}beta = {beta:.3g}."
     )
+
+
+def block(message: str) -> str:
+    """Lay a message out for reading in a terminal.
+
+    Args:
+        message: What happened, why and what to do, a line each.
+
+    Returns:
+        The lines, wrapped; all but the first are indented.
+    """
+    first, *others = message.splitlines()
+    options: dict[str, Any] = {"width": _WIDTH, "break_long_words": False, "break_on_hyphens": False}
+    lines = textwrap.wrap(first, subsequent_indent="  ", **options)
+    for other in others:
+        lines += textwrap.wrap(other, initial_indent="  ", subsequent_indent="    ", **options)
+    return "\n".join(lines)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +11,9 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_maml_guard._lightning import DummyLogger
 from lightning_maml_guard._warnings import GuardWarning
+from lightning_maml_guard.guard.messages import block
 from lightning_maml_guard.guard.report import StabilityReport
 
-_WIDTH = 100
 _SAFE = {"safe": 1.0, "edge": 0.5, "unsafe": 0.0}
 
 
@@ -89,23 +88,6 @@ def unlogged(trainer: Any) -> Iterator[None]:
         yield
     finally:
         trainer.loggers = loggers
-
-
-def block(message: str) -> str:
-    """Lay a message out for reading in a terminal.
-
-    Args:
-        message: What happened, why and what to do, a line each.
-
-    Returns:
-        The lines, wrapped; all but the first are indented.
-    """
-    first, *others = message.splitlines()
-    options: dict[str, Any] = {"width": _WIDTH, "break_long_words": False, "break_on_hyphens": False}
-    lines = textwrap.wrap(first, subsequent_indent="  ", **options)
-    for other in others:
-        lines += textwrap.wrap(other, initial_indent="  ", subsequent_indent="    ", **options)
-    return "\n".join(lines)
 
 
 def warn(message: str) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_maml_guard import plots
+from lightning_maml_guard.guard.messages import block
 from lightning_maml_guard.guard.report import StabilityReport
-from lightning_maml_guard.guard.reporting import block
 from lightning_maml_guard.theory.verdict import EDGE
 
 

@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks.progress.rich_progress import RichProgressBarTh
 
 from lightning_maml_guard import ConvergenceGuard, GuardWarning, measure
 from lightning_maml_guard.guard.console import Gauges, styles
-from lightning_maml_guard.guard.reporting import block
+from lightning_maml_guard.guard.messages import block
 from tests.helpers import fit, linear_module, quadratic_batch
 
 BATCH = quadratic_batch([0.3, 1.0, 2.0, 4.0], target=1.0)

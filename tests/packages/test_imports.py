@@ -1,0 +1,36 @@
+"""What an import brings along, seen from fresh processes."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning_maml_guard
+
+# Callback, modules and what trains with them; everything else is mathematics.
+OF_LIGHTNING = {"ConvergenceGuard", "MetaLearning", "MetaLearningModule", "TaskDataModule", "suggest_rates"}
+HEAVY = ["pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "matplotlib"]
+HEAVY += ["pandas", "scipy", "torch._dynamo"]
+CODE = """
+import sys
+import lightning_maml_guard
+assert "torch" not in sys.modules
+from lightning_maml_guard import {names}
+import lightning_maml_guard.networks, lightning_maml_guard.tasks.regression, lightning_maml_guard.plots
+print(*(name for name in {heavy} if name in sys.modules))
+"""
+
+
+def test_the_mathematics_brings_neither_lightning_nor_what_draws():
+    pure = sorted(set(lightning_maml_guard.__all__) - OF_LIGHTNING)
+    code = CODE.format(names=", ".join(pure), heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert not done.stdout.strip()
+
+
+def test_type_checkers_and_dir_see_the_names_that_are_imported_on_first_use():
+    tree = ast.parse(Path(lightning_maml_guard.__file__).read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    told = {alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert told == set(lightning_maml_guard._HOMES) == set(lightning_maml_guard.__all__) - {"GuardWarning"}
+    assert told <= set(dir(lightning_maml_guard))
