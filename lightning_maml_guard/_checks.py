@@ -24,6 +24,18 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
+def first_line(error: BaseException) -> str:
+    """Say what an error says, in one line.
+
+    Args:
+        error: The error.
+
+    Returns:
+        The first line of its text; its type's name where it has none.
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Refuse a count that is not an integer of at least ``least``.
 

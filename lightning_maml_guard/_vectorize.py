@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from lightning_maml_guard._checks import check_count
-from lightning_maml_guard._warnings import GuardWarning, first_line
+from lightning_maml_guard._checks import check_count, first_line
+from lightning_maml_guard._warnings import GuardWarning
 
 T = TypeVar("T")
 # "all": vmapped at once; "loop": one after another; a number: vmapped so many at once.

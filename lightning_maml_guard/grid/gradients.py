@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_maml_guard._checks import first_line
 from lightning_maml_guard.curvature.backward import PrimitiveNorms
 from lightning_maml_guard.maml.gradients import task_meta_gradient
 from lightning_maml_guard.maml.inner_loop import InnerRate, Params, adapt
@@ -46,7 +47,7 @@ def vectorized() -> Iterator[None]:
             raise
         raise GridError(
             "The task loss cannot be vmapped over the runs of a grid: write it without in-place state, item() and "
-            f"branches on values. torch.func.vmap said: {str(error).strip().splitlines()[0]}"
+            f"branches on values. torch.func.vmap said: {first_line(error)}"
         ) from error
 
 

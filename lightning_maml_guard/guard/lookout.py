@@ -18,7 +18,7 @@ class Lookout:
         every_n_steps: Steps between two scheduled checks.
         budget: What they may cost. A triggered check waits after each one before it twice as long as the last time, up
             to half of ``every_n_steps``; with a share, those that would have to wait longer wait until they are paid
-            for. A check of a lost loss waits for neither.
+            for. A check of a lost loss waits no longer than that half, and for no payment.
     """
 
     def __init__(self, every_n_steps: int, budget: Budget | None = None) -> None:

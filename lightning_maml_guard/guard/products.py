@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_maml_guard._checks import first_line
 from lightning_maml_guard._vectorize import TaskMap
-from lightning_maml_guard._warnings import first_line
 from lightning_maml_guard.curvature.lanczos import start_vector
 from lightning_maml_guard.curvature.layout import Layout, Params
 from lightning_maml_guard.curvature.operators import Field, FiniteDifference, Jacobian, Operator

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from lightning_maml_guard._checks import first_line
 from lightning_maml_guard._vectorize import TaskMap
-from lightning_maml_guard._warnings import GuardWarning, first_line
+from lightning_maml_guard._warnings import GuardWarning
 from lightning_maml_guard.maml.gradients import Auxiliary, MetaGradient, averaged, meta_gradient, task_meta_gradient
 from lightning_maml_guard.maml.inner_loop import detached
 from lightning_maml_guard.maml.problem import MetaProblem

@@ -13,7 +13,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lightning_maml_guard._vectorize import TaskMap
 from lightning_maml_guard.maml.batches import explained
-from lightning_maml_guard.maml.inner_loop import InnerRate, Params, adapt
+from lightning_maml_guard.maml.inner_loop import Params, adapt, detached
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.maml.strategy import Vectorization
 
@@ -138,9 +138,7 @@ def evaluate_tasks(
         leading task dimension.
     """
     params = {name: value.detach() for name, value in problem.params.items()}
-    rates: InnerRate = problem.inner_lr
-    if isinstance(rates, dict):
-        rates = {name: value.detach() for name, value in rates.items()}
+    rates = detached(problem.inner_lr)
 
     def one(support: Any, query: Any) -> dict[str, Tensor]:
         adapted = adapt(problem.loss, params, support, rates, inner_steps)

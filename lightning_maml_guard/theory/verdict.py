@@ -120,8 +120,11 @@ def judge(
         status = limit.status(margin, strict=name == "beta")
         statuses[name] = status
         if status == UNSAFE:
-            note = alpha_note and alpha_note + " "
-            reasons.append(_unsafe(name, limit, margin, growth, cost, alpha_effect, note, statuses["alpha"] == UNSAFE))
+            head = f"{name} = {limit.value:.3g} exceeds {_threshold(name, limit, margin)} {_source(limit, cost)}: "
+            if name == "alpha":
+                reasons.append(head + _alpha_unsafe(limit, margin, alpha_effect, alpha_note))
+            else:
+                reasons.append(head + _beta_unsafe(limit, margin, growth, statuses["alpha"]))
         elif status == UNRESOLVED:
             reasons.append(_unresolved(name, limit, margin, cost, beta_note if name == "beta" else alpha_note))
     worst = UNSAFE if UNSAFE in statuses.values() else UNRESOLVED if UNRESOLVED in statuses.values() else SAFE
@@ -150,22 +153,14 @@ def _threshold(name: str, limit: Limit, margin: float) -> str:
     return f"{scaled}{name}_c = {margin * limit.critical:.3g}"
 
 
-def _unsafe(
-    name: str,
-    limit: Limit,
-    margin: float,
-    growth: float | None,
-    cost: str,
-    effect: str,
-    note: str,
-    alpha_unsafe: bool,
-) -> str:
-    head = f"{name} = {limit.value:.3g} exceeds {_threshold(name, limit, margin)} {_source(limit, cost)}: "
-    below = f"below {margin * limit.critical:.3g}"
-    if name == "alpha":
-        return head + (f"{effect} {note}Lower the inner rate (inner_lr) {below}, or use action='rescale'.")
+def _alpha_unsafe(limit: Limit, margin: float, effect: str, note: str) -> str:
+    said = f"{effect} {note}" if note else effect
+    return f"{said} Lower the inner rate (inner_lr) {_below(limit, margin)}, or use action='rescale'."
+
+
+def _beta_unsafe(limit: Limit, margin: float, growth: float | None, alpha_status: str) -> str:
     if limit.critical == 0:
-        return head + (
+        return (
             "no positive meta rate is stable while alpha exceeds alpha_c. Lower the inner rate first, or use "
             "action='rescale'."
         )
@@ -175,12 +170,16 @@ def _unsafe(
         grown = f"the meta update grows along the sharpest direction by {growth:.2g} a step"
     else:
         grown = "the meta update grows along the sharpest direction"
-    if alpha_unsafe:
-        return head + (
+    if alpha_status == UNSAFE:
+        return (
             f"{grown}. Lower the optimizer's lr only if it exceeds beta_c at the lowered inner rate too: beta_c moves "
             "with alpha."
         )
-    return head + f"{grown}. Lower the optimizer's lr {below}, or use action='rescale'."
+    return f"{grown}. Lower the optimizer's lr {_below(limit, margin)}, or use action='rescale'."
+
+
+def _below(limit: Limit, margin: float) -> str:
+    return f"below {margin * limit.critical:.3g}"
 
 
 def _unresolved(name: str, limit: Limit, margin: float, cost: str, note: str) -> str:
