@@ -89,6 +89,8 @@ def phase_diagram(
         ValueError: If another argument is not allowed, or if ``partial`` holds another grid.
 
     Example:
+        >>> import torch
+        >>> from lightning_maml_guard import MetaProblem, phase_diagram
         >>> from lightning_maml_guard.grid.optimizers import SGD
         >>> x = torch.tensor([[[1.0, 0.0], [0.0, 0.5]]])
         >>> data = x, torch.zeros(1, 2, 1)

@@ -1,6 +1,7 @@
-"""The examples in the docstrings are run."""
+"""What docstrings show runs when pasted, and public names say what they take."""
 
 import doctest
+import inspect
 import os
 import pkgutil
 from importlib import import_module
@@ -9,24 +10,24 @@ import pytest
 
 import lightning_maml_guard
 
+PUBLIC = [
+    import_module(info.name)
+    for info in pkgutil.walk_packages(lightning_maml_guard.__path__, "lightning_maml_guard.")
+    if not any(part.startswith("_") for part in info.name.split("."))
+]
+# With no names but those that the example imports: a reader pastes it.
 FOUND = [
     test
-    for info in pkgutil.walk_packages(lightning_maml_guard.__path__, "lightning_maml_guard.")
-    for test in doctest.DocTestFinder(exclude_empty=True).find(import_module(info.name))
+    for module in PUBLIC
+    for test in doctest.DocTestFinder(exclude_empty=True).find(module, globs={})
     if test.examples
 ]
+# Their examples stand with the functions that give them.
+RESULTS = {"CriticalRates", "GuardWarning", "PhaseDiagram", "RateSuggestion", "StabilityReport"}
 
 
 def test_the_main_names_have_an_example():
-    shown = {test.name.rsplit(".", 1)[-1] for test in FOUND}
-    assert {
-        "ConvergenceGuard",
-        "MetaLearningModule",
-        "critical_rates",
-        "phase_diagram",
-        "stability_limit",
-        "suggest_rates",
-    } <= shown
+    assert {test.name.rsplit(".", 1)[-1] for test in FOUND} >= set(lightning_maml_guard.__all__) - RESULTS
 
 
 @pytest.mark.parametrize("example", FOUND, ids=lambda example: example.name)
@@ -37,3 +38,28 @@ def test_an_example_does_what_it_says(example, tmp_path, monkeypatch):
     outcome = runner.run(example, out=told.append)
     assert outcome.attempted and not outcome.failed, "".join(told)
     assert not os.listdir(tmp_path)
+
+
+def described():
+    """Public functions, methods and constructors (their classes) of public modules."""
+    for module in PUBLIC:
+        for name, value in vars(module).items():
+            if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
+                continue
+            if inspect.isfunction(value) or (inspect.isclass(value) and "__init__" in vars(value)):
+                yield f"{module.__name__}.{name}", value
+            for method, function in vars(value).items() if inspect.isclass(value) else ():
+                if inspect.isfunction(function) and not method.startswith("_"):
+                    yield f"{module.__name__}.{name}.{method}", function
+
+
+# Ruff asks for docstrings and Returns and completes an Args section: that there is one, and a constructor's, is left.
+def test_a_docstring_of_several_lines_tells_of_every_argument():
+    missing, seen = [], 0
+    for name, value in described():
+        text = inspect.cleandoc(value.__doc__ or "")
+        if "\n" in text and "which lists the arguments" not in text:
+            told = {line.strip().lstrip("*").partition(":")[0] for line in text.splitlines()} | {"self", "cls"}
+            missing += [f"{name}({each})" for each in inspect.signature(value).parameters if each not in told]
+            seen += 1
+    assert not missing and seen > 200

@@ -106,9 +106,18 @@ class ConvergenceGuard(Results, Callback):
         ValueError: If an argument is not allowed.
 
     Example:
-        >>> guard = ConvergenceGuard(every_n_steps=50, action="stop")
-        >>> guard.history
-        []
+        >>> import torch
+        >>> from pytorch_lightning import Trainer
+        >>> from lightning_maml_guard import ConvergenceGuard, MetaLearningModule, TaskDataModule
+        >>> from lightning_maml_guard.networks import mlp
+        >>> from lightning_maml_guard.tasks.regression import Sinusoid
+        >>> module = MetaLearningModule(mlp(), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=100.0))
+        >>> guard = ConvergenceGuard(every_n_steps=5, action="log")
+        >>> quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        >>> trainer = Trainer(max_steps=10, accelerator="cpu", callbacks=[guard], logger=False, **quiet)
+        >>> trainer.fit(module, TaskDataModule(Sinusoid(), val_episodes=0))
+        >>> guard.history[0].status
+        'unsafe'
     """
 
     def __init__(

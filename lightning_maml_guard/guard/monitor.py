@@ -72,6 +72,16 @@ def measure(
             something else.
         ValueError: If another argument is not allowed.
         BatchError: If the network or the loss can't take the problem's data.
+
+    Example:
+        >>> import torch
+        >>> from lightning_maml_guard import MetaProblem, measure
+        >>> data = torch.tensor([[[1.0, 0.0], [0.0, 0.5]]]), torch.zeros(1, 2, 1)
+        >>> loss = lambda params, task: ((task[0] @ params["w"] - task[1]) ** 2).sum()
+        >>> problem = MetaProblem({"w": torch.ones(2, 1)}, loss, data, data, inner_lr=0.1, order="simplified")
+        >>> report = measure(problem, beta=2.0)
+        >>> round(report.alpha_c, 3), round(report.beta_c, 3), report.status
+        (0.5, 1.25, 'unsafe')
     """
     if not isinstance(problem, (MetaProblem, PlainProblem)):
         raise TypeError(

@@ -84,12 +84,15 @@ def suggest_rates(
             manual optimisation without a problem.
 
     Example:
+        >>> import torch
         >>> from lightning_maml_guard import MetaLearningModule, TaskDataModule, suggest_rates
         >>> from lightning_maml_guard.networks import mlp
         >>> from lightning_maml_guard.tasks.regression import Sinusoid
         >>> sgd = lambda parameters: torch.optim.SGD(parameters, lr=1.0)
         >>> found = suggest_rates(MetaLearningModule(mlp(), optimizer=sgd), TaskDataModule(Sinusoid()))
         >>> alpha, beta = found.suggestion()
+        >>> 0 < alpha < found.alpha_c, 0 < beta < found.beta_c
+        (True, True)
     """
     check_count("batches", batches)
     check_count("trial_steps", trial_steps, 0)

@@ -71,8 +71,13 @@ class MetaLearning(EpisodeHooks, _Base):
 
     Example:
         >>> from pytorch_lightning import LightningModule
+        >>> from lightning_maml_guard import MetaLearning
+        >>> from lightning_maml_guard.networks import mlp
         >>> class Mine(MetaLearning, LightningModule):
-        ...     pass
+        ...     def on_train_epoch_end(self):
+        ...         self.log("epochs", 1.0, reduce_fx="sum")
+        >>> Mine(mlp(), inner_lr=0.02).hparams.inner_lr
+        0.02
     """
 
     _package_was_chosen = False

@@ -46,6 +46,7 @@ class MetaLearningModule(MetaLearning, LightningModule):
 
     Example:
         >>> import torch
+        >>> from lightning_maml_guard import MetaLearningModule
         >>> from lightning_maml_guard.networks import mlp
         >>> module = MetaLearningModule(mlp(), inner_lr=0.01, order="exact")
         >>> module.meta_problem(((torch.zeros(4, 10, 1),) * 2,) * 2).tasks

@@ -37,6 +37,18 @@ class MetaProblem:
     Raises:
         TypeError: If the params or rates are not a dict of tensors or the loss is not callable.
         ValueError: If a rate, the order, the number of steps or the data's shapes are not allowed.
+
+    Example:
+        >>> import torch
+        >>> from lightning_maml_guard import MetaProblem
+        >>> net = torch.nn.Linear(3, 1)
+        >>> def task_loss(params, data):
+        ...     x, y = data
+        ...     return ((torch.func.functional_call(net, params, (x,)) - y) ** 2).mean()
+        >>> data = torch.randn(4, 10, 3), torch.randn(4, 10, 1)  # 4 tasks of 10 points
+        >>> problem = MetaProblem(dict(net.named_parameters()), task_loss, support=data, query=data, inner_lr=0.01)
+        >>> problem.tasks
+        4
     """
 
     params: dict[str, Tensor]

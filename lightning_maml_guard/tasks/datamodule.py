@@ -124,6 +124,14 @@ class TaskDataModule(LightningDataModule):
     Raises:
         TypeError: If ``tasks`` is not a family of tasks.
         ValueError: If a number is out of its range.
+
+    Example:
+        >>> from lightning_maml_guard import TaskDataModule
+        >>> from lightning_maml_guard.tasks.regression import Sinusoid
+        >>> data = TaskDataModule(Sinusoid(shots=5, queries=10), meta_batch_size=8)
+        >>> batch = next(iter(data.train_dataloader()))
+        >>> batch.support[0].shape, batch.query[0].shape
+        (torch.Size([8, 5, 1]), torch.Size([8, 10, 1]))
     """
 
     def __init__(

@@ -20,6 +20,14 @@ class EpisodeBatch(NamedTuple):
     Attributes:
         support: ``(x, y)`` with shapes ``(tasks, shots, ...)``: what the inner loop descends on.
         query: ``(x, y)`` with shapes ``(tasks, queries, ...)``: what the meta loss is computed on.
+
+    Example:
+        >>> import torch
+        >>> from lightning_maml_guard import EpisodeBatch
+        >>> x, y = torch.randn(4, 15, 3), torch.randn(4, 15, 1)  # 4 tasks of 15 points
+        >>> batch = EpisodeBatch(support=(x[:, :5], y[:, :5]), query=(x[:, 5:], y[:, 5:]))
+        >>> batch.query[0].shape
+        torch.Size([4, 10, 3])
     """
 
     support: Any

@@ -90,6 +90,7 @@ def critical_rates(
             the order or the number of steps is unknown.
 
     Example:
+        >>> from lightning_maml_guard import critical_rates
         >>> rates = critical_rates([0.3, 1.0, 2.0, 4.0], alpha=0.1)
         >>> rates.alpha_c, round(rates.beta_c, 4)
         (0.25, 0.8333)

@@ -130,6 +130,7 @@ def stability_limit(optimizer: Optimizer) -> float:
 
     Example:
         >>> import torch
+        >>> from lightning_maml_guard import stability_limit
         >>> weight = torch.nn.Parameter(torch.zeros(1))
         >>> stability_limit(torch.optim.SGD([weight], lr=0.1))
         2.0
