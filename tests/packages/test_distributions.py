@@ -1,0 +1,85 @@
+"""What is built: a wheel with the package and nothing else, an sdist whose tests find what they need."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email import message_from_bytes
+
+import pytest
+import yaml
+
+import lightning_maml_guard
+from tests.test_readme import ROOT
+
+STRAY = [
+    "lightning_maml_guard/__pycache__/cli.cpython-311.pyc",
+    "lightning_maml_guard/runs/sinusoid/version_0/metrics.csv",
+    "examples/runs/last.ckpt",
+    "examples/.ipynb_checkpoints/tutorial-checkpoint.ipynb",
+    "examples/lightning_logs/version_0/hparams.yaml",
+    "tests/.lmg_cache/omniglot.npy",
+    "tests/omniglot.npz",
+    "notes.txt",
+    "data/omniglot.npz",
+    ".venv/bin/python",
+]
+LEFT_OUT = shutil.ignore_patterns(
+    ".git", ".venv*", "__pycache__", "runs", ".*_cache", ".hypothesis", "*.egg-info", "data"
+)
+AT_TOP = {"CHANGELOG.md", "CITATION.cff", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml", ".gitignore"}
+FILES = re.compile(
+    r"lightning_maml_guard/(\w+/)*\w+\.(py|yaml|css|typed)|examples/\w+\.(py|png|ipynb)|tests/(\w+/)*\w+\.py"
+    r"|tests/constraints(-\w+)?\.txt|tests/resume/\w+\.json|\.ci/\w+|\.github/workflows/\w+\.yml"
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The two archives, made from a copy of the checkout with strays in it."""
+    folder = tmp_path_factory.mktemp("built")
+    shutil.copytree(ROOT, folder / "checkout", ignore=LEFT_OUT)
+    for name in STRAY:
+        path = folder / "checkout" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("astray")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, folder / "checkout"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+    return wheel, sdist
+
+
+def checkout(*folders):
+    """The files in these folders that are no strays."""
+    found = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()}
+    return {name for name in found if FILES.fullmatch(name)}
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(built):
+    archive = zipfile.ZipFile(built[0])
+    names = set(archive.namelist())
+    metadata = {name for name in names if ".dist-info/" in name}
+    assert names - metadata == checkout("lightning_maml_guard")
+    assert {"lightning_maml_guard/py.typed", "lightning_maml_guard/guard/page.css"} <= names
+    assert {name.partition(".dist-info/")[2] for name in metadata} == {
+        "METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE",
+    }  # fmt: skip
+    (told,) = [archive.read(name) for name in metadata if name.endswith("METADATA")]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    versions = {message_from_bytes(told)["Version"], citation["version"], lightning_maml_guard.__version__}
+    assert len(versions) == 1
+
+
+def test_the_sdist_holds_what_its_tests_need_and_nothing_else(built):
+    with tarfile.open(built[1]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert names == AT_TOP | checkout("lightning_maml_guard", "examples", "tests", ".ci", ".github")
+
+
+def test_the_workflow_runs_scripts_that_exist():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    commands = workflow["jobs"]["tests"]["strategy"]["matrix"]["command"]
+    assert {command.split()[0] for command in commands} == checkout(".ci")
