@@ -36,13 +36,12 @@ def left(report: StabilityReport, action: str, step: int, caps: Caps) -> str:
     alpha, beta = caps.applied(report.alpha, report.beta)
     inner = "" if math.isnan(alpha) else f"alpha = {alpha:.3g}, "
     effect = {
+        "warn": ["Or let the guard do it: ConvergenceGuard(action='rescale')."],
         "stop": ["Training stops after this step (action='stop')."],
         "rescale": [f"Applied from now on: {inner}beta = {beta:.3g} (action='rescale')."],
     }.get(action, [])
     why, do = [], []
     for reason in report.reasons:
-        if action != "warn":
-            reason = reason.replace(", or use action='rescale'", "")
         cause, *advice = _ADVICE.split(reason, maxsplit=1)
         why.append(f"Why: {cause}")
         do += [f"To do: {each}" for each in advice]
@@ -77,8 +76,7 @@ def tried(trial: Trial, reference: float, alpha: float, beta: float, explained: 
     if explained:
         return said
     return said + (
-        " The curvature at this point alone does not explain it: it changes along the way. Lower the optimizer's lr, "
-        "or use action='rescale'."
+        " The curvature at this point alone does not explain it: it changes along the way. Lower the optimizer's lr."
     )
 
 

@@ -65,9 +65,8 @@ def page(guard: Results) -> str:
     """
     history = guard.history
     body = [_head(guard), *_pictures(guard)] if history else [_head(guard), "<p>No check was made yet.</p>"]
-    action = guard.settings()["action"]
     happened = events(history, guard._run.course.events)
-    body += [_happened(happened, action), _last(history, action), _configuration(guard), _versions()]
+    body += [_happened(happened), _last(history), _configuration(guard), _versions()]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -140,7 +139,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -
     return f'<div class="scroll"><table class="{kind}">{heading}<tbody>\n{inner}\n</tbody></table></div>'
 
 
-def _happened(happened: Sequence[Event], action: str) -> str:
+def _happened(happened: Sequence[Event]) -> str:
     if not happened:
         return _section("What happened", "<p>Nothing: no change of state, no cap, no rollback.</p>")
     left_out = len(happened) - _SHOWN
@@ -150,18 +149,14 @@ def _happened(happened: Sequence[Event], action: str) -> str:
             "" if each.step < 0 else str(each.step),
             _badge(each.kind) if each.kind in _WORDS else escape(each.kind),
             escape(each.what),
-            escape(_fitting(each.why, action)),
+            escape(each.why),
         ]
         for each in happened[-_SHOWN:]
     ]
     return _section("What happened", note + _table(["step", "event", "what", "why"], rows, "events"))
 
 
-def _fitting(reason: str, action: str) -> str:
-    return reason.replace(", or use action='rescale'", "") if action == "rescale" else reason
-
-
-def _last(history: Sequence[StabilityReport], action: str) -> str:
+def _last(history: Sequence[StabilityReport]) -> str:
     if not history:
         return ""
     report = history[-1]
@@ -187,7 +182,7 @@ def _last(history: Sequence[StabilityReport], action: str) -> str:
         known = low_high is not None and not any(math.isnan(end) for end in low_high)
         interval = f"{low_high[0]:.4g} to {low_high[1]:.4g}" if known and low_high is not None else ""
         rows.append([f"<code>{name}</code>", f"{value:.4g}", interval])
-    reasons = "".join(f"<p>{escape(_fitting(reason, action))}</p>" for reason in report.reasons)
+    reasons = "".join(f"<p>{escape(reason)}</p>" for reason in report.reasons)
     return _section("The last check", reasons + _table(["", "value", "interval"], rows, "numbers"))
 
 

@@ -155,15 +155,12 @@ def _threshold(name: str, limit: Limit, margin: float) -> str:
 
 def _alpha_unsafe(limit: Limit, margin: float, effect: str, note: str) -> str:
     said = f"{effect} {note}" if note else effect
-    return f"{said} Lower the inner rate (inner_lr) {_below(limit, margin)}, or use action='rescale'."
+    return f"{said} Lower the inner rate (inner_lr) {_below(limit, margin)}."
 
 
 def _beta_unsafe(limit: Limit, margin: float, growth: float | None, alpha_status: str) -> str:
     if limit.critical == 0:
-        return (
-            "no positive meta rate is stable while alpha exceeds alpha_c. Lower the inner rate first, or use "
-            "action='rescale'."
-        )
+        return "no positive meta rate is stable while alpha exceeds alpha_c. Lower the inner rate first."
     if limit.value <= limit.critical:
         grown = "the meta update is nearer to its limit than the margin allows"
     elif growth is not None and growth > 1:
@@ -175,7 +172,7 @@ def _beta_unsafe(limit: Limit, margin: float, growth: float | None, alpha_status
             f"{grown}. Lower the optimizer's lr only if it exceeds beta_c at the lowered inner rate too: beta_c moves "
             "with alpha."
         )
-    return f"{grown}. Lower the optimizer's lr {_below(limit, margin)}, or use action='rescale'."
+    return f"{grown}. Lower the optimizer's lr {_below(limit, margin)}."
 
 
 def _below(limit: Limit, margin: float) -> str:

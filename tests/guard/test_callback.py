@@ -48,7 +48,9 @@ def test_warn_warns_once_a_crossing_with_the_numbers_and_the_remedy():
     assert len(messages) == 1
     assert "left the safe region at step 0. Why: beta = 1.5 exceeds beta_c = 0.625" in messages[0]
     assert "grows along the sharpest direction by 3.8 a step. Why: The coming 10 steps, tried on copies" in messages[0]
-    assert messages[0].endswith("To do: Lower the optimizer's lr below 0.625, or use action='rescale'.")
+    assert messages[0].endswith(
+        "To do: Lower the optimizer's lr below 0.625. Or let the guard do it: ConvergenceGuard(action='rescale')."
+    )
     assert [report.step for report in guard.history] == [0, 2, 4, 6, 8, 10]
 
 
