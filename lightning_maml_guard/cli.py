@@ -186,6 +186,10 @@ def _test(cli: GuardCLI) -> None:
     cli.trainer.test(cli.model, datamodule=cli.datamodule, **_checkpoint(cli))
 
 
+# What suggest follows of the run it measures for.
+_FOLLOWED = ("accelerator", "precision", "gradient_clip_val", "gradient_clip_algorithm")
+
+
 def _suggest(cli: GuardCLI, task: str, batches: int, margin: float) -> None:
     """Measure before training, and suggest learning rates at --margin M (default 0.5) times their critical values,
     over --batches N (default 4) training batches; --guard.NAME options say how to measure.
@@ -198,7 +202,7 @@ def _suggest(cli: GuardCLI, task: str, batches: int, margin: float) -> None:
         cli.datamodule,
         batches=batches,
         margin=margin,
-        accelerator=cli.config["trainer"]["accelerator"],
+        **{name: cli.config["trainer"][name] for name in _FOLLOWED},
         **options,
     )
     print(found)

@@ -96,6 +96,19 @@ def test_one_yaml_serves_the_other_commands(capsys, elsewhere):
     assert main(["suggest", "--config=own.yaml", "--batches=1"]).suggestion.beta > 0
 
 
+def test_suggest_follows_the_trainer(monkeypatch):
+    asked = []
+    original = cli.suggest_rates
+    monkeypatch.setattr(
+        cli, "suggest_rates", lambda *args, **options: asked.append(options) or original(*args, **options)
+    )
+    command = ["suggest", *words_of("linear"), "--batches=1"]
+    single = main(command).suggestion
+    double = main([*command, "--trainer.precision=64-true", "--trainer.gradient_clip_val=0.5"]).suggestion
+    assert double.alpha_c == pytest.approx(single.alpha_c, rel=1e-4) and double.alpha_c != single.alpha_c
+    assert [options["gradient_clip_val"] for options in asked] == [None, 0.5]
+
+
 def test_what_fit_suggests_is_what_fit_takes():
     words = words_of("linear")
     found = main(["suggest", *words, "--batches=1"]).suggestion

@@ -38,6 +38,9 @@ def suggest_rates(
     trial_steps: int = 10,
     alarm: float = 3.0,
     accelerator: str = "auto",
+    precision: str | int | None = None,
+    gradient_clip_val: float | None = None,
+    gradient_clip_algorithm: str | None = None,
 ) -> RateSuggestion:
     """Measure the critical rates before training, and suggest a pair inside them.
 
@@ -74,6 +77,10 @@ def suggest_rates(
         trial_steps: Steps a trial takes; 0 for none.
         alarm: Factor over the loss at the start that counts as dying, above 1.
         accelerator: Lightning's name of the accelerator.
+        precision: The run's, as its Trainer takes it.
+        gradient_clip_val: The run's, as its Trainer takes it; the trial clips with it. The limits are those of
+            unclipped gradients, and those of a single batch where the run accumulates several.
+        gradient_clip_algorithm: The run's, as its Trainer takes it.
 
     Returns:
         The suggestion, with ``.suggestion()``, ``.plot()`` and a readable ``str``.
@@ -122,6 +129,9 @@ def suggest_rates(
             max_epochs=1,
             accelerator=accelerator,
             devices=1,
+            precision=precision,
+            gradient_clip_val=gradient_clip_val,
+            gradient_clip_algorithm=gradient_clip_algorithm,
             callbacks=[start],
             limit_val_batches=0,
             num_sanity_val_steps=0,

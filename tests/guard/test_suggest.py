@@ -103,6 +103,19 @@ def test_a_meta_rate_whose_trial_dies_is_halved_and_said_so():
     assert suggest_rates(Wells(), loader(torch.zeros(1)), trial_steps=0).beta == 0.5 * found.beta_c
 
 
+@pytest.mark.parametrize("algorithm", [None, "value"])
+def test_the_trial_clips_as_the_run_does(algorithm):
+    found = suggest_rates(Wells(), loader(torch.zeros(1)), gradient_clip_val=0.01, gradient_clip_algorithm=algorithm)
+    assert not found.notes and found.beta == 0.5 * found.beta_c
+
+
+def test_the_runs_precision_is_kept():
+    found = suggest_rates(Wells(), loader(torch.zeros(1)), precision="64-true")
+    single = suggest_rates(Wells(), loader(torch.zeros(1)))
+    limit = 2 / (12 * float(torch.tensor(0.6)) ** 2 - 4)
+    assert found.beta_c == pytest.approx(limit, rel=1e-12) and single.beta_c != found.beta_c
+
+
 def test_unsafe_rates_get_the_guards_own_verdict():
     module = on_quadratic(beta=3.0)
     found = suggest_rates(module, loader(quadratic_batch(list(VALUES))))
