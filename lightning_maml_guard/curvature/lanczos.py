@@ -191,7 +191,14 @@ def _expand(matvec: Matvec, known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # Twice is enough (Kahan, Parlett): the second pass removes what rounding left of the first.
     product = product - ((known * product).sum(-1, keepdim=True) * known).sum(0)
     norm = torch.linalg.vector_norm(product, dim=-1)
-    return coefficients, norm, product / norm.clamp(min=torch.finfo(norm.dtype).tiny).unsqueeze(-1)
+    # The squares of a rest as small as a dead network's underflow: divided by that norm it would be of any length.
+    tiny = torch.finfo(norm.dtype).tiny
+    small = norm < tiny**0.5
+    largest = product.abs().amax(-1, keepdim=True).clamp(min=tiny)
+    length = torch.linalg.vector_norm(product / largest, dim=-1)
+    exactly = product / largest / length.clamp(min=tiny).unsqueeze(-1)
+    direction = torch.where(small.unsqueeze(-1), exactly, product / norm.clamp(min=tiny**0.5).unsqueeze(-1))
+    return coefficients, torch.where(small, largest.squeeze(-1) * length, norm), direction
 
 
 def _to_host(

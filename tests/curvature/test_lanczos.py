@@ -72,6 +72,20 @@ def test_the_zero_matrix_has_the_ritz_value_zero():
     assert result.runs[0].diagonal == (0.0,) and result.converged
 
 
+@pytest.mark.parametrize("exponent", [-17, -20, -23, -30, -33, -36])
+def test_a_nearly_dead_matrix_is_measured_and_leaves_its_batch_alone(exponent):
+    # In float32 the squares of what is left of its products are 0, and their norm with them.
+    generator = torch.Generator().manual_seed(0)
+    full, low = torch.randn(200, 200, generator=generator), torch.randn(200, 3, generator=generator)
+    both = torch.stack([full + full.T, 10.0**exponent * low @ low.T])
+    start = torch.randn(200, generator=generator).expand(2, -1)
+    found = lanczos(lambda vectors: torch.einsum("bij,bj->bi", both, vectors), start, max_iter=20)
+    alone = lanczos(lambda vector: both[0] @ vector, start[0], max_iter=20)
+    assert ritz_values(*found.runs[0])[0][-1] == pytest.approx(ritz_values(*alone.runs[0])[0][-1], rel=1e-4)
+    lambda_max = float(torch.linalg.eigvalsh(both[1].double())[-1])
+    assert ritz_values(*found.runs[1])[0][-1] == pytest.approx(lambda_max, rel=1e-3)
+
+
 def test_a_batch_equals_its_matrices_one_by_one():
     matrices = torch.stack([matrix_of(np.linspace(0, k, 15), seed=k) for k in (1, 2, 3)])
     start = start_vector((3, 15), matrices)
