@@ -14,7 +14,7 @@ def main(steps: int = 500) -> ConvergenceGuard:
     module = MetaLearningModule(mlp(), inner_lr=0.01, optimizer=lambda parameters: SGD(parameters, lr=1.0))
     episodes = TaskDataModule(Sinusoid(shots=10), meta_batch_size=25, val_episodes=0)
 
-    guard = ConvergenceGuard(every_n_steps=10, action="rescale")  # added
+    guard = ConvergenceGuard(every_n_steps=10, action="rescale", margin=0.5)  # added
     trainer = Trainer(
         max_steps=steps,
         callbacks=[guard],  # added
@@ -25,6 +25,7 @@ def main(steps: int = 500) -> ConvergenceGuard:
 
     last = guard.history[-1]
     print(f"beta = {last.beta:.3g} was applied as {last.beta_applied:.3g}; beta_c = {last.beta_c:.3g}")
+    print(f"training loss: {float(trainer.callback_metrics['train/loss']):.3g}")
     guard.plot()[0].savefig("safe_region.png", dpi=150)
     return guard
 

@@ -52,7 +52,8 @@ A command before the task word does one thing:
 
 {_summaries()}
 
---print_config prints the configuration as YAML, which --config OWN.yaml reads back, under any command.
+--print_config prints the configuration as YAML, which --config OWN.yaml reads back, under every command but
+phase-diagram.
 omniglot is a first look of 300 steps; omniglot_5way, omniglot_20way, miniimagenet (1 shot) and miniimagenet_5shot
 follow the published settings (Finn et al. 2017: 60,000 steps, for a GPU). Image data is read from $LMG_DATA.
 """

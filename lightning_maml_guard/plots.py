@@ -17,17 +17,22 @@ if TYPE_CHECKING:
     from lightning_maml_guard.guard.report import StabilityReport
 
 
-def safe_region(reports: Sequence[StabilityReport], ax: Axes | None = None) -> tuple[Any, Any]:
+def safe_region(
+    reports: Sequence[StabilityReport], ax: Axes | None = None, *, rates: Sequence[float] = ()
+) -> tuple[Any, Any]:
     """Draw the safe region ``alpha <= alpha_c, beta < beta_c(alpha)`` with the path of the rates in it.
 
     The last measured region is filled; the borders of earlier checks show how it moved, coloured by step.
     The curve is the poster's ``beta_c(alpha)`` scaled to the optimizer at hand, so that it passes through
-    the ``beta_c`` that was measured; checks that could not measure one are left out if others could. Rates
-    that a guard capped are joined to what was applied.
+    the ``beta_c`` that was measured; checks that could not measure one are left out if others could. With
+    ``criterion="exact"`` the curve holds at the measured ``alpha``: beyond it, where exact MAML's ``beta_c`` may fall
+    instead, it is dashed and nothing is filled. Where no meta rate was measured (Adam before its first step), the curve
+    is plain SGD's and says so. Rates that a guard capped are joined to what was applied.
 
     Args:
         reports: Reports of the checks, oldest first.
         ax: Axes to draw on (default: a new figure).
+        rates: Meta rates that the axis reaches too.
 
     Returns:
         ``(fig, ax)``.
@@ -68,23 +73,26 @@ def safe_region(reports: Sequence[StabilityReport], ax: Axes | None = None) -> t
     low = min([low, *(r.alpha_c for r in shown)]) / 30
     curves = {id(report): _border(report, low) for report in shown}
     betas = [beta for _, curve in curves.values() for beta in curve if math.isfinite(beta)]
-    rates = [rate for r in measured for rate in (r.beta, r.beta_applied) if math.isfinite(rate) and rate > 0]
-    floor, ceiling = min(rates + betas) / 3, max(rates + betas) * 3
+    reached = [*rates, *betas, *(rate for r in measured for rate in (r.beta, r.beta_applied))]
+    reached = [rate for rate in reached if math.isfinite(rate) and rate > 0]
+    floor, ceiling = min(reached) / 3, max(reached) * 3
     for report in shown:
         alphas, curve = curves[id(report)]
         last = report is shown[-1]
         colour = colours(norm(steps[measured.index(report)]))
-        ax.plot(
-            [*alphas, alphas[-1]],
-            [*curve, floor],
-            color=colour,
-            linewidth=2.2 if last else 1.0,
-            zorder=3 if last else 2,
-        )
+        line: dict[str, Any] = {"color": colour, "linewidth": 2.2 if last else 1.0, "zorder": 3 if last else 2}
+        held = sum(alpha <= report.safe_alpha for alpha in alphas) if report.criterion == "exact" else len(alphas)
+        outline = [*alphas, alphas[-1]], [*curve, floor]
+        if held < len(alphas):
+            ax.plot(alphas[:held], curve[:held], **line)
+            outline = outline[0][max(held - 1, 0) :], outline[1][max(held - 1, 0) :]
+            line |= {"linestyle": (0, (2, 2)), "label": r"poster's curve beyond the measured $\alpha$"}
+        if held == len(alphas) or last:
+            ax.plot(*outline, **line)
         if last:
-            ax.fill_between(
-                alphas, floor, curve, color=colour, alpha=0.18, linewidth=0, label="safe region, last check"
-            )
+            name = "safe region" if math.isfinite(report.safe_beta_c) else "plain SGD's safe region"
+            filled: dict[str, Any] = {"color": colour, "alpha": 0.18, "linewidth": 0, "label": f"{name}, last check"}
+            ax.fill_between(alphas[:held], floor, curve[:held], **filled)
     drawn = [(r, step) for r, step in zip(measured, steps, strict=True) if math.isfinite(r.beta) and r.beta != 0]
     capped = [(r, step) for r, step in drawn if (r.alpha_applied, r.beta_applied) != (r.alpha, r.beta)]
     joined = [[(r.alpha, r.beta), (r.alpha_applied, r.beta_applied)] for r, _ in capped]
@@ -108,7 +116,7 @@ def safe_region(reports: Sequence[StabilityReport], ax: Axes | None = None) -> t
         title="Safe region of the learning rates",
     )
     ax.set_ylim(floor, ceiling)
-    ax.legend(loc="lower left", frameon=True, framealpha=0.9)
+    ax.legend(loc="best", frameon=True, framealpha=0.9)
     figure.colorbar(mpl.cm.ScalarMappable(norm, colours), ax=ax, label="training step of the check")
     return figure, ax
 
@@ -271,6 +279,8 @@ def _border(report: StabilityReport, low: float, points: int = 160) -> tuple[lis
     at_safe = report.spectrum.rates(min(report.safe_alpha / stretch, known.alpha_c), report.inner_steps).beta_c
     lift = report.safe_beta_c / at_safe if math.isfinite(report.safe_beta_c) else 1.0
     alphas = [low * (report.alpha_c / low) ** (i / (points - 1)) for i in range(points)]
+    if report.criterion == "exact" and low < report.safe_alpha < report.alpha_c:
+        alphas = sorted([*alphas, report.safe_alpha])  # the solid part ends there
     return alphas, [
         lift * report.spectrum.rates(min(a / stretch, known.alpha_c), report.inner_steps).beta_c for a in alphas
     ]

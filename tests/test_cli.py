@@ -185,6 +185,8 @@ def test_the_quickstart_tells_which_rate_to_lower(capsys):
     module = runpy.run_path(str(EXAMPLES / "quickstart.py"))
     with guard_warns("Lower the optimizer's lr below"):
         guard = module["main"](steps=60)
-    assert min(report.beta_applied for report in guard.history) < 0.3
+    assert max(report.beta_applied for report in guard.history) < 0.3
+    # A network whose units died has the curvature of its last bias alone, 2, and is "safe" at any rate below 1.
+    assert min(report.lambda_max for report in guard.history) > 3
     assert Path("safe_region.png").stat().st_size > 10_000
     assert "beta = 1 was applied as" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import torch
 
 from lightning_maml_guard.guard.caps import Caps, Try, lowered, raised
 from lightning_maml_guard.guard.course import Course, Turn
-from lightning_maml_guard.guard.messages import left, rolled_back
+from lightning_maml_guard.guard.messages import left, returned, rolled_back
 from lightning_maml_guard.guard.report import StabilityReport
 from lightning_maml_guard.guard.reporting import inform, logger_step, warn
 from lightning_maml_guard.guard.rescue import Rescue, critical_caps, reaches_alpha
@@ -91,7 +91,7 @@ class Intervention:
         if self.action == "rescale":
             self.rescue.apply(module, caps)
         if turn.returned and self.action != "log":
-            inform(f"ConvergenceGuard: step {step}: the rates are back in the safe region.")
+            inform(f"ConvergenceGuard: step {step}: {returned(report, turn.state, caps)}")
         if turn.entered and self.action != "log" and not taken_back:
             warn(left(report, self.action, step, caps))
         if turn.state == UNSAFE and self.action == "stop":

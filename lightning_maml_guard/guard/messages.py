@@ -15,6 +15,7 @@ from lightning_maml_guard.curvature.ranks import SharedError
 from lightning_maml_guard.guard.caps import Caps
 from lightning_maml_guard.guard.report import StabilityReport
 from lightning_maml_guard.guard.trial import Trial
+from lightning_maml_guard.theory.verdict import SAFE
 
 _WIDTH = 100
 # Reasons are sentences; the last one of those that have a remedy is the remedy.
@@ -47,6 +48,25 @@ def left(report: StabilityReport, action: str, step: int, caps: Caps) -> str:
         do += [f"To do: {each}" for each in advice]
     head = f"ConvergenceGuard: the learning rates left the safe region at step {step}."
     return "\n".join([head, *why, *dict.fromkeys(do), *effect])
+
+
+def returned(report: StabilityReport, state: str, caps: Caps) -> str:
+    """Say that the rates are not unsafe any more.
+
+    Args:
+        report: The report that says so.
+        state: The state after it.
+        caps: The caps from now on.
+
+    Returns:
+        The message.
+    """
+    if state == SAFE:
+        return "the rates are back in the safe region."
+    beta = caps.applied(report.alpha, report.beta)[1]
+    if beta < report.beta:
+        return f"the coming steps survive at the applied beta = {beta:.3g} (configured: {report.beta:.3g})."
+    return "the coming steps survive again, at the edge of stability."
 
 
 def tried(trial: Trial, reference: float, alpha: float, beta: float, explained: bool) -> str:

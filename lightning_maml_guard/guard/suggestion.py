@@ -87,17 +87,13 @@ class RateSuggestion:
         # Without their meta rate: what is marked are the configured and the suggested pair, not the mixture measured.
         measured = [replace(report, beta=math.nan, beta_applied=math.nan) for report in self.suggested_reports]
         measured.sort(key=lambda report: -_reach(report))
-        figure, axes = plots.safe_region(measured, ax)
+        figure, axes = plots.safe_region(measured, ax, rates=[self.beta, self.configured_beta])
         figure.axes[-1].set(ylabel="batch", yticks=range(len(measured)))
         for part in axes.collections:
-            if part.get_label() == "safe region, last check":
-                part.set_label("safe region, smallest")
+            part.set_label(str(part.get_label()).replace(", last check", ", smallest"))
         beta, name = self.beta, "suggested rates"
         if math.isnan(beta):
             beta, name = self.configured_beta, "suggested alpha, configured beta"
-        low, high = axes.get_ylim()
-        pairs = [rate for rate in (beta, self.configured_beta) if rate > 0]
-        axes.set_ylim(min([low, *(rate / 3 for rate in pairs)]), max([high, *(3 * rate for rate in pairs)]))
         marks = {"edgecolors": "black", "linewidths": 0.6, "zorder": 7}
         axes.scatter(self.configured_alpha, self.configured_beta, color="0.6", s=36, **marks)
         axes.scatter(self.alpha, beta, marker="*", s=180, color="#D55E00", label=name, **marks)

@@ -20,6 +20,8 @@ from lightning_maml_guard._lightning import (
     MisconfigurationException,
     Trainer,
 )
+from lightning_maml_guard.guard.caps import Caps
+from lightning_maml_guard.guard.messages import returned
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.regression import Sinusoid
 from tests.helpers import QUIET, fit, guard_warns, linear_module, one_line, quadratic_batch
@@ -67,6 +69,18 @@ def test_warn_speaks_again_only_after_a_return(caplog):
     assert [report.status for report in guard.history].count("unsafe") == 4
     assert len([w for w in caught if w.category is GuardWarning]) == 2
     assert sum("back in the safe region" in record.message for record in caplog.records) == 2
+
+
+def test_of_a_return_only_what_is_true_is_said(caplog):
+    guard = ConvergenceGuard(every_n_steps=1, action="rescale")
+    with pytest.warns(GuardWarning), caplog.at_level("INFO"):
+        fit(module_at(beta=1.5), BATCH, 6, [guard])
+    (said,) = [record.message for record in caplog.records if "ConvergenceGuard: step" in record.message]
+    report = guard.history[0]
+    applied = f"{guard.history[1].beta_applied:.3g}"
+    assert said.endswith(f"the coming steps survive at the applied beta = {applied} (configured: 1.5).")
+    assert returned(report, "safe", Caps()) == "the rates are back in the safe region."
+    assert returned(report, "edge", Caps()) == "the coming steps survive again, at the edge of stability."
 
 
 def test_safe_runs_hear_nothing():

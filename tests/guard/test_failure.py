@@ -158,7 +158,7 @@ def watched(monkeypatch):
     return watch
 
 
-QUICK, ALL = 25, pytest.param(1, marks=pytest.mark.slow)
+QUICK, ALL = 50, pytest.param(1, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("every", [QUICK, ALL])

@@ -50,7 +50,7 @@ def guards_view(batch, alpha, beta=0.1):
     return guard.history[0]
 
 
-@pytest.mark.parametrize("fraction", [0.1, *(pytest.param(each, marks=pytest.mark.slow) for each in (0.5, 0.9)), 0.99])
+@pytest.mark.parametrize("fraction", [0.1, *(pytest.param(each, marks=pytest.mark.slow) for each in (0.5, 0.9, 0.99))])
 def test_the_largest_convergent_beta_is_the_guards_beta_c(fraction):
     batch = linear_task()
     alpha = fraction * guards_view(batch, 0.01).alpha_c

@@ -160,12 +160,16 @@ def test_what_is_printed_and_drawn():
     assert "\nThe configured rates are at the edge. beta = 1.5 exceeds" in at_edge
     figure, ax = found.plot()
     said = {text.get_text() for text in ax.get_legend().get_texts()}
-    assert said == {"safe region, smallest", "configured rates", "suggested rates"}
+    beyond = "poster's curve beyond the measured $\\alpha$"
+    assert said == {"safe region, smallest", beyond, "configured rates", "suggested rates"}
+    (filled,) = [part for part in ax.collections if part.get_label() == "safe region, smallest"]
+    reached = filled.get_paths()[0].get_extents()
+    assert reached.y0 <= ax.get_ylim()[0] * (1 + 1e-6) and reached.x1 == pytest.approx(found.alpha, rel=0.05)
     marks = [tuple(part.get_offsets()[0]) for part in ax.collections if len(part.get_offsets()) == 1]
     assert (0.1, 3.0) in marks and found.suggestion() in [pytest.approx(mark) for mark in marks]
     # The filled region's border passes through the limit that was measured at the suggested alpha.
     border = max(ax.lines, key=lambda line: line.get_linewidth()).get_xydata()
-    assert np.interp(found.alpha, border[:-1, 0], border[:-1, 1]) == pytest.approx(found.beta_c, rel=2e-2)
+    assert np.interp(found.alpha, *border.T) == pytest.approx(found.beta_c, rel=2e-2)
     assert ax.get_ylim()[1] > 3
 
 

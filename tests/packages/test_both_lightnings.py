@@ -83,7 +83,7 @@ def run(code: str, folder: Path, *, train: bool = True, **parts: str) -> subproc
     ("first", "then"),
     [
         ("", "import pytorch_lightning as pl"),
-        ("import pytorch_lightning as pl", ""),
+        pytest.param("import pytorch_lightning as pl", "", marks=pytest.mark.slow),
         ("import lightning as L; import lightning.pytorch as pl", ""),
         (BLOCK, "import lightning.pytorch as pl"),  # lightning alone is installed
     ],
