@@ -21,6 +21,7 @@ from lightning_maml_guard._lightning import (
 )
 from lightning_maml_guard._words import COMMANDS, CONFIGS, TASKS, options_of_suggest, program, synopsis, translate
 from lightning_maml_guard.guard.callback import ACTIONS, ConvergenceGuard
+from lightning_maml_guard.guard.report import StabilityReport
 from lightning_maml_guard.guard.suggest import suggest_rates
 from lightning_maml_guard.guard.suggestion import RateSuggestion
 from lightning_maml_guard.poster.command import main as phase_diagram_command
@@ -261,8 +262,20 @@ def _draw(cli: GuardCLI) -> None:
     folder, guard = cli.trainer.log_dir, cli.guard
     if guard is None or folder is None or not cli.trainer.is_global_zero:
         return
+    if guard.history:
+        inform(f"ConvergenceGuard: {_summary(guard.history)}")
     if any(report.lambda_max > 0 for report in guard.history):
         _save(guard, Path(folder) / "safe_region.png")
+
+
+def _summary(history: list[StabilityReport]) -> str:
+    last = history[-1]
+    rates = ", ".join(
+        f"{name} not judged" if math.isnan(ratio) else f"{name} at {ratio:.2g} of {name}_c"
+        for name, ratio in (("alpha", last.alpha_ratio), ("beta", last.beta_ratio))
+    )
+    number = f"{len(history)} checks, the last" if len(history) > 1 else "1 check,"
+    return f"{number} at step {last.step}: {last.status}, {rates}."
 
 
 def _save(drawable: ConvergenceGuard | RateSuggestion, path: Path) -> None:

@@ -96,6 +96,25 @@ def test_one_yaml_serves_the_other_commands(capsys, elsewhere):
     assert main(["suggest", "--config=own.yaml", "--batches=1"]).suggestion.beta > 0
 
 
+def test_a_guarded_training_ends_with_a_verdict(caplog):
+    with caplog.at_level("INFO"):
+        guard = main(["fit", *words_of("linear"), "--guard=log", "--guard.every_n_steps=1"]).guard
+    last = guard.history[-1]
+    (said,) = [record.message for record in caplog.records if "of beta_c" in record.message]
+    told = (
+        f"at step {last.step}: {last.status}, alpha at {last.alpha_ratio:.2g} of alpha_c, beta at {last.beta_ratio:.2g}"
+    )
+    assert said.startswith("ConvergenceGuard: 1 check") and told in said
+
+
+def test_a_rate_that_was_not_judged_is_said_to_be(caplog):
+    with caplog.at_level("INFO"):
+        main(["fit", *words_of("sinusoid"), "--guard=log"])
+    assert any(
+        "check, at step 0: " in record.message and "beta not judged." in record.message for record in caplog.records
+    )
+
+
 def test_suggest_follows_the_trainer(monkeypatch):
     asked = []
     original = cli.suggest_rates

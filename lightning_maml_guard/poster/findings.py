@@ -47,7 +47,9 @@ def write(
     matplotlib.use("Agg")
     found = head | _columns(diagram)
     points = None
+    diagram.save(out / f"{name}.npz")
     if name == "linear":
+        print("The grid is trained. Now its limits are bisected by training alone, some two minutes ...", flush=True)
         theory = _meet_theory(judged, 4 * 1000, 16)
         points = np.stack([theory["alpha"], theory["beta_c found by training"]], 1)
         found["theory"] = theory
@@ -61,7 +63,6 @@ def write(
             f"beta_c(alpha): largest difference {found['theory']['largest relative difference of beta_c']:.1e}", end=" "
         )
         print(f"over {len(points)} inner rates from {points[0, 0]:.3g} to {points[-1, 0]:.3g}")
-    diagram.save(out / f"{name}.npz")
     arrays = {
         key: getattr(diagram, key) for key in ("alphas", "betas", "start", "unadapted", "final", "divergence_step")
     }
