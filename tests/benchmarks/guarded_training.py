@@ -49,11 +49,10 @@ PUBLISHED = 60_000
 
 
 class Clock:
-    """Adds up what the guard's hooks take."""
+    """Clocks the guard's checks."""
 
     def __init__(self, guard: ConvergenceGuard) -> None:
         self.checks: list[float] = []
-        self.seconds = 0.0
         for name in ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end", "on_train_end"):
             setattr(guard, name, self._timed(getattr(guard, name), guard))
 
@@ -61,10 +60,8 @@ class Clock:
         def timed(*args) -> None:
             known, began = len(guard.history), time.perf_counter()
             hook(*args)
-            took = time.perf_counter() - began
-            self.seconds += took
             if len(guard.history) > known:
-                self.checks.append(took)
+                self.checks.append(time.perf_counter() - began)
 
         return timed
 
@@ -85,16 +82,18 @@ class Alternation(Callback):
     def on_train_end(self, trainer, *args) -> None:
         trainer.callbacks = [self, self.other]
 
+    def _took(self) -> list[float]:
+        return [after - before for before, after in pairwise(self.starts)]
+
     def ratio(self) -> float:
         """Step with it over step without it, median over the blocks."""
-        took = [after - before for before, after in pairwise(self.starts)]
+        took = self._took()
         blocks = [median(took[at : at + self.block]) for at in range(0, len(took) - self.block + 1, self.block)]
         return median(blocks[at] / mean((blocks[at - 1], blocks[at + 1])) for at in range(2, len(blocks) - 1, 2))
 
     def step(self) -> float:
         """Median seconds of a step without it."""
-        took = [after - before for before, after in pairwise(self.starts)]
-        return median(took[at] for at in range(len(took)) if at // self.block % 2)
+        return median(seconds for at, seconds in enumerate(self._took()) if at // self.block % 2)
 
 
 def train(row: tuple, batches: list, steps: int, callbacks: list[Callback]) -> float:
