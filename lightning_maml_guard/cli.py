@@ -31,6 +31,8 @@ __all__ = ["CONFIGS", "GuardCLI", "console", "main", "translate"]
 TRAIN_THEN_TEST = ""
 # What a guard and suggest_rates have in common: how to measure, and how to try the coming steps.
 MEASURING = ("problem", "criterion", "estimator", "max_iter", "tol", "data", "trial_steps", "alarm")
+# What suggest follows of the Trainer it is given.
+_FOLLOWED = ("accelerator", "precision", "gradient_clip_val", "gradient_clip_algorithm")
 
 
 def usage() -> str:
@@ -186,10 +188,6 @@ def _validate(cli: GuardCLI) -> None:
 def _test(cli: GuardCLI) -> None:
     """Judge a checkpoint (--ckpt_path; without one the network as initialised) on the test episodes."""
     cli.trainer.test(cli.model, datamodule=cli.datamodule, **_checkpoint(cli))
-
-
-# What suggest follows of the run it measures for.
-_FOLLOWED = ("accelerator", "precision", "gradient_clip_val", "gradient_clip_algorithm")
 
 
 def _suggest(cli: GuardCLI, task: str, batches: int, margin: float) -> None:

@@ -164,7 +164,7 @@ def test_what_is_printed_and_drawn():
     assert said == {"safe region, smallest", beyond, "configured rates", "suggested rates"}
     (filled,) = [part for part in ax.collections if part.get_label() == "safe region, smallest"]
     reached = filled.get_paths()[0].get_extents()
-    assert reached.y0 <= ax.get_ylim()[0] * (1 + 1e-6) and reached.x1 == pytest.approx(found.alpha, rel=0.05)
+    assert reached.y0 <= ax.get_ylim()[0] * (1 + 1e-6) and reached.x1 == pytest.approx(found.alpha, rel=1e-6)
     marks = [tuple(part.get_offsets()[0]) for part in ax.collections if len(part.get_offsets()) == 1]
     assert (0.1, 3.0) in marks and found.suggestion() in [pytest.approx(mark) for mark in marks]
     # The filled region's border passes through the limit that was measured at the suggested alpha.
