@@ -201,18 +201,21 @@ def _clip_norm(parameters: list[nn.Parameter], value: float) -> None:
     nn.utils.clip_grad_norm_(parameters, value)
 
 
-def gradient_norm(optimizer: Optimizer) -> torch.Tensor | None:
+def gradient_norm(optimizer: Optimizer) -> torch.Tensor | float | None:
     """Compute the norm of the gradient an optimizer is about to use.
 
     Args:
         optimizer: The optimizer.
 
     Returns:
-        The scalar, on the device; None without a gradient.
+        A scalar on the device, on a CPU a number; None without a gradient.
     """
     known = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     gradients = [g.coalesce().values() if g.is_sparse else g for g in known]
     if len({(g.device, g.dtype) for g in gradients}) != 1:
         return nn.utils.get_total_norm(gradients) if gradients else None
     # What get_total_norm comes to here; its sorting by device and type takes 1 % of a small network's step.
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    norms = torch._foreach_norm(gradients)
+    if gradients[0].is_cpu:
+        return math.hypot(*map(float, norms))
+    return torch.linalg.vector_norm(torch.stack(norms))

@@ -61,13 +61,13 @@ class Run:
     Attributes:
         history: The reports of the latest checks.
         severities: Steps and severities of the latest trials.
-        norm: Gradient norm of the step at hand, on the device; None if it is not known.
+        norm: Gradient norm of the step at hand, maybe on the device; None if it is not known.
     """
 
     def __init__(self, settings: Settings, *, inert: bool = False, ranks: Ranks | None = None) -> None:
         self.history: list[StabilityReport] = []
         self.severities: list[tuple[int, float]] = []
-        self.norm: Tensor | None = None
+        self.norm: Tensor | float | None = None
         self.course = Course(settings.patience, settings.alarm)
         self.memory = Memory(ranks=ranks or Ranks())
         self.rescue = Rescue(settings.action == "rescale" and not inert, settings.snapshot_device)

@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_leaves
 
+from lightning_maml_guard._allocator import held
 from lightning_maml_guard._folders import user_cache
 from lightning_maml_guard._vectorize import Strategy
 from lightning_maml_guard.maml.problem import MetaProblem
 
 
 def signature(problem: MetaProblem, label: str) -> str:
-    """Name what the choice depends on: machine, torch, shapes, and how MAML is configured.
+    """Name what the choice depends on: machine, torch, memory, shapes, and how MAML is configured.
 
     Args:
         problem: The problem.
@@ -30,7 +31,7 @@ def signature(problem: MetaProblem, label: str) -> str:
     device = tensors[0].device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     facts = [torch.__version__, str(device.type), name, torch.get_num_threads(), label, problem.order]
-    facts += [problem.inner_steps, problem.uniform, [[str(each.dtype), *each.shape] for each in tensors]]
+    facts += [held(), problem.inner_steps, problem.uniform, [[str(each.dtype), *each.shape] for each in tensors]]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
 

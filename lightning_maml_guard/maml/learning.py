@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
 
+from lightning_maml_guard._allocator import hold, release, trim
 from lightning_maml_guard._checks import check_count, check_flag
 from lightning_maml_guard._lightning import check_module, hyperparameters_given, inform
 from lightning_maml_guard._vectorize import TaskMap
@@ -46,6 +47,7 @@ _PLAIN_ARGUMENTS = (
     "task_chunk_size",
     "vectorize",
     "compile",
+    "keep_memory",
 )
 
 _NOTHING_TO_TRAIN = (
@@ -99,6 +101,7 @@ class MetaLearning(EpisodeHooks, _Base):
         metrics: Metric | MetricCollection | None = None,
         vectorize: str | int = "auto",
         compile: bool = False,
+        keep_memory: bool = True,
     ) -> None:
         super().__init__()
         check_module(self, self._package_was_chosen)
@@ -115,6 +118,7 @@ class MetaLearning(EpisodeHooks, _Base):
         check_flag("learn_inner_lr", learn_inner_lr)
         strategy = check_strategy(vectorize, task_chunk_size)
         check_flag("compile", compile)
+        check_flag("keep_memory", keep_memory)
         if loss is not None:
             check_loss(loss)
         check_factories(optimizer, lr_scheduler)
@@ -149,6 +153,7 @@ class MetaLearning(EpisodeHooks, _Base):
             )
         self.vectorization = Vectorization(strategy, network, f"{type(self).__qualname__}/{type(network).__qualname__}")
         self.compiled = CompiledMetaGradient() if compile else None
+        self._keep_memory = keep_memory
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
         self._has_buffers = next(network.buffers(), None) is not None
@@ -296,6 +301,7 @@ class MetaLearning(EpisodeHooks, _Base):
             compute = self.compiled if self.compiled is not None and self._started else meta_gradient
             result = compute(problem, tasks=self.task_map, learn_rates=learned, auxiliary=self._auxiliary())
         if chosen is not None:
+            trim()  # some strategies take more than the one that was chosen
             inform(chosen)
         if not self._started:
             check_finite_start(problem, result.losses)
@@ -321,9 +327,15 @@ class MetaLearning(EpisodeHooks, _Base):
         return self.predict(params, query[0])
 
     def on_fit_start(self) -> None:
-        """Forget a cap that a checkpoint held: a guard that rescales sets its own."""
+        """Forget a cap that a checkpoint held: a guard that rescales sets its own. Keep the memory of the steps."""
         self.inner_lr_cap = None
         self.vectorization.reopen()
+        if self._keep_memory and self.device.type == "cpu":
+            hold(self)
+
+    def on_fit_end(self) -> None:
+        """Give the memory back."""
+        release(self)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer over ``theta`` and the learned inner rates.

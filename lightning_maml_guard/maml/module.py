@@ -39,6 +39,9 @@ class MetaLearningModule(MetaLearning, LightningModule):
             instead of the trial (``rule``, ``loop``, ``all`` or a number).
         compile: Run the meta-gradient under ``torch.compile``: a minute or more at the start, then small networks
             take a fraction of the time. The guard measures without.
+        keep_memory: During a fit on the CPU (glibc): keep freed memory in the process instead of mapping it anew in
+            every step, which makes up to a third of a convolutional network's. Given back at the end of the fit; the
+            environment's ``MALLOC_`` settings and preloaded allocators go first.
 
     Raises:
         TypeError: If the network is not a module, or a function not callable.
