@@ -117,7 +117,10 @@ def safe_region(
     )
     ax.set_ylim(floor, ceiling)
     ax.legend(loc="best", frameon=True, framealpha=0.9)
-    figure.colorbar(mpl.cm.ScalarMappable(norm, colours), ax=ax, label="training step of the check")
+    if len(measured) > 1:
+        figure.colorbar(mpl.cm.ScalarMappable(norm, colours), ax=ax, label="training step of the check")
+    elif measured[0].step is not None:
+        ax.set_title(f"Safe region of the learning rates, step {measured[0].step}")
     return figure, ax
 
 

@@ -43,6 +43,14 @@ def test_the_border_is_beta_c_up_to_alpha_c():
     matplotlib.pyplot.close(figure)
 
 
+def test_a_single_check_needs_no_colour_bar_and_several_have_one():
+    figure, ax = safe_region(reports()[:1])
+    assert len(figure.axes) == 1 and ax.get_title() == "Safe region of the learning rates, step 0"
+    bar = safe_region(reports())[0].axes[-1]
+    assert bar.get_ylabel() == "training step of the check" and bar.get_ylim() == (0, 100)
+    matplotlib.pyplot.close("all")
+
+
 def test_capped_rates_are_joined_to_the_configured_ones():
     capped = [dataclasses.replace(r, alpha_applied=0.02, beta_applied=0.05) for r in reports()]
     figure, ax = safe_region(capped)

@@ -69,8 +69,9 @@ class ConvergenceGuard(Results, Callback):
             ``max_cost`` allows.
         max_cost: Without ``every_n_steps``: share of the training's work that checks may take, counted in gradients
             and products, so that the same run checks at the same steps. A check is left out until the steps taken pay
-            for it. The first one comes at any cost, one of a loss beyond ``alarm`` too; a jump of the loss or the
-            gradient has a few on credit, each after twice the wait of the last.
+            for it. The first one comes at any cost, the second too if the first could not judge the meta rate (Adam
+            before its first step), and one of a loss beyond ``alarm``; a jump of the loss or the gradient has a few on
+            credit, each after twice the wait of the last.
         action: ``"log"``, ``"warn"``, ``"rescale"`` or ``"stop"``.
         criterion: ``"exact"``: the Jacobian of the update as configured, and the inner loop's own limit.
             ``"simplified"``: the poster's conditions. What is logged as ``alpha_c`` and ``beta_c`` is what is judged.

@@ -21,7 +21,7 @@ from lightning_maml_guard.guard.reporting import log_values, metrics, unlogged
 from lightning_maml_guard.guard.run import Run, Settings
 from lightning_maml_guard.guard.trial import Trial
 from lightning_maml_guard.maml.problem import MetaProblem
-from lightning_maml_guard.theory.verdict import UNSAFE, fails, passes
+from lightning_maml_guard.theory.verdict import UNRESOLVED, UNSAFE, fails, passes
 
 
 class Checker:
@@ -140,6 +140,7 @@ class Checker:
             if settings.rollback and (run.rescue.snapshot is None or passes(severe, settings.alarm)):
                 self._keep(step)
         self._charge(attempt, problem, report.hvps)
+        run.lookout.unjudged = not run.history and report.beta_status == UNRESOLVED
         run.note(report)
         log_values(trainer, module, metrics(report), step)
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lightning_maml_guard.guard.messages import reasons
 from lightning_maml_guard.guard.report import StabilityReport
 
 
@@ -49,7 +50,7 @@ def events(history: Sequence[StabilityReport], befell: Sequence[tuple[int, str, 
 
 
 def _changes(before: StabilityReport | None, report: StabilityReport) -> list[Event]:
-    step, why, found = report.step or 0, " ".join(report.reasons), []
+    step, why, found = report.step or 0, " ".join(reasons(report)), []
     if before is None or before.status != report.status:
         what = "first check" if before is None else f"was {before.status}"
         found.append(Event(step, report.status, what, why))

@@ -14,6 +14,10 @@ SCHEDULED, TRIGGERED = "scheduled", "triggered"
 class Lookout:
     """Decides at which steps to check.
 
+    Attributes:
+        unjudged: Whether the first check could not judge the meta rate yet (Adam before its first step): the second one
+            then need not be paid for.
+
     Args:
         every_n_steps: Steps between two scheduled checks.
         budget: What they may cost. A triggered check waits after each one before it twice as long as the last time, up
@@ -26,6 +30,7 @@ class Lookout:
         self.budget = budget or Budget(None)
         self.range = RunningRange()
         self.last: int | None = None
+        self.unjudged = False
         self._spiked = self._lost = False
         self._gap = 2
 
@@ -44,7 +49,7 @@ class Lookout:
         since = math.inf if self.last is None else step - self.last
         paid = self.budget.allows(step)
         # A triggered check stands for the scheduled one that would follow it closely.
-        scheduled = step % self.every_n_steps == 0 and since >= self.every_n_steps / 2 and paid
+        scheduled = step % self.every_n_steps == 0 and since >= self.every_n_steps / 2 and (paid or self.unjudged)
         if not scheduled and not self._called(since, paid, at_once_if_lost):
             return None
         if self.budget.share is None:
@@ -52,6 +57,8 @@ class Lookout:
         elif not paid:
             self._gap *= 2
         self.last, self._spiked, self._lost = step, False, False
+        if scheduled:
+            self.unjudged = False
         return SCHEDULED if scheduled else TRIGGERED
 
     @property
@@ -91,6 +98,7 @@ class Lookout:
             "last_step": self.last,
             "range": self.range.state(),
             "triggered": [self._spiked, self._lost, self._gap],
+            "unjudged": self.unjudged,
             **self.budget.state(),
         }
 
@@ -103,4 +111,5 @@ class Lookout:
         self.last = state.get("last_step")
         self.range.load(state.get("range", {}))
         self.budget.load(state)
+        self.unjudged = bool(state.get("unjudged"))
         self._spiked, self._lost, self._gap = state.get("triggered", (False, False, 2))

@@ -41,13 +41,25 @@ def left(report: StabilityReport, action: str, step: int, caps: Caps) -> str:
         "stop": ["Training stops after this step (action='stop')."],
         "rescale": [f"Applied from now on: {inner}beta = {beta:.3g} (action='rescale')."],
     }.get(action, [])
-    why, do = [], []
-    for reason in report.reasons:
-        cause, *advice = _ADVICE.split(reason, maxsplit=1)
-        why.append(f"Why: {cause}")
-        do += [f"To do: {each}" for each in advice]
+    split = [_ADVICE.split(reason, maxsplit=1) for reason in report.reasons]
+    why = [f"Why: {cause}" for cause, *_ in split]
+    do = [f"To do: {each}" for _, *advice in split for each in advice]
     head = f"ConvergenceGuard: the learning rates left the safe region at step {step}."
     return "\n".join([head, *why, *dict.fromkeys(do), *effect])
+
+
+def reasons(report: StabilityReport) -> list[str]:
+    """Say why a report is what it is, and what to do unless the guard did it.
+
+    Args:
+        report: The report.
+
+    Returns:
+        The reasons.
+    """
+    if report.alpha_applied < report.alpha or report.beta_applied < report.beta:
+        return [_ADVICE.split(reason, maxsplit=1)[0] for reason in report.reasons]
+    return list(report.reasons)
 
 
 def returned(report: StabilityReport, state: str, caps: Caps) -> str:

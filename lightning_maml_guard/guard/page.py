@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_maml_guard.guard.events import Event, events
+from lightning_maml_guard.guard.messages import reasons
 from lightning_maml_guard.guard.report import StabilityReport
 
 if TYPE_CHECKING:
@@ -182,8 +183,8 @@ def _last(history: Sequence[StabilityReport]) -> str:
         known = low_high is not None and not any(math.isnan(end) for end in low_high)
         interval = f"{low_high[0]:.4g} to {low_high[1]:.4g}" if known and low_high is not None else ""
         rows.append([f"<code>{name}</code>", f"{value:.4g}", interval])
-    reasons = "".join(f"<p>{escape(reason)}</p>" for reason in report.reasons)
-    return _section("The last check", reasons + _table(["", "value", "interval"], rows, "numbers"))
+    why = "".join(f"<p>{escape(reason)}</p>" for reason in reasons(report))
+    return _section("The last check", why + _table(["", "value", "interval"], rows, "numbers"))
 
 
 def _configuration(guard: Results) -> str:

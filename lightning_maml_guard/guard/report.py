@@ -91,6 +91,28 @@ class StabilityReport:
     severity: float = math.nan
     growth: float = math.nan
 
+    def __str__(self) -> str:
+        """Sum the report up in a few lines; ``repr`` has every field."""
+        where = "" if self.step is None else f" at step {self.step}"
+        lines = [f"StabilityReport{where}: {self.status} (criterion={self.criterion!r})"]
+        for name in ("alpha", "beta"):
+            rate, critical = getattr(self, name), getattr(self, f"{name}_c")
+            if math.isnan(rate):
+                continue
+            if math.isnan(critical):
+                lines.append(f"  {name} = {rate:.3g}, {name}_c not known")
+            else:
+                low, high = getattr(self, f"{name}_c_interval")
+                ratio = getattr(self, f"{name}_ratio")
+                lines.append(
+                    f"  {name} = {rate:.3g}, {ratio:.2g} of {name}_c = {critical:.3g} ({low:.3g} to {high:.3g})"
+                )
+        lines.append(
+            f"  lambda_max = {self.lambda_max:.3g}, lambda_min = {self.lambda_min:.3g}; {self.hvps} Hessian-vector "
+            f"products, {self.seconds:.2g} s"
+        )
+        return "\n".join([*lines, *(f"  {reason}" for reason in self.reasons)])
+
     @property
     def alpha_ratio(self) -> float:
         """``alpha / alpha_c``: above 1 is unsafe."""

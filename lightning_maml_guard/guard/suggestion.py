@@ -9,7 +9,7 @@ from typing import Any
 from lightning_maml_guard import plots
 from lightning_maml_guard.guard.messages import block
 from lightning_maml_guard.guard.report import StabilityReport
-from lightning_maml_guard.theory.verdict import EDGE
+from lightning_maml_guard.theory.verdict import EDGE, UNRESOLVED
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ class RateSuggestion:
         measured = [replace(report, beta=math.nan, beta_applied=math.nan) for report in self.suggested_reports]
         measured.sort(key=lambda report: -_reach(report))
         figure, axes = plots.safe_region(measured, ax, rates=[self.beta, self.configured_beta])
-        figure.axes[-1].set(ylabel="batch", yticks=range(len(measured)))
+        if len(measured) > 1:
+            figure.axes[-1].set(ylabel="batch", yticks=range(len(measured)))
         for part in axes.collections:
             part.set_label(str(part.get_label()).replace(", last check", ", smallest"))
         beta, name = self.beta, "suggested rates"
@@ -123,13 +124,20 @@ class RateSuggestion:
                 f"  {_counted(self.trial_steps, 'step', 'steps')} tried on copies at {pair}: the loss goes from "
                 f"{self.trial[0]:.3g} to {self.trial[1]:.3g}"
             )
-        state = "at the edge" if self.status == EDGE else self.status
-        lines.append(block(" ".join([f"The configured rates are {state}.", *self.reasons])))
-        return "\n".join([*lines, *self.notes])
+        words = {EDGE: "are at the edge", UNRESOLVED: "could not be judged in full"}
+        state = words.get(self.status, f"are {self.status}")
+        # What keeps a rate from being judged also keeps it from being suggested: said once.
+        told = [reason for reason in self.reasons if not any(_cause(reason) in note for note in self.notes)]
+        ending = [" ".join([f"The configured rates {state}.", *told]), *self.notes]
+        return "\n".join([*lines, *map(block, ending)])
 
 
 def _counted(number: int, one: str, many: str) -> str:
     return f"{number} {one if number == 1 else many}"
+
+
+def _cause(reason: str) -> str:
+    return reason.partition("is not judged: ")[2] or reason
 
 
 def _reach(report: StabilityReport) -> float:

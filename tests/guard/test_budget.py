@@ -62,6 +62,28 @@ def test_what_was_spent_survives_a_restart():
     ]
 
 
+@pytest.mark.parametrize(("unjudged", "found"), [(True, [0, 100]), (False, [0])])
+def test_the_check_after_one_that_could_not_judge_beta_need_not_be_paid_for(unjudged, found):
+    lookout = Lookout(100, Budget(0.001))
+    steps = []
+    for step in range(1000):
+        if lookout.due(step) is not None:
+            lookout.budget.charge(trial_steps=10, products=10)
+            lookout.unjudged = unjudged and not steps
+            steps.append(step)
+        if step == 50:
+            state = lookout.state()
+            lookout = Lookout(100, Budget(0.001))
+            lookout.load(state)
+    assert steps == found
+
+
+def test_adams_rate_is_judged_at_the_second_check_and_that_comes_soon():
+    guard = ConvergenceGuard(action="log", trial_steps=1, triggers=False, max_iter=4)
+    assert run(guard, 301) == [0, 100]
+    assert [report.beta_status for report in guard.history] == ["unresolved", "safe"]
+
+
 def run(guard, steps):
     torch.manual_seed(0)
     module = MetaLearningModule(mlp(hidden=(4,)), inner_lr=0.01)

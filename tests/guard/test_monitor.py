@@ -1,5 +1,6 @@
 import math
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -274,6 +275,18 @@ def test_random_states_parameters_and_gradients_are_left_alone():
         assert torch.equal(torch.get_rng_state(), state)
         assert measure(problem, beta=0.1, estimator=estimator).lambda_max == first.lambda_max
     assert all(p.grad is None for p in module.parameters())
+
+
+def test_a_report_reads_well():
+    problem = linear_module(4, 0.1, inner_lr=0.05).meta_problem(quadratic_batch([0.5, 1.0, 2.0, 4.0]))
+    lines = str(measure(problem, beta=2.0, step=7)).splitlines()
+    assert lines[0] == "StabilityReport at step 7: unsafe (criterion='simplified')"
+    assert re.fullmatch(r"  alpha = 0.05, 0.2 of alpha_c = 0.25 \(0.25 to 0.25\)", lines[1])
+    assert re.fullmatch(r"  beta = 2, 3.2 of beta_c = 0.625 \(0.62\d* to 0.62\d*\)", lines[2])
+    assert re.fullmatch(r"  lambda_max = 4, lambda_min = 0.5; \d+ Hessian-vector products, \S+ s", lines[3])
+    assert lines[4].startswith("  beta = 2 exceeds")
+    blind = measure(problem, optimizer=Adam([*problem.params.values()]))
+    assert "  beta = 0.001, beta_c not known" in str(blind) and "alpha=0.05" in repr(blind)
 
 
 def test_a_report_is_picklable_and_usable_in_a_plain_loop():

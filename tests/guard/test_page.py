@@ -73,6 +73,7 @@ def test_the_page_holds_the_run(rescued, written):
     assert "5 checks, steps 0 to 8" in page.words
     assert re.search(r"0 unsafe first check beta = 1.5 exceeds 0.9 . beta_c = 0.562", page.words)
     assert f"capped beta 1.5 → {rescued.history[0].beta_applied:.3g}" in page.words
+    assert "Lower the optimizer's lr" not in page.words  # the guard did
     assert "margin 0.9" in page.words and "pytorch-lightning 2." in page.words
 
 
@@ -121,6 +122,7 @@ def test_rollbacks_and_stops_are_told_and_survive_a_checkpoint(tmp_path):
     again.load_state_dict(stopped.state_dict())
     told = events(again.history, again._run.course.events)
     assert [event.kind for event in told] == ["unsafe", "stopped"] and "beta = 1.5 exceeds" in told[1].why
+    assert "Lower the optimizer's lr" in told[0].why
     again._run.history = []
     words = checked(again.report(tmp_path / "run.html").read_text()).words
     assert "Stopped at step 0." in words
