@@ -11,6 +11,7 @@ import yaml
 
 from lightning_maml_guard import MetaLearningModule
 from lightning_maml_guard._lightning import Trainer
+from lightning_maml_guard._words import name_of
 from lightning_maml_guard.cli import CONFIGS, main, translate
 from lightning_maml_guard.tasks.episodes import episode_generator
 from tests.helpers import guard_warns
@@ -54,6 +55,18 @@ def test_words_become_options(words, expected):
     expected = [str(CONFIGS / w) if w.endswith(".yaml") and (CONFIGS / w).exists() else w for w in expected]
     expected = ["--guard=lightning_maml_guard.ConvergenceGuard" if w == "GUARD" else w for w in expected]
     assert translate(words) == expected
+
+
+def test_a_run_has_the_name_of_its_task_or_of_its_own_configuration():
+    for words, name in (
+        ("", "sinusoid"),
+        ("--guard log", "sinusoid"),
+        ("omniglot --guard", "omniglot"),
+        ("--config somewhere/own.yaml", "own"),
+        ("--guard -c own.yaml --config=other.v2.yaml --x 1", "other.v2"),
+        ("linear --config own.yaml", "linear"),
+    ):
+        assert name_of(words.split()) == name
 
 
 def test_unknown_words_are_named():

@@ -3,15 +3,17 @@
 import math
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from lightning_maml_guard import cli
+from lightning_maml_guard import ConvergenceGuard, _cli_runs, cli
 from lightning_maml_guard._words import COMMANDS, TASKS
 from lightning_maml_guard.cli import console, main
+from tests.helpers import guard_warns
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 SMALL = ["--trainer.max_steps=1", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -35,7 +37,7 @@ def test_every_command_over_every_configuration(task, request, monkeypatch, caps
     images = task not in {"linear", "sinusoid"}
     if images:
         monkeypatch.setenv("LMG_DATA", str(request.getfixturevalue("data_folder")))
-        monkeypatch.setattr(cli, "_save", lambda found, path: drawn.append(path))
+        monkeypatch.setattr(_cli_runs, "_save", lambda found, path: drawn.append(path))
     guard = (
         ["--guard=log", "--guard.trial_steps=0", "--guard.max_iter=2"]
         if images
@@ -67,9 +69,16 @@ def test_phase_diagram_is_the_example(monkeypatch, capsys):
     found = main(["phase-diagram", "sinusoid", "--grid", "2", "--steps", "3", "--threads", "1"])
     assert found["runs"] == 4 and "sinusoid: " in capsys.readouterr().out
     assert Path("runs/phase_diagram/sinusoid.png").stat().st_size > 10_000
-    with pytest.raises(SystemExit) as stopped:
-        main(["phase-diagram", "circle"])
-    assert stopped.value.code == 2 and "invalid choice: 'circle'" in capsys.readouterr().err
+    for words, said in (
+        (["circle"], "invalid choice: 'circle'"),
+        (["--grid", "0"], "argument --grid: Expected argument `grid` to be an integer of at least 1 but got 0"),
+        (["--seed", "many"], "argument --seed: invalid int value: 'many'"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["phase-diagram", *words])
+        assert stopped.value.code == 2 and said in capsys.readouterr().err
+    said = " ".join(printed(capsys, ["phase-diagram", "--help"]).split())
+    assert "16 inner rates and 4000 steps, whatever --grid and --steps say" in said
 
 
 def printed(capsys, words):
@@ -117,9 +126,9 @@ def test_a_rate_that_was_not_judged_is_said_to_be(caplog):
 
 def test_suggest_follows_the_trainer(monkeypatch):
     asked = []
-    original = cli.suggest_rates
+    original = _cli_runs.suggest_rates
     monkeypatch.setattr(
-        cli, "suggest_rates", lambda *args, **options: asked.append(options) or original(*args, **options)
+        _cli_runs, "suggest_rates", lambda *args, **options: asked.append(options) or original(*args, **options)
     )
     command = ["suggest", *words_of("linear"), "--batches=1"]
     single = main(command).suggestion
@@ -158,16 +167,6 @@ def test_wrong_words_are_explained(words, message):
         main(words)
 
 
-def test_a_margin_that_is_none_is_named(capsys):
-    with pytest.raises(SystemExit):
-        main(["suggest", "linear", "--margin=much"])
-    assert (
-        "lightning-maml-guard suggest: error: argument --margin: invalid float value: 'much'" in capsys.readouterr().err
-    )
-    with pytest.raises(ValueError, match="`margin` to be a number between 0 and 1 but got 2.0"):
-        main(["suggest", *words_of("linear"), "--margin=2"])
-
-
 def test_help_tells_what_each_command_does(capsys):
     text = printed(capsys, ["--help"])
     assert text.startswith("usage: lightning-maml-guard [linear|sinusoid|")
@@ -176,7 +175,10 @@ def test_help_tells_what_each_command_does(capsys):
     assert all(len(line) <= 120 for line in text[: text.index("omniglot is a first look")].splitlines()[3:])
     said = " ".join(printed(capsys, ["suggest", "--help"]).split())
     assert "usage: lightning-maml-guard suggest " in said
-    assert "suggest learning rates at --margin M (default 0.5) times their critical values" in said
+    assert (
+        "suggest learning rates at --margin M (default 0.5) times their critical values" in said and "--guard" in said
+    )
+    assert "--guard" not in printed(capsys, ["test", "--help"])
 
 
 def test_the_installed_command_returns_nothing_for_its_exit_status():
@@ -188,3 +190,54 @@ def test_console_runs_main(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lightning-maml-guard", "fit", *words_of("linear")])
     assert console() is None
     assert list(Path("runs", "linear").glob("version_0/checkpoints/*.ckpt"))
+
+
+def test_a_run_says_what_concerns_its_user_and_no_more(capsys):
+    words = [
+        "linear",
+        *SMALL,
+        "--data.val_episodes=0",
+        "--data.steps_per_epoch=2",
+        "--trainer.enable_progress_bar=true",
+    ]
+
+    def said(*more):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ran = main([*more[:1], *words, *more[1:]])
+        return ran.trainer, " ".join(str(each.message) for each in caught), capsys.readouterr().out
+
+    trained, warned, shown = said("fit", "--guard=log", "--trainer.max_steps=4")
+    assert trained.global_step == 4 and "Epoch 1 " in shown and "/-" not in shown
+    (checkpoint,) = Path("runs/linear/version_0/checkpoints").glob("*.ckpt")
+    told = warned + said("test", f"--ckpt_path={checkpoint}")[1]
+    for pointless in ("LeafSpec", "Total length", "Skipping val loop", "callbacks used to create", "dirpath"):
+        assert pointless not in told
+    bounded, _, shown = said("fit", "--trainer.max_steps=9", "--trainer.max_epochs=2")
+    assert bounded.global_step == 4 and "Epoch 1/1" in shown
+    # Whoever trains on without the guard is told that it is missing.
+    told = said("fit", "--trainer.max_steps=5", f"--ckpt_path={checkpoint}")[1]
+    assert "callbacks used to create" in told and "ConvergenceGuard{" in told
+
+
+def test_a_training_that_diverged_says_so_before_its_test(elsewhere, caplog):
+    (elsewhere / "mine.yaml").write_text((cli.CONFIGS / "linear.yaml").read_text())
+    words = ["--config=mine.yaml", *SMALL, "--model.optimizer.lr=3e38"]
+    with caplog.at_level("INFO"):
+        tested = main(words)
+        with guard_warns("Lower the optimizer's lr"):
+            guard = main(["fit", *words, "--trainer.max_steps=3", "--guard"]).guard
+    assert math.isnan(tested.trainer.callback_metrics["test/loss"])
+    assert Path("runs/mine/version_1/safe_region.png").exists() and not Path("runs/sinusoid").exists()
+    first, second = (record.message for record in caplog.records if "diverged" in record.message)
+    assert first == (
+        "The training diverged: its parameters are not finite. Run it again with --guard, which tells the rate to "
+        "lower; --guard rescale lowers it."
+    )
+    assert second == (
+        "The training diverged: its last loss is nan. The guard's warning above says why, and which rate to lower."
+    )
+    guard.action = "log"
+    assert _cli_runs._what_to_do(guard).startswith("--guard log warns of nothing: --guard tells the rate to lower")
+    unseen = _cli_runs._what_to_do(ConvergenceGuard())
+    assert unseen == "No check of the guard saw it coming: --guard.every_n_steps 5 looks more often."
