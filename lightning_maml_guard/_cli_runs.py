@@ -17,6 +17,7 @@ from lightning_maml_guard.guard.callback import ConvergenceGuard
 from lightning_maml_guard.guard.report import StabilityReport
 from lightning_maml_guard.guard.suggest import suggest_rates
 from lightning_maml_guard.guard.suggestion import RateSuggestion
+from lightning_maml_guard.tasks.datamodule import TaskDataModule
 from lightning_maml_guard.theory.verdict import UNSAFE
 
 TRAIN_THEN_TEST = ""
@@ -37,18 +38,26 @@ _POINTLESS_WHERE_JUDGED = (
 )
 
 
+# Episodes have no worker processes by design: their data then lies on the device that trains.
+_POINTLESS_OF_EPISODES = (r"The '\w+_dataloader' does not have many workers",)
+
+
 @contextmanager
-def without_the_pointless(command: str) -> Iterator[None]:
+def without_the_pointless(command: str, cli: GuardCLI) -> Iterator[None]:
     """Hold back warnings of Lightning's that nobody at a command line can act on.
 
     Args:
         command: The command that runs.
+        cli: What it runs on.
 
     Yields:
         Nothing.
     """
+    messages = [*_POINTLESS, *(_POINTLESS_WHERE_JUDGED if command in JUDGING else ())]
+    if isinstance(cli.datamodule, TaskDataModule) and not cli.datamodule.num_workers:
+        messages += _POINTLESS_OF_EPISODES
     with warnings.catch_warnings():
-        for message in (*_POINTLESS, *(_POINTLESS_WHERE_JUDGED if command in JUDGING else ())):
+        for message in messages:
             warnings.filterwarnings("ignore", message=message)
         yield
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning_maml_guard._checks import check_count, check_number, checked
 from lightning_maml_guard.guard.callback import ACTIONS
@@ -50,6 +50,19 @@ def synopsis() -> str:
        {prog} phase-diagram [linear|sinusoid|omniglot|miniimagenet] [--help]"""
 
 
+def refuse(message: str) -> NoReturn:
+    """End the program for a command line that is wrong, as argparse does.
+
+    Args:
+        message: What is wrong.
+
+    Raises:
+        SystemExit: Always, with status 2.
+    """
+    sys.stderr.write(f"{message}\n")
+    raise SystemExit(2)
+
+
 def translate(words: Sequence[str]) -> list[str]:
     """Turn the task word and ``--guard [action]`` into LightningCLI options.
 
@@ -67,7 +80,7 @@ def translate(words: Sequence[str]) -> list[str]:
     if rest and not rest[0].startswith("-"):
         task = rest.pop(0)
         if task not in TASKS:
-            raise SystemExit(
+            refuse(
                 f"{synopsis()}\nerror: expected the task to be one of {', '.join(TASKS)} but got {task!r}. Before it "
                 f"may stand one of {', '.join(COMMANDS)}."
             )
@@ -86,9 +99,7 @@ def translate(words: Sequence[str]) -> list[str]:
                 mode = following[0]
                 index += 1
             if mode not in {"", *ACTIONS}:
-                raise SystemExit(
-                    f"{synopsis()}\nerror: expected --guard to be one of {', '.join(ACTIONS)} but got {mode!r}."
-                )
+                refuse(f"{synopsis()}\nerror: expected --guard to be one of {', '.join(ACTIONS)} but got {mode!r}.")
             options += ["--guard=lightning_maml_guard.ConvergenceGuard", f"--guard.action={mode or 'warn'}"]
         else:
             options.append(word)

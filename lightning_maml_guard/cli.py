@@ -18,6 +18,7 @@ from lightning_maml_guard._words import (
     name_of,
     options_of_suggest,
     program,
+    refuse,
     synopsis,
     translate,
 )
@@ -75,13 +76,11 @@ def main(words: Sequence[str] | None = None) -> Any:
         print(usage())
     named, given = options_of_suggest(given) if command == "suggest" else ({}, given)
     if command in JUDGING and any(word.startswith("--guard") for word in given):
-        raise SystemExit(f"error: {command} trains nothing, so --guard has nothing to watch. Leave it out, or use fit.")
-    with without_the_pointless(command):
-        cli = _built(command, given)
-        if command == "suggest" and cli.config["ckpt_path"] is not None:
-            raise SystemExit(
-                "error: suggest measures the network as initialised, so it takes no --ckpt_path. Leave it out."
-            )
+        refuse(f"error: {command} trains nothing, so --guard has nothing to watch. Leave it out, or use fit.")
+    cli = _built(command, given)
+    if command == "suggest" and cli.config["ckpt_path"] is not None:
+        refuse("error: suggest measures the network as initialised, so it takes no --ckpt_path. Leave it out.")
+    with without_the_pointless(command, cli):
         RUNS[command](cli, **named, **({"name": name_of(given)} if command == "suggest" else {}))
     return cli
 
