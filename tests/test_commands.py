@@ -106,17 +106,6 @@ def test_one_yaml_serves_the_other_commands(capsys, elsewhere):
     assert main(["suggest", "--config=own.yaml", "--batches=1"]).suggestion.beta > 0
 
 
-def test_a_guarded_training_ends_with_a_verdict(caplog):
-    with caplog.at_level("INFO"):
-        guard = main(["fit", *words_of("linear"), "--guard=log", "--guard.every_n_steps=1"]).guard
-    last = guard.history[-1]
-    (said,) = [record.message for record in caplog.records if "of beta_c" in record.message]
-    told = (
-        f"at step {last.step}: {last.status}, alpha at {last.alpha_ratio:.2g} of alpha_c, beta at {last.beta_ratio:.2g}"
-    )
-    assert said.startswith("ConvergenceGuard: 1 check") and told in said
-
-
 def test_a_rate_that_was_not_judged_is_said_to_be(caplog):
     with caplog.at_level("INFO"):
         main(["fit", *words_of("sinusoid"), "--guard=log"])
@@ -194,7 +183,7 @@ def test_console_runs_main(monkeypatch):
     assert list(Path("runs", "linear").glob("version_0/checkpoints/*.ckpt"))
 
 
-def test_a_run_says_what_concerns_its_user_and_no_more(capsys, monkeypatch):
+def test_a_run_says_what_concerns_its_user_and_no_more(capsys, caplog, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
     words = [
         "linear",
@@ -208,10 +197,17 @@ def test_a_run_says_what_concerns_its_user_and_no_more(capsys, monkeypatch):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             ran = main([*more[:1], *words, *more[1:]])
-        return ran.trainer, " ".join(str(each.message) for each in caught), capsys.readouterr().out
+        return ran, " ".join(str(each.message) for each in caught), capsys.readouterr().out
 
-    trained, warned, shown = said("fit", "--guard=log", "--trainer.max_steps=4")
-    assert trained.global_step == 4 and "Epoch 1 " in shown and "/-" not in shown
+    with caplog.at_level("INFO"):
+        trained, warned, shown = said("fit", "--guard=log", "--guard.every_n_steps=3", "--trainer.max_steps=4")
+    assert trained.trainer.global_step == 4 and "Epoch 1 " in shown and "/-" not in shown
+    last = trained.guard.history[-1]
+    (verdict,) = [record.message for record in caplog.records if "of beta_c" in record.message]
+    assert verdict == (
+        f"ConvergenceGuard: 2 checks, the last at step 3: {last.status}, alpha at {last.alpha_ratio:.2g} of alpha_c, "
+        f"beta at {last.beta_ratio:.2g} of beta_c."
+    )
     (checkpoint,) = Path("runs/linear/version_0/checkpoints").glob("*.ckpt")
     told = warned + said("test", f"--ckpt_path={checkpoint}")[1]
     for pointless in (
@@ -224,7 +220,7 @@ def test_a_run_says_what_concerns_its_user_and_no_more(capsys, monkeypatch):
     ):
         assert pointless not in told
     bounded, _, shown = said("fit", "--trainer.max_steps=9", "--trainer.max_epochs=2")
-    assert bounded.global_step == 4 and "Epoch 1/1" in shown
+    assert bounded.trainer.global_step == 4 and "Epoch 1/1" in shown
     # Whoever trains on without the guard is told that it is missing.
     told = said("fit", "--trainer.max_steps=5", f"--ckpt_path={checkpoint}", "--data.num_workers=1")[1]
     assert "callbacks used to create" in told and "ConvergenceGuard{" in told and "not have many workers" in told
