@@ -52,8 +52,8 @@ class HandWrittenMAML(LightningModule):
         return MetaProblem(params, self.task_loss, batch[0], batch[1], self.inner_lr, self.inner_steps)  # added
 
 
-def main(steps: int = 40) -> ConvergenceGuard:
-    """Train at a meta rate that is too large, and print what the guard saw coming."""
+def train(lr: float, steps: int) -> tuple[Trainer, ConvergenceGuard]:
+    """Train at a meta rate; the guard stops a run that cannot converge."""
     seed_everything(0, verbose=False)
     guard = ConvergenceGuard(every_n_steps=10, action="stop")  # added
     trainer = Trainer(
@@ -64,12 +64,23 @@ def main(steps: int = 40) -> ConvergenceGuard:
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    trainer.fit(HandWrittenMAML(), TaskDataModule(Sinusoid(shots=10), meta_batch_size=10, val_episodes=0))
-    first = guard.history[0]
-    print(f"alpha = {first.alpha:.3g}, alpha_c = {first.alpha_c:.3g}; beta = {first.beta:.3g}, ", end="")
-    print(f"beta_c = {first.beta_c:.3g} after {first.hvps} Hessian-vector products: {first.status}")
-    print("no reason to stop" if guard.stopped_step is None else f"stopped at step {guard.stopped_step} of {steps}")
-    return guard
+    trainer.fit(HandWrittenMAML(lr=lr), TaskDataModule(Sinusoid(shots=10), meta_batch_size=10).train_dataloader())
+    return trainer, guard
+
+
+def main(steps: int = 40) -> list[ConvergenceGuard]:
+    """Train at a meta rate that is too large, then at half of what the guard measured, and print what it saw."""
+    guards, lr = [], 0.5
+    for _ in range(2):
+        trainer, guard = train(lr, steps)
+        guards.append(guard)
+        for report in guard.history:
+            print(f"step {report.step}: alpha = {report.alpha:.3g} (alpha_c = {report.alpha_c:.3g}), ", end="")
+            print(f"beta = {report.beta:.3g} (beta_c = {report.beta_c:.3g}): {report.status}")
+        print(f"{trainer.global_step} of {steps} steps taken", end=": ")
+        print("the guard saw no reason to stop" if guard.stopped_step is None else "the guard stopped the run")
+        lr = 0.5 * guard.history[0].beta_c
+    return guards
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -185,3 +186,28 @@ def check_device(name: str, value: Any) -> None:
         raise ValueError(message) from error
     if kind == "meta":
         raise ValueError(message)
+
+
+def checked(kind: Callable[[str], Any], check: Callable[[Any], None]) -> Callable[[str], Any]:
+    """Make a check a ``type`` of argparse's, so that what it refuses is the parser's error.
+
+    Args:
+        kind: Makes the value of the text.
+        check: Raises if the value is not allowed.
+
+    Returns:
+        From the text to the value.
+    """
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}") from error
+        try:
+            check(value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return value
+
+    return parse

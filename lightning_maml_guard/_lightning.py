@@ -40,7 +40,8 @@ PACKAGE = PACKAGES[0]
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-    from pytorch_lightning.cli import LightningCLI
+    from pytorch_lightning.callbacks import RichProgressBar
+    from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
     from pytorch_lightning.loggers.logger import DummyLogger
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 else:
@@ -55,9 +56,13 @@ else:
     )
 
 
+# What the command line alone needs, with jsonargparse, which a user without one need not have.
+_FIRST_USE = {"LightningArgumentParser": "cli", "LightningCLI": "cli", "RichProgressBar": "callbacks"}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "LightningCLI":  # needs jsonargparse, which a user without a command line need not have
-        return import_module(f"{PACKAGE}.cli").LightningCLI
+    if name in _FIRST_USE:
+        return getattr(import_module(f"{PACKAGE}.{_FIRST_USE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -66,15 +71,18 @@ __all__ = [
     "PACKAGES",
     "Callback",
     "DummyLogger",
+    "LightningArgumentParser",
     "LightningCLI",
     "LightningDataModule",
     "LightningModule",
     "MisconfigurationException",
+    "RichProgressBar",
     "Trainer",
     "check_module",
     "hyperparameters_given",
     "inform",
     "inform_less",
+    "no_loader",
     "seed_everything",
     "tools_for",
 ]
@@ -144,6 +152,19 @@ def tools_for(module: Any, name: str) -> tuple[Any, Any]:
         f"Expected argument `{name}` to be a LightningModule but got {type(module).__name__}. Pass the instance you "
         "would give to trainer.fit (of torch.compile's wrapper, the module inside)."
     )
+
+
+def no_loader(module: Any) -> Any:
+    """Make what a ``val_dataloader`` returns for no validation: Lightning takes an empty list for a loader, and warns.
+
+    Args:
+        module: The module that is trained.
+
+    Returns:
+        A ``CombinedLoader`` of the module's package, of nothing.
+    """
+    combined_loader = tools_for(module, "module")[1]
+    return type("NoLoader", (combined_loader,), {"flattened": []})([], "sequential")
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import yaml
 
 from lightning_maml_guard import MetaLearningModule
 from lightning_maml_guard._lightning import Trainer
+from lightning_maml_guard._words import name_of
 from lightning_maml_guard.cli import CONFIGS, main, translate
 from lightning_maml_guard.tasks.episodes import episode_generator
 from tests.helpers import guard_warns
@@ -56,14 +58,26 @@ def test_words_become_options(words, expected):
     assert translate(words) == expected
 
 
-def test_unknown_words_are_named():
-    with pytest.raises(
-        SystemExit,
-        match="expected the task to be one of linear, sinusoid, omniglot, .*miniimagenet_5shot but got 'cifar'",
+def test_a_run_has_the_name_of_its_task_or_of_its_own_configuration():
+    for words, name in (
+        ("", "sinusoid"),
+        ("--guard log", "sinusoid"),
+        ("omniglot --guard", "omniglot"),
+        ("--config somewhere/own.yaml", "own"),
+        ("--guard -c own.yaml --config=other.v2.yaml --x 1", "other.v2"),
+        ("linear --config own.yaml", "linear"),
     ):
-        translate(["cifar"])
-    with pytest.raises(SystemExit, match="expected --guard to be one of log, warn, rescale, stop but got 'maybe'"):
-        translate(["--guard", "maybe"])
+        assert name_of(words.split()) == name
+
+
+def test_unknown_words_are_named(capsys):
+    for words, said in (
+        (["cifar"], "expected the task to be one of linear, sinusoid, omniglot, .*miniimagenet_5shot but got 'cifar'"),
+        (["--guard", "maybe"], "expected --guard to be one of log, warn, rescale, stop but got 'maybe'"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            translate(words)
+        assert stopped.value.code == 2 and re.search(said, capsys.readouterr().err)
 
 
 def test_a_guarded_run_leaves_logs_a_picture_and_a_checkpoint_that_loads(elsewhere):

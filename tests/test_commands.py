@@ -1,17 +1,20 @@
 """Every command over every shipped configuration, at tiny sizes; YAML in and out; words that are wrong."""
 
 import math
+import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from lightning_maml_guard import cli
+from lightning_maml_guard import ConvergenceGuard, _cli_runs, cli
 from lightning_maml_guard._words import COMMANDS, TASKS
 from lightning_maml_guard.cli import console, main
+from tests.helpers import guard_warns
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 SMALL = ["--trainer.max_steps=1", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -35,7 +38,7 @@ def test_every_command_over_every_configuration(task, request, monkeypatch, caps
     images = task not in {"linear", "sinusoid"}
     if images:
         monkeypatch.setenv("LMG_DATA", str(request.getfixturevalue("data_folder")))
-        monkeypatch.setattr(cli, "_save", lambda found, path: drawn.append(path))
+        monkeypatch.setattr(_cli_runs, "_save", lambda found, path: drawn.append(path))
     guard = (
         ["--guard=log", "--guard.trial_steps=0", "--guard.max_iter=2"]
         if images
@@ -67,9 +70,16 @@ def test_phase_diagram_is_the_example(monkeypatch, capsys):
     found = main(["phase-diagram", "sinusoid", "--grid", "2", "--steps", "3", "--threads", "1"])
     assert found["runs"] == 4 and "sinusoid: " in capsys.readouterr().out
     assert Path("runs/phase_diagram/sinusoid.png").stat().st_size > 10_000
-    with pytest.raises(SystemExit) as stopped:
-        main(["phase-diagram", "circle"])
-    assert stopped.value.code == 2 and "invalid choice: 'circle'" in capsys.readouterr().err
+    for words, said in (
+        (["circle"], "invalid choice: 'circle'"),
+        (["--grid", "0"], "argument --grid: Expected argument `grid` to be an integer of at least 1 but got 0"),
+        (["--seed", "many"], "argument --seed: invalid int value: 'many'"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["phase-diagram", *words])
+        assert stopped.value.code == 2 and said in capsys.readouterr().err
+    said = " ".join(printed(capsys, ["phase-diagram", "--help"]).split())
+    assert "16 inner rates and 4000 steps, whatever --grid and --steps say" in said
 
 
 def printed(capsys, words):
@@ -96,17 +106,6 @@ def test_one_yaml_serves_the_other_commands(capsys, elsewhere):
     assert main(["suggest", "--config=own.yaml", "--batches=1"]).suggestion.beta > 0
 
 
-def test_a_guarded_training_ends_with_a_verdict(caplog):
-    with caplog.at_level("INFO"):
-        guard = main(["fit", *words_of("linear"), "--guard=log", "--guard.every_n_steps=1"]).guard
-    last = guard.history[-1]
-    (said,) = [record.message for record in caplog.records if "of beta_c" in record.message]
-    told = (
-        f"at step {last.step}: {last.status}, alpha at {last.alpha_ratio:.2g} of alpha_c, beta at {last.beta_ratio:.2g}"
-    )
-    assert said.startswith("ConvergenceGuard: 1 check") and told in said
-
-
 def test_a_rate_that_was_not_judged_is_said_to_be(caplog):
     with caplog.at_level("INFO"):
         main(["fit", *words_of("sinusoid"), "--guard=log"])
@@ -117,9 +116,9 @@ def test_a_rate_that_was_not_judged_is_said_to_be(caplog):
 
 def test_suggest_follows_the_trainer(monkeypatch):
     asked = []
-    original = cli.suggest_rates
+    original = _cli_runs.suggest_rates
     monkeypatch.setattr(
-        cli, "suggest_rates", lambda *args, **options: asked.append(options) or original(*args, **options)
+        _cli_runs, "suggest_rates", lambda *args, **options: asked.append(options) or original(*args, **options)
     )
     command = ["suggest", *words_of("linear"), "--batches=1"]
     single = main(command).suggestion
@@ -153,19 +152,10 @@ def test_what_fit_suggests_is_what_fit_takes():
         (["suggest", "linear", "--ckpt_path=x.ckpt"], "suggest measures the network as initialised, so it takes no"),
     ],
 )
-def test_wrong_words_are_explained(words, message):
-    with pytest.raises(SystemExit, match=message):
+def test_wrong_words_are_explained(words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
         main(words)
-
-
-def test_a_margin_that_is_none_is_named(capsys):
-    with pytest.raises(SystemExit):
-        main(["suggest", "linear", "--margin=much"])
-    assert (
-        "lightning-maml-guard suggest: error: argument --margin: invalid float value: 'much'" in capsys.readouterr().err
-    )
-    with pytest.raises(ValueError, match="`margin` to be a number between 0 and 1 but got 2.0"):
-        main(["suggest", *words_of("linear"), "--margin=2"])
+    assert stopped.value.code == 2 and re.search(message, capsys.readouterr().err)
 
 
 def test_help_tells_what_each_command_does(capsys):
@@ -176,7 +166,10 @@ def test_help_tells_what_each_command_does(capsys):
     assert all(len(line) <= 120 for line in text[: text.index("omniglot is a first look")].splitlines()[3:])
     said = " ".join(printed(capsys, ["suggest", "--help"]).split())
     assert "usage: lightning-maml-guard suggest " in said
-    assert "suggest learning rates at --margin M (default 0.5) times their critical values" in said
+    assert (
+        "suggest learning rates at --margin M (default 0.5) times their critical values" in said and "--guard" in said
+    )
+    assert "--guard" not in printed(capsys, ["test", "--help"])
 
 
 def test_the_installed_command_returns_nothing_for_its_exit_status():
@@ -188,3 +181,69 @@ def test_console_runs_main(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lightning-maml-guard", "fit", *words_of("linear")])
     assert console() is None
     assert list(Path("runs", "linear").glob("version_0/checkpoints/*.ckpt"))
+
+
+def test_a_run_says_what_concerns_its_user_and_no_more(capsys, caplog, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
+    words = [
+        "linear",
+        *SMALL,
+        "--data.val_episodes=0",
+        "--data.steps_per_epoch=2",
+        "--trainer.enable_progress_bar=true",
+    ]
+
+    def said(*more):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ran = main([*more[:1], *words, *more[1:]])
+        return ran, " ".join(str(each.message) for each in caught), capsys.readouterr().out
+
+    with caplog.at_level("INFO"):
+        trained, warned, shown = said("fit", "--guard=log", "--guard.every_n_steps=3", "--trainer.max_steps=4")
+    assert trained.trainer.global_step == 4 and "Epoch 1 " in shown and "/-" not in shown
+    last = trained.guard.history[-1]
+    (verdict,) = [record.message for record in caplog.records if "of beta_c" in record.message]
+    assert verdict == (
+        f"ConvergenceGuard: 2 checks, the last at step 3: {last.status}, alpha at {last.alpha_ratio:.2g} of alpha_c, "
+        f"beta at {last.beta_ratio:.2g} of beta_c."
+    )
+    (checkpoint,) = Path("runs/linear/version_0/checkpoints").glob("*.ckpt")
+    told = warned + said("test", f"--ckpt_path={checkpoint}")[1]
+    for pointless in (
+        "LeafSpec",
+        "Total length",
+        "Skipping val loop",
+        "callbacks used to create",
+        "dirpath",
+        "workers",
+    ):
+        assert pointless not in told
+    bounded, _, shown = said("fit", "--trainer.max_steps=9", "--trainer.max_epochs=2")
+    assert bounded.trainer.global_step == 4 and "Epoch 1/1" in shown
+    # Whoever trains on without the guard is told that it is missing.
+    told = said("fit", "--trainer.max_steps=5", f"--ckpt_path={checkpoint}", "--data.num_workers=1")[1]
+    assert "callbacks used to create" in told and "ConvergenceGuard{" in told and "not have many workers" in told
+
+
+def test_a_training_that_diverged_says_so_before_its_test(elsewhere, caplog):
+    (elsewhere / "mine.yaml").write_text((cli.CONFIGS / "linear.yaml").read_text())
+    words = ["--config=mine.yaml", *SMALL, "--model.optimizer.lr=3e38"]
+    with caplog.at_level("INFO"):
+        tested = main(words)
+        with guard_warns("Lower the optimizer's lr"):
+            guard = main(["fit", *words, "--trainer.max_steps=3", "--guard"]).guard
+    assert math.isnan(tested.trainer.callback_metrics["test/loss"])
+    assert Path("runs/mine/version_1/safe_region.png").exists() and not Path("runs/sinusoid").exists()
+    first, second = (record.message for record in caplog.records if "diverged" in record.message)
+    assert first == (
+        "The training diverged: its parameters are not finite. Run it again with --guard, which tells the rate to "
+        "lower; --guard rescale lowers it."
+    )
+    assert second == (
+        "The training diverged: its last loss is nan. The guard's warning above says why, and which rate to lower."
+    )
+    guard.action = "log"
+    assert _cli_runs._what_to_do(guard).startswith("--guard log warns of nothing: --guard tells the rate to lower")
+    unseen = _cli_runs._what_to_do(ConvergenceGuard())
+    assert unseen == "No check of the guard saw it coming: --guard.every_n_steps 5 looks more often."

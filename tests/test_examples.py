@@ -55,13 +55,17 @@ def test_the_hand_written_modules_problem_is_what_it_trains(inner_steps):
         torch.testing.assert_close(found.gradients[name], value.grad, rtol=1e-9, atol=1e-12)
 
 
-def test_the_hand_written_module_is_stopped_before_it_dies(capsys):
+def test_the_hand_written_module_is_stopped_before_it_dies_and_trains_at_what_was_measured(capsys):
     with guard_warns("The coming 10 steps, tried on copies .* take the loss from .* to inf"):
-        guard = example("existing_maml")["main"]()
-    assert guard.stopped_step == 0 and guard.history[0].alpha == 0.01
-    assert re.search(
-        r"beta = 0\.5, beta_c = 0\.1\d+ after \d+ .*: unsafe\nstopped at step 0 of 40", capsys.readouterr().out
-    )
+        stopped, trained = example("existing_maml")["main"]()
+    assert stopped.stopped_step == 0 and stopped.history[0].alpha == 0.01
+    assert trained.stopped_step is None and trained.history[0].beta == 0.5 * stopped.history[0].beta_c
+    first, taken, *checks, end = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"step 0: alpha = 0\.01 .*, beta = 0\.5 \(beta_c = 0\.1\d+\): unsafe", first)
+    assert taken == "1 of 40 steps taken: the guard stopped the run"
+    assert [line.partition(":")[0] for line in checks] == ["step 0", "step 10", "step 20", "step 30"]
+    assert all(line.endswith(": safe") for line in checks)
+    assert end == "40 of 40 steps taken: the guard saw no reason to stop"
 
 
 def test_the_plain_loop_lowers_its_meta_rate_and_trains_without_lightning():

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from lightning_maml_guard._checks import check_count, checked
 from lightning_maml_guard.phase_diagram import phase_diagram
-from lightning_maml_guard.poster.findings import write
+from lightning_maml_guard.poster.findings import BISECTED_RATES, BISECTION_STEPS, write
 from lightning_maml_guard.poster.panels import FULL, SMALL, problems
 
-DESCRIPTION = """Trains a grid of inner and meta rates, draws the training error with the critical rates, and prints for
-each inner rate the largest meta rate that trained beside the guard's. Writes PANEL.png, PANEL_spectrum.png, PANEL.json
-and PANEL.npz; run again, it goes on where it was broken off. Image data is read from $LMG_DATA. Under torchrun the grid
-is dealt out over the processes."""
+DESCRIPTION = f"""Trains a grid of inner and meta rates, draws the training error with the critical rates, and prints
+for each inner rate the largest meta rate that trained beside the guard's. Writes PANEL.png, PANEL_spectrum.png,
+PANEL.json and PANEL.npz; run again, it goes on where it was broken off. Image data is read from $LMG_DATA. Under
+torchrun the grid is dealt out over the processes. After its grid the linear panel bisects the limits by training alone,
+some two minutes: {BISECTED_RATES} inner rates and {BISECTION_STEPS} steps, whatever --grid and --steps say."""
 
 
 def main(words: Sequence[str] | None = None, prog: str = "lightning-maml-guard phase-diagram") -> dict[str, Any]:
@@ -40,10 +43,14 @@ def main(words: Sequence[str] | None = None, prog: str = "lightning-maml-guard p
     parser = argparse.ArgumentParser(prog=prog, description=DESCRIPTION)
     parser.add_argument("panel", nargs="?", choices=tuple(SMALL), default="linear", help="default: %(default)s")
     parser.add_argument("--full", action="store_true", help="the published sizes, on a GPU")
-    parser.add_argument("--steps", type=int, help="training steps")
-    parser.add_argument("--grid", type=int, help="rates of each kind")
-    parser.add_argument("--seed", type=int, default=0, help="of the network and the tasks (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    for name, said in (
+        ("steps", "training steps of the grid"),
+        ("grid", "rates of each kind"),
+        ("threads", "CPU threads (default: torch's)"),
+    ):
+        parser.add_argument(f"--{name}", type=checked(int, partial(check_count, name)), help=said)
+    seed = checked(int, partial(check_count, "seed", least=0))
+    parser.add_argument("--seed", type=seed, default=0, help="of the network and the tasks (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/phase_diagram"), help="folder (default: %(default)s)")
     given = parser.parse_args(words)
     panel = (FULL if given.full else SMALL)[given.panel]

@@ -24,6 +24,9 @@ from lightning_maml_guard.grid.optimizers import SGD
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.poster.panels import Panel
 
+# The linear panel's limits found by training: steps of each training, and inner rates.
+BISECTION_STEPS, BISECTED_RATES = 4000, 16
+
 
 def write(
     name: str, panel: Panel, diagram: PhaseDiagram, judged: MetaProblem, out: Path, began: float, head: dict[str, Any]
@@ -50,7 +53,7 @@ def write(
     diagram.save(out / f"{name}.npz")
     if name == "linear":
         print("The grid is trained. Now its limits are bisected by training alone, some two minutes ...", flush=True)
-        theory = _meet_theory(judged, 4 * 1000, 16)
+        theory = _meet_theory(judged, BISECTION_STEPS, BISECTED_RATES)
         points = np.stack([theory["alpha"], theory["beta_c found by training"]], 1)
         found["theory"] = theory
     found["minutes"] = (time.perf_counter() - began) / 60

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_maml_guard._checks import check_count, check_flag
-from lightning_maml_guard._lightning import LightningDataModule
+from lightning_maml_guard._lightning import LightningDataModule, no_loader
 from lightning_maml_guard.tasks.episodes import EpisodeBatch, TaskFamily, episode_generator
 
 
@@ -185,13 +185,16 @@ class TaskDataModule(LightningDataModule):
         sampler = EpochSampler(self.steps_per_epoch, self.resample)
         return EpisodeLoader(episodes, sampler=sampler, **self._options)
 
-    def val_dataloader(self) -> DataLoader[EpisodeBatch] | list[DataLoader[EpisodeBatch]]:
+    def val_dataloader(self) -> Any:
         """Build the loader of validation episodes.
 
         Returns:
-            A loader over the same ``val_episodes`` episodes each time; an empty list without any.
+            A loader over the same ``val_episodes`` episodes each time; without any a Trainer gets a loader of nothing,
+            and an empty list who has none.
         """
-        return self._evaluation("val", self.val_episodes) if self.val_episodes else []
+        if self.val_episodes:
+            return self._evaluation("val", self.val_episodes)
+        return [] if self.trainer is None else no_loader(self.trainer.lightning_module)
 
     def test_dataloader(self) -> DataLoader[EpisodeBatch]:
         """Build the loader of test episodes.
