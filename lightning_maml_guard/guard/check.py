@@ -139,6 +139,10 @@ class Checker:
                 self._taken_back = None  # its rates are lowered
             if settings.rollback and (run.rescue.snapshot is None or passes(severe, settings.alarm)):
                 self._keep(step)
+        loss, start = run.lookout.range.loss, run.lookout.range.start
+        if run.course.lost_curvature(report, loss, start) and settings.action != "log":
+            lost = messages.nothing_learned(step, report.lambda_max, run.course.sharpest, loss, start)
+            run.course.say_once(lost, step=step)
         self._charge(attempt, problem, report.hvps)
         run.lookout.unjudged = not run.history and report.beta_status == UNRESOLVED
         run.note(report)

@@ -15,6 +15,9 @@ from lightning_maml_guard.guard.reporting import warn
 from lightning_maml_guard.theory.verdict import UNSAFE, Watch, advance
 
 _EVENTS = 1000  # kept at most
+# Shares of the largest curvature so far and of the loss at the start: a dead network has hardly any of the first left,
+# and is not below the second.
+_COLLAPSED, _UNLEARNED = 0.15, 0.8
 
 
 class Turn(NamedTuple):
@@ -42,6 +45,7 @@ class Course:
         alarm: See :func:`lightning_maml_guard.theory.verdict.advance`.
         watches: The states by what they are about.
         said: The gist of what was said once.
+        sharpest: The largest ``lambda_max`` so far.
         events: Step, kind and text of what befell the run besides its states, the latest ones; the step is -1 where it
             is not known.
     """
@@ -50,6 +54,7 @@ class Course:
     alarm: float
     watches: dict[str, Watch] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
+    sharpest: float = 0.0
     events: list[tuple[int, str, str]] = field(default_factory=list)
 
     @property
@@ -76,6 +81,20 @@ class Course:
         entered = any(self.watches[n].state == UNSAFE and before[n].state != UNSAFE for n in statuses)
         state = self.watches["run"].state if tried else UNSAFE if self.unsafe else report.status
         return Turn(state, entered, was_unsafe and not self.unsafe)
+
+    def lost_curvature(self, report: StabilityReport, loss: float, start: float) -> bool:
+        """Say whether nearly all curvature is gone, and not because the run has learned.
+
+        Args:
+            report: What a check found.
+            loss: Running mean of the loss.
+            start: Loss that training started from.
+
+        Returns:
+            Whether it is so.
+        """
+        self.sharpest = max(self.sharpest, report.lambda_max)
+        return report.lambda_max < _COLLAPSED * self.sharpest and loss > _UNLEARNED * start
 
     def note(self, step: int, kind: str, text: str) -> None:
         """Keep what befell the run, for its report.
@@ -131,7 +150,12 @@ class Course:
             What :meth:`load` takes.
         """
         watches = {name: [watch.state, watch.failed] for name, watch in self.watches.items()}
-        return {"watches": watches, "said": sorted(self.said), "events": [list(each) for each in self.events]}
+        return {
+            "watches": watches,
+            "said": sorted(self.said),
+            "sharpest": self.sharpest,
+            "events": [list(each) for each in self.events],
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore the state.
@@ -141,4 +165,5 @@ class Course:
         """
         self.watches = {name: Watch(*watch) for name, watch in state.get("watches", {}).items()}
         self.said = set(state.get("said", []))
+        self.sharpest = state.get("sharpest", 0.0)
         self.events = [(step, kind, text) for step, kind, text in state.get("events", [])]

@@ -112,6 +112,27 @@ def tried(trial: Trial, reference: float, alpha: float, beta: float, explained: 
     )
 
 
+def nothing_learned(step: int, curvature: float, sharpest: float, loss: float, start: float) -> str:
+    """Say that the rates are stable because there is nothing left that they could move.
+
+    Args:
+        step: Training step.
+        curvature: Largest eigenvalue now.
+        sharpest: The largest it has been.
+        loss: Running mean of the loss.
+        start: Loss that training started from.
+
+    Returns:
+        The message.
+    """
+    return (
+        f"ConvergenceGuard: step {step} is stable, but the run may have lost its network.\nWhy: lambda_max = "
+        f"{curvature:.3g} is {curvature / sharpest:.2g} of what it was, while the loss ({loss:.3g}) is near where training "
+        f"started ({start:.3g}): so it is when ReLUs have died, which no rate brings back.\nTo do: Start again with "
+        "lower rates (ConvergenceGuard(action='rescale', margin=0.5) keeps them lower), or with another activation."
+    )
+
+
 def failed(step: int, error: Exception) -> str:
     """Say that a check failed.
 

@@ -278,3 +278,31 @@ def test_what_leaves_the_running_range():
 def test_arguments_that_are_not_allowed(arguments, message):
     with pytest.raises(ValueError, match=message):
         ConvergenceGuard(**arguments)
+
+
+@pytest.mark.parametrize(("killed", "action"), [(True, "warn"), (False, "warn"), (True, "log")])
+def test_a_network_that_died_is_not_just_called_stable(killed, action):
+    class Dying(MetaLearningModule):
+        def on_train_batch_start(self, batch, batch_idx):
+            if killed and batch_idx == 10:
+                with torch.no_grad():
+                    self.network[0].bias.fill_(-1e3)
+
+    torch.manual_seed(0)
+    module = Dying(mlp(hidden=(8,)), inner_lr=0.01, optimizer=lambda p: SGD(p, lr=1e-4))
+    guard = ConvergenceGuard(every_n_steps=15, action=action)
+    batch = Sinusoid().sample(4, torch.Generator().manual_seed(0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", GuardWarning)
+        fit(module, batch, 46, [guard])
+    said = [text for text in (one_line(each.message) for each in caught) if "may have lost its network" in text]
+    assert len(guard.history) == 4 and {report.status for report in guard.history} == {"safe"}
+    assert len(said) == (killed and action == "warn")
+    if said:
+        first, then = (guard.history[at].lambda_max for at in (0, 1))
+        assert said[0].startswith("ConvergenceGuard: step 15 is stable, but")
+        assert f"lambda_max = {then:.3g} is {then / first:.2g} of what it was, while the loss" in said[0]
+        assert "Start again with lower rates" in said[0]
+    again = ConvergenceGuard()
+    again.load_state_dict(guard.state_dict())
+    assert again._run.course.sharpest == guard._run.course.sharpest == guard.history[0].lambda_max
