@@ -127,9 +127,10 @@ def nothing_learned(step: int, curvature: float, sharpest: float, loss: float, s
     """
     return (
         f"ConvergenceGuard: step {step} is stable, but the run may have lost its network.\nWhy: lambda_max = "
-        f"{curvature:.3g} is {curvature / sharpest:.2g} of what it was, while the loss ({loss:.3g}) is near where training "
-        f"started ({start:.3g}): so it is when ReLUs have died, which no rate brings back.\nTo do: Start again with "
-        "lower rates (ConvergenceGuard(action='rescale', margin=0.5) keeps them lower), or with another activation."
+        f"{curvature:.3g} is {curvature / sharpest:.2g} of what it was, while the loss ({loss:.3g}) is near where "
+        f"training started ({start:.3g}): so it is when ReLUs have died, which no rate brings back.\nTo do: Start "
+        "again with lower rates (ConvergenceGuard(action='rescale', margin=0.5) keeps them lower), or with another "
+        "activation."
     )
 
 
