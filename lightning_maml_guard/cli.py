@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import sys
 import textwrap
@@ -68,6 +69,11 @@ def main(words: Sequence[str] | None = None) -> Any:
     Raises:
         SystemExit: If the command line is wrong, or after ``--help``.
     """
+    if importlib.util.find_spec("jsonargparse") is None:
+        refuse(
+            "error: the command line needs packages that training does not, jsonargparse among them. Install them with "
+            "pip install 'lightning-maml-guard[examples]' (in a checkout: pip install '.[examples]')."
+        )
     given = sys.argv[1:] if words is None else list(words)
     command = given.pop(0) if given and given[0] in COMMANDS else TRAIN_THEN_TEST
     if command == "phase-diagram":

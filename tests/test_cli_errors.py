@@ -109,6 +109,13 @@ def test_the_commands_have_options_of_their_own(capsys):
         assert line.startswith(said) and ("Did you mean" in said or "Did you mean" not in line)
 
 
+def test_a_missing_jsonargparse_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    line = refused(capsys, main, "linear")
+    assert line.startswith("the command line needs packages that training does not, jsonargparse among them.")
+    assert "pip install 'lightning-maml-guard[examples]'" in line
+
+
 def test_what_fails_by_itself_keeps_its_traceback(run):
     with pytest.raises(ValueError, match="broken") as raised:
         run(["linear", f"--model={__name__}.Broken"])
