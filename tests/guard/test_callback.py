@@ -14,6 +14,7 @@ from lightning_maml_guard import (
     GuardWarning,
     MetaLearningModule,
     MetaProblem,
+    measure,
 )
 from lightning_maml_guard._lightning import (
     LightningModule,
@@ -22,6 +23,7 @@ from lightning_maml_guard._lightning import (
 )
 from lightning_maml_guard.guard.caps import Caps
 from lightning_maml_guard.guard.messages import returned
+from lightning_maml_guard.guard.reporting import metrics
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.regression import Sinusoid
 from tests.helpers import QUIET, fit, guard_warns, linear_module, one_line, quadratic_batch
@@ -481,3 +483,11 @@ def test_tasks_of_different_sharpness_need_the_worst_task_or_a_trial(tasks, tria
     fit(module, ((x, y), (x, y)), 100, [guard])
     assert {report.status for report in guard.history} == {status}
     assert abs(float(network.weight)) > 1e6
+
+
+def test_what_is_logged_has_the_reports_names():
+    report = measure(linear_module(4, 0.1, inner_lr=0.05).meta_problem(quadratic_batch([0.5, 1.0, 2.0, 4.0])), beta=0.1)
+    logged = metrics(report)
+    assert {"guard/alpha_c", "guard/poster_alpha_c", "guard/sgd_beta_c", "guard/exact_beta_c"} <= set(logged)
+    for name, value in logged.items():
+        assert name == "guard/safe" or value == getattr(report, name.removeprefix("guard/"))
