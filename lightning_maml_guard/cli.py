@@ -30,7 +30,7 @@ __all__ = ["CONFIGS", "GuardCLI", "console", "main", "translate"]
 
 TRAIN_THEN_TEST = ""
 # What a guard and suggest_rates have in common: how to measure, and how to try the coming steps.
-MEASURING = ("problem", "criterion", "estimator", "max_iter", "tol", "data", "trial_steps", "alarm")
+MEASURING = ("problem", "criterion", "estimator", "max_iter", "tol", "basis", "data", "trial_steps", "alarm")
 # What suggest follows of the Trainer it is given.
 _FOLLOWED = ("accelerator", "precision", "gradient_clip_val", "gradient_clip_algorithm")
 

@@ -17,16 +17,10 @@ from lightning_maml_guard.curvature.lanczos import Matvec, NonFiniteProductError
 from lightning_maml_guard.curvature.layout import Params
 from lightning_maml_guard.curvature.operators import Operator, scaled
 from lightning_maml_guard.guard.coming import predicted_change
-from lightning_maml_guard.guard.estimate import (
-    ChangingOperatorError,
-    Estimator,
-    Spectrum,
-    hessian_spectrum,
-    merged,
-    top_eigenvalue,
-)
+from lightning_maml_guard.guard.estimate import Estimator, Spectrum, hessian_spectrum, merged
 from lightning_maml_guard.guard.governor import scheduled_rate
 from lightning_maml_guard.guard.judgement import judged
+from lightning_maml_guard.guard.krylov import ChangingOperatorError, Krylov, top_eigenvalue
 from lightning_maml_guard.guard.meta_rate import UNKNOWN, MetaRateLimit, exact_limit, poster_limit
 from lightning_maml_guard.guard.outer import outer_step
 from lightning_maml_guard.guard.products import Memory, make_operator
@@ -45,8 +39,7 @@ class Options:
 
     criterion: str
     estimator: Estimator
-    max_iter: int
-    tol: float
+    krylov: Krylov
     worst: bool
     margin: float
     step: int | None
@@ -112,8 +105,7 @@ class Measurement:
                 estimator=self.options.estimator,
                 blocks=self.blocks,
                 alpha=0.0 if exact else poster_alpha * self.subject.inner_steps,
-                max_iter=self.options.max_iter,
-                tol=self.options.tol,
+                krylov=self.options.krylov,
                 noise=noise,
             ),
             self.blocks,
@@ -198,9 +190,7 @@ class Measurement:
 
     def _alpha_of_top(self, matvec: Matvec, size: int, blocks: int | None, reach: float) -> Limit:
         found = self._over_blocks(
-            lambda: top_eigenvalue(
-                matvec, size, self.like, blocks, max_iter=self.options.max_iter, tol=self.options.tol
-            ),
+            lambda: top_eigenvalue(matvec, size, self.like, blocks, krylov=self.options.krylov),
             blocks,
             max,
         )
@@ -265,8 +255,7 @@ class Measurement:
             self.maml.symmetric,
             self.outer,
             self.like,
-            max_iter=self.options.max_iter,
-            tol=self.options.tol,
+            krylov=self.options.krylov,
             noise=noise,
         )
         if limit.lowest_direction is not None and self._turned(limit.lowest_direction):
@@ -318,8 +307,7 @@ class Measurement:
                 inner_steps=self.subject.inner_steps,
                 collapsed=collapsed,
                 blocks=self.blocks,
-                max_iter=self.options.max_iter,
-                tol=self.options.tol,
+                krylov=self.options.krylov,
             ),
             self.blocks,
             lambda found: min(found, key=lambda each: each.beta_c),

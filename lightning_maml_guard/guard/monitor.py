@@ -12,8 +12,10 @@ from torch.optim import Optimizer
 from lightning_maml_guard._checks import check_choice, check_count, check_number
 from lightning_maml_guard._randomness import preserved_randomness
 from lightning_maml_guard.curvature.backward import double_backward
+from lightning_maml_guard.curvature.basis import BASES
 from lightning_maml_guard.curvature.lanczos import NonFiniteProductError
-from lightning_maml_guard.guard.estimate import ChangingOperatorError, Estimator, check_estimator
+from lightning_maml_guard.guard.estimate import Estimator, check_estimator
+from lightning_maml_guard.guard.krylov import ChangingOperatorError, Krylov
 from lightning_maml_guard.guard.measurement import Measurement, Options
 from lightning_maml_guard.guard.plain import PlainProblem
 from lightning_maml_guard.guard.products import Memory
@@ -39,6 +41,7 @@ def measure(
     margin: float = 1.0,
     step: int | None = None,
     memory: Memory | None = None,
+    basis: str = "device",
 ) -> StabilityReport:
     """Measure whether a problem's learning rates lie in the safe region.
 
@@ -63,6 +66,8 @@ def measure(
         step: Training step, for the messages.
         memory: What earlier measurements of the same network found out; pass one object to every call of a loop, and
             the self-check of the second derivatives is made once.
+        basis: Where the Lanczos vectors are kept: ``"device"``, ``"cpu"`` (the same numbers, slower) or ``"bfloat16"``
+            (half the memory; what that rounds away widens the intervals).
 
     Returns:
         The report. Curvature that can't be measured gives ``"unresolved"`` with the reason.
@@ -88,7 +93,9 @@ def measure(
             f"Expected argument `problem` to be a MetaProblem but got {type(problem).__name__}. Pass "
             "MetaProblem(params, task_loss, support, query), or module.meta_problem(batch) of a MetaLearningModule."
         )
-    check_options(criterion=criterion, estimator=estimator, max_iter=max_iter, tol=tol, tasks=tasks, data=data)
+    check_options(
+        criterion=criterion, estimator=estimator, max_iter=max_iter, tol=tol, tasks=tasks, data=data, basis=basis
+    )
     check_margin(margin)
     if beta is not None:
         check_rate(beta, "beta")
@@ -105,7 +112,7 @@ def measure(
         )
     began = time.perf_counter()
     memory = memory or Memory()
-    options = Options(criterion, estimator, max_iter, tol, tasks == "worst", margin, step)
+    options = Options(criterion, estimator, Krylov(max_iter, tol, basis), tasks == "worst", margin, step)
     with preserved_randomness(), double_backward():
         torch.manual_seed(0)  # the same dropout masks in every check, so that their numbers can be compared
         if isinstance(problem, PlainProblem):
@@ -120,7 +127,9 @@ def measure(
             return measurement.failed(str(error), began)
 
 
-def check_options(*, criterion: str, estimator: Any, max_iter: int, tol: float, tasks: str, data: str) -> None:
+def check_options(
+    *, criterion: str, estimator: Any, max_iter: int, tol: float, tasks: str, data: str, basis: str
+) -> None:
     """Refuse measuring options that are not allowed.
 
     Args:
@@ -130,6 +139,7 @@ def check_options(*, criterion: str, estimator: Any, max_iter: int, tol: float, 
         tol: See :func:`measure`.
         tasks: See :func:`measure`.
         data: See :func:`measure`.
+        basis: See :func:`measure`.
 
     Raises:
         ValueError: If one is not allowed, or if two do not go together.
@@ -138,6 +148,7 @@ def check_options(*, criterion: str, estimator: Any, max_iter: int, tol: float, 
         ("criterion", criterion, ("simplified", "exact")),
         ("tasks", tasks, ("mean", "worst")),
         ("data", data, ("support", "query", "both")),
+        ("basis", basis, BASES),
     ):
         check_choice(name, value, allowed)
     check_estimator(estimator)
