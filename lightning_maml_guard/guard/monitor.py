@@ -14,9 +14,10 @@ from lightning_maml_guard._randomness import preserved_randomness
 from lightning_maml_guard.curvature.backward import double_backward
 from lightning_maml_guard.curvature.basis import BASES
 from lightning_maml_guard.curvature.lanczos import NonFiniteProductError
+from lightning_maml_guard.guard.bench import Options
 from lightning_maml_guard.guard.estimate import Estimator, check_estimator
 from lightning_maml_guard.guard.krylov import ChangingOperatorError, Krylov
-from lightning_maml_guard.guard.measurement import Measurement, Options
+from lightning_maml_guard.guard.measurement import Measurement
 from lightning_maml_guard.guard.plain import PlainProblem
 from lightning_maml_guard.guard.products import Memory
 from lightning_maml_guard.guard.report import StabilityReport

@@ -162,3 +162,14 @@ def test_an_error_of_the_users_own_is_raised_as_it_is():
     with pytest.raises(KeyError, match="my own mistake"):
         tasks(loss, {"w": torch.ones(2)}, (torch.ones(2, 1),), in_dims=(None, 0))
     assert not tasks.looped
+
+
+def test_an_operator_whose_graph_was_let_go_of_says_so():
+    loss, params, (x, y) = regression(NETWORKS["tanh"]())
+    operator = Hessian(lambda p: loss(p, (x[0], y[0])), params)
+    vector = torch.ones(operator.layout.size).double()
+    operator(vector)
+    operator.release()
+    with pytest.raises(RuntimeError, match=r"before release\(\) but it came after"):
+        operator(vector)
+    assert operator.matvecs == 1

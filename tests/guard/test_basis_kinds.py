@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_maml_guard import ConvergenceGuard, measure, suggest_rates
 from lightning_maml_guard.curvature import basis as kept
+from lightning_maml_guard.curvature.operators import Jacobian
 from lightning_maml_guard.guard.measurement import Measurement
 from lightning_maml_guard.theory.rates import critical_rates
 from tests.guard.test_exact import dense_jacobian
@@ -64,6 +65,24 @@ def test_intervals_of_a_rounded_basis_hold_for_networks(order):
         # What goes along the binding direction: task noise and the predicted step.
         assert report.beta_c_noise == pytest.approx(sharp.beta_c_noise, rel=2e-2)
         assert report.predicted_change == pytest.approx(sharp.predicted_change, rel=1e-9)
+
+
+@pytest.mark.parametrize("criterion", ["exact", "simplified"])
+@pytest.mark.parametrize("inner_lr", [0.03, 1.0])  # 1.0: beyond alpha_c, so that the safe rate is measured as well
+def test_a_measurement_holds_one_graph_at_a_time(monkeypatch, criterion, inner_lr):
+    module, _, problem = sinusoid_problem(inner_lr=inner_lr)
+    optimizer, made, init = with_moments(module, problem), [], Jacobian.__init__
+
+    def watched(self, *arguments):
+        assert all(each._gradients is None for each in made)
+        made.append(self)
+        init(self, *arguments)
+
+    monkeypatch.setattr(Jacobian, "__init__", watched)
+    report = measure(problem, optimizer=optimizer, criterion=criterion)
+    assert len(made) == (3 if criterion == "exact" and inner_lr == 1.0 else 2)
+    assert all(each._gradients is None for each in made)
+    assert report.predicted_change < 0 and report.beta_c_noise > 0
 
 
 def test_a_rate_within_the_rounded_interval_is_not_judged():
