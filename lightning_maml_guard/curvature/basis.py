@@ -129,7 +129,7 @@ class Basis:
             The sum, shape ``(*batch, n)``, on the device.
         """
         count = len(weights)
-        scaled = weights.to(self._device, self._kind) * self._scales[:, :count]
+        scaled = weights.to(self._device, self._kind, non_blocking=True) * self._scales[:, :count]
         total = torch.empty((self._blocks * self._pieces, self._width), dtype=self._kind, device=self._device)
         spread = self._spread(scaled)
         for begin, end in self._groups(count):

@@ -1,4 +1,4 @@
-"""Lanczos and Arnoldi on the device: algorithms that take a matvec and nothing else.
+"""Lanczos on the device: an algorithm that takes a matvec and nothing else.
 
 Full reorthogonalisation keeps the basis orthonormal, so that the Rayleigh-Ritz identities the theory uses
 hold to rounding (Golub and Van Loan, "Matrix Computations", section 10.3). The coefficients stay on the
@@ -13,20 +13,34 @@ basis vectors. An eigenvalue of ``T`` then holds to ``|r| |y_m| + (1 + 2|D|) |F|
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_maml_guard.curvature.basis import Basis
 
 Matvec = Callable[[Tensor], Tensor]
+# What a scalar is called, and the scalar: it comes to the host with the coefficients, and has to be finite.
+Watched = tuple[str, Tensor]
 
 
 class NonFiniteProductError(ArithmeticError):
-    """A matrix-vector product held ``nan`` or ``inf``: the curvature cannot be measured here."""
+    """A loss or a matrix-vector product held ``nan`` or ``inf``: the curvature cannot be measured here."""
+
+
+def check_finite(value: Watched) -> None:
+    """Refuse a loss that is not finite, where no run watches it.
+
+    Args:
+        value: What the scalar is called, and the scalar.
+
+    Raises:
+        NonFiniteProductError: If it is not finite.
+    """
+    check_value(value[0], float(value[1]))
 
 
 class Tridiagonal(NamedTuple):
@@ -62,24 +76,6 @@ class LanczosRun(NamedTuple):
     rounding: float
 
 
-class ArnoldiRun(NamedTuple):
-    """What :func:`arnoldi` found.
-
-    Attributes:
-        hessenberg: Projection ``V^T A V``, shape ``(m, m)``, on the host.
-        residual: Norm of what the last product left outside the space.
-        basis: Orthonormal vectors; as many as ``hessenberg`` has rows count.
-        matvecs: Products used.
-        spill: What a basis in bfloat16 adds to the residual of every Ritz vector; else 0.
-    """
-
-    hessenberg: np.ndarray
-    residual: float
-    basis: Basis
-    matvecs: int
-    spill: float
-
-
 def lanczos(
     matvec: Matvec,
     start: Tensor,
@@ -88,6 +84,7 @@ def lanczos(
     stop: Callable[[Sequence[Tridiagonal]], bool] | None = None,
     sync_every: int = 4,
     basis: str = "device",
+    value: Watched | None = None,
 ) -> LanczosRun:
     """Run Lanczos on a symmetric matrix, or on a batch of them at once.
 
@@ -101,18 +98,20 @@ def lanczos(
         stop: Asked every ``sync_every`` steps with the tridiagonals so far; True ends the run.
         sync_every: Steps between two transfers to the host.
         basis: Where the vectors are kept, see :class:`~lightning_maml_guard.curvature.basis.Basis`.
+        value: A scalar that has to be finite, and what it is called.
 
     Returns:
         The run. A Krylov space that is exhausted early (an invariant subspace) ends it, with residual 0.
 
     Raises:
         ValueError: If there is nothing to iterate on.
-        NonFiniteProductError: If a product is not finite.
+        NonFiniteProductError: If a product, or the value, is not finite.
     """
-    steps = _steps(start, max_iter, sync_every)
+    steps = steps_of(start, max_iter, sync_every)
     kept = Basis(steps, start, basis)
     vector = start / torch.linalg.vector_norm(start, dim=-1, keepdim=True)
     norm = torch.zeros_like(start[..., 0])
+    watched = [] if value is None else [value[1].to(norm.dtype).expand(norm.shape)]
     columns: list[Tensor] = []
     found = _Found([], False, 0.0, 0.0)
     converged = False
@@ -126,79 +125,30 @@ def lanczos(
         column = [rest.coefficients[-1], stray.abs().amax(0) if step else torch.zeros_like(norm)]
         if not kept.exact:
             column += [lost * norm, torch.linalg.vector_norm(stray, dim=0), rest.overlap]
-        norm, vector = _unit(rest.vector)
-        columns.append(torch.stack([*column, norm]))
+        norm, vector = unit(rest.vector)
+        columns.append(torch.stack([*column, *watched, norm]))
         if (step + 1) % sync_every == 0 or step + 1 == steps:
-            found = _to_host(columns, start.shape[-1], exact=kept.exact)
+            found = _to_host(columns, start.shape[-1], exact=kept.exact, value=value)
             converged = found.exhausted or (stop is not None and stop(found.runs))
             if converged:
                 break
     return LanczosRun(found.runs, kept, len(columns), converged, found.asymmetry, found.rounding)
 
 
-def arnoldi(
-    matvec: Matvec,
-    start: Tensor,
-    *,
-    max_iter: int,
-    stop: Callable[[np.ndarray, float], bool] | None = None,
-    sync_every: int = 4,
-    basis: str = "device",
-) -> ArnoldiRun:
-    """Run Arnoldi on a matrix that need not be symmetric.
-
-    After ``m`` steps ``A V = V H + r e_m^T`` with ``V^T V = I`` (Saad, "Numerical Methods for Large Eigenvalue
-    Problems", section 6.2).
+def steps_of(start: Tensor, max_iter: int, sync_every: int) -> int:
+    """Check a run's sizes.
 
     Args:
-        matvec: Product with the matrix: ``(n,) -> (n,)``.
-        start: Start vector, shape ``(n,)``, not zero.
-        max_iter: Steps at most; also bounded by ``n``.
-        stop: Asked every ``sync_every`` steps with ``H`` and the residual's norm; True ends the run.
+        start: Start vector(s).
+        max_iter: Steps at most.
         sync_every: Steps between two transfers to the host.
-        basis: Where the vectors are kept, see :class:`~lightning_maml_guard.curvature.basis.Basis`.
 
     Returns:
-        The run.
+        Steps at most.
 
     Raises:
         ValueError: If there is nothing to iterate on.
-        NonFiniteProductError: If a product is not finite.
     """
-    steps = _steps(start, max_iter, sync_every)
-    kept = Basis(steps, start, basis)
-    hessenberg = start.new_zeros((steps + 3, steps))  # its last two rows are what rounding lost, and the overlaps
-    vector = start / torch.linalg.vector_norm(start)
-    norm = torch.zeros_like(start[0])
-    found, residual, spill = np.zeros((0, 0)), 0.0, 0.0
-    eps = torch.finfo(start.dtype).eps
-    for step in range(steps):
-        vector, lost = kept.append(vector)
-        rest = kept.without(matvec(vector))
-        hessenberg[-2, step], hessenberg[-1, step] = lost * norm, rest.overlap
-        norm, vector = _unit(rest.vector)
-        hessenberg[: step + 1, step] = rest.coefficients
-        hessenberg[step + 1, step] = norm
-        if (step + 1) % sync_every == 0 or step + 1 == steps:
-            host = hessenberg[:, : step + 1].double().cpu().numpy()
-            if not np.isfinite(host).all():
-                raise NonFiniteProductError(_non_finite(int((~np.isfinite(host)).any(0).argmax()) + 1))
-            square = host[: step + 2]
-            below = np.diagonal(square, -1)
-            ends = np.flatnonzero(below <= 32 * eps * np.abs(square).max())
-            length = int(ends[0]) + 1 if ends.size else step + 1
-            done = bool(ends.size) or length == start.shape[-1]
-            found, residual = square[:length, :length], 0.0 if done else float(below[length - 1])
-            gap = 2**0.5 * float(np.linalg.norm(host[-1, :length]))
-            gone = float(below[length - 1]) if done and not kept.exact else 0.0
-            spill = (1 + 2 * gap) * float(np.linalg.norm(host[-2, :length])) + gap * residual + gone
-            if done or (stop is not None and stop(found, residual)):
-                break
-    kept.length = len(found)
-    return ArnoldiRun(found, residual, kept, step + 1, spill)
-
-
-def _steps(start: Tensor, max_iter: int, sync_every: int) -> int:
     if start.shape[-1] == 0 or max_iter < 1 or sync_every < 1:
         raise ValueError(
             "Expected a start vector with at least one entry and `max_iter`, `sync_every` of at least 1 but got "
@@ -207,8 +157,15 @@ def _steps(start: Tensor, max_iter: int, sync_every: int) -> int:
     return min(max_iter, start.shape[-1])
 
 
-def _unit(rest: Tensor) -> tuple[Tensor, Tensor]:
-    """Norm and direction of a working copy, which is overwritten."""
+def unit(rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Split a working copy into norm and direction.
+
+    Args:
+        rest: Shape ``(*batch, n)``; overwritten.
+
+    Returns:
+        The norm, shape ``batch``, and the direction; 0 where the norm is.
+    """
     norm = torch.linalg.vector_norm(rest, dim=-1, keepdim=True)
     # The squares of a rest as small as a dead network's underflow: divided by that norm it would be of any length.
     tiny = torch.finfo(norm.dtype).tiny
@@ -227,12 +184,14 @@ class _Found(NamedTuple):
     rounding: float
 
 
-def _to_host(columns: list[Tensor], size: int, *, exact: bool) -> _Found:
+def _to_host(columns: list[Tensor], size: int, *, exact: bool, value: Watched | None) -> _Found:
     """Bring the coefficients to the host in one transfer, each run cut where its space is exhausted."""
     eps = torch.finfo(columns[0].dtype).eps
     host = torch.stack(columns, 1).double().reshape(len(columns[0]), len(columns), -1).cpu()
+    if value is not None:
+        check_value(value[0], float(host[-2, 0, 0]))
     if not bool(torch.isfinite(host).all()):
-        raise NonFiniteProductError(_non_finite(int((~torch.isfinite(host)).any(-1).any(0).nonzero()[0]) + 1))
+        raise NonFiniteProductError(non_finite(int((~torch.isfinite(host)).any(-1).any(0).nonzero()[0]) + 1))
     runs, exhausted, asymmetry, rounding = [], True, 0.0, 0.0
     for column in range(host.shape[-1]):
         main, off, stray = host[0, :, column], host[-1, :, column], host[1, :, column]
@@ -249,14 +208,36 @@ def _to_host(columns: list[Tensor], size: int, *, exact: bool) -> _Found:
         if scale:
             asymmetry = max(asymmetry, float(stray[:length].max()) / scale)
         if scale and not exact:
-            lost, spread, overlap = torch.linalg.vector_norm(host[2:-1, :length, column], dim=-1).tolist()
+            lost, spread, overlap = torch.linalg.vector_norm(host[2:5, :length, column], dim=-1).tolist()
             gap = 2**0.5 * overlap
             spill = (1 + 2 * gap) * (lost + spread) + (last if done else gap * last)
             rounding = max(rounding, spill / scale + gap**2)
     return _Found(runs, exhausted, asymmetry, rounding)
 
 
-def _non_finite(step: int) -> str:
+def check_value(name: str, value: float) -> None:
+    """Refuse a number that is not finite.
+
+    Args:
+        name: What it is called.
+        value: The number.
+
+    Raises:
+        NonFiniteProductError: If it is not finite.
+    """
+    if not math.isfinite(value):
+        raise NonFiniteProductError(f"{name} is {value} at these parameters and this batch.")
+
+
+def non_finite(step: int) -> str:
+    """Say that a product is not finite.
+
+    Args:
+        step: Which one, from 1.
+
+    Returns:
+        The message.
+    """
     return (
         f"Hessian-vector product {step} is not finite: the loss, its gradient or its second derivative "
         "is nan or inf at these parameters and this batch."
@@ -275,4 +256,5 @@ def start_vector(shape: Sequence[int], like: Tensor, seed: int = 0) -> Tensor:
         A standard normal vector.
     """
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(like)
+    drawn = torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+    return drawn.to(like.device, like.dtype, non_blocking=True)

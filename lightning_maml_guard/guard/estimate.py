@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_maml_guard._checks import shown
-from lightning_maml_guard.curvature.lanczos import Matvec, Tridiagonal, start_vector
+from lightning_maml_guard.curvature.lanczos import Matvec, Tridiagonal, Watched, check_finite, start_vector
 from lightning_maml_guard.curvature.layout import Params
 from lightning_maml_guard.curvature.operators import Operator
 from lightning_maml_guard.curvature.pyhessian import PowerIteration, largest_eigenvalue
@@ -108,6 +108,7 @@ def hessian_spectrum(
     alpha: float,
     krylov: Krylov,
     noise: float,
+    value: Watched,
 ) -> Spectrum:
     """Estimate the spectrum of a Hessian.
 
@@ -120,19 +121,22 @@ def hessian_spectrum(
         alpha: Inner rate, which decides when ``beta_c`` is known well enough.
         krylov: How far a run goes.
         noise: Relative rounding error of a product.
+        value: The loss there, and what it is called.
 
     Returns:
         The spectrum.
 
     Raises:
+        NonFiniteProductError: If the loss or a product is not finite.
         ValueError: If the estimator can't treat several blocks, or returns nothing.
     """
     like = next(iter(params.values()))
     if estimator == "lanczos":
-        run = run_lanczos(hessian, hessian.layout.size, like, blocks, krylov=krylov, alpha=alpha)
+        run = run_lanczos(hessian, hessian.layout.size, like, blocks, krylov=krylov, alpha=alpha, value=value)
         check_symmetry(run, noise)
         rounding = max(noise, run.asymmetry) + run.rounding
         return Spectrum(runs=tuple(run.runs), rounding=rounding, matvecs=run.matvecs, resolution=krylov.tol)
+    check_finite(value)
     if blocks is not None:
         raise ValueError("tasks='worst' needs estimator='lanczos': the others treat one Hessian at a time.")
     if estimator == "pyhessian":

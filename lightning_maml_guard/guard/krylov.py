@@ -10,15 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_maml_guard.curvature.lanczos import (
-    ArnoldiRun,
-    LanczosRun,
-    Matvec,
-    Tridiagonal,
-    arnoldi,
-    lanczos,
-    start_vector,
-)
+from lightning_maml_guard.curvature.arnoldi import ArnoldiRun, arnoldi
+from lightning_maml_guard.curvature.lanczos import LanczosRun, Matvec, Tridiagonal, Watched, lanczos, start_vector
 from lightning_maml_guard.guard.outer import OuterStep
 from lightning_maml_guard.theory.multiplier import Interval
 from lightning_maml_guard.theory.nonsymmetric import complex_limit, complex_ritz
@@ -77,6 +70,7 @@ def run_lanczos(
     *,
     krylov: Krylov,
     alpha: float = 0.0,
+    value: Watched | None = None,
 ) -> LanczosRun:
     """Run Lanczos until the top (and, for ``alpha > 0``, ``beta_c``) is known to a relative residual.
 
@@ -87,6 +81,7 @@ def run_lanczos(
         blocks: Number of blocks; None for a single matrix.
         krylov: How far a run goes.
         alpha: Inner rate.
+        value: A scalar that has to be finite, and what it is called.
 
     Returns:
         The run.
@@ -97,7 +92,7 @@ def run_lanczos(
         # At `tol` itself the run may still sit on an eigenvalue below the top.
         return all(_tight(run, alpha, krylov.tol / _SHARPER) for run in runs)
 
-    return lanczos(matvec, start, max_iter=krylov.max_iter, stop=tight, basis=krylov.basis)
+    return lanczos(matvec, start, max_iter=krylov.max_iter, stop=tight, basis=krylov.basis, value=value)
 
 
 def _tight(run: Tridiagonal, alpha: float, tol: float) -> bool:
@@ -137,7 +132,14 @@ def check_symmetry(run: LanczosRun, noise: float) -> None:
 
 
 def run_arnoldi(
-    matvec: Matvec, size: int, like: Tensor, step: OuterStep, *, krylov: Krylov, noise: float
+    matvec: Matvec,
+    size: int,
+    like: Tensor,
+    step: OuterStep,
+    *,
+    krylov: Krylov,
+    noise: float,
+    value: Watched | None = None,
 ) -> ArnoldiRun:
     """Run Arnoldi until the meta rate's limit is known to a relative accuracy.
 
@@ -148,6 +150,7 @@ def run_arnoldi(
         step: The optimizer.
         krylov: How far a run goes; ``tol`` is the relative accuracy at which to stop.
         noise: Relative rounding error of a product.
+        value: A scalar that has to be finite, and what it is called.
 
     Returns:
         The run.
@@ -161,7 +164,7 @@ def run_arnoldi(
         return high == math.inf or high - low <= 4 * krylov.tol * high
 
     start = start_vector((size,), like)
-    return arnoldi(matvec, start, max_iter=krylov.max_iter, stop=tight, basis=krylov.basis)
+    return arnoldi(matvec, start, max_iter=krylov.max_iter, stop=tight, basis=krylov.basis, value=value)
 
 
 def rounding(like: Tensor) -> float:

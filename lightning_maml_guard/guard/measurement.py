@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_maml_guard._vectorize import as_float32
-from lightning_maml_guard.curvature.lanczos import Matvec, NonFiniteProductError
+from lightning_maml_guard.curvature.lanczos import Matvec
 from lightning_maml_guard.curvature.layout import Params
 from lightning_maml_guard.curvature.operators import Operator, scaled
 from lightning_maml_guard.guard.bench import Bench
@@ -43,8 +43,6 @@ class Measurement(Bench):
         hessian, noise = self.operator("Hessian", self.subject.curvature(self.blocks is not None))
         # Over blocks the value is this rank's own, and what ends a measurement must end it on every rank.
         value = hessian.value if self.blocks is None else self.ranks.mean(hessian.value)
-        if not bool(torch.isfinite(value)):
-            raise NonFiniteProductError(f"The task loss is {float(value)} at these parameters and this batch.")
         exact = self.options.criterion == "exact" and self.maml is not None
         poster_alpha = 0.0 if self.maml is None else self.alpha
         spectrum = self.over_blocks(
@@ -57,6 +55,7 @@ class Measurement(Bench):
                 alpha=0.0 if exact else poster_alpha * self.subject.inner_steps,
                 krylov=self.options.krylov,
                 noise=noise,
+                value=("The task loss", value),
             ),
             self.blocks,
             merged,
@@ -77,6 +76,7 @@ class Measurement(Bench):
             alpha_limit = self._sharpest_alpha_limit(alpha_limit)
         beta_limit, at_safe, safe_alpha = poster or self._exact_limits(alpha_limit, exact_beta)
         flat = known.lambda_max == 0 and known.lambda_min == 0
+        predicted, noise_limit = self._along(change, exact_beta)
         verdict = judged(
             None if self.maml is None else alpha_limit,
             None if math.isnan(self.beta) else Limit(self.beta, beta_limit.beta_c, beta_limit.interval),
@@ -102,9 +102,9 @@ class Measurement(Bench):
             sgd_beta_c=math.nan if self.maml is None or self.subject.rates is not None else known.beta_c,
             exact_beta_c=exact_beta.beta_c if self.maml is not None else math.nan,
             exact_beta_c_interval=exact_beta.interval if self.maml is not None else _NAN_INTERVAL,
-            beta_c_noise=self._noise_limit(exact_beta),
+            beta_c_noise=noise_limit,
             mean_alpha_c=self._mean_alpha_c(exact),
-            predicted_change=change,
+            predicted_change=predicted,
             lambda_max=known.lambda_max,
             lambda_min=known.lambda_min,
             status=verdict.status,
@@ -184,10 +184,6 @@ class Measurement(Bench):
     def _exact_at(self, factor: float) -> tuple[Operator, MetaRateLimit]:
         assert self.maml is not None
         jacobian, noise = self.operator("meta-update", self.maml.update(factor))
-        if not bool(torch.isfinite(jacobian.value)):
-            raise NonFiniteProductError(
-                f"The query loss after adaptation is {float(jacobian.value)} at these parameters and this batch."
-            )
         limit = exact_limit(
             jacobian,
             self.maml.symmetric,
@@ -195,6 +191,7 @@ class Measurement(Bench):
             self.like,
             krylov=self.options.krylov,
             noise=noise,
+            value=("The query loss after adaptation", jacobian.value),
         )
         if limit.lowest_direction is not None and self._turned(limit.lowest_direction):
             limit = MetaRateLimit(0.0, (0.0, 0.0), limit.direction)
@@ -259,20 +256,23 @@ class Measurement(Bench):
             lambda found: min(found, key=lambda each: each.beta_c),
         )
 
-    def _noise_limit(self, exact_beta: MetaRateLimit) -> float:
-        """Mean-square limit for tasks drawn anew at every step, from their curvatures along the top direction."""
-        if self.maml is None or exact_beta.direction is None or self.tasks < 2 or self.outer.decoupled:
-            return math.nan
-        direction = self.outer.unscaled(exact_beta.direction)
-        layout = self.operators[0].layout
-        along = self.maml.curvature_by_task(layout.split(direction))
-        each = torch.cat(self.ranks.gather(along.double().cpu()))
+    def _along(self, change: Tensor | None, exact_beta: MetaRateLimit) -> tuple[float, float]:
+        """Predicted change of the coming step; mean-square limit from the tasks' curvatures along the top direction."""
+        direction = exact_beta.direction
+        if self.maml is None or direction is None or self.tasks < 2 or self.outer.decoupled:
+            return math.nan if change is None else float(change), math.nan
+        direction = self.outer.unscaled(direction)
+        along = self.maml.curvature_by_task(self.operators[0].layout.split(direction))
         self.extra_products += 1
+        # One transfer to the host for all of it.
+        single = [direction.new_tensor(math.nan) if change is None else change, self.outer.shift_along(direction)]
+        predicted, shift, *own = torch.cat([torch.stack(single).double(), along.double()]).cpu().tolist()
+        each = torch.tensor([value for part in self.ranks.gather(own) for value in part], dtype=torch.float64)
         if not bool(torch.isfinite(each).all()):
-            return math.nan
-        mean = float(each.mean()) + self.outer.shift_along(direction)
+            return predicted, math.nan
         # The batch's curvature is the mean over its tasks, so its variance is a task's over their number.
-        return self.outer.responses[0].mean_square_rate(mean, float(each.var()) / self.tasks)
+        mean, variance = float(each.mean()) + shift, float(each.var()) / self.tasks
+        return predicted, self.outer.responses[0].mean_square_rate(mean, variance)
 
     def failed(self, reason: str, began: float) -> StabilityReport:
         """Report a measurement that came to nothing.

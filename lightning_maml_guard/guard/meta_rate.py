@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_maml_guard.curvature.basis import Basis
-from lightning_maml_guard.curvature.lanczos import Matvec
+from lightning_maml_guard.curvature.lanczos import Matvec, Watched, check_finite
 from lightning_maml_guard.curvature.layout import Layout, Params
 from lightning_maml_guard.curvature.operators import Operator, scaled, simplified
 from lightning_maml_guard.guard.estimate import Spectrum
@@ -95,7 +95,7 @@ def poster_limit(
 
 
 def exact_limit(
-    jacobian: Operator, symmetric: bool, step: OuterStep, like: Tensor, *, krylov: Krylov, noise: float
+    jacobian: Operator, symmetric: bool, step: OuterStep, like: Tensor, *, krylov: Krylov, noise: float, value: Watched
 ) -> MetaRateLimit:
     """Compute ``beta_c`` of the update as configured, from the Jacobian of its meta-gradient.
 
@@ -106,17 +106,19 @@ def exact_limit(
         like: Tensor whose dtype and device vectors take.
         krylov: How far a run goes.
         noise: Relative rounding error of a product.
+        value: The loss there, and what it is called.
 
     Returns:
         The limit. ``beta_c`` is ``inf`` where no direction has positive curvature.
     """
     if step.note:
+        check_finite(value)
         return UNKNOWN
     layout = jacobian.layout
     operator = _as_stepped(jacobian, step, layout, like)
     if not symmetric:
-        return _nonsymmetric(operator, layout.size, step, like, krylov, noise)
-    run = run_lanczos(operator, layout.size, like, None, krylov=krylov)
+        return _nonsymmetric(operator, layout.size, step, like, krylov, noise, value)
+    run = run_lanczos(operator, layout.size, like, None, krylov=krylov, value=value)
     check_symmetry(run, noise)
     (single,) = run.runs
     top = rates_from_lanczos(*single, 0.0, rounding=noise + run.rounding, resolution=krylov.tol)
@@ -132,9 +134,9 @@ def exact_limit(
 
 
 def _nonsymmetric(
-    operator: Matvec, size: int, step: OuterStep, like: Tensor, krylov: Krylov, noise: float
+    operator: Matvec, size: int, step: OuterStep, like: Tensor, krylov: Krylov, noise: float, value: Watched
 ) -> MetaRateLimit:
-    run = run_arnoldi(operator, size, like, step, krylov=krylov, noise=noise)
+    run = run_arnoldi(operator, size, like, step, krylov=krylov, noise=noise, value=value)
     ritz = complex_ritz(run.hessenberg, run.residual, noise, run.spill)
     limit = complex_limit(ritz, step.responses, tol=krylov.tol, decay=step.decoupled)
     lowest = int(ritz.values.real.argmin())

@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_maml_guard.curvature import basis as kept
+from lightning_maml_guard.curvature.arnoldi import arnoldi
 from lightning_maml_guard.curvature.basis import BASES, Basis
-from lightning_maml_guard.curvature.lanczos import arnoldi, lanczos, start_vector
+from lightning_maml_guard.curvature.lanczos import lanczos, start_vector
 from lightning_maml_guard.guard.krylov import Krylov, run_lanczos
 from lightning_maml_guard.theory.nonsymmetric import complex_limit, complex_ritz
 from lightning_maml_guard.theory.rates import critical_rates

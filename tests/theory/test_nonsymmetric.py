@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_maml_guard.curvature.lanczos import NonFiniteProductError, arnoldi, start_vector
+from lightning_maml_guard.curvature.arnoldi import arnoldi
+from lightning_maml_guard.curvature.lanczos import NonFiniteProductError, start_vector
 from lightning_maml_guard.theory.nonsymmetric import complex_limit, complex_ritz
 from lightning_maml_guard.theory.response import Response
 
