@@ -87,6 +87,7 @@ def arnoldi(
         norm, vector = unit(rest.vector)
         hessenberg[: step + 1, step] = rest.coefficients
         hessenberg[step + 1, step] = norm
+        del rest  # in bfloat16 the vector that is kept is another one
         if (step + 1) % sync_every == 0 or step + 1 == steps:
             host = hessenberg[:, : step + 1].double().cpu().numpy()
             if value is not None:

@@ -126,6 +126,7 @@ def lanczos(
         if not kept.exact:
             column += [lost * norm, torch.linalg.vector_norm(stray, dim=0), rest.overlap]
         norm, vector = unit(rest.vector)
+        del rest  # in bfloat16 the vector that is kept is another one
         columns.append(torch.stack([*column, *watched, norm]))
         if (step + 1) % sync_every == 0 or step + 1 == steps:
             found = _to_host(columns, start.shape[-1], exact=kept.exact, value=value)

@@ -129,8 +129,9 @@ class Jacobian:
         return self._ranks.mean(flat)
 
     def release(self) -> None:
-        """Let go of the graph, often several times the parameters' size: no product can be taken any more."""
+        """Let go of graph and gradient, several times the parameters' size: no product can be taken any more."""
         self._gradients = None
+        self.gradient = self.gradient.new_empty(0)
 
 
 class Hessian(Jacobian):
