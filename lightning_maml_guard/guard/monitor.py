@@ -53,6 +53,14 @@ def measure(
     tasks) is found from its Jacobian ``J = dG/dtheta``, with ``criterion="exact"`` the one that is judged, as is the
     inner loop's own limit ``alpha < 2/lambda_max``. Parameters, gradients and random states are left as they were.
 
+    Memory beside the training's, for ``n`` parameters of ``s`` bytes, ``T`` tasks and ``K`` inner steps of exact MAML:
+    ``max_iter * b * n`` bytes of Lanczos vectors (``b = s`` on the device or with ``basis="cpu"`` on the host, 2 in
+    bfloat16) and about ``s * n * (3 + 4*T*(K + 1))`` for the graph of the meta-gradient, one at a time, and a product
+    with it; 3 vectors more under an optimizer with a preconditioner or rates by group, 2 in bfloat16, 6 in the first
+    measurement for its self-check, and the activations of a training step several times over. An MLP of 10M parameters,
+    2 tasks and one step: 20 vectors of 40 MB with ``max_iter=1``. A guard's trial comes before that and is gone by
+    then: parameters, optimizer state and two gradients once more, and the graph of a step.
+
     Args:
         problem: The problem; a ``PlainProblem`` for training without an inner loop.
         beta: Meta rate of plain SGD. Give this or an optimizer, or neither for the critical values alone.

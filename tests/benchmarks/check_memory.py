@@ -4,9 +4,8 @@ An MLP regressor of ``--parameters`` (10M) under ``measure(criterion="exact")``,
 fresh process: the peak of its resident memory over what it had before the check, in vectors of the parameters' size.
 ``tol`` is so small that every run takes its ``max_iter`` products; the self-check of a first measurement, which comes
 once, is left out. The allocator gives back what is freed (MALLOC_MMAP_THRESHOLD_), so that the peak is what was in use.
-The formula is the basis' bytes and, by problem, one number for everything else (the graph, what a product makes on the
-way, copies), taken from a row with a basis of one vector. With ``basis="cpu"`` the vectors would be on the host beside a
-device; here both are one.
+The formula is that of ``measure``'s docstring. With ``basis="cpu"`` the vectors would be on the host beside a device;
+here both are one.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from lightning_maml_guard.tasks.regression import Sinusoid
 
 BYTES = {"device": 4, "cpu": 4, "bfloat16": 2}
 # (tasks, inner steps, optimizer): the second and later ones for the graph's size alone
-PROBLEMS = [(2, 1, "SGD"), (4, 1, "SGD"), (2, 2, "SGD"), (2, 1, "Adam")]
+PROBLEMS = [(2, 1, "SGD"), (1, 1, "SGD"), (4, 1, "SGD"), (2, 2, "SGD"), (2, 1, "Adam")]
 LENGTHS = (1, 5, 20)
 
 
@@ -85,7 +84,6 @@ def rows(width: int) -> list[dict[str, Any]]:
         kinds = [("device", 1)]
         if index == 0:
             kinds = [("device", 1)] + [(basis, length) for basis in BYTES for length in LENGTHS[1:]]
-        rest = 0.0
         for basis, length in kinds:
             given = [*problem, basis, length]
             command = [sys.executable, "-m", "tests.benchmarks.check_memory", "--row", json.dumps([width, *given])]
@@ -93,8 +91,8 @@ def rows(width: int) -> list[dict[str, Any]]:
             row = dict(zip(("tasks", "inner_steps", "optimizer", "basis", "max_iter"), given, strict=True))
             row |= json.loads(done.stdout.splitlines()[-1])
             row["basis_vectors"] = length * BYTES[basis] / 4
-            if length == 1:
-                rest = row["vectors"] - row["basis_vectors"]
+            tasks, inner_steps, optimizer = problem
+            rest = 3 + 4 * tasks * (inner_steps + 1) + 3 * (optimizer == "Adam") + 2 * (basis == "bfloat16")
             row["formula"] = row["basis_vectors"] + rest
             found.append(row)
             print(
