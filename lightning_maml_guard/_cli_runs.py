@@ -24,7 +24,7 @@ TRAIN_THEN_TEST = ""
 # Commands that train nothing, and judge what was trained.
 JUDGING = ("validate", "test")
 # What a guard and suggest_rates have in common: how to measure, and how to try the coming steps.
-MEASURING = ("problem", "criterion", "estimator", "max_iter", "tol", "data", "trial_steps", "alarm")
+MEASURING = ("problem", "criterion", "estimator", "max_iter", "tol", "basis", "data", "trial_steps", "alarm")
 # What suggest follows of the Trainer it is given.
 _FOLLOWED = ("accelerator", "precision", "gradient_clip_val", "gradient_clip_algorithm")
 # Said by Lightning's own code of itself, in every run (2.6.6 under torch 2.13).

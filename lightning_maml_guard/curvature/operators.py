@@ -83,7 +83,7 @@ class Jacobian:
         self.batch = 0 if layout is None else 1
         self._leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
         self.value, gradients = field(self._leaves, True)
-        self._gradients = _filled(gradients, self._leaves)
+        self._gradients: Params | None = _filled(gradients, self._leaves)
         # Flat gradient, shape `(n,)` or `(tasks, n)`.
         self.gradient = self.layout.flatten(self._gradients, self.batch).detach()
         self._ranks = Ranks()
@@ -105,7 +105,12 @@ class Jacobian:
 
         Returns:
             The product, same shape.
+
+        Raises:
+            RuntimeError: If the graph was let go of.
         """
+        if self._gradients is None:
+            raise RuntimeError("Expected a product before release() but it came after: the graph is gone.")
         self.matvecs += 1
         pieces = self.layout.split(vector)
         # A gradient that does not depend on the parameters (a linear part) has no graph: its rows are 0.
@@ -122,6 +127,11 @@ class Jacobian:
         )
         flat = self.layout.flatten(dict(zip(self._leaves, products, strict=True)), self.batch).detach()
         return self._ranks.mean(flat)
+
+    def release(self) -> None:
+        """Let go of graph and gradient, several times the parameters' size: no product can be taken any more."""
+        self._gradients = None
+        self.gradient = self.gradient.new_empty(0)
 
 
 class Hessian(Jacobian):
@@ -183,6 +193,9 @@ class FiniteDifference:
             The product, same shape; of the Jacobian itself, not of its transpose.
         """
         return self.product(vector)
+
+    def release(self) -> None:
+        """Do nothing: there is no graph to let go of."""
 
     def product(self, vector: Tensor, stretch: float = 1.0) -> Tensor:
         """Multiply with a vector, with a step of another length.

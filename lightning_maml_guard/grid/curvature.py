@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from lightning_maml_guard._vectorize import TaskMap
+from lightning_maml_guard.curvature.arnoldi import arnoldi
 from lightning_maml_guard.curvature.backward import double_backward
 from lightning_maml_guard.curvature.lanczos import (
     LanczosRun,
     Matvec,
     NonFiniteProductError,
     Tridiagonal,
-    arnoldi,
     lanczos,
     start_vector,
 )

@@ -100,6 +100,9 @@ class ConvergenceGuard(Results, Callback):
         history_size: Checks that ``history`` and ``severities`` keep, the latest ones. Loggers get all of them.
         tasks_per_check: Measure the curvature on so many tasks of the batch (the first ones) instead of all: a few are
             cheaper, and their mean is sharper than that of all. Trials go on with the whole batch.
+        basis: Where a check keeps its Lanczos vectors, ``max_iter`` at most: ``"device"``, ``"cpu"`` (the same numbers,
+            slower) or ``"bfloat16"`` (half the memory, wider intervals). See :func:`~lightning_maml_guard.measure` for
+            what a check needs.
         allow_untested: Whether to go on under a strategy the guard was not tested with (FSDP, DeepSpeed and others that
             split a module). A check that fails there is one warning, as ever.
 
@@ -146,6 +149,7 @@ class ConvergenceGuard(Results, Callback):
         allow_untested: bool = False,
         max_cost: float = 0.02,
         tasks_per_check: int | None = None,
+        basis: str = "device",
     ) -> None:
         super().__init__()
         check_number("max_cost", max_cost, above=0, below=1)
@@ -185,8 +189,10 @@ class ConvergenceGuard(Results, Callback):
                 "leave `rollback` out."
             )
         check_margin(margin)
-        check_options(criterion=criterion, estimator=estimator, max_iter=max_iter, tol=tol, tasks=tasks, data=data)
-        self.tasks_per_check = tasks_per_check
+        check_options(
+            criterion=criterion, estimator=estimator, max_iter=max_iter, tol=tol, tasks=tasks, data=data, basis=basis
+        )
+        self.tasks_per_check, self.basis = tasks_per_check, basis
         self.every_n_steps, self.action, self.criterion = every_n_steps, action, criterion
         self.margin, self.patience, self.estimator = float(margin), patience, estimator
         self.max_iter, self.tol, self.tasks, self.data = max_iter, tol, tasks, data

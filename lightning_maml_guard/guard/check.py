@@ -117,6 +117,7 @@ class Checker:
                 margin=settings.margin,
                 step=step,
                 memory=run.memory,
+                basis=settings.basis,
             )
             if present is not None:
                 alpha, beta = run.rescue.caps.applied(report.alpha, report.beta)

@@ -117,7 +117,9 @@ def coming_update(optimizer: Optimizer, params: Params, gradient: Params) -> Par
     return {name: value.detach() - twin.params[name] for name, value in params.items()}
 
 
-def predicted_change(jacobian: Operator | None, optimizer: Optimizer | None, beta: float, params: Params) -> float:
+def predicted_change(
+    jacobian: Operator | None, optimizer: Optimizer | None, beta: float, params: Params
+) -> Tensor | None:
     """Predict the change of the loss over the coming step, ``-g.u + 1/2 u.J.u``, with one product.
 
     Args:
@@ -127,18 +129,18 @@ def predicted_change(jacobian: Operator | None, optimizer: Optimizer | None, bet
         params: The live parameters, by name.
 
     Returns:
-        The change; ``nan`` where the coming update is not known.
+        The change, a scalar on the device; None where the coming update is not known.
     """
     if jacobian is None or math.isnan(beta) or jacobian.batch:
-        return math.nan
+        return None
     gradient = jacobian.gradient
     update: Tensor = beta * gradient
     if optimizer is not None:
         found = coming_update(optimizer, params, jacobian.layout.split(gradient))
         if found is None:
-            return math.nan
+            return None
         update = jacobian.layout.flatten(found).to(gradient)
-    return float(-(gradient @ update) + 0.5 * (update @ jacobian(update)))
+    return -(gradient @ update) + 0.5 * (update @ jacobian(update))
 
 
 def _doubled(leaf: Any, replicas: dict[int, Tensor]) -> Any:

@@ -4,86 +4,29 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_maml_guard._vectorize import as_float32
-from lightning_maml_guard.curvature.lanczos import Matvec, NonFiniteProductError
+from lightning_maml_guard.curvature.lanczos import Matvec
 from lightning_maml_guard.curvature.layout import Params
 from lightning_maml_guard.curvature.operators import Operator, scaled
+from lightning_maml_guard.guard.bench import Bench
 from lightning_maml_guard.guard.coming import predicted_change
-from lightning_maml_guard.guard.estimate import (
-    ChangingOperatorError,
-    Estimator,
-    Spectrum,
-    hessian_spectrum,
-    merged,
-    top_eigenvalue,
-)
-from lightning_maml_guard.guard.governor import scheduled_rate
+from lightning_maml_guard.guard.estimate import Spectrum, hessian_spectrum, merged
 from lightning_maml_guard.guard.judgement import judged
+from lightning_maml_guard.guard.krylov import top_eigenvalue
 from lightning_maml_guard.guard.meta_rate import UNKNOWN, MetaRateLimit, exact_limit, poster_limit
-from lightning_maml_guard.guard.outer import outer_step
-from lightning_maml_guard.guard.products import Memory, make_operator
 from lightning_maml_guard.guard.report import StabilityReport
-from lightning_maml_guard.guard.subject import MamlSubject, Subject, Target
 from lightning_maml_guard.theory.verdict import Limit
-
-T = TypeVar("T")
 
 _NAN_INTERVAL = (math.nan, math.nan)
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to measure; see :func:`lightning_maml_guard.measure`."""
-
-    criterion: str
-    estimator: Estimator
-    max_iter: int
-    tol: float
-    worst: bool
-    margin: float
-    step: int | None
-
-
-class Measurement:
-    """Measures one subject for one optimizer.
-
-    Args:
-        subject: What is measured.
-        optimizer: The live optimizer.
-        beta: Rate of plain SGD, instead.
-        options: How to measure.
-        memory: What is known of the network.
-    """
-
-    def __init__(
-        self, subject: Subject, optimizer: Optimizer | None, beta: float | None, options: Options, memory: Memory
-    ) -> None:
-        self.subject, self.optimizer, self.options, self.memory = subject, optimizer, options, memory
-        self.maml = subject if isinstance(subject, MamlSubject) else None
-        self.alpha = subject.alpha
-        self.outer = outer_step(optimizer, subject.live)
-        self.beta = scheduled_rate(optimizer) if optimizer is not None else math.nan if beta is None else float(beta)
-        self.like = next(iter(subject.params.values())).new_empty(())
-        self.blocks = subject.tasks if options.worst and self.maml is not None else None
-        self.ranks = memory.ranks
-        self.tasks = sum(self.ranks.gather(subject.tasks))
-        self.alpha_note = ""
-        self.notices: list[str] = []
-        self.operators: list[Operator] = []
-        self.extra_products = 0
-
-    @property
-    def hvps(self) -> int:
-        """Products used so far."""
-        return sum(operator.matvecs for operator in self.operators) + self.extra_products
+class Measurement(Bench):
+    """Measures one subject for one optimizer."""
 
     def report(self, began: float) -> StabilityReport:
         """Measure.
@@ -97,14 +40,12 @@ class Measurement:
         Raises:
             NonFiniteProductError: If the loss or a product is not finite.
         """
-        hessian, noise = self._operator("Hessian", self.subject.curvature(self.blocks is not None))
+        hessian, noise = self.operator("Hessian", self.subject.curvature(self.blocks is not None))
         # Over blocks the value is this rank's own, and what ends a measurement must end it on every rank.
         value = hessian.value if self.blocks is None else self.ranks.mean(hessian.value)
-        if not bool(torch.isfinite(value)):
-            raise NonFiniteProductError(f"The task loss is {float(value)} at these parameters and this batch.")
         exact = self.options.criterion == "exact" and self.maml is not None
         poster_alpha = 0.0 if self.maml is None else self.alpha
-        spectrum = self._over_blocks(
+        spectrum = self.over_blocks(
             lambda: hessian_spectrum(
                 hessian,
                 self.subject.mean_loss,
@@ -112,9 +53,9 @@ class Measurement:
                 estimator=self.options.estimator,
                 blocks=self.blocks,
                 alpha=0.0 if exact else poster_alpha * self.subject.inner_steps,
-                max_iter=self.options.max_iter,
-                tol=self.options.tol,
+                krylov=self.options.krylov,
                 noise=noise,
+                value=("The task loss", value),
             ),
             self.blocks,
             merged,
@@ -123,11 +64,19 @@ class Measurement:
             self.extra_products += spectrum.matvecs  # on copies of its own
         known = spectrum.rates(poster_alpha, self.subject.inner_steps)
         alpha_limit = self._alpha_limit(hessian, known, exact)
+        # One graph at a time: each is often several times the parameters' size.
+        poster = None if exact else self._poster_limits(hessian, spectrum, alpha_limit)
+        if self.maml is not None:
+            hessian.release()
         jacobian, exact_beta = self._exact(hessian, exact)
+        change = predicted_change(jacobian, self.optimizer, self.beta, self.subject.live)
+        if jacobian is not None:
+            jacobian.release()
         if exact and exact_beta.beta_c == 0 and not alpha_limit.ratio > 1:
             alpha_limit = self._sharpest_alpha_limit(alpha_limit)
-        beta_limit, at_safe, safe_alpha = self._beta_limits(hessian, spectrum, alpha_limit, exact_beta, exact)
+        beta_limit, at_safe, safe_alpha = poster or self._exact_limits(alpha_limit, exact_beta)
         flat = known.lambda_max == 0 and known.lambda_min == 0
+        predicted, noise_limit = self._along(change, exact_beta)
         verdict = judged(
             None if self.maml is None else alpha_limit,
             None if math.isnan(self.beta) else Limit(self.beta, beta_limit.beta_c, beta_limit.interval),
@@ -153,9 +102,9 @@ class Measurement:
             sgd_beta_c=math.nan if self.maml is None or self.subject.rates is not None else known.beta_c,
             exact_beta_c=exact_beta.beta_c if self.maml is not None else math.nan,
             exact_beta_c_interval=exact_beta.interval if self.maml is not None else _NAN_INTERVAL,
-            beta_c_noise=self._noise_limit(exact_beta),
+            beta_c_noise=noise_limit,
             mean_alpha_c=self._mean_alpha_c(exact),
-            predicted_change=predicted_change(jacobian, self.optimizer, self.beta, self.subject.live),
+            predicted_change=predicted,
             lambda_max=known.lambda_max,
             lambda_min=known.lambda_min,
             status=verdict.status,
@@ -170,12 +119,6 @@ class Measurement:
             beta_c_interval=beta_limit.interval,
             spectrum=spectrum,
         )
-
-    def _operator(self, name: str, target: Target) -> tuple[Operator, float]:
-        gradient, params, layout = target
-        operator, noise = make_operator(name, gradient, params, layout, self.memory)
-        self.operators.append(operator)
-        return operator, noise
 
     def _alpha_limit(self, hessian: Operator, known: Any, exact: bool) -> Limit:
         """``inner_limit / lambda_max(H)``; with rates ``A`` by parameter of ``A^(1/2) H A^(1/2)``."""
@@ -197,29 +140,12 @@ class Measurement:
         return self.subject.inner_limit if exact else 1 / self.subject.inner_steps
 
     def _alpha_of_top(self, matvec: Matvec, size: int, blocks: int | None, reach: float) -> Limit:
-        found = self._over_blocks(
-            lambda: top_eigenvalue(
-                matvec, size, self.like, blocks, max_iter=self.options.max_iter, tol=self.options.tol
-            ),
+        found = self.over_blocks(
+            lambda: top_eigenvalue(matvec, size, self.like, blocks, krylov=self.options.krylov),
             blocks,
             max,
         )
         return _alpha_of(self.alpha, reach, *found)
-
-    def _over_blocks(self, compute: Callable[[], T], blocks: int | None, choose: Callable[[list[T]], T]) -> T:
-        """Of a block-diagonal operator each rank has its own tasks' blocks; what it finds there is gathered."""
-        if blocks is None or self.ranks.size == 1:
-            return compute()
-        own: T | ArithmeticError
-        try:
-            own = compute()
-        except (NonFiniteProductError, ChangingOperatorError) as error:
-            own = error
-        found = self.ranks.gather(own)
-        for each in found:
-            if isinstance(each, ArithmeticError):
-                raise each
-        return choose(found)  # type: ignore[arg-type]
 
     def _sharpest_alpha_limit(self, mean: Limit) -> Limit:
         """The mean's ``alpha_c`` does not explain a collapsed direction; single tasks' do."""
@@ -234,8 +160,10 @@ class Measurement:
         return self._uniform_alpha_limit(False, self._reach(exact)).critical
 
     def _uniform_alpha_limit(self, per_task: bool, reach: float) -> Limit:
-        operator, _ = self._operator("Hessian", self.subject.curvature(per_task))
-        return self._alpha_of_top(operator, operator.layout.size, self.subject.tasks if per_task else None, reach)
+        operator, _ = self.operator("Hessian", self.subject.curvature(per_task))
+        limit = self._alpha_of_top(operator, operator.layout.size, self.subject.tasks if per_task else None, reach)
+        operator.release()
+        return limit
 
     def _exact(self, hessian: Operator, acting: bool) -> tuple[Operator | None, MetaRateLimit]:
         """Measure the update's own Jacobian; where nothing acts on it, a failure costs that number alone."""
@@ -255,19 +183,15 @@ class Measurement:
 
     def _exact_at(self, factor: float) -> tuple[Operator, MetaRateLimit]:
         assert self.maml is not None
-        jacobian, noise = self._operator("meta-update", self.maml.update(factor))
-        if not bool(torch.isfinite(jacobian.value)):
-            raise NonFiniteProductError(
-                f"The query loss after adaptation is {float(jacobian.value)} at these parameters and this batch."
-            )
+        jacobian, noise = self.operator("meta-update", self.maml.update(factor))
         limit = exact_limit(
             jacobian,
             self.maml.symmetric,
             self.outer,
             self.like,
-            max_iter=self.options.max_iter,
-            tol=self.options.tol,
+            krylov=self.options.krylov,
             noise=noise,
+            value=("The query loss after adaptation", jacobian.value),
         )
         if limit.lowest_direction is not None and self._turned(limit.lowest_direction):
             limit = MetaRateLimit(0.0, (0.0, 0.0), limit.direction)
@@ -280,23 +204,31 @@ class Measurement:
             return False
         direction = self.outer.unscaled(direction)
         direction = direction / torch.linalg.vector_norm(direction)
-        operator, _ = self._operator("Hessian", self.maml.curvature(True))
+        operator, _ = self.operator("Hessian", self.maml.curvature(True))
         rows = direction.expand(self.maml.tasks, -1)
         curvatures = torch.cat(self.ranks.gather((rows * operator(rows)).sum(-1).cpu()))
+        operator.release()
         beyond = curvatures * self.alpha > self.maml.inner_limit
         return bool(beyond.any()) and bool(curvatures.mean() > 0)
 
-    def _beta_limits(
-        self, hessian: Operator, spectrum: Spectrum, alpha_limit: Limit, exact_beta: MetaRateLimit, exact: bool
-    ) -> tuple[MetaRateLimit, float, float]:
-        """``beta_c`` as configured, at the safe inner rate, and that inner rate."""
+    def _safe_alpha(self, alpha_limit: Limit) -> float:
         capped = self.options.margin * alpha_limit.critical
-        safe_alpha = capped if capped < self.alpha else self.alpha
-        if exact:
-            if safe_alpha < self.alpha:
-                return exact_beta, self._exact_at(safe_alpha / self.alpha)[1].beta_c, safe_alpha
+        return capped if capped < self.alpha else self.alpha
+
+    def _exact_limits(self, alpha_limit: Limit, exact_beta: MetaRateLimit) -> tuple[MetaRateLimit, float, float]:
+        """``beta_c`` of the update as configured, at the safe inner rate, and that inner rate."""
+        safe_alpha = self._safe_alpha(alpha_limit)
+        if not safe_alpha < self.alpha:
             return exact_beta, exact_beta.beta_c, safe_alpha
-        rates = self.subject.rates
+        jacobian, limit = self._exact_at(safe_alpha / self.alpha)
+        jacobian.release()
+        return exact_beta, limit.beta_c, safe_alpha
+
+    def _poster_limits(
+        self, hessian: Operator, spectrum: Spectrum, alpha_limit: Limit
+    ) -> tuple[MetaRateLimit, float, float]:
+        """The same by the poster's conditions."""
+        safe_alpha, rates = self._safe_alpha(alpha_limit), self.subject.rates
         beyond = alpha_limit.ratio > 1 + 1e-12
         limit = self._poster(hessian, spectrum, 0.0 if self.maml is None else self.alpha, rates, beyond)
         if not safe_alpha < self.alpha:
@@ -307,7 +239,7 @@ class Measurement:
     def _poster(
         self, hessian: Operator, spectrum: Spectrum, alpha: float, rates: Params | None, collapsed: bool
     ) -> MetaRateLimit:
-        return self._over_blocks(
+        return self.over_blocks(
             lambda: poster_limit(
                 hessian,
                 spectrum,
@@ -318,27 +250,29 @@ class Measurement:
                 inner_steps=self.subject.inner_steps,
                 collapsed=collapsed,
                 blocks=self.blocks,
-                max_iter=self.options.max_iter,
-                tol=self.options.tol,
+                krylov=self.options.krylov,
             ),
             self.blocks,
             lambda found: min(found, key=lambda each: each.beta_c),
         )
 
-    def _noise_limit(self, exact_beta: MetaRateLimit) -> float:
-        """Mean-square limit for tasks drawn anew at every step, from their curvatures along the top direction."""
-        if self.maml is None or exact_beta.direction is None or self.tasks < 2 or self.outer.decoupled:
-            return math.nan
-        direction = self.outer.unscaled(exact_beta.direction)
-        layout = self.operators[0].layout
-        along = self.maml.curvature_by_task(layout.split(direction))
-        each = torch.cat(self.ranks.gather(along.double().cpu()))
+    def _along(self, change: Tensor | None, exact_beta: MetaRateLimit) -> tuple[float, float]:
+        """Predicted change of the coming step; mean-square limit from the tasks' curvatures along the top direction."""
+        direction = exact_beta.direction
+        if self.maml is None or direction is None or self.tasks < 2 or self.outer.decoupled:
+            return math.nan if change is None else float(change), math.nan
+        direction = self.outer.unscaled(direction)
+        along = self.maml.curvature_by_task(self.operators[0].layout.split(direction))
         self.extra_products += 1
+        # One transfer to the host for all of it.
+        single = [direction.new_tensor(math.nan) if change is None else change, self.outer.shift_along(direction)]
+        predicted, shift, *own = torch.cat([torch.stack(single).double(), along.double()]).cpu().tolist()
+        each = torch.tensor([value for part in self.ranks.gather(own) for value in part], dtype=torch.float64)
         if not bool(torch.isfinite(each).all()):
-            return math.nan
-        mean = float(each.mean()) + self.outer.shift_along(direction)
+            return predicted, math.nan
         # The batch's curvature is the mean over its tasks, so its variance is a task's over their number.
-        return self.outer.responses[0].mean_square_rate(mean, float(each.var()) / self.tasks)
+        mean, variance = float(each.mean()) + shift, float(each.var()) / self.tasks
+        return predicted, self.outer.responses[0].mean_square_rate(mean, variance)
 
     def failed(self, reason: str, began: float) -> StabilityReport:
         """Report a measurement that came to nothing.

@@ -149,7 +149,8 @@ def failed(step: int, error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         remedy = (
             "A check needs about max_iter vectors of the parameters' size and the graph of a second derivative: lower "
-            "max_iter or the module's task_chunk_size, or pass trial_steps=0 or replay=1."
+            "max_iter or the module's task_chunk_size, or pass tasks_per_check, basis='bfloat16' or 'cpu', "
+            "trial_steps=0 or replay=1."
         )
     elif isinstance(error, SharedError):
         where, remedy = "", "Look at that rank; the others are well."

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_maml_guard.curvature.lanczos import Matvec
+from lightning_maml_guard.curvature.basis import Basis
+from lightning_maml_guard.curvature.lanczos import Matvec, Watched, check_finite
 from lightning_maml_guard.curvature.layout import Layout, Params
 from lightning_maml_guard.curvature.operators import Operator, scaled, simplified
-from lightning_maml_guard.guard.estimate import Spectrum, check_symmetry, run_arnoldi, run_lanczos, top_eigenvalue
+from lightning_maml_guard.guard.estimate import Spectrum
+from lightning_maml_guard.guard.krylov import Krylov, check_symmetry, run_arnoldi, run_lanczos, top_eigenvalue
 from lightning_maml_guard.guard.outer import OuterStep
 from lightning_maml_guard.theory.multiplier import Interval
 from lightning_maml_guard.theory.nonsymmetric import complex_limit, complex_ritz
@@ -52,8 +54,7 @@ def poster_limit(
     inner_steps: int,
     collapsed: bool,
     blocks: int | None,
-    max_iter: int,
-    tol: float,
+    krylov: Krylov,
 ) -> MetaRateLimit:
     """Compute ``beta_c`` of the simplified update: stable iff ``beta * lambda_max(D (H - HAH + W)) < c``.
 
@@ -70,8 +71,7 @@ def poster_limit(
         inner_steps: Number of simplified inner steps.
         collapsed: Whether the inner rate exceeds its own limit, so that no meta rate is stable.
         blocks: Number of blocks of the operator.
-        max_iter: Products at most.
-        tol: Relative residual at which to stop.
+        krylov: How far a run goes.
 
     Returns:
         The limit.
@@ -91,11 +91,11 @@ def poster_limit(
     layout = hessian.layout
     flat_rates: Tensor | float = inner_steps * (alpha if rates is None else layout.flatten(rates).to(like))
     operator = _as_stepped(simplified(hessian, flat_rates), step, layout, like)
-    return _from_top(*top_eigenvalue(operator, layout.size, like, blocks, max_iter=max_iter, tol=tol), step)
+    return _from_top(*top_eigenvalue(operator, layout.size, like, blocks, krylov=krylov), step)
 
 
 def exact_limit(
-    jacobian: Operator, symmetric: bool, step: OuterStep, like: Tensor, *, max_iter: int, tol: float, noise: float
+    jacobian: Operator, symmetric: bool, step: OuterStep, like: Tensor, *, krylov: Krylov, noise: float, value: Watched
 ) -> MetaRateLimit:
     """Compute ``beta_c`` of the update as configured, from the Jacobian of its meta-gradient.
 
@@ -104,26 +104,27 @@ def exact_limit(
         symmetric: Whether ``J`` is symmetric: Lanczos then, else Arnoldi.
         step: The optimizer.
         like: Tensor whose dtype and device vectors take.
-        max_iter: Products at most.
-        tol: Relative residual at which to stop.
+        krylov: How far a run goes.
         noise: Relative rounding error of a product.
+        value: The loss there, and what it is called.
 
     Returns:
         The limit. ``beta_c`` is ``inf`` where no direction has positive curvature.
     """
     if step.note:
+        check_finite(value)
         return UNKNOWN
     layout = jacobian.layout
     operator = _as_stepped(jacobian, step, layout, like)
     if not symmetric:
-        return _nonsymmetric(operator, layout.size, step, like, max_iter, tol, noise)
-    run = run_lanczos(operator, layout.size, like, None, max_iter=max_iter, tol=tol)
+        return _nonsymmetric(operator, layout.size, step, like, krylov, noise, value)
+    run = run_lanczos(operator, layout.size, like, None, krylov=krylov, value=value)
     check_symmetry(run, noise)
     (single,) = run.runs
-    top = rates_from_lanczos(*single, 0.0, rounding=noise, resolution=tol)
+    top = rates_from_lanczos(*single, 0.0, rounding=noise + run.rounding, resolution=krylov.tol)
     limit = _from_top(top.lambda_max, top.lambda_max_interval, step)
     (values, residuals), vectors = ritz_values(*single), ritz_pairs(*single)[1]
-    negative = values[0] + residuals[0] < -tol * abs(values).max()
+    negative = values[0] + residuals[0] < -(krylov.tol + run.rounding) * abs(values).max()
     return MetaRateLimit(
         limit.beta_c,
         limit.interval,
@@ -133,13 +134,13 @@ def exact_limit(
 
 
 def _nonsymmetric(
-    operator: Matvec, size: int, step: OuterStep, like: Tensor, max_iter: int, tol: float, noise: float
+    operator: Matvec, size: int, step: OuterStep, like: Tensor, krylov: Krylov, noise: float, value: Watched
 ) -> MetaRateLimit:
-    run = run_arnoldi(operator, size, like, step, max_iter=max_iter, tol=tol, noise=noise)
-    ritz = complex_ritz(run.hessenberg, run.residual, noise)
-    limit = complex_limit(ritz, step.responses, tol=tol, decay=step.decoupled)
+    run = run_arnoldi(operator, size, like, step, krylov=krylov, noise=noise, value=value)
+    ritz = complex_ritz(run.hessenberg, run.residual, noise, run.spill)
+    limit = complex_limit(ritz, step.responses, tol=krylov.tol, decay=step.decoupled)
     lowest = int(ritz.values.real.argmin())
-    negative = ritz.values[lowest].real + ritz.bounds[lowest] < -tol * ritz.radius
+    negative = ritz.values[lowest].real + ritz.bounds[lowest] < -krylov.tol * ritz.radius
     return MetaRateLimit(
         limit.rate,
         limit.interval,
@@ -162,7 +163,6 @@ def _from_top(top: float, interval: Interval, step: OuterStep) -> MetaRateLimit:
     return MetaRateLimit(step.rates(top)[0], (step.rates(high)[1], step.rates(low)[2]))
 
 
-def _combine(basis: Tensor, weights: np.ndarray) -> Tensor:
-    vector = torch.as_tensor(np.ascontiguousarray(weights), dtype=basis.dtype, device=basis.device)
-    vector = vector @ basis[: len(vector)].reshape(len(vector), -1)
+def _combine(basis: Basis, weights: np.ndarray) -> Tensor:
+    vector = basis.combine(torch.as_tensor(np.ascontiguousarray(weights)))
     return vector / torch.linalg.vector_norm(vector)

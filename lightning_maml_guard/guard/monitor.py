@@ -12,9 +12,12 @@ from torch.optim import Optimizer
 from lightning_maml_guard._checks import check_choice, check_count, check_number
 from lightning_maml_guard._randomness import preserved_randomness
 from lightning_maml_guard.curvature.backward import double_backward
+from lightning_maml_guard.curvature.basis import BASES
 from lightning_maml_guard.curvature.lanczos import NonFiniteProductError
-from lightning_maml_guard.guard.estimate import ChangingOperatorError, Estimator, check_estimator
-from lightning_maml_guard.guard.measurement import Measurement, Options
+from lightning_maml_guard.guard.bench import Options
+from lightning_maml_guard.guard.estimate import Estimator, check_estimator
+from lightning_maml_guard.guard.krylov import ChangingOperatorError, Krylov
+from lightning_maml_guard.guard.measurement import Measurement
 from lightning_maml_guard.guard.plain import PlainProblem
 from lightning_maml_guard.guard.products import Memory
 from lightning_maml_guard.guard.report import StabilityReport
@@ -39,6 +42,7 @@ def measure(
     margin: float = 1.0,
     step: int | None = None,
     memory: Memory | None = None,
+    basis: str = "device",
 ) -> StabilityReport:
     """Measure whether a problem's learning rates lie in the safe region.
 
@@ -48,6 +52,14 @@ def measure(
     Beside it the largest meta rate of the update *as configured* (``exact_beta_c``: any order, ``K`` steps, many
     tasks) is found from its Jacobian ``J = dG/dtheta``, with ``criterion="exact"`` the one that is judged, as is the
     inner loop's own limit ``alpha < 2/lambda_max``. Parameters, gradients and random states are left as they were.
+
+    Memory beside the training's, for ``n`` parameters of ``s`` bytes, ``T`` tasks and ``K`` inner steps of exact MAML:
+    ``max_iter * b * n`` bytes of Lanczos vectors (``b = s`` on the device or with ``basis="cpu"`` on the host, 2 in
+    bfloat16) and about ``s * n * (3 + 4*T*(K + 1))`` for the graph of the meta-gradient, one at a time, and a product
+    with it; 3 vectors more under an optimizer with a preconditioner or rates by group, 2 in bfloat16, 6 in the first
+    measurement for its self-check, and the activations of a training step several times over. An MLP of 10M parameters,
+    2 tasks and one step: 20 vectors of 40 MB with ``max_iter=1``. A guard's trial comes before that and is gone by
+    then: parameters, optimizer state and two gradients once more, and the graph of a step.
 
     Args:
         problem: The problem; a ``PlainProblem`` for training without an inner loop.
@@ -63,6 +75,8 @@ def measure(
         step: Training step, for the messages.
         memory: What earlier measurements of the same network found out; pass one object to every call of a loop, and
             the self-check of the second derivatives is made once.
+        basis: Where the Lanczos vectors are kept: ``"device"``, ``"cpu"`` (the same numbers, slower) or ``"bfloat16"``
+            (half the memory; what that rounds away widens the intervals).
 
     Returns:
         The report. Curvature that can't be measured gives ``"unresolved"`` with the reason.
@@ -88,7 +102,9 @@ def measure(
             f"Expected argument `problem` to be a MetaProblem but got {type(problem).__name__}. Pass "
             "MetaProblem(params, task_loss, support, query), or module.meta_problem(batch) of a MetaLearningModule."
         )
-    check_options(criterion=criterion, estimator=estimator, max_iter=max_iter, tol=tol, tasks=tasks, data=data)
+    check_options(
+        criterion=criterion, estimator=estimator, max_iter=max_iter, tol=tol, tasks=tasks, data=data, basis=basis
+    )
     check_margin(margin)
     if beta is not None:
         check_rate(beta, "beta")
@@ -105,7 +121,7 @@ def measure(
         )
     began = time.perf_counter()
     memory = memory or Memory()
-    options = Options(criterion, estimator, max_iter, tol, tasks == "worst", margin, step)
+    options = Options(criterion, estimator, Krylov(max_iter, tol, basis), tasks == "worst", margin, step)
     with preserved_randomness(), double_backward():
         torch.manual_seed(0)  # the same dropout masks in every check, so that their numbers can be compared
         if isinstance(problem, PlainProblem):
@@ -120,7 +136,9 @@ def measure(
             return measurement.failed(str(error), began)
 
 
-def check_options(*, criterion: str, estimator: Any, max_iter: int, tol: float, tasks: str, data: str) -> None:
+def check_options(
+    *, criterion: str, estimator: Any, max_iter: int, tol: float, tasks: str, data: str, basis: str
+) -> None:
     """Refuse measuring options that are not allowed.
 
     Args:
@@ -130,6 +148,7 @@ def check_options(*, criterion: str, estimator: Any, max_iter: int, tol: float, 
         tol: See :func:`measure`.
         tasks: See :func:`measure`.
         data: See :func:`measure`.
+        basis: See :func:`measure`.
 
     Raises:
         ValueError: If one is not allowed, or if two do not go together.
@@ -138,6 +157,7 @@ def check_options(*, criterion: str, estimator: Any, max_iter: int, tol: float, 
         ("criterion", criterion, ("simplified", "exact")),
         ("tasks", tasks, ("mean", "worst")),
         ("data", data, ("support", "query", "both")),
+        ("basis", basis, BASES),
     ):
         check_choice(name, value, allowed)
     check_estimator(estimator)

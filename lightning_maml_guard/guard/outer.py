@@ -72,17 +72,17 @@ class OuterStep:
             return direction
         return _flat(self.scale).to(direction).sqrt() * direction
 
-    def shift_along(self, direction: Tensor) -> float:
+    def shift_along(self, direction: Tensor) -> Tensor:
         """Compute what coupled weight decay adds to the curvature along a direction of parameter space.
 
         Args:
             direction: The direction, shape ``(n,)``.
 
         Returns:
-            ``u . W u``.
+            ``u . W u``, a scalar on the device.
         """
         shift = self.coupled if isinstance(self.coupled, float) else _flat(self.coupled).to(direction)
-        return float((shift * direction * direction).sum())
+        return (shift * direction * direction).sum()
 
 
 def _flat(values: Params) -> Tensor:

@@ -14,7 +14,7 @@ from lightning_maml_guard.curvature.lanczos import start_vector
 from lightning_maml_guard.curvature.layout import Layout, Params
 from lightning_maml_guard.curvature.operators import Field, FiniteDifference, Jacobian, Operator
 from lightning_maml_guard.curvature.ranks import Ranks
-from lightning_maml_guard.guard.estimate import rounding
+from lightning_maml_guard.guard.krylov import rounding
 
 # Step sizes of the self-check, and how far a product may be from it, relative to its size, beyond their scatter.
 _STRETCHES = (1.0, 1 / 16, 1 / 256)

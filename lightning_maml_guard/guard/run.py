@@ -36,6 +36,7 @@ class Settings(Protocol):
     estimator: Estimator
     max_iter: int
     tol: float
+    basis: str
     tasks: str
     data: str
     problem: Callable[[Any, Any], MetaProblem] | None

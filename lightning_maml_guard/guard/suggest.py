@@ -41,6 +41,7 @@ def suggest_rates(
     precision: str | int | None = None,
     gradient_clip_val: float | None = None,
     gradient_clip_algorithm: str | None = None,
+    basis: str = "device",
 ) -> RateSuggestion:
     """Measure the critical rates before training, and suggest a pair inside them.
 
@@ -81,6 +82,7 @@ def suggest_rates(
         gradient_clip_val: The run's, as its Trainer takes it; the trial clips with it. The limits are those of
             unclipped gradients, and those of a single batch where the run accumulates several.
         gradient_clip_algorithm: The run's, as its Trainer takes it.
+        basis: Where the Lanczos vectors are kept: ``"device"``, ``"cpu"`` or ``"bfloat16"``.
 
     Returns:
         The suggestion, with ``.suggestion()``, ``.plot()`` and a readable ``str``.
@@ -105,7 +107,9 @@ def suggest_rates(
     check_count("trial_steps", trial_steps, 0)
     check_number("margin", margin, above=0, below=1)
     check_number("alarm", alarm, above=1)
-    check_options(criterion=criterion, estimator=estimator, max_iter=max_iter, tol=tol, tasks=tasks, data=data)
+    check_options(
+        criterion=criterion, estimator=estimator, max_iter=max_iter, tol=tol, tasks=tasks, data=data, basis=basis
+    )
     trainer_class, combined_loader = tools_for(module, "module")
     _check_sources(module, datamodule, problem)
     options = {
@@ -115,6 +119,7 @@ def suggest_rates(
         "tol": tol,
         "tasks": tasks,
         "data": data,
+        "basis": basis,
     }
     with preserved_randomness(), inform_less(), _kept(datamodule):
         start = AtStart(

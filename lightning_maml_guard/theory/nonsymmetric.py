@@ -38,13 +38,14 @@ class ComplexRitz:
         return float(abs(self.values[0]))
 
 
-def complex_ritz(hessenberg: np.ndarray, residual: float, rounding: float = 0.0) -> ComplexRitz:
+def complex_ritz(hessenberg: np.ndarray, residual: float, rounding: float = 0.0, spill: float = 0.0) -> ComplexRitz:
     """Compute Ritz values and their bounds from an Arnoldi run.
 
     Args:
         hessenberg: Projection ``V^T A V``, shape ``(m, m)``.
         residual: Norm of what the last product left outside the space.
         rounding: Relative rounding error of a product, added to every residual.
+        spill: What rounding the basis adds to every residual.
 
     Returns:
         The Ritz values.
@@ -66,7 +67,7 @@ def complex_ritz(hessenberg: np.ndarray, residual: float, rounding: float = 0.0)
         if np.linalg.cond(right) < 1 / np.finfo(np.float64).eps
         else np.full(len(values), np.inf)
     )
-    noise = rounding * float(np.abs(values).max())
+    noise = rounding * float(np.abs(values).max()) + spill
     distances = residual * np.abs(right[-1]) + noise
     with np.errstate(invalid="ignore"):
         bounds = np.where(distances > 0, condition * distances, 0.0)

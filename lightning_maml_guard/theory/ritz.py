@@ -93,7 +93,9 @@ def rates_from_lanczos(
     # through the last basis vector alone.
     leak = last * (abs(vector[-1]) + f.rate * (abs(tridiagonal[-1] @ vector) + radius * abs(vector[-1])))
     hidden = resolution * abs(curvature) if last > 0 else 0.0
-    leak = max(float(leak), hidden) + noise * (1 + f.rate * radius)
+    # An error of `noise` in H enters H - a*H^2 once by itself and twice by the square.
+    error = noise * (1 + 2 * f.rate * radius)
+    leak = max(float(leak), hidden) + error
     return assemble(
         f,
         alpha,
@@ -101,7 +103,7 @@ def rates_from_lanczos(
         lambda_min=float(values[0]),
         lambda_interval=(float(values[-1]) - noise, float(values[-1]) + residual),
         curvature=max(curvature, 0.0),
-        curvature_interval=(max(curvature - noise * (1 + f.rate * radius), 0.0), max(curvature + leak, 0.0)),
+        curvature_interval=(max(curvature - error, 0.0), max(curvature + leak, 0.0)),
         negative=int((values < -residuals - noise).sum()),
     )
 

@@ -101,6 +101,7 @@ CHOICES = [
     *((make, "criterion", "'exact'", "exakt", "exact") for make in (ConvergenceGuard, measured)),
     *((make, "tasks", "'worst'", "Worst", "worst") for make in (ConvergenceGuard, measured)),
     *((make, "data", "'query'", "querry", "query") for make in (ConvergenceGuard, measured)),
+    *((make, "basis", "'bfloat16'", "bfloat", "bfloat16") for make in (ConvergenceGuard, measured)),
     *((make, "order", "'simplified'", "frist", "first") for make in (module, problem, rates)),
     (mlp, "activation", "'tanh'", "Relu", "relu"),
     (LinearRegression, "dtype", "'float64'", "float", "float64"),

@@ -24,7 +24,7 @@ def test_the_recurrence_and_the_orthonormal_basis():
     result = run(matrix, 12)
     main, off = (torch.tensor(part, dtype=torch.float64) for part in result.runs[0])
     t = torch.diag(main) + torch.diag(off[:-1], 1) + torch.diag(off[:-1], -1)
-    v = result.basis.T
+    v = result.basis.dense().T
     rest = matrix @ v - v @ t.double()
     torch.testing.assert_close(v.T @ v, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-13)
     torch.testing.assert_close(rest[:, :-1], torch.zeros_like(rest[:, :-1]), rtol=0, atol=1e-12)

@@ -65,7 +65,7 @@ def test_the_per_task_hessians_are_the_dense_ones(looped):
 
 
 def test_lambda_max_of_a_conv_net_is_eigshs():
-    from lightning_maml_guard.guard.estimate import top_eigenvalue
+    from lightning_maml_guard.guard.krylov import Krylov, top_eigenvalue
     from lightning_maml_guard.networks import conv4
 
     network = conv4(filters=4, image_size=16).double()
@@ -78,7 +78,7 @@ def test_lambda_max_of_a_conv_net_is_eigshs():
             (n, n), matvec=lambda v: operator(torch.from_numpy(v.ravel())).numpy(), dtype=float
         )
         reference = scipy.sparse.linalg.eigsh(linear, k=1, which="LA", return_eigenvectors=False)[0]
-        value, (low, high) = top_eigenvalue(operator, n, params["head.bias"], None, max_iter=20, tol=1e-2)
+        value, (low, high) = top_eigenvalue(operator, n, params["head.bias"], None, krylov=Krylov())
     assert value == pytest.approx(reference, rel=1e-2)
     assert low <= reference <= high
 
@@ -162,3 +162,14 @@ def test_an_error_of_the_users_own_is_raised_as_it_is():
     with pytest.raises(KeyError, match="my own mistake"):
         tasks(loss, {"w": torch.ones(2)}, (torch.ones(2, 1),), in_dims=(None, 0))
     assert not tasks.looped
+
+
+def test_an_operator_whose_graph_was_let_go_of_says_so():
+    loss, params, (x, y) = regression(NETWORKS["tanh"]())
+    operator = Hessian(lambda p: loss(p, (x[0], y[0])), params)
+    vector = torch.ones(operator.layout.size).double()
+    operator(vector)
+    operator.release()
+    with pytest.raises(RuntimeError, match=r"before release\(\) but it came after"):
+        operator(vector)
+    assert operator.matvecs == 1

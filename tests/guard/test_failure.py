@@ -217,7 +217,10 @@ def raises(error):
 @pytest.mark.parametrize(
     ("error", "remedy"),
     [
-        (torch.OutOfMemoryError("no room on the device"), "lower max_iter or the module's task_chunk_size.*replay=1"),
+        (
+            torch.OutOfMemoryError("no room on the device"),
+            "lower max_iter or the module's task_chunk_size.*basis='bfloat16' or 'cpu'.*replay=1",
+        ),
         (ZeroDivisionError("no tasks today"), "If it comes from code of yours .*, mend it there"),
     ],
 )

@@ -303,6 +303,7 @@ def test_a_report_is_picklable_and_usable_in_a_plain_loop():
         ({"criterion": "perfect"}, "`criterion` to be one of"),
         ({"tasks": "best"}, "`tasks` to be one of"),
         ({"data": "test"}, "`data` to be one of"),
+        ({"basis": "float16"}, "`basis` to be one of"),
         ({"estimator": "guess"}, "`estimator` to be 'lanczos', 'pyhessian' or a callable"),
         ({"estimator": "pyhessian", "tasks": "worst"}, "tasks='worst' needs estimator='lanczos'"),
         ({"max_iter": 0}, "`max_iter` to be an integer of at least 1"),

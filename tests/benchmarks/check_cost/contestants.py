@@ -15,7 +15,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
 from lightning_maml_guard.curvature.operators import Jacobian
-from lightning_maml_guard.guard.estimate import rounding, run_lanczos
+from lightning_maml_guard.guard.krylov import Krylov, rounding, run_lanczos
 from lightning_maml_guard.networks import Conv4
 from lightning_maml_guard.theory.rates import CriticalRates
 from lightning_maml_guard.theory.ritz import rates_from_lanczos
@@ -69,7 +69,7 @@ class PyHessian(pyhessian):
 
 
 def ours(operator: Jacobian, max_iter: int = 20, tol: float = 1e-2) -> Found:
-    run = run_lanczos(operator, operator.layout.size, operator.gradient, None, max_iter=max_iter, tol=tol)
+    run = run_lanczos(operator, operator.layout.size, operator.gradient, None, krylov=Krylov(max_iter, tol))
     noise = max(rounding(operator.gradient), run.asymmetry)
     rates: CriticalRates = rates_from_lanczos(*run.runs[0], 0.0, rounding=noise, resolution=tol)
     note = "" if run.converged else "residual not reached"

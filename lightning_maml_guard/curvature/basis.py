@@ -1,0 +1,206 @@
+"""The vectors of a Krylov space: where they are kept, and products with them that make no copy of them all.
+
+A vector is cut into panels of some thousand entries, and a few panels of all vectors at a time are what a product
+touches. That bounds what it needs beside the vectors, streams vectors that lie elsewhere, and is faster: a panel is
+still in the cache when it is used again.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BASES = ("device", "cpu", "bfloat16")
+
+# Entries of a panel, and of the panels worked on at once. A host's caches are small; a device pays for every launch.
+_HOST_PANEL, _HOST_GROUP = 1 << 14, 1 << 20
+_DEVICE_PANEL, _DEVICE_GROUP = 1 << 20, 1 << 25
+
+
+class Rest(NamedTuple):
+    """What a vector has outside and inside the space of a basis.
+
+    Attributes:
+        vector: Its rest, orthogonal to the basis; the basis' own working copy. Shape ``(*batch, n)``.
+        coefficients: What was taken away, by basis vector, shape ``(m, *batch)``.
+        overlap: Norm of the last basis vector's products with those before it, shape ``batch``: 0 but for rounding.
+    """
+
+    vector: Tensor
+    coefficients: Tensor
+    overlap: Tensor
+
+
+class Basis:
+    """Orthonormal vectors, appended one by one.
+
+    Memory of ``count`` vectors of ``n`` entries of ``s`` bytes: ``count * n * s`` bytes on the device (``"device"``) or
+    on the host (``"cpu"``, the same numbers), ``2 * count * n`` bytes on the device (``"bfloat16"``). Beside them at
+    most four vectors, and two groups of panels: 8 MiB in float32 on the host, 256 MiB on a device (less if the basis
+    is smaller).
+
+    In bfloat16 a vector is rounded before anything is computed with it, then brought back to norm 1: the vector that is
+    multiplied and the one that is kept are the same, and products with it have the precision of the others.
+
+    Args:
+        count: Vectors at most.
+        like: A vector, or a batch of them, shape ``(*batch, n)``.
+        kind: ``"device"``, ``"cpu"`` or ``"bfloat16"``.
+    """
+
+    def __init__(self, count: int, like: Tensor, kind: str = "device") -> None:
+        self.exact = kind != "bfloat16"
+        self.length = 0
+        self._shape, self._size, self._kind = like.shape, like.shape[-1], like.dtype
+        host = like.device.type == "cpu"
+        panel, self._group = (_HOST_PANEL, _HOST_GROUP) if host else (_DEVICE_PANEL, _DEVICE_GROUP)
+        self._blocks = math.prod(like.shape[:-1])
+        self._pieces = math.ceil(self._size / panel)
+        self._width = math.ceil(self._size / self._pieces)
+        self._device = like.device
+        self._offloaded = kind == "cpu" and not host
+        self._store = torch.empty(
+            (self._blocks * self._pieces, count, self._width),
+            dtype=like.dtype if self.exact else torch.bfloat16,
+            device="cpu" if self._offloaded else like.device,
+            pin_memory=self._offloaded and like.is_cuda,
+        )
+        # By block: the stored bfloat16 vector times this has norm 1.
+        self._scales = like.new_ones(self._blocks, count)
+        self._nothing = like.new_zeros(like.shape[:-1])
+
+    def append(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep a vector.
+
+        Args:
+            vector: Of norm 1, shape ``(*batch, n)``.
+
+        Returns:
+            The vector as it is kept, same shape, and its distance from the one given, shape ``batch``.
+        """
+        index = self.length
+        self.length += 1
+        if self.exact:
+            self._write(index, self._panels(vector))
+            return vector, self._nothing
+        rounded = vector.to(torch.bfloat16)
+        kept = rounded.to(self._kind)
+        norm = torch.linalg.vector_norm(kept, dim=-1, keepdim=True).clamp(min=torch.finfo(self._kind).tiny)
+        self._scales[:, index] = 1 / norm.reshape(self._blocks)
+        kept /= norm
+        self._write(index, self._panels(rounded))
+        return kept, torch.linalg.vector_norm(kept - vector, dim=-1)
+
+    def without(self, vector: Tensor) -> Rest:
+        """Take out of a vector what lies in the space: Gram-Schmidt, again and again.
+
+        With ``V^T V = I + D`` a pass leaves ``|D|`` times what was there before. Twice is enough for rounding in the
+        vector's own precision (Kahan, Parlett), three times for that of bfloat16.
+
+        Args:
+            vector: Shape ``(*batch, n)``; left as it is.
+
+        Returns:
+            The rest and what was taken.
+        """
+        rest = self._panels(vector.clone())
+        taken, overlap = self._sweep(rest, None)
+        coefficients = taken
+        for _ in range(1 if self.exact else 2):
+            taken, _ = self._sweep(rest, taken)
+            coefficients = coefficients + taken
+        self._sweep(rest, taken, last=True)
+        return Rest(
+            rest.reshape(self._blocks, -1)[:, : self._size].reshape(self._shape),
+            coefficients.T.reshape(self.length, *self._shape[:-1]),
+            overlap,
+        )
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """Sum the first vectors, weighted.
+
+        Args:
+            weights: One a vector, of at most as many as there are, shape ``(k,)``.
+
+        Returns:
+            The sum, shape ``(*batch, n)``, on the device.
+        """
+        count = len(weights)
+        scaled = weights.to(self._device, self._kind, non_blocking=True) * self._scales[:, :count]
+        total = torch.empty((self._blocks * self._pieces, self._width), dtype=self._kind, device=self._device)
+        spread = self._spread(scaled)
+        for begin, end in self._groups(count):
+            total[begin:end] = (self._load(begin, end, count) * spread[begin:end].unsqueeze(-1)).sum(1)
+        return total.reshape(self._blocks, -1)[:, : self._size].reshape(self._shape)
+
+    def dense(self) -> Tensor:
+        """Copy all vectors.
+
+        Returns:
+            Shape ``(m, *batch, n)``, on the device.
+        """
+        return torch.stack([self.combine(row) for row in torch.eye(self.length)])
+
+    def _sweep(self, rest: Tensor, taken: Tensor | None, *, last: bool = False) -> tuple[Tensor, Tensor]:
+        """Take a combination out of the rest, and find its products with the vectors, in one pass over them."""
+        count, scales = self.length, self._scales[:, : self.length]
+        spread = None if taken is None else self._spread(taken if self.exact else taken * scales)
+        products, overlaps = [], []
+        for begin, end in self._groups(count):
+            known, part = self._load(begin, end, count), rest[begin:end]
+            if spread is not None:
+                part -= (known * spread[begin:end].unsqueeze(-1)).sum(1)
+            if not last:
+                products.append((known * part.unsqueeze(1)).sum(-1))
+            if taken is None and not self.exact:
+                overlaps.append((known * known[:, -1:]).sum(-1))
+        found = rest if last else self._gathered(products)
+        if self.exact or last:
+            return found, self._nothing
+        if not overlaps:
+            return found * scales, self._nothing
+        overlap = (self._gathered(overlaps) * scales * scales[:, -1:])[:, :-1]
+        return found * scales, torch.linalg.vector_norm(overlap, dim=-1).reshape(self._shape[:-1])
+
+    def _groups(self, count: int) -> list[tuple[int, int]]:
+        """Ranges of panels to work on at once; the same wherever the vectors lie, so that the bits are, too."""
+        panels = self._blocks * self._pieces
+        step = max(1, self._group // (count * self._width))
+        return [(begin, min(begin + step, panels)) for begin in range(0, panels, step)]
+
+    def _load(self, begin: int, end: int, count: int) -> Tensor:
+        if self._offloaded:  # by panel, for one panel's vectors lie side by side: that copy waits for nothing
+            pieces = [self._store[panel, :count].to(self._device, non_blocking=True) for panel in range(begin, end)]
+            return torch.stack(pieces)
+        return self._store[begin:end, :count].to(self._kind)
+
+    def _write(self, index: int, panels: Tensor) -> None:
+        if self._offloaded:
+            for panel, values in enumerate(panels):
+                self._store[panel, index].copy_(values, non_blocking=True)
+        else:
+            self._store[:, index] = panels
+
+    def _panels(self, vector: Tensor) -> Tensor:
+        """The vector(s) in panels, shape ``(blocks * pieces, width)``, 0 behind the last entry."""
+        flat = vector.reshape(self._blocks, self._size)
+        if self._pieces * self._width > self._size:
+            padded = flat.new_zeros(self._blocks, self._pieces * self._width)
+            padded[:, : self._size] = flat
+            flat = padded
+        return flat.reshape(self._blocks * self._pieces, self._width)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """From one value a block to one a panel, shape ``(blocks * pieces, k)``."""
+        if self._pieces == 1:
+            return values
+        count = values.shape[-1]
+        return values.unsqueeze(1).expand(-1, self._pieces, -1).reshape(self._blocks * self._pieces, count)
+
+    def _gathered(self, parts: list[Tensor]) -> Tensor:
+        """From products by panel to one a block, shape ``(blocks, k)``."""
+        panels = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return panels if self._pieces == 1 else panels.reshape(self._blocks, self._pieces, -1).sum(1)

@@ -1,0 +1,110 @@
+"""What a measurement works with: subject, optimizer, options, and the operators it builds on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch.optim import Optimizer
+
+from lightning_maml_guard.curvature.lanczos import NonFiniteProductError
+from lightning_maml_guard.curvature.operators import Operator
+from lightning_maml_guard.guard.estimate import Estimator
+from lightning_maml_guard.guard.governor import scheduled_rate
+from lightning_maml_guard.guard.krylov import ChangingOperatorError, Krylov
+from lightning_maml_guard.guard.outer import outer_step
+from lightning_maml_guard.guard.products import Memory, make_operator
+from lightning_maml_guard.guard.subject import MamlSubject, Subject, Target
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure; see :func:`lightning_maml_guard.measure`."""
+
+    criterion: str
+    estimator: Estimator
+    krylov: Krylov
+    worst: bool
+    margin: float
+    step: int | None
+
+
+class Bench:
+    """One subject, one optimizer, and the operators made of them.
+
+    Args:
+        subject: What is measured.
+        optimizer: The live optimizer.
+        beta: Rate of plain SGD, instead.
+        options: How to measure.
+        memory: What is known of the network.
+    """
+
+    def __init__(
+        self, subject: Subject, optimizer: Optimizer | None, beta: float | None, options: Options, memory: Memory
+    ) -> None:
+        self.subject, self.optimizer, self.options, self.memory = subject, optimizer, options, memory
+        self.maml = subject if isinstance(subject, MamlSubject) else None
+        self.alpha = subject.alpha
+        self.outer = outer_step(optimizer, subject.live)
+        self.beta = scheduled_rate(optimizer) if optimizer is not None else math.nan if beta is None else float(beta)
+        self.like = next(iter(subject.params.values())).new_empty(())
+        self.blocks = subject.tasks if options.worst and self.maml is not None else None
+        self.ranks = memory.ranks
+        self.tasks = sum(self.ranks.gather(subject.tasks))
+        self.alpha_note = ""
+        self.notices: list[str] = []
+        self.operators: list[Operator] = []
+        self.extra_products = 0
+
+    @property
+    def hvps(self) -> int:
+        """Products used so far."""
+        return sum(operator.matvecs for operator in self.operators) + self.extra_products
+
+    def operator(self, name: str, target: Target) -> tuple[Operator, float]:
+        """Build an operator whose products count.
+
+        Args:
+            name: What it is called in messages.
+            target: The gradient field, and where.
+
+        Returns:
+            The operator, and the relative error of its products.
+        """
+        gradient, params, layout = target
+        operator, noise = make_operator(name, gradient, params, layout, self.memory)
+        self.operators.append(operator)
+        return operator, noise
+
+    def over_blocks(self, compute: Callable[[], T], blocks: int | None, choose: Callable[[list[T]], T]) -> T:
+        """Compute something of an operator: of a block-diagonal one each rank has its own tasks' blocks.
+
+        Args:
+            compute: Makes this rank's.
+            blocks: Number of blocks; None for a single matrix, which all ranks share.
+            choose: Makes one of all ranks'.
+
+        Returns:
+            What holds for all ranks.
+
+        Raises:
+            NonFiniteProductError: If a product is not finite on one of them.
+            ChangingOperatorError: If products do not belong to one matrix on one of them.
+        """
+        if blocks is None or self.ranks.size == 1:
+            return compute()
+        own: T | ArithmeticError
+        try:
+            own = compute()
+        except (NonFiniteProductError, ChangingOperatorError) as error:
+            own = error
+        found = self.ranks.gather(own)
+        for each in found:
+            if isinstance(each, ArithmeticError):
+                raise each
+        return choose(found)  # type: ignore[arg-type]
