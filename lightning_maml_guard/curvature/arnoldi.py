@@ -45,7 +45,7 @@ def arnoldi(
     *,
     max_iter: int,
     stop: Callable[[np.ndarray, float], bool] | None = None,
-    sync_every: int = 4,
+    sync_every: int | None = None,
     basis: str = "device",
     value: Watched | None = None,
 ) -> ArnoldiRun:
@@ -59,7 +59,8 @@ def arnoldi(
         start: Start vector, shape ``(n,)``, not zero.
         max_iter: Steps at most; also bounded by ``n``.
         stop: Asked every ``sync_every`` steps with ``H`` and the residual's norm; True ends the run.
-        sync_every: Steps between two transfers to the host.
+        sync_every: Steps between two transfers to the host; None: every second step on a CPU, every fourth on
+            a device.
         basis: Where the vectors are kept, see :class:`~lightning_maml_guard.curvature.basis.Basis`.
         value: A scalar that has to be finite, and what it is called.
 
@@ -70,7 +71,7 @@ def arnoldi(
         ValueError: If there is nothing to iterate on.
         NonFiniteProductError: If a product, or the value, is not finite.
     """
-    steps = steps_of(start, max_iter, sync_every)
+    steps, sync_every = steps_of(start, max_iter, sync_every)
     kept = Basis(steps, start, basis)
     # The last three rows are what rounding lost, the overlaps, and the value.
     hessenberg = start.new_zeros((steps + 4, steps))

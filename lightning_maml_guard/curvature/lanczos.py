@@ -25,6 +25,8 @@ from lightning_maml_guard.curvature.basis import Basis
 Matvec = Callable[[Tensor], Tensor]
 # What a scalar is called, and the scalar: it comes to the host with the coefficients, and has to be finite.
 Watched = tuple[str, Tensor]
+# On a CPU nothing waits for a transfer, and products are saved by asking sooner whether they suffice.
+_SYNC_ON_HOST, _SYNC_ON_DEVICE = 2, 4
 
 
 class NonFiniteProductError(ArithmeticError):
@@ -82,7 +84,7 @@ def lanczos(
     *,
     max_iter: int,
     stop: Callable[[Sequence[Tridiagonal]], bool] | None = None,
-    sync_every: int = 4,
+    sync_every: int | None = None,
     basis: str = "device",
     value: Watched | None = None,
 ) -> LanczosRun:
@@ -96,7 +98,8 @@ def lanczos(
         start: Start vector(s), shape ``(*batch, n)``, not zero. The same on every rank.
         max_iter: Steps at most; also bounded by ``n``.
         stop: Asked every ``sync_every`` steps with the tridiagonals so far; True ends the run.
-        sync_every: Steps between two transfers to the host.
+        sync_every: Steps between two transfers to the host; None: every second step on a CPU, every fourth on
+            a device.
         basis: Where the vectors are kept, see :class:`~lightning_maml_guard.curvature.basis.Basis`.
         value: A scalar that has to be finite, and what it is called.
 
@@ -107,7 +110,7 @@ def lanczos(
         ValueError: If there is nothing to iterate on.
         NonFiniteProductError: If a product, or the value, is not finite.
     """
-    steps = steps_of(start, max_iter, sync_every)
+    steps, sync_every = steps_of(start, max_iter, sync_every)
     kept = Basis(steps, start, basis)
     vector = start / torch.linalg.vector_norm(start, dim=-1, keepdim=True)
     norm = torch.zeros_like(start[..., 0])
@@ -136,26 +139,28 @@ def lanczos(
     return LanczosRun(found.runs, kept, len(columns), converged, found.asymmetry, found.rounding)
 
 
-def steps_of(start: Tensor, max_iter: int, sync_every: int) -> int:
+def steps_of(start: Tensor, max_iter: int, sync_every: int | None) -> tuple[int, int]:
     """Check a run's sizes.
 
     Args:
         start: Start vector(s).
         max_iter: Steps at most.
-        sync_every: Steps between two transfers to the host.
+        sync_every: Steps between two transfers to the host; None: what suits the device.
 
     Returns:
-        Steps at most.
+        Steps at most, and steps between two transfers.
 
     Raises:
         ValueError: If there is nothing to iterate on.
     """
+    if sync_every is None:
+        sync_every = _SYNC_ON_HOST if start.device.type == "cpu" else _SYNC_ON_DEVICE
     if start.shape[-1] == 0 or max_iter < 1 or sync_every < 1:
         raise ValueError(
             "Expected a start vector with at least one entry and `max_iter`, `sync_every` of at least 1 but got "
             f"shape {tuple(start.shape)}, max_iter={max_iter!r}, sync_every={sync_every!r}."
         )
-    return min(max_iter, start.shape[-1])
+    return min(max_iter, start.shape[-1]), sync_every
 
 
 def unit(rest: Tensor) -> tuple[Tensor, Tensor]:

@@ -97,7 +97,8 @@ def run_lanczos(
 
 def _tight(run: Tridiagonal, alpha: float, tol: float) -> bool:
     values, residuals = ritz_values(*run)
-    if residuals[-1] > tol * max(abs(values[0]), abs(values[-1])):
+    # That nothing is curved upwards is not to be told from the few directions seen so far.
+    if values[-1] <= 0 or residuals[-1] > tol * max(abs(values[0]), abs(values[-1])):
         return False
     # Beyond alpha_c no meta rate is stable, however sharply the rest is known.
     if alpha * float(values[-1]) > 1 or alpha == 0:
@@ -161,7 +162,7 @@ def run_arnoldi(
         if ritz.bounds[0] > krylov.tol * ritz.radius:
             return False
         low, high = complex_limit(ritz, step.responses[:1], tol=krylov.tol, decay=step.decoupled).interval
-        return high == math.inf or high - low <= 4 * krylov.tol * high
+        return high < math.inf and high - low <= 4 * krylov.tol * high
 
     start = start_vector((size,), like)
     return arnoldi(matvec, start, max_iter=krylov.max_iter, stop=tight, basis=krylov.basis, value=value)

@@ -8,6 +8,7 @@ import torch
 from torch.optim import SGD
 
 from lightning_maml_guard import ConvergenceGuard, MetaLearningModule, MetaProblem, measure
+from lightning_maml_guard.curvature import lanczos
 from lightning_maml_guard.guard import krylov
 from lightning_maml_guard.guard.check import Checker
 from lightning_maml_guard.guard.products import Memory
@@ -23,6 +24,7 @@ from tests.host_syncs import HostSyncs
 def transfers(monkeypatch):
     """How often the Krylov runs since need their coefficients on the host: every four products."""
     lengths = []
+    monkeypatch.setattr(lanczos, "_SYNC_ON_HOST", lanczos._SYNC_ON_DEVICE)
 
     def watched(run):
         def running(*arguments, **options):
