@@ -1,16 +1,18 @@
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_maml_guard import MetaLearningModule
-from lightning_maml_guard._allocator import held, hold, release
+from lightning_maml_guard._allocator import held, hold, release, settle
 from lightning_maml_guard.networks import mlp
 from tests.helpers import fit
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone has the settings")
+SMAPS, HUGE_PAGES = Path("/proc/self/smaps"), Path("/sys/kernel/mm/transparent_hugepage/enabled")
 BATCH = ((torch.randn(4, 5, 1),) * 2,) * 2
 SIZE = 2**26  # bytes: beyond what glibc ever keeps by itself
 # In a process of its own, whose heap nothing has used: pages mapped anew when a piece like one just freed is written.
@@ -59,6 +61,27 @@ def test_what_is_freed_is_used_again_while_held_and_given_back_at_the_end():
     assert min(before, after) > 20  # 16,384 pages, or 32 huge ones
     assert during < min(before, after) / 4
     assert kept - left > 0.9 * SIZE
+
+
+def test_a_fit_asks_for_huge_pages_once_it_has_its_size(monkeypatch):
+    at = []
+    module = MetaLearningModule(mlp())
+    monkeypatch.setattr("lightning_maml_guard.maml.learning.settle", lambda: at.append(module.trainer.global_step))
+    fit(module, BATCH, steps=5)
+    fit(module, BATCH, steps=1)
+    assert at == [2]
+
+
+def test_what_is_held_lies_in_huge_pages_and_keeps_what_it_held():
+    holder = Holder()
+    settle()  # nobody holds anything: nothing happens
+    assert hold(holder)
+    values = torch.arange(SIZE // 4, dtype=torch.int32)
+    settle()
+    heap = [part.partition("VmFlags:")[2].splitlines()[0] for part in SMAPS.read_text().split("[heap]")[1:]]
+    release(holder)
+    assert torch.equal(values, torch.arange(SIZE // 4, dtype=torch.int32))
+    assert any(" hg " in flags for flags in heap) or not HUGE_PAGES.exists()
 
 
 def test_the_last_holder_lets_go_and_one_that_is_gone_holds_nothing():

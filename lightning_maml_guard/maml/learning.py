@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
 
-from lightning_maml_guard._allocator import hold, release, trim
+from lightning_maml_guard._allocator import hold, release, settle, trim
 from lightning_maml_guard._checks import check_count, check_flag
 from lightning_maml_guard._lightning import check_module, hyperparameters_given, inform
 from lightning_maml_guard._vectorize import TaskMap
@@ -49,6 +49,9 @@ _PLAIN_ARGUMENTS = (
     "compile",
     "keep_memory",
 )
+
+# Steps of a fit after which its memory has the size it keeps.
+_SETTLED_AFTER = 3
 
 _NOTHING_TO_TRAIN = (
     "The network has no parameter to train: it has none at all, or all of them are frozen (requires_grad=False). "
@@ -153,7 +156,7 @@ class MetaLearning(EpisodeHooks, _Base):
             )
         self.vectorization = Vectorization(strategy, network, f"{type(self).__qualname__}/{type(network).__qualname__}")
         self.compiled = CompiledMetaGradient() if compile else None
-        self._keep_memory = keep_memory
+        self._keep_memory, self._unsettled = keep_memory, 0
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
         self._has_buffers = next(network.buffers(), None) is not None
@@ -291,6 +294,10 @@ class MetaLearning(EpisodeHooks, _Base):
         Returns:
             The mean query loss after adaptation.
         """
+        if self._unsettled:
+            self._unsettled -= 1
+            if not self._unsettled:
+                settle()
         problem = self.meta_problem(batch)
         learned = self.learned_rates is not None
         with explained(problem):
@@ -330,8 +337,8 @@ class MetaLearning(EpisodeHooks, _Base):
         """Forget a cap that a checkpoint held: a guard that rescales sets its own. Keep the memory of the steps."""
         self.inner_lr_cap = None
         self.vectorization.reopen()
-        if self._keep_memory and self.device.type == "cpu":
-            hold(self)
+        kept = self._keep_memory and self.device.type == "cpu" and hold(self)
+        self._unsettled = _SETTLED_AFTER if kept else 0
 
     def on_fit_end(self) -> None:
         """Give the memory back."""

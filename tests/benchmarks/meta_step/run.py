@@ -21,7 +21,7 @@ from statistics import median
 import torch
 from torch import nn
 
-from lightning_maml_guard._allocator import hold, release
+from lightning_maml_guard._allocator import hold, release, settle
 from tests.benchmarks.meta_step.contestants import BASELINE, OURS, contestants, gradient_by
 from tests.benchmarks.meta_step.limit import limit_seconds, measured_peak
 from tests.benchmarks.meta_step.rows import ROWS, Row
@@ -69,6 +69,7 @@ def timed(row: Row, makes: dict, device: torch.device, rounds: int) -> tuple[dic
             if name in OURS and device.type == "cpu":
                 hold(step)  # as MetaLearningModule does in a fit
             step()
+            settle()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             began = time.perf_counter()
