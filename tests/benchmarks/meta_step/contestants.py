@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.optim import SGD, Adam, Optimizer
 
 from lightning_maml_guard import MetaLearningModule
+from lightning_maml_guard._allocator import hold, release
 from lightning_maml_guard._vectorize import task_map
 from lightning_maml_guard.maml.compiled import CompiledMetaGradient
 from lightning_maml_guard.maml.contest import fastest
@@ -66,7 +67,10 @@ def ours(strategy: str | int, compiled: bool = False) -> Make:
             chosen = rule(network, parameters[0].device)
         if chosen == "auto":
             problem = module.meta_problem((support, query))
+            if parameters[0].is_cpu:
+                hold(module)  # as in a fit, whose first step tries them
             chosen, seen = fastest(lambda tasks: meta_gradient(problem, tasks=tasks).gradients, row.tasks)
+            release(module)
             print(f"    auto: {chosen} ({seen})")
         tasks = task_map(chosen)
 
