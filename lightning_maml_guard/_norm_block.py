@@ -172,7 +172,7 @@ def _sums(
 
 
 def _rectified(gradient: Tensor, y: Tensor) -> Tensor:
-    """The gradient where ``y > 0``: ReLU's own backward, a sixth of the time that a product with the comparison takes."""
+    """The gradient where ``y > 0``: ReLU's own backward, in a sixth of the time of a product with the comparison."""
     return torch.ops.aten.threshold_backward(gradient, y, 0)
 
 
