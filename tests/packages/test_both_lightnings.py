@@ -84,7 +84,7 @@ def run(code: str, folder: Path, *, train: bool = True, **parts: str) -> subproc
     [
         ("", "import pytorch_lightning as pl"),
         pytest.param("import pytorch_lightning as pl", "", marks=pytest.mark.slow),
-        ("import lightning as L; import lightning.pytorch as pl", ""),
+        pytest.param("import lightning as L; import lightning.pytorch as pl", "", marks=pytest.mark.slow),
         (BLOCK, "import lightning.pytorch as pl"),  # lightning alone is installed
     ],
     ids=["guard-first", "pytorch_lightning", "lightning", "lightning-alone"],

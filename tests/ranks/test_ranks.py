@@ -69,7 +69,10 @@ def test_two_processes_measure_what_one_does_on_all_tasks(tmp_path, case):
     assert same(timeless(together[0]), timeless(together[1]))
 
 
-@pytest.mark.parametrize(("case", "launcher"), [("rescale", "torchrun"), ("rollback", "ddp_spawn")])
+@pytest.mark.parametrize(
+    ("case", "launcher"),
+    [("rescale", "torchrun"), pytest.param("rollback", "ddp_spawn", marks=pytest.mark.slow)],
+)
 def test_replicas_stay_bitwise_equal_under_rescale(tmp_path, case, launcher):
     ranks = launched(tmp_path, case, launcher)
     assert ranks[0]["guard"]["beta_cap"] < 3.0
