@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from types import FrameType, FunctionType
 from typing import Any
 
-PACKAGE = __name__.partition(".")[0]
+_OURS = __name__.partition(".")[0]
 # jsonargparse (4.53) tells every type that a value could have had, and shows the value once for each level.
 _NOISE = re.compile(
     r"Does not validate against any of the Union|Subtypes: |Errors:$|Given value|Expected a <class 'NoneType'>$"
@@ -71,7 +71,7 @@ def refusal(error: BaseException, config: dict[str, Any]) -> str | None:
         The option and the refusal; None if something else went wrong.
     """
     frames = _frames(error)
-    while not frames[-1].f_globals.get("__name__", "").startswith(f"{PACKAGE}."):
+    while not frames[-1].f_globals.get("__name__", "").startswith(f"{_OURS}."):
         if error.__cause__ is None:
             return None
         error = error.__cause__  # jsonargparse raises its own from the one that counts

@@ -36,8 +36,6 @@ _POINTLESS_WHERE_JUDGED = (
     r"""following callbacks: \["ConvergenceGuard\{[^"]*"\]\.$""",
     r"The dirpath has changed from .*, therefore `best_model_score`, .* won't be reloaded\.",
 )
-
-
 # Episodes have no worker processes by design: their data then lies on the device that trains.
 _POINTLESS_OF_EPISODES = (r"The '\w+_dataloader' does not have many workers",)
 

@@ -104,10 +104,11 @@ class Bench:
             own = compute()
         except (NonFiniteProductError, ChangingOperatorError) as error:
             own = error
-        found = self.ranks.gather(own)
-        # Their runs differ in length. What is counted decides when to check next, so it is the longest on all.
         used = self.hvps - before
-        self.extra_products += max(self.ranks.gather(used)) - used
+        gathered = self.ranks.gather((own, used))
+        # Their runs differ in length. What is counted decides when to check next, so it is the longest on all.
+        self.extra_products += max(length for _, length in gathered) - used
+        found = [each for each, _ in gathered]
         for each in found:
             if isinstance(each, ArithmeticError):
                 raise each

@@ -168,8 +168,8 @@ def main() -> None:
             plain.append(alternation.step())
             first.append(clock.checks[0])  # self-check of the second derivatives included
             between.append(alternation.ratio() - 1)
-            often = Clock(each := ConvergenceGuard(every_n_steps=3))
-            train(row, batches, 10, [each])
+            often = Clock(each := ConvergenceGuard(every_n_steps=1))
+            train(row, batches, 3, [each])
             later.append(median(often.checks[1:]))
             empty = Alternation(Callback(), BLOCKS[name])
             train(row, batches, steps, [empty, empty.other])
