@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_maml_guard._cli_guard import GuardCLI
 from lightning_maml_guard._lightning import inform
+from lightning_maml_guard._warnings import GuardWarning
 from lightning_maml_guard.guard.callback import ConvergenceGuard
 from lightning_maml_guard.guard.report import StabilityReport
 from lightning_maml_guard.guard.suggest import suggest_rates
@@ -23,6 +25,8 @@ from lightning_maml_guard.theory.verdict import UNSAFE
 TRAIN_THEN_TEST = ""
 # Commands that train nothing, and judge what was trained.
 JUDGING = ("validate", "test")
+# Commands that need to know what a run is called in runs/.
+NAMED = ("suggest", *JUDGING)
 # What a guard and suggest_rates have in common: how to measure, and how to try the coming steps.
 MEASURING = ("problem", "criterion", "estimator", "max_iter", "tol", "basis", "data", "trial_steps", "alarm")
 # What suggest follows of the Trainer it is given.
@@ -73,18 +77,20 @@ def _fit(cli: GuardCLI) -> None:
     _conclude(cli)
 
 
-def _validate(cli: GuardCLI) -> None:
+def _validate(cli: GuardCLI, name: str) -> None:
     """Judge a checkpoint (--ckpt_path; without one the network as initialised) on the validation episodes."""
     if getattr(cli.datamodule, "val_episodes", None) == 0:
         cli.parser.error(
             "--data.val_episodes: validate judges on the validation episodes, of which there are 0. Pass a number of "
             "at least 1, or use test."
         )
+    _warn_untrained(cli, "validate", name)
     cli.trainer.validate(cli.model, datamodule=cli.datamodule, **_checkpoint(cli))
 
 
-def _test(cli: GuardCLI) -> None:
+def _test(cli: GuardCLI, name: str) -> None:
     """Judge a checkpoint (--ckpt_path; without one the network as initialised) on the test episodes."""
+    _warn_untrained(cli, "test", name)
     cli.trainer.test(cli.model, datamodule=cli.datamodule, **_checkpoint(cli))
 
 
@@ -120,6 +126,19 @@ RUNS: dict[str, Callable[..., None]] = {
 def _checkpoint(cli: GuardCLI) -> dict[str, Any]:
     path = cli.config["ckpt_path"]
     return {} if path is None else {"ckpt_path": path}
+
+
+def _warn_untrained(cli: GuardCLI, command: str, name: str) -> None:
+    if cli.config["ckpt_path"] is not None:
+        return
+    folder = Path("runs") / name
+    kept = sorted(folder.glob("*/checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
+    newest = f"{kept[-1]} (the newest of {name})" if kept else f"{folder}/version_N/checkpoints/NAME.ckpt"
+    rank_zero_warn(
+        f"{command} judges the initial parameters, as no --ckpt_path was passed. Pass --ckpt_path {newest} to judge "
+        "the trained ones.",
+        category=GuardWarning,
+    )
 
 
 def _train(cli: GuardCLI) -> None:

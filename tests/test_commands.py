@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_maml_guard import ConvergenceGuard, _cli_runs, cli
+from lightning_maml_guard import ConvergenceGuard, GuardWarning, _cli_runs, cli
 from lightning_maml_guard._words import COMMANDS, TASKS
 from lightning_maml_guard.cli import console, main
 from tests.helpers import guard_warns
@@ -50,12 +50,14 @@ def test_every_command_over_every_configuration(task, request, monkeypatch, caps
     (checkpoint,) = Path("runs", task, "version_0").glob("checkpoints/*.ckpt")
     if images:  # most of a command's time goes into parsing: once is enough
         monkeypatch.setattr(cli, "GuardCLI", lambda *arguments, **named: trained)
+        trained.config["ckpt_path"] = str(checkpoint)
     for command, key in (("validate", "val/loss"), ("test", "test/loss")):
         judged = main([command, *words, f"--ckpt_path={checkpoint}"])
         assert judged.trainer.callback_metrics[key] > 0 and (images or judged.guard is None)
         pairs = zip(judged.model.parameters(), trained.model.parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
     capsys.readouterr()
+    trained.config["ckpt_path"] = None
     found = main(["suggest", *words, "--batches=1", "--margin=0.4", *guard]).suggestion
     assert len(found.reports) == 1 and found.trial_steps == (0 if images else 2)
     alpha_c = found.alpha_c if math.isfinite(found.alpha_c) else found.configured_alpha / 0.4
@@ -102,8 +104,27 @@ def test_yaml_goes_out_and_in(command, capsys, elsewhere):
 
 def test_one_yaml_serves_the_other_commands(capsys, elsewhere):
     (elsewhere / "own.yaml").write_text(printed(capsys, ["fit", *words_of("linear"), "--guard", "--print_config"]))
-    assert float(main(["test", "--config=own.yaml"]).trainer.callback_metrics["test/loss"]) > 0
+    with guard_warns(
+        r"test judges the initial parameters, .* --ckpt_path runs/own/version_N/checkpoints/NAME\.ckpt to"
+    ):
+        assert float(main(["test", "--config=own.yaml"]).trainer.callback_metrics["test/loss"]) > 0
     assert main(["suggest", "--config=own.yaml", "--batches=1"]).suggestion.beta > 0
+
+
+def test_who_judges_untrained_parameters_is_told_of_the_newest_checkpoint():
+    for age, kept in enumerate(("linear/version_1", "linear/version_0", "sinusoid/version_2")):
+        path = Path("runs", kept, "checkpoints", "epoch=0-step=1.ckpt")
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (100 - age, 100 - age))
+    for command in ("validate", "test"):
+        with pytest.warns(GuardWarning) as caught:
+            main([command, *words_of("linear")])
+        (said,) = [str(each.message) for each in caught if each.category is GuardWarning]
+        assert said == (
+            f"{command} judges the initial parameters, as no --ckpt_path was passed. Pass --ckpt_path "
+            "runs/linear/version_1/checkpoints/epoch=0-step=1.ckpt (the newest of linear) to judge the trained ones."
+        )
 
 
 def test_a_rate_that_was_not_judged_is_said_to_be(caplog):
