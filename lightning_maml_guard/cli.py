@@ -51,6 +51,7 @@ A command before the task word does one thing:
 
 --print_config prints the configuration as YAML, which --config OWN.yaml reads back, under every command but
 phase-diagram.
+linear trains on one fixed task, as the poster assumes: its test loss, on other tasks, rises as it learns that one.
 omniglot is a first look of 300 steps; omniglot_5way, omniglot_20way, miniimagenet (1 shot) and miniimagenet_5shot
 follow the published settings (Finn et al. 2017: 60,000 steps, for a GPU). Image data is read from $LMG_DATA.
 """

@@ -7,6 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -148,6 +149,20 @@ def test_suggest_follows_the_trainer(monkeypatch):
     assert [options["gradient_clip_val"] for options in asked] == [None, 0.5]
 
 
+def test_the_linear_task_learns_its_one_task_and_no_other():
+    """As its help says: the test loss rises where training's falls, and not where the tasks are drawn anew."""
+    words = ["linear", *SMALL, "--data.val_episodes=0", "--trainer.max_steps=200", "--data.test_episodes=100"]
+    with guard_warns("initial parameters"):
+        before = main(["test", *words]).trainer
+    fixed, drawn = (
+        main([*words, *more]).trainer for more in ([], ["--data.resample=true", "--data.meta_batch_size=9"])
+    )
+    tested = [float(trainer.callback_metrics["test/loss"]) for trainer in (before, fixed, drawn)]
+    assert tested[1] > 1.5 * tested[0] > 1.4 * tested[2]
+    learned = pd.read_csv(Path(fixed.log_dir, "metrics.csv"))["train/loss"].dropna()
+    assert learned.iloc[-1] < 0.1**2  # the variance of the noise
+
+
 def test_what_fit_suggests_is_what_fit_takes():
     words = words_of("linear")
     found = main(["suggest", *words, "--batches=1"]).suggestion
@@ -185,6 +200,7 @@ def test_help_tells_what_each_command_does(capsys):
     for command in COMMANDS:
         assert re.search(rf"^  {command} +[A-Z]", text, re.M), command
     assert all(len(line) <= 120 for line in text[: text.index("omniglot is a first look")].splitlines()[3:])
+    assert "linear trains on one fixed task, as the poster assumes: its test loss, on other tasks, rises" in text
     said = " ".join(printed(capsys, ["suggest", "--help"]).split())
     assert "usage: lightning-maml-guard suggest " in said
     assert (

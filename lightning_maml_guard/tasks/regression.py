@@ -20,7 +20,8 @@ class LinearRegression(TaskFamily):
     """Noisy linear maps ``y = w.x + noise`` with ``w ~ N(0, I)`` and inputs of prescribed spread.
 
     With ``same_query=True``, one task and data that is not resampled, all of the poster's assumptions
-    hold: the loss is quadratic and its Hessian constant.
+    hold: the loss is quadratic and its Hessian constant. Trained so, the network learns that one task: its loss on
+    other tasks rises (in expectation to twice that of ``w = 0``), because their ``w`` are drawn independently.
 
     Args:
         features: Dimension of ``x``.
