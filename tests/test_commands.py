@@ -74,7 +74,11 @@ def test_phase_diagram_is_the_example(monkeypatch, capsys):
     assert found["runs"] == 4 and "sinusoid: " in capsys.readouterr().out
     assert Path("runs/phase_diagram/sinusoid.png").stat().st_size > 10_000
     for words, said in (
-        (["circle"], "invalid choice: 'circle'"),
+        (
+            ["circle"],
+            "error: expected the panel to be one of linear, sinusoid, omniglot, miniimagenet but got 'circle'.",
+        ),
+        (["linear", "sinusoid"], "error: unrecognized arguments: sinusoid\n"),
         (["--grid", "0"], "argument --grid: Expected argument `grid` to be an integer of at least 1 but got 0"),
         (["--seed", "many"], "argument --seed: invalid int value: 'many'"),
     ):

@@ -58,6 +58,7 @@ ALLOWED = {
         "networks",
         "tasks",
         "_checks",
+        "_cli_errors",
         "_vectorize",
     },
     "_words": {"guard", "_checks"},

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_maml_guard._checks import check_count, checked
+from lightning_maml_guard._cli_errors import explained
 from lightning_maml_guard.phase_diagram import phase_diagram
 from lightning_maml_guard.poster.findings import BISECTED_RATES, BISECTION_STEPS, write
 from lightning_maml_guard.poster.panels import FULL, SMALL, problems
@@ -41,7 +42,8 @@ def main(words: Sequence[str] | None = None, prog: str = "lightning-maml-guard p
         SystemExit: If the command line is wrong, or after ``--help``.
     """
     parser = argparse.ArgumentParser(prog=prog, description=DESCRIPTION)
-    parser.add_argument("panel", nargs="?", choices=tuple(SMALL), default="linear", help="default: %(default)s")
+    panels = f"{{{','.join(SMALL)}}}"
+    parser.add_argument("panel", nargs="?", metavar=panels, default="linear", help="default: %(default)s")
     parser.add_argument("--full", action="store_true", help="the published sizes, on a GPU")
     for name, said in (
         ("steps", "training steps of the grid"),
@@ -52,7 +54,14 @@ def main(words: Sequence[str] | None = None, prog: str = "lightning-maml-guard p
     seed = checked(int, partial(check_count, "seed", least=0))
     parser.add_argument("--seed", type=seed, default=0, help="of the network and the tasks (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/phase_diagram"), help="folder (default: %(default)s)")
-    given = parser.parse_args(words)
+    given, unknown = parser.parse_known_args(words)
+    # Before the panel: the value of an option that is not known is taken for one.
+    if unknown:
+        options = [word for word in unknown if word.startswith("-")]
+        known = [name for name in vars(given) if name != "panel"]
+        parser.error(explained(f"unrecognized arguments: {' '.join(options or unknown)}", known))
+    if given.panel not in SMALL:
+        parser.error(f"expected the panel to be one of {', '.join(SMALL)} but got {given.panel!r}.")
     panel = (FULL if given.full else SMALL)[given.panel]
     if given.grid:
         panel = replace(panel, alphas=(*panel.alphas[:2], given.grid), betas=(*panel.betas[:2], given.grid))
