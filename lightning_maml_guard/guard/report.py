@@ -99,13 +99,15 @@ class StabilityReport:
             rate, critical = getattr(self, name), getattr(self, f"{name}_c")
             if math.isnan(rate):
                 continue
+            applied = getattr(self, f"{name}_applied")
+            capped = f"; applied {applied:.3g}" if applied < rate else ""
             if math.isnan(critical):
-                lines.append(f"  {name} = {rate:.3g}, {name}_c not known")
+                lines.append(f"  {name} = {rate:.3g}, {name}_c not known{capped}")
             else:
                 low, high = getattr(self, f"{name}_c_interval")
                 ratio = getattr(self, f"{name}_ratio")
                 lines.append(
-                    f"  {name} = {rate:.3g}, {ratio:.2g} of {name}_c = {critical:.3g} ({low:.3g} to {high:.3g})"
+                    f"  {name} = {rate:.3g}, {ratio:.2g} of {name}_c = {critical:.3g} ({low:.3g} to {high:.3g}){capped}"
                 )
         lines.append(
             f"  lambda_max = {self.lambda_max:.3g}, lambda_min = {self.lambda_min:.3g}; {self.hvps} Hessian-vector "

@@ -1,6 +1,7 @@
 import math
 import pickle
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -286,7 +287,17 @@ def test_a_report_reads_well():
     assert re.fullmatch(r"  lambda_max = 4, lambda_min = 0.5; \d+ Hessian-vector products, \S+ s", lines[3])
     assert lines[4].startswith("  beta = 2 exceeds")
     blind = measure(problem, optimizer=Adam([*problem.params.values()]))
-    assert "  beta = 0.001, beta_c not known" in str(blind) and "alpha=0.05" in repr(blind)
+    assert "  beta = 0.001, beta_c not known\n" in str(blind) and "alpha=0.05" in repr(blind)
+
+
+def test_a_report_says_which_rates_were_applied_where_they_were_capped():
+    problem = linear_module(4, 0.1, inner_lr=0.05).meta_problem(quadratic_batch([0.5, 1.0, 2.0, 4.0]))
+    found = measure(problem, beta=2.0)
+    assert "applied" not in str(found) and "applied" not in str(replace(found, alpha_applied=math.nan))
+    lines = str(replace(found, alpha_applied=0.02, beta_applied=0.1)).splitlines()
+    assert lines[1].endswith("); applied 0.02") and lines[2].endswith("); applied 0.1")
+    blind = measure(problem, optimizer=Adam([*problem.params.values()]))
+    assert "  beta = 0.001, beta_c not known; applied 0.0001\n" in str(replace(blind, beta_applied=1e-4))
 
 
 def test_a_report_is_picklable_and_usable_in_a_plain_loop():

@@ -48,6 +48,7 @@ def test_checkpoints_of_an_older_guard_load():
     assert [report.step for report in guard.history] == [0, 5]
     assert guard.history[0].beta_c == pytest.approx(state["history"][0]["beta_c"])
     assert guard.state_dict()["beta_cap"] == state["beta_cap"]
+    assert "beta = 20, 32 of beta_c = 0.625 (0.625 to 0.625); applied 0.625\n" in str(guard.history[0])
     empty = ConvergenceGuard()
     empty.load_state_dict({})
     assert empty.history == [] and empty.stopped_step is None
