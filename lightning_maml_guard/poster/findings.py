@@ -22,7 +22,7 @@ from lightning_maml_guard.grid.diagram import TRAINED_SHARE, PhaseDiagram
 from lightning_maml_guard.grid.gradients import copies
 from lightning_maml_guard.grid.optimizers import SGD
 from lightning_maml_guard.maml.problem import MetaProblem
-from lightning_maml_guard.poster.panels import Panel
+from lightning_maml_guard.poster.panels import FULL, SMALL, Panel
 
 # The linear panel's limits found by training: steps of each training, and inner rates.
 BISECTION_STEPS, BISECTED_RATES = 4000, 16
@@ -146,13 +146,26 @@ def _report(name: str, found: dict[str, Any]) -> None:
     print("".join(f"{f'[{number}]':>11s}" for number in range(1, len(names) + 1)))
     for row in zip(*(found[key] for key in names), strict=True):
         print("".join(f"{value:11.4g}" for value in row))
-    print(f"alpha_c at the start {found['alpha_c at the start']:.4g}", end=", ")
-    print(f"largest alpha that trained {found['largest alpha that trained']:.4g}")
+    limit = f"alpha_c at the start {found['alpha_c at the start']:.4g}"
+    if not found["trained"]:
+        print(limit)
+        print(_nothing_trained((FULL if found["full"] else SMALL)[name], found))
+        return
+    print(f"{limit}, largest alpha that trained {found['largest alpha that trained']:.4g}")
     for which, value in found["Spearman with largest beta"].items():
         print(f"Spearman of {which} with the largest beta that trained: {value:+.3f}")
     print("Growth of log10(largest beta) with alpha (the poster says: above 0), by what counts as trained:")
     for share, grown in found["claim by what counts as trained"].items():
         print(f"  {share}: " + ", ".join(f"{value:+.3f} {where}" for where, value in grown.items()))
+
+
+def _nothing_trained(own: Panel, found: dict[str, Any]) -> str:
+    columns = len(found["alpha"])
+    return (
+        f"Nothing trained in {found['steps']} steps on a grid of {columns} x {found['runs'] // columns} rates, so no "
+        f"limit can be compared with training: pass more --steps (the panel's own: {own.steps}) or a finer --grid (its "
+        f"own: {own.alphas[-1]} x {own.betas[-1]})."
+    )
 
 
 def _meet_theory(problem: MetaProblem, steps: int, count: int) -> dict[str, Any]:
