@@ -79,7 +79,8 @@ def test_phase_diagram_is_the_example(monkeypatch, capsys):
             "error: expected the panel to be one of linear, sinusoid, omniglot, miniimagenet but got 'circle'.",
         ),
         (["linear", "sinusoid"], "error: unrecognized arguments: sinusoid\n"),
-        (["--grid", "0"], "argument --grid: Expected argument `grid` to be an integer of at least 1 but got 0"),
+        (["--grid", "1"], "argument --grid: Expected argument `grid` to be an integer of at least 2 but got 1"),
+        (["--steps", "0"], "argument --steps: Expected argument `steps` to be an integer of at least 1 but got 0"),
         (["--seed", "many"], "argument --seed: invalid int value: 'many'"),
     ):
         with pytest.raises(SystemExit) as stopped:

@@ -45,12 +45,12 @@ def main(words: Sequence[str] | None = None, prog: str = "lightning-maml-guard p
     panels = f"{{{','.join(SMALL)}}}"
     parser.add_argument("panel", nargs="?", metavar=panels, default="linear", help="default: %(default)s")
     parser.add_argument("--full", action="store_true", help="the published sizes, on a GPU")
-    for name, said in (
-        ("steps", "training steps of the grid"),
-        ("grid", "rates of each kind"),
-        ("threads", "CPU threads (default: torch's)"),
+    for name, least, said in (
+        ("steps", 1, "training steps of the grid"),
+        ("grid", 2, "rates of each kind"),
+        ("threads", 1, "CPU threads (default: torch's)"),
     ):
-        parser.add_argument(f"--{name}", type=checked(int, partial(check_count, name)), help=said)
+        parser.add_argument(f"--{name}", type=checked(int, partial(check_count, name, least=least)), help=said)
     seed = checked(int, partial(check_count, "seed", least=0))
     parser.add_argument("--seed", type=seed, default=0, help="of the network and the tasks (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/phase_diagram"), help="folder (default: %(default)s)")
