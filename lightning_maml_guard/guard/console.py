@@ -32,9 +32,9 @@ class Gauges:
     """Colours the ratios in a progress bar.
 
     Lightning's Rich bar prints its metrics in one column. That column is wrapped, not replaced: it goes on drawing what
-    it drew, in the user's theme and by the user's own subclass, and the two ratios in its text are coloured. tqdm's bar
-    has one colour, of the bar itself: in a terminal, and if the user chose none, it is yellow at the edge and red
-    outside.
+    it drew, in the user's theme and by the user's own subclass, and the two ratios in its text are coloured and lose
+    their ``guard/``, for which a terminal of 80 columns has no room. tqdm's bar has one colour, of the bar itself: in a
+    terminal, and if the user chose none, it is yellow at the edge and red outside.
     """
 
     def __init__(self) -> None:

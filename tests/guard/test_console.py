@@ -53,11 +53,22 @@ def test_the_users_own_rich_bar_shows_both_ratios_in_colour():
     assert type(bar.progress.columns[-1]).__name__ == "Coloured" and len(guard.history) == 1
     drawn = out.getvalue()
     ratios = guard.history[-1]
-    assert f"\x1b[3;32mguard/alpha_ratio: {ratios.alpha_ratio:.2f}\x1b[0m" in drawn
-    assert f"\x1b[1;3;31mguard/beta_ratio: {ratios.beta_ratio:.2f}\x1b[0m" in drawn
+    assert f"\x1b[3;32malpha_ratio: {ratios.alpha_ratio:.2f}\x1b[0m" in drawn
+    assert f"\x1b[1;3;31mbeta_ratio: {ratios.beta_ratio:.2f}\x1b[0m" in drawn
     assert "mine: 7.00" in drawn
     # The bar of the second epoch is a new one, and no check came in between.
-    assert "\x1b[1;3;31mguard/beta_ratio" in drawn[drawn.index("Epoch 1") :]
+    assert "\x1b[1;3;31mbeta_ratio" in drawn[drawn.index("Epoch 1") :]
+
+
+def test_in_a_narrow_terminal_rich_cuts_no_name():
+    out = io.StringIO()
+    # What 80 columns leave to the metrics of some hundred steps, 78 leave to those of six.
+    bar = RichProgressBar(leave=True, console_kwargs={"file": out, "force_terminal": True, "width": 78})
+    guard = ConvergenceGuard(every_n_steps=2, action="log")
+    trainer = fit(module(), BATCH, 6, [bar, guard], enable_progress_bar=True)
+    last = out.getvalue()[out.getvalue().rindex("Epoch 0") :]
+    assert "alpha_ratio:" in last and "beta_ratio:" in last and "\N{HORIZONTAL ELLIPSIS}" not in last
+    assert "guard/alpha_ratio" in trainer.progress_bar_metrics  # the name it is logged by
 
 
 def test_a_wrapped_column_is_wrapped_once_and_other_columns_are_left_alone():
