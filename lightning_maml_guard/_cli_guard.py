@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from lightning_maml_guard._cli_errors import explained, refusal
 from lightning_maml_guard._lightning import Callback, LightningArgumentParser, LightningCLI, RichProgressBar, Trainer
 from lightning_maml_guard.guard.callback import ACTIONS, ConvergenceGuard
+from lightning_maml_guard.guard.messages import Spelling
 from lightning_maml_guard.guard.suggestion import RateSuggestion
 
 
@@ -46,6 +47,24 @@ class StepBar(RichProgressBar):
     def _get_train_description(self, current_epoch: int) -> str:
         described = super()._get_train_description(current_epoch)
         return described.replace("/-2", "").ljust(len(self.validation_description))
+
+
+class OptionSpelling(Spelling):
+    """How a guard's arguments are written at the command line."""
+
+    def arguments(self, **given: Any) -> str:
+        """Write the options.
+
+        Args:
+            **given: Names and values of arguments, the action among them.
+
+        Returns:
+            The text.
+        """
+        others = [f"--guard.{name} {str(value).lower()}" for name, value in given.items() if name != "action"]
+        return " ".join([f"--guard {given['action']}", *others])
+
+    guard = arguments
 
 
 class GuardCLI(LightningCLI):
@@ -111,6 +130,7 @@ class GuardCLI(LightningCLI):
         """
         self.guard = self._get(self.config_init, "guard")
         if self.guard is not None:
+            self.guard.spelling = OptionSpelling()
             callbacks: list[Callback] = list(self._get(self.config_init, "trainer").callbacks or [])
             kwargs["callbacks"] = [*callbacks, self.guard]
         trainer = super().instantiate_trainer(**kwargs)

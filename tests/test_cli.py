@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from lightning_maml_guard import MetaLearningModule
+from lightning_maml_guard._cli_guard import OptionSpelling
 from lightning_maml_guard._lightning import Trainer
 from lightning_maml_guard._words import name_of
 from lightning_maml_guard.cli import CONFIGS, main, translate
@@ -174,9 +175,27 @@ def test_omniglot_without_its_data_says_where_to_put_it(monkeypatch):
         main(["omniglot", *SHORT])
 
 
-def test_a_run_outside_the_safe_region_warns():
-    with guard_warns("beta = 5 exceeds beta_c"):
-        main(["linear", "--guard", *SHORT, "--model.optimizer.lr", "5"])
+@pytest.mark.parametrize(
+    ("action", "said"),
+    [
+        ("warn", r"Lower the optimizer's lr below 0\.655\. Or let the guard do it: --guard rescale\.$"),
+        ("stop", r"Training stops after this step \(--guard stop\)\.$"),
+        ("rescale", r"Applied from now on: alpha = 0\.05, beta = 0\.\d+ \(--guard rescale\)\.$"),
+    ],
+)
+def test_a_run_outside_the_safe_region_warns_and_names_options(action, said):
+    with guard_warns(f"beta = 5 exceeds beta_c.*{said}"):
+        main(["fit", "linear", "--guard", action, *SHORT, "--model.optimizer.lr", "5"])
+
+
+def test_a_lost_run_is_told_the_options_that_bring_one_back():
+    words = ["linear", *SHORT, "--model.optimizer.lr", "3e38", "--guard.every_n_steps", "1", "--guard.patience", "3"]
+    with guard_warns("Start again with lower rates; --guard rescale --guard.rollback true takes a run back"):
+        main(["fit", *words])
+    rescued = OptionSpelling().guard(action="rescale", rollback=True, margin=0.5)
+    assert rescued == "--guard rescale --guard.rollback true --guard.margin 0.5"
+    guard = main(["fit", "linear", *SHORT, *rescued.split()]).guard
+    assert (guard.action, guard.rollback, guard.margin) == ("rescale", True, 0.5)
 
 
 def test_help_reads_well():

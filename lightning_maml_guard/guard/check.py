@@ -121,7 +121,8 @@ class Checker:
             )
             if present is not None:
                 alpha, beta = run.rescue.caps.applied(report.alpha, report.beta)
-                said = messages.tried(present, reference, alpha, beta, report.status == UNSAFE) if failing else ""
+                explained, spelling = report.status == UNSAFE, settings.spelling
+                said = messages.tried(present, reference, alpha, beta, explained, spelling) if failing else ""
                 reasons = (*report.reasons, said) if said else report.reasons
                 report = replace(report, severity=severe, growth=present.growth, reasons=reasons)
             turn = run.course.take(report)
@@ -142,7 +143,9 @@ class Checker:
                 self._keep(step)
         loss, start = run.lookout.range.loss, run.lookout.range.start
         if run.course.lost_curvature(report, loss, start) and settings.action != "log":
-            lost = messages.nothing_learned(step, report.lambda_max, run.course.sharpest, loss, start)
+            lost = messages.nothing_learned(
+                step, report.lambda_max, run.course.sharpest, loss, start, settings.spelling
+            )
             run.course.say_once(lost, step=step)
         self._charge(attempt, problem, report.hvps)
         run.lookout.unjudged = not run.history and report.beta_status == UNRESOLVED

@@ -10,7 +10,7 @@ import torch
 
 from lightning_maml_guard.guard.caps import Caps, Try, lowered, raised
 from lightning_maml_guard.guard.course import Course, Turn
-from lightning_maml_guard.guard.messages import left, returned, rolled_back
+from lightning_maml_guard.guard.messages import Spelling, left, returned, rolled_back
 from lightning_maml_guard.guard.report import StabilityReport
 from lightning_maml_guard.guard.reporting import inform, logger_step, warn
 from lightning_maml_guard.guard.rescue import Rescue, critical_caps, reaches_alpha
@@ -27,11 +27,14 @@ class Intervention:
         max_rollbacks: Rollbacks before the run is stopped.
         course: The states of the run so far.
         rescue: What applies caps and takes the run back.
+        spelling: How the guard's arguments are written.
     """
 
-    def __init__(self, action: str, margin: float, max_rollbacks: int, course: Course, rescue: Rescue) -> None:
+    def __init__(
+        self, action: str, margin: float, max_rollbacks: int, course: Course, rescue: Rescue, spelling: Spelling
+    ) -> None:
         self.action, self.margin, self.max_rollbacks = action, margin, max_rollbacks
-        self.course, self.rescue = course, rescue
+        self.course, self.rescue, self.spelling = course, rescue, spelling
         self.stopped_step: int | None = None
         self.stopping_reason: str | None = None
 
@@ -93,7 +96,7 @@ class Intervention:
         if turn.returned and self.action != "log":
             inform(f"ConvergenceGuard: step {step}: {returned(report, turn.state, caps)}")
         if turn.entered and self.action != "log" and not taken_back:
-            warn(left(report, self.action, step, caps))
+            warn(left(report, self.action, step, caps, self.spelling))
         if turn.state == UNSAFE and self.action == "stop":
             self._stop(trainer, step, " ".join(report.reasons))
         if self.action != "log":

@@ -22,7 +22,36 @@ _WIDTH = 100
 _ADVICE = re.compile(r"(?<=[.)]) (?=(?:Lower|Raise|Start again)\b)")
 
 
-def left(report: StabilityReport, action: str, step: int, caps: Caps) -> str:
+class Spelling:
+    """How the user of a guard writes its arguments: in Python; the command line has a spelling of its own."""
+
+    def arguments(self, **given: Any) -> str:
+        """Write arguments.
+
+        Args:
+            **given: Their names and values.
+
+        Returns:
+            The text.
+        """
+        return ", ".join(f"{name}={value!r}" for name, value in given.items())
+
+    def guard(self, **given: Any) -> str:
+        """Write a guard with these arguments.
+
+        Args:
+            **given: Their names and values.
+
+        Returns:
+            The text.
+        """
+        return f"ConvergenceGuard({self.arguments(**given)})"
+
+
+IN_PYTHON = Spelling()
+
+
+def left(report: StabilityReport, action: str, step: int, caps: Caps, spelling: Spelling) -> str:
     """Say that the rates left the safe region.
 
     Args:
@@ -30,6 +59,7 @@ def left(report: StabilityReport, action: str, step: int, caps: Caps) -> str:
         action: What the guard does about it.
         step: Training step.
         caps: The caps from now on.
+        spelling: How the guard's arguments are written.
 
     Returns:
         The message.
@@ -37,9 +67,9 @@ def left(report: StabilityReport, action: str, step: int, caps: Caps) -> str:
     alpha, beta = caps.applied(report.alpha, report.beta)
     inner = "" if math.isnan(alpha) else f"alpha = {alpha:.3g}, "
     effect = {
-        "warn": ["Or let the guard do it: ConvergenceGuard(action='rescale')."],
-        "stop": ["Training stops after this step (action='stop')."],
-        "rescale": [f"Applied from now on: {inner}beta = {beta:.3g} (action='rescale')."],
+        "warn": [f"Or let the guard do it: {spelling.guard(action='rescale')}."],
+        "stop": [f"Training stops after this step ({spelling.arguments(action='stop')})."],
+        "rescale": [f"Applied from now on: {inner}beta = {beta:.3g} ({spelling.arguments(action='rescale')})."],
     }.get(action, [])
     split = [_ADVICE.split(reason, maxsplit=1) for reason in report.reasons]
     why = [f"Why: {cause}" for cause, *_ in split]
@@ -81,7 +111,9 @@ def returned(report: StabilityReport, state: str, caps: Caps) -> str:
     return "the coming steps survive again, at the edge of stability."
 
 
-def tried(trial: Trial, reference: float, alpha: float, beta: float, explained: bool) -> str:
+def tried(
+    trial: Trial, reference: float, alpha: float, beta: float, explained: bool, spelling: Spelling = IN_PYTHON
+) -> str:
     """Say what a trial that failed saw.
 
     Args:
@@ -90,6 +122,7 @@ def tried(trial: Trial, reference: float, alpha: float, beta: float, explained: 
         alpha: The inner rate it was tried at; ``nan`` without an inner loop.
         beta: The meta rate.
         explained: Whether the critical values say why.
+        spelling: How the guard's arguments are written.
 
     Returns:
         The message.
@@ -97,7 +130,7 @@ def tried(trial: Trial, reference: float, alpha: float, beta: float, explained: 
     if not math.isfinite(trial.begin):
         return (
             f"The loss is {trial.begin} already, so no rate brings this run back. Start again with lower rates; "
-            "ConvergenceGuard(action='rescale', rollback=True) takes a run back to the last parameters measured safe."
+            f"{spelling.guard(action='rescale', rollback=True)} takes a run back to the last parameters measured safe."
         )
     steps = len(trial.losses) - 1
     rates = ("" if math.isnan(alpha) else f"alpha = {alpha:.3g} and ") + f"beta = {beta:.3g}"
@@ -112,7 +145,7 @@ def tried(trial: Trial, reference: float, alpha: float, beta: float, explained: 
     )
 
 
-def nothing_learned(step: int, curvature: float, sharpest: float, loss: float, start: float) -> str:
+def nothing_learned(step: int, curvature: float, sharpest: float, loss: float, start: float, spelling: Spelling) -> str:
     """Say that the rates are stable because there is nothing left that they could move.
 
     Args:
@@ -121,6 +154,7 @@ def nothing_learned(step: int, curvature: float, sharpest: float, loss: float, s
         sharpest: The largest it has been.
         loss: Running mean of the loss.
         start: Loss that training started from.
+        spelling: How the guard's arguments are written.
 
     Returns:
         The message.
@@ -129,7 +163,7 @@ def nothing_learned(step: int, curvature: float, sharpest: float, loss: float, s
         f"ConvergenceGuard: step {step} is stable, but the run may have lost its network.\nWhy: lambda_max = "
         f"{curvature:.3g} is {curvature / sharpest:.2g} of what it was, while the loss ({loss:.3g}) is near where "
         f"training started ({start:.3g}): so it is when ReLUs have died, which no rate brings back.\nTo do: Start "
-        "again with lower rates (ConvergenceGuard(action='rescale', margin=0.5) keeps them lower), or with another "
+        f"again with lower rates ({spelling.guard(action='rescale', margin=0.5)} keeps them lower), or with another "
         "activation."
     )
 

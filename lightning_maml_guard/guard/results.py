@@ -6,6 +6,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_maml_guard.guard.messages import IN_PYTHON, Spelling
 from lightning_maml_guard.guard.report import StabilityReport
 from lightning_maml_guard.guard.run import Run
 
@@ -14,8 +15,13 @@ if TYPE_CHECKING:
 
 
 class Results:
-    """The readable side of a :class:`~lightning_maml_guard.ConvergenceGuard`."""
+    """The readable side of a :class:`~lightning_maml_guard.ConvergenceGuard`.
 
+    Attributes:
+        spelling: How messages write the guard's arguments; the command line sets its own.
+    """
+
+    spelling: Spelling = IN_PYTHON
     _run: Run
 
     @property

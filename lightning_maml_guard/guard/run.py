@@ -15,6 +15,7 @@ from lightning_maml_guard.guard.estimate import Estimator
 from lightning_maml_guard.guard.figures import Figures
 from lightning_maml_guard.guard.intervention import Intervention
 from lightning_maml_guard.guard.lookout import Lookout
+from lightning_maml_guard.guard.messages import Spelling
 from lightning_maml_guard.guard.products import Memory
 from lightning_maml_guard.guard.replay import Replay
 from lightning_maml_guard.guard.report import StabilityReport, from_plain, to_plain
@@ -24,7 +25,7 @@ from lightning_maml_guard.maml.problem import MetaProblem
 
 
 class Settings(Protocol):
-    """A guard's arguments; see :class:`~lightning_maml_guard.ConvergenceGuard`."""
+    """A guard's arguments, and how its messages write them; see :class:`~lightning_maml_guard.ConvergenceGuard`."""
 
     every_n_steps: int
     max_cost: float | None
@@ -49,6 +50,7 @@ class Settings(Protocol):
     snapshot_device: str | None
     figures: bool
     history_size: int
+    spelling: Spelling
 
 
 class Run:
@@ -73,7 +75,7 @@ class Run:
         self.memory = Memory(ranks=ranks or Ranks())
         self.rescue = Rescue(settings.action == "rescale" and not inert, settings.snapshot_device)
         self.intervention = Intervention(
-            settings.action, settings.margin, settings.max_rollbacks, self.course, self.rescue
+            settings.action, settings.margin, settings.max_rollbacks, self.course, self.rescue, settings.spelling
         )
         self.lookout = Lookout(settings.every_n_steps, Budget(settings.max_cost))
         self.replay = Replay(settings.replay)
