@@ -11,14 +11,18 @@ from torch.optim import Optimizer
 
 from lightning_maml_guard.curvature.lanczos import NonFiniteProductError
 from lightning_maml_guard.curvature.operators import Operator
+from lightning_maml_guard.guard.budget import CURVATURE, UPDATE, Price
 from lightning_maml_guard.guard.estimate import Estimator
 from lightning_maml_guard.guard.governor import scheduled_rate
 from lightning_maml_guard.guard.krylov import ChangingOperatorError, Krylov
 from lightning_maml_guard.guard.outer import outer_step
-from lightning_maml_guard.guard.products import Memory, make_operator
+from lightning_maml_guard.guard.products import SELF_CHECK, Memory, make_operator
 from lightning_maml_guard.guard.subject import MamlSubject, Subject, Target
 
 T = TypeVar("T")
+
+# What the operators are called, in messages too.
+HESSIAN, META_UPDATE = "Hessian", "meta-update"
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,29 @@ class Bench:
         self.tasks = sum(self.ranks.gather(subject.tasks))
         self.alpha_note = ""
         self.notices: list[str] = []
-        self.operators: list[Operator] = []
-        self.extra_products = 0
+        self._bill: list[tuple[Operator, Price]] = []
+        self._other_products, self._other_cost = 0, 0.0
 
     @property
     def hvps(self) -> int:
         """Products used so far."""
-        return sum(operator.matvecs for operator in self.operators) + self.extra_products
+        return sum(operator.matvecs for operator, _ in self._bill) + self._other_products
+
+    @property
+    def cost(self) -> float:
+        """What was used so far, in training steps, by the prices of :mod:`~lightning_maml_guard.guard.budget`."""
+        return sum(price.graph + price.product * each.matvecs for each, price in self._bill) + self._other_cost
+
+    def charge(self, products: int, price: Price, graphs: int = 0) -> None:
+        """Count what no operator of its own counts.
+
+        Args:
+            products: Products used.
+            price: What each costs.
+            graphs: Graphs built for them.
+        """
+        self._other_products += products
+        self._other_cost += products * price.product + graphs * price.graph
 
     def operator(self, name: str, target: Target) -> tuple[Operator, float]:
         """Build an operator whose products count.
@@ -77,8 +97,11 @@ class Bench:
             The operator, and the relative error of its products.
         """
         gradient, params, layout = target
+        price = UPDATE if self.maml is None or name == META_UPDATE else CURVATURE
+        if not self.memory.knows(name):
+            self.charge(0, price, graphs=SELF_CHECK)
         operator, noise = make_operator(name, gradient, params, layout, self.memory)
-        self.operators.append(operator)
+        self._bill.append((operator, price))
         return operator, noise
 
     def over_blocks(self, compute: Callable[[], T], blocks: int | None, choose: Callable[[list[T]], T]) -> T:
@@ -107,7 +130,7 @@ class Bench:
         used = self.hvps - before
         gathered = self.ranks.gather((own, used))
         # Their runs differ in length. What is counted decides when to check next, so it is the longest on all.
-        self.extra_products += max(length for _, length in gathered) - used
+        self.charge(max(length for _, length in gathered) - used, CURVATURE)
         found = [each for each, _ in gathered]
         for each in found:
             if isinstance(each, ArithmeticError):

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-# In training steps: a step of a trial, and a product on the whole batch, of the Hessian or of the update's Jacobian
-# (python -m tests.benchmarks.check_cost; the dearer end of what is measured there).
-TRIAL_STEP, PRODUCT = 1.2, 1.75
+
+class Price(NamedTuple):
+    """What an operator takes, in training steps.
+
+    Attributes:
+        graph: To build it: its gradient with a graph.
+        product: A product with it.
+    """
+
+    graph: float
+    product: float
+
+
+# The dearer end of what `python -m tests.benchmarks.prices` measures: the Jacobian of the update that trains (MAML's or
+# plain training's), the Hessian of the task loss beside it, and a step of a trial.
+UPDATE, CURVATURE = Price(1.2, 2.1), Price(0.5, 0.75)
+TRIAL_STEP = 1.2
 
 
 class Budget:
@@ -31,14 +45,14 @@ class Budget:
         """
         return self.share is None or self._spent == 0 or self._spent + self._latest <= self.share * step
 
-    def charge(self, *, trial_steps: int, products: float) -> None:
+    def charge(self, *, trial_steps: int, measured: float) -> None:
         """Count a check.
 
         Args:
             trial_steps: Gradients its trials took.
-            products: Products it took, in products on the whole batch.
+            measured: What its measurement took, in training steps.
         """
-        self._latest = TRIAL_STEP * trial_steps + PRODUCT * products
+        self._latest = TRIAL_STEP * trial_steps + measured
         self._spent += self._latest
 
     def state(self) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class Checker:
             failing = fails(severe, settings.alarm)
             run.note_severity(step, severe)
             if not scheduled and not failing:
-                self._charge(attempt, problem, 0)
+                self._charge(attempt, problem, 0.0)
                 log_values(trainer, module, {"guard/severity": severe}, step)
                 return
             if settings.rollback and failing and not present.begin <= settings.alarm * reference:
@@ -147,7 +147,7 @@ class Checker:
                 step, report.lambda_max, run.course.sharpest, loss, start, settings.spelling
             )
             run.course.say_once(lost, step=step)
-        self._charge(attempt, problem, report.hvps)
+        self._charge(attempt, problem, report.cost)
         run.lookout.unjudged = not run.history and report.beta_status == UNRESOLVED
         run.note(report)
         log_values(trainer, module, metrics(report), step)
@@ -156,10 +156,10 @@ class Checker:
         part = self.settings.tasks_per_check
         return problem if part is None or not isinstance(problem, MetaProblem) else problem.part(part)
 
-    def _charge(self, attempt: Attempts | None, problem: Any, products: int) -> None:
+    def _charge(self, attempt: Attempts | None, problem: Any, measured: float) -> None:
         share = self._measured(problem).tasks / problem.tasks if isinstance(problem, MetaProblem) else 1.0
         evaluations = 0 if attempt is None else attempt.runner.runs * (self.settings.trial_steps + 1)
-        self.run.lookout.budget.charge(trial_steps=evaluations, products=products * share)
+        self.run.lookout.budget.charge(trial_steps=evaluations, measured=measured * share)
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from lightning_maml_guard._vectorize import as_float32
 from lightning_maml_guard.curvature.lanczos import Matvec
-from lightning_maml_guard.curvature.layout import Params
+from lightning_maml_guard.curvature.layout import Layout, Params
 from lightning_maml_guard.curvature.operators import Operator, scaled
-from lightning_maml_guard.guard.bench import Bench
+from lightning_maml_guard.guard.bench import HESSIAN, META_UPDATE, Bench
+from lightning_maml_guard.guard.budget import CURVATURE, UPDATE
 from lightning_maml_guard.guard.coming import predicted_change
 from lightning_maml_guard.guard.estimate import Spectrum, hessian_spectrum, merged
 from lightning_maml_guard.guard.judgement import judged
@@ -40,7 +41,7 @@ class Measurement(Bench):
         Raises:
             NonFiniteProductError: If the loss or a product is not finite.
         """
-        hessian, noise = self.operator("Hessian", self.subject.curvature(self.blocks is not None))
+        hessian, noise = self.operator(HESSIAN, self.subject.curvature(self.blocks is not None))
         # Over blocks the value is this rank's own, and what ends a measurement must end it on every rank.
         value = hessian.value if self.blocks is None else self.ranks.mean(hessian.value)
         exact = self.options.criterion == "exact" and self.maml is not None
@@ -61,7 +62,7 @@ class Measurement(Bench):
             merged,
         )
         if self.options.estimator == "pyhessian":
-            self.extra_products += spectrum.matvecs  # on copies of its own
+            self.charge(spectrum.matvecs, UPDATE if self.maml is None else CURVATURE)  # on copies of its own
         known = spectrum.rates(poster_alpha, self.subject.inner_steps)
         alpha_limit = self._alpha_limit(hessian, known, exact)
         # One graph at a time: each is often several times the parameters' size.
@@ -160,7 +161,7 @@ class Measurement(Bench):
         return self._uniform_alpha_limit(False, self._reach(exact)).critical
 
     def _uniform_alpha_limit(self, per_task: bool, reach: float) -> Limit:
-        operator, _ = self.operator("Hessian", self.subject.curvature(per_task))
+        operator, _ = self.operator(HESSIAN, self.subject.curvature(per_task))
         limit = self._alpha_of_top(operator, operator.layout.size, self.subject.tasks if per_task else None, reach)
         operator.release()
         return limit
@@ -183,7 +184,7 @@ class Measurement(Bench):
 
     def _exact_at(self, factor: float) -> tuple[Operator, MetaRateLimit]:
         assert self.maml is not None
-        jacobian, noise = self.operator("meta-update", self.maml.update(factor))
+        jacobian, noise = self.operator(META_UPDATE, self.maml.update(factor))
         limit = exact_limit(
             jacobian,
             self.maml.symmetric,
@@ -204,7 +205,7 @@ class Measurement(Bench):
             return False
         direction = self.outer.unscaled(direction)
         direction = direction / torch.linalg.vector_norm(direction)
-        operator, _ = self.operator("Hessian", self.maml.curvature(True))
+        operator, _ = self.operator(HESSIAN, self.maml.curvature(True))
         rows = direction.expand(self.maml.tasks, -1)
         curvatures = torch.cat(self.ranks.gather((rows * operator(rows)).sum(-1).cpu()))
         operator.release()
@@ -262,8 +263,8 @@ class Measurement(Bench):
         if self.maml is None or direction is None or self.tasks < 2 or self.outer.decoupled:
             return math.nan if change is None else float(change), math.nan
         direction = self.outer.unscaled(direction)
-        along = self.maml.curvature_by_task(self.operators[0].layout.split(direction))
-        self.extra_products += 1
+        along = self.maml.curvature_by_task(Layout(self.subject.params).split(direction))
+        self.charge(1, UPDATE, graphs=1)
         # One transfer to the host for all of it.
         single = [direction.new_tensor(math.nan) if change is None else change, self.outer.shift_along(direction)]
         predicted, shift, *own = torch.cat([torch.stack(single).double(), along.double()]).cpu().tolist()
@@ -313,6 +314,7 @@ class Measurement(Bench):
             beta=self.beta,
             inner_steps=self.subject.inner_steps,
             hvps=self.hvps,
+            cost=self.cost,
             seconds=time.perf_counter() - began,
             criterion=self.options.criterion,
             notices=tuple(self.notices),

@@ -18,6 +18,8 @@ from lightning_maml_guard.guard.krylov import rounding
 
 # Step sizes of the self-check, and how far a product may be from it, relative to its size, beyond their scatter.
 _STRETCHES = (1.0, 1 / 16, 1 / 256)
+# Gradients that takes: two for each.
+SELF_CHECK = 2 * len(_STRETCHES)
 _AGREEMENT = {torch.float32: 2e-2, torch.float64: 1e-4}
 
 
@@ -55,6 +57,17 @@ class Memory:
         if self.task_map is None or self.task_map.chunk_size != chunk_size or self.asked_to_loop != looped:
             self.task_map, self.asked_to_loop = TaskMap(chunk_size, looped=looped or self.vmap_fails), looped
         return self.task_map
+
+    def knows(self, name: str) -> bool:
+        """Say whether an operator's products have been compared with finite differences, or are such.
+
+        Args:
+            name: What it is called.
+
+        Returns:
+            Whether they have or are.
+        """
+        return name in self.checked or name in self.finite
 
     def state(self) -> dict[str, Any]:
         """Collect the state as primitives.

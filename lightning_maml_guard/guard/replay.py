@@ -16,12 +16,15 @@ class Replay:
 
     Args:
         size: How many.
+
+    Attributes:
+        restored: Batches of a restored run that have not been taken up.
     """
 
     def __init__(self, size: int) -> None:
         self._batches: deque[tuple[Any, int]] = deque(maxlen=size)
         # Of a restored run: tensors alone, until a batch shows how they hang together and on which device.
-        self._restored: list[tuple[list[Any], int]] = []
+        self.restored: list[tuple[list[Any], int]] = []
 
     def add(self, batch: Any, batch_idx: int) -> None:
         """Take in the batch of the coming step.
@@ -30,14 +33,15 @@ class Replay:
             batch: The batch.
             batch_idx: Its index.
         """
-        restored, self._restored = self._restored, []
         self._batches.appendleft((batch, batch_idx))
-        if restored:
-            leaves, spec = tree_flatten(batch)
-            for saved, index in restored[: (self._batches.maxlen or 0) - 1]:
-                known = _rebuilt(saved, leaves, spec)
-                if known is not None:
-                    self._batches.append((known, index))
+        restored, self.restored = self.restored, []
+        if not restored:
+            return
+        leaves, spec = tree_flatten(batch)
+        for saved, index in restored[: (self._batches.maxlen or 0) - 1]:
+            known = _rebuilt(saved, leaves, spec)
+            if known is not None:
+                self._batches.append((known, index))
 
     def earlier(self) -> list[tuple[Any, int]]:
         """List the batches before the coming one, the latest first.
@@ -50,7 +54,7 @@ class Replay:
     def clear(self) -> None:
         """Let go of the batches."""
         self._batches.clear()
-        self._restored = []
+        self.restored = []
 
     def state(self) -> list[Any]:
         """Copy the batches to the host.
@@ -59,8 +63,8 @@ class Replay:
             Tensors and plain values, so that a checkpoint loads with ``weights_only``; a batch that holds anything else
             is left out.
         """
-        if self._restored:
-            return [[list(saved), index] for saved, index in self._restored]
+        if self.restored:
+            return [[list(saved), index] for saved, index in self.restored]
         copies = []
         for batch, index in self._batches:
             leaves = tree_flatten(batch)[0]
@@ -77,7 +81,7 @@ class Replay:
         Args:
             state: What :meth:`state` made.
         """
-        self._restored = [(list(leaves), index) for leaves, index in state]
+        self.restored = [(list(leaves), index) for leaves, index in state]
 
 
 def _rebuilt(saved: list[Any], leaves: list[Any], spec: TreeSpec) -> Any:

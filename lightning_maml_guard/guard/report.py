@@ -55,6 +55,8 @@ class StabilityReport:
         beta_applied: Meta rate applied after this measurement.
         severity: Where the guard tried the coming steps, ``log(loss after them / loss training started from)``.
         growth: Factor a step by which the loss grew in that trial.
+        cost: What the measurement is counted as, in training steps, where a guard's ``max_cost`` is to be kept: more
+            than it takes for most networks.
     """
 
     alpha: float
@@ -90,6 +92,7 @@ class StabilityReport:
     beta_applied: float = math.nan
     severity: float = math.nan
     growth: float = math.nan
+    cost: float = math.nan
 
     def __str__(self) -> str:
         """Sum the report up in a few lines; ``repr`` has every field."""

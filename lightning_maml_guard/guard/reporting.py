@@ -118,4 +118,5 @@ def logger_step(trainer: Any) -> int:
         The step.
     """
     loop = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
-    return int(getattr(loop, "_batches_that_stepped", trainer.global_step))
+    stepped = getattr(loop, "_batches_that_stepped", None)
+    return int(trainer.global_step if stepped is None else stepped)

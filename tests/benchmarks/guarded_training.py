@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from lightning_maml_guard import ConvergenceGuard, MetaLearningModule
 from lightning_maml_guard._lightning import Callback, Trainer
-from lightning_maml_guard.guard.budget import PRODUCT, Budget
+from lightning_maml_guard.guard.budget import Budget
 from lightning_maml_guard.guard.lookout import Lookout
 from lightning_maml_guard.networks import conv4, mlp
 from lightning_maml_guard.tasks.episodes import episode_generator
@@ -125,12 +125,13 @@ def whole_runs(row: tuple, batches: list, steps: int, turns: int) -> tuple[float
     )
 
 
-def published_checks(products: float) -> int:
-    """How often the guard checks in the published iterations."""
+def published_checks(first: float, later: float) -> int:
+    """How often the guard checks in the published iterations, if each check is counted as what these were."""
     lookout, number = Lookout(100, Budget(0.02)), 0
     for index in range(PUBLISHED):
         if lookout.due(index) is not None:
-            lookout.budget.charge(trial_steps=0, products=products / PRODUCT)
+            lookout.budget.charge(trial_steps=0, measured=later if number else first)
+            lookout.unjudged = number == 0  # Adam's rate, before its first step
             number += 1
     return number
 
@@ -168,7 +169,7 @@ def main() -> None:
             plain.append(alternation.step())
             first.append(clock.checks[0])  # self-check of the second derivatives included
             between.append(alternation.ratio() - 1)
-            often = Clock(each := ConvergenceGuard(every_n_steps=1))
+            often = Clock(each := ConvergenceGuard(every_n_steps=1, action="log"))
             train(row, batches, 3, [each])
             later.append(median(often.checks[1:]))
             empty = Alternation(Callback(), BLOCKS[name])
@@ -178,7 +179,8 @@ def main() -> None:
                 number.append(len(clock.checks))
                 shares.append(sum(clock.checks) / (steps * plain[-1]))
             else:
-                number.append(published_checks(guard._run.lookout.budget._latest))
+                counted = [guard._run.lookout.budget._latest, each._run.lookout.budget._latest]
+                number.append(published_checks(*counted))
                 taken = first[-1] + (number[-1] - 1) * later[-1]
                 shares.append(taken / (PUBLISHED * plain[-1]))
         told = f"{steps}" if name == "sinusoid" else f"computed for {PUBLISHED}"

@@ -6,26 +6,30 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from lightning_maml_guard import ConvergenceGuard, MetaLearningModule, TaskDataModule
 from lightning_maml_guard._lightning import Trainer
-from lightning_maml_guard.guard.budget import Budget
+from lightning_maml_guard.guard.budget import CURVATURE, UPDATE, Budget
 from lightning_maml_guard.guard.lookout import SCHEDULED, TRIGGERED, Lookout
+from lightning_maml_guard.guard.monitor import measure
+from lightning_maml_guard.guard.plain import PlainProblem
+from lightning_maml_guard.guard.products import Memory, make_operator
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.regression import Sinusoid
 from tests.helpers import QUIET
 
 
-@given(st.floats(0.005, 0.5), st.integers(1, 40), st.integers(0, 60), st.integers(1, 50))
-def test_after_the_first_check_has_been_paid_no_more_than_the_share_is_spent(share, trial, products, every):
+@given(st.floats(0.005, 0.5), st.integers(1, 40), st.floats(0, 100), st.integers(1, 50))
+def test_after_the_first_check_has_been_paid_no_more_than_the_share_is_spent(share, trial, measured, every):
     budget = Budget(share)
     lookout = Lookout(every, budget)
     spent = 0.0
     for step in range(2000):
         if lookout.due(step) is not None:
-            budget.charge(trial_steps=trial, products=products)
+            budget.charge(trial_steps=trial, measured=measured)
             first = spent == 0
-            spent += 1.2 * trial + 1.75 * products
+            spent += 1.2 * trial + measured
             assert first or spent <= share * step + 1e-9
     assert spent > 0
 
@@ -37,14 +41,14 @@ def test_without_a_share_every_check_comes():
     for step in range(50):
         if lookout.due(step) is not None:
             found.append(step)
-            budget.charge(trial_steps=1000, products=1000)
+            budget.charge(trial_steps=1000, measured=1000)
     assert found == [0, 10, 20, 30, 40]
 
 
 def test_a_jump_of_the_loss_calls_a_check_at_any_cost():
     lookout = Lookout(100, Budget(0.01))
     assert lookout.due(0) == SCHEDULED
-    lookout.budget.charge(trial_steps=1000, products=1000)
+    lookout.budget.charge(trial_steps=1000, measured=1000)
     for step in range(20):
         lookout.saw(1.0 if step < 19 else 50.0, 1.0, alarm=3.0, triggers=True)
     assert lookout.due(20) == TRIGGERED
@@ -54,7 +58,7 @@ def test_a_jump_of_the_loss_calls_a_check_at_any_cost():
 def test_what_was_spent_survives_a_restart():
     lookout = Lookout(10, Budget(0.02))
     assert lookout.due(0) == SCHEDULED
-    lookout.budget.charge(trial_steps=11, products=20)
+    lookout.budget.charge(trial_steps=11, measured=35)
     again = Lookout(10, Budget(0.02))
     again.load(lookout.state())
     assert [step for step in range(1, 6000) if again.due(step)] == [
@@ -68,7 +72,7 @@ def test_the_check_after_one_that_could_not_judge_beta_need_not_be_paid_for(unju
     steps = []
     for step in range(1000):
         if lookout.due(step) is not None:
-            lookout.budget.charge(trial_steps=10, products=10)
+            lookout.budget.charge(trial_steps=10, measured=20)
             lookout.unjudged = unjudged and not steps
             steps.append(step)
         if step == 50:
@@ -122,7 +126,7 @@ def test_a_share_that_is_none_is_refused(share):
 def noisy(lookout, steps, height=10.0, alarm=1e9, cost=20):
     for step in range(steps):
         if (kind := lookout.due(step)) is not None:
-            lookout.budget.charge(trial_steps=0, products=cost / 1.75)
+            lookout.budget.charge(trial_steps=0, measured=cost)
             yield step, kind
         lookout.saw(1.0 if step % 3 else height, 1.0, alarm=alarm, triggers=True)
 
@@ -148,7 +152,7 @@ def test_a_jump_after_quiet_steps_is_looked_at_once_they_have_paid():
     lookout.saw(50.0, 1.0, alarm=1e9, triggers=True)
     assert {kind for _, kind in calm} == {SCHEDULED}
     assert lookout.due(4001) == TRIGGERED
-    lookout.budget.charge(trial_steps=0, products=20)
+    lookout.budget.charge(trial_steps=0, measured=35)
     lookout.saw(50.0, 1.0, alarm=1e9, triggers=True)
     assert lookout.due(4010) is None
 
@@ -157,3 +161,31 @@ def test_a_lost_loss_waits_for_no_money():
     lookout = Lookout(100, Budget(0.02))
     seen = [step for step, _ in noisy(lookout, 2000, alarm=3.0)]
     assert max(later - earlier for earlier, later in pairwise(seen)) <= 53
+
+
+@pytest.mark.parametrize("kind", ["plain", "meta"])
+def test_a_measurement_is_counted_by_what_its_graphs_and_products_are_of(kind, monkeypatch):
+    made = []
+
+    def noted(name, *given):
+        made.append((name, make_operator(name, *given)[0]))
+        return made[-1][1], 1e-5
+
+    monkeypatch.setattr("lightning_maml_guard.guard.bench.make_operator", noted)
+    network = nn.Linear(2, 1)
+    task = torch.ones(3, 4, 2), torch.zeros(3, 4, 1)
+    if kind == "plain":
+        loss = lambda params: sum((value**2).sum() for value in params.values())  # noqa: E731
+        problem = PlainProblem(dict(network.named_parameters()), loss)
+        prices, others = {"Hessian": UPDATE}, 0.0
+    else:
+        problem = MetaLearningModule(network, inner_lr=1e-3).meta_problem((task, task))
+        prices, others = {"Hessian": CURVATURE, "meta-update": UPDATE}, sum(UPDATE)  # the curvature by task
+    memory = Memory()
+    for self_check in (6, 0):  # gradients of the self-check, in the first measurement
+        made.clear()
+        report = measure(problem, beta=1e-3, criterion="exact", memory=memory)
+        assert {name for name, _ in made} == set(prices)
+        paid = [prices[name].graph * (1 + self_check) + prices[name].product * each.matvecs for name, each in made]
+        assert report.cost == pytest.approx(sum(paid) + others)
+        assert report.hvps == sum(each.matvecs for _, each in made) + (others > 0)
