@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_maml_guard._channels_last import Put, Take, is_channels_last, put, winners
 from lightning_maml_guard._functorch import inside_gradient, inside_transform, is_batched
 
 _ALL_BUT_CHANNELS = (0, 2, 3)
@@ -46,7 +47,7 @@ def norm_relu_pool(z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: boo
         if not any(is_batched(each) for each in (z, gamma, beta)):
             return _composed(z, gamma, beta, eps, pool)  # vmap would leave its rule out, and autograd with it
         return _OverTasks.apply(z, gamma, beta, eps, pool)
-    return _Block.apply(z.contiguous(), gamma, beta, eps, pool)
+    return _Block.apply(z if is_channels_last(z) else z.contiguous(), gamma, beta, eps, pool)
 
 
 def _composed(z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: bool) -> Tensor:
@@ -86,14 +87,13 @@ class _OverTasks(torch.autograd.Function):
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: bool) -> Tensor:
-        index = _winners(z, gamma) if pool else None
+        pooled, index = _winners(z, gamma) if pool else (z, None)
         mean = z.mean(_ALL_BUT_CHANNELS)
         # Centred first: sums of squares cancel in float32.
         squares = torch.stack([(each - _column(mean)).square_().sum(_ALL_BUT_CHANNELS) for each in _blocks(z)]).sum(0)
         root = torch.rsqrt(squares / (z.numel() // z.shape[1]) + eps)
-        pooled = z if index is None else _gather(index, z)
         scale = gamma * root
-        y = (pooled * _column(scale)).add_(_column(beta - mean * scale)).relu_()
+        y = _affine(pooled, scale, beta - mean * scale).relu_()
         ctx.eps = eps
         ctx.save_for_backward(z, gamma, mean, root, pooled, index, y)
         return y
@@ -126,8 +126,7 @@ class _BlockGradient(torch.autograd.Function):
         count = z.numel() // z.shape[1]
         g, total, centred, slope = _sums(outer, y, pooled, gamma, mean, root, count)
         level = -gamma * root * total / count - slope * mean
-        dz = (z * _column(slope)).add_(_column(level))
-        dz = _spread(dz, index, _column(gamma * root) * g)
+        dz = _spread(_affine(z, slope, level), index, _column(gamma * root) * g)
         ctx.eps = eps
         ctx.save_for_backward(outer, z, gamma, mean, root, pooled, index, y, g, total, centred, slope)
         return dz, root * centred, total
@@ -155,8 +154,7 @@ class _BlockGradient(torch.autograd.Function):
         by_mean = -total * by_centred - h_total * slope
         by_variance = -cube * by_root / count  # twice the derivative, over the count
         by_outer = _column(by_centred) * pooled + _column(by_total) + _column(gamma * root) * h_pooled
-        by_z = (z * _column(by_variance)).add_(_column(by_mean / count - by_variance * mean))
-        by_z = by_z.add_(_column(slope) * hz)
+        by_z = _affine(z, by_variance, by_mean / count - by_variance * mean).addcmul_(hz, _column(slope))
         by_z = _spread(by_z, index, _column(by_centred) * g)
         return _rectified(by_outer, y), by_z, by_gamma, None, None, None, None, None, None
 
@@ -174,6 +172,12 @@ def _sums(
 def _rectified(gradient: Tensor, y: Tensor) -> Tensor:
     """The gradient where ``y > 0``: ReLU's own backward, in a sixth of the time of a product with the comparison."""
     return torch.ops.aten.threshold_backward(gradient, y, 0)
+
+
+def _affine(z: Tensor, slope: Tensor, level: Tensor) -> Tensor:
+    if is_channels_last(z):
+        return torch.addcmul(_column(level), z, _column(slope))  # in one pass, vectorised over the channels
+    return (z * _column(slope)).add_(_column(level))
 
 
 def _column(value: Tensor) -> Tensor:
@@ -197,15 +201,20 @@ def _largest(z: Tensor) -> Tensor:
     return torch.maximum(rows[..., 0::2], rows[..., 1::2])
 
 
-def _winners(z: Tensor, gamma: Tensor) -> Tensor:
-    """Where in its image each window's pooling takes its entry, shape ``(n, channels, h, w)``, int64."""
+def _winners(z: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """What each window's pooling takes, shape ``(n, channels, h, w)``, and where in its image: int64, or the masks."""
     with torch.no_grad():
+        if is_channels_last(z):
+            sign = _column(torch.where(gamma < 0, -1, 1).to(z.dtype)) if bool((gamma < 0).any()) else None
+            largest, masks = winners((each if sign is None else each * sign for each in _blocks(z)), z)
+            return largest if sign is None else largest * sign, masks
         negative = _column(gamma < 0) if bool((gamma < 0).any()) else None
         width, height, half = z.shape[-1], z.shape[-2] // 2, z.shape[-1] // 2
         first = torch.arange(0, 2 * height, 2, device=z.device).float().unsqueeze(-1) * width
         first = first + torch.arange(0, 2 * half, 2, device=z.device)
         found = [_winners_of(each if negative is None else torch.where(negative, -each, each)) for each in _blocks(z)]
-        return torch.cat([(row * width + column + first).long() for row, column in found])
+        index = torch.cat([(row * width + column + first).long() for row, column in found])
+        return _gather(index, z), index
 
 
 def _winners_of(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,6 +232,8 @@ def _blocks(z: Tensor) -> tuple[Tensor, ...]:
 
 
 def _gather(index: Tensor, z: Tensor) -> Tensor:
+    if index.is_floating_point():
+        return Take.apply(z, index)
     return z.flatten(2).gather(2, index.flatten(2)).view(index.shape)
 
 
@@ -230,6 +241,8 @@ def _spread(base: Tensor, index: Tensor | None, pooled: Tensor) -> Tensor:
     """Add the adjoint of the pooling to a tensor that nothing else holds."""
     if index is None:
         return base + pooled
+    if index.is_floating_point():
+        return base + Put.apply(pooled, index, base.shape) if torch.is_grad_enabled() else put(base, index, pooled)
     flat, places, values = base.flatten(2), index.flatten(2), pooled.flatten(2)
     if torch.is_grad_enabled():
         return flat.scatter_add(2, places, values).view(base.shape)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_maml_guard._channels_last import convolved, pays
 from lightning_maml_guard._checks import check_choice, check_count, check_flag, shown
 from lightning_maml_guard._norm_block import norm_relu_pool
 
@@ -87,10 +88,10 @@ class Conv4(nn.Module):
         if not self._as_built(layers):
             return self.head(torch.flatten(self.features(images), 1))
         x = images
-        depth = len(layers) // 4
+        depth, last = len(layers) // 4, pays(images)
         for start in range(0, len(layers), depth):
             conv, norm = cast(nn.Conv2d, layers[start]), cast(nn.BatchNorm2d, layers[start + 1])
-            x = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+            x = convolved(x, conv) if last else F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
             # The norm takes the convolution's bias out again; it stays in the graph, with its gradient of 0.
             x = norm_relu_pool(x, norm.weight, norm.bias + 0 * cast(Tensor, conv.bias), norm.eps, pool=depth == 4)
         return self.head(torch.flatten(x, 1))

@@ -1,8 +1,12 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
+from lightning_maml_guard import MetaLearningModule, measure, networks
+from lightning_maml_guard._channels_last import pays
+from lightning_maml_guard.maml.gradients import meta_gradient
 from lightning_maml_guard.networks import conv4, mlp
 
 
@@ -55,13 +59,17 @@ def by_layers(network, images):
     return network.head(torch.flatten(network.features(images), 1))
 
 
-@pytest.mark.parametrize(("size", "strided"), [(16, False), (28, False), (21, True)])
-def test_conv4_is_its_layers_one_after_another(size, strided):
-    network = conv4(3, 2, 4, size, strided).double()
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize(
+    ("channels", "size", "strided"), [(2, 16, False), (2, 28, False), (2, 21, True), (1, 29, False), (1, 22, True)]
+)
+def test_conv4_is_its_layers_one_after_another(channels, size, strided, last, monkeypatch):
+    monkeypatch.setattr(networks, "pays", lambda images: last)  # in float64 it would not
+    network = conv4(3, channels, 4, size, strided).double()
     for name, value in network.named_parameters():
         if value.dim() == 1 and "head" not in name:
             torch.nn.init.normal_(value)  # scales of both signs, shifts, biases
-    images = torch.randn(5, 2, size, size).double()
+    images = torch.randn(5, channels, size, size).double()
     found, expected = network(images), by_layers(network, images)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     gradients = []
@@ -73,6 +81,41 @@ def test_conv4_is_its_layers_one_after_another(size, strided):
     biases = [name for name in gradients[0] if name.endswith("bias") and f"{name[:-5]}.weight" in gradients[0]]
     convs = [n for n in biases if network.get_parameter(f"{n[:-5]}.weight").dim() == 4]
     assert len(convs) == 4 and all(torch.equal(gradients[0][n], torch.zeros(4).double()) for n in convs)
+
+
+@pytest.mark.parametrize("order", ["exact", "first", "simplified"])
+@pytest.mark.parametrize(("channels", "strided"), [(1, False), (2, False), (1, True)])
+def test_the_layout_changes_no_meta_gradient_and_no_curvature(order, channels, strided, monkeypatch):
+    torch.manual_seed(0)
+    module = MetaLearningModule(conv4(3, channels, 4, 16, strided).double(), inner_lr=0.1, inner_steps=2, order=order)
+    images = torch.randn(2, 6, channels, 16, 16).double()
+    batch = (
+        (images, torch.arange(6).remainder(3).expand(2, 6)),
+        (images.flip(1), torch.arange(6).flip(0).remainder(3).expand(2, 6)),
+    )
+    problem, found = replace(module.meta_problem(batch), looped=True), []
+    for last in (False, True):
+        monkeypatch.setattr(networks, "pays", lambda images, last=last: last)
+        report = measure(problem, beta=0.1, criterion="exact")
+        found.append(
+            (meta_gradient(problem).gradients, report.lambda_max, report.exact_beta_c, report.predicted_change)
+        )
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("channels", "filters", "size"), [(1, 64, 28), (3, 8, 32)])
+def test_single_precision_is_within_rounding_of_double_in_the_layout_that_pays(channels, filters, size):
+    network, images = conv4(5, channels, filters, size), torch.randn(6, channels, size, size)
+    assert pays(images) == torch.backends.mkldnn.is_available() and not pays(images.double())
+    double = copy.deepcopy(network).double()
+    torch.testing.assert_close(network(images).double(), double(images.double()), rtol=1e-3, atol=1e-4)
+
+
+def test_padding_by_name_is_torchs():
+    network, images = conv4(filters=4, image_size=17).eval(), torch.randn(3, 1, 17, 17)
+    before = network(images)
+    network.features[0].padding = "same"
+    torch.testing.assert_close(network(images), before)
 
 
 def test_conv4_keeps_its_names_and_takes_copies_and_autocast():

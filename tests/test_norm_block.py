@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_maml_guard import _norm_block
+from lightning_maml_guard._channels_last import is_channels_last
 from lightning_maml_guard._norm_block import norm_relu_pool
 
 EPS = 1e-5
@@ -28,6 +29,14 @@ def ours(z, gamma, beta, pool):
     return norm_relu_pool(z, gamma, beta, EPS, pool)
 
 
+def last(z, gamma, beta, pool):
+    """The channels of an entry beside each other in memory."""
+    return norm_relu_pool(z.contiguous(memory_format=torch.channels_last), gamma, beta, EPS, pool)
+
+
+LAYOUTS = pytest.mark.parametrize("block", [ours, last])
+
+
 def inputs(height=6, width=6, n=4, dtype=torch.float64):
     z = torch.randn(n, 3, height, width, dtype=dtype)
     gamma, beta = torch.tensor([1.3, -0.7, 0.4], dtype=dtype), torch.tensor([0.2, 0.1, -0.3], dtype=dtype)
@@ -44,27 +53,29 @@ def derivatives(function, given, pool, order):
     torch.manual_seed(7)
     y = function(*given, pool)
     found = [y.detach()]
-    value = (y**2 * torch.randn_like(y)).sum()
+    value = (y**2 * torch.randn(y.shape, dtype=y.dtype)).sum()
     for _ in range(order):
         gradients = torch.autograd.grad(value, given, create_graph=True)
         found += [each.detach() for each in gradients]
-        value = sum((each**2 * torch.randn_like(each)).sum() for each in gradients)
+        value = sum((each**2 * torch.randn(each.shape, dtype=each.dtype)).sum() for each in gradients)
     return found
 
 
 @pytest.mark.parametrize("pool", [True, False])
 @pytest.mark.parametrize("size", [(6, 6), (7, 5), (2, 3)])
-def test_value_and_derivatives_to_the_third_are_those_of_the_layers(size, pool):
+@LAYOUTS
+def test_value_and_derivatives_to_the_third_are_those_of_the_layers(block, size, pool):
     given = inputs(*size)
-    close(derivatives(ours, given, pool, 2), derivatives(native, given, pool, 2))
-    close(derivatives(ours, given, pool, 3), derivatives(primitive, given, pool, 3))
+    close(derivatives(block, given, pool, 2), derivatives(native, given, pool, 2))
+    close(derivatives(block, given, pool, 3), derivatives(primitive, given, pool, 3))
 
 
 @pytest.mark.parametrize("pool", [True, False])
-def test_torchs_own_checks_of_derivatives_pass(pool):
+@LAYOUTS
+def test_torchs_own_checks_of_derivatives_pass(block, pool):
     given = inputs(3, 4, n=2)
-    assert torch.autograd.gradcheck(lambda *g: ours(*g, pool), given)
-    assert torch.autograd.gradgradcheck(lambda *g: ours(*g, pool), given)
+    assert torch.autograd.gradcheck(lambda *g: block(*g, pool), given)
+    assert torch.autograd.gradgradcheck(lambda *g: block(*g, pool), given)
 
 
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (1, 2), (0, 2)])
@@ -79,7 +90,8 @@ def test_any_of_the_inputs_may_be_constant(needed):
     close(found, expected)
 
 
-def test_ties_give_the_convolution_the_gradients_of_max_pooling():
+@LAYOUTS
+def test_ties_give_the_convolution_the_gradients_of_max_pooling(block):
     """Flat regions, as white paper in Omniglot: whole windows are equal, up to what lies around them."""
     images = torch.ones(5, 1, 12, 12, dtype=torch.float64)
     images[:, :, 4:7, 3:5] = 0
@@ -92,7 +104,7 @@ def test_ties_give_the_convolution_the_gradients_of_max_pooling():
         first = torch.autograd.grad(y.pow(2).sum(), [weight, gamma, beta], create_graph=True)
         return [y, *first, *torch.autograd.grad(sum(each.pow(2).sum() for each in first), [weight, gamma, beta])]
 
-    close(of(ours), of(native))
+    close(of(block), of(native))
 
 
 @pytest.mark.parametrize("batched", [(0, 0, 0), (0, None, None), (1, None, 0), (None, 0, 0), (None, None, 0)])
@@ -163,22 +175,33 @@ def test_half_precision_is_close_to_the_layers(dtype):
 
 
 @pytest.mark.parametrize("pool", [True, False])
-def test_many_blocks_of_images_are_one(pool, monkeypatch):
+@LAYOUTS
+def test_many_blocks_of_images_are_one(block, pool, monkeypatch):
     given = inputs(n=7)
-    whole = derivatives(ours, given, pool, 2)
+    whole = derivatives(block, given, pool, 2)
     monkeypatch.setattr(_norm_block, "_BLOCK", 3 * 36 * 2)  # two images, the last block smaller
-    close(derivatives(ours, given, pool, 2), whole, 1e-14)
+    close(derivatives(block, given, pool, 2), whole, 1e-14)
 
 
-def test_nan_and_inf_come_out_where_the_layers_let_them_out():
+def test_what_is_derived_keeps_its_layout():
+    z, gamma, beta = inputs(7, 6)
+    found = last(z, gamma, beta, True)
+    for _ in range(3):
+        assert is_channels_last(found)
+        (found,) = torch.autograd.grad(found.pow(2).sum(), z, create_graph=True)
+    assert is_channels_last(found)
+
+
+@LAYOUTS
+def test_nan_and_inf_come_out_where_the_layers_let_them_out(block):
     for bad in (float("nan"), float("inf")):
         z, gamma, beta = (each.detach().clone() for each in inputs())
         z[1, 0, 2, 3] = bad
-        found = ours(z, gamma, beta, True)
+        found = block(z, gamma, beta, True)
         assert torch.equal(found.isnan(), native(z, gamma, beta, True).isnan()) and found[:, 0].isnan().all()
     z, gamma, beta = (each.detach().clone() for each in inputs())
     gamma[2] = float("nan")
-    assert ours(z, gamma, beta, True)[:, 2].isnan().all()
+    assert block(z, gamma, beta, True)[:, 2].isnan().all()
 
 
 def test_the_memory_format_changes_nothing_and_the_input_is_not_written_to():
