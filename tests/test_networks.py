@@ -83,8 +83,10 @@ def test_conv4_is_its_layers_one_after_another(channels, size, strided, last, mo
     assert len(convs) == 4 and all(torch.equal(gradients[0][n], torch.zeros(4).double()) for n in convs)
 
 
-@pytest.mark.parametrize("order", ["exact", "first", "simplified"])
-@pytest.mark.parametrize(("channels", "strided"), [(1, False), (2, False), (1, True)])
+@pytest.mark.parametrize(
+    ("order", "channels", "strided"),
+    [("exact", 1, False), ("exact", 2, True), ("first", 2, False), ("simplified", 2, False)],
+)
 def test_the_layout_changes_no_meta_gradient_and_no_curvature(order, channels, strided, monkeypatch):
     torch.manual_seed(0)
     module = MetaLearningModule(conv4(3, channels, 4, 16, strided).double(), inner_lr=0.1, inner_steps=2, order=order)
@@ -96,7 +98,7 @@ def test_the_layout_changes_no_meta_gradient_and_no_curvature(order, channels, s
     problem, found = replace(module.meta_problem(batch), looped=True), []
     for last in (False, True):
         monkeypatch.setattr(networks, "pays", lambda images, last=last: last)
-        report = measure(problem, beta=0.1, criterion="exact")
+        report = measure(problem, beta=0.1, criterion="exact", max_iter=4)
         found.append(
             (meta_gradient(problem).gradients, report.lambda_max, report.exact_beta_c, report.predicted_change)
         )
