@@ -9,24 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_maml_guard._vectorize import as_float32
-from lightning_maml_guard.curvature.lanczos import Matvec
 from lightning_maml_guard.curvature.layout import Layout, Params
-from lightning_maml_guard.curvature.operators import Operator, scaled
-from lightning_maml_guard.guard.bench import HESSIAN, META_UPDATE, Bench
+from lightning_maml_guard.curvature.operators import Operator
+from lightning_maml_guard.guard.bench import HESSIAN, META_UPDATE
 from lightning_maml_guard.guard.budget import CURVATURE, UPDATE
 from lightning_maml_guard.guard.coming import predicted_change
 from lightning_maml_guard.guard.estimate import Spectrum, hessian_spectrum, merged
+from lightning_maml_guard.guard.inner_bench import NAN_INTERVAL, InnerBench
 from lightning_maml_guard.guard.judgement import judged
-from lightning_maml_guard.guard.krylov import top_eigenvalue
 from lightning_maml_guard.guard.meta_rate import UNKNOWN, MetaRateLimit, exact_limit, poster_limit
 from lightning_maml_guard.guard.report import StabilityReport
 from lightning_maml_guard.theory.verdict import Limit
 
-_NAN_INTERVAL = (math.nan, math.nan)
 
-
-class Measurement(Bench):
+class Measurement(InnerBench):
     """Measures one subject for one optimizer."""
 
     def report(self, began: float) -> StabilityReport:
@@ -64,7 +60,7 @@ class Measurement(Bench):
         if self.options.estimator == "pyhessian":
             self.charge(spectrum.matvecs, UPDATE if self.maml is None else CURVATURE)  # on copies of its own
         known = spectrum.rates(poster_alpha, self.subject.inner_steps)
-        alpha_limit = self._alpha_limit(hessian, known, exact)
+        alpha_limit = self.alpha_limit(hessian, known, exact)
         # One graph at a time: each is often several times the parameters' size.
         poster = None if exact else self._poster_limits(hessian, spectrum, alpha_limit)
         if self.maml is not None:
@@ -74,7 +70,7 @@ class Measurement(Bench):
         if jacobian is not None:
             jacobian.release()
         if exact and exact_beta.beta_c == 0 and not alpha_limit.ratio > 1:
-            alpha_limit = self._sharpest_alpha_limit(alpha_limit)
+            alpha_limit = self.sharpest_alpha_limit(alpha_limit)
         beta_limit, at_safe, safe_alpha = poster or self._exact_limits(alpha_limit, exact_beta)
         flat = known.lambda_max == 0 and known.lambda_min == 0
         predicted, noise_limit = self._along(change, exact_beta)
@@ -102,9 +98,9 @@ class Measurement(Bench):
             beta_c=beta_limit.beta_c,
             sgd_beta_c=math.nan if self.maml is None or self.subject.rates is not None else known.beta_c,
             exact_beta_c=exact_beta.beta_c if self.maml is not None else math.nan,
-            exact_beta_c_interval=exact_beta.interval if self.maml is not None else _NAN_INTERVAL,
+            exact_beta_c_interval=exact_beta.interval if self.maml is not None else NAN_INTERVAL,
             beta_c_noise=noise_limit,
-            mean_alpha_c=self._mean_alpha_c(exact),
+            mean_alpha_c=self.mean_alpha_c(exact),
             predicted_change=predicted,
             lambda_max=known.lambda_max,
             lambda_min=known.lambda_min,
@@ -120,51 +116,6 @@ class Measurement(Bench):
             beta_c_interval=beta_limit.interval,
             spectrum=spectrum,
         )
-
-    def _alpha_limit(self, hessian: Operator, known: Any, exact: bool) -> Limit:
-        """``inner_limit / lambda_max(H)``; with rates ``A`` by parameter of ``A^(1/2) H A^(1/2)``."""
-        if self.maml is None:
-            return Limit(math.nan, math.nan, _NAN_INTERVAL)
-        reach, rates = self._reach(exact), self.subject.rates
-        if rates is None:
-            if not exact:
-                return Limit(self.alpha, known.alpha_c, known.alpha_c_interval)
-            return _alpha_of(self.alpha, reach, known.lambda_max, known.lambda_max_interval)
-        if any(bool((rate < 0).any()) for rate in rates.values()):
-            self.alpha_note = "a learned inner rate is negative, and the condition is about rates of at least 0."
-            return Limit(self.alpha, math.nan, _NAN_INTERVAL)
-        weights = hessian.layout.flatten(as_float32(rates)).to(self.like)
-        return self._alpha_of_top(scaled(hessian, weights), hessian.layout.size, self.blocks, self.alpha * reach)
-
-    def _reach(self, exact: bool) -> float:
-        """``alpha_c * lambda_max``: of the update as configured, or of the poster's."""
-        return self.subject.inner_limit if exact else 1 / self.subject.inner_steps
-
-    def _alpha_of_top(self, matvec: Matvec, size: int, blocks: int | None, reach: float) -> Limit:
-        found = self.over_blocks(
-            lambda: top_eigenvalue(matvec, size, self.like, blocks, krylov=self.options.krylov),
-            blocks,
-            max,
-        )
-        return _alpha_of(self.alpha, reach, *found)
-
-    def _sharpest_alpha_limit(self, mean: Limit) -> Limit:
-        """The mean's ``alpha_c`` does not explain a collapsed direction; single tasks' do."""
-        if self.blocks is not None or self.subject.rates is not None:
-            return mean
-        return self._uniform_alpha_limit(True, self._reach(True))
-
-    def _mean_alpha_c(self, exact: bool) -> float:
-        """With ``tasks="worst"``: the mean task loss's ``alpha_c``, to stand beside the sharpest task's."""
-        if self.blocks is None or self.subject.rates is not None:
-            return math.nan
-        return self._uniform_alpha_limit(False, self._reach(exact)).critical
-
-    def _uniform_alpha_limit(self, per_task: bool, reach: float) -> Limit:
-        operator, _ = self.operator(HESSIAN, self.subject.curvature(per_task))
-        limit = self._alpha_of_top(operator, operator.layout.size, self.subject.tasks if per_task else None, reach)
-        operator.release()
-        return limit
 
     def _exact(self, hessian: Operator, acting: bool) -> tuple[Operator | None, MetaRateLimit]:
         """Measure the update's own Jacobian; where nothing acts on it, a failure costs that number alone."""
@@ -212,13 +163,9 @@ class Measurement(Bench):
         beyond = curvatures * self.alpha > self.maml.inner_limit
         return bool(beyond.any()) and bool(curvatures.mean() > 0)
 
-    def _safe_alpha(self, alpha_limit: Limit) -> float:
-        capped = self.options.margin * alpha_limit.critical
-        return capped if capped < self.alpha else self.alpha
-
     def _exact_limits(self, alpha_limit: Limit, exact_beta: MetaRateLimit) -> tuple[MetaRateLimit, float, float]:
         """``beta_c`` of the update as configured, at the safe inner rate, and that inner rate."""
-        safe_alpha = self._safe_alpha(alpha_limit)
+        safe_alpha = self.safe_alpha(alpha_limit)
         if not safe_alpha < self.alpha:
             return exact_beta, exact_beta.beta_c, safe_alpha
         jacobian, limit = self._exact_at(safe_alpha / self.alpha)
@@ -229,7 +176,7 @@ class Measurement(Bench):
         self, hessian: Operator, spectrum: Spectrum, alpha_limit: Limit
     ) -> tuple[MetaRateLimit, float, float]:
         """The same by the poster's conditions."""
-        safe_alpha, rates = self._safe_alpha(alpha_limit), self.subject.rates
+        safe_alpha, rates = self.safe_alpha(alpha_limit), self.subject.rates
         beyond = alpha_limit.ratio > 1 + 1e-12
         limit = self._poster(hessian, spectrum, 0.0 if self.maml is None else self.alpha, rates, beyond)
         if not safe_alpha < self.alpha:
@@ -302,9 +249,9 @@ class Measurement(Bench):
             safe_alpha=self.alpha,
             safe_beta=self.beta,
             safe_beta_c=math.nan,
-            lambda_max_interval=_NAN_INTERVAL,
-            alpha_c_interval=_NAN_INTERVAL,
-            beta_c_interval=_NAN_INTERVAL,
+            lambda_max_interval=NAN_INTERVAL,
+            alpha_c_interval=NAN_INTERVAL,
+            beta_c_interval=NAN_INTERVAL,
             spectrum=Spectrum(),
         )
 
@@ -323,8 +270,3 @@ class Measurement(Bench):
             beta_applied=self.beta,
             **found,
         )
-
-
-def _alpha_of(alpha: float, reach: float, top: float, interval: tuple[float, float]) -> Limit:
-    ends = [reach / end if end > 0 else math.inf for end in (interval[1], top, interval[0])]
-    return Limit(alpha, ends[1], (ends[0], ends[2]))
