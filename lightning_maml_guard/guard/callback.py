@@ -25,8 +25,6 @@ from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.theory.verdict import check_margin
 
 ACTIONS = ("log", "warn", "rescale", "stop")
-# Steps between two looks at the gradient norm: of a small network a look takes 1 % of a step on a CPU.
-NORM_EVERY = 4
 
 
 class ConvergenceGuard(Results, Callback):
@@ -93,7 +91,7 @@ class ConvergenceGuard(Results, Callback):
             GuardBench: replaying fewer than 8 loses most of the recall where tasks are resampled.
         alarm: Factor over the loss that training started from that counts as dying, above 1.
         triggers: Whether a loss above twice its running mean or a gradient norm above four times its own calls a
-            check. Reads the loss from the device at every step, the norm at every fourth.
+            check. Reads one number a step from the device.
         rollback: With ``action="rescale"``: keep parameters, buffers and optimizer state of the last check that passed,
             and go back to them when the loss is lost; the batches since are skipped and the meta rate at least halved.
         max_rollbacks: Rollbacks before the guard stops the run and says so.
@@ -299,14 +297,14 @@ class ConvergenceGuard(Results, Callback):
                 run.show(trainer, changed=run.course.unsafe != unsafe)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Keep the norm of the gradient at hand, at every fourth step.
+        """Keep the norm of the gradient at hand.
 
         Args:
             trainer: The Trainer.
             pl_module: The module.
             optimizer: The optimizer about to step.
         """
-        if not self.triggers or not self.trial_steps or self._inert or logger_step(trainer) % NORM_EVERY:
+        if not self.triggers or not self.trial_steps or self._inert:
             return
         try:
             self._run.norm = gradient_norm(optimizer)
