@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_maml_guard._channels_last import convolved, pays
 from lightning_maml_guard._checks import check_choice, check_count, check_flag, shown
+from lightning_maml_guard._first_block import applies, first_block
 from lightning_maml_guard._norm_block import norm_relu_pool
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "softplus": nn.Softplus}
@@ -91,9 +92,13 @@ class Conv4(nn.Module):
         depth, last = len(layers) // 4, pays(images)
         for start in range(0, len(layers), depth):
             conv, norm = cast(nn.Conv2d, layers[start]), cast(nn.BatchNorm2d, layers[start + 1])
-            x = convolved(x, conv) if last else F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
             # The norm takes the convolution's bias out again; it stays in the graph, with its gradient of 0.
-            x = norm_relu_pool(x, norm.weight, norm.bias + 0 * cast(Tensor, conv.bias), norm.eps, pool=depth == 4)
+            shift = norm.bias + 0 * cast(Tensor, conv.bias)
+            if start == 0 and depth == 4 and applies(x, conv):
+                x = first_block(x, conv.weight, norm.weight, shift, norm.eps)
+                continue
+            x = convolved(x, conv) if last else F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+            x = norm_relu_pool(x, norm.weight, shift, norm.eps, pool=depth == 4)
         return self.head(torch.flatten(x, 1))
 
     def _as_built(self, layers: list[nn.Module]) -> bool:

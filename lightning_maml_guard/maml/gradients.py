@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_maml_guard._vectorize import TaskMap, task_count
+from lightning_maml_guard.maml import apart
 from lightning_maml_guard.maml.derivative import gradient
 from lightning_maml_guard.maml.inner_loop import InnerRate, Params, TaskLoss, adapt, adapt_with_sum, detached
 from lightning_maml_guard.maml.problem import MetaProblem
@@ -177,6 +178,18 @@ def task_meta_gradients(
     def together(support: Any, query: Any) -> Any:
         beside = SideBySide(params, rates, task_count(support, "support"))
         loss, extra = beside.over(problem.loss), beside.over(auxiliary)
+        if problem.order == "exact" and apart.pays(params, query):
+            return apart.exact_gradients(
+                problem.loss,
+                loss,
+                beside.params,
+                beside.rates,
+                support,
+                query,
+                auxiliary=auxiliary,
+                inner_steps=problem.inner_steps,
+                learn_rates=learn_rates,
+            )
         return task_meta_gradient(loss, beside.params, beside.rates, support, query, auxiliary=extra, **options)
 
     return tasks.apply(one, together, problem.support, problem.query)
