@@ -66,7 +66,7 @@ def first_block(images: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, eps
     filters = torch.stack(
         [F.pad(weight[:, 0], (column, 1 - column, row, 1 - row)).flatten(1) for row, column in _PLACES]
     )
-    # In double precision: the 16 pixels of white paper are nearly one, and a filter may take their common part away.
+    # In double precision: a filter may take nearly all of what neighbouring pixels have in common away.
     wide = windows.double()
     centre = wide.mean(0)
     covariance = (wide - centre).t() @ (wide - centre) / len(wide)
