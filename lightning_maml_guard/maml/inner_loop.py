@@ -63,12 +63,14 @@ def adapt_with_sum(
     """
     moving = {name: params[name] for name in params if not isinstance(inner_lr, dict) or name in inner_lr}
     still = {name: value for name, value in params.items() if name not in moving}
-    total = {name: torch.zeros_like(value) for name, value in moving.items()}
+    total: Params | None = None
     for _ in range(inner_steps):
         gradients, _ = gradient(lambda fast: (task_loss({**still, **fast}, support), ()), moving)
-        total = {name: total[name] + gradient for name, gradient in gradients.items()}
+        total = gradients if total is None else {name: total[name] + each for name, each in gradients.items()}
         moving = {
             name: value - (inner_lr[name] if isinstance(inner_lr, dict) else inner_lr) * gradients[name]
             for name, value in moving.items()
         }
+    if total is None:
+        total = {name: torch.zeros_like(value) for name, value in moving.items()}
     return {name: moving.get(name, value) for name, value in params.items()}, total
