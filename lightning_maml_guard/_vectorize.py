@@ -121,10 +121,12 @@ class TaskMap:
     def _in_chunks(self, together: Callable[..., T], args: tuple[Any, ...]) -> T:
         count = tree_leaves(args)[0].shape[0]
         size = self.chunk_size or count
+        if size >= count:
+            return together(*args)
         outputs = [
             together(*tree_map(lambda leaf, at=start: leaf[at : at + size], args)) for start in range(0, count, size)
         ]
-        return outputs[0] if len(outputs) == 1 else _joined(outputs, torch.cat)
+        return _joined(outputs, torch.cat)
 
     @staticmethod
     def _loop(function: Callable[..., T], args: tuple[Any, ...], in_dims: tuple[int | None, ...]) -> T:

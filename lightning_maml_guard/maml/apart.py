@@ -29,10 +29,12 @@ def pays(params: Params, query: Any) -> bool:
     Returns:
         Whether they are large and on a CPU, and nobody differentiates what comes of them.
     """
-    if inside_transform() or (torch.is_grad_enabled() and any(value.requires_grad for value in params.values())):
-        return False
     leaves = tree_leaves(query)
-    return all(leaf.device.type == "cpu" for leaf in leaves) and sum(leaf[0].numel() for leaf in leaves) >= _LARGE
+    if sum(leaf.numel() for leaf in leaves) < _LARGE * len(leaves[0]) or inside_transform():
+        return False
+    if torch.is_grad_enabled() and any(value.requires_grad for value in params.values()):
+        return False
+    return all(leaf.device.type == "cpu" for leaf in leaves)
 
 
 def exact_gradients(
