@@ -36,7 +36,8 @@ class MetaLearningModule(MetaLearning, LightningModule):
             ``"loop"``: one after another; the gradients are the same. ``"auto"`` tries these on the first batch of
             a fit (seconds), keeps the fastest, says so once, and keeps the choice in ``~/.cache`` so that the next
             run on this machine is the same to the last bit. The environment variable ``LMG_VECTORIZE`` decides
-            instead of the trial (``rule``, ``loop``, ``all`` or a number).
+            instead of the trial (``rule``, ``loop``, ``all`` or a number). Large query sets of exact MAML go one
+            after another on a CPU in any case.
         compile: Run the meta-gradient under ``torch.compile``: a minute or more at the start, then small networks
             take a fraction of the time. The guard measures without.
         keep_memory: During a fit on the CPU (glibc): keep freed memory in the process instead of mapping it anew in
