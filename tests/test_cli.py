@@ -95,6 +95,12 @@ def test_a_guarded_run_leaves_logs_a_picture_and_a_checkpoint_that_loads(elsewhe
     assert (folder / "config.yaml").exists()
 
 
+@pytest.mark.parametrize(("said", "size", "looped"), [("3", 3, False), ("loop", None, True), ("all", None, False)])
+def test_vectorize_takes_a_number_or_a_word(said, size, looped):
+    tasks = main(["linear", "--model.vectorize", said, *SHORT]).model.task_map
+    assert (tasks.chunk_size, tasks.looped) == (size, looped)
+
+
 def test_without_guard_there_is_none_and_weights_are_bitwise_those_with_guard_log():
     plain = main(["linear", *SHORT])
     logged = main(["linear", "--guard", "log", "--guard.every_n_steps", "1", *SHORT])

@@ -102,7 +102,7 @@ class MetaLearning(EpisodeHooks, _Base):
         learn_inner_lr: bool = False,
         task_chunk_size: int | None = None,
         metrics: Metric | MetricCollection | None = None,
-        vectorize: str | int = "auto",
+        vectorize: int | str = "auto",  # LightningCLI tries the types in this order
         compile: bool = False,
         keep_memory: bool = True,
     ) -> None:
