@@ -122,7 +122,7 @@ class Put(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, masks: Tensor, shape: torch.Size) -> Tensor:
         ctx.save_for_backward(masks)
-        return put(torch.zeros(shape, dtype=values.dtype).contiguous(memory_format=_FORMAT), masks, values)
+        return put(torch.empty(shape, dtype=values.dtype, memory_format=_FORMAT).zero_(), masks, values)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Any) -> Any:

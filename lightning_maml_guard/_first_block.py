@@ -69,7 +69,8 @@ def first_block(images: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, eps
     # In double precision: a filter may take nearly all of what neighbouring pixels have in common away.
     wide = windows.double()
     centre = wide.mean(0)
-    covariance = (wide - centre).t() @ (wide - centre) / len(wide)
+    centred = wide - centre
+    covariance = centred.t() @ centred / len(wide)
     wide_filters = filters.double()
     means = wide_filters @ centre
     mean = means.mean(0)

@@ -7,9 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from lightning_maml_guard._functorch import inside_transform
+from lightning_maml_guard._vectorize import TaskMap
 from lightning_maml_guard.maml.derivative import gradient
 from lightning_maml_guard.maml.inner_loop import InnerRate, Params, TaskLoss, adapt
 
@@ -68,30 +69,18 @@ def exact_gradients(
 
     def pulled(theta: Params, alphas: InnerRate) -> tuple[Tensor, tuple[Tensor, Any]]:
         adapted = adapt(losses, theta, support, alphas, inner_steps)
-        seen = [_at_query(task_loss, adapted, query, index, auxiliary) for index in range(len(_first(adapted)))]
-        gradients, found, extras = zip(*seen, strict=True)
-        along = [(value * torch.stack([each[name] for each in gradients])).sum() for name, value in adapted.items()]
-        return torch.stack(along).sum(), (torch.stack(found), tree_map(lambda *each: torch.stack(each), *extras))
+        constant = {name: value.detach() for name, value in adapted.items()}
+        gradients, report = TaskMap(looped=True)(at_query, constant, query, in_dims=(0, 0))
+        return torch.stack([(value * gradients[name]).sum() for name, value in adapted.items()]).sum(), report
+
+    def at_query(own: Params, data: Any) -> tuple[Params, tuple[Tensor, Any]]:
+        def loss(point: Params) -> tuple[Tensor, tuple[Tensor, Any]]:
+            value = task_loss(point, data)
+            return value, (value, auxiliary(point, data))
+
+        return gradient(loss, own)
 
     if learn_rates:
         return gradient(lambda point: pulled(*point), (params, cast(Params, rates)))
     found, report = gradient(lambda theta: pulled(theta, rates), params)
     return (found, {}), report
-
-
-def _at_query(
-    task_loss: TaskLoss, adapted: Params, query: Any, index: int, auxiliary: Callable[[Params, Any], Any]
-) -> tuple[Params, Tensor, Any]:
-    """The query loss's gradient at one task's adapted parameters, the loss, and what is passed through."""
-    data = tree_map(lambda leaf: leaf[index], query)
-
-    def loss(point: Params) -> tuple[Tensor, tuple[Tensor, Any]]:
-        value = task_loss(point, data)
-        return value, (value, auxiliary(point, data))
-
-    found, (value, extra) = gradient(loss, {name: each[index].detach() for name, each in adapted.items()})
-    return found, value, extra
-
-
-def _first(params: Params) -> Tensor:
-    return next(iter(params.values()))
