@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,9 @@ class MetaProblem:
         task_chunk_size: Tasks vmapped at once (None: all).
         looped: Run over the tasks one after another instead.
 
+    Attributes:
+        tasks: Number of tasks in the batch.
+
     Raises:
         TypeError: If the params or rates are not a dict of tensors or the loss is not callable.
         ValueError: If a rate, the order, the number of steps or the data's shapes are not allowed.
@@ -60,6 +63,7 @@ class MetaProblem:
     order: str = "exact"
     task_chunk_size: int | None = None
     looped: bool = False
+    tasks: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_params(self.params)
@@ -75,20 +79,21 @@ class MetaProblem:
         else:
             check_rate(self.inner_lr, "inner_lr")
         TaskMap(self.task_chunk_size)
-        counts = task_count(self.support, "support"), task_count(self.query, "query")
+        sets = {"support": tree_leaves(self.support), "query": tree_leaves(self.query)}
+        counts = [task_count(leaves, name) for name, leaves in sets.items()]
         if counts[0] != counts[1]:
             raise ValueError(
                 f"Expected `support` and `query` to hold the same tasks but got {counts[0]} tasks in `support` "
                 f"and {counts[1]} in `query`. Give every task both sets, in the same order."
             )
-        for name, data in (("support", self.support), ("query", self.query)):
-            leaves = tree_leaves(data)
+        for name, leaves in sets.items():
             if not all(leaf.numel() for leaf in leaves) and any(0 in leaf.shape[:2] for leaf in leaves):
                 shapes = [tuple(leaf.shape) for leaf in leaves]
                 raise ValueError(
                     f"Expected `{name}` to hold at least one example a task but got shapes {shapes}: the loss of an "
                     "empty set is nan. Draw at least one shot."
                 )
+        object.__setattr__(self, "tasks", counts[0])
 
     def loss(self, params: dict[str, Tensor], data: Any) -> Tensor:
         """Compute the loss of one task, and refuse what is not a loss.
@@ -144,11 +149,6 @@ class MetaProblem:
         rate = self.inner_lr
         scaled = {name: each * factor for name, each in rate.items()} if isinstance(rate, dict) else rate * factor
         return replace(self, inner_lr=scaled)
-
-    @property
-    def tasks(self) -> int:
-        """Number of tasks in the batch."""
-        return task_count(self.support, "support")
 
     @property
     def alpha(self) -> float:

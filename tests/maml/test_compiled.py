@@ -12,6 +12,7 @@ from torch.optim import SGD
 from torchmetrics import MeanSquaredError
 
 from lightning_maml_guard import ConvergenceGuard, EpisodeBatch, GuardWarning, MetaLearningModule
+from lightning_maml_guard.maml.gradients import meta_gradient
 from lightning_maml_guard.networks import mlp
 from tests.helpers import fit, guard_warns
 
@@ -38,7 +39,7 @@ def compiler(monkeypatch):
     """torch.compile that does nothing, and lists what it was given and what its results were called with."""
     calls = {"compiled": [], "run": []}
 
-    def compile(function):
+    def compile(function, options):
         calls["compiled"].append(function)
 
         def run(*args):
@@ -96,12 +97,57 @@ def test_a_cap_on_the_inner_rate_compiles_nothing_anew(compiler):
     assert [round(float(rate), 6) for rate in rates] == [0.05, 0.04, 0.03]
 
 
+SCALE = 1.0
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return SCALE * super().forward(x)
+
+
+def test_what_users_change_is_compiled_anew_and_what_nobody_changes_is_not_looked_at(monkeypatch):
+    """A module-level number and a module's own attribute: torch.compile's conditions on these stay."""
+    real, kept = torch.compile, []
+
+    def compile(function, options):
+        told = options["guard_filter_fn"]
+
+        def note(conditions):
+            conditions = list(conditions)
+            answers = told(conditions)
+            kept.append((sum(answers), len(answers)))
+            return answers
+
+        return real(function, backend="aot_eager", options={"guard_filter_fn": note})
+
+    monkeypatch.setattr(torch, "compile", compile)
+    torch.manual_seed(1)
+    module = MetaLearningModule(Scaled(1, 1), inner_lr=0.05, compile=True)
+    given = batch()
+
+    def agree():
+        problem, others = module.meta_problem(given), {"learn_rates": False, "auxiliary": module._auxiliary()}
+        found = module.compiled(problem, tasks=module.task_map, **others)
+        torch.testing.assert_close(found.losses, meta_gradient(problem).losses)
+        return found.losses
+
+    before = agree()
+    assert len(kept) == 1 and 0 < kept[0][0] < kept[0][1] / 2
+    agree()
+    assert len(kept) == 1
+    monkeypatch.setattr(f"{__name__}.SCALE", 3.0)
+    assert not torch.allclose(agree(), before) and len(kept) == 2
+    module.loss = lambda prediction, y: ((prediction - y) ** 4).mean()
+    agree()
+    assert len(kept) == 3 and not module.compiled.given_up
+
+
 @pytest.mark.parametrize("at", ["compiling", "running"])
 def test_what_cannot_be_compiled_runs_without_and_says_so_once(monkeypatch, at):
-    def refuse(*args):
+    def refuse(*args, **options):
         raise RuntimeError("no C++ compiler found\nand more")
 
-    monkeypatch.setattr(torch, "compile", refuse if at == "compiling" else lambda function: refuse)
+    monkeypatch.setattr(torch, "compile", refuse if at == "compiling" else lambda *_, **__: refuse)
     with guard_warns("cannot be compiled here.*torch.compile said: RuntimeError: no C.. compiler found$") as caught:
         found = trained(4, compile=True)
     assert sum(each.category is GuardWarning for each in caught) == 1 and found.compiled.given_up
