@@ -344,14 +344,14 @@ class ConvergenceGuard(Results, Callback):
         run.lookout.saw(value, norm, alarm=self.alarm, triggers=self.triggers and not told)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Take back a last step that made parameters non-finite, and send the last pictures.
+        """Take back a last step that lost the run, and send the last pictures.
 
         Args:
             trainer: The Trainer.
             pl_module: The module.
         """
         with self._run.course.only_told("take the last step back"):
-            self._run.intervention.mend_last_step(trainer, pl_module)
+            Checker(self, self._run, trainer, pl_module).end()
         if not self._inert:
             self._run.show_at_end(trainer)
 

@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from lightning_maml_guard._warnings import GuardWarning
@@ -82,13 +84,33 @@ class Checker:
         )
         rescue.governed = owned  # only now: a failure is met again, and told again, at the next check
 
+    def end(self) -> None:
+        """Take back a last step that lost the run: no check comes after it."""
+        run = self.run
+        if run.rescue.snapshot is None:
+            return
+        end_at_snapshot = partial(run.intervention.end_at_snapshot, self.trainer, self.module)
+        if not all(bool(torch.isfinite(each).all()) for each in self.module.parameters()):
+            end_at_snapshot("the last step made parameters non-finite")
+        elif run.lookout.called:
+            with run.memory.ranks.together(), self._undisturbed():
+                problem = state_problem(self.settings.problem, self.module, *run.replay.latest())
+                owned = owners(problem, self.trainer.optimizers)
+                loss = attempts([problem], self._fastest(owned), 0, self.trainer, run.memory)(run.rescue.caps).begin
+            start = run.lookout.range.start
+            if not math.isfinite(loss) or loss > self.settings.alarm * start:
+                end_at_snapshot(f"after the last step the loss was {loss:.3g} (training started at {start:.3g})")
+
+    def _fastest(self, owned: list[int]) -> Optimizer:
+        return max((self.trainer.optimizers[index] for index in owned), key=scheduled_rate)
+
     def _check(self, batch: Any, batch_idx: int, step: int, scheduled: bool) -> None:
         settings, run, trainer, module = self.settings, self.run, self.trainer, self.module
         present, failing, severe, reference = None, False, math.nan, math.nan
         with self._undisturbed():
             problem = state_problem(settings.problem, module, batch, batch_idx)
             owned = owners(problem, trainer.optimizers)
-            optimizer = max((trainer.optimizers[index] for index in owned), key=scheduled_rate)
+            optimizer = self._fastest(owned)
             attempt = self._trials(problem, optimizer)
             if attempt is not None:
                 present, reference, severe = attempt.judged(run.rescue.caps, run.lookout.range.start, settings.alarm)

@@ -6,8 +6,6 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from lightning_maml_guard.guard.caps import Caps, Try, lowered, raised
 from lightning_maml_guard.guard.course import Course, Turn
 from lightning_maml_guard.guard.messages import Spelling, left, returned, rolled_back
@@ -169,19 +167,19 @@ class Intervention:
             self.course.note(step, "rolled back", message)
             warn(message)
 
-    def mend_last_step(self, trainer: Any, module: Any) -> None:
-        """Take back a last step that made parameters non-finite.
+    def end_at_snapshot(self, trainer: Any, module: Any, what: str) -> None:
+        """End a run whose last step lost it at the last snapshot.
 
         Args:
             trainer: The Trainer.
             module: The module.
+            what: What is wrong with the parameters as they are.
         """
         snapshot = self.rescue.snapshot
-        if snapshot is not None and not all(bool(torch.isfinite(each).all()) for each in module.parameters()):
+        if snapshot is not None:
             snapshot.restore(module, trainer.optimizers)
             message = (
-                "ConvergenceGuard: the last step made parameters non-finite, so parameters and optimizer state were "
-                f"taken back to step {snapshot.step}."
+                f"ConvergenceGuard: {what}, so parameters and optimizer state were taken back to step {snapshot.step}."
             )
             self.course.note(logger_step(trainer), "rolled back", message)
             warn(message)

@@ -62,6 +62,11 @@ class Lookout:
         return SCHEDULED if scheduled else TRIGGERED
 
     @property
+    def called(self) -> bool:
+        """Whether a step called a check that has not come yet."""
+        return self._spiked
+
+    @property
     def _longest(self) -> int:
         return max(self.every_n_steps // 2, 2)
 

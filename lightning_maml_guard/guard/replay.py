@@ -43,6 +43,14 @@ class Replay:
             if known is not None:
                 self._batches.append((known, index))
 
+    def latest(self) -> tuple[Any, int]:
+        """Name the batch of the latest step.
+
+        Returns:
+            The batch and its index.
+        """
+        return self._batches[0]
+
     def earlier(self) -> list[tuple[Any, int]]:
         """List the batches before the coming one, the latest first.
 
