@@ -16,7 +16,7 @@ from lightning_maml_guard._cli_guard import GuardCLI
 from lightning_maml_guard._lightning import inform
 from lightning_maml_guard._warnings import GuardWarning
 from lightning_maml_guard.guard.callback import ConvergenceGuard
-from lightning_maml_guard.guard.report import StabilityReport
+from lightning_maml_guard.guard.report import StabilityReport, applied_instead
 from lightning_maml_guard.guard.suggest import suggest_rates
 from lightning_maml_guard.guard.suggestion import RateSuggestion
 from lightning_maml_guard.tasks.datamodule import TaskDataModule
@@ -175,7 +175,8 @@ def _conclude(cli: GuardCLI) -> None:
 def _verdict(history: list[StabilityReport]) -> str:
     last = history[-1]
     rates = ", ".join(
-        f"{name} not judged" if math.isnan(ratio) else f"{name} at {ratio:.2g} of {name}_c"
+        (f"{name} not judged" if math.isnan(ratio) else f"{name} at {ratio:.2g} of {name}_c")
+        + (f" ({applied})" if (applied := applied_instead(last, name)) else "")
         for name, ratio in (("alpha", last.alpha_ratio), ("beta", last.beta_ratio))
     )
     number = f"{len(history)} checks, the last" if len(history) > 1 else "1 check,"
