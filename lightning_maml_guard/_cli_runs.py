@@ -16,7 +16,7 @@ from lightning_maml_guard._cli_guard import GuardCLI
 from lightning_maml_guard._lightning import inform
 from lightning_maml_guard._warnings import GuardWarning
 from lightning_maml_guard.guard.callback import ConvergenceGuard
-from lightning_maml_guard.guard.report import StabilityReport
+from lightning_maml_guard.guard.report import StabilityReport, applied_instead
 from lightning_maml_guard.guard.suggest import suggest_rates
 from lightning_maml_guard.guard.suggestion import RateSuggestion
 from lightning_maml_guard.tasks.datamodule import TaskDataModule
@@ -25,8 +25,6 @@ from lightning_maml_guard.theory.verdict import UNSAFE
 TRAIN_THEN_TEST = ""
 # Commands that train nothing, and judge what was trained.
 JUDGING = ("validate", "test")
-# Commands that need to know what a run is called in runs/.
-NAMED = ("suggest", *JUDGING)
 # What a guard and suggest_rates have in common: how to measure, and how to try the coming steps.
 MEASURING = ("problem", "criterion", "estimator", "max_iter", "tol", "basis", "data", "trial_steps", "alarm")
 # What suggest follows of the Trainer it is given.
@@ -77,20 +75,20 @@ def _fit(cli: GuardCLI) -> None:
     _conclude(cli)
 
 
-def _validate(cli: GuardCLI, name: str) -> None:
+def _validate(cli: GuardCLI) -> None:
     """Judge a checkpoint (--ckpt_path; without one the network as initialised) on the validation episodes."""
     if getattr(cli.datamodule, "val_episodes", None) == 0:
         cli.parser.error(
             "--data.val_episodes: validate judges on the validation episodes, of which there are 0. Pass a number of "
             "at least 1, or use test."
         )
-    _warn_untrained(cli, "validate", name)
+    _warn_untrained(cli, "validate")
     cli.trainer.validate(cli.model, datamodule=cli.datamodule, **_checkpoint(cli))
 
 
-def _test(cli: GuardCLI, name: str) -> None:
+def _test(cli: GuardCLI) -> None:
     """Judge a checkpoint (--ckpt_path; without one the network as initialised) on the test episodes."""
-    _warn_untrained(cli, "test", name)
+    _warn_untrained(cli, "test")
     cli.trainer.test(cli.model, datamodule=cli.datamodule, **_checkpoint(cli))
 
 
@@ -128,17 +126,30 @@ def _checkpoint(cli: GuardCLI) -> dict[str, Any]:
     return {} if path is None else {"ckpt_path": path}
 
 
-def _warn_untrained(cli: GuardCLI, command: str, name: str) -> None:
+def _warn_untrained(cli: GuardCLI, command: str) -> None:
     if cli.config["ckpt_path"] is not None:
         return
-    folder = Path("runs") / name
-    kept = sorted(folder.glob("*/checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
-    newest = f"{kept[-1]} (the newest of {name})" if kept else f"{folder}/version_N/checkpoints/NAME.ckpt"
+    folder, inside = _where_checkpoints_go(cli)
+    kept = sorted(folder.glob(f"{inside}*.ckpt"), key=lambda path: path.stat().st_mtime)
+    newest = f"{kept[-1]} (the newest in {folder})" if kept else f"{folder}/{inside.replace('*', 'version_N')}NAME.ckpt"
     rank_zero_warn(
         f"{command} judges the initial parameters, as no --ckpt_path was passed. Pass --ckpt_path {newest} to judge "
         "the trained ones.",
         category=GuardWarning,
     )
+
+
+def _where_checkpoints_go(cli: GuardCLI) -> tuple[Path, str]:
+    """Name the folder of a run's checkpoints, by ModelCheckpoint's rule, and what of the path below it to search."""
+    trainer, given = cli.trainer, cli.config_init["trainer"]["logger"]
+    named = next(filter(None, (getattr(each, "dirpath", None) for each in trainer.checkpoint_callbacks)), None)
+    if named is not None:
+        return Path(named), ""
+    # The configuration's before the Trainer's: fast_dev_run puts one in their place that keeps nothing.
+    loggers = given if isinstance(given, list) else [given] if given not in (None, True, False) else trainer.loggers
+    if not loggers:
+        return Path(trainer.default_root_dir), "checkpoints/"
+    return Path(loggers[0].save_dir or trainer.default_root_dir, str(loggers[0].name)), "*/checkpoints/"
 
 
 def _train(cli: GuardCLI) -> None:
@@ -175,7 +186,8 @@ def _conclude(cli: GuardCLI) -> None:
 def _verdict(history: list[StabilityReport]) -> str:
     last = history[-1]
     rates = ", ".join(
-        f"{name} not judged" if math.isnan(ratio) else f"{name} at {ratio:.2g} of {name}_c"
+        (f"{name} not judged" if math.isnan(ratio) else f"{name} at {ratio:.2g} of {name}_c")
+        + (f" ({applied})" if (applied := applied_instead(last, name)) else "")
         for name, ratio in (("alpha", last.alpha_ratio), ("beta", last.beta_ratio))
     )
     number = f"{len(history)} checks, the last" if len(history) > 1 else "1 check,"

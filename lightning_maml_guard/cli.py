@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning_maml_guard._cli_guard import GuardCLI, Parser
-from lightning_maml_guard._cli_runs import JUDGING, NAMED, RUNS, TRAIN_THEN_TEST, without_the_pointless
+from lightning_maml_guard._cli_runs import JUDGING, RUNS, TRAIN_THEN_TEST, without_the_pointless
 from lightning_maml_guard._lightning import PACKAGE, LightningDataModule, LightningModule
 from lightning_maml_guard._words import (
     COMMANDS,
@@ -88,7 +88,7 @@ def main(words: Sequence[str] | None = None) -> Any:
     if command == "suggest" and cli.config["ckpt_path"] is not None:
         refuse("error: suggest measures the network as initialised, so it takes no --ckpt_path. Leave it out.")
     with without_the_pointless(command, cli):
-        RUNS[command](cli, **named, **({"name": name_of(given)} if command in NAMED else {}))
+        RUNS[command](cli, **named, **({"name": name_of(given)} if command == "suggest" else {}))
     return cli
 
 

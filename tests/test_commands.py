@@ -110,8 +110,9 @@ def test_yaml_goes_out_and_in(command, capsys, elsewhere):
 
 def test_one_yaml_serves_the_other_commands(capsys, elsewhere):
     (elsewhere / "own.yaml").write_text(printed(capsys, ["fit", *words_of("linear"), "--guard", "--print_config"]))
+    # What the YAML says of the logger is where a fit with it keeps its checkpoints.
     with guard_warns(
-        r"test judges the initial parameters, .* --ckpt_path runs/own/version_N/checkpoints/NAME\.ckpt to"
+        r"test judges the initial parameters, .* --ckpt_path runs/linear/version_N/checkpoints/NAME\.ckpt to"
     ):
         assert float(main(["test", "--config=own.yaml"]).trainer.callback_metrics["test/loss"]) > 0
     assert main(["suggest", "--config=own.yaml", "--batches=1"]).suggestion.beta > 0
@@ -123,14 +124,38 @@ def test_who_judges_untrained_parameters_is_told_of_the_newest_checkpoint():
         path.parent.mkdir(parents=True)
         path.touch()
         os.utime(path, (100 - age, 100 - age))
-    for command in ("validate", "test"):
+    for command, *dry in (["validate"], ["test"], ["test", "--trainer.fast_dev_run=true"]):
         with pytest.warns(GuardWarning) as caught:
-            main([command, *words_of("linear")])
+            main([command, *words_of("linear"), *dry])
         (said,) = [str(each.message) for each in caught if each.category is GuardWarning]
         assert said == (
             f"{command} judges the initial parameters, as no --ckpt_path was passed. Pass --ckpt_path "
-            "runs/linear/version_1/checkpoints/epoch=0-step=1.ckpt (the newest of linear) to judge the trained ones."
+            "runs/linear/version_1/checkpoints/epoch=0-step=1.ckpt (the newest in runs/linear) to judge the trained ones."
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "folder", "below"),
+    [
+        (["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=own"], "own/lightning_logs", "version_N/checkpoints/"),
+        (["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=own", "--trainer.logger.name=mine"], "own/mine", "version_N/checkpoints/"),
+        (["--trainer.logger=false", "--trainer.default_root_dir=rooted"], "rooted", "checkpoints/"),
+        (["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.dirpath=kept"], "kept", ""),
+        (["--trainer.default_root_dir=rooted"], "runs/linear", "version_N/checkpoints/"),
+    ],
+)  # fmt: skip
+def test_the_newest_checkpoint_is_looked_for_where_training_puts_it(options, folder, below):
+    def told(*more):
+        with guard_warns("judges the initial parameters") as caught:
+            main(["test", *words_of("linear"), *options, *more])
+        (said,) = [str(each.message) for each in caught if each.category is GuardWarning]
+        where = re.search(r"Pass --ckpt_path (.*) to judge the trained ones\.$", said)[1]
+        return where.replace(f"{Path.cwd()}/", "")
+
+    assert told() == f"{folder}/{below}NAME.ckpt"
+    main(["fit", *words_of("linear"), *options])
+    (kept,) = Path(folder).glob("**/*.ckpt")
+    assert told() == f"{kept} (the newest in {folder})"
 
 
 def test_a_rate_that_was_not_judged_is_said_to_be(caplog):
@@ -138,6 +163,18 @@ def test_a_rate_that_was_not_judged_is_said_to_be(caplog):
         main(["fit", *words_of("sinusoid"), "--guard=log"])
     assert any(
         "check, at step 0: " in record.message and "beta not judged." in record.message for record in caplog.records
+    )
+
+
+def test_the_last_line_of_a_run_says_which_rates_were_applied_in_place_of_the_configured(caplog):
+    rates = ["--model.inner_lr=0.4", "--model.optimizer.lr=5", "--trainer.max_steps=2", "--guard.every_n_steps=1"]
+    with caplog.at_level("INFO"), guard_warns("left the safe region"):
+        last = main(["fit", *words_of("linear"), *rates, "--guard=rescale"]).guard.history[-1]
+    assert last.alpha_applied < 0.4 and last.beta_applied < 5
+    (verdict,) = [record.message for record in caplog.records if " checks, the last at " in record.message]
+    assert verdict.endswith(
+        f": {last.status}, alpha at {last.alpha_ratio:.2g} of alpha_c (applied {last.alpha_applied:.3g}), beta at "
+        f"{last.beta_ratio:.2g} of beta_c (applied {last.beta_applied:.3g})."
     )
 
 

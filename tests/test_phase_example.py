@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from lightning_maml_guard import PhaseDiagram
+from lightning_maml_guard.poster import findings
 from lightning_maml_guard.poster.findings import plain
 from lightning_maml_guard.poster.panels import SMALL
 from lightning_maml_guard.tasks.episodes import episode_generator
@@ -38,10 +40,12 @@ def run(example, name, folder, *words):
     return example["main"]([name, "--out", str(folder), "--threads", "1", *words])
 
 
-NOTHING = (
-    "Nothing trained in 6 steps on a grid of 3 x 3 rates, so no limit can be compared with training: pass more --steps "
-    "(the panel's own: 4000) or a finer --grid (its own: 16 x 16).\n"
+UNCOMPARED = (
+    "so no limit can be compared with the grid's training: pass more --steps (the panel's own: {}) or a finer --grid (its "
+    "own: {}).\n"
 )
+NOTHING = "Nothing trained in 6 steps on a grid of 3 x 3 rates, " + UNCOMPARED.format(4000, "16 x 16")
+FEW = "Only {} of the inner rates trained in {} steps on a grid of 3 x 3 rates, and a comparison takes 3, "
 COMPARED = ("Spearman of beta_c, at the start", "the poster says: above 0")
 
 
@@ -49,7 +53,12 @@ COMPARED = ("Spearman of beta_c, at the start", "the poster says: above 0")
     ("name", "said", "unsaid"),
     [
         ("sinusoid", [NOTHING], ["Spearman", "Growth"]),
-        pytest.param("omniglot", COMPARED, ["Nothing"], marks=pytest.mark.slow),
+        pytest.param(
+            "omniglot",
+            [FEW.format(2, 6) + UNCOMPARED.format(300, "12 x 10")],
+            ["Nothing", "Spearman", "Growth"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_panel_is_drawn_printed_and_written(example, name, said, unsaid, tmp_path, capsys, data_folder, monkeypatch):
@@ -74,6 +83,55 @@ def test_a_panel_that_trained_compares_the_limits_with_it(example, tmp_path, cap
     printed = capsys.readouterr().out
     assert 0 < found["trained"] < 16 and "Nothing trained" not in printed
     assert all(words in printed for words in COMPARED)
+
+
+def test_a_panel_with_too_few_trained_columns_to_compare_says_so(example, tmp_path, capsys):
+    run(example, "sinusoid", tmp_path, "--steps", "20", "--grid", "3")
+    printed = capsys.readouterr().out
+    assert FEW.format(1, 20) + UNCOMPARED.format(4000, "16 x 16") in printed
+    assert "Spearman" not in printed and "Growth" not in printed
+    assert "A dash: " in printed and not re.search(r"\bnan\b", printed)
+
+
+def diagram_by_hand(final, beta_c):
+    """Inner rates 1, 2, ...; meta rates 1, 10, 100; ``alpha_c`` is 2; runs that end below 0.9 trained."""
+    final = np.array(final)
+    rates = np.array(beta_c)[None, :, None] * np.ones((1, *final.shape))
+    return PhaseDiagram(
+        alphas=np.arange(1.0, len(final) + 1), betas=np.array([1.0, 10.0, 100.0]), losses=np.zeros((0, *final.shape)),
+        start=np.ones(final.shape), unadapted=np.ones(final.shape), final=final,
+        divergence_step=np.full(final.shape, -1), measured_steps=np.array([0]), alpha_c=np.where(rates > 0, 2.0, np.nan),
+        beta_c=rates, exact_beta_c=np.ones_like(rates), order="exact", inner_steps=1, optimizer="SGD()",
+    )  # fmt: skip
+
+
+def test_a_comparison_without_a_number_says_why(capsys):
+    found = diagram_by_hand([[0.6, 2, 2], [0.6, 0.6, 2], [0.6, 2, 0.2], [0.6, 2, 2]], [1, np.nan, np.nan, 4])
+    findings._report("sinusoid", {**findings._columns(found), "resampled": True, "full": False, "steps": 9}, found)
+    assert capsys.readouterr().out.endswith(
+        "A dash: no meta rate trained at that inner rate, or the critical rate could not be measured.\n"
+        "alpha_c at the start 2, largest alpha that trained 4\n"
+        "Spearman of beta_c, at the start with the largest beta that trained: no number, as 2 of the inner rates have "
+        "both and it takes 3\n"
+        "Spearman of beta_c, smallest along healthy runs with the largest beta that trained: no number, as 2 of the inner "
+        "rates have both and it takes 3\n"
+        "Spearman of exact_beta_c, at the start with the largest beta that trained: no number, as one of the two is the "
+        "same at all inner rates that have both\n"
+        "Spearman of exact_beta_c, smallest along healthy runs with the largest beta that trained: no number, as one of "
+        "the two is the same at all inner rates that have both\n"
+        "Growth of log10(largest beta) with alpha (the poster says: above 0), by what counts as trained:\n"
+        "  0.9 of the error before training: no number towards alpha_c (2 of the inner rates up to it trained, it takes "
+        "3), +0.000 towards the largest alpha that trained\n"
+        "  0.5 of the error before training: no number, as 1 of the inner rates trained that far and it takes 3\n"
+        "  0.25 of the error before training: no number, as 1 of the inner rates trained that far and it takes 3\n"
+    )
+    unmeasured = diagram_by_hand([[0.6, 2, 2]] * 3, [np.nan] * 3)
+    findings._report(
+        "sinusoid", {**findings._columns(unmeasured), "resampled": True, "full": False, "steps": 9}, unmeasured
+    )
+    printed = capsys.readouterr().out
+    assert "alpha_c at the start not known, largest alpha that trained 3\n" in printed
+    assert not re.search(r"\bnan\b", printed)
 
 
 def test_what_json_cannot_hold_is_null():

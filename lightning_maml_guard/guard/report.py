@@ -102,8 +102,7 @@ class StabilityReport:
             rate, critical = getattr(self, name), getattr(self, f"{name}_c")
             if math.isnan(rate):
                 continue
-            applied = getattr(self, f"{name}_applied")
-            capped = f"; applied {applied:.3g}" if applied < rate else ""
+            capped = f"; {applied}" if (applied := applied_instead(self, name)) else ""
             if math.isnan(critical):
                 lines.append(f"  {name} = {rate:.3g}, {name}_c not known{capped}")
             else:
@@ -156,6 +155,20 @@ class StabilityReport:
         pairs = sorted(pair for pair in pairs if math.isfinite(pair[0]))
         total = sum(weight for _, weight in pairs)
         return tuple(value for value, _ in pairs), tuple(weight / total for _, weight in pairs)
+
+
+def applied_instead(report: StabilityReport, name: str) -> str:
+    """Say which rate is applied in place of the configured one.
+
+    Args:
+        report: The report.
+        name: ``"alpha"`` or ``"beta"``.
+
+    Returns:
+        ``"applied 0.1"``, say; empty where the rate is applied as configured.
+    """
+    applied = getattr(report, f"{name}_applied")
+    return f"applied {applied:.3g}" if applied < getattr(report, name) else ""
 
 
 def to_plain(report: StabilityReport) -> dict[str, Any]:

@@ -26,6 +26,16 @@ from lightning_maml_guard.poster.panels import FULL, SMALL, Panel
 
 # The linear panel's limits found by training: steps of each training, and inner rates.
 BISECTION_STEPS, BISECTED_RATES = 4000, 16
+# What is correlated with the largest meta rate that trained: a critical rate, and whether along the healthy runs.
+_PREDICTIONS = {
+    f"{name}, {'smallest along healthy runs' if along else 'at the start'}": (name, along)
+    for name in ("beta_c", "exact_beta_c")
+    for along in (False, True)
+}
+# What counts as trained decides the sign on networks: rates that barely lower the error go further.
+_SHARES = {f"{share:g} of the error before training": share for share in (TRAINED_SHARE, 0.5, 0.25)}
+# Inner rates that a correlation takes, and a growth.
+_ENOUGH = 3
 
 
 def write(
@@ -57,7 +67,7 @@ def write(
         points = np.stack([theory["alpha"], theory["beta_c found by training"]], 1)
         found["theory"] = theory
     found["minutes"] = (time.perf_counter() - began) / 60
-    _report(name, found)
+    _report(name, found, diagram)
     if points is not None:
         print(f"alpha_c: found by training {found['theory']['alpha_c found by training']:.6g}", end=", ")
         print(f"measured {found['theory']['alpha_c measured']:.6g}", end=", ")
@@ -98,8 +108,6 @@ def plain(value: Any) -> Any:
 
 def _columns(diagram: PhaseDiagram) -> dict[str, Any]:
     """Tabulate what trained beside what was predicted, and state the poster's claim as a number."""
-    alpha_c = float(np.nanmin(diagram.at_start("alpha_c")))
-    largest = _largest_alpha(diagram, TRAINED_SHARE)
     return {
         "trained means": "final error at most 0.9 of that before training, both with and without adaptation",
         "alpha": diagram.alphas,
@@ -108,26 +116,31 @@ def _columns(diagram: PhaseDiagram) -> dict[str, Any]:
         "beta_c, smallest along healthy runs": diagram.smallest_along("beta_c"),
         "exact beta_c at the start": diagram.at_start("exact_beta_c"),
         "exact beta_c, smallest along healthy runs": diagram.smallest_along("exact_beta_c"),
-        "alpha_c at the start": alpha_c,
-        "largest alpha that trained": largest,
+        "alpha_c at the start": _alpha_c(diagram),
+        "largest alpha that trained": _largest_alpha(diagram, TRAINED_SHARE),
         "Spearman with largest beta": {
-            f"{name}, {'smallest along healthy runs' if along else 'at the start'}": diagram.correlation(name, along)
-            for name in ("beta_c", "exact_beta_c")
-            for along in (False, True)
+            which: diagram.correlation(*prediction) for which, prediction in _PREDICTIONS.items()
         },
-        # What counts as trained decides the sign on networks: rates that barely lower the error go further.
         "claim by what counts as trained": {
-            f"{share:g} of the error before training": {
-                "towards alpha_c": diagram.growth_towards_limit(alpha_c, share),
-                "towards the largest alpha that trained": diagram.growth_towards_limit(
-                    _largest_alpha(diagram, share), share
-                ),
+            which: {
+                where: diagram.growth_towards_limit(limit, share) for where, limit in _limits(diagram, share).items()
             }
-            for share in (0.9, 0.5, 0.25)
+            for which, share in _SHARES.items()
         },
         "trained": int(diagram.trained.sum()),
         "diverged": int(diagram.diverged.sum()),
         "runs": int(diagram.final.size),
+    }
+
+
+def _alpha_c(diagram: PhaseDiagram) -> float:
+    return float(np.fmin.reduce(diagram.at_start("alpha_c")))
+
+
+def _limits(diagram: PhaseDiagram, share: float) -> dict[str, float]:
+    return {
+        "towards alpha_c": _alpha_c(diagram),
+        "towards the largest alpha that trained": _largest_alpha(diagram, share),
     }
 
 
@@ -136,7 +149,7 @@ def _largest_alpha(diagram: PhaseDiagram, share: float) -> float:
     return float(found.max()) if len(found) else math.nan
 
 
-def _report(name: str, found: dict[str, Any]) -> None:
+def _report(name: str, found: dict[str, Any], diagram: PhaseDiagram) -> None:
     """Print the table and the claim."""
     print(f"\n{name}: {found['trained']} of {found['runs']} runs trained ({found['trained means']}),", end=" ")
     print(f"{found['diverged']} diverged; tasks {'drawn anew' if found['resampled'] else 'the same'} at every step")
@@ -145,27 +158,59 @@ def _report(name: str, found: dict[str, Any]) -> None:
         print(f"  [{number}] {key}")
     print("".join(f"{f'[{number}]':>11s}" for number in range(1, len(names) + 1)))
     for row in zip(*(found[key] for key in names), strict=True):
-        print("".join(f"{value:11.4g}" for value in row))
-    limit = f"alpha_c at the start {found['alpha_c at the start']:.4g}"
-    if not found["trained"]:
-        print(limit)
-        print(_nothing_trained((FULL if found["full"] else SMALL)[name], found))
+        print("".join(f"{_shown(value):>11s}" for value in row))
+    if any(np.isnan(found[key]).any() for key in names):
+        print("A dash: no meta rate trained at that inner rate, or the critical rate could not be measured.")
+    limit = f"alpha_c at the start {_shown(found['alpha_c at the start'], otherwise='not known')}"
+    columns = int(np.isfinite(diagram.largest_beta).sum())
+    print(f"{limit}, largest alpha that trained {found['largest alpha that trained']:.4g}" if columns else limit)
+    if columns < _ENOUGH:
+        print(_too_few_trained((FULL if found["full"] else SMALL)[name], found, columns))
         return
-    print(f"{limit}, largest alpha that trained {found['largest alpha that trained']:.4g}")
     for which, value in found["Spearman with largest beta"].items():
-        print(f"Spearman of {which} with the largest beta that trained: {value:+.3f}")
+        said = _no_correlation(diagram, *_PREDICTIONS[which]) if math.isnan(value) else f"{value:+.3f}"
+        print(f"Spearman of {which} with the largest beta that trained: {said}")
     print("Growth of log10(largest beta) with alpha (the poster says: above 0), by what counts as trained:")
-    for share, grown in found["claim by what counts as trained"].items():
-        print(f"  {share}: " + ", ".join(f"{value:+.3f} {where}" for where, value in grown.items()))
+    for which, grown in found["claim by what counts as trained"].items():
+        print(f"  {which}: {_growth(diagram, _SHARES[which], grown)}")
 
 
-def _nothing_trained(own: Panel, found: dict[str, Any]) -> str:
-    columns = len(found["alpha"])
-    return (
-        f"Nothing trained in {found['steps']} steps on a grid of {columns} x {found['runs'] // columns} rates, so no "
-        f"limit can be compared with training: pass more --steps (the panel's own: {own.steps}) or a finer --grid (its "
-        f"own: {own.alphas[-1]} x {own.betas[-1]})."
+def _shown(value: float, otherwise: str = "-") -> str:
+    return otherwise if math.isnan(value) else f"{value:.4g}"
+
+
+def _too_few_trained(own: Panel, found: dict[str, Any], columns: int) -> str:
+    rates = len(found["alpha"])
+    run = f"in {found['steps']} steps on a grid of {rates} x {found['runs'] // rates} rates"
+    why = (
+        f"Only {columns} of the inner rates trained {run}, and a comparison takes {_ENOUGH}"
+        if columns
+        else f"Nothing trained {run}"
     )
+    return (
+        f"{why}, so no limit can be compared with the grid's training: pass more --steps (the panel's own: "
+        f"{own.steps}) or a finer --grid (its own: {own.alphas[-1]} x {own.betas[-1]})."
+    )
+
+
+def _no_correlation(diagram: PhaseDiagram, name: str, along: bool) -> str:
+    predicted = diagram.smallest_along(name) if along else diagram.at_start(name)
+    count = int((np.isfinite(predicted) & np.isfinite(diagram.largest_beta)).sum())
+    if count < _ENOUGH:
+        return f"no number, as {count} of the inner rates have both and it takes {_ENOUGH}"
+    return "no number, as one of the two is the same at all inner rates that have both"
+
+
+def _growth(diagram: PhaseDiagram, share: float, grown: dict[str, float]) -> str:
+    trained = np.isfinite(diagram.largest_beta_to(share))
+    if trained.sum() < _ENOUGH:
+        return f"no number, as {trained.sum()} of the inner rates trained that far and it takes {_ENOUGH}"
+    said = []
+    for where, limit in _limits(diagram, share).items():
+        count = (trained & (diagram.alphas <= limit)).sum()
+        few = f"no number {where} ({count} of the inner rates up to it trained, it takes {_ENOUGH})"
+        said.append(few if math.isnan(grown[where]) else f"{grown[where]:+.3f} {where}")
+    return ", ".join(said)
 
 
 def _meet_theory(problem: MetaProblem, steps: int, count: int) -> dict[str, Any]:
