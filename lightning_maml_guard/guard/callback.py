@@ -61,9 +61,9 @@ class ConvergenceGuard(Results, Callback):
     exact criterion's ratio tells dying runs better than the poster's (AUROC .84 against .60 one step ahead) and saves
     as many; ``margin=0.5`` ends rescued runs at 1.14 of the best healthy loss where 1 ends at 1.17, and would call half
     of the stable region its edge; with the repeated trial a ``patience`` above 1 only comes later (2 false alarms in 94
-    healthy runs checked every 5 steps). On the reporting set a guard at its defaults gives 0.4 warnings per 1000
-    healthy steps, and ``rescale`` with rollback brings all 146 dying runs to a finite end, half of those that can be
-    compared within 1.10 of the best; looking every 10 instead of every 100 steps (and when triggered) saves no more.
+    healthy runs checked every 5 steps). On the reporting set a guard at its defaults gives 0.5 warnings per 1000
+    healthy steps, and ``rescale`` with rollback brings all 140 dying runs to a finite end, half of those that can be
+    compared within 1.07 of the best; looking every 10 instead of every 100 steps (and when triggered) saves no more.
 
     Args:
         every_n_steps: Optimizer steps between two checks; the first is at step 0. None: every 100 steps, as far as
