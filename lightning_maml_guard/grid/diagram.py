@@ -15,6 +15,8 @@ from lightning_maml_guard.grid.fate import NEVER
 from lightning_maml_guard.theory.correlation import spearman
 
 TRAINED_SHARE = 0.9
+# Inner rates that a comparison with what trained takes: one for each third, and as many as Spearman's coefficient.
+FEWEST = 3
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,21 @@ class PhaseDiagram:
         Returns:
             Spearman's coefficient over the columns that have both; ``nan`` for fewer than 3, or without any variation.
         """
+        return spearman(*self.paired(name, along))
+
+    def paired(self, name: str, along: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Put a predicted meta rate beside the largest one that trained, where there are both.
+
+        Args:
+            name: ``"beta_c"`` or ``"exact_beta_c"``.
+            along: The smallest prediction along healthy runs in place of that before training.
+
+        Returns:
+            The two, each of shape ``(columns that have both,)``.
+        """
         predicted = self.smallest_along(name) if along else self.at_start(name)
         both = np.isfinite(predicted) & np.isfinite(self.largest_beta)
-        return spearman(predicted[both], self.largest_beta[both])
+        return predicted[both], self.largest_beta[both]
 
     def growth_towards_limit(self, limit: float, share: float = TRAINED_SHARE) -> float:
         """Say how much larger the usable meta rates are near a limit of ``alpha`` than far from it: the poster's claim.
@@ -144,13 +158,25 @@ class PhaseDiagram:
             limit, less that over the lower third. Positive: they grow, as the poster says; ``nan`` if fewer than 3
             columns below the limit trained.
         """
-        largest = self.largest_beta_to(share)
-        inside = largest[(self.alphas <= limit) & np.isfinite(largest)]
-        third = len(inside) // 3
-        if not third:
+        inside = self.trained_up_to(limit, share)
+        if len(inside) < FEWEST:
             return math.nan
+        third = len(inside) // 3
         logs = np.log10(inside)
         return float(logs[-third:].mean() - logs[:third].mean())
+
+    def trained_up_to(self, limit: float, share: float = TRAINED_SHARE) -> np.ndarray:
+        """List the largest meta rates that trained at the inner rates up to a limit.
+
+        Args:
+            limit: The limit; ``inf`` for all inner rates.
+            share: What counts as trained; see :meth:`trained_to`.
+
+        Returns:
+            One for each of these inner rates at which any trained, in their order.
+        """
+        largest = self.largest_beta_to(share)
+        return largest[(self.alphas <= limit) & np.isfinite(largest)]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the diagram to an npz file, all of it or nothing.

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from lightning_maml_guard.guard.coming import ClosureError
 from lightning_maml_guard.guard.governor import scheduled_rate
 from lightning_maml_guard.guard.isolation import isolated
 from lightning_maml_guard.guard.monitor import measure
-from lightning_maml_guard.guard.probe import Attempts, attempts, configured_inner_rate, owners, state_problem
+from lightning_maml_guard.guard.probe import Attempts, Problem, attempts, configured_inner_rate, owners, state_problem
 from lightning_maml_guard.guard.reporting import log_values, metrics, unlogged
 from lightning_maml_guard.guard.run import Run, Settings
 from lightning_maml_guard.guard.trial import Trial
@@ -86,31 +85,33 @@ class Checker:
 
     def end(self) -> None:
         """Take back a last step that lost the run: no check comes after it."""
-        run = self.run
-        if run.rescue.snapshot is None:
+        run, snapshot = self.run, self.run.rescue.snapshot
+        if snapshot is None:
             return
-        end_at_snapshot = partial(run.intervention.end_at_snapshot, self.trainer, self.module)
+        what = ""
         if not all(bool(torch.isfinite(each).all()) for each in self.module.parameters()):
-            end_at_snapshot("the last step made parameters non-finite")
+            what = "the last step made parameters non-finite"
         elif run.lookout.called:
             with run.memory.ranks.together(), self._undisturbed():
-                problem = state_problem(self.settings.problem, self.module, *run.replay.latest())
-                owned = owners(problem, self.trainer.optimizers)
-                loss = attempts([problem], self._fastest(owned), 0, self.trainer, run.memory)(run.rescue.caps).begin
-            start = run.lookout.range.start
-            if not math.isfinite(loss) or loss > self.settings.alarm * start:
-                end_at_snapshot(f"after the last step the loss was {loss:.3g} (training started at {start:.3g})")
+                problem, _, optimizer = self._stated(*run.replay.latest())
+                loss = attempts([problem], optimizer, 0, self.trainer, run.memory)(run.rescue.caps).begin
+            if run.lookout.range.lost(loss, self.settings.alarm):
+                start = run.lookout.range.start
+                what = f"after the last step the loss was {loss:.3g} (training started at {start:.3g})"
+        if what:
+            run.intervention.end_at(snapshot, self.trainer, self.module, what)
 
-    def _fastest(self, owned: list[int]) -> Optimizer:
-        return max((self.trainer.optimizers[index] for index in owned), key=scheduled_rate)
+    def _stated(self, batch: Any, batch_idx: int) -> tuple[Problem, list[int], Optimizer]:
+        """A step's problem, the indices of the optimizers that move it, and the fastest of these."""
+        problem = state_problem(self.settings.problem, self.module, batch, batch_idx)
+        owned = owners(problem, self.trainer.optimizers)
+        return problem, owned, max((self.trainer.optimizers[index] for index in owned), key=scheduled_rate)
 
     def _check(self, batch: Any, batch_idx: int, step: int, scheduled: bool) -> None:
         settings, run, trainer, module = self.settings, self.run, self.trainer, self.module
         present, failing, severe, reference = None, False, math.nan, math.nan
         with self._undisturbed():
-            problem = state_problem(settings.problem, module, batch, batch_idx)
-            owned = owners(problem, trainer.optimizers)
-            optimizer = self._fastest(owned)
+            problem, owned, optimizer = self._stated(batch, batch_idx)
             attempt = self._trials(problem, optimizer)
             if attempt is not None:
                 present, reference, severe = attempt.judged(run.rescue.caps, run.lookout.range.start, settings.alarm)

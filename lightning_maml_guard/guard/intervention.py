@@ -12,6 +12,7 @@ from lightning_maml_guard.guard.messages import Spelling, left, returned, rolled
 from lightning_maml_guard.guard.report import StabilityReport
 from lightning_maml_guard.guard.reporting import inform, logger_step, warn
 from lightning_maml_guard.guard.rescue import Rescue, critical_caps, reaches_alpha
+from lightning_maml_guard.guard.snapshot import Snapshot
 from lightning_maml_guard.guard.trial import Trial
 from lightning_maml_guard.theory.verdict import UNSAFE
 
@@ -167,22 +168,21 @@ class Intervention:
             self.course.note(step, "rolled back", message)
             warn(message)
 
-    def end_at_snapshot(self, trainer: Any, module: Any, what: str) -> None:
-        """End a run whose last step lost it at the last snapshot.
+    def end_at(self, snapshot: Snapshot, trainer: Any, module: Any, what: str) -> None:
+        """End a run whose last step lost it where a snapshot was taken.
 
         Args:
+            snapshot: The snapshot.
             trainer: The Trainer.
             module: The module.
             what: What is wrong with the parameters as they are.
         """
-        snapshot = self.rescue.snapshot
-        if snapshot is not None:
-            snapshot.restore(module, trainer.optimizers)
-            message = (
-                f"ConvergenceGuard: {what}, so parameters and optimizer state were taken back to step {snapshot.step}."
-            )
-            self.course.note(logger_step(trainer), "rolled back", message)
-            warn(message)
+        snapshot.restore(module, trainer.optimizers)
+        message = (
+            f"ConvergenceGuard: {what}, so parameters and optimizer state were taken back to step {snapshot.step}."
+        )
+        self.course.note(logger_step(trainer), "rolled back", message)
+        warn(message)
 
     def _stop(self, trainer: Any, step: int, reason: str) -> None:
         if self.stopped_step is None:

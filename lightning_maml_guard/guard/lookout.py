@@ -91,7 +91,7 @@ class Lookout:
         """
         if self.range.leaves(loss, norm) and triggers:
             self._spiked = True
-            self._lost = self._lost or not math.isfinite(loss) or loss > alarm * self.range.start
+            self._lost = self._lost or self.range.lost(loss, alarm)
 
     def state(self) -> dict[str, Any]:
         """Collect the state as primitives.

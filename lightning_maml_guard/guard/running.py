@@ -59,6 +59,18 @@ class RunningRange:
             self.norm = norm if math.isnan(self.norm) else _MEMORY * self.norm + (1 - _MEMORY) * norm
         return left
 
+    def lost(self, loss: float, alarm: float) -> bool:
+        """Say whether a loss is lost.
+
+        Args:
+            loss: The loss.
+            alarm: Factor on the loss at the start from which on it is.
+
+        Returns:
+            Whether it is that high or not finite.
+        """
+        return not math.isfinite(loss) or loss > alarm * self.start
+
     def state(self) -> dict[str, Any]:
         """Collect the state as primitives.
 

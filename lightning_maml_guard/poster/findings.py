@@ -18,7 +18,7 @@ from lightning_maml_guard.curvature.density import spectral_density
 from lightning_maml_guard.curvature.operators import Jacobian, task_gradient
 from lightning_maml_guard.grid.bisection import critical_alpha, critical_betas
 from lightning_maml_guard.grid.curvature import grid_rates
-from lightning_maml_guard.grid.diagram import TRAINED_SHARE, PhaseDiagram
+from lightning_maml_guard.grid.diagram import FEWEST, TRAINED_SHARE, PhaseDiagram
 from lightning_maml_guard.grid.gradients import copies
 from lightning_maml_guard.grid.optimizers import SGD
 from lightning_maml_guard.maml.problem import MetaProblem
@@ -34,8 +34,6 @@ _PREDICTIONS = {
 }
 # What counts as trained decides the sign on networks: rates that barely lower the error go further.
 _SHARES = {f"{share:g} of the error before training": share for share in (TRAINED_SHARE, 0.5, 0.25)}
-# Inner rates that a correlation takes, and a growth.
-_ENOUGH = 3
 
 
 def write(
@@ -162,9 +160,9 @@ def _report(name: str, found: dict[str, Any], diagram: PhaseDiagram) -> None:
     if any(np.isnan(found[key]).any() for key in names):
         print("A dash: no meta rate trained at that inner rate, or the critical rate could not be measured.")
     limit = f"alpha_c at the start {_shown(found['alpha_c at the start'], otherwise='not known')}"
-    columns = int(np.isfinite(diagram.largest_beta).sum())
+    columns = len(diagram.trained_up_to(math.inf))
     print(f"{limit}, largest alpha that trained {found['largest alpha that trained']:.4g}" if columns else limit)
-    if columns < _ENOUGH:
+    if columns < FEWEST:
         print(_too_few_trained((FULL if found["full"] else SMALL)[name], found, columns))
         return
     for which, value in found["Spearman with largest beta"].items():
@@ -183,7 +181,7 @@ def _too_few_trained(own: Panel, found: dict[str, Any], columns: int) -> str:
     rates = len(found["alpha"])
     run = f"in {found['steps']} steps on a grid of {rates} x {found['runs'] // rates} rates"
     why = (
-        f"Only {columns} of the inner rates trained {run}, and a comparison takes {_ENOUGH}"
+        f"Only {columns} of the inner rates trained {run}, and a comparison takes {FEWEST}"
         if columns
         else f"Nothing trained {run}"
     )
@@ -194,21 +192,20 @@ def _too_few_trained(own: Panel, found: dict[str, Any], columns: int) -> str:
 
 
 def _no_correlation(diagram: PhaseDiagram, name: str, along: bool) -> str:
-    predicted = diagram.smallest_along(name) if along else diagram.at_start(name)
-    count = int((np.isfinite(predicted) & np.isfinite(diagram.largest_beta)).sum())
-    if count < _ENOUGH:
-        return f"no number, as {count} of the inner rates have both and it takes {_ENOUGH}"
+    count = len(diagram.paired(name, along)[0])
+    if count < FEWEST:
+        return f"no number, as {count} of the inner rates have both and it takes {FEWEST}"
     return "no number, as one of the two is the same at all inner rates that have both"
 
 
 def _growth(diagram: PhaseDiagram, share: float, grown: dict[str, float]) -> str:
-    trained = np.isfinite(diagram.largest_beta_to(share))
-    if trained.sum() < _ENOUGH:
-        return f"no number, as {trained.sum()} of the inner rates trained that far and it takes {_ENOUGH}"
+    trained = len(diagram.trained_up_to(math.inf, share))
+    if trained < FEWEST:
+        return f"no number, as {trained} of the inner rates trained that far and it takes {FEWEST}"
     said = []
     for where, limit in _limits(diagram, share).items():
-        count = (trained & (diagram.alphas <= limit)).sum()
-        few = f"no number {where} ({count} of the inner rates up to it trained, it takes {_ENOUGH})"
+        count = len(diagram.trained_up_to(limit, share))
+        few = f"no number {where} ({count} of the inner rates up to it trained, it takes {FEWEST})"
         said.append(few if math.isnan(grown[where]) else f"{grown[where]:+.3f} {where}")
     return ", ".join(said)
 
