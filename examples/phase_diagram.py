@@ -6,7 +6,7 @@ into ``runs/phase_diagram``; run again, it goes on where it was broken off. Imag
 ``torchrun --nproc_per_node=N examples/phase_diagram.py ...`` deals the grid out over N processes.
 """
 
-from lightning_maml_guard.poster.command import main
+from lightning_maml_guard.cli.phase_diagram import main
 
 if __name__ == "__main__":
     main(prog="phase_diagram.py")

@@ -5,42 +5,42 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lightning_maml_guard._warnings import GuardWarning
+from lightning_maml_guard.utils.warnings import GuardWarning
 
 if TYPE_CHECKING:
-    from lightning_maml_guard.guard.callback import ConvergenceGuard
-    from lightning_maml_guard.guard.monitor import measure
-    from lightning_maml_guard.guard.report import StabilityReport
-    from lightning_maml_guard.guard.suggest import suggest_rates
-    from lightning_maml_guard.guard.suggestion import RateSuggestion
-    from lightning_maml_guard.maml.learning import MetaLearning
+    from lightning_maml_guard.guard.convergence_guard import ConvergenceGuard
+    from lightning_maml_guard.maml.meta_learning import MetaLearning
     from lightning_maml_guard.maml.module import MetaLearningModule
     from lightning_maml_guard.maml.problem import MetaProblem
-    from lightning_maml_guard.phase_diagram import PhaseDiagram, phase_diagram
+    from lightning_maml_guard.optim.stability_limits import stability_limit
+    from lightning_maml_guard.phase.diagram import PhaseDiagram, phase_diagram
+    from lightning_maml_guard.stability.measure import measure
+    from lightning_maml_guard.stability.report import StabilityReport
     from lightning_maml_guard.tasks.datamodule import TaskDataModule
     from lightning_maml_guard.tasks.episodes import EpisodeBatch
-    from lightning_maml_guard.theory.rates import CriticalRates, critical_rates
-    from lightning_maml_guard.theory.stability import stability_limit
+    from lightning_maml_guard.theory.critical_rates import CriticalRates, critical_rates
+    from lightning_maml_guard.tuner.suggest_rates import suggest_rates
+    from lightning_maml_guard.tuner.suggestion import RateSuggestion
 
 __version__ = "0.1.0"
 
 # Imported on first use: the mathematics must not cost Lightning's import.
 _HOMES = {
-    "ConvergenceGuard": "guard.callback",
-    "CriticalRates": "theory.rates",
+    "ConvergenceGuard": "guard.convergence_guard",
+    "CriticalRates": "theory.critical_rates",
     "EpisodeBatch": "tasks.episodes",
-    "MetaLearning": "maml.learning",
+    "MetaLearning": "maml.meta_learning",
     "MetaLearningModule": "maml.module",
     "MetaProblem": "maml.problem",
-    "PhaseDiagram": "grid.diagram",
-    "RateSuggestion": "guard.suggestion",
-    "StabilityReport": "guard.report",
+    "PhaseDiagram": "phase.result",
+    "RateSuggestion": "tuner.suggestion",
+    "StabilityReport": "stability.report",
     "TaskDataModule": "tasks.datamodule",
-    "critical_rates": "theory.rates",
-    "measure": "guard.monitor",
-    "phase_diagram": "phase_diagram",
-    "stability_limit": "theory.stability",
-    "suggest_rates": "guard.suggest",
+    "critical_rates": "theory.critical_rates",
+    "measure": "stability.measure",
+    "phase_diagram": "phase.diagram",
+    "stability_limit": "optim.stability_limits",
+    "suggest_rates": "tuner.suggest_rates",
 }
 
 __all__ = [

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_maml_guard._channels_last import convolved, pays
-from lightning_maml_guard._checks import check_choice, check_count, check_flag, shown
-from lightning_maml_guard._first_block import applies, first_block
-from lightning_maml_guard._norm_block import norm_relu_pool
+from lightning_maml_guard.kernels.channels_last import convolved, pays
+from lightning_maml_guard.kernels.first_block import applies, first_block
+from lightning_maml_guard.kernels.norm_block import norm_relu_pool
+from lightning_maml_guard.utils.checks import check_choice, check_count, check_flag, shown
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "softplus": nn.Softplus}
 

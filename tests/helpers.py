@@ -17,7 +17,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 from lightning_maml_guard import EpisodeBatch, GuardWarning, MetaLearningModule
-from lightning_maml_guard._lightning import Trainer
+from lightning_maml_guard.utils.lightning_compat import Trainer
 
 
 def bisect(converges: Callable[[float], bool], low: float, high: float, relative: float = 1e-4) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_maml_guard.maml.gradients import meta_gradient
+from lightning_maml_guard.maml.meta_gradient import meta_gradient
 from lightning_maml_guard.tasks.episodes import episode_generator
 from lightning_maml_guard.tasks.regression import Sinusoid
 from tests.helpers import dense_hessian, guard_warns
@@ -95,7 +95,7 @@ def test_plain_training_reports_the_sharpness_of_its_own_loss(capsys):
 
 def test_plain_trainings_limit_is_that_of_the_dense_hessian():
     from lightning_maml_guard import measure
-    from lightning_maml_guard.guard.plain import training_step_problem
+    from lightning_maml_guard.stability.plain import training_step_problem
 
     module = example("plain_training")["Regression"]().double()
     x = torch.linspace(-2, 2, 32, dtype=torch.float64).unsqueeze(1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_maml_guard.cli import main
+from lightning_maml_guard.cli.main import main
 
 pytestmark = pytest.mark.slow
 QUIET = ["--trainer.enable_progress_bar", "false"]

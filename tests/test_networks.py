@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from lightning_maml_guard import MetaLearningModule, measure, networks
-from lightning_maml_guard._channels_last import pays
-from lightning_maml_guard.maml.gradients import meta_gradient
+from lightning_maml_guard.kernels.channels_last import pays
+from lightning_maml_guard.maml.meta_gradient import meta_gradient
 from lightning_maml_guard.networks import conv4, mlp
 
 

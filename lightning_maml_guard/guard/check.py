@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from lightning_maml_guard._warnings import GuardWarning
 from lightning_maml_guard.guard import messages
-from lightning_maml_guard.guard.coming import ClosureError
-from lightning_maml_guard.guard.governor import scheduled_rate
 from lightning_maml_guard.guard.isolation import isolated
-from lightning_maml_guard.guard.monitor import measure
+from lightning_maml_guard.guard.loggers import log_values, metrics, unlogged
+from lightning_maml_guard.guard.lookahead import Trial
 from lightning_maml_guard.guard.probe import Attempts, Problem, attempts, configured_inner_rate, owners, state_problem
-from lightning_maml_guard.guard.reporting import log_values, metrics, unlogged
 from lightning_maml_guard.guard.run import Run, Settings
-from lightning_maml_guard.guard.trial import Trial
 from lightning_maml_guard.maml.problem import MetaProblem
-from lightning_maml_guard.theory.verdict import UNRESOLVED, UNSAFE, fails, passes
+from lightning_maml_guard.optim.lr_cap import scheduled_rate
+from lightning_maml_guard.optim.shadow import ClosureError
+from lightning_maml_guard.stability.measure import measure
+from lightning_maml_guard.theory.limits import UNRESOLVED, UNSAFE, fails, passes
+from lightning_maml_guard.utils.warnings import GuardWarning
 
 
 class Checker:

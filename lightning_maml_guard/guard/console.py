@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_maml_guard.guard.report import StabilityReport
-from lightning_maml_guard.theory.verdict import EDGE, SAFE, UNSAFE
+from lightning_maml_guard.stability.report import StabilityReport
+from lightning_maml_guard.theory.limits import EDGE, SAFE, UNSAFE
 
 # What a terminal's theme makes of these words is readable on its background; unsafe is bold for who sees no red.
 _STYLES = {SAFE: "green", EDGE: "yellow", UNSAFE: "bold red"}

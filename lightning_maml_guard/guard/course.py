@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from lightning_maml_guard._warnings import GuardWarning
-from lightning_maml_guard.guard.report import StabilityReport
-from lightning_maml_guard.guard.reporting import warn
-from lightning_maml_guard.theory.verdict import UNSAFE, Watch, advance
+from lightning_maml_guard.guard.loggers import warn
+from lightning_maml_guard.stability.report import StabilityReport
+from lightning_maml_guard.theory.limits import UNSAFE, Watch, advance
+from lightning_maml_guard.utils.warnings import GuardWarning
 
 _EVENTS = 1000  # kept at most
 # Shares of the largest curvature so far and of the loss at the start: a dead network has hardly any of the first left,
@@ -42,7 +42,7 @@ class Course:
 
     Attributes:
         patience: Consecutive failures before a state is unsafe.
-        alarm: See :func:`lightning_maml_guard.theory.verdict.advance`.
+        alarm: See :func:`lightning_maml_guard.theory.limits.advance`.
         watches: The states by what they are about.
         said: The gist of what was said once.
         sharpest: The largest ``lambda_max`` so far.

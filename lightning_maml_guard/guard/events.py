@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lightning_maml_guard.guard.messages import reasons
-from lightning_maml_guard.guard.report import StabilityReport
+from lightning_maml_guard.stability.report import StabilityReport
 
 
 class Event(NamedTuple):

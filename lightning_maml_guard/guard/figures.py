@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from lightning_maml_guard.guard.report import StabilityReport
-from lightning_maml_guard.plots import safe_region
-from lightning_maml_guard.plots_run import histogram, new_figure, ritz
+from lightning_maml_guard.plots.region import safe_region
+from lightning_maml_guard.plots.spectrum import histogram, ritz
+from lightning_maml_guard.plots.style import new_figure
+from lightning_maml_guard.stability.report import StabilityReport
 
 # A run whose state flaps would otherwise spend its time on drawing.
 _CHECKS_BETWEEN = 10

@@ -6,15 +6,15 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from lightning_maml_guard.guard.caps import Caps, Try, lowered, raised
 from lightning_maml_guard.guard.course import Course, Turn
+from lightning_maml_guard.guard.loggers import inform, logger_step, warn
+from lightning_maml_guard.guard.lookahead import Trial
 from lightning_maml_guard.guard.messages import Spelling, left, returned, rolled_back
-from lightning_maml_guard.guard.report import StabilityReport
-from lightning_maml_guard.guard.reporting import inform, logger_step, warn
+from lightning_maml_guard.guard.rescale import Caps, Try, lowered, raised
 from lightning_maml_guard.guard.rescue import Rescue, critical_caps, reaches_alpha
-from lightning_maml_guard.guard.snapshot import Snapshot
-from lightning_maml_guard.guard.trial import Trial
-from lightning_maml_guard.theory.verdict import UNSAFE
+from lightning_maml_guard.optim.snapshot import Snapshot
+from lightning_maml_guard.stability.report import StabilityReport
+from lightning_maml_guard.theory.limits import UNSAFE
 
 
 class Intervention:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_maml_guard._randomness import preserved_randomness
+from lightning_maml_guard.utils.random_state import preserved_randomness
 
 Undo = Callable[[], object]
 

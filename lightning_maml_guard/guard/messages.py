@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from lightning_maml_guard.curvature.ranks import SharedError
-from lightning_maml_guard.guard.caps import Caps
-from lightning_maml_guard.guard.report import StabilityReport
-from lightning_maml_guard.guard.trial import Trial
-from lightning_maml_guard.theory.verdict import SAFE
+from lightning_maml_guard.guard.lookahead import Trial
+from lightning_maml_guard.guard.rescale import Caps
+from lightning_maml_guard.stability.report import StabilityReport
+from lightning_maml_guard.theory.limits import SAFE
+from lightning_maml_guard.utils.distributed import SharedError
 
 _WIDTH = 100
 # Reasons are sentences; the last one of those that have a remedy is the remedy.

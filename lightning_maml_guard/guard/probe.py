@@ -12,15 +12,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_maml_guard._checks import shown
-from lightning_maml_guard.guard.caps import Caps
-from lightning_maml_guard.guard.coming import Clip
-from lightning_maml_guard.guard.governor import scheduled_rate
-from lightning_maml_guard.guard.plain import PlainProblem, training_step_problem
-from lightning_maml_guard.guard.products import Memory
-from lightning_maml_guard.guard.trial import Trial, TrialRunner
+from lightning_maml_guard.guard.lookahead import Trial, TrialRunner
+from lightning_maml_guard.guard.rescale import Caps
 from lightning_maml_guard.maml.problem import MetaProblem
-from lightning_maml_guard.theory.verdict import passes, severity
+from lightning_maml_guard.optim.lr_cap import scheduled_rate
+from lightning_maml_guard.optim.shadow import Clip
+from lightning_maml_guard.stability.hvp import Memory
+from lightning_maml_guard.stability.plain import PlainProblem, training_step_problem
+from lightning_maml_guard.theory.limits import passes, severity
+from lightning_maml_guard.utils.checks import shown
 
 Problem = MetaProblem | PlainProblem
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lightning_maml_guard._lightning import MisconfigurationException
-from lightning_maml_guard.curvature.ranks import ProcessGroup, Ranks
+from lightning_maml_guard.utils.distributed import ProcessGroup, Ranks
+from lightning_maml_guard.utils.lightning_compat import MisconfigurationException
 
 # By name, so that both Lightning packages' classes, and those derived from them, are known.
 _TESTED = frozenset({"SingleDeviceStrategy", "DDPStrategy"})

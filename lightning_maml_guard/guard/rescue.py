@@ -8,11 +8,11 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_maml_guard.curvature.ranks import Ranks
-from lightning_maml_guard.guard.caps import Caps
-from lightning_maml_guard.guard.governor import RateGovernor
-from lightning_maml_guard.guard.report import StabilityReport
-from lightning_maml_guard.guard.snapshot import Snapshot
+from lightning_maml_guard.guard.rescale import Caps
+from lightning_maml_guard.optim.lr_cap import RateGovernor
+from lightning_maml_guard.optim.snapshot import Snapshot
+from lightning_maml_guard.stability.report import StabilityReport
+from lightning_maml_guard.utils.distributed import Ranks
 
 
 class Rescue:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_maml_guard.guard.messages import IN_PYTHON, Spelling
-from lightning_maml_guard.guard.report import StabilityReport
 from lightning_maml_guard.guard.run import Run
+from lightning_maml_guard.stability.report import StabilityReport
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,7 +72,7 @@ class Results:
         Returns:
             ``(fig, ax)`` of matplotlib.
         """
-        from lightning_maml_guard.plots import safe_region
+        from lightning_maml_guard.plots.region import safe_region
 
         return safe_region(self.history)
 
@@ -89,6 +89,6 @@ class Results:
             FileNotFoundError: If the folder does not exist.
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        from lightning_maml_guard.guard.page import write
+        from lightning_maml_guard.guard.html_report import write
 
         return write(self, path)

@@ -7,21 +7,21 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from lightning_maml_guard.curvature.ranks import Ranks
-from lightning_maml_guard.guard.budget import Budget
 from lightning_maml_guard.guard.console import Gauges
 from lightning_maml_guard.guard.course import Course
-from lightning_maml_guard.guard.estimate import Estimator
 from lightning_maml_guard.guard.figures import Figures
 from lightning_maml_guard.guard.intervention import Intervention
-from lightning_maml_guard.guard.lookout import Lookout
 from lightning_maml_guard.guard.messages import Spelling
-from lightning_maml_guard.guard.products import Memory
-from lightning_maml_guard.guard.replay import Replay
-from lightning_maml_guard.guard.report import StabilityReport, from_plain, to_plain
+from lightning_maml_guard.guard.replay_buffer import Replay
 from lightning_maml_guard.guard.rescue import Rescue
-from lightning_maml_guard.guard.snapshot import Snapshot
+from lightning_maml_guard.guard.schedule import Lookout
 from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.optim.snapshot import Snapshot
+from lightning_maml_guard.stability.budget import Budget
+from lightning_maml_guard.stability.estimators import Estimator
+from lightning_maml_guard.stability.hvp import Memory
+from lightning_maml_guard.stability.report import StabilityReport, from_plain, to_plain
+from lightning_maml_guard.utils.distributed import Ranks
 
 
 class Settings(Protocol):

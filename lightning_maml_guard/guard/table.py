@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from lightning_maml_guard.guard.report import StabilityReport
+from lightning_maml_guard.stability.report import StabilityReport
 
 if TYPE_CHECKING:
     import pandas as pd

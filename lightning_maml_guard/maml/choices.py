@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_leaves
 
-from lightning_maml_guard._allocator import held
-from lightning_maml_guard._folders import user_cache
-from lightning_maml_guard._vectorize import Strategy
+from lightning_maml_guard.kernels.allocator import held
 from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.utils.io import user_cache
+from lightning_maml_guard.utils.task_map import Strategy
 
 
 def signature(problem: MetaProblem, label: str) -> str:

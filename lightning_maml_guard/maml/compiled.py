@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from lightning_maml_guard._checks import first_line
-from lightning_maml_guard._vectorize import TaskMap
-from lightning_maml_guard._warnings import GuardWarning
-from lightning_maml_guard.maml.gradients import Auxiliary, MetaGradient, averaged, meta_gradient, task_meta_gradient
 from lightning_maml_guard.maml.inner_loop import detached
+from lightning_maml_guard.maml.meta_gradient import Auxiliary, MetaGradient, averaged, meta_gradient, task_meta_gradient
 from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.utils.checks import first_line
+from lightning_maml_guard.utils.task_map import TaskMap
+from lightning_maml_guard.utils.warnings import GuardWarning
 
 # Conditions on torch's functions and on ours: that nobody has put others in their places.
 _LIBRARY = re.compile(r"G\['__import_(torch|lightning_maml_guard)('|_dot_)")
@@ -34,7 +34,7 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class CompiledMetaGradient:
-    """Computes what :func:`~lightning_maml_guard.maml.gradients.meta_gradient` does, compiled.
+    """Computes what :func:`~lightning_maml_guard.maml.meta_gradient.meta_gradient` does, compiled.
 
     What is compiled is the meta-gradient of one task for a map that loops, else of the vmapped tasks. If that
     fails and the plain computation does not, it says so once and computes plainly from then on.

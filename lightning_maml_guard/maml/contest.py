@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_maml_guard._randomness import preserved_randomness
-from lightning_maml_guard._vectorize import Strategy, TaskMap, task_map
+from lightning_maml_guard.utils.random_state import preserved_randomness
+from lightning_maml_guard.utils.task_map import Strategy, TaskMap, task_map
 
 _CHUNKS = (2, 4, 8, 16, 32)
 # The whole trial's, after which nothing new is begun; one candidate's, after which it is not repeated.

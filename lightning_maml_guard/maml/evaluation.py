@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_map
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_maml_guard._vectorize import TaskMap
-from lightning_maml_guard.maml.batches import explained
+from lightning_maml_guard.maml.batch_errors import explained
 from lightning_maml_guard.maml.inner_loop import Params, adapt, detached
 from lightning_maml_guard.maml.problem import MetaProblem
-from lightning_maml_guard.maml.strategy import Vectorization
+from lightning_maml_guard.maml.vectorization import Vectorization
+from lightning_maml_guard.utils.task_map import TaskMap
 
 
 class EpisodeMean(Metric):

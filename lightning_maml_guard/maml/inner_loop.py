@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_maml_guard.maml.derivative import gradient
+from lightning_maml_guard.maml.gradient import gradient
 
 Params = dict[str, Tensor]
 TaskLoss = Callable[[Params, Any], Tensor]

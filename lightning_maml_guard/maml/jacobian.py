@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_maml_guard._vectorize import TaskMap, task_count
-from lightning_maml_guard.curvature.operators import Field, FieldValue, gradient_of
-from lightning_maml_guard.maml.gradients import SideBySide, task_meta_gradient, task_meta_gradients
+from lightning_maml_guard.linalg.operators import Field, FieldValue, gradient_of
 from lightning_maml_guard.maml.inner_loop import InnerRate, Params, adapt, detached
+from lightning_maml_guard.maml.meta_gradient import SideBySide, task_meta_gradient, task_meta_gradients
 from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.utils.task_map import TaskMap, task_count
 
 
 def is_symmetric(problem: MetaProblem) -> bool:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_maml_guard._checks import check_function
+from lightning_maml_guard.utils.checks import check_function
 
 
 def default_loss(prediction: Tensor, target: Tensor) -> Tensor:

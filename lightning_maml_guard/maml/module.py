@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lightning_maml_guard._lightning import LightningModule
-from lightning_maml_guard.maml.learning import MetaLearning
+from lightning_maml_guard.maml.meta_learning import MetaLearning
+from lightning_maml_guard.utils.lightning_compat import LightningModule
 
 
 class MetaLearningModule(MetaLearning, LightningModule):

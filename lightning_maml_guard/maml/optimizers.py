@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Adam, Optimizer
 
-from lightning_maml_guard._checks import check_function, shown
-from lightning_maml_guard._warnings import GuardWarning
+from lightning_maml_guard.utils.checks import check_function, shown
+from lightning_maml_guard.utils.warnings import GuardWarning
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], Any]

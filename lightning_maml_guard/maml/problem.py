@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_maml_guard._checks import check_function, shown
-from lightning_maml_guard._vectorize import TaskMap, task_count
 from lightning_maml_guard.theory.multiplier import check_order, check_rate
+from lightning_maml_guard.utils.checks import check_function, shown
+from lightning_maml_guard.utils.task_map import TaskMap, task_count
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lightning_maml_guard._folders import user_cache
-from lightning_maml_guard._warnings import GuardWarning
 from lightning_maml_guard.tasks.sources import Source, decode
+from lightning_maml_guard.utils.io import user_cache
+from lightning_maml_guard.utils.warnings import GuardWarning
 
 # Raised when decoding changes, so that no older cache is taken for a new one.
 _VERSION = 1

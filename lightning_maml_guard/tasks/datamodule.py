@@ -8,9 +8,9 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lightning_maml_guard._checks import check_count, check_flag
-from lightning_maml_guard._lightning import LightningDataModule, no_loader
 from lightning_maml_guard.tasks.episodes import EpisodeBatch, TaskFamily, episode_generator
+from lightning_maml_guard.utils.checks import check_count, check_flag
+from lightning_maml_guard.utils.lightning_compat import LightningDataModule, no_loader
 
 
 class _Episodes(Dataset[EpisodeBatch]):

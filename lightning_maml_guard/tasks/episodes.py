@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_maml_guard._checks import check_choice, check_count, shown
+from lightning_maml_guard.utils.checks import check_choice, check_count, shown
 
 SPLITS = ("train", "val", "test")
 

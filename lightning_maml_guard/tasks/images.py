@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_maml_guard._checks import check_count, check_flag, check_folder, shown
 from lightning_maml_guard.tasks.episodes import SPLITS, check_episode
 from lightning_maml_guard.tasks.image_family import ImageFamily, Splits, decoded
 from lightning_maml_guard.tasks.omniglot import DRAWERS, load_omniglot
@@ -23,6 +22,7 @@ from lightning_maml_guard.tasks.sources import (
     data_root,
     read_split,
 )
+from lightning_maml_guard.utils.checks import check_count, check_flag, check_folder, shown
 
 __all__ = ["ClassFolders", "DatasetError", "ImageFamily", "MiniImageNet", "Omniglot", "data_root", "load_omniglot"]
 

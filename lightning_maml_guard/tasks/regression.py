@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_maml_guard._checks import check_choice, check_count, check_flag, check_number
 from lightning_maml_guard.tasks.episodes import EpisodeBatch, TaskFamily, check_sampling
+from lightning_maml_guard.utils.checks import check_choice, check_count, check_flag, check_number
 
 
 def _check_positive(**numbers: int) -> None:

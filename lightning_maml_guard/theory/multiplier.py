@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_maml_guard._checks import check_choice, check_count, check_number
+from lightning_maml_guard.utils.checks import check_choice, check_count, check_number
 
 ORDERS = ("exact", "first", "simplified")
 

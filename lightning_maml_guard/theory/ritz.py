@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lightning_maml_guard.theory.critical_rates import CriticalRates, assemble, critical_rates
 from lightning_maml_guard.theory.multiplier import check_order, check_rate, multiplier
-from lightning_maml_guard.theory.rates import CriticalRates, assemble, critical_rates
 
 
 def ritz_values(diagonal: Sequence[float], off_diagonal: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

@@ -16,11 +16,11 @@ from lightning_maml_guard import (
     critical_rates,
     measure,
 )
-from lightning_maml_guard._checks import shown
 from lightning_maml_guard.networks import conv4, mlp
 from lightning_maml_guard.tasks.episodes import check_episode
 from lightning_maml_guard.tasks.images import Omniglot
 from lightning_maml_guard.tasks.regression import LinearRegression, Sinusoid
+from lightning_maml_guard.utils.checks import shown
 from tests.bad_input.helpers import not_counts, not_flags, not_rates, refused
 
 PROBLEM = MetaProblem(

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lightning_maml_guard import ConvergenceGuard, EpisodeBatch, MetaLearningModule, MetaProblem, measure
-from lightning_maml_guard.maml.batches import BatchError
-from lightning_maml_guard.maml.gradients import meta_gradient
+from lightning_maml_guard.maml.batch_errors import BatchError
+from lightning_maml_guard.maml.meta_gradient import meta_gradient
 from lightning_maml_guard.networks import conv4, mlp
 from tests.bad_input.test_arguments import problem
 from tests.helpers import fit, guard_warns

@@ -17,8 +17,8 @@ from torch import nn
 from torch.optim import SGD
 
 from lightning_maml_guard import ConvergenceGuard, EpisodeBatch, GuardWarning, MetaLearningModule
-from lightning_maml_guard._lightning import Callback
 from lightning_maml_guard.guard.check import Checker
+from lightning_maml_guard.utils.lightning_compat import Callback
 from tests.helpers import fit, guard_warns, linear_module, one_line, quadratic_batch
 
 PACKAGE = Path(__file__).parents[2] / "lightning_maml_guard"
@@ -341,7 +341,7 @@ def test_a_check_that_fails_before_it_acts_warns_of_the_rates_at_the_next(monkey
 
 
 def test_a_snapshot_of_other_tensors_is_not_put_back():
-    from lightning_maml_guard.guard.snapshot import Snapshot
+    from lightning_maml_guard.optim.snapshot import Snapshot
 
     module = nn.Linear(2, 1)
     optimizer = SGD([module.weight], lr=0.1)

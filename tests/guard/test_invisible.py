@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR, OneC
 from torch.utils.data import DataLoader
 
 from lightning_maml_guard import ConvergenceGuard, GuardWarning, MetaLearningModule, MetaProblem
-from lightning_maml_guard._lightning import LightningModule, Trainer, seed_everything
 from lightning_maml_guard.tasks.regression import Sinusoid
+from lightning_maml_guard.utils.lightning_compat import LightningModule, Trainer, seed_everything
 from tests.helpers import left_behind
 
 STEPS = 8

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_maml_guard._randomness import preserved_randomness
 from lightning_maml_guard.guard.isolation import isolated
+from lightning_maml_guard.utils.random_state import preserved_randomness
 
 
 class Probe(nn.Module):

@@ -8,10 +8,10 @@ from torch import nn
 
 from lightning_maml_guard import measure
 from lightning_maml_guard.guard.isolation import isolated
-from lightning_maml_guard.guard.plain import training_step_problem
-from tests.curvature.test_backward import Attention, Recurrent, Sdpa
-from tests.guard.test_plain import Shared, Tied
+from lightning_maml_guard.stability.plain import training_step_problem
 from tests.helpers import dense_by_differences, symmetric_top
+from tests.stability.test_plain_training import Shared, Tied
+from tests.utils.test_double_backward import Attention, Recurrent, Sdpa
 
 
 class Unused(nn.Module):

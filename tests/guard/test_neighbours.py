@@ -20,7 +20,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_maml_guard import ConvergenceGuard, GuardWarning
-from lightning_maml_guard._lightning import Callback, LightningModule, Trainer, seed_everything
+from lightning_maml_guard.utils.lightning_compat import Callback, LightningModule, Trainer, seed_everything
 from tests.helpers import fit, is_free_of_hooks, left_behind, linear_module, quadratic_batch
 
 EPOCHS, BATCHES, CAP = 3, 5, 0.05

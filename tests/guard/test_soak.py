@@ -9,9 +9,9 @@ import torch
 from torch.optim import SGD
 
 from lightning_maml_guard import ConvergenceGuard, MetaLearningModule, TaskDataModule
-from lightning_maml_guard._lightning import Callback, Trainer
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.regression import Sinusoid
+from lightning_maml_guard.utils.lightning_compat import Callback, Trainer
 from tests.helpers import QUIET
 
 PAGE = 4096

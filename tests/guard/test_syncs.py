@@ -8,16 +8,16 @@ import torch
 from torch.optim import SGD
 
 from lightning_maml_guard import ConvergenceGuard, MetaLearningModule, MetaProblem, measure
-from lightning_maml_guard.curvature import lanczos
-from lightning_maml_guard.guard import krylov
 from lightning_maml_guard.guard.check import Checker
-from lightning_maml_guard.guard.products import Memory
+from lightning_maml_guard.linalg import lanczos
 from lightning_maml_guard.networks import mlp
+from lightning_maml_guard.stability import krylov_stopping as krylov
+from lightning_maml_guard.stability.hvp import Memory
 from lightning_maml_guard.tasks.regression import Sinusoid
-from tests.guard.test_basis_kinds import with_moments
-from tests.guard.test_monitor import sinusoid_problem
 from tests.helpers import fit
 from tests.host_syncs import HostSyncs
+from tests.stability.test_basis_kinds import with_moments
+from tests.stability.test_measure import sinusoid_problem
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch.optim import SGD
 from torchmetrics import MeanSquaredError
 
 from lightning_maml_guard import ConvergenceGuard, EpisodeBatch, GuardWarning, MetaLearningModule
-from lightning_maml_guard.maml.gradients import meta_gradient
+from lightning_maml_guard.maml.meta_gradient import meta_gradient
 from lightning_maml_guard.networks import mlp
 from tests.helpers import fit, guard_warns
 

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from lightning_maml_guard import EpisodeBatch, MetaLearningModule, MetaProblem
-from lightning_maml_guard._vectorize import TaskMap
-from lightning_maml_guard.curvature.backward import double_backward
-from lightning_maml_guard.curvature.operators import Jacobian
-from lightning_maml_guard.maml.gradients import meta_gradient
+from lightning_maml_guard.linalg.operators import Jacobian
 from lightning_maml_guard.maml.jacobian import curvature_by_task, meta_field
+from lightning_maml_guard.maml.meta_gradient import meta_gradient
+from lightning_maml_guard.utils.double_backward import double_backward
+from lightning_maml_guard.utils.task_map import TaskMap
 
 NORMS = {
     "batch": lambda: nn.BatchNorm1d(5),

@@ -6,12 +6,12 @@ from torch import nn
 from torch.func import functional_call
 
 from lightning_maml_guard import EpisodeBatch, MetaLearningModule
-from lightning_maml_guard._vectorize import task_map
-from lightning_maml_guard.curvature.backward import double_backward
-from lightning_maml_guard.curvature.layout import Layout
-from lightning_maml_guard.maml.gradients import meta_gradient
+from lightning_maml_guard.linalg.layout import Layout
 from lightning_maml_guard.maml.jacobian import meta_field
+from lightning_maml_guard.maml.meta_gradient import meta_gradient
 from lightning_maml_guard.networks import conv4, mlp
+from lightning_maml_guard.utils.double_backward import double_backward
+from lightning_maml_guard.utils.task_map import task_map
 from tests.helpers import guard_warns
 
 ALPHA, WAYS = 0.05, ("all", 2, 3, "loop")  # five tasks: the last chunk is smaller

@@ -62,7 +62,7 @@ train(pl, Plain(), DataLoader(torch.ones(12, 2), batch_size=2))
 """
 COMMAND = """
 import lightning.pytorch
-from lightning_maml_guard.cli import main
+from lightning_maml_guard.cli.main import main
 cli = main(["linear", "--guard", "log", "--trainer.max_steps", "3", "--data.val_episodes", "0", "--data.test_episodes", "4",
             "--trainer.enable_progress_bar", "false"])
 assert type(cli.trainer).__module__.startswith("lightning.pytorch") and len(cli.guard.history) == 1

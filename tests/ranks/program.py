@@ -12,7 +12,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 from lightning_maml_guard import ConvergenceGuard, EpisodeBatch, GuardWarning, MetaLearningModule
-from lightning_maml_guard._lightning import Callback, Trainer
+from lightning_maml_guard.utils.lightning_compat import Callback, Trainer
 
 STEPS = 24
 # (guard options, outer rate, step at which a check fails on rank 1)

@@ -10,10 +10,10 @@ import torch.multiprocessing as processes
 from torch import nn
 
 from lightning_maml_guard import ConvergenceGuard, MetaProblem, measure
-from lightning_maml_guard._lightning import MisconfigurationException
-from lightning_maml_guard.curvature.ranks import ProcessGroup, SharedError
 from lightning_maml_guard.guard.processes import check_strategy
-from lightning_maml_guard.guard.products import Memory
+from lightning_maml_guard.stability.hvp import Memory
+from lightning_maml_guard.utils.distributed import ProcessGroup, SharedError
+from lightning_maml_guard.utils.lightning_compat import MisconfigurationException
 from tests.helpers import fit, linear_module, quadratic_batch
 from tests.ranks.program import CASES, STEPS, Module, episodes, part, train
 

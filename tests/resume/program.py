@@ -13,9 +13,9 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.optim import SGD, Adam
 
 from lightning_maml_guard import ConvergenceGuard, GuardWarning, MetaLearningModule, TaskDataModule
-from lightning_maml_guard._lightning import Trainer
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.regression import Sinusoid
+from lightning_maml_guard.utils.lightning_compat import Trainer
 
 STEPS = 60
 # (guard options, optimizer, factor by which one step loses the parameters)

@@ -3,8 +3,8 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_maml_guard import TaskDataModule
-from lightning_maml_guard._lightning import LightningModule, Trainer
 from lightning_maml_guard.tasks.regression import Sinusoid
+from lightning_maml_guard.utils.lightning_compat import LightningModule, Trainer
 
 
 def batches(loader):

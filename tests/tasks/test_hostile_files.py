@@ -16,10 +16,10 @@ from PIL import EpsImagePlugin, Image
 
 import lightning_maml_guard
 from lightning_maml_guard import ConvergenceGuard, MetaLearningModule
-from lightning_maml_guard._lightning import Trainer
-from lightning_maml_guard.cli import main
+from lightning_maml_guard.cli.main import main
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.images import DatasetError, Omniglot, load_omniglot
+from lightning_maml_guard.utils.lightning_compat import Trainer
 from tests.helpers import fit
 
 BATCH = ((torch.ones(2, 5, 1), torch.zeros(2, 5, 1)),) * 2

@@ -1,0 +1,3 @@
+from benchmarks.check_cost.run import main
+
+main()

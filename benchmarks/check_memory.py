@@ -1,0 +1,126 @@
+"""What a check needs in memory: ``python -m benchmarks.check_memory [--out FILE]``.
+
+An MLP regressor of ``--parameters`` (10M) under ``measure(criterion="exact")``, in float32 on the host, each row in a
+fresh process: the peak of its resident memory over what it had before the check, in vectors of the parameters' size.
+``tol`` is so small that every run takes its ``max_iter`` products; the self-check of a first measurement, which comes
+once, is left out. The allocator gives back what is freed (MALLOC_MMAP_THRESHOLD_), so that the peak is what was in use.
+The formula is that of ``measure``'s docstring. With ``basis="cpu"`` the vectors would be on the host beside a device;
+here both are one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import SGD, Adam, Optimizer
+
+from lightning_maml_guard import MetaLearningModule, MetaProblem, measure
+from lightning_maml_guard.networks import mlp
+from lightning_maml_guard.stability.hvp import Memory
+from lightning_maml_guard.tasks.regression import Sinusoid
+
+BYTES = {"device": 4, "cpu": 4, "bfloat16": 2}
+# (tasks, inner steps, optimizer): the second and later ones for the graph's size alone
+PROBLEMS = [(2, 1, "SGD"), (1, 1, "SGD"), (4, 1, "SGD"), (2, 2, "SGD"), (2, 1, "Adam")]
+LENGTHS = (1, 5, 20)
+
+
+def made(width: int, tasks: int, inner_steps: int, optimizer: str) -> tuple[MetaProblem, Optimizer]:
+    """The problem, and an optimizer that has stepped."""
+    torch.manual_seed(0)
+    network = mlp(1, (width, width), 1, activation="tanh")
+    module = MetaLearningModule(network, inner_lr=1e-3, inner_steps=inner_steps)
+    problem = module.meta_problem(Sinusoid(shots=5, queries=5).sample(tasks, torch.Generator().manual_seed(0)))
+    made = SGD(module.parameters(), lr=1e-3) if optimizer == "SGD" else Adam(module.parameters(), lr=1e-3)
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    made.step()
+    made.zero_grad()
+    return problem, made
+
+
+def peak() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def one(width: int, tasks: int, inner_steps: int, optimizer: str, basis: str, max_iter: int) -> dict[str, Any]:
+    """Measure one row, in this process."""
+    torch.set_num_threads(1)
+    options: dict[str, Any] = {"criterion": "exact", "tol": 1e-12, "max_iter": max_iter, "basis": basis}
+    memory = Memory()
+    small, small_optimizer = made(8, tasks, inner_steps, optimizer)
+    measure(small, optimizer=small_optimizer, memory=memory, **options)  # loads what is loaded once
+    problem, live = made(width, tasks, inner_steps, optimizer)
+    before, began = peak(), time.perf_counter()
+    report = measure(problem, optimizer=live, memory=memory, **options)
+    size = sum(value.numel() for value in problem.params.values())
+    return {
+        "parameters": size,
+        "vectors": (peak() - before) / (4 * size),
+        "seconds": time.perf_counter() - began,
+        "hvps": report.hvps,
+        "status": report.status,
+        "beta_c": report.beta_c,
+        "beta_c_interval": report.beta_c_interval,
+    }
+
+
+def rows(width: int) -> list[dict[str, Any]]:
+    """All rows, each from a fresh process."""
+    found = []
+    exact = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    for index, problem in enumerate(PROBLEMS):
+        kinds = [("device", 1)]
+        if index == 0:
+            kinds = [("device", 1)] + [(basis, length) for basis in BYTES for length in LENGTHS[1:]]
+        for basis, length in kinds:
+            given = [*problem, basis, length]
+            command = [sys.executable, "-m", "benchmarks.check_memory", "--row", json.dumps([width, *given])]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, env=exact)
+            row = dict(zip(("tasks", "inner_steps", "optimizer", "basis", "max_iter"), given, strict=True))
+            row |= json.loads(done.stdout.splitlines()[-1])
+            row["basis_vectors"] = length * BYTES[basis] / 4
+            tasks, inner_steps, optimizer = problem
+            rest = 3 + 4 * tasks * (inner_steps + 1) + 3 * (optimizer == "Adam") + 2 * (basis == "bfloat16")
+            row["formula"] = row["basis_vectors"] + rest
+            found.append(row)
+            print(
+                f"| {row['tasks']} | {row['inner_steps']} | {row['optimizer']} | {basis} | {length} | "
+                f"{row['basis_vectors']:.1f} | {row['formula']:.1f} | {row['vectors']:.1f} | "
+                f"{row['vectors'] * 4e-9 * row['parameters']:.2f} GB | {row['seconds']:.0f} s |",
+                flush=True,
+            )
+    return found
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.check_memory", description=__doc__)
+    parser.add_argument("--parameters", type=float, default=1e7)
+    parser.add_argument("--out", type=Path, default=Path("runs/check_memory.json"))
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.row:
+        print(json.dumps(one(*json.loads(given.row))))
+        return
+    print("| tasks | K | optimizer | basis | max_iter | basis, vectors | formula | measured | | time |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    found = rows(round(given.parameters**0.5))
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    machine = f"{platform.machine()}, {platform.system()}, one thread"
+    given.out.write_text(json.dumps({"machine": machine, "torch": torch.__version__, "rows": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""GuardBench: ``python -m benchmarks.guard_bench [--quick] [--set tune|report] [--out FOLDER]``.
+
+Trains every run of :mod:`cells` unguarded, with the remedies people use today and under the guard, and prints what the
+guard tells and saves. Only ``--set report`` (seed 1) is reported; ``--set tune`` (seed 0) is what defaults were chosen on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import multiprocessing
+import random
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.guard_bench.cells import STEPS, columns
+from benchmarks.guard_bench.engine import CLIP_1, CLIP_10, HALVE, UNGUARDED
+from benchmarks.guard_bench.guarded import (
+    ARMS,
+    RESCALE,
+    ROLLBACK,
+    ROLLBACK_DEFAULT,
+    WARN,
+    WARN_DEFAULT,
+)
+from benchmarks.guard_bench.picture import draw
+from benchmarks.guard_bench.score import LEADS, Run, detection, false_alarms, harm, rescue
+from benchmarks.guard_bench.work import both
+
+SEEDS = {"tune": range(0, 1), "report": range(1, 2)}
+
+
+def main() -> None:
+    """Run, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.guard_bench", description=__doc__)
+    parser.add_argument("--set", choices=tuple(SEEDS), default="report")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the columns, at random")
+    parser.add_argument("--columns", type=int, help="so many columns, at random")
+    parser.add_argument("--families", nargs="+", help="only these")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="of every guard: margin=0.5"
+    )
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("guard_bench"))
+    given = parser.parse_args()
+    options = dict(map(_option, given.option))
+    chosen = columns(SEEDS[given.set])
+    if given.families:
+        chosen = [column for column in chosen if column.family in given.families]
+    count = given.columns or (7 if given.quick else len(chosen))
+    # The long ones first, so that the workers end together.
+    chosen = random.Random(0).sample(chosen, min(count, len(chosen)))
+    chosen.sort(key=lambda column: (column.family != "omniglot", -column.inner_steps))
+    given.out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    runs: list[Run] = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(given.workers, mp_context=context) as pool:
+        for done in as_completed([pool.submit(both, column, options) for column in chosen]):
+            column, found, seconds = done.result()
+            runs += found
+            torch.save(runs, given.out / "runs.pt")
+            fates = " ".join(f"{run.plain.fate[0]}{run.guarded[ROLLBACK].trace.fate[0]}" for run in found)
+            print(f"{len(runs):4d} runs  {seconds:5.0f} s  {fates}  {column}", flush=True)
+    runs.sort(key=lambda run: (str(run.column), run.beta))
+    result = figures(runs)
+    result["set"], result["options"] = given.set, options
+    result["minutes"] = (time.perf_counter() - began) / 60
+    report(result)
+    (given.out / "guard_bench.json").write_text(json.dumps(result, indent=1))
+    draw(result, given.out / "guard_bench.png")
+    print(f"written: {given.out}/guard_bench.json, guard_bench.png, runs.pt")
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, value = text.split("=", 1)
+    try:
+        return name, ast.literal_eval(value)
+    except ValueError:
+        return name, value
+
+
+def figures(runs: list[Run]) -> dict[str, Any]:
+    """Compute every figure of the report."""
+    fates = [run.plain.fate for run in runs]
+    remedies = (UNGUARDED, CLIP_1, CLIP_10, HALVE, RESCALE, ROLLBACK, ROLLBACK_DEFAULT)
+    seconds = {arm: sum(run.guarded[arm].seconds for run in runs) for arm in ARMS}
+    return {
+        "runs": len(runs),
+        "fates": {fate: fates.count(fate) for fate in ("healthy", "diverged", "neither")},
+        "detection": detection(runs),
+        "false alarms": {arm: false_alarms(runs, arm) for arm in (WARN, WARN_DEFAULT)},
+        "rescue": {arm: rescue(runs, arm) for arm in remedies},
+        "harm": {arm: harm(runs, arm) for arm in remedies},
+        "seconds": seconds,
+        "engines disagree": [run.name for run in runs if run.plain.fate != run.remedies[UNGUARDED].fate],
+    }
+
+
+def report(result: dict[str, Any]) -> None:
+    """Print the tables."""
+    print(f"\nGuardBench, set '{result['set']}': {result['runs']} runs of {STEPS} steps, {result['fates']}")
+    print(
+        f"{result['minutes']:.1f} minutes; Trainer seconds by arm: { {k: round(v) for k, v in result['seconds'].items()} }"
+    )
+    head = "".join(f"  lead {lead:2d}: AUROC recall" for lead in LEADS)
+    print(f"\n{'detection (recall at 2 % false alarms)':40s}{head}")
+    for name, leads in result["detection"].items():
+        print(f"{name:40s}" + "".join(f"        {leads[k][0]:6.3f} {leads[k][1]:6.2f}" for k in LEADS if k in leads))
+    first = next(iter(result["detection"].values()))
+    print(f"{'dying runs':40s}" + "".join(f"        {first[k][2]:6d}       " for k in LEADS if k in first))
+    for arm, (alarms, steps, where) in result["false alarms"].items():
+        print(f"\n{arm}: {alarms} alarms in {steps} healthy steps: {1000 * alarms / max(steps, 1):.2f} per 1000")
+        print("".join(f"   {each}\n" for each in where), end="")
+    print(
+        f"\n{'remedy':36s} {'finite':>7s} {'healthy':>8s} {'final/best':>11s} | {'harm: median':>12s} p90 largest diverged"
+    )
+    for arm, found in result["rescue"].items():
+        hurt = result["harm"][arm]
+        print(
+            f"{arm:36s} {found['finite']:7.1%} {found['healthy']:8.1%} {found['median ratio']:11.3g} | "
+            f"{hurt['median']:12.4f} {hurt['p90']:.3f} {hurt['largest']:.3g} {len(hurt['made to diverge'])}"
+        )
+    found = result["rescue"][UNGUARDED]
+    print(f"(of {found['dying']} dying runs; final/best over the {found['compared']} whose column has a healthy run)")
+    for arm in (RESCALE, ROLLBACK, ROLLBACK_DEFAULT):
+        for title in ("not finite", "not healthy"):
+            print(f"{arm}, {title}:" + "".join(f"\n   {each}" for each in result["rescue"][arm][title]))
+        print(f"{arm}, made to diverge: {result['harm'][arm]['made to diverge']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""From runs to the figures: detection, false alarms, rescue, harm."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+from scipy.stats import mannwhitneyu
+
+from benchmarks.guard_bench.cells import STEPS, Column
+from benchmarks.guard_bench.engine import LEFT, UNGUARDED, Trace
+from benchmarks.guard_bench.guarded import WARN, WARN_DEFAULT, Guarded
+
+LEADS = (1, 3, 5, 10)
+FALSE_ALARMS = 0.02
+# Stands for infinity, and for "nothing seen": scores are ranked.
+HUGE = 1e9
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run with everything that was tried on it.
+
+    Attributes:
+        column: Its column.
+        beta: Its meta rate.
+        remedies: Traces of the vmapped remedies.
+        guarded: Runs under the guard, by arm.
+    """
+
+    column: Column
+    beta: float
+    remedies: dict[str, Trace]
+    guarded: dict[str, Guarded]
+
+    @property
+    def plain(self) -> Trace:
+        """The run that nothing acts on: the guard that warns, which only watches."""
+        return self.guarded[WARN].trace
+
+    @property
+    def name(self) -> str:
+        """What to look it up by."""
+        c = self.column
+        return (
+            f"seed {c.seed} {c.family} {c.order} K={c.inner_steps} {c.optimizer} "
+            f"{'resampled' if c.resample else 'fixed'} alpha={c.alpha:.3g} beta={self.beta:.3g}"
+        )
+
+    def trace(self, arm: str) -> Trace:
+        """The trace under a remedy or an arm of the guard."""
+        return self.guarded[arm].trace if arm in self.guarded else self.remedies[arm]
+
+
+def _finite(value: float) -> float:
+    return HUGE if math.isnan(value) else max(min(value, HUGE), -HUGE)
+
+
+def _up_to(series: list[tuple[int, float]], last: int) -> float:
+    return max((_finite(value) for step, value in series if step <= last), default=-HUGE)
+
+
+def _ratios(values: tuple[float, ...]) -> list[tuple[int, float]]:
+    """Each value over the running mean of those before."""
+    running, found = math.nan, []
+    for step, value in enumerate(values):
+        found.append((step, value / running if not math.isnan(running) else 1.0))
+        if math.isfinite(value):
+            running = value if math.isnan(running) else 0.9 * running + 0.1 * value
+    return found
+
+
+def _early_stopping(run: Run) -> list[tuple[int, float]]:
+    # EarlyStopping(check_finite=True, divergence_threshold=5x the start) says yes or no.
+    bar = LEFT * run.plain.start
+    return [(s, 0.0 if math.isfinite(v) and v <= bar else 1.0) for s, v in enumerate(run.plain.losses)]
+
+
+def _spike_detection(run: Run) -> list[tuple[int, float]]:
+    # SpikeDetection(rtol=2, atol=None): not finite, or above the running mean by twice that mean.
+    return [(s, 1.0 if not math.isfinite(v) or v >= 1 + 2.0 else 0.0) for s, v in _ratios(run.plain.losses)]
+
+
+DETECTORS = {
+    "guard (trial of the coming steps)": lambda run: run.guarded[WARN].severities,
+    "guard at its defaults": lambda run: run.guarded[WARN_DEFAULT].severities,
+    "beta/beta_c or alpha/alpha_c": lambda run: [
+        (s, max(_finite(b) if not math.isnan(b) else 0.0, _finite(a) if not math.isnan(a) else 0.0))
+        for s, b, a in run.guarded[WARN].ratios
+    ],
+    "loss-spike ratio": lambda run: _ratios(run.plain.losses),
+    "gradient-norm spike": lambda run: _ratios(run.plain.norms),
+    "EarlyStopping rule": _early_stopping,
+    "SpikeDetection rule": _spike_detection,
+    "beta * lambda_max / 2 at the start": lambda run: [(0, run.beta / run.guarded[WARN].init_rate)],
+}
+
+
+def detection(runs: list[Run]) -> dict[str, dict[int, tuple[float, float, int]]]:
+    """AUROC and recall at 2 % false alarms, by detector and lead.
+
+    Args:
+        runs: The runs.
+
+    Returns:
+        ``{detector: {lead: (auroc, recall, dying runs)}}``. A run that left before the lead has no step to be told at.
+    """
+    healthy = [run for run in runs if run.plain.fate == "healthy"]
+    table: dict[str, dict[int, tuple[float, float, int]]] = {}
+    for name, detector in DETECTORS.items():
+        # A living run is scored over the steps reported on; the aftermath only says that it lives.
+        negatives = [_up_to(detector(run), STEPS - 1) for run in healthy]
+        table[name] = {}
+        for lead in LEADS:
+            dying = [r for r in runs if r.plain.fate == "diverged" and (r.plain.departure or 0) >= lead]
+            positives = [_up_to(detector(run), run.plain.departure - lead) for run in dying]
+            if not positives or not negatives:
+                continue
+            auroc = float(mannwhitneyu(positives, negatives).statistic) / (len(positives) * len(negatives))
+            allowed = int(FALSE_ALARMS * len(negatives))
+            bar = sorted(negatives, reverse=True)[allowed]
+            table[name][lead] = (auroc, float(np.mean([value > bar for value in positives])), len(positives))
+    return table
+
+
+def false_alarms(runs: list[Run], arm: str) -> tuple[int, int, list[str]]:
+    """Alarms within the reported steps of healthy runs.
+
+    Args:
+        runs: The runs.
+        arm: An arm that warns.
+
+    Returns:
+        Alarms, healthy steps, and the runs they were in.
+    """
+    healthy = [run for run in runs if run.plain.fate == "healthy"]
+    each = {run.name: [s for s in run.guarded[arm].alarms if s < STEPS] for run in healthy}
+    return (
+        sum(map(len, each.values())),
+        STEPS * len(healthy),
+        [f"{name}: alarm at {steps}" for name, steps in each.items() if steps],
+    )
+
+
+def rescue(runs: list[Run], arm: str) -> dict[str, object]:
+    """What becomes of the runs that diverge unguarded.
+
+    Args:
+        runs: The runs.
+        arm: A remedy, or an arm of the guard.
+
+    Returns:
+        Shares, the median final loss over the best healthy run of the column, and the failing runs.
+    """
+    best: dict[Column, float] = {}
+    for run in runs:
+        if run.plain.fate == "healthy":
+            best[run.column] = min(best.get(run.column, math.inf), run.plain.final)
+    dying = [run for run in runs if run.plain.fate == "diverged"]
+    finals = {run.name: run.trace(arm).final for run in dying}
+    ratios = [_finite(run.trace(arm).final / best[run.column]) for run in dying if run.column in best]
+    return {
+        "dying": len(dying),
+        "finite": float(np.mean([math.isfinite(value) for value in finals.values()])),
+        "healthy": float(np.mean([run.trace(arm).fate == "healthy" for run in dying])),
+        "median ratio": median(ratios) if ratios else math.nan,
+        "compared": len(ratios),
+        "not finite": [run.name for run in dying if not math.isfinite(run.trace(arm).final)],
+        "not healthy": [
+            f"{run.name}: {run.trace(arm).start:.3g} -> {run.trace(arm).final:.3g}"
+            for run in dying
+            if run.trace(arm).fate != "healthy"
+        ],
+    }
+
+
+def harm(runs: list[Run], arm: str) -> dict[str, object]:
+    """What becomes of the runs that are healthy unguarded.
+
+    Args:
+        runs: The runs.
+        arm: A remedy, or an arm of the guard.
+
+    Returns:
+        Median, 90th percentile and largest ratio of the final losses, and the runs made to diverge.
+    """
+    healthy = [run for run in runs if run.plain.fate == "healthy"]
+    # A remedy of the vmapped engine is compared with the vmapped engine's own unguarded run.
+    plain = {id(run): run.plain if arm in run.guarded else run.remedies[UNGUARDED] for run in healthy}
+    ratios = [_finite(run.trace(arm).final / plain[id(run)].final) for run in healthy]
+    return {
+        "healthy": len(healthy),
+        "median": median(ratios),
+        "p90": float(np.quantile(ratios, 0.9)),
+        "largest": max(ratios),
+        "made to diverge": [run.name for run in healthy if run.trace(arm).fate == "diverged"],
+    }

@@ -1,0 +1,199 @@
+"""What the guard adds to a training, end to end: ``python -m benchmarks.guarded_training [sinusoid|omniglot|miniimagenet]``.
+
+Checks are timed where they happen. What the guard takes in the steps between them is a matter of microseconds, less
+than two runs of the same training differ by: so one run has it among its callbacks in every second block of steps, and a
+block's median step is compared with its neighbours'. What Lightning takes to call a callback that does nothing is
+measured the same way, for comparison. ``sinusoid`` is run to the end (4000 steps); a whole run of the
+image rows would take hours on a CPU, so there the number of checks in the published 60,000 iterations follows from the
+guard's own count, and their time from the first check's and that of later ones (printed as "computed"). ``--whole`` also lets whole sinusoid runs with and without the guard take turns, with a
+second run without it as the control.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
+from statistics import mean, median
+
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_maml_guard import ConvergenceGuard, MetaLearningModule
+from lightning_maml_guard.guard.schedule import Lookout
+from lightning_maml_guard.networks import conv4, mlp
+from lightning_maml_guard.stability.budget import Budget
+from lightning_maml_guard.tasks.episodes import episode_generator
+from lightning_maml_guard.tasks.images import MiniImageNet, Omniglot
+from lightning_maml_guard.tasks.regression import Sinusoid
+from lightning_maml_guard.utils.lightning_compat import Callback, Trainer
+from tests.helpers import QUIET
+
+ROWS = {
+    "sinusoid": (mlp, lambda: Sinusoid(10, 10), 25, 0.01, 1, 4000),
+    "omniglot": (conv4, lambda: Omniglot(n_way=5, k_shot=1, queries=1), 32, 0.4, 1, 40),
+    "miniimagenet": (
+        lambda: conv4(channels=3, filters=32, image_size=84),
+        lambda: MiniImageNet(n_way=5, k_shot=1, queries=15),
+        4,
+        0.01,
+        5,
+        32,
+    ),
+}
+BLOCKS = {"sinusoid": 40, "omniglot": 2, "miniimagenet": 2}
+PUBLISHED = 60_000
+
+
+class Clock:
+    """Clocks the guard's checks."""
+
+    def __init__(self, guard: ConvergenceGuard) -> None:
+        self.checks: list[float] = []
+        for name in ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end", "on_train_end"):
+            setattr(guard, name, self._timed(getattr(guard, name), guard))
+
+    def _timed(self, hook: Callable[..., None], guard: ConvergenceGuard) -> Callable[..., None]:
+        def timed(*args) -> None:
+            known, began = len(guard.history), time.perf_counter()
+            hook(*args)
+            if len(guard.history) > known:
+                self.checks.append(time.perf_counter() - began)
+
+        return timed
+
+
+class Alternation(Callback):
+    """Clocks the steps of a run that has another callback in every second block."""
+
+    def __init__(self, other: Callback, block: int) -> None:
+        self.other, self.block = other, block
+        self.starts: list[float] = []
+
+    def on_train_batch_start(self, *args) -> None:
+        self.starts.append(time.perf_counter())
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        trainer.callbacks = [self] if len(self.starts) // self.block % 2 else [self, self.other]
+
+    def on_train_end(self, trainer, *args) -> None:
+        trainer.callbacks = [self, self.other]
+
+    def _took(self) -> list[float]:
+        return [after - before for before, after in pairwise(self.starts)]
+
+    def ratio(self) -> float:
+        """Step with it over step without it, median over the blocks."""
+        took = self._took()
+        blocks = [median(took[at : at + self.block]) for at in range(0, len(took) - self.block + 1, self.block)]
+        return median(blocks[at] / mean((blocks[at - 1], blocks[at + 1])) for at in range(2, len(blocks) - 1, 2))
+
+    def step(self) -> float:
+        """Median seconds of a step without it."""
+        return median(seconds for at, seconds in enumerate(self._took()) if at // self.block % 2)
+
+
+def train(row: tuple, batches: list, steps: int, callbacks: list[Callback]) -> float:
+    """Seconds of ``fit``."""
+    network, _, _, alpha, inner_steps, _ = row
+    torch.manual_seed(0)
+    module = MetaLearningModule(network(), inner_lr=alpha, inner_steps=inner_steps)
+    trainer = Trainer(
+        max_steps=steps,
+        **QUIET,
+        callbacks=callbacks,
+    )
+    began = time.perf_counter()
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    return time.perf_counter() - began
+
+
+def whole_runs(row: tuple, batches: list, steps: int, turns: int) -> tuple[float, float]:
+    """Median ratios of whole runs' seconds: with the guard, and without it once more."""
+    arms: list[Callable[[], list[Callback]]] = [list, list, lambda: [ConvergenceGuard()]]
+    taken: list[list[float]] = [[], [], []]
+    for turn in range(turns):
+        for arm in ((turn + place) % 3 for place in range(3)):
+            taken[arm].append(train(row, batches, steps, arms[arm]()))
+    plain, again, guarded = taken
+    return (
+        median(one / other for one, other in zip(guarded, plain, strict=True)),
+        median(one / other for one, other in zip(again, plain, strict=True)),
+    )
+
+
+def published_checks(first: float, later: float) -> int:
+    """How often the guard checks in the published iterations, if each check is counted as what these were."""
+    lookout, number = Lookout(100, Budget(0.02)), 0
+    for index in range(PUBLISHED):
+        if lookout.due(index) is not None:
+            lookout.budget.charge(trial_steps=0, measured=later if number else first)
+            lookout.unjudged = number == 0  # Adam's rate, before its first step
+            number += 1
+    return number
+
+
+def main() -> None:
+    """Time, print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.guarded_training", description=__doc__)
+    parser.add_argument("rows", nargs="*", default=list(ROWS))
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="of the sinusoid row (default: 4000)")
+    parser.add_argument("--whole", action="store_true", help="compare whole sinusoid runs as well")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    torch.set_num_threads(2)
+    print(
+        "| training | step, ms | first check, steps | later check, steps | checks, of the run | between checks, of a step "
+        "| an empty Callback, of a step | steps |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name in given.rows:
+        row = ROWS[name]
+        steps = given.steps if given.steps and name == "sinusoid" else row[5]
+        family = row[1]()
+        family.setup()
+        batches = [
+            family.sample(row[2], episode_generator(0, "train", index), "train") for index in range(min(steps, 500))
+        ]
+        train(row, batches, 2, [])  # what a first run pays alone: the trial of the strategies, too
+        plain, first, later, number, shares, between, limit = [], [], [], [], [], [], []
+        for _ in range(given.turns):
+            guard = ConvergenceGuard()
+            clock, alternation = Clock(guard), Alternation(guard, BLOCKS[name])
+            train(row, batches, steps, [alternation, guard])
+            plain.append(alternation.step())
+            first.append(clock.checks[0])  # self-check of the second derivatives included
+            between.append(alternation.ratio() - 1)
+            often = Clock(each := ConvergenceGuard(every_n_steps=1, action="log"))
+            train(row, batches, 3, [each])
+            later.append(median(often.checks[1:]))
+            empty = Alternation(Callback(), BLOCKS[name])
+            train(row, batches, steps, [empty, empty.other])
+            limit.append(empty.ratio() - 1)
+            if name == "sinusoid":
+                number.append(len(clock.checks))
+                shares.append(sum(clock.checks) / (steps * plain[-1]))
+            else:
+                counted = [guard._run.lookout.budget._latest, each._run.lookout.budget._latest]
+                number.append(published_checks(*counted))
+                taken = first[-1] + (number[-1] - 1) * later[-1]
+                shares.append(taken / (PUBLISHED * plain[-1]))
+        told = f"{steps}" if name == "sinusoid" else f"computed for {PUBLISHED}"
+        print(
+            f"| {name} | {1e3 * median(plain):.3g} | {median(first) / median(plain):.3g} | "
+            f"{median(later) / median(plain):.3g} | {median(number):g}: {median(shares):.2%} | {median(between):.2%} ({min(between):.2%} to {max(between):.2%}) | {median(limit):.2%} | "
+            f"{told} |",
+            flush=True,
+        )
+        if given.whole and name == "sinusoid":
+            guarded, control = whole_runs(row, batches, steps, given.turns)
+            print(f"whole runs, guarded {guarded:.3f}, without the guard once more {control:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""What importing the package adds to importing torch: ``python -m benchmarks.import_time``.
+
+Fresh processes, the imports in turns. Each imports torch first and clocks what comes then: the difference between two
+processes' times would drown in the scatter of torch's own seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from statistics import median
+
+IMPORTS = {
+    "torch": "import torch",
+    "the package": "import lightning_maml_guard",
+    "the mathematics": (
+        "from lightning_maml_guard import MetaProblem, critical_rates, measure, phase_diagram, stability_limit"
+    ),
+    "Lightning alone": "import pytorch_lightning",
+    "guard, module, data module": "from lightning_maml_guard import ConvergenceGuard, MetaLearningModule, TaskDataModule",
+}
+CLOCKED = "import time; {before}; began = time.perf_counter(); {code}; print(time.perf_counter() - began)"
+
+
+def seconds(code: str) -> float:
+    """Seconds of an import in a fresh process, after torch's own."""
+    before = "pass" if code == IMPORTS["torch"] else IMPORTS["torch"]
+    clocked = CLOCKED.format(before=before, code=code)
+    return float(subprocess.run([sys.executable, "-c", clocked], capture_output=True, text=True, check=True).stdout)
+
+
+def main() -> None:
+    """Time, print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.import_time", description=__doc__)
+    parser.add_argument("--turns", type=int, default=15)
+    given = parser.parse_args()
+    taken: dict[str, list[float]] = {name: [] for name in IMPORTS}
+    for turn in range(given.turns + 1):
+        for name, code in IMPORTS.items():
+            took = seconds(code)
+            if turn:  # the first one reads files that the later ones find in memory
+                taken[name].append(took)
+    for name, all_of_it in taken.items():
+        print(f"{name}: {median(all_of_it):.4f} s (from {min(all_of_it):.4f} to {max(all_of_it):.4f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A meta-training step against its peers: ``python -m benchmarks.meta_step``; see :mod:`.run`."""

@@ -1,0 +1,3 @@
+from benchmarks.meta_step.run import main
+
+main()

@@ -1,0 +1,157 @@
+"""Times meta-training steps, in turns, and compares the gradients.
+
+``python -m benchmarks.meta_step.run [rows] [--compile] [--rounds 9] [--out FILE]``. Printed for every
+contestant: the median time, the median ratio to the hand-written loop of the same turn, the relative distance of its
+meta-gradient from the loop's in float64, and the most memory a step added. A peer that fails is shown with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import resource
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+
+from benchmarks.meta_step.contestants import BASELINE, OURS, contestants, gradient_by
+from benchmarks.meta_step.limit import limit_seconds, measured_peak
+from benchmarks.meta_step.rows import ROWS, Row
+from lightning_maml_guard.kernels.allocator import hold, release, settle
+
+AGREES = 1e-9
+
+
+def numerics(row: Row, makes: dict, device: torch.device) -> dict:
+    """Relative distance of each meta-gradient from the loop's, in float64, on 4 tasks."""
+    small = replace(row, tasks=min(row.tasks, 4))
+    support, query = small.data(torch.float64, device)
+    torch.manual_seed(0)
+    network = small.network().double().to(device)
+    for part in network.modules():  # scales of both signs, so that the norm layers are not at a special point
+        if isinstance(part, (nn.BatchNorm2d, nn.LayerNorm)):
+            nn.init.normal_(part.weight)
+            nn.init.normal_(part.bias)
+    reference = gradient_by(makes[BASELINE], small, network, support, query)
+    found = {}
+    for name, make in makes.items():
+        try:
+            gap = gradient_by(make, small, network, support, query) - reference
+            found[name] = float(gap.norm() / reference.norm())
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return found
+
+
+def timed(row: Row, makes: dict, device: torch.device, rounds: int) -> tuple[dict, dict]:
+    """Times of one step, by contestant and turn, and the memory the first step added (CPU: of the process's peak)."""
+    support, query = row.data(torch.float32, device)
+    torch.manual_seed(0)
+    network = row.network().to(device)
+    steps, memory = {}, {}
+    for name, make in makes.items():
+        steps[name] = make(row, copy.deepcopy(network), support, query, None)
+        before = _peak(device)
+        for _ in range(2):
+            steps[name]()
+        memory[name] = _peak(device) - before
+    times: dict = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            # As in a training, a step follows another: the first of a turn is not timed, a turn is so many of them.
+            if name in OURS and device.type == "cpu":
+                hold(step)  # as MetaLearningModule does in a fit
+            step()
+            settle()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            for _ in range(row.burst):
+                step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - began) / row.burst)
+            release(step)
+    return times, memory
+
+
+def _peak(device: torch.device) -> float:
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    """Time, compare, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.meta_step.run", description=__doc__)
+    parser.add_argument("rows", nargs="*", default=[])
+    parser.add_argument("--compile", action="store_true", help="also with compile=True (minutes of compiling a row)")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="*", help="contestants whose name holds one of these")
+    parser.add_argument("--no-numerics", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("runs/meta_step.json"))
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(given.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    makes = contestants(given.compile)
+    if given.only:
+        makes = {n: m for n, m in makes.items() if n == BASELINE or any(part in n for part in given.only)}
+    peak = measured_peak(device)
+    machine = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor()} {given.threads} threads"
+    )
+    print(f"torch {torch.__version__}, {machine}; fastest convolution or product measured: {peak / 1e9:.0f} GFLOP/s")
+    results = {}
+    for key in given.rows or ROWS:
+        row = ROWS[key]
+        print(f"\n{row.title}", flush=True)
+        here = {n: m for n, m in makes.items() if "our conv4" not in n or len(row.example) == 3}
+        gaps = {} if given.no_numerics else numerics(row, here, device)
+        failing = [name for name, gap in gaps.items() if isinstance(gap, str)]
+        times, memory = timed(row, {n: m for n, m in here.items() if n not in failing}, device, given.rounds)
+        limit = limit_seconds(row, peak, device)
+        print(
+            "| contestant | ms | x the loop | share of the limit | gradient's error | MiB |\n|---|---|---|---|---|---|"
+        )
+        result = {"limit_ms": 1e3 * limit, "peak_gflops": peak / 1e9, "contestants": {}}
+        for name in here:
+            if name in failing:
+                print(f"| {name} | | fails | | {gaps[name]} | |")
+                result["contestants"][name] = {"fails": gaps[name]}
+                continue
+            ratio = median(base / own for base, own in zip(times[BASELINE], times[name], strict=True))
+            milliseconds, gap = 1e3 * median(times[name]), gaps.get(name)
+            wrong = "" if gap is None or gap <= AGREES else " (wrong)"
+            shown = "" if gap is None else f"{gap:.0e}{wrong}"
+            share = limit / (milliseconds / 1e3)
+            print(
+                f"| {name} | {milliseconds:.3g} | {ratio:.2f} | {share:.0%} | {shown} | {memory[name]:.0f} |",
+                flush=True,
+            )
+            result["contestants"][name] = {
+                "ms": milliseconds,
+                "ratio": ratio,
+                "share_of_limit": share,
+                "gradient_error": gap,
+                "mib": memory[name],
+            }
+        result["loop_limit_ratio"] = median(times[BASELINE]) / limit
+        print(f"limit (see limit.py): {1e3 * limit:.3g} ms, {result['loop_limit_ratio']:.1f}x the loop")
+        results[row.title] = result
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps({"machine": machine, "torch": torch.__version__, "rows": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""Many trainings that differ in their rates alone, as one vmapped program."""

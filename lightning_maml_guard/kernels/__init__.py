@@ -1,0 +1,1 @@
+"""Optional kernels for the CPU, each tested against torch's own layers."""

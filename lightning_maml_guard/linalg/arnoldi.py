@@ -1,0 +1,110 @@
+"""Arnoldi on the device, for matrices that need not be symmetric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_maml_guard.linalg.krylov_basis import Basis
+from lightning_maml_guard.linalg.lanczos import (
+    Matvec,
+    NonFiniteProductError,
+    Watched,
+    check_value,
+    non_finite,
+    steps_of,
+    unit,
+)
+
+
+class ArnoldiRun(NamedTuple):
+    """What :func:`arnoldi` found.
+
+    Attributes:
+        hessenberg: Projection ``V^T A V``, shape ``(m, m)``, on the host.
+        residual: Norm of what the last product left outside the space.
+        basis: Orthonormal vectors; as many as ``hessenberg`` has rows count.
+        matvecs: Products used.
+        spill: What a basis in bfloat16 adds to the residual of every Ritz vector; else 0.
+    """
+
+    hessenberg: np.ndarray
+    residual: float
+    basis: Basis
+    matvecs: int
+    spill: float
+
+
+def arnoldi(
+    matvec: Matvec,
+    start: Tensor,
+    *,
+    max_iter: int,
+    stop: Callable[[np.ndarray, float], bool] | None = None,
+    sync_every: int | None = None,
+    basis: str = "device",
+    value: Watched | None = None,
+) -> ArnoldiRun:
+    """Run Arnoldi on a matrix that need not be symmetric.
+
+    After ``m`` steps ``A V = V H + r e_m^T`` with ``V^T V = I`` (Saad, "Numerical Methods for Large Eigenvalue
+    Problems", section 6.2).
+
+    Args:
+        matvec: Product with the matrix: ``(n,) -> (n,)``.
+        start: Start vector, shape ``(n,)``, not zero.
+        max_iter: Steps at most; also bounded by ``n``.
+        stop: Asked every ``sync_every`` steps with ``H`` and the residual's norm; True ends the run.
+        sync_every: Steps between two transfers to the host; None: every second step on a CPU, every fourth on
+            a device.
+        basis: Where the vectors are kept, see :class:`~lightning_maml_guard.linalg.krylov_basis.Basis`.
+        value: A scalar that has to be finite, and what it is called.
+
+    Returns:
+        The run.
+
+    Raises:
+        ValueError: If there is nothing to iterate on.
+        NonFiniteProductError: If a product, or the value, is not finite.
+    """
+    steps, sync_every = steps_of(start, max_iter, sync_every)
+    kept = Basis(steps, start, basis)
+    # The last three rows are what rounding lost, the overlaps, and the value.
+    hessenberg = start.new_zeros((steps + 4, steps))
+    if value is not None:
+        hessenberg[-1] = value[1]
+    vector = start / torch.linalg.vector_norm(start)
+    norm = torch.zeros_like(start[0])
+    found, residual, spill = np.zeros((0, 0)), 0.0, 0.0
+    eps = torch.finfo(start.dtype).eps
+    for step in range(steps):
+        vector, lost = kept.append(vector)
+        rest = kept.without(matvec(vector))
+        hessenberg[-3, step], hessenberg[-2, step] = lost * norm, rest.overlap
+        norm, vector = unit(rest.vector)
+        hessenberg[: step + 1, step] = rest.coefficients
+        hessenberg[step + 1, step] = norm
+        del rest  # in bfloat16 the vector that is kept is another one
+        if (step + 1) % sync_every == 0 or step + 1 == steps:
+            host = hessenberg[:, : step + 1].double().cpu().numpy()
+            if value is not None:
+                check_value(value[0], float(host[-1, 0]))
+            if not np.isfinite(host).all():
+                raise NonFiniteProductError(non_finite(int((~np.isfinite(host)).any(0).argmax()) + 1))
+            square = host[: step + 2]
+            below = np.diagonal(square, -1)
+            ends = np.flatnonzero(below <= 32 * eps * np.abs(square).max())
+            length = int(ends[0]) + 1 if ends.size else step + 1
+            done = bool(ends.size) or length == start.shape[-1]
+            found, residual = square[:length, :length], 0.0 if done else float(below[length - 1])
+            gap = 2**0.5 * float(np.linalg.norm(host[-2, :length]))
+            gone = float(below[length - 1]) if done and not kept.exact else 0.0
+            spill = (1 + 2 * gap) * float(np.linalg.norm(host[-3, :length])) + gap * residual + gone
+            if done or (stop is not None and stop(found, residual)):
+                break
+    kept.length = len(found)
+    return ArnoldiRun(found, residual, kept, step + 1, spill)

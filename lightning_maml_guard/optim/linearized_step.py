@@ -1,0 +1,152 @@
+"""Read from a live optimizer what decides the stability of its step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_maml_guard.linalg.layout import Params
+from lightning_maml_guard.optim.lr_cap import scheduled_rate
+from lightning_maml_guard.optim.stability_limits import (
+    UnknownOptimizerError,
+    decoupled_decay,
+    is_preconditioned,
+    preconditioner,
+    responses,
+    stability_limit,
+    unwrap,
+)
+from lightning_maml_guard.theory.linear_response import Response
+
+
+@dataclass(frozen=True)
+class OuterStep:
+    """How an optimizer turns a meta-gradient into a step.
+
+    Attributes:
+        responses: Its linear responses, the strictest settled one first; its limit lies between theirs.
+        scale: Diagonal ``D = lr_g / (P * max lr)`` as tensors by parameter, or None where ``D = I``.
+        coupled: Coupled weight decay by parameter group, expanded; or one number where it is uniform.
+        decoupled: Largest decoupled weight decay.
+        note: Why no statement can be made, if so.
+        lasting: Whether that will stay so.
+    """
+
+    responses: tuple[Response, ...] = (Response(),)
+    scale: Params | None = None
+    coupled: Params | float = 0.0
+    decoupled: float = 0.0
+    note: str = ""
+    lasting: bool = False
+
+    @property
+    def plain_sgd(self) -> bool:
+        """Whether it is SGD without momentum and with one rate: the poster's update."""
+        return self.responses == (Response(),) and self.scale is None
+
+    def rates(self, curvature: float) -> tuple[float, float, float]:
+        """Convert a curvature of the scaled operator to the largest stable rate.
+
+        Args:
+            curvature: Largest eigenvalue.
+
+        Returns:
+            The rate by the settled response, the smallest and the largest over all responses.
+        """
+        each = [response.largest_rate(complex(curvature), self.decoupled) for response in self.responses]
+        return each[0], min(each), max(each)
+
+    def unscaled(self, direction: Tensor) -> Tensor:
+        """Take a direction of the scaled coordinates to parameter space: ``D^(1/2) u``.
+
+        Args:
+            direction: ``u``, shape ``(n,)``.
+
+        Returns:
+            The direction, same shape.
+        """
+        if self.scale is None:
+            return direction
+        return _flat(self.scale).to(direction).sqrt() * direction
+
+    def shift_along(self, direction: Tensor) -> Tensor:
+        """Compute what coupled weight decay adds to the curvature along a direction of parameter space.
+
+        Args:
+            direction: The direction, shape ``(n,)``.
+
+        Returns:
+            ``u . W u``, a scalar on the device.
+        """
+        shift = self.coupled if isinstance(self.coupled, float) else _flat(self.coupled).to(direction)
+        return (shift * direction * direction).sum()
+
+
+def _flat(values: Params) -> Tensor:
+    return torch.cat([value.flatten() for value in values.values()])
+
+
+def outer_step(optimizer: Optimizer | None, params: Params) -> OuterStep:
+    """Read the live optimizer.
+
+    Args:
+        optimizer: The optimizer; None for plain SGD.
+        params: The parameters the problem is about: the very tensors the optimizer holds.
+
+    Returns:
+        What decides stability.
+
+    Raises:
+        TypeError: If it is not an optimizer.
+        ValueError: If the optimizer holds none of the parameters.
+    """
+    if optimizer is None:
+        return OuterStep()
+    optimizer = unwrap(optimizer)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"Expected argument `optimizer` to be a torch.optim.Optimizer but got {type(optimizer).__name__}. Pass the "
+            "one that trains `params`, or `beta` for plain SGD."
+        )
+    owners = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(value) in owners for value in params.values()):
+        raise ValueError(
+            "The optimizer holds none of the problem's `params`. Pass the module's own parameters "
+            "(dict(module.named_parameters())), not copies."
+        )
+    try:
+        stability_limit(optimizer)  # refuses what the table does not hold
+        answers = responses(optimizer)
+    except UnknownOptimizerError as error:
+        return OuterStep(note=str(error), lasting=True)
+    highest = scheduled_rate(optimizer)
+    if highest == 0:
+        return OuterStep(note="the optimizer's lr is 0 at this step.")
+    groups = [owners.get(id(value)) for value in params.values()]
+    decays = [0.0 if group is None else float(group["weight_decay"]) for group in groups]
+    apart = [group is not None and decoupled_decay(group, optimizer) for group in groups]
+    decoupled = max(decay if outside else 0.0 for decay, outside in zip(decays, apart, strict=True))
+    coupled = [0.0 if outside else decay for decay, outside in zip(decays, apart, strict=True)]
+    same_rate = all(group is not None and float(group["lr"]) == highest for group in groups)
+    if not is_preconditioned(optimizer) and same_rate and len(set(coupled)) == 1:
+        return OuterStep(answers, None, coupled[0], decoupled)
+    diagonal = preconditioner(optimizer)
+    scale: Params = {}
+    seen = False
+    for (name, value), group in zip(params.items(), groups, strict=True):
+        entry = None if group is None else diagonal[value]
+        if entry is None:
+            scale[name] = torch.zeros_like(value)  # the optimizer does not move it, or has not yet
+        else:
+            seen = True
+            scale[name] = float(group["lr"]) / highest / entry.detach() if group is not None else entry
+    if not seen:
+        return OuterStep(
+            note=f"{type(optimizer).__name__} has no second moment before its first step, so its preconditioner is "
+            "not known yet."
+        )
+    shift = {name: torch.full_like(value, decay) for (name, value), decay in zip(params.items(), coupled, strict=True)}
+    return OuterStep(answers, scale, shift, decoupled)

@@ -1,0 +1,220 @@
+"""The poster's phase diagram: training error over a grid of inner and meta rates, beside the critical rates."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from functools import partial as partial_of
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.phase.checkpoint import Partial, fingerprint
+from lightning_maml_guard.phase.divergence import departures
+from lightning_maml_guard.phase.gradients import bytes_a_run
+from lightning_maml_guard.phase.optimizers import MetaOptimizer, meta_optimizer
+from lightning_maml_guard.phase.result import PhaseDiagram
+from lightning_maml_guard.phase.train import Family, Recipe, train_runs
+from lightning_maml_guard.theory.multiplier import check_rate
+from lightning_maml_guard.utils.checks import check_count
+from lightning_maml_guard.utils.distributed import ProcessGroup, Ranks
+
+__all__ = ["PhaseDiagram", "phase_diagram"]
+
+# What the intermediate results of one step may take on a CPU; more gains nothing once the caches overflow.
+_CPU_BYTES = 1e9
+
+
+def phase_diagram(
+    problem_family: MetaProblem | Callable[[int], MetaProblem],
+    alphas: Iterable[float],
+    betas: Iterable[float],
+    steps: int,
+    *,
+    optimizer: str | MetaOptimizer = "sgd",
+    judged_on: MetaProblem | None = None,
+    measure_every: int | None = None,
+    exact: bool = True,
+    max_iter: int = 20,
+    tol: float = 1e-2,
+    divergence: float = 5.0,
+    chunk_size: int | None = None,
+    memory: float | None = None,
+    partial: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> PhaseDiagram:
+    """Train every pair of an inner and a meta rate, all from the same weights on the same tasks, as one program.
+
+    ``vmap`` runs over the pairs, then over the tasks; the meta-gradients are those of :class:`MetaLearningModule`, so a
+    pair ends where a Trainer with its rates would. Critical rates are measured before training, every
+    ``measure_every`` steps and after it. Under ``torch.distributed`` (a launch by torchrun whose process group is
+    initialised) the chunks are dealt out over the ranks, and each returns the whole diagram.
+
+    Source: Takagi, Nagano, Yoshida, Okada, "On the conditions of MAML convergence": training error over a grid of
+    ``(alpha, beta)`` with ``alpha_c = 1/lambda_max`` and ``beta_c = min_i 2/(lambda_i - alpha*lambda_i^2)``.
+
+    Args:
+        problem_family: The problem of every step, or ``step -> MetaProblem`` where tasks are drawn anew. The params of
+            step 0 are where all runs start, and say on which device they run; those of later steps are not read. Its
+            ``inner_lr`` is replaced by ``alphas`` (for the parameters it names, where it is a dict).
+        alphas: Inner rates, the columns of the diagram; at least 0, strictly ascending.
+        betas: Meta rates, its rows; at least 0, strictly ascending.
+        steps: Training steps.
+        optimizer: Meta-optimizer: ``"sgd"``, ``"adam"`` or one of ``grid.optimizers``, ``SGD(momentum=0.9)`` say.
+        judged_on: The problem on which the errors before and after training are taken (default: that of step 0).
+        measure_every: Steps between two measurements (None: only before training and after it; 0: none at all).
+        exact: Whether to measure ``exact_beta_c``, which costs as much again.
+        max_iter: Products at most of a measurement.
+        tol: Relative residual at which a measurement stops.
+        divergence: A run has diverged when its loss leaves this many times its start.
+        chunk_size: Runs trained at once (None: as many as fit ``memory`` and keep every rank busy).
+        memory: Bytes a chunk may take (None: 1e9 on a CPU, half of a GPU's memory).
+        partial: Folder in which unfinished work is kept, at least every minute; the same call goes on from there.
+        progress: Show a progress bar (on rank 0).
+
+    Returns:
+        The diagram.
+
+    Raises:
+        GridError: If the task loss cannot be vmapped over runs.
+        SharedError: If another rank failed.
+        TypeError: If the family gives no MetaProblem.
+        ValueError: If another argument is not allowed, or if ``partial`` holds another grid.
+
+    Example:
+        >>> import torch
+        >>> from lightning_maml_guard import MetaProblem, phase_diagram
+        >>> from lightning_maml_guard.phase.optimizers import SGD
+        >>> x = torch.tensor([[[1.0, 0.0], [0.0, 0.5]]])
+        >>> data = x, torch.zeros(1, 2, 1)
+        >>> loss = lambda params, batch: ((batch[0] @ params["w"] - batch[1]) ** 2).sum()
+        >>> problem = MetaProblem({"w": torch.ones(2, 1)}, loss, data, data, order="simplified")
+        >>> found = phase_diagram(problem, [0.1, 0.2], [0.5, 5.0], 40, optimizer=SGD(), progress=False)
+        >>> found.trained.tolist()
+        [[True, False], [True, False]]
+    """
+    family = _family(problem_family)
+    columns, rows = _axis("alphas", alphas), _axis("betas", betas)
+    check_count("steps", steps)
+    check_count("max_iter", max_iter)
+    if measure_every is not None:
+        check_count("measure_every", measure_every, 0)
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
+    for name, value in (("tol", tol), ("divergence", divergence), ("memory", memory)):
+        if value is not None and not value > 0:
+            raise ValueError(f"Expected argument `{name}` to be a number above 0 but got {value!r}.")
+    first = family(0)
+    judged = judged_on or first
+    like = next(iter(first.params.values()))
+    measured = {0, steps} if measure_every is None else set(range(0, steps, measure_every or steps)) | {steps}
+    recipe = Recipe(
+        family,
+        judged,
+        meta_optimizer(optimizer),
+        steps,
+        () if measure_every == 0 else tuple(sorted(measured)),
+        exact,
+        max_iter,
+        tol,
+    )
+    grid = torch.cartesian_prod(*(torch.from_numpy(each).to(like) for each in (columns, rows))).reshape(-1, 2)
+    ranks, rank = _ranks(like.device)
+    size = chunk_size or _chunk_size(first, len(grid), memory, ranks)
+    chunks = grid.split(size)
+    identity = fingerprint(
+        columns,
+        rows,
+        recipe.measured_steps,
+        [steps, size, max_iter, tol, exact, repr(recipe.optimizer)],
+        *([each.order, each.inner_steps, each.support, each.query] for each in (first, judged)),
+        first.params,
+        repr(sorted(first.inner_lr)) if isinstance(first.inner_lr, dict) else "",
+    )
+    kept = Partial(partial, identity)
+    own = range(rank, len(chunks), ranks.size)
+    found: dict[int, dict[str, Tensor]] = {}
+    with (
+        ranks.together(),
+        tqdm(total=len(own) * steps, desc="phase diagram", unit="step", disable=not progress or rank > 0) as bar,
+    ):
+        for index in own:
+            alpha, beta = chunks[index].unbind(1)
+            found[index] = train_runs(
+                recipe,
+                alpha.contiguous(),
+                beta.contiguous(),
+                kept=kept.load(index),
+                save=partial_of(kept.save, index),
+                advance=bar.update,
+            )
+        everyone = ranks.gather(found)
+    results = {index: each for part in everyone for index, each in part.items()}
+    joined = {
+        name: np.concatenate([results[index][name].double().numpy() for index in range(len(chunks))], -1)
+        for name in results[0]
+    }
+    shaped = {name: each.reshape(*each.shape[:-1], len(columns), len(rows)) for name, each in joined.items()}
+    return PhaseDiagram(
+        alphas=columns,
+        betas=rows,
+        measured_steps=np.array(recipe.measured_steps),
+        divergence_step=departures(shaped["losses"], shaped["start"], divergence),
+        order=first.order,
+        inner_steps=first.inner_steps,
+        optimizer=repr(recipe.optimizer),
+        **shaped,
+    )
+
+
+def _family(given: Any) -> Family:
+    if isinstance(given, MetaProblem):
+        return lambda step: given
+    if not callable(given):
+        raise TypeError(
+            "Expected argument `problem_family` to be a MetaProblem or a function step -> MetaProblem but got "
+            f"{type(given).__name__}."
+        )
+
+    def checked(step: int) -> MetaProblem:
+        problem = given(step)
+        if not isinstance(problem, MetaProblem):
+            raise TypeError(
+                f"Expected `problem_family` to return a MetaProblem but got {type(problem).__name__} for step {step}."
+            )
+        return problem
+
+    return checked
+
+
+def _axis(name: str, values: Iterable[float]) -> np.ndarray:
+    axis = np.array([float(value) for value in values])
+    for value in axis:
+        check_rate(float(value), name)
+    if not len(axis) or bool((np.diff(axis) <= 0).any()):
+        raise ValueError(
+            f"Expected argument `{name}` to hold at least one rate, strictly ascending, but got {axis.tolist()}."
+        )
+    return axis
+
+
+def _ranks(device: torch.device) -> tuple[Ranks, int]:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return ProcessGroup(device if device.type == "cuda" else "cpu"), dist.get_rank()
+    return Ranks(), 0
+
+
+def _chunk_size(problem: MetaProblem, runs: int, memory: float | None, ranks: Ranks) -> int:
+    device = next(iter(problem.params.values())).device
+    if memory is None:
+        memory = torch.cuda.get_device_properties(device).total_memory / 2 if device.type == "cuda" else _CPU_BYTES
+    fit = max(1, int(memory / max(bytes_a_run(problem), 1)))
+    # The same on every rank, and equal parts: a last chunk of a few runs would take as long as a full one.
+    largest = min([*ranks.gather(fit), -(-runs // ranks.size)])
+    parts = -(-runs // largest)
+    return -(-runs // parts)

@@ -1,1 +1,0 @@
-"""The poster's experiments: a phase diagram for each of its panels."""

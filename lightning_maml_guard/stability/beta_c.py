@@ -1,0 +1,174 @@
+"""The largest stable meta rate for the optimizer as it runs: by the poster's formula, and by the exact Jacobian."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_maml_guard.linalg.krylov_basis import Basis
+from lightning_maml_guard.linalg.lanczos import Matvec, Watched, check_finite
+from lightning_maml_guard.linalg.layout import Layout, Params
+from lightning_maml_guard.linalg.operators import Operator, scaled, simplified
+from lightning_maml_guard.optim.linearized_step import OuterStep
+from lightning_maml_guard.stability.estimators import Spectrum
+from lightning_maml_guard.stability.krylov_stopping import (
+    Krylov,
+    check_symmetry,
+    run_arnoldi,
+    run_lanczos,
+    top_eigenvalue,
+)
+from lightning_maml_guard.theory.complex_ritz import complex_limit, complex_ritz
+from lightning_maml_guard.theory.critical_rates import CriticalRates
+from lightning_maml_guard.theory.multiplier import Interval
+from lightning_maml_guard.theory.ritz import rates_from_lanczos, ritz_pairs, ritz_values
+
+
+@dataclass(frozen=True)
+class MetaRateLimit:
+    """Largest stable meta rate.
+
+    Attributes:
+        beta_c: The rate; ``nan`` when no statement can be made, ``inf`` when there is no finite limit.
+        interval: Where it lies.
+        direction: Unit vector along which it binds, in the scaled coordinates, on the device.
+        lowest_direction: Unit vector of the smallest real part, where that is below 0 by more than the residuals
+            explain.
+    """
+
+    beta_c: float
+    interval: Interval
+    direction: Tensor | None = None
+    lowest_direction: Tensor | None = None
+
+
+UNKNOWN = MetaRateLimit(math.nan, (math.nan, math.nan))
+
+
+def poster_limit(
+    hessian: Operator,
+    spectrum: Spectrum,
+    step: OuterStep,
+    like: Tensor,
+    *,
+    alpha: float,
+    rates: Params | None,
+    inner_steps: int,
+    collapsed: bool,
+    blocks: int | None,
+    krylov: Krylov,
+) -> MetaRateLimit:
+    """Compute ``beta_c`` of the simplified update: stable iff ``beta * lambda_max(D (H - HAH + W)) < c``.
+
+    With plain SGD and one inner rate the spectrum of ``H`` already answers; otherwise a second Lanczos run
+    on the scaled operator does.
+
+    Args:
+        hessian: Product with ``H``.
+        spectrum: Spectrum of ``H``.
+        step: The optimizer.
+        like: Tensor whose dtype and device vectors take.
+        alpha: The inner rate (the largest, if there are several).
+        rates: Inner rates by parameter, where there are several; None for one.
+        inner_steps: Number of simplified inner steps.
+        collapsed: Whether the inner rate exceeds its own limit, so that no meta rate is stable.
+        blocks: Number of blocks of the operator.
+        krylov: How far a run goes.
+
+    Returns:
+        The limit.
+    """
+    if step.note:
+        return UNKNOWN
+    known: CriticalRates = spectrum.rates(alpha, inner_steps)
+    if step.scale is None and rates is None and isinstance(step.coupled, float):
+        if collapsed:
+            return MetaRateLimit(0.0, known.beta_c_interval)
+        low, high = known.curvature_interval
+        low_end = 0.0 if known.beta_c_interval[0] == 0 else step.rates(high + step.coupled)[1]
+        critical = step.rates(known.curvature + step.coupled)[0]
+        return MetaRateLimit(critical, (low_end, step.rates(low + step.coupled)[2]))
+    if collapsed:
+        return MetaRateLimit(0.0, (0.0, 0.0))
+    layout = hessian.layout
+    flat_rates: Tensor | float = inner_steps * (alpha if rates is None else layout.flatten(rates).to(like))
+    operator = _as_stepped(simplified(hessian, flat_rates), step, layout, like)
+    return _from_top(*top_eigenvalue(operator, layout.size, like, blocks, krylov=krylov), step)
+
+
+def exact_limit(
+    jacobian: Operator, symmetric: bool, step: OuterStep, like: Tensor, *, krylov: Krylov, noise: float, value: Watched
+) -> MetaRateLimit:
+    """Compute ``beta_c`` of the update as configured, from the Jacobian of its meta-gradient.
+
+    Args:
+        jacobian: Product with ``J`` (or its transpose).
+        symmetric: Whether ``J`` is symmetric: Lanczos then, else Arnoldi.
+        step: The optimizer.
+        like: Tensor whose dtype and device vectors take.
+        krylov: How far a run goes.
+        noise: Relative rounding error of a product.
+        value: The loss there, and what it is called.
+
+    Returns:
+        The limit. ``beta_c`` is ``inf`` where no direction has positive curvature.
+    """
+    if step.note:
+        check_finite(value)
+        return UNKNOWN
+    layout = jacobian.layout
+    operator = _as_stepped(jacobian, step, layout, like)
+    if not symmetric:
+        return _nonsymmetric(operator, layout.size, step, like, krylov, noise, value)
+    run = run_lanczos(operator, layout.size, like, None, krylov=krylov, value=value)
+    check_symmetry(run, noise)
+    (single,) = run.runs
+    top = rates_from_lanczos(*single, 0.0, rounding=noise + run.rounding, resolution=krylov.tol)
+    limit = _from_top(top.lambda_max, top.lambda_max_interval, step)
+    (values, residuals), vectors = ritz_values(*single), ritz_pairs(*single)[1]
+    negative = values[0] + residuals[0] < -(krylov.tol + run.rounding) * abs(values).max()
+    return MetaRateLimit(
+        limit.beta_c,
+        limit.interval,
+        _combine(run.basis, vectors[:, -1]),
+        _combine(run.basis, vectors[:, 0]) if negative else None,
+    )
+
+
+def _nonsymmetric(
+    operator: Matvec, size: int, step: OuterStep, like: Tensor, krylov: Krylov, noise: float, value: Watched
+) -> MetaRateLimit:
+    run = run_arnoldi(operator, size, like, step, krylov=krylov, noise=noise, value=value)
+    ritz = complex_ritz(run.hessenberg, run.residual, noise, run.spill)
+    limit = complex_limit(ritz, step.responses, tol=krylov.tol, decay=step.decoupled)
+    lowest = int(ritz.values.real.argmin())
+    negative = ritz.values[lowest].real + ritz.bounds[lowest] < -krylov.tol * ritz.radius
+    return MetaRateLimit(
+        limit.rate,
+        limit.interval,
+        None if limit.index is None else _combine(run.basis, ritz.vectors[:, limit.index].real),
+        _combine(run.basis, ritz.vectors[:, lowest].real) if negative else None,
+    )
+
+
+def _as_stepped(matvec: Matvec, step: OuterStep, layout: Layout, like: Tensor) -> Matvec:
+    """Scale an operator by what the optimizer makes of a gradient."""
+    if step.scale is None and step.coupled == 0.0:
+        return matvec
+    scale = like.new_ones(layout.size) if step.scale is None else layout.flatten(step.scale).to(like)
+    shift: Tensor | float = step.coupled if isinstance(step.coupled, float) else layout.flatten(step.coupled).to(like)
+    return scaled(matvec, scale, shift)
+
+
+def _from_top(top: float, interval: Interval, step: OuterStep) -> MetaRateLimit:
+    low, high = interval
+    return MetaRateLimit(step.rates(top)[0], (step.rates(high)[1], step.rates(low)[2]))
+
+
+def _combine(basis: Basis, weights: np.ndarray) -> Tensor:
+    vector = basis.combine(torch.as_tensor(np.ascontiguousarray(weights)))
+    return vector / torch.linalg.vector_norm(vector)

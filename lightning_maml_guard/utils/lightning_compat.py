@@ -1,0 +1,185 @@
+"""The only file that names Lightning: pytorch_lightning, or lightning where the user has that one."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from lightning_utilities.core.rank_zero import rank_zero_info as inform
+
+from lightning_maml_guard.utils.warnings import GuardWarning
+
+# Two packages with the same code and different classes: a Trainer of one refuses a module of the other.
+_NAMES = ("pytorch_lightning", "lightning.pytorch")
+
+
+def _chosen() -> tuple[str, ...]:
+    """The packages that are imported already; else the first that is installed."""
+    imported = tuple(name for name in _NAMES if sys.modules.get(name) is not None)
+    if imported:
+        return imported
+    for name in _NAMES:
+        root = name.partition(".")[0]
+        if sys.modules.get(root, root) is not None and find_spec(root) is not None:
+            return (name,)
+    raise ImportError(
+        "lightning_maml_guard's callback, module and data module need pytorch-lightning or lightning (2.6 or newer), "
+        "and neither is installed: pip install pytorch-lightning. The mathematics (measure, critical_rates) works "
+        "without."
+    )
+
+
+PACKAGES = _chosen()
+PACKAGE = PACKAGES[0]
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+    from pytorch_lightning.callbacks import RichProgressBar
+    from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+    from pytorch_lightning.loggers.logger import DummyLogger
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+else:
+    _first = import_module(PACKAGE)
+    LightningModule, Trainer, seed_everything = _first.LightningModule, _first.Trainer, _first.seed_everything
+    DummyLogger = import_module(f"{PACKAGE}.loggers.logger").DummyLogger
+    MisconfigurationException = import_module(f"{PACKAGE}.utilities.exceptions").MisconfigurationException
+    # A callback and a data module that inherit from both packages work in the Trainers and the CLIs of both.
+    Callback = type("Callback", tuple(import_module(name).Callback for name in PACKAGES), {})
+    LightningDataModule = type(
+        "LightningDataModule", tuple(import_module(name).LightningDataModule for name in PACKAGES), {}
+    )
+
+
+# What the command line alone needs, with jsonargparse, which a user without one need not have.
+_FIRST_USE = {"LightningArgumentParser": "cli", "LightningCLI": "cli", "RichProgressBar": "callbacks"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FIRST_USE:
+        return getattr(import_module(f"{PACKAGE}.{_FIRST_USE[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "PACKAGE",
+    "PACKAGES",
+    "Callback",
+    "DummyLogger",
+    "LightningArgumentParser",
+    "LightningCLI",
+    "LightningDataModule",
+    "LightningModule",
+    "MisconfigurationException",
+    "RichProgressBar",
+    "Trainer",
+    "check_module",
+    "hyperparameters_given",
+    "inform",
+    "inform_less",
+    "no_loader",
+    "seed_everything",
+    "tools_for",
+]
+
+
+def check_module(module: Any, chosen: bool) -> None:
+    """Refuse a module of no Lightning package, and warn of one that the user's Trainer may refuse.
+
+    Args:
+        module: The module under construction.
+        chosen: Whether its package was chosen here, and not by the user.
+
+    Raises:
+        TypeError: If it is not a LightningModule.
+    """
+    imported = {name: sys.modules[name] for name in _NAMES if sys.modules.get(name) is not None}
+    of = [name for name, package in imported.items() if isinstance(module, package.LightningModule)]
+    kind = type(module).__name__
+    if not of:
+        raise TypeError(
+            f"Expected {kind} to be a LightningModule as well, of the package whose Trainer you use, but it derives "
+            f"from MetaLearning alone. Write class {kind}(MetaLearning, lightning.pytorch.LightningModule)."
+        )
+    others = [name for name in imported if name not in of]
+    if others and chosen:
+        warnings.warn(
+            f"{kind} is a module of {of[0]}, and {others[0]} is imported as well, whose Trainer would refuse it: "
+            f"the two packages do not mix. If your Trainer is {of[0]}'s, all is well. If it is {others[0]}'s, import "
+            f"{others[0].partition('.')[0]} alone and before lightning_maml_guard, or write "
+            f"class Mine(lightning_maml_guard.MetaLearning, {others[0]}.LightningModule).",
+            GuardWarning,
+            stacklevel=3,
+        )
+
+
+def hyperparameters_given() -> bool:
+    """Say whether LightningCLI is building this module and supplies its hyperparameters itself.
+
+    Returns:
+        True inside LightningCLI's instantiation.
+    """
+    for name in PACKAGES:
+        given = getattr(import_module(f"{name}.core.mixins.hparams_mixin"), "_given_hyperparameters", None)
+        if given is not None and given.get() is not None:
+            return True
+    return False
+
+
+def tools_for(module: Any, name: str) -> tuple[Any, Any]:
+    """Find the Trainer that takes a module, and the class that combines several loaders for it.
+
+    Args:
+        module: The module.
+        name: What the message calls it.
+
+    Returns:
+        ``Trainer`` and ``CombinedLoader`` of the module's package.
+
+    Raises:
+        TypeError: If it is a LightningModule of neither package.
+    """
+    for package in _NAMES:
+        imported = sys.modules.get(package)
+        if imported is not None and isinstance(module, imported.LightningModule):
+            return imported.Trainer, import_module(f"{package}.utilities.combined_loader").CombinedLoader
+    raise TypeError(
+        f"Expected argument `{name}` to be a LightningModule but got {type(module).__name__}. Pass the instance you "
+        "would give to trainer.fit (of torch.compile's wrapper, the module inside)."
+    )
+
+
+def no_loader(module: Any) -> Any:
+    """Make what a ``val_dataloader`` returns for no validation: Lightning takes an empty list for a loader, and warns.
+
+    Args:
+        module: The module that is trained.
+
+    Returns:
+        A ``CombinedLoader`` of the module's package, of nothing.
+    """
+    combined_loader = tools_for(module, "module")[1]
+    return type("NoLoader", (combined_loader,), {"flattened": []})([], "sequential")
+
+
+@contextmanager
+def inform_less() -> Iterator[None]:
+    """Keep Lightning from telling about devices and tips, for a Trainer that the user did not make.
+
+    Yields:
+        Nothing.
+    """
+    loggers = [logging.getLogger(name) for name in _NAMES]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(max(logger.getEffectiveLevel(), logging.WARNING))
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

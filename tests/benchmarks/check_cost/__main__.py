@@ -1,3 +1,0 @@
-from tests.benchmarks.check_cost.run import main
-
-main()

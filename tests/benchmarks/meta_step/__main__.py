@@ -1,3 +1,0 @@
-from tests.benchmarks.meta_step.run import main
-
-main()

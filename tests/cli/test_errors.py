@@ -1,0 +1,132 @@
+"""What is wrong with a command line is told in one line that names the option; what is wrong elsewhere is raised."""
+
+import pytest
+import yaml
+
+from lightning_maml_guard.cli.errors import explained, refusal
+from lightning_maml_guard.cli.main import _built, main, translate
+from lightning_maml_guard.utils.lightning_compat import LightningModule
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+class Broken(LightningModule):
+    """A module that fails by itself, and not for what it was given."""
+
+    def __init__(self):
+        super().__init__()
+        raise ValueError("broken")
+
+
+@pytest.fixture(scope="module")
+def run():
+    """The command line up to its Trainer, its parser made once."""
+    cli = _built("", ["linear"])
+
+    def run(words):
+        cli.parse_arguments(cli.parser, translate(words))
+        cli.instantiate_classes()
+
+    return run
+
+
+def refused(capsys, run, *words):
+    with pytest.raises(SystemExit) as stopped:
+        run(list(words))
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err.rstrip().splitlines()[-1]
+    assert "error: " in line
+    return line.partition("error: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--guard.criterion exakt", "--guard.criterion: * one of ('simplified', 'exact') but got 'exakt'. Did you"),
+        ("--guard.action=mad", "--guard.action: * one of ('log', 'warn', 'rescale', 'stop') but got 'mad'."),
+        ("--guard.margin=0", "--guard.margin: * a finite number above 0 but got 0.0."),
+        ("--guard.estimator=arnoldi", "--guard.estimator: * 'lanczos', 'pyhessian' or a callable * but got 'arnoldi'."),
+        ("--guard.tasks=bad", "--guard.tasks: * one of ('mean', 'worst') but got 'bad'."),
+        ("--guard.data=bad", "--guard.data: * one of ('support', 'query', 'both') but got 'bad'."),
+        ("--guard.alarm=1", "--guard.alarm: * a finite number above 1 but got 1.0."),
+        ("--guard.snapshot_device=mars", "--guard.snapshot_device: * a device such as 'cpu' * but got 'mars'."),
+        ("--guard.rollback=true", "--guard: rollback=True * needs action='rescale' * but got 'warn' and 10."),
+        ("--guard=rescale --guard.rollback=true --guard.trial_steps=0", "--guard: rollback=True * 'rescale' and 0."),
+        ("--guard.margin=x", "--guard.margin: Expected float. Got value: x"),
+        ("--guard.every_n_steps=often", "--guard.every_n_steps: Expected int. Got value: often"),
+        ("--guard.problem=3", "--guard.problem: Expected a dot import path string: 3"),
+        ("--model.inner_lr=-1", "--model.inner_lr: * of at least 0 but got -1.0."),
+        ("--model.network.hidden=[0]", "--model.network.hidden: *`hidden[0]` to be an integer of at least 1 but got 0"),
+        ("--data.tasks.shots=0", "--data.tasks.shots: * an integer of at least 1 but got 0."),
+        ("--guard.every_n_step=5", "unrecognized option --guard.every_n_step. Did you mean --guard.every_n_steps?"),
+        ("--model.inner_lrr=5", "unrecognized option --model.inner_lrr. Did you mean --model.inner_lr?"),
+        ("--model.optimizer.lrr=5", "unrecognized option --model.optimizer.lrr. Did you mean --model.optimizer.lr?"),
+        ("--data.tasks.shotz=5", "unrecognized option --data.tasks.shotz. Did you mean --data.tasks.shots?"),
+        ("--trainer.max_stepps=5", "unrecognized arguments: --trainer.max_stepps=5. Did you mean --trainer.max_steps?"),
+        ("--modle.inner_lr=5", "unrecognized arguments: --modle.inner_lr=5. Did you mean --model.inner_lr?"),
+        ("--gaurd", "unrecognized arguments: --gaurd. Did you mean --guard?"),
+        ("--guard.zzz=1", "unrecognized option --guard.zzz.$"),
+    ],
+)
+def test_a_wrong_option_is_one_line(words, said, capsys, run):
+    line = refused(capsys, run, "linear", *words.split())
+    *begins, end = said.removesuffix("$").split("*")
+    place = 0
+    for number, part in enumerate([*begins, end]):
+        found = line.find(part, place)
+        assert found == 0 if number == 0 else found > 0, f"{part!r} in\n{line}"
+        place = found + len(part)
+    assert not said.endswith("$") or place == len(line)
+
+
+def test_a_wrong_yaml_is_one_line(capsys, elsewhere, run):
+    guard = {"class_path": "lightning_maml_guard.ConvergenceGuard"}
+    for content, said in (
+        ({"guard": guard | {"init_args": {"criterion": "exakt"}}}, "--guard.criterion: Expected argument `criterion`"),
+        ({"guard": guard | {"init_args": {"marginn": 1}}}, "unrecognized option --guard.marginn. Did you mean --guard"),
+        ({"trainer": {"max_stepz": 1}}, "unrecognized option --trainer.max_stepz. Did you mean --trainer.max_steps?"),
+    ):
+        (elsewhere / "own.yaml").write_text(yaml.safe_dump(content))
+        assert refused(capsys, run, "linear", "--config", "own.yaml").startswith(said)
+    assert refused(capsys, run, "--config=none.yaml").startswith("--config: File does not exist: ")
+
+
+def test_the_commands_have_options_of_their_own(capsys):
+    for words, said in (
+        ("suggest linear --margin=much", "argument --margin: invalid float value: 'much'"),
+        ("suggest linear --margin=2", "argument --margin: Expected argument `margin` to be a number between 0 and 1"),
+        (
+            "suggest linear --batches=0",
+            "argument --batches: Expected argument `batches` to be an integer of at least 1",
+        ),
+        ("suggest linear --guard.tol=7", "--guard.tol: Expected argument `tol` to be a number between 0 and 1"),
+        ("suggest linear --marginn=1", "unrecognized arguments: --marginn=1. Did you mean --margin?"),
+        ("phase-diagram --gird 5", "unrecognized arguments: --gird. Did you mean --grid?"),
+        ("phase-diagram sinusoid --gird=5", "unrecognized arguments: --gird=5. Did you mean --grid?"),
+        ("phase-diagram --zzz", "unrecognized arguments: --zzz"),
+        ("fit linear --marginn=1", "unrecognized arguments: --marginn=1"),
+        ("test linear --gaurd", "unrecognized arguments: --gaurd"),
+        ("validate linear --data.val_episodes=0", "--data.val_episodes: validate judges on the validation episodes"),
+    ):
+        line = refused(capsys, main, *words.split())
+        assert line.startswith(said) and ("Did you mean" in said or "Did you mean" not in line)
+
+
+def test_a_missing_jsonargparse_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    line = refused(capsys, main, "linear")
+    assert line.startswith("the command line needs packages that training does not, jsonargparse among them.")
+    assert "pip install 'lightning-maml-guard[examples]'" in line
+
+
+def test_what_fails_by_itself_keeps_its_traceback(run):
+    with pytest.raises(ValueError, match="broken") as raised:
+        run(["linear", f"--model={__name__}.Broken"])
+    assert refusal(raised.value, {}) is None
+
+
+def test_an_error_of_another_kind_is_left_as_it_is():
+    # The keys of two alternatives, side by side: neither is the path to what is wrong.
+    several = 'Parser key "a":\n  Errors:\n    - Parser key "b":\n        no\n    - Parser key "c":\n        never'
+    for message in ("one of the arguments is required", several):
+        assert explained(message, ["a"]) == message

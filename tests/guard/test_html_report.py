@@ -1,0 +1,165 @@
+"""The report of a run: one page, complete, escaped, and drawn by a browser."""
+
+import dataclasses
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from lightning_maml_guard import ConvergenceGuard
+from lightning_maml_guard.guard.events import events
+from lightning_maml_guard.stability.estimators import Spectrum
+from tests.helpers import fit, guard_warns, linear_module, quadratic_batch
+
+BATCH = quadratic_batch([0.3, 1.0, 2.0, 4.0], target=1.0)
+VOID = {"meta", "br", "hr", "img", "link"}
+
+
+class Checked(HTMLParser):
+    """Tags that close as they opened, with what they hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen, self.text, self.links = [], [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append(tag)
+        self.links += [value for name, value in attributes if name in {"src", "href", "xlink:href"}]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.seen.append(tag)
+        self.links += [value for name, value in attributes if name in {"src", "href", "xlink:href"}]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def checked(html):
+    parser = Checked()
+    parser.feed(html)
+    assert not parser.open
+    assert all(link.startswith(("#", "data:")) for link in parser.links), parser.links
+    assert not re.search(r"@import|url\((?!#)|<script|<link", html)
+    parser.words = " ".join(" ".join(parser.text).split())
+    return parser
+
+
+@pytest.fixture(scope="module")
+def rescued():
+    guard = ConvergenceGuard(every_n_steps=2, action="rescale", margin=0.9)
+    with guard_warns("left the safe region"):
+        fit(linear_module(4, 1.5, inner_lr=0.05, order="simplified"), BATCH, 10, [guard])
+    return guard
+
+
+@pytest.fixture(scope="module")
+def written(rescued, tmp_path_factory):
+    return rescued.report(tmp_path_factory.mktemp("page") / "run.html")
+
+
+def test_the_page_holds_the_run(rescued, written):
+    page = checked(written.read_text(encoding="utf-8"))
+    assert page.seen.count("svg") == 3  # one spectrum: the last is the sharpest
+    for title in ("course of the run", "Safe region", "Spectrum", "What happened", "Configuration", "Versions"):
+        assert title in page.words
+    assert "5 checks, steps 0 to 8" in page.words
+    assert re.search(r"0 unsafe first check beta = 1.5 exceeds 0.9 . beta_c = 0.562", page.words)
+    assert f"capped beta 1.5 → {rescued.history[0].beta_applied:.3g}" in page.words
+    assert "Lower the optimizer's lr" not in page.words  # the guard did
+    assert "margin 0.9" in page.words and "pytorch-lightning 2." in page.words
+
+
+def test_a_resumed_run_has_the_same_page(rescued, written, tmp_path):
+    resumed = ConvergenceGuard(every_n_steps=2, action="rescale", margin=0.9)
+    resumed.load_state_dict(rescued.state_dict())
+    assert checked(resumed.report(tmp_path / "a.html").read_text()).words == checked(written.read_text()).words
+
+
+def test_no_check_one_check_and_nothing_measured_have_their_page(rescued, tmp_path):
+    assert "No check was made yet." in checked(ConvergenceGuard().report(tmp_path / "c.html").read_text()).words
+    one = ConvergenceGuard()
+    one._run.history = rescued.history[:1]
+    assert "1 check, step 0" in checked(one.report(str(tmp_path / "d.html")).read_text()).words
+    blind, nothing = ConvergenceGuard(), dict.fromkeys(("alpha_c", "beta_c", "safe_beta_c", "lambda_max"), math.nan)
+    blind._run.history = [
+        dataclasses.replace(rescued.history[0], status="unresolved", spectrum=Spectrum(), severity=math.nan, **nothing)
+    ]
+    page = checked(blind.report(tmp_path / "e.html").read_text())
+    assert "unresolved" in page.words and page.seen.count("svg") == 1
+
+
+def test_what_comes_from_the_user_is_escaped(rescued, tmp_path):
+    def problem(module, batch):
+        raise ValueError("<script>alert('x')</script>")
+
+    problem.__qualname__ = "<img src=x onerror=alert(1)>"
+    guard = ConvergenceGuard(problem=problem)
+    with guard_warns("ValueError: <script>"):
+        fit(linear_module(4, 0.1), BATCH, 2, [guard])
+    html = guard.report(tmp_path / "run.html").read_text()
+    assert "<script" not in html and "<img" not in html
+    assert "&lt;script&gt;alert(&#x27;x&#x27;)" in html and "&lt;img src=x onerror" in html
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"got '.*gone/run.html': there is no folder '.*gone'. Make it first"):
+        ConvergenceGuard().report(tmp_path / "gone" / "run.html")
+
+
+def test_rollbacks_and_stops_are_told_and_survive_a_checkpoint(tmp_path):
+    stopped = ConvergenceGuard(action="stop")
+    with guard_warns("Training stops"):
+        fit(linear_module(4, 1.5, inner_lr=0.05, order="simplified"), BATCH, 5, [stopped])
+    again = ConvergenceGuard(action="stop")
+    again.load_state_dict(stopped.state_dict())
+    told = events(again.history, again._run.course.events)
+    assert [event.kind for event in told] == ["unsafe", "stopped"] and "beta = 1.5 exceeds" in told[1].why
+    assert "Lower the optimizer's lr" in told[0].why
+    again._run.history = []
+    words = checked(again.report(tmp_path / "run.html").read_text()).words
+    assert "Stopped at step 0." in words
+    rolled = ConvergenceGuard(every_n_steps=5, action="rescale", rollback=True)
+    rolled._run.course.note(
+        7, "rolled back", "ConvergenceGuard: the loss was 9 at step 7, so parameters were taken back"
+    )
+    assert "7 rolled back the loss was 9 at step 7" in checked(rolled.report(tmp_path / "r.html").read_text()).words
+
+
+def test_caps_are_told_as_they_move(rescued):
+    moves = [event for event in events(rescued.history) if event.kind in {"capped", "released"}]
+    applied = [report.beta_applied for report in rescued.history]
+    assert len(moves) == sum(a != b for a, b in zip([math.inf, *applied], applied, strict=False))
+    assert moves[0].kind == "capped" and all(move.kind == "released" for move in moves[1:])
+
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open the page in")
+def test_a_browser_draws_it_without_a_word_of_complaint_in_light_and_dark(written, tmp_path):
+    from PIL import Image
+
+    means = {}
+    for scheme, number in (("dark", 0), ("light", 1)):
+        picture = tmp_path / f"{scheme}.png"
+        command = [
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,1500",
+            f"--user-data-dir={tmp_path / scheme}", f"--blink-settings=preferredColorScheme={number}",
+            "--enable-logging=stderr", f"--screenshot={picture}", written.as_uri(),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert picture.exists(), done.stderr[-2000:]
+        assert "CONSOLE" not in done.stderr
+        pixels = list(Image.open(picture).convert("L").resize((100, 150)).tobytes())
+        means[scheme] = sum(pixels) / len(pixels)
+    assert means["dark"] < 70 < 200 < means["light"]

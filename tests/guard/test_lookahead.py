@@ -1,0 +1,154 @@
+"""A trial is compared with training for real: the same steps on a copy of everything."""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import LBFGS, SGD, Adam
+
+from lightning_maml_guard import MetaLearningModule
+from lightning_maml_guard.guard.lookahead import Trial, TrialRunner
+from lightning_maml_guard.guard.probe import attempts
+from lightning_maml_guard.guard.rescale import Caps
+from lightning_maml_guard.maml.meta_gradient import meta_gradient
+from lightning_maml_guard.networks import mlp
+from lightning_maml_guard.optim.shadow import ClosureError, coming_update
+from lightning_maml_guard.stability.hvp import Memory
+from lightning_maml_guard.stability.plain import PlainProblem
+from lightning_maml_guard.tasks.regression import Sinusoid
+from tests.helpers import linear_module, quadratic_batch
+
+OPTIMIZERS = {
+    "sgd": lambda p: SGD(p, lr=0.02),
+    "momentum": lambda p: SGD(p, lr=0.01, momentum=0.9, weight_decay=0.01),
+    "adam": lambda p: Adam(p, lr=0.01),
+}
+
+
+def sinusoids(count):
+    return [Sinusoid().sample(3, torch.Generator().manual_seed(seed)) for seed in range(count)]
+
+
+def really(module, optimizer, batches, steps, clip=None):
+    """Take the steps, on the live module."""
+    losses = []
+    for step in range(steps):
+        result = meta_gradient(module.meta_problem(batches[step % len(batches)]))
+        losses.append(float(result.losses.mean()))
+        for name, value in module.theta().items():
+            value.grad = result.gradients[name].clone()
+        if clip is not None:
+            clip(list(module.theta().values()))
+        optimizer.step()
+    return [*losses, float(meta_gradient(module.meta_problem(batches[0])).losses.mean())]
+
+
+@pytest.mark.parametrize("order", ["exact", "first", "simplified"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_trial_sees_what_training_will_do_and_touches_nothing(name, order):
+    torch.manual_seed(0)
+    module = MetaLearningModule(mlp().double(), inner_lr=0.02, inner_steps=2, order=order).double()
+    optimizer = OPTIMIZERS[name](module.parameters())
+    batches = [tuple(tuple(x.double() for x in part) for part in batch) for batch in sinusoids(3)]
+    really(module, optimizer, batches, 2)  # so that there is momentum
+    before = copy.deepcopy(module.state_dict()), copy.deepcopy(optimizer.state_dict()), torch.get_rng_state()
+    trial = TrialRunner([module.meta_problem(batch) for batch in batches], optimizer, 5).run()
+    assert all(torch.equal(value, module.state_dict()[key]) for key, value in before[0].items())
+    assert str(before[1]) == str(optimizer.state_dict())
+    assert torch.equal(before[2], torch.get_rng_state())
+    assert trial.losses == pytest.approx(really(module, optimizer, batches, 5), rel=1e-6)
+
+
+def test_it_can_begin_with_another_batch():
+    torch.manual_seed(0)
+    batches = sinusoids(3)
+    module = MetaLearningModule(mlp(), inner_lr=0.02)
+    optimizer = SGD(module.parameters(), lr=0.02)
+    trial = TrialRunner([module.meta_problem(batch) for batch in batches], optimizer, 4).run(first=2)
+    turned = [batches[2], batches[0], batches[1]]
+    assert trial.losses == pytest.approx(really(module, optimizer, turned, 4), rel=1e-5)
+
+
+@pytest.mark.parametrize(("sharpness", "fails"), [([40.0, 1, 1, 1, 1, 1], False), ([40.0] * 4, True), ([40.0], True)])
+def test_one_odd_batch_is_not_a_dying_run(sharpness, fails):
+    weight = nn.Parameter(torch.ones(1))
+    problems = [PlainProblem({"w": weight}, lambda p, c=c: 0.5 * c * (p["w"] ** 2).sum()) for c in sharpness]
+    trainer = SimpleNamespace(gradient_clip_val=None)
+    tries = attempts(problems, SGD([weight], lr=0.1), 2, trainer, Memory())
+    trial, reference, severe = tries.judged(Caps(), 1.0, 3.0)
+    # One step on the odd batch multiplies the weight by 1 - 0.1 * 40 = -3, one on the others by 0.9.
+    end = 20 * 3**4 if fails else 0.5 * 0.9**4
+    assert reference == 1.0 and trial.end == pytest.approx(end) and severe == pytest.approx(math.log(end))
+    assert tries.runner.runs == (1 if len(sharpness) == 1 else 3)
+
+
+def test_without_a_start_the_loss_at_hand_is_the_reference():
+    weight = nn.Parameter(torch.ones(1))
+    problem = PlainProblem({"w": weight}, lambda p: (p["w"] ** 2).sum())
+    tries = attempts([problem], SGD([weight], lr=0.25), 2, SimpleNamespace(gradient_clip_val=None), Memory())
+    assert tries.judged(Caps(), math.nan, 3.0)[1:] == (1.0, pytest.approx(math.log(1 / 16)))
+
+
+def test_lower_rates_are_those_of_a_run_configured_with_them():
+    torch.manual_seed(0)
+    batches = sinusoids(1)
+    module = MetaLearningModule(mlp(), inner_lr=0.04)
+    trial = TrialRunner([module.meta_problem(batches[0])], SGD(module.parameters(), lr=0.08), 4).run(0.25, 0.5)
+    module.inner_lr = 0.01
+    assert trial.losses == pytest.approx(really(module, SGD(module.parameters(), lr=0.04), batches, 4), rel=1e-5)
+
+
+def test_gradients_are_clipped_as_in_the_run():
+    torch.manual_seed(0)
+    batches = sinusoids(1)
+    module = MetaLearningModule(mlp(), inner_lr=0.01)
+    optimizer = SGD(module.parameters(), lr=0.5)
+
+    def clip(parameters):
+        nn.utils.clip_grad_norm_(parameters, 0.1)
+
+    trial = TrialRunner([module.meta_problem(batches[0])], optimizer, 4, clip=clip).run()
+    assert trial.losses == pytest.approx(really(module, optimizer, batches, 4, clip), rel=1e-5)
+
+
+def test_on_a_quadratic_it_is_the_power_of_the_multiplier():
+    module = linear_module(2, 1.0, inner_lr=0.0, order="simplified")
+    problem = module.meta_problem(quadratic_batch([4.0, 4.0], target=1.0))
+    trial = TrialRunner([problem], 0.75, 6).run()  # 1 - 0.75*4 = -2 a step, so the loss grows fourfold
+    assert trial.growth == pytest.approx(4.0) and trial.end == pytest.approx(4.0**6 * trial.begin)
+
+
+def test_plain_training_is_tried_too():
+    weight = nn.Parameter(torch.ones(1))
+    trial = TrialRunner([PlainProblem({"w": weight}, lambda p: (p["w"] ** 2).sum())], SGD([weight], lr=0.25), 3).run()
+    assert trial.losses == pytest.approx((1, 0.25, 0.0625, 0.015625))
+
+
+def test_a_loss_that_was_not_finite_on_the_way_is_lost():
+    assert Trial((1.0, math.nan, 0.5)).end == Trial((1.0, math.inf)).end == math.inf
+
+
+def test_an_optimizer_that_wants_a_closure_is_refused():
+    module = linear_module(2, 1.0)
+    with pytest.raises(ClosureError, match="LBFGS needs a closure"):
+        TrialRunner([module.meta_problem(quadratic_batch([1.0, 2.0]))], LBFGS(module.parameters()), 2)
+
+
+def test_a_double_moves_the_parameters_an_optimizer_keeps_in_a_list_of_its_own():
+    class Listed(SGD):
+        def __init__(self, parameters, lr):
+            super().__init__(parameters, lr=lr)
+            self.mine = [value for group in self.param_groups for value in group["params"]]
+
+        @torch.no_grad()
+        def step(self):
+            for value in self.mine:
+                value.sub_(0.5 * value.grad)
+
+    weight = nn.Parameter(torch.ones(2))
+    optimizer, gradient = Listed([weight], lr=0.1), torch.tensor([1.0, 2.0])
+    update = coming_update(optimizer, {"w": weight}, {"w": gradient})
+    assert torch.equal(update["w"], 0.5 * gradient) and torch.equal(weight, torch.ones(2))

@@ -1,0 +1,342 @@
+"""Rollback, snapshots and triggers: in runs, and against plain copies."""
+
+import copy
+import math
+import warnings
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adam
+from torch.utils.data import DataLoader
+
+from lightning_maml_guard import ConvergenceGuard, GuardWarning, MetaLearningModule
+from lightning_maml_guard.guard.divergence import FIRST, RunningRange
+from lightning_maml_guard.guard.probe import gradient_norm
+from lightning_maml_guard.networks import mlp
+from lightning_maml_guard.optim.snapshot import Snapshot
+from lightning_maml_guard.tasks.regression import Sinusoid
+from lightning_maml_guard.utils.lightning_compat import Trainer
+from tests.helpers import fit, guard_warns, linear_module, one_line, quadratic_batch
+
+BATCH = quadratic_batch([0.3, 1.0, 2.0, 4.0], target=1.0)
+
+
+class Struck(MetaLearningModule):
+    """Something goes wrong at some steps."""
+
+    def __init__(self, strike, at, optimizer=None, **arguments):
+        network = nn.Linear(4, 1, bias=False).double()
+        nn.init.ones_(network.weight)
+        super().__init__(
+            network,
+            inner_lr=0.05,
+            order="simplified",
+            optimizer=optimizer or (lambda p: SGD(p, lr=0.1, momentum=0.5)),
+            **arguments,
+        )
+        self.strike, self.at = strike, at
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx in self.at:
+            with torch.no_grad():
+                self.strike(self)
+
+
+def to_nan(module):
+    module.network.weight.fill_(math.nan)
+
+
+def aside(module):
+    """To a loss above twice the running one, which eight times that of the start is not."""
+    module.network.weight.add_(1.0)
+
+
+def far_away(module):
+    module.network.weight.add_(100.0)
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("make", [lambda p: SGD(p, lr=0.1, momentum=0.9), lambda p: Adam(p, lr=0.1)])
+def test_a_snapshot_brings_back_parameters_buffers_and_state_and_leaves_the_schedule(make, device):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    optimizer = make(module.parameters())
+
+    def step():
+        optimizer.zero_grad()
+        module(torch.randn(5, 3)).pow(3).sum().backward()
+        optimizer.step()
+
+    step()
+    kept = Snapshot(module, [optimizer], 1, device)
+    before = copy.deepcopy((module.state_dict(), optimizer.state_dict()["state"]))
+    tensors = [value.data_ptr() for value in module.parameters()]
+    step()
+    step()
+    optimizer.param_groups[0]["lr"] = 0.05
+    kept.restore(module, [optimizer])
+    assert str(before) == str((module.state_dict(), optimizer.state_dict()["state"]))
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    assert tensors == [value.data_ptr() for value in module.parameters()]
+    step()
+    kept.restore(module, [optimizer])  # a second time: the copies were not handed out
+    assert str(before) == str((module.state_dict(), optimizer.state_dict()["state"]))
+
+
+def test_a_snapshot_from_before_the_first_step_empties_the_state():
+    module = nn.Linear(2, 1)
+    optimizer = Adam(module.parameters())
+    kept = Snapshot(module, [optimizer], 0)
+    module(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    kept.restore(module, [optimizer])
+    assert not optimizer.state_dict()["state"]
+
+
+@pytest.mark.parametrize("strike", [to_nan, far_away])
+def test_a_lost_run_is_taken_back_and_goes_on(strike):
+    guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True)
+    module = Struck(strike, at={14})
+    with guard_warns(r"taken back to step 10 and .* skipped \(rollback 1 of at most 10\)"):
+        trainer = fit(module, BATCH, 60, [guard])
+    assert float(trainer.callback_metrics["train/loss"]) < 1e-2
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.1
+    applied = [report.beta_applied for report in guard.history if report.step == 15]
+    assert applied and applied[0] <= 0.05
+
+
+def test_without_rollback_a_nan_is_told_with_what_would_have_helped():
+    guard = ConvergenceGuard(every_n_steps=10, action="rescale")
+    with guard_warns("no rate brings this run back.*rollback=True"):
+        fit(Struck(to_nan, at={14}), BATCH, 30, [guard])
+
+
+def test_gradients_of_a_half_accumulated_step_do_not_outlive_a_rollback():
+    guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True)
+    with guard_warns(r"rollback 1 of at most 10") as caught:
+        trainer = fit(Struck(to_nan, at={28}), BATCH, 160, [guard], accumulate_grad_batches=2, max_steps=75)
+    assert sum("taken back" in one_line(each.message) for each in caught) == 1
+    assert float(trainer.callback_metrics["train/loss"]) < 1e-2
+
+
+def test_a_run_taken_back_to_where_nothing_can_be_measured_goes_on_at_half_the_rate(monkeypatch):
+    from lightning_maml_guard.guard import check
+
+    def fails_after_the_rollback(problem, *, step, **arguments):
+        if step == 15:
+            raise RuntimeError("out of luck")
+        return measure(problem, step=step, **arguments)
+
+    measure = check.measure
+    monkeypatch.setattr(check, "measure", fails_after_the_rollback)
+    guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True)
+    with pytest.warns(GuardWarning) as caught:
+        trainer = fit(Struck(to_nan, at={14}), BATCH, 60, [guard])
+    said = [one_line(each.message) for each in caught if each.category is GuardWarning]
+    assert "the check at step 15 failed" in said[0] and "RuntimeError: out of luck" in said[0]
+    assert "taken back to step 10 (rollback 1 of at most 10)" in said[1] and "halved: beta = 0.05." in said[1]
+    assert len(said) == 2 and float(trainer.callback_metrics["train/loss"]) < 1e-2
+
+
+def test_a_copy_that_fails_costs_one_warning(monkeypatch):
+    def fails(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("lightning_maml_guard.guard.rescue.Snapshot", fails)
+    guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True)
+    with guard_warns(r"at step 0, so there is nothing to roll back to.*MemoryError: no room") as c:
+        trainer = fit(linear_module(4, 0.1), BATCH, 30, [guard])
+    assert trainer.global_step == 30 and len([each for each in c if each.category is GuardWarning]) == 1
+
+
+def test_a_gradient_norm_that_fails_costs_one_warning(monkeypatch):
+    def fails(_):
+        raise NotImplementedError("odd layout")
+
+    monkeypatch.setattr("lightning_maml_guard.guard.convergence_guard.gradient_norm", fails)
+    with guard_warns("not when the gradient norm does.*NotImplementedError: odd layout") as caught:
+        trainer = fit(linear_module(4, 0.1), BATCH, 30, [ConvergenceGuard()])
+    assert trainer.global_step == 30 and len([each for each in caught if each.category is GuardWarning]) == 1
+
+
+def test_a_jump_of_the_gradient_norm_alone_calls_a_check_at_the_next_step(monkeypatch):
+    seen = []
+
+    def norm(optimizer):
+        seen.append(optimizer)
+        return 10.0 if len(seen) == 14 else 1.0  # the loss does not jump
+
+    monkeypatch.setattr("lightning_maml_guard.guard.convergence_guard.gradient_norm", norm)
+    guard = ConvergenceGuard(every_n_steps=1000, action="log")
+    fit(linear_module(4, 0.01), BATCH, 18, [guard], accumulate_grad_batches=2)
+    assert len(seen) == 18 and [step for step, _ in guard.severities] == [0, 14]
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, (torch.float32, torch.float64), (torch.float64,)])
+def test_the_gradient_norm_is_that_of_all_gradients_in_a_row(dtypes):
+    parameters = [nn.Parameter(torch.randn(3, size, dtype=dtype)) for size, dtype in enumerate(dtypes, 1)]
+    assert gradient_norm(SGD(parameters, lr=0.1)) is None
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    expected = torch.cat([parameter.grad.double().flatten() for parameter in parameters]).norm()
+    assert float(gradient_norm(SGD(parameters, lr=0.1))) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_the_gradient_norm_counts_sparse_gradients():
+    embedding = nn.Embedding(5, 2, sparse=True)
+    (embedding(torch.tensor([1, 1, 3])).sum() * 2).backward()
+    norm = gradient_norm(SGD(embedding.parameters(), lr=0.1))
+    assert norm == pytest.approx(float(embedding.weight.grad.to_dense().norm()))
+
+
+def test_rollbacks_are_bounded_and_then_the_run_stops_with_the_reason():
+    guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True, max_rollbacks=2)
+    with pytest.warns(GuardWarning) as caught:
+        trainer = fit(Struck(to_nan, at=set(range(5, 60))), BATCH, 60, [guard])
+    said = [one_line(each.message) for each in caught if each.category is GuardWarning]
+    assert ["rollback 1 of" in said[0], "rollback 2 of" in said[1]] == [True, True] and len(said) == 4
+    assert "training stops. The loss was nan at step" in said[2] and "after 2 rollbacks" in said[2]
+    assert "the last step made parameters non-finite" in said[3]
+    assert trainer.global_step < 20
+    assert guard.stopped_step is not None and "the rates are not what is wrong" in guard.stopping_reason
+
+
+def test_a_last_step_that_is_lost_is_taken_back():
+    guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True)
+    module = Struck(to_nan, at={19})
+    with guard_warns("last step made parameters non-finite.*taken back to step 10"):
+        fit(module, BATCH, 20, [guard])
+    assert bool(torch.isfinite(module.network.weight).all())
+
+
+def test_a_last_step_whose_loss_is_lost_is_taken_back_and_one_that_is_not_is_left(recwarn):
+    """No check comes after it: the loss of the parameters it leaves is looked at, on its batch."""
+    guards = [ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True, alarm=8.0) for _ in range(2)]
+    modules = [Struck(strike, at={19}) for strike in (far_away, aside, aside)]
+    with guard_warns(r"after the last step the loss was 1.*e\+0. \(training started at.*taken back to step 10"):
+        fit(modules[0], BATCH, 20, guards[:1])
+    assert float(modules[0].network.weight.detach().abs().max()) < 3
+    assert [kind for _, kind, _ in guards[0]._run.course.events] == ["rolled back"]
+    recwarn.clear()
+    fit(modules[1], BATCH, 20, guards[1:])
+    fit(modules[2], BATCH, 20)
+    assert guards[1]._run.lookout.called and not guards[1]._run.course.events
+    assert not [each for each in recwarn if each.category is GuardWarning]
+    torch.testing.assert_close(modules[1].network.weight, modules[2].network.weight, rtol=0, atol=0)
+
+
+def test_a_spike_between_checks_calls_one():
+    guard = ConvergenceGuard(every_n_steps=100, action="log")
+    fit(Struck(far_away, at={14}), BATCH, 30, [guard])
+    assert [report.step for report in guard.history][:2] == [0, 15]
+    quiet = ConvergenceGuard(every_n_steps=100, action="log", triggers=False)
+    fit(Struck(far_away, at={14}), BATCH, 30, [quiet])
+    assert [report.step for report in quiet.history] == [0]
+
+
+def test_a_triggered_check_stands_for_the_scheduled_one_after_it():
+    guard = ConvergenceGuard(every_n_steps=10, action="log")
+    fit(Struck(far_away, at={27}), BATCH, 45, [guard])
+    steps = [report.step for report in guard.history]
+    assert 28 in steps and 30 not in steps and 40 in steps
+
+
+def test_the_edge_is_logged_and_not_warned_about():
+    """beta at 1.02 of its limit: it grows, but not within the coming steps."""
+    guard = ConvergenceGuard(every_n_steps=5)
+    module = linear_module(4, 0.625 * 1.02, inner_lr=0.05, order="simplified")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GuardWarning)
+        fit(module, BATCH, 15, [guard])
+    guard = ConvergenceGuard(every_n_steps=5, criterion="simplified")
+    fit(linear_module(4, 0.625 * 1.02, inner_lr=0.05, order="simplified"), BATCH, 15, [guard])
+    assert {report.status for report in guard.history} == {"edge"}
+    assert all(report.beta_ratio > 1 for report in guard.history)
+
+
+def test_caps_are_released_when_the_region_widens():
+    milder = quadratic_batch([0.1, 0.1, 0.1, 0.2], target=1.0)
+    guard = ConvergenceGuard(every_n_steps=5, action="rescale", replay=1)
+    module = linear_module(4, 3.0, inner_lr=0.05, order="simplified")
+    trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[guard])
+    with guard_warns("beta = 3 exceeds beta_c"):
+        trainer.fit(module, DataLoader([BATCH] * 6 + [milder] * 60, batch_size=None))
+    path = [report.beta_applied for report in guard.history]
+    assert path[0] < 1.0 and path[-1] == 3.0
+    assert all(after <= 1.5 * before + 1e-9 for before, after in pairwise(path))
+
+
+def test_the_trial_of_adam_judges_its_first_step():
+    guard = ConvergenceGuard(action="stop")
+    module = MetaLearningModule(mlp(), inner_lr=0.01, optimizer=lambda p: Adam(p, lr=3.0))
+    with guard_warns("at step 0.*tried on copies at alpha = 0.01 and beta = 3"):
+        fit(module, Sinusoid().sample(4, torch.Generator().manual_seed(0)), 20, [guard])
+    assert guard.stopped_step == 0
+
+
+def test_the_start_is_the_median_of_the_first_losses_and_not_of_a_run_that_left():
+    seen = RunningRange()
+    assert math.isnan(seen.start)
+    for loss in (1.0, 1.2, 0.8, 50.0, math.nan, 1.1):
+        seen.leaves(loss)
+    assert seen.start == pytest.approx(1.05)
+    for _ in range(3 * FIRST):
+        seen.leaves(0.1)
+    assert len(seen.first) == FIRST
+
+
+def test_what_leaves_the_running_range():
+    seen = RunningRange()
+    assert not seen.leaves(1.0, 1.0)
+    assert not seen.leaves(1.9, 3.9)
+    assert seen.leaves(3.0) and seen.leaves(1.0, 9.0) and seen.leaves(math.nan)
+    again = RunningRange()
+    again.load(seen.state())
+    assert again == seen
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"alarm": 1.0}, "`alarm` to be a finite number above 1 but got 1.0"),
+        ({"alarm": math.inf}, "`alarm` to be a finite number above 1 but got inf"),
+        ({"trial_steps": -1}, "trial_steps"),
+        ({"replay": 0}, "replay"),
+        ({"max_rollbacks": 0}, "max_rollbacks"),
+        ({"rollback": True}, "needs action='rescale' and trial_steps of at least 1 but got 'warn' and 10"),
+        ({"rollback": True, "action": "rescale", "trial_steps": 0}, "but got 'rescale' and 0"),
+    ],
+)
+def test_arguments_that_are_not_allowed(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ConvergenceGuard(**arguments)
+
+
+@pytest.mark.parametrize(("killed", "action"), [(True, "warn"), (False, "warn"), (True, "log")])
+def test_a_network_that_died_is_not_just_called_stable(killed, action):
+    class Dying(MetaLearningModule):
+        def on_train_batch_start(self, batch, batch_idx):
+            if killed and batch_idx == 10:
+                with torch.no_grad():
+                    self.network[0].bias.fill_(-1e3)
+
+    torch.manual_seed(0)
+    module = Dying(mlp(hidden=(8,)), inner_lr=0.01, optimizer=lambda p: SGD(p, lr=1e-4))
+    guard = ConvergenceGuard(every_n_steps=15, action=action)
+    batch = Sinusoid().sample(4, torch.Generator().manual_seed(0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", GuardWarning)
+        fit(module, batch, 46, [guard])
+    said = [text for text in (one_line(each.message) for each in caught) if "may have lost its network" in text]
+    assert len(guard.history) == 4 and {report.status for report in guard.history} == {"safe"}
+    assert len(said) == (killed and action == "warn")
+    if said:
+        first, then = (guard.history[at].lambda_max for at in (0, 1))
+        assert said[0].startswith("ConvergenceGuard: step 15 is stable, but")
+        assert f"lambda_max = {then:.3g} is {then / first:.2g} of what it was, while the loss" in said[0]
+        assert "Start again with lower rates" in said[0]
+    again = ConvergenceGuard()
+    again.load_state_dict(guard.state_dict())
+    assert again._run.course.sharpest == guard._run.course.sharpest == guard.history[0].lambda_max
