@@ -27,8 +27,8 @@ from lightning_maml_guard.maml.jacobian import is_symmetric, meta_field
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.phase.gradients import run_rates
 from lightning_maml_guard.phase.optimizers import MetaOptimizer, State
-from lightning_maml_guard.theory.complex_ritz import complex_limit, complex_ritz
-from lightning_maml_guard.theory.ritz import rates_from_lanczos, ritz_values
+from lightning_maml_guard.theory.complex_ritz import arnoldi_resolved, complex_limit, complex_ritz
+from lightning_maml_guard.theory.ritz import lanczos_resolved, rates_from_lanczos, ritz_values
 from lightning_maml_guard.utils.double_backward import double_backward
 from lightning_maml_guard.utils.task_map import TaskMap
 
@@ -93,12 +93,12 @@ def grid_rates(
         return _where_finite([ritz_values(*each)[0][-1] for each in _lanczos(matvec).runs], failed)
 
     def _lanczos(matvec: Matvec) -> LanczosRun:
-        def tight(found: Sequence[Tridiagonal]) -> bool:
-            return all(_tight(each, tol) for each in found)
+        def resolved(found: Sequence[Tridiagonal]) -> bool:
+            return all(lanczos_resolved(*each, 0.0, tol, needs_positive_top=False) for each in found)
 
         # One start for all, so that what is measured of a run does not depend on its place in the chunk.
         start = start_vector((layout.size,), alphas).expand(runs, -1)
-        return lanczos(matvec, start, max_iter=max_iter, stop=tight)
+        return lanczos(matvec, start, max_iter=max_iter, stop=resolved)
 
     with double_backward():
         hessian = Jacobian(gradient_of(_mean_losses(problem)), params, layout)
@@ -168,14 +168,12 @@ def _by_arnoldi(
     # Its products are with the transpose, so the scaling comes from the right; the eigenvalues are the same.
     matvec: Matvec = jacobian if scale is None else lambda vector: jacobian(scale[index] * vector)
 
-    def tight(hessenberg: np.ndarray, residual: float) -> bool:
-        ritz = complex_ritz(hessenberg, residual)
-        low, high = complex_limit(ritz, (optimizer.response,), tol=tol).interval
-        return bool(ritz.bounds[0] <= tol * ritz.radius) and (high == math.inf or high - low <= 4 * tol * high)
+    def resolved(hessenberg: np.ndarray, residual: float) -> bool:
+        return arnoldi_resolved(hessenberg, residual, (optimizer.response,), tol=tol, needs_finite_limit=False)
 
     start = start_vector((jacobian.layout.size,), like)
     try:
-        found = arnoldi(matvec, start, max_iter=max_iter, stop=tight)
+        found = arnoldi(matvec, start, max_iter=max_iter, stop=resolved)
     except NonFiniteProductError:  # what nan stands for in the result
         return math.nan
     return complex_limit(complex_ritz(found.hessenberg, found.residual), (optimizer.response,), tol=tol).rate
@@ -203,9 +201,3 @@ def _where_finite(values: Sequence[float], failed: Sequence[Tensor]) -> np.ndarr
 def _divided(limit: float, curvature: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore"):
         return np.where(np.isnan(curvature), math.nan, limit / np.maximum(curvature, 0.0))
-
-
-def _tight(run: Tridiagonal, tol: float) -> bool:
-    values, residuals = ritz_values(*run)
-    # At `tol` itself the run may still sit on an eigenvalue below the top.
-    return bool(residuals[-1] <= tol / 16 * max(abs(values[0]), abs(values[-1])))
