@@ -10,7 +10,7 @@ import torch
 from benchmarks.guard_bench.cells import AFTERMATH, STEPS, Column
 from lightning_maml_guard.phase.divergence import NEVER, departures
 from lightning_maml_guard.phase.gradients import copies, grid_gradient, grid_loss
-from lightning_maml_guard.phase.optimizers import SGD, Adam, MetaOptimizer, spread
+from lightning_maml_guard.phase.optimizers import SGD, Adam, MetaOptimizer, broadcast_runs
 
 UNGUARDED, CLIP_1, CLIP_10, HALVE = "unguarded", "clip 1", "clip 10", "halve on a spike"
 REMEDIES = (UNGUARDED, CLIP_1, CLIP_10, HALVE)
@@ -89,7 +89,7 @@ def train_column(column: Column, steps: int = STEPS + AFTERMATH) -> dict[str, li
         rates = torch.where(spiked, rates / 2, rates)
         running = torch.where(spiked, running, 0.9 * running + 0.1 * loss)
         factor = (clip / norm.clamp(min=1e-30)).clamp(max=1.0)
-        clipped = {n: g * spread(factor, g) for n, g in found.items()}
+        clipped = {n: g * broadcast_runs(factor, g) for n, g in found.items()}
         params, state = optimizer.step(params, clipped, state, rates, step)
     final = grid_loss(judged, params, alphas)
     table = torch.stack(losses), torch.stack(norms)
