@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from benchmarks.guard_bench.cells import AFTERMATH, STEPS, Column
-from lightning_maml_guard.phase.divergence import NEVER, departures
+from lightning_maml_guard.phase.divergence import NEVER, divergence_steps
 from lightning_maml_guard.phase.gradients import copies, grid_gradient, grid_loss
 from lightning_maml_guard.phase.optimizers import SGD, Adam, MetaOptimizer, broadcast_runs
 
@@ -40,7 +40,7 @@ class Trace:
         """First step at which the loss has left 5 times its start: in most of five steps, not in one bad batch."""
         if not self.losses:
             return None
-        step = int(departures(np.array(self.losses), self.start, LEFT))
+        step = int(divergence_steps(np.array(self.losses), self.start, LEFT))
         return None if step == NEVER else step
 
     @property
