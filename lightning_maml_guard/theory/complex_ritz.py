@@ -136,3 +136,23 @@ def _ends(ritz: ComplexRitz, index: int, responses: Sequence[Response], decay: f
         low = min(each.largest_rate(cmath.rect(modulus + bound, angle + turn), decay) for each in responses)
     gentle = cmath.rect(modulus - bound, max(angle - turn, 0.0))
     return low, max(each.largest_rate(gentle, decay) for each in responses)
+
+
+def arnoldi_resolved(
+    hessenberg: np.ndarray,
+    residual: float,
+    responses: Sequence[Response],
+    *,
+    tol: float,
+    rounding: float = 0.0,
+    decay: float = 0.0,
+    needs_finite_limit: bool = True,
+) -> bool:
+    """Return True if an Arnoldi run knows its leading eigenvalue and the largest stable rate to ``tol``."""
+    ritz = complex_ritz(hessenberg, residual, rounding)
+    if ritz.bounds[0] > tol * ritz.radius:
+        return False
+    low, high = complex_limit(ritz, responses, tol=tol, decay=decay).interval
+    if high == math.inf:
+        return not needs_finite_limit
+    return high - low <= 4 * tol * high
