@@ -13,10 +13,10 @@ import torch
 import yaml
 
 from lightning_maml_guard import ConvergenceGuard, GuardWarning
+from lightning_maml_guard.cli import commands as _cli_runs
+from lightning_maml_guard.cli import main as cli
 from lightning_maml_guard.cli.arguments import COMMANDS, TASKS
-from lightning_maml_guard.cli.main import commands as _cli_runs
 from lightning_maml_guard.cli.main import console, main
-from lightning_maml_guard.cli.main import main as cli
 from tests.helpers import guard_warns
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"

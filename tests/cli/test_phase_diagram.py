@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lightning_maml_guard import PhaseDiagram
-from lightning_maml_guard.cli.main import paper_tables as findings
+from lightning_maml_guard.cli import paper_tables as findings
 from lightning_maml_guard.cli.paper_panels import SMALL
 from lightning_maml_guard.cli.paper_tables import plain
 from lightning_maml_guard.tasks.episodes import episode_generator
