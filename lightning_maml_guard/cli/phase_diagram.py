@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lightning_maml_guard.cli.errors import explained
+from lightning_maml_guard.cli.errors import with_nearest
 from lightning_maml_guard.cli.paper_panels import FULL, SMALL, problems
 from lightning_maml_guard.cli.paper_tables import BISECTED_RATES, BISECTION_STEPS, write
 from lightning_maml_guard.phase.diagram import phase_diagram
@@ -59,7 +59,7 @@ def main(words: Sequence[str] | None = None, prog: str = "lightning-maml-guard p
     if unknown:
         options = [word for word in unknown if word.startswith("-")]
         known = [name for name in vars(given) if name != "panel"]
-        parser.error(explained(f"unrecognized arguments: {' '.join(options or unknown)}", known))
+        parser.error(with_nearest(f"unrecognized arguments: {' '.join(options or unknown)}", known))
     if given.panel not in SMALL:
         parser.error(f"expected the panel to be one of {', '.join(SMALL)} but got {given.panel!r}.")
     panel = (FULL if given.full else SMALL)[given.panel]

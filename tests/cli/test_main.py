@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from lightning_maml_guard import MetaLearningModule
-from lightning_maml_guard.cli.arguments import name_of
-from lightning_maml_guard.cli.main import CONFIGS, main, translate
+from lightning_maml_guard.cli.arguments import CONFIGS, run_name, translate
+from lightning_maml_guard.cli.main import main
 from lightning_maml_guard.cli.parser import OptionSpelling
 from lightning_maml_guard.tasks.episodes import episode_generator
 from lightning_maml_guard.utils.lightning_compat import Trainer
@@ -68,7 +68,7 @@ def test_a_run_has_the_name_of_its_task_or_of_its_own_configuration():
         ("--guard -c own.yaml --config=other.v2.yaml --x 1", "other.v2"),
         ("linear --config own.yaml", "linear"),
     ):
-        assert name_of(words.split()) == name
+        assert run_name(words.split()) == name
 
 
 def test_unknown_words_are_named(capsys):
