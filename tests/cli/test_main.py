@@ -194,7 +194,7 @@ def test_a_run_outside_the_safe_region_warns_and_names_options(action, said):
         main(["fit", "linear", "--guard", action, *SHORT, "--model.optimizer.lr", "5"])
 
 
-def test_a_lost_run_is_told_the_options_that_bring_one_back():
+def test_a_diverged_run_is_told_the_options_that_roll_one_back():
     words = ["linear", *SHORT, "--model.optimizer.lr", "3e38", "--guard.every_n_steps", "1", "--guard.patience", "3"]
     with guard_warns("Start again with lower rates; --guard rescale --guard.rollback true takes a run back"):
         main(["fit", *words])
