@@ -26,6 +26,7 @@ from lightning_maml_guard import (
 )
 from lightning_maml_guard.guard.actions import Rescale
 from lightning_maml_guard.guard.check import Check
+from lightning_maml_guard.optim.lr_cap import LRCap
 from lightning_maml_guard.utils.lightning_compat import Callback
 from tests.helpers import fit, grouped, guard_warns, linear_module, one_line, quadratic_batch
 
@@ -333,6 +334,20 @@ def test_an_optimizer_that_cannot_be_capped_is_told_and_nothing_is_claimed(tmp_p
     trainer = type("Trainer", (), {"optimizers": [Hookless([torch.nn.Parameter(torch.ones(1))], lr=1.0)]})()
     with guard_warns("could not apply the caps that the checkpoint holds; training goes on"):
         guard.on_train_start(trainer, linear_module(3, 0.3))
+
+
+class HalfHooked(SGD):
+    """An optimizer that takes pre hooks only."""
+
+    def register_step_post_hook(self, hook):
+        raise AttributeError("no hooks here")
+
+
+def test_a_cap_that_could_not_be_put_back_is_not_applied():
+    optimizer = HalfHooked([nn.Parameter(torch.ones(1))], lr=1.0)
+    with pytest.raises(AttributeError, match="no hooks here"):
+        LRCap([optimizer], 0.1)
+    assert not optimizer._optimizer_step_pre_hooks
 
 
 def test_a_check_that_fails_before_it_acts_warns_of_the_rates_at_the_next(monkeypatch):
