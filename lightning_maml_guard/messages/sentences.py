@@ -216,6 +216,8 @@ def _task_failed(reason: Reason, spelling: Spelling) -> str:
 
 
 def _no_lookahead(reason: Reason, spelling: Spelling) -> str:
+    if reason.effect == "before training":
+        return f"The next steps cannot be tried. {reason.detail}"
     return f"judging by curvature alone, for the next steps cannot be tried. {reason.detail}"
 
 
