@@ -25,7 +25,15 @@ FOUND = [
     if test.examples
 ]
 # Their examples stand with the functions that give them.
-RESULTS = {"CriticalRates", "GuardWarning", "PhaseDiagram", "RateSuggestion", "StabilityReport"}
+RESULTS = {
+    "CheckReport",
+    "CriticalRates",
+    "GuardWarning",
+    "MeasurementCache",
+    "PhaseDiagram",
+    "RateSuggestion",
+    "StabilityReport",
+}
 
 
 def test_the_main_names_have_an_example():

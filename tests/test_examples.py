@@ -95,7 +95,7 @@ def test_plain_training_reports_the_sharpness_of_its_own_loss(capsys):
 
 
 def test_plain_trainings_limit_is_that_of_the_dense_hessian():
-    from lightning_maml_guard.stability.plain import training_step_problem
+    from lightning_maml_guard.stability.problems import training_step_problem
 
     from lightning_maml_guard import measure
 

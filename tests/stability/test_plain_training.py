@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning_maml_guard.guard.isolation import isolated
-from lightning_maml_guard.stability.plain import PlainProblem, training_step_problem
+from lightning_maml_guard.utils.isolation import isolated
+from lightning_maml_guard.stability.problems import PlainProblem, training_step_problem
 from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader
