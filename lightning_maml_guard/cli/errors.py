@@ -70,10 +70,7 @@ def wrong_option(error: BaseException | None, options: Sequence[Action]) -> str 
 
 
 def wrong_argument(error: BaseException, config: Mapping[str, Any]) -> str | None:
-    """Describe the option whose value an argument check of this package rejected; None for errors of other kinds.
-
-    ``config`` is jsonargparse's, which lists its values by their full keys.
-    """
+    """Describe the option whose value an argument check of this package rejected; None for errors of other kinds."""
     while True:
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         if frames[-1].f_globals.get("__name__", "").startswith(_OURS):
@@ -82,7 +79,7 @@ def wrong_argument(error: BaseException, config: Mapping[str, Any]) -> str | Non
             return None
         error = error.__cause__  # jsonargparse raises its own from that of the check
     places: dict[CodeType, tuple[str, Iterable[str]]] = {}
-    for key, path in config.items():
+    for key, path in config.items():  # jsonargparse lists a configuration's values by their full keys
         target: Any = pydoc.locate(str(path)) if key.endswith(".class_path") else None
         if code := _code(target):
             places.setdefault(code, (key.removesuffix(".class_path"), inspect.signature(target).parameters))
