@@ -95,9 +95,8 @@ def test_plain_training_reports_the_sharpness_of_its_own_loss(capsys):
 
 
 def test_plain_trainings_limit_is_that_of_the_dense_hessian():
-    from lightning_maml_guard.stability.problems import training_step_problem
-
     from lightning_maml_guard import measure
+    from lightning_maml_guard.stability.problems import training_step_problem
 
     module = example("plain_training")["Regression"]().double()
     x = torch.linspace(-2, 2, 32, dtype=torch.float64).unsqueeze(1)

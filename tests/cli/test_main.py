@@ -170,7 +170,7 @@ def test_the_published_settings_are_those_of_the_paper(task, data_folder, monkey
 def test_miniimagenet_on_real_images_with_intervals(data_folder, monkeypatch):
     monkeypatch.setenv("LMG_DATA", str(data_folder))
     words = ["miniimagenet", "--guard", "log", *SHORT, "--trainer.max_steps", "1", "--data.meta_batch_size", "2"]
-    words += ["--guard.trial_steps", "0", "--guard.max_iter", "5", "--model.inner_steps", "1"]
+    words += ["--guard.lookahead.steps", "0", "--guard.curvature.max_iter", "5", "--model.inner_steps", "1"]
     small = ["--model.network.filters", "4", "--data.tasks.queries", "2", "--data.tasks.image_size", "32"]
     cli = main([*words, *small, "--model.network.image_size", "32", "--data.test_episodes", "4"])
     assert cli.guard.history[0].lambda_max > 0

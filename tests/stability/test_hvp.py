@@ -5,7 +5,6 @@ import pytest
 import scipy.sparse.linalg
 import torch
 import torch.nn.functional as F
-from lightning_maml_guard.stability.problems import PlainProblem
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -16,6 +15,7 @@ from lightning_maml_guard.linalg.pyhessian import largest_eigenvalue
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.stability.hvp import MeasurementCache, NetworkFacts
 from lightning_maml_guard.stability.krylov_stopping import Krylov, run_lanczos
+from lightning_maml_guard.stability.problems import PlainProblem
 from lightning_maml_guard.tasks.regression import Sinusoid
 from lightning_maml_guard.theory.ritz import rates_from_lanczos
 from tests.helpers import dense_by_differences, one_line, symmetric_top

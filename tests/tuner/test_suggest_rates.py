@@ -300,7 +300,9 @@ def test_an_optimizer_that_needs_a_closure_is_not_tried():
 def test_no_curvature_no_suggestion():
     found = suggest_rates(on_quadratic(), loader(quadratic_batch([0.0] * 4)))
     assert math.isnan(found.beta) and found.alpha == 0.1
-    assert "No finite alpha_c was measured" in found.notices[0] and found.notices[1].startswith("No meta rate is suggested")
+    assert "No finite alpha_c was measured" in found.notices[0] and found.notices[1].startswith(
+        "No meta rate is suggested"
+    )
 
 
 def test_an_error_in_the_users_code_is_the_users_to_see():
