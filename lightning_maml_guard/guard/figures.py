@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from lightning_maml_guard.plots.region import safe_region
-from lightning_maml_guard.plots.spectrum import histogram, ritz
+from lightning_maml_guard.plots.spectrum import histogram, ritz_values
 from lightning_maml_guard.plots.style import new_figure
 from lightning_maml_guard.stability.report import StabilityReport
 
@@ -77,7 +77,7 @@ def _drawn(history: Sequence[StabilityReport]) -> dict[str, Any]:
         figures["safe_region"] = figure
     seen = next((report for report in reversed(history) if report.ritz()[0]), None)
     if seen is not None:
-        figures["spectrum"], _ = ritz(seen)
+        figures["spectrum"], _ = ritz_values(seen)
     return figures
 
 

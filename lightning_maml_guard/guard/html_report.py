@@ -101,12 +101,13 @@ def _head(guard: Results) -> str:
 
 def _pictures(guard: Results) -> Iterable[str]:
     from lightning_maml_guard.plots.region import safe_region
-    from lightning_maml_guard.plots.run import course, svg
-    from lightning_maml_guard.plots.spectrum import ritz
+    from lightning_maml_guard.plots.run import run_history
+    from lightning_maml_guard.plots.spectrum import ritz_values
     from lightning_maml_guard.plots.style import new_figure
+    from lightning_maml_guard.plots.svg import svg
 
     history, settings = guard.history, guard.settings()
-    figure, _ = course(history, severities=guard.severities, alarm=settings["alarm"], margin=settings["margin"])
+    figure, _ = run_history(history, severities=guard.severities, alarm=settings["alarm"], margin=settings["margin"])
     yield _section("The course of the run", _figure(svg(figure), "State, ratios and trials over the training steps."))
     if any(report.lambda_max > 0 and math.isfinite(report.alpha_c) for report in history):
         figure = new_figure(7.2, 4.8)
@@ -122,7 +123,7 @@ def _pictures(guard: Results) -> Iterable[str]:
             shown.append(("Sharpest spectrum", worst))
         drawn = ""
         for title, report in shown:
-            figure, _ = ritz(report, title=f"{title}, step {report.step}")
+            figure, _ = ritz_values(report, title=f"{title}, step {report.step}")
             drawn += _figure(svg(figure), f"Ritz values at step {report.step}.")
         yield _section("Spectrum of the task loss's Hessian", f'<div class="pair">{drawn}</div>')
 
