@@ -261,11 +261,11 @@ class AttachGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
         ctx.gradients = gradients
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Any) -> Any:  # noqa: D102
+    def backward(ctx: Any, *outputs: Any) -> Any:
         scale = outputs[0]
         return None, None, *(scale.to(gradient.dtype) * gradient for gradient in ctx.gradients)

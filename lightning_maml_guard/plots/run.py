@@ -22,7 +22,7 @@ def run_history(
     reports: Sequence[StabilityReport],
     *,
     severities: Sequence[tuple[int, float]] = (),
-    alarm: float = 3.0,
+    divergence_ratio: float = 3.0,
     margin: float = 1.0,
 ) -> tuple[Any, list[Axes]]:
     """Draw a run over its checks: its state, its rates in units of their critical values, and its lookaheads.
@@ -30,7 +30,7 @@ def run_history(
     Args:
         reports: Reports of the checks, oldest first.
         severities: Steps and severities of the lookaheads, those between checks included.
-        alarm: The guard's ``alarm``; its logarithm and half of that are marked.
+        divergence_ratio: The lookahead's ``divergence_ratio``; its logarithm and half of that are marked.
         margin: The guard's ``margin``, marked beside 1.
 
     Returns:
@@ -50,7 +50,7 @@ def run_history(
     _draw_states(axes[0], reports, steps)
     _draw_ratios(axes[1], reports, steps, margin)
     if lookaheads:
-        _draw_lookaheads(axes[2], lookaheads, alarm)
+        _draw_lookaheads(axes[2], lookaheads, divergence_ratio)
     axes[-1].set_xlabel(style.STEP_AXIS)
     return figure, axes
 
@@ -101,8 +101,8 @@ def _draw_ratios(ax: Axes, reports: Sequence[StabilityReport], steps: Sequence[f
     style.legend_beside(ax)
 
 
-def _draw_lookaheads(ax: Axes, lookaheads: Sequence[tuple[int, float]], alarm: float) -> None:
-    fails, passes = math.log(alarm), 0.5 * math.log(alarm)
+def _draw_lookaheads(ax: Axes, lookaheads: Sequence[tuple[int, float]], ratio: float) -> None:
+    fails, passes = math.log(ratio), 0.5 * math.log(ratio)
     finite = [value for _, value in lookaheads if math.isfinite(value)]
     # A loss that grows by many orders of magnitude would flatten all others: it becomes an arrow at the ceiling.
     ceiling, floor = max(3 * fails, 1.0), min([*finite, 0.0])
@@ -115,8 +115,8 @@ def _draw_lookaheads(ax: Axes, lookaheads: Sequence[tuple[int, float]], alarm: f
     if above:
         arrows: dict[str, Any] = {"color": style.LIMIT_COLOUR, "markersize": 6, "label": style.DIVERGED_BEYOND}
         ax.plot(above, [ceiling] * len(above), "^", **arrows)
-    ax.axhline(fails, color=style.LIMIT_COLOUR, linewidth=1.2, label=f"fails (x {alarm:g})")
-    ax.axhline(passes, color=style.PASSED_COLOUR, linewidth=1.2, linestyle=":", label=f"passes (x {alarm**0.5:.3g})")
+    ax.axhline(fails, color=style.LIMIT_COLOUR, linewidth=1.2, label=f"fails (x {ratio:g})")
+    ax.axhline(passes, color=style.PASSED_COLOUR, linewidth=1.2, linestyle=":", label=f"passes (x {ratio**0.5:.3g})")
     pad = 0.08 * (ceiling - floor)
     ax.set(ylim=(floor - pad, ceiling + pad), title=style.LOOKAHEADS_TITLE)
     style.legend_beside(ax)

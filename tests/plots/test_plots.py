@@ -45,7 +45,7 @@ def test_the_border_is_beta_c_up_to_alpha_c():
 
 def test_the_caller_names_the_report_that_is_filled():
     figure, ax = safe_region(reports(), which="smallest")
-    assert [text.get_text() for text in ax.get_legend().get_texts()][0] == "safe region, smallest"
+    assert ax.get_legend().get_texts()[0].get_text() == "safe region, smallest"
     matplotlib.pyplot.close(figure)
 
 
