@@ -73,11 +73,12 @@ def safe_region(
     colours = mpl.colors.ListedColormap(mpl.colormaps[style.STEP_COLOURMAP](range(20, 216)))
     norm = mpl.colors.Normalize(min(steps), max(steps) if max(steps) > min(steps) else min(steps) + 1)
 
-    low = min(min(r.alpha, r.alpha_applied) if r.alpha_applied > 0 else r.alpha_c for r in measured)
+    with_applied = [(r, *_applied_rates(r)) for r in measured]
+    low = min(min(r.alpha, alpha) if alpha > 0 else r.alpha_c for r, alpha, _ in with_applied)
     low = min([low, *(measured[i].alpha_c for i in shown)]) / 30
     borders = {i: _border(measured[i], low) for i in shown}
     reached = [*rates, *(beta for _, curve in borders.values() for beta in curve)]
-    reached += [rate for r in measured for rate in (r.beta, r.beta_applied)]
+    reached += [rate for r, _, beta in with_applied for rate in (r.beta, beta)]
     reached = [rate for rate in reached if math.isfinite(rate) and rate > 0]
     floor, ceiling = min(reached) / 3, max(reached) * 3
     for i, border in borders.items():
@@ -131,14 +132,14 @@ def _draw_rates(ax: Any, measured: Sequence[StabilityReport], steps: Sequence[fl
     mpl = style.import_matplotlib("collections")
     drawn = [(r, step) for r, step in zip(measured, steps, strict=True) if math.isfinite(r.beta) and r.beta != 0]
     capped = [(r, step) for r, step in drawn if _is_capped(r)]
-    joined = [[(r.alpha, r.beta), (r.alpha_applied, r.beta_applied)] for r, _ in capped]
+    applied = [_applied_rates(r) for r, _ in capped]
+    joined = [[(r.alpha, r.beta), rates] for (r, _), rates in zip(capped, applied, strict=True)]
     inks = [colours(norm(step)) for _, step in capped]
     ax.add_collection(mpl.collections.LineCollection(joined, colors=inks, linewidths=0.8, zorder=4), autolim=False)
     marker: dict[str, Any] = {"s": 36, "edgecolors": style.MARKER_EDGE}
     dots: dict[str, Any] = {**marker, "cmap": colours, "norm": norm, "linewidths": 0.6}
     if capped:
-        x, y = [r.alpha_applied for r, _ in capped], [r.beta_applied for r, _ in capped]
-        ax.scatter(x, y, c=[step for _, step in capped], marker="v", zorder=6, **dots)
+        ax.scatter(*zip(*applied, strict=True), c=[step for _, step in capped], marker="v", zorder=6, **dots)
     if drawn:
         x, y = [r.alpha for r, _ in drawn], [r.beta for r, _ in drawn]
         ax.scatter(x, y, c=[step for _, step in drawn], zorder=5, **dots)
@@ -148,7 +149,13 @@ def _draw_rates(ax: Any, measured: Sequence[StabilityReport], steps: Sequence[fl
 
 
 def _is_capped(report: StabilityReport) -> bool:
-    return (report.alpha_applied, report.beta_applied) != (report.alpha, report.beta)
+    return _applied_rates(report) != (report.alpha, report.beta)
+
+
+def _applied_rates(report: StabilityReport) -> tuple[float, float]:
+    """``alpha`` and ``beta`` as applied after a check; a measurement alone applies the configured ones."""
+    alpha, beta = (getattr(report, f"{name}_applied", getattr(report, name)) for name in ("alpha", "beta"))
+    return alpha, beta
 
 
 def _border(report: StabilityReport, low: float) -> tuple[list[float], list[float]]:

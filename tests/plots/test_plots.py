@@ -1,5 +1,4 @@
 import builtins
-import dataclasses
 import math
 
 import matplotlib
@@ -8,7 +7,8 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from lightning_maml_guard import ConvergenceGuard, measure
+from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, measure
+from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.plots import phase_diagram, safe_region, spectrum
 from tests.helpers import linear_module, quadratic_batch
 
@@ -22,6 +22,7 @@ def reports(alphas=(0.05, 0.05), beta=0.1):
             linear_module(4, beta, inner_lr=alpha, order="simplified").meta_problem(batch),
             beta=beta,
             step=100 * k,
+            curvature=CurvatureOptions(criterion="simplified"),
         )
         for k, alpha in enumerate(alphas)
     ]
@@ -58,7 +59,7 @@ def test_a_single_check_needs_no_colour_bar_and_several_have_one():
 
 
 def test_capped_rates_are_joined_to_the_configured_ones():
-    capped = [dataclasses.replace(r, alpha_applied=0.02, beta_applied=0.05) for r in reports()]
+    capped = [CheckReport.of(r, findings=(), alpha_applied=0.02, beta_applied=0.05) for r in reports()]
     figure, ax = safe_region(capped)
     assert "applied rates" in [text.get_text() for text in ax.get_legend().get_texts()]
     matplotlib.pyplot.close(figure)
@@ -67,7 +68,11 @@ def test_capped_rates_are_joined_to_the_configured_ones():
 def test_the_curve_passes_through_the_measured_beta_c_of_the_optimizer():
     module = linear_module(4, 0.1, inner_lr=0.05, order="simplified")
     batch = quadratic_batch([0.3, 1.0, 2.0, 4.0])
-    report = measure(module.meta_problem(batch), optimizer=SGD(module.parameters(), lr=0.1, momentum=0.9))
+    report = measure(
+        module.meta_problem(batch),
+        optimizer=SGD(module.parameters(), lr=0.1, momentum=0.9),
+        curvature=CurvatureOptions(criterion="simplified"),
+    )
     figure, ax = safe_region([report])
     curve = ax.lines[-1].get_xydata()[:-1]
     nearest = min(curve, key=lambda point: abs(math.log(point[0] / 0.05)))
@@ -77,7 +82,7 @@ def test_the_curve_passes_through_the_measured_beta_c_of_the_optimizer():
 
 def test_it_draws_on_given_axes_and_through_the_guard():
     guard = ConvergenceGuard()
-    guard._run.history = reports()
+    guard._run.state.history = reports()
     figure, ax = matplotlib.pyplot.subplots()
     assert safe_region(guard.history, ax=ax) == (figure, ax)
     other, _ = guard.plot()
