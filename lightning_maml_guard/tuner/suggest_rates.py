@@ -50,7 +50,7 @@ def suggest_rates(
 
     The smallest limit and not the median, and the sharpest task's ``alpha_c`` and not the mean's, because one task
     beyond its limit can end a run: of 8 sinusoid runs (4 tasks a step, 300 steps of SGD, 4 seeds without and 4 with
-    momentum 0.9) the suggested pairs kept 7 finite; half of the mean task loss's limits lost all that had momentum of
+    momentum 0.9) the suggested pairs kept 7 finite; with half of the mean task loss's limits all that had momentum diverged, of
     the 3 seeds tried. The numbers are those of the initialisation: curvature often grows while the network
     trains, which is what the margin is for, and what a guard then watches.
 
