@@ -173,7 +173,7 @@ def test_what_is_printed_and_drawn():
     assert "\nThe configured rates are at the edge. beta = 1.5 exceeds" in at_edge
     figure, ax = found.plot()
     said = {text.get_text() for text in ax.get_legend().get_texts()}
-    beyond = "poster's curve beyond the measured $\\alpha$"
+    beyond = "simplified curve beyond the measured $\\alpha$"
     assert said == {"safe region, smallest", beyond, "configured rates", "suggested rates"}
     (filled,) = [part for part in ax.collections if part.get_label() == "safe region, smallest"]
     reached = filled.get_paths()[0].get_extents()
