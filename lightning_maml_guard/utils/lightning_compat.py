@@ -105,8 +105,8 @@ def check_module(module: Any, chosen: bool) -> None:
     if others and chosen:
         warnings.warn(
             f"{kind} is a module of {of[0]}, and {others[0]} is imported as well, whose Trainer does not accept "
-            f"it: the two packages do not mix. If your Trainer is {of[0]}'s, do nothing. If it is {others[0]}'s, import "
-            f"{others[0].partition('.')[0]} alone and before lightning_maml_guard, or write "
+            f"it: the two packages do not mix. If your Trainer is {of[0]}'s, do nothing. If it is {others[0]}'s, "
+            f"import {others[0].partition('.')[0]} alone and before lightning_maml_guard, or write "
             f"class Mine(lightning_maml_guard.MetaLearning, {others[0]}.LightningModule).",
             GuardWarning,
             stacklevel=3,
