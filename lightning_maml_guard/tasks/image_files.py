@@ -8,7 +8,7 @@ import os
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +151,13 @@ class ZipSource(Source):
 
 
 def decode(
-    data: bytes, name: str, size: int, channels: int = 3, *, formats: Sequence[str] = ("PNG", "JPEG"), box: bool = False
+    data: bytes,
+    name: str,
+    size: int,
+    channels: int = 3,
+    *,
+    formats: tuple[str, ...] = ("PNG", "JPEG"),
+    box: bool = False,
 ) -> np.ndarray:
     """Decode an image.
 
