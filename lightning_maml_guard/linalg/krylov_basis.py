@@ -35,20 +35,15 @@ class Rest(NamedTuple):
 
 
 class Basis:
-    """Orthonormal vectors, appended one by one.
+    """At most ``count`` orthonormal vectors like ``like``, shape ``(*batch, n)``, appended one by one.
 
-    Memory of ``count`` vectors of ``n`` entries of ``s`` bytes: ``count * n * s`` bytes on the device (``"device"``) or
-    on the host (``"cpu"``, the same numbers), ``2 * count * n`` bytes on the device (``"bfloat16"``). In addition at
-    most four vectors and two groups of panels: 8 MiB in float32 on the host, 256 MiB on a device (less if the basis is
-    smaller).
+    Memory of ``count`` vectors of ``n`` entries of ``s`` bytes: ``count * n * s`` bytes on the device (kind
+    ``"device"``) or on the host (``"cpu"``, the same numbers), ``2 * count * n`` bytes on the device (``"bfloat16"``).
+    In addition at most four vectors and two groups of panels: 8 MiB in float32 on the host, 256 MiB on a device (less
+    if the basis is smaller).
 
     In bfloat16 a vector is rounded before anything is computed with it, then brought back to norm 1. The vector that is
     multiplied and the one that is kept are the same, and products with it have the usual precision.
-
-    Args:
-        count: Largest number of vectors.
-        like: A vector, or a batch of them, shape ``(*batch, n)``.
-        kind: ``"device"``, ``"cpu"`` or ``"bfloat16"``.
     """
 
     def __init__(self, count: int, like: Tensor, kind: str = "device") -> None:

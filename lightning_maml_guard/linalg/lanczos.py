@@ -81,27 +81,15 @@ def lanczos(
     basis: str = "device",
     value: Watched | None = None,
 ) -> LanczosRun:
-    """Run Lanczos on a symmetric matrix, or on a batch of them at once.
+    """Run Lanczos from start vectors of shape ``(*batch, n)`` on a symmetric matrix, or on a batch of them at once.
 
     After ``m`` steps ``A V = V T + r e_m^T`` with ``V^T V = I``; in exact arithmetic every eigenvalue ``theta`` of
     ``T`` with eigenvector ``y`` has an eigenvalue of ``A`` within ``|r| * |y_m|``. A Krylov space that is exhausted
     early (an invariant subspace) ends the run with residual 0.
 
-    Args:
-        matvec: Product with the matrix: ``(*batch, n) -> (*batch, n)``.
-        start: Start vectors, shape ``(*batch, n)``, not zero. The same on every rank.
-        max_iter: Largest number of steps; also bounded by ``n``.
-        stop: Called every ``sync_every`` steps with the tridiagonals so far; True ends the run.
-        sync_every: Steps between two transfers to the host; None: every second step on a CPU, every fourth on a device.
-        basis: Where the vectors are stored, see :class:`~lightning_maml_guard.linalg.krylov_basis.Basis`.
-        value: A scalar that must be finite, with its name.
-
-    Returns:
-        The run.
-
-    Raises:
-        ValueError: If there is nothing to iterate on.
-        NonFiniteProductError: If a product, or the value, is not finite.
+    The start must be the same on every rank. ``stop`` is called every ``sync_every`` steps with the tridiagonals so
+    far, and ends the run with True. ``basis`` is a kind of :class:`~lightning_maml_guard.linalg.krylov_basis.Basis`.
+    Raises a NonFiniteProductError if a product, or the watched ``value``, is not finite.
     """
     steps, sync_every = steps_of(start, max_iter, sync_every)
     kept = Basis(steps, start, basis)

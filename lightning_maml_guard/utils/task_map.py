@@ -42,15 +42,11 @@ def task_count(data: Any, name: str) -> int:
 
 
 class TaskMap:
-    """Applies a function of one task to every task of a batch.
+    """Applies a function of one task to every task of a batch, ``chunk_size`` at once (None: all).
 
     Tries :func:`torch.func.vmap` first. If that fails and a plain loop works, it warns once and loops from then on; if
-    the loop fails too, the loop's error (the user's own) is raised.
-
-    Args:
-        chunk_size: Number of tasks vmapped at once (None: all).
-        looped: Start with the loop.
-        strict: Raise if vmap fails, instead of looping.
+    the loop fails too, the loop's error (the user's own) is raised. ``looped`` starts with the loop; ``strict`` raises
+    vmap's error.
     """
 
     def __init__(self, chunk_size: int | None = None, looped: bool = False, strict: bool = False) -> None:
