@@ -1,4 +1,4 @@
-"""The guard's arms: the same runs through a real Trainer with a real ConvergenceGuard."""
+"""Runs under a guard: the same runs through a real Trainer with a real ConvergenceGuard."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.guard_bench.cells import AFTERMATH, STEPS, Column
-from benchmarks.guard_bench.engine import Trace
+from benchmarks.guard_bench.columns import AFTERMATH, STEPS, Column
+from benchmarks.guard_bench.remedies import Trace
 from lightning_maml_guard import ConvergenceGuard
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
 
-# Runs of 120 steps stand for longer ones, so the guard that watches looks every 5 and those that act every 10; and as it
-# comes, which is every 100 and when triggered.
+# Runs of 120 steps stand for longer ones, so the guard that warns checks every 5 steps and those that act every 10. At
+# its defaults the guard checks every 100 steps and when triggered.
 WARN, RESCALE, ROLLBACK = "guard warn", "guard rescale", "guard rescale + rollback"
 WARN_DEFAULT, ROLLBACK_DEFAULT = "guard warn, defaults", "guard rescale + rollback, defaults"
 ARMS: dict[str, dict[str, Any]] = {
@@ -39,10 +39,10 @@ class Guarded:
         trace: Its losses.
         severities: ``(step, severity)`` of every check.
         ratios: ``(step, beta / beta_c, alpha / alpha_c)`` of every full check.
-        alarms: Steps at which the guard said that the rates left the safe region.
+        alarms: Steps at which the guard warned that the rates left the safe region.
         init_rate: ``2 / lambda_max`` at the start.
-        rollbacks: How often the run was taken back.
-        stopped: Step at which the guard stopped it.
+        rollbacks: How often the run was rolled back.
+        stopped: Step at which the guard stopped the run.
         seconds: Wall time.
     """
 
@@ -60,7 +60,7 @@ class Guarded:
 class _Batches(Dataset):
     def __init__(self, column: Column, steps: int) -> None:
         family = column.tasks()
-        # Every run of a column sees the same batches: drawn once.
+        # Every run of a column uses the same batches.
         self.batches = [column.batch(step, family) for step in range(steps if column.resample else 1)]
         self.steps = steps
 
@@ -93,7 +93,7 @@ def run_column(column: Column, arms: tuple[str, ...], **options) -> dict[str, li
         **options: Arguments of the guard.
 
     Returns:
-        Runs by arm, one a meta rate.
+        Runs by arm, one per outer learning rate.
     """
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_maml_guard"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,15 +1,16 @@
-"""Do the limits hold for trained networks?  ``python -m benchmarks.trained``.
+"""The guard's limits against training of small networks: ``python -m benchmarks.limits_networks``.
 
-Sinusoid networks (tanh and ReLU, exact MAML, K = 1, fixed tasks, float64) are brought to a minimum of the meta loss
-(gradient descent with a small rate, damped Newton, gradient descent with half the limit) and started 1e-4 away from
-it along random directions. The largest meta rate at which the run returns, by bisection, stands beside
-``exact_beta_c`` and the poster's ``beta_c``
-(whose error measures the poster's approximation for exact MAML; 0: it allows no meta rate at this alpha). Where a ReLU
-network's kinks lie within 1e-4 of the minimum, the start is 1e-7 away, and the table says so.
+Sinusoid networks (tanh and ReLU, exact MAML, K = 1, fixed tasks, float64) are brought to a minimum of the meta loss:
+gradient descent with a small rate, damped Newton, gradient descent with half the limit. Runs then start 1e-4 away from
+it along random directions. The largest outer learning rate at which they return is found by bisection and printed
+beside ``exact_beta_c`` and beside ``beta_c`` of the simplified criterion. The error of the latter is that of applying
+the simplified criterion to exact MAML; 0 means that it allows no outer learning rate at this alpha. Where a ReLU network's kinks lie
+within 1e-4 of the minimum, runs start 1e-7 away, and the table says so.
 """
 
 from __future__ import annotations
 
+import argparse
 from statistics import median
 
 import torch
@@ -25,7 +26,7 @@ from tests.helpers import bisect
 
 AWAY, STEPS, TASKS, DIRECTIONS, TRAINING, RATE, POLISH = (1e-4, 1e-7), 1500, 3, 2, 8000, 0.02, 300
 # Hidden units and shots. A ReLU network's minima lie at kinks, where J does not exist, more often than not: several
-# seeds are tried, and those whose gradient does not vanish are shown as such.
+# seeds are tried, and those whose gradient does not vanish are marked.
 SIZES, SEEDS, SMOOTH = {"tanh": (6, 100), "relu": (3, 20)}, {"tanh": (0,), "relu": (0, 3, 4)}, 1e-3
 
 
@@ -77,9 +78,9 @@ def minimum(objective: Objective) -> torch.Tensor:
 
 
 def returns(objective: Objective, at: torch.Tensor, direction: torch.Tensor, beta: float, away: float) -> bool:
-    """Whether a run that starts ``away`` from the minimum stays with the one that starts there.
+    """Return True if a run that starts ``away`` from the minimum stays close to the one that starts there.
 
-    Directions without curvature neither grow nor shrink, hence the factor; unstable ones grow by orders of magnitude.
+    Directions without curvature neither grow nor shrink, hence the factor. Unstable ones grow by orders of magnitude.
     """
     theta, reference = at + away * direction, at
     for _ in range(STEPS):
@@ -133,7 +134,7 @@ def row(activation: str, seed: int, alpha: float) -> str:
 def main() -> None:
     torch.set_num_threads(1)
     print(
-        "| network | seed | alpha | gradient left | start | bisected | exact_beta_c | ratio | poster's beta_c | its error |"
+        "| network | seed | alpha | gradient left | start | bisected | exact_beta_c | ratio | simplified criterion's beta_c | its error |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for activation, seeds in SEEDS.items():
@@ -143,4 +144,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m benchmarks.limits_networks", description=__doc__).parse_args()
     main()
