@@ -96,7 +96,7 @@ class Checkout:
         """``__all__`` of the package."""
         for node in ast.walk(self.trees[self.package / "__init__.py"]):
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
-                return {each.value for each in ast.walk(node.value) if isinstance(each, ast.Constant)}
+                return set(ast.literal_eval(node.value))
         return set()
 
     def docstrings(self) -> tuple[int, int]:

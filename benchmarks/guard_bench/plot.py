@@ -39,7 +39,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     shares = [100 * result["rescue"][arm]["healthy"] for arm in arms]
     bars = right.barh(arms, shares, color=["#0072B2" if arm.startswith("guard") else "0.6" for arm in arms])
     ratios = [result["rescue"][arm]["median ratio"] for arm in arms]
-    labels = [f"final loss x{ratio:.2f}" if ratio < 1e4 else "diverged" for ratio in ratios]
+    labels = [f"final loss x{ratio:.3g}" if ratio < 1e4 else "diverged" for ratio in ratios]
     right.bar_label(bars, labels, padding=3, fontsize=7)
     right.invert_yaxis()
     right.set(xlabel="diverging runs that end healthy, %", xlim=(0, 125), xticks=range(0, 101, 20))

@@ -85,7 +85,7 @@ def _spike_detection(run: Run) -> list[tuple[int, float]]:
 
 DETECTORS = {
     "guard, every 5 steps": lambda run: run.guarded[WARN].severities,
-    "guard at its defaults": lambda run: run.guarded[WARN_DEFAULT].severities,
+    "guard, defaults": lambda run: run.guarded[WARN_DEFAULT].severities,
     "beta/beta_c or alpha/alpha_c": lambda run: [
         (s, max(_finite(b) if not math.isnan(b) else 0.0, _finite(a) if not math.isnan(a) else 0.0))
         for s, b, a in run.guarded[WARN].ratios

@@ -17,7 +17,7 @@ class Price(NamedTuple):
     product: float
 
 
-# The dearer end of what `python -m benchmarks.hvp_cost` measures: the Jacobian of the update that trains (MAML's or
+# The dearer end of what `python -m benchmarks.prices` measures: the Jacobian of the update that trains (MAML's or
 # plain training's), the Hessian of the task loss beside it, and a step of a trial.
 UPDATE, CURVATURE = Price(1.2, 2.1), Price(0.5, 0.75)
 TRIAL_STEP = 1.2

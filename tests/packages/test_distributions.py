@@ -69,7 +69,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     names = set(archive.namelist())
     metadata = {name for name in names if ".dist-info/" in name}
     assert names - metadata == checkout("lightning_maml_guard")
-    assert {"lightning_maml_guard/py.typed", "lightning_maml_guard/guard/page.css"} <= names
+    assert {"lightning_maml_guard/py.typed", "lightning_maml_guard/guard/html_report.css"} <= names
     assert {name.partition(".dist-info/")[2] for name in metadata} == {
         "METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE",
     }  # fmt: skip
