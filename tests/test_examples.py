@@ -55,7 +55,7 @@ def test_the_hand_written_modules_problem_is_what_it_trains(inner_steps):
         torch.testing.assert_close(found.gradients[name], value.grad, rtol=1e-9, atol=1e-12)
 
 
-def test_the_hand_written_module_is_stopped_before_it_dies_and_trains_at_what_was_measured(capsys):
+def test_the_hand_written_module_is_stopped_before_it_diverges_and_trains_at_what_was_measured(capsys):
     with guard_warns("The coming 10 steps, tried on copies .* take the loss from .* to inf"):
         stopped, trained = example("existing_maml")["main"]()
     assert stopped.stopped_step == 0 and stopped.history[0].alpha == 0.01

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from benchmarks.guard_bench.columns import AFTERMATH, STEPS, Column
-from lightning_maml_guard.phase.divergence import NEVER, departures
+from lightning_maml_guard.phase.divergence import NEVER, divergence_steps
 from lightning_maml_guard.phase.gradients import copies, grid_gradient, grid_loss
-from lightning_maml_guard.phase.optimizers import SGD, Adam, MetaOptimizer, spread
+from lightning_maml_guard.phase.optimizers import SGD, Adam, MetaOptimizer, broadcast_runs
 
 UNGUARDED, CLIP_1, CLIP_10, HALVE = "unguarded", "clip 1", "clip 10", "halve on a spike"
 REMEDIES = (UNGUARDED, CLIP_1, CLIP_10, HALVE)
@@ -40,7 +40,7 @@ class Trace:
         """First step at which the loss exceeds 5 times its start in most of five steps, not in one bad batch."""
         if not self.losses:
             return None
-        step = int(departures(np.array(self.losses), self.start, LEFT))
+        step = int(divergence_steps(np.array(self.losses), self.start, LEFT))
         return None if step == NEVER else step
 
     @property
@@ -90,7 +90,7 @@ def train_column(column: Column, steps: int = STEPS + AFTERMATH) -> dict[str, li
         rates = torch.where(spiked, rates / 2, rates)
         running = torch.where(spiked, running, 0.9 * running + 0.1 * loss)
         factor = (clip / norm.clamp(min=1e-30)).clamp(max=1.0)
-        clipped = {n: g * spread(factor, g) for n, g in found.items()}
+        clipped = {n: g * broadcast_runs(factor, g) for n, g in found.items()}
         params, state = optimizer.step(params, clipped, state, rates, step)
     final = grid_loss(judged, params, alphas)
     table = torch.stack(losses), torch.stack(norms)

@@ -12,7 +12,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_maml_guard.maml.batch_errors import explained
-from lightning_maml_guard.maml.inner_loop import Params, adapt, detached
+from lightning_maml_guard.maml.inner_loop import Params, adapted_loss, detached
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.maml.vectorization import Vectorization
 from lightning_maml_guard.utils.task_map import TaskMap
@@ -141,8 +141,8 @@ def evaluate_tasks(
     rates = detached(problem.inner_lr)
 
     def one(support: Any, query: Any) -> dict[str, Tensor]:
-        adapted = adapt(problem.loss, params, support, rates, inner_steps)
-        found = {"loss": problem.loss(adapted, query), "loss_before": problem.loss(params, query)}
+        loss, adapted = adapted_loss(problem.loss, params, rates, support, query, inner_steps)
+        found = {"loss": loss, "loss_before": problem.loss(params, query)}
         if predict is not None:
             found |= {"prediction": predict(adapted, query[0]), "prediction_before": predict(params, query[0])}
         return found

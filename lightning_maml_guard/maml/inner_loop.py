@@ -46,6 +46,14 @@ def adapt(task_loss: TaskLoss, params: Params, support: Any, inner_lr: InnerRate
     return adapted
 
 
+def adapted_loss(
+    task_loss: TaskLoss, params: Params, rates: InnerRate, support: Any, query: Any, inner_steps: int
+) -> tuple[Tensor, Params]:
+    """Return the query loss after adaptation, ``L_Q(theta_K)``, and the adapted parameters ``theta_K``."""
+    adapted = adapt(task_loss, params, support, rates, inner_steps)
+    return task_loss(adapted, query), adapted
+
+
 def adapt_with_sum(
     task_loss: TaskLoss, params: Params, support: Any, inner_lr: InnerRate, inner_steps: int
 ) -> tuple[Params, Params]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_maml_guard.linalg.operators import Field, FieldValue, gradient_of
-from lightning_maml_guard.maml.inner_loop import InnerRate, Params, adapt, detached
+from lightning_maml_guard.maml.inner_loop import InnerRate, Params, adapted_loss, detached
 from lightning_maml_guard.maml.meta_gradient import SideBySide, task_meta_gradient, task_meta_gradients
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.utils.task_map import TaskMap, task_count
@@ -55,12 +55,12 @@ def meta_field(problem: MetaProblem, tasks: TaskMap) -> Field:
 
 def _query_losses(problem: MetaProblem, params: Params, rates: InnerRate, tasks: TaskMap) -> Tensor:
     def one(support: Any, query: Any) -> Tensor:
-        return problem.loss(adapt(problem.loss, params, support, rates, problem.inner_steps), query)
+        return adapted_loss(problem.loss, params, rates, support, query, problem.inner_steps)[0]
 
     def together(support: Any, query: Any) -> Tensor:
         beside = SideBySide(params, rates, task_count(support, "support"))
         loss = beside.over(problem.loss)
-        return loss(adapt(loss, beside.params, support, beside.rates, problem.inner_steps), query)
+        return adapted_loss(loss, beside.params, beside.rates, support, query, problem.inner_steps)[0]
 
     return tasks.apply(one, together, problem.support, problem.query)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_maml_guard.maml import sequential_queries as apart
 from lightning_maml_guard.maml.gradient import gradient
-from lightning_maml_guard.maml.inner_loop import InnerRate, Params, TaskLoss, adapt, adapt_with_sum, detached
+from lightning_maml_guard.maml.inner_loop import InnerRate, Params, TaskLoss, adapt_with_sum, adapted_loss, detached
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.utils.task_map import TaskMap, task_count
 
@@ -85,8 +85,7 @@ def task_meta_gradient(
     if order == "exact":
 
         def objective(theta: Params, rates: InnerRate) -> tuple[Tensor, tuple[Tensor, Any]]:
-            adapted = adapt(task_loss, theta, support, rates, inner_steps)
-            loss = task_loss(adapted, query)
+            loss, adapted = adapted_loss(task_loss, theta, rates, support, query, inner_steps)
             return loss, (loss, auxiliary(adapted, query))
 
         if learn_rates:
@@ -262,11 +261,11 @@ class AttachGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
         ctx.gradients = gradients
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Any) -> Any:  # noqa: D102
+    def backward(ctx: Any, *outputs: Any) -> Any:
         scale = outputs[0]
         return None, None, *(scale.to(gradient.dtype) * gradient for gradient in ctx.gradients)

@@ -1,4 +1,4 @@
-"""Krylov runs as a measurement makes them: how far they go, and when what they found is sharp enough."""
+"""Krylov runs as a measurement makes them: how far they go, and when they stop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_maml_guard.linalg.arnoldi import ArnoldiRun, arnoldi
 from lightning_maml_guard.linalg.lanczos import LanczosRun, Matvec, Tridiagonal, Watched, lanczos, start_vector
-from lightning_maml_guard.optim.linearized_step import OuterStep
+from lightning_maml_guard.optim.linearized_step import LinearizedStep
 from lightning_maml_guard.theory.complex_ritz import complex_limit, complex_ritz
 from lightning_maml_guard.theory.multiplier import Interval
 from lightning_maml_guard.theory.ritz import rates_from_lanczos, ritz_values
@@ -43,18 +43,7 @@ class Krylov:
 def top_eigenvalue(
     matvec: Matvec, size: int, like: Tensor, blocks: int | None, *, krylov: Krylov
 ) -> tuple[float, Interval]:
-    """Find the largest eigenvalue of a symmetric operator, over all of its blocks.
-
-    Args:
-        matvec: The operator.
-        size: Length of a vector.
-        like: Tensor whose dtype and device the vectors take.
-        blocks: Number of blocks; None for a single matrix.
-        krylov: How far a run goes.
-
-    Returns:
-        The eigenvalue and its interval.
-    """
+    """Find the largest eigenvalue of a symmetric operator, over all of its blocks, and its interval."""
     run = run_lanczos(matvec, size, like, blocks, krylov=krylov)
     error = rounding(like) + run.rounding
     tops = [rates_from_lanczos(*each, 0.0, rounding=error, resolution=krylov.tol) for each in run.runs]
@@ -72,20 +61,7 @@ def run_lanczos(
     alpha: float = 0.0,
     value: Watched | None = None,
 ) -> LanczosRun:
-    """Run Lanczos until the top (and, for ``alpha > 0``, ``beta_c``) is known to a relative residual.
-
-    Args:
-        matvec: The operator.
-        size: Length of a vector.
-        like: Tensor whose dtype and device the vectors take.
-        blocks: Number of blocks; None for a single matrix.
-        krylov: How far a run goes.
-        alpha: Inner rate.
-        value: A scalar that has to be finite, and what it is called.
-
-    Returns:
-        The run.
-    """
+    """Run Lanczos until the top (and, for ``alpha > 0``, ``beta_c``) is known to a relative residual."""
     start = start_vector((size,) if blocks is None else (blocks, size), like)
 
     def tight(runs: Sequence[Tridiagonal]) -> bool:
@@ -112,15 +88,7 @@ class ChangingOperatorError(ArithmeticError):
 
 
 def check_symmetry(run: LanczosRun, noise: float) -> None:
-    """Refuse a Lanczos run whose products are not those of one symmetric matrix.
-
-    Args:
-        run: The run.
-        noise: Relative rounding error of a product.
-
-    Raises:
-        ChangingOperatorError: If they disagree by much more than rounding.
-    """
+    """Raise a ChangingOperatorError if a run's products are not those of one symmetric matrix."""
     allowed = max(_SYMMETRY, 50 * noise)
     if run.asymmetry > allowed:
         raise ChangingOperatorError(
@@ -136,26 +104,13 @@ def run_arnoldi(
     matvec: Matvec,
     size: int,
     like: Tensor,
-    step: OuterStep,
+    step: LinearizedStep,
     *,
     krylov: Krylov,
     noise: float,
     value: Watched | None = None,
 ) -> ArnoldiRun:
-    """Run Arnoldi until the meta rate's limit is known to a relative accuracy.
-
-    Args:
-        matvec: The operator.
-        size: Length of a vector.
-        like: Tensor whose dtype and device the vectors take.
-        step: The optimizer.
-        krylov: How far a run goes; ``tol`` is the relative accuracy at which to stop.
-        noise: Relative rounding error of a product.
-        value: A scalar that has to be finite, and what it is called.
-
-    Returns:
-        The run.
-    """
+    """Run Arnoldi until the meta rate's limit is known to a relative accuracy."""
 
     def tight(hessenberg: np.ndarray, residual: float) -> bool:
         ritz = complex_ritz(hessenberg, residual, noise)
@@ -169,12 +124,5 @@ def run_arnoldi(
 
 
 def rounding(like: Tensor) -> float:
-    """Estimate the relative rounding error of a product.
-
-    Args:
-        like: Tensor of the dtype the product is computed in.
-
-    Returns:
-        The error relative to the spectral radius.
-    """
+    """Estimate the rounding error of a product, relative to the spectral radius."""
     return _ROUNDING_ULPS * torch.finfo(like.dtype).eps

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -14,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lightning_maml_guard.tasks.sources import Source, decode
-from lightning_maml_guard.utils.io import user_cache
+from lightning_maml_guard.utils.io import fingerprint, replacing, user_cache
 from lightning_maml_guard.utils.warnings import GuardWarning
 
 # Raised when decoding changes, so that no older cache is taken for a new one.
@@ -52,14 +50,13 @@ def cached_images(
         DatasetError: If an image is damaged; the message names it.
         PermissionError: If neither folder can be written to.
     """
-    content = json.dumps([_VERSION, [[name, *stamps[name]] for name in names]])
-    fingerprint = hashlib.sha256(content.encode()).hexdigest()[:24]
-    place = hashlib.sha256(str(source.path.resolve()).encode()).hexdigest()[:8]
+    content = fingerprint(json.dumps([_VERSION, [[name, *stamps[name]] for name in names]]))[:24]
+    place = fingerprint(str(source.path.resolve()))[:8]
     stem = f"{source.path.stem}-{place}-{channels}x{size}"
     shape = len(names), channels, size, size
     folders = source.path.parent / ".lmg_cache", user_cache()
     for folder in folders:
-        path = folder / f"{stem}-{fingerprint}.npy"
+        path = folder / f"{stem}-{content}.npy"
         if path.is_file():
             found = _mapped(path, shape)
             if found is not None:
@@ -71,20 +68,14 @@ def cached_images(
             "XDG_CACHE_HOME name a folder that can be written to."
         )
     folder = writable[0]
-    path = folder / f"{stem}-{fingerprint}.npy"
-    handle, temporary = tempfile.mkstemp(suffix=".part", prefix=stem, dir=folder)
-    os.close(handle)
-    try:
+    path = folder / f"{stem}-{content}.npy"
+    with replacing(path, mode=0o644) as temporary:  # readable by all: the cache may be shared
         array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
         label = f"decoding {source.path.name}"
         for index, name in enumerate(tqdm(names, desc=label, unit="image", disable=not progress)):
             array[index] = decode(source.read(name), f"{name} of {source.path}", size, channels)
         array.flush()
         del array
-        os.chmod(temporary, 0o644)  # mkstemp's own mode would keep a shared cache from others
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
     for older in folder.glob(f"{stem}-*.npy"):
         if older != path:
             older.unlink(missing_ok=True)

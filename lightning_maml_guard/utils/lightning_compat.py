@@ -11,8 +11,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_info as inform
 
+from lightning_maml_guard.utils.distributed import ProcessGroup, Ranks
 from lightning_maml_guard.utils.warnings import GuardWarning
 
 # Two packages with the same code and different classes: a Trainer of one refuses a module of the other.
@@ -79,10 +81,12 @@ __all__ = [
     "RichProgressBar",
     "Trainer",
     "check_module",
+    "check_strategy",
     "hyperparameters_given",
     "inform",
     "inform_less",
     "no_loader",
+    "ranks_of",
     "seed_everything",
     "tools_for",
 ]
@@ -183,3 +187,27 @@ def inform_less() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+# Strategies that keep whole parameters on every process. By name, so that both packages' classes, and those derived
+# from them, are known.
+_TESTED_STRATEGIES = frozenset({"SingleDeviceStrategy", "DDPStrategy"})
+
+
+def check_strategy(trainer: Any, allow_untested: bool) -> None:
+    """Raise a MisconfigurationException under a strategy that the guard was not tested with."""
+    strategy = type(trainer.strategy)
+    if allow_untested or any(base.__name__ in _TESTED_STRATEGIES for base in strategy.__mro__):
+        return
+    raise MisconfigurationException(
+        f"ConvergenceGuard was not tested with {strategy.__name__}: it needs the whole parameters on every process, "
+        "and second derivatives through gathered pieces fail or are wrong. Use strategy='ddp' or one device, or pass "
+        "ConvergenceGuard(allow_untested=True): a check that fails is then one warning, and training goes on."
+    )
+
+
+def ranks_of(trainer: Any) -> Ranks:
+    """Find the processes that train together."""
+    if trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
+        return ProcessGroup(trainer.strategy.root_device)
+    return Ranks()

@@ -1,10 +1,13 @@
 """What is wrong with a command line is told in one line that names the option; what is wrong elsewhere is raised."""
 
+from argparse import ArgumentError
+
 import pytest
 import yaml
 
-from lightning_maml_guard.cli.errors import explained, refusal
-from lightning_maml_guard.cli.main import _built, main, translate
+from lightning_maml_guard.cli.arguments import translate
+from lightning_maml_guard.cli.errors import with_nearest, wrong_argument, wrong_option
+from lightning_maml_guard.cli.main import _built, main
 from lightning_maml_guard.utils.lightning_compat import LightningModule
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -122,11 +125,11 @@ def test_a_missing_jsonargparse_is_named(monkeypatch, capsys):
 def test_what_fails_by_itself_keeps_its_traceback(run):
     with pytest.raises(ValueError, match="broken") as raised:
         run(["linear", f"--model={__name__}.Broken"])
-    assert refusal(raised.value, {}) is None
+    assert wrong_argument(raised.value, {}) is None
 
 
 def test_an_error_of_another_kind_is_left_as_it_is():
     # The keys of two alternatives, side by side: neither is the path to what is wrong.
     several = 'Parser key "a":\n  Errors:\n    - Parser key "b":\n        no\n    - Parser key "c":\n        never'
     for message in ("one of the arguments is required", several):
-        assert explained(message, ["a"]) == message
+        assert with_nearest(message, ["a"]) == message and wrong_option(ArgumentError(None, message), []) is None

@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from lightning_maml_guard import MetaLearningModule
-from lightning_maml_guard.cli.arguments import name_of
-from lightning_maml_guard.cli.main import CONFIGS, main, translate
+from lightning_maml_guard.cli.arguments import CONFIGS, run_name, translate
+from lightning_maml_guard.cli.main import main
 from lightning_maml_guard.cli.parser import OptionSpelling
 from lightning_maml_guard.tasks.episodes import episode_generator
 from lightning_maml_guard.utils.lightning_compat import Trainer
@@ -68,7 +68,7 @@ def test_a_run_has_the_name_of_its_task_or_of_its_own_configuration():
         ("--guard -c own.yaml --config=other.v2.yaml --x 1", "other.v2"),
         ("linear --config own.yaml", "linear"),
     ):
-        assert name_of(words.split()) == name
+        assert run_name(words.split()) == name
 
 
 def test_unknown_words_are_named(capsys):
@@ -194,7 +194,7 @@ def test_a_run_outside_the_safe_region_warns_and_names_options(action, said):
         main(["fit", "linear", "--guard", action, *SHORT, "--model.optimizer.lr", "5"])
 
 
-def test_a_lost_run_is_told_the_options_that_bring_one_back():
+def test_a_diverged_run_is_told_the_options_that_roll_one_back():
     words = ["linear", *SHORT, "--model.optimizer.lr", "3e38", "--guard.every_n_steps", "1", "--guard.patience", "3"]
     with guard_warns("Start again with lower rates; --guard rescale --guard.rollback true takes a run back"):
         main(["fit", *words])

@@ -16,7 +16,6 @@ from lightning_maml_guard.phase import train as training
 from lightning_maml_guard.phase.critical_rates import grid_rates
 from lightning_maml_guard.phase.gradients import GridError
 from lightning_maml_guard.phase.optimizers import SGD, Adam
-from lightning_maml_guard.theory.correlation import spearman
 from tests.helpers import dense_hessian, linear_module, quadratic_batch
 from tests.phase.families import KINDS, error, family, module, trained
 
@@ -257,16 +256,18 @@ def test_what_follows_from_a_diagram_by_hand():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_spearman_is_scipys(seed):
+def test_the_correlation_is_scipys_spearman(seed):
     draw = np.random.default_rng(seed)
-    one, other = draw.integers(0, 6, 12), draw.normal(size=12).round(1)
-    assert spearman(one, other) == pytest.approx(stats.spearmanr(one, other)[0])
+    predicted, largest = draw.integers(0, 6, 12), draw.integers(0, 3, 12)
+    found = hand_made(np.where(np.arange(3) == largest[:, None], 0.5, 2.0), predicted)
+    assert found.correlation("beta_c") == pytest.approx(stats.spearmanr(predicted, largest)[0])
 
 
-def test_spearman_says_when_there_is_nothing_to_correlate():
-    assert np.isnan(spearman([1, 2], [1, 2])) and np.isnan(spearman([1, 1, 1], [1, 2, 3]))
-    with pytest.raises(ValueError, match="of one length but got 2 and 3"):
-        spearman([1, 2], [1, 2, 3])
+def test_the_correlation_is_nan_when_there_is_nothing_to_correlate():
+    rising = [[0.5, 2, 2], [2, 0.5, 2], [2, 2, 0.5]]
+    assert np.isnan(hand_made(rising[:2], [1, 2]).correlation("beta_c"))
+    assert np.isnan(hand_made(rising, [1, 1, 1]).correlation("beta_c"))
+    assert np.isnan(hand_made([[0.5, 2, 2]] * 3, [1, 2, 3]).correlation("beta_c"))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Leave no trace: whatever a measurement does to the module or the random state is undone."""
+"""Everything a check puts back: whatever it does to module, random state, loggers or inner rate is undone."""
 
 from __future__ import annotations
 
@@ -15,9 +15,41 @@ import numpy as np
 import torch
 from torch import nn
 
+from lightning_maml_guard.utils.lightning_compat import DummyLogger
 from lightning_maml_guard.utils.random_state import preserved_randomness
 
 Undo = Callable[[], object]
+
+
+@contextmanager
+def undisturbed(trainer: Any, pl_module: Any) -> Iterator[None]:
+    """Look at a run without a trace: isolated, unlogged, and at the inner rate as configured."""
+    with unlogged(trainer), isolated(pl_module), configured_inner_rate(pl_module):
+        yield
+
+
+@contextmanager
+def unlogged(trainer: Any) -> Iterator[None]:
+    """Keep what a measurement sends to the loggers away from them."""
+    loggers = trainer.loggers
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
+
+
+@contextmanager
+def configured_inner_rate(pl_module: Any) -> Iterator[None]:
+    """Measure at the inner rate as configured, not as capped by an earlier check."""
+    if not hasattr(pl_module, "inner_lr_cap"):
+        yield
+        return
+    cap, pl_module.inner_lr_cap = pl_module.inner_lr_cap, None
+    try:
+        yield
+    finally:
+        pl_module.inner_lr_cap = cap
 
 
 @contextmanager
@@ -25,15 +57,9 @@ def isolated(module: nn.Module) -> Iterator[None]:
     """Put back on leaving, also after an error: random states, buffers, metrics, attributes, ``.grad``, modes, logging.
 
     Attributes are tensors, random generators and containers in containers; tensors in containers are left to the
-    user's code. A tensor that nothing wrote into is not written into either: a graph may hold it.
-    Inside, every ``.grad`` is None (so that nothing accumulates into the user's) and ``log`` and ``log_dict`` of the
-    module and its parts do nothing.
-
-    Args:
-        module: The module the measurement may touch.
-
-    Yields:
-        Nothing.
+    user's code. A tensor that nothing wrote into is not written into either: a graph may hold it. Inside, every
+    ``.grad`` is None (so that nothing accumulates into the user's) and ``log`` and ``log_dict`` of the module and its
+    parts do nothing.
     """
     with ExitStack() as stack:
         stack.enter_context(preserved_randomness())

@@ -1,17 +1,20 @@
-"""Plain training: a LightningModule's own ``training_step`` as a loss of its parameters."""
+"""Which problem is measured: a MetaProblem that a function or the module states, else training_step as it is."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from lightning_maml_guard.linalg.layout import Params
+from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.utils.checks import shown
 from lightning_maml_guard.utils.task_map import as_float32
 
 
@@ -28,7 +31,43 @@ class PlainProblem:
     loss: Callable[[Params], Tensor]
 
 
-class _Step(nn.Module):
+Problem = MetaProblem | PlainProblem
+ProblemSource = Callable[[Any, Any], MetaProblem]
+
+
+def has_meta_problem(pl_module: Any) -> bool:
+    """Return True if a module states its own problem."""
+    return callable(getattr(pl_module, "meta_problem", None))
+
+
+def state_problem(source: ProblemSource | None, pl_module: Any, batch: Any, batch_idx: int) -> Problem:
+    """State the problem of a step: by the user's function, the module's ``meta_problem``, or its ``training_step``."""
+    if source is None and not has_meta_problem(pl_module):
+        return training_step_problem(pl_module, batch, batch_idx)
+    found = pl_module.meta_problem(batch) if source is None else source(pl_module, batch)
+    if not isinstance(found, (MetaProblem, PlainProblem)):
+        name = f"`meta_problem` of {type(pl_module).__name__}" if source is None else "argument `problem`"
+        raise TypeError(
+            f"Expected {name} to return a MetaProblem but got {shown(found)}. Return MetaProblem(params, task_loss, "
+            "support, query)."
+        )
+    return found
+
+
+def owners(problem: Problem, optimizers: Sequence[Optimizer]) -> list[int]:
+    """Find the indices of the optimizers that move a problem's parameters; all if none does (measure then says so)."""
+    moved = {id(value) for value in problem.params.values()}
+    found = [
+        index
+        for index, optimizer in enumerate(optimizers)
+        if any(id(parameter) in moved for group in optimizer.param_groups for parameter in group["params"])
+    ]
+    return found or list(range(len(optimizers)))
+
+
+class _TrainingStep(nn.Module):
+    """A module whose ``forward`` is another module's ``training_step``, for ``functional_call``."""
+
     def __init__(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         super().__init__()
         self.module, self.arguments = module, arguments
@@ -47,20 +86,9 @@ class _Step(nn.Module):
 
 
 def training_step_problem(module: nn.Module, batch: Any, batch_idx: int) -> PlainProblem:
-    """State the loss of the coming ``training_step``.
-
-    Args:
-        module: The LightningModule, with automatic optimisation.
-        batch: The batch of the coming step.
-        batch_idx: Its index.
-
-    Returns:
-        The problem. Its loss runs ``training_step`` on copies of the batch and the buffers, in float32 instead of half
-        precision.
-    """
+    """State the loss of the coming ``training_step``, run on copies of batch and buffers, in float32."""
     signature = inspect.signature(module.training_step)  # type: ignore[arg-type]
-    arguments = (batch, batch_idx) if len(signature.parameters) > 1 else (batch,)
-    step = _Step(module, arguments)
+    step = _TrainingStep(module, (batch, batch_idx) if len(signature.parameters) > 1 else (batch,))
     params: Params = {name: value for name, value in module.named_parameters() if value.requires_grad}
     names = {id(value): name for name, value in params.items()}
     # Every place a parameter is registered at, so that tied parameters and shared submodules get one tensor without
