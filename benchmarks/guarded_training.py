@@ -20,12 +20,12 @@ from itertools import pairwise
 from statistics import mean, median
 
 import torch
+from lightning_maml_guard.stability.budget import Budget
 from torch.utils.data import DataLoader
 
 from lightning_maml_guard import ConvergenceGuard, MetaLearningModule
 from lightning_maml_guard.guard.schedule import Lookout
 from lightning_maml_guard.networks import conv4, mlp
-from lightning_maml_guard.stability.budget import Budget
 from lightning_maml_guard.tasks.episodes import episode_generator
 from lightning_maml_guard.tasks.images import MiniImageNet, Omniglot
 from lightning_maml_guard.tasks.regression import Sinusoid

@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
+from lightning_maml_guard.stability.budget import CURVATURE, UPDATE
 
 from benchmarks.guarded_training import ROWS
 from lightning_maml_guard import MetaLearningModule, MetaProblem
 from lightning_maml_guard.linalg.operators import Jacobian, gradient_of
 from lightning_maml_guard.networks import mlp
-from lightning_maml_guard.stability.budget import CURVATURE, UPDATE
 from lightning_maml_guard.stability.objective import MamlSubject
 from lightning_maml_guard.tasks.episodes import episode_generator
 from lightning_maml_guard.tasks.regression import Sinusoid

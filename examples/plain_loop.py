@@ -34,7 +34,7 @@ def main(steps: int = 90) -> list[StabilityReport]:
         support, query = sinusoids()
         if step % 30 == 0:
             problem = MetaProblem(params, task_loss, support, query, inner_lr=alpha)
-            report = measure(problem, optimizer=optimizer, criterion="exact", step=step)
+            report = measure(problem, optimizer=optimizer, step=step)
             reports.append(report)
             print(f"step {step}: beta = {report.beta:.3g}, beta_c = {report.beta_c:.3g}: {report.status}")
             if report.beta_status == "unsafe":

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_maml_guard import MetaLearningModule, measure, networks
+from lightning_maml_guard import CurvatureOptions, MetaLearningModule, measure, networks
 from lightning_maml_guard.kernels.channels_last import is_worthwhile
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
 from lightning_maml_guard.networks import conv4, mlp
@@ -98,7 +98,7 @@ def test_the_layout_changes_no_meta_gradient_and_no_curvature(order, channels, s
     problem, found = replace(module.meta_problem(batch), looped=True), []
     for last in (False, True):
         monkeypatch.setattr(networks, "is_worthwhile", lambda images, last=last: last)
-        report = measure(problem, beta=0.1, criterion="exact", max_iter=4)
+        report = measure(problem, beta=0.1, curvature=CurvatureOptions(max_iter=4))
         found.append(
             (meta_gradient(problem).gradients, report.lambda_max, report.exact_beta_c, report.predicted_change)
         )

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_maml_guard.cli.parser import GuardCLI
 from lightning_maml_guard.guard.convergence_guard import ConvergenceGuard
-from lightning_maml_guard.stability.report import StabilityReport, applied_instead
+from lightning_maml_guard.guard.report import CheckReport
+from lightning_maml_guard.stability.estimators import estimates_per_task
 from lightning_maml_guard.tasks.datamodule import TaskDataModule
 from lightning_maml_guard.theory.limits import UNSAFE
 from lightning_maml_guard.tuner.suggest_rates import suggest_rates
@@ -25,8 +27,6 @@ from lightning_maml_guard.utils.warnings import GuardWarning
 TRAIN_THEN_TEST = ""
 # Commands that evaluate a checkpoint and train nothing.
 EVALUATION = ("validate", "test")
-# Arguments that a guard and suggest_rates share: how to measure, and the lookahead.
-MEASURING = ("problem", "criterion", "estimator", "max_iter", "tol", "basis", "data", "trial_steps", "alarm")
 # What suggest takes from the configuration's Trainer.
 _TRAINER_OPTIONS = ("accelerator", "precision", "gradient_clip_val", "gradient_clip_algorithm")
 # Lightning's own code causes it in every run (2.6.6 under torch 2.13).
@@ -112,9 +112,10 @@ RUNS: dict[str, Callable[..., None]] = {
 def _measuring_options(guard: ConvergenceGuard | None) -> dict[str, Any]:
     if guard is None:
         return {}
-    options = {each: getattr(guard, each) for each in MEASURING}
-    # Other estimators treat one Hessian at a time.
-    return options if guard.estimator == "lanczos" else options | {"tasks": "mean"}
+    # Before training the sharpest task counts, where the estimator can treat the tasks one by one.
+    tasks = "worst" if estimates_per_task(guard.curvature.estimator) else "mean"
+    curvature = replace(guard.curvature, tasks=tasks)
+    return {"problem": guard.problem, "curvature": curvature, "lookahead": guard.lookahead}
 
 
 def _checkpoint(cli: GuardCLI) -> dict[str, Any]:
@@ -194,14 +195,14 @@ def _what_to_do(guard: ConvergenceGuard | None) -> str:
     return "No check of the guard saw it coming: --guard.every_n_steps 5 looks more often."
 
 
-def _last_check(history: list[StabilityReport]) -> str:
+def _last_check(history: list[CheckReport]) -> str:
     last = history[-1]
     rates = [_rate_of(last, "alpha", last.alpha_ratio), _rate_of(last, "beta", last.beta_ratio)]
     count = f"{len(history)} checks, the last" if len(history) > 1 else "1 check,"
     return f"ConvergenceGuard: {count} at step {last.step}: {last.status}, {', '.join(rates)}."
 
 
-def _rate_of(report: StabilityReport, name: str, ratio: float) -> str:
+def _rate_of(report: CheckReport, name: str, ratio: float) -> str:
     text = f"{name} not judged" if math.isnan(ratio) else f"{name} at {ratio:.2g} of {name}_c"
-    applied = applied_instead(report, name)
+    applied = report.applied_instead(name)
     return f"{text} ({applied})" if applied else text

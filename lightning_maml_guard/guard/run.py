@@ -60,9 +60,12 @@ class GuardedRun:
         self.schedule = Schedule(settings.every_n_steps, settings.max_cost, self.state.schedule)
         self.machine = StateMachine(settings.patience, settings.lookahead.divergence_ratio, self.state.watches)
         self.caps = AppliedCaps(settings.acting.caps_rates and not inert, self.state.caps)
-        self.snapshot = None if self.state.snapshot is None else Snapshot.restored(self.state.snapshot)
+        # The live objects take over what a checkpoint held; `saved` asks them for it.
+        kept, self.state.snapshot = self.state.snapshot, None
+        self.snapshot = None if kept is None else Snapshot.restored(kept)
         self.replay = ReplayBuffer(settings.lookahead.batches)
         self.replay.load(self.state.batches)
+        self.state.batches = []
         self.figures = Figures(settings.figures)
         # Gradient norm of the step at hand, maybe on the device; None if it is not known.
         self.norm: Tensor | float | None = None

@@ -269,7 +269,8 @@ def _rolled_back_at_end(reason: Reason, spelling: Spelling) -> str:
 def _too_many_rollbacks(reason: Reason, spelling: Spelling) -> str:
     return (
         f"The loss was {reason.losses[0]:.3g} at step {reason.step} after {reason.counts[0]} rollbacks "
-        "(max_rollbacks), each with lower rates: the rates are not what is wrong here. Look at the data, the loss and the precision."
+        "(max_rollbacks), each with lower rates: the rates are not what is wrong here. Look at the data, the loss and "
+        "the precision."
     )
 
 

@@ -66,11 +66,11 @@ def safe_region(
     colours = mpl.colors.ListedColormap(mpl.colormaps["viridis"](range(20, 216)))
     norm = mpl.colors.Normalize(min(steps), max(steps) if max(steps) > min(steps) else min(steps) + 1)
 
-    low = min(min(r.alpha, r.alpha_applied) if r.alpha_applied > 0 else r.alpha_c for r in measured)
+    low = min(min(r.alpha, _applied(r, "alpha")) if _applied(r, "alpha") > 0 else r.alpha_c for r in measured)
     low = min([low, *(r.alpha_c for r in shown)]) / 30
     curves = {id(report): _border(report, low) for report in shown}
     betas = [beta for _, curve in curves.values() for beta in curve if math.isfinite(beta)]
-    reached = [*rates, *betas, *(rate for r in measured for rate in (r.beta, r.beta_applied))]
+    reached = [*rates, *betas, *(rate for r in measured for rate in (r.beta, _applied(r, "beta")))]
     reached = [rate for rate in reached if math.isfinite(rate) and rate > 0]
     floor, ceiling = min(reached) / 3, max(reached) * 3
     for report in shown:
@@ -91,19 +91,19 @@ def safe_region(
             filled: dict[str, Any] = {"color": colour, "alpha": 0.18, "linewidth": 0, "label": f"{name}, last check"}
             ax.fill_between(alphas[:held], floor, curve[:held], **filled)
     drawn = [(r, step) for r, step in zip(measured, steps, strict=True) if math.isfinite(r.beta) and r.beta != 0]
-    capped = [(r, step) for r, step in drawn if (r.alpha_applied, r.beta_applied) != (r.alpha, r.beta)]
-    joined = [[(r.alpha, r.beta), (r.alpha_applied, r.beta_applied)] for r, _ in capped]
+    capped = [(r, step) for r, step in drawn if (_applied(r, "alpha"), _applied(r, "beta")) != (r.alpha, r.beta)]
+    joined = [[(r.alpha, r.beta), (_applied(r, "alpha"), _applied(r, "beta"))] for r, _ in capped]
     inks = [colours(norm(step)) for _, step in capped]
     ax.add_collection(mpl.collections.LineCollection(joined, colors=inks, linewidths=0.8, zorder=4), autolim=False)
     dots: dict[str, Any] = {"cmap": colours, "norm": norm, "s": 36, "edgecolors": "black", "linewidths": 0.6}
     if capped:
-        x, y = [r.alpha_applied for r, _ in capped], [r.beta_applied for r, _ in capped]
+        x, y = [_applied(r, "alpha") for r, _ in capped], [_applied(r, "beta") for r, _ in capped]
         ax.scatter(x, y, c=[step for _, step in capped], marker="v", zorder=6, **dots)
     if drawn:
         x, y = [r.alpha for r, _ in drawn], [r.beta for r, _ in drawn]
         ax.scatter(x, y, c=[step for _, step in drawn], zorder=5, **dots)
     ax.scatter([], [], color="0.6", edgecolors="black", s=36, label="configured rates")
-    if any((r.alpha_applied, r.beta_applied) != (r.alpha, r.beta) for r in measured):
+    if any((_applied(r, "alpha"), _applied(r, "beta")) != (r.alpha, r.beta) for r in measured):
         ax.scatter([], [], color="0.6", edgecolors="black", marker="v", s=36, label="applied rates")
     ax.set(
         xscale="log",
@@ -134,3 +134,8 @@ def _border(report: StabilityReport, low: float, points: int = 160) -> tuple[lis
     return alphas, [
         lift * report.spectrum.rates(min(a / stretch, known.alpha_c), report.inner_steps).beta_c for a in alphas
     ]
+
+
+def _applied(report: StabilityReport, name: str) -> float:
+    """The rate applied after a check; a measurement outside of a guard applies none but the configured one."""
+    return float(getattr(report, f"{name}_applied", getattr(report, name)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,16 +12,14 @@ from torch import Tensor
 from lightning_maml_guard.linalg.arnoldi import ArnoldiRun, arnoldi
 from lightning_maml_guard.linalg.lanczos import LanczosRun, Matvec, Tridiagonal, Watched, lanczos, start_vector
 from lightning_maml_guard.optim.linearized_step import LinearizedStep
-from lightning_maml_guard.theory.complex_ritz import complex_limit, complex_ritz
+from lightning_maml_guard.theory.complex_ritz import arnoldi_resolved
 from lightning_maml_guard.theory.multiplier import Interval
-from lightning_maml_guard.theory.ritz import rates_from_lanczos, ritz_values
+from lightning_maml_guard.theory.ritz import lanczos_resolved, rates_from_lanczos
 
 # A float product carries rounding of this many units in the last place, relative to the spectral radius.
 _ROUNDING_ULPS = 16
 # Products that disagree by more than this share of the spectral radius are not those of one matrix.
 _SYMMETRY = 1e-2
-# A run stops at this fraction of the residual asked for: of 1000 random spectra none then misses its interval.
-_SHARPER = 16
 
 
 @dataclass(frozen=True)
@@ -64,23 +61,10 @@ def run_lanczos(
     """Run Lanczos until the top (and, for ``alpha > 0``, ``beta_c``) is known to a relative residual."""
     start = start_vector((size,) if blocks is None else (blocks, size), like)
 
-    def tight(runs: Sequence[Tridiagonal]) -> bool:
-        # At `tol` itself the run may still sit on an eigenvalue below the top.
-        return all(_tight(run, alpha, krylov.tol / _SHARPER) for run in runs)
+    def resolved(runs: Sequence[Tridiagonal]) -> bool:
+        return all(lanczos_resolved(*run, alpha, krylov.tol) for run in runs)
 
-    return lanczos(matvec, start, max_iter=krylov.max_iter, stop=tight, basis=krylov.basis, value=value)
-
-
-def _tight(run: Tridiagonal, alpha: float, tol: float) -> bool:
-    values, residuals = ritz_values(*run)
-    # That nothing is curved upwards is not to be told from the few directions seen so far.
-    if values[-1] <= 0 or residuals[-1] > tol * max(abs(values[0]), abs(values[-1])):
-        return False
-    # Beyond alpha_c no meta rate is stable, however sharply the rest is known.
-    if alpha * float(values[-1]) > 1 or alpha == 0:
-        return True
-    low, high = rates_from_lanczos(*run, alpha).curvature_interval
-    return high - low <= tol * max(high, abs(float(values[-1])) * tol)
+    return lanczos(matvec, start, max_iter=krylov.max_iter, stop=resolved, basis=krylov.basis, value=value)
 
 
 class ChangingOperatorError(ArithmeticError):
@@ -112,15 +96,12 @@ def run_arnoldi(
 ) -> ArnoldiRun:
     """Run Arnoldi until the meta rate's limit is known to a relative accuracy."""
 
-    def tight(hessenberg: np.ndarray, residual: float) -> bool:
-        ritz = complex_ritz(hessenberg, residual, noise)
-        if ritz.bounds[0] > krylov.tol * ritz.radius:
-            return False
-        low, high = complex_limit(ritz, step.responses[:1], tol=krylov.tol, decay=step.decoupled).interval
-        return high < math.inf and high - low <= 4 * krylov.tol * high
+    def resolved(hessenberg: np.ndarray, residual: float) -> bool:
+        settled = step.responses[:1]
+        return arnoldi_resolved(hessenberg, residual, settled, tol=krylov.tol, rounding=noise, decay=step.decoupled)
 
     start = start_vector((size,), like)
-    return arnoldi(matvec, start, max_iter=krylov.max_iter, stop=tight, basis=krylov.basis, value=value)
+    return arnoldi(matvec, start, max_iter=krylov.max_iter, stop=resolved, basis=krylov.basis, value=value)
 
 
 def rounding(like: Tensor) -> float:

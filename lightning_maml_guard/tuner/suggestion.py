@@ -20,8 +20,8 @@ class RateSuggestion:
     Attributes:
         alpha: Suggested inner rate, ``margin * alpha_c``; ``nan`` in plain training.
         beta: Suggested meta rate, ``margin`` times the smaller of ``beta_c`` and ``beta_c_noise``, halved until a
-            lookahead survives; ``nan`` where theory gives none (Adam and its kin before their first step, curvature that could
-            not be measured): ``notices`` say why.
+            lookahead survives; ``nan`` where theory gives none (Adam and its kin before their first step, curvature
+            that could not be measured): ``notices`` say why.
         alpha_c: Smallest critical inner rate over the batches, as configured.
         beta_c: Smallest critical meta rate over the batches, at the suggested ``alpha``.
         beta_c_noise: Smallest meta rate over the batches below which the mean square shrinks when every step draws new

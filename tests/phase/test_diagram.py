@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from lightning_maml_guard import MetaLearningModule, MetaProblem, PhaseDiagram, measure, phase_diagram
+from lightning_maml_guard import CurvatureOptions, MetaLearningModule, MetaProblem, PhaseDiagram, measure, phase_diagram
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
 from lightning_maml_guard.phase import train as training
 from lightning_maml_guard.phase.critical_rates import grid_rates
@@ -123,7 +123,11 @@ def test_the_rates_measured_on_the_way_are_those_of_measure(measured, optimizer)
     for alpha, beta, column, row in ((0.02, 0.03, 0, 1), (0.08, 0.01, 1, 0)):
         run = trained(kind, alpha, beta, 4, optimizer)
         live = run.trainer.optimizers[0]
-        report = measure(run.meta_problem(kind.batch(4)), optimizer=live, max_iter=60, tol=1e-4)
+        report = measure(
+            run.meta_problem(kind.batch(4)),
+            optimizer=live,
+            curvature=CurvatureOptions(criterion="simplified", max_iter=60, tol=1e-4),
+        )
         assert found.alpha_c[1, column, row] == pytest.approx(report.alpha_c, rel=1e-4)
         assert found.exact_beta_c[1, column, row] == pytest.approx(report.exact_beta_c, rel=1e-3)
         assert found.beta_c[1, column, row] == pytest.approx(report.beta_c, rel=1e-3)
@@ -151,7 +155,11 @@ def test_first_order_maml_is_measured_by_arnoldi():
     kind = KINDS["first"]
     found = quiet(family(kind), [0.01], [0.01], 2, measure_every=1, max_iter=60, tol=1e-4)
     run = trained(kind, 0.01, 0.01, 1)
-    report = measure(run.meta_problem(kind.batch(1)), optimizer=run.trainer.optimizers[0], max_iter=60, tol=1e-4)
+    report = measure(
+        run.meta_problem(kind.batch(1)),
+        optimizer=run.trainer.optimizers[0],
+        curvature=CurvatureOptions(criterion="simplified", max_iter=60, tol=1e-4),
+    )
     assert found.exact_beta_c[1, 0, 0] == pytest.approx(report.exact_beta_c, rel=1e-3)
 
 

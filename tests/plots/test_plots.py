@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from lightning_maml_guard import ConvergenceGuard, measure
+from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, measure
 from lightning_maml_guard.plots import phase_diagram, safe_region, spectrum
 from tests.helpers import linear_module, quadratic_batch
 
@@ -22,6 +22,7 @@ def reports(alphas=(0.05, 0.05), beta=0.1):
             linear_module(4, beta, inner_lr=alpha, order="simplified").meta_problem(batch),
             beta=beta,
             step=100 * k,
+            curvature=CurvatureOptions(criterion="simplified"),
         )
         for k, alpha in enumerate(alphas)
     ]
@@ -61,7 +62,11 @@ def test_capped_rates_are_joined_to_the_configured_ones():
 def test_the_curve_passes_through_the_measured_beta_c_of_the_optimizer():
     module = linear_module(4, 0.1, inner_lr=0.05, order="simplified")
     batch = quadratic_batch([0.3, 1.0, 2.0, 4.0])
-    report = measure(module.meta_problem(batch), optimizer=SGD(module.parameters(), lr=0.1, momentum=0.9))
+    report = measure(
+        module.meta_problem(batch),
+        optimizer=SGD(module.parameters(), lr=0.1, momentum=0.9),
+        curvature=CurvatureOptions(criterion="simplified"),
+    )
     figure, ax = safe_region([report])
     curve = ax.lines[-1].get_xydata()[:-1]
     nearest = min(curve, key=lambda point: abs(math.log(point[0] / 0.05)))
