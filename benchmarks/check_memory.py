@@ -1,6 +1,6 @@
 """Memory of a check: ``python -m benchmarks.check_memory [--out FILE]``.
 
-``measure(criterion="exact")`` of an MLP regressor with ``--parameters`` (10M) parameters, in float32 on the CPU, each
+``measure`` of an MLP regressor with ``--parameters`` (10M) parameters, in float32 on the CPU, each
 row in a fresh process. Printed is the peak of the resident memory above that before the check, in vectors of the
 parameters' size. ``tol`` is so small that every run takes ``max_iter`` Hessian-vector products. The self-check of a
 first measurement happens once and is left out. The allocator returns freed memory at once (MALLOC_MMAP_THRESHOLD_), so
@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch.optim import SGD, Adam, Optimizer
 
-from lightning_maml_guard import MetaLearningModule, MetaProblem, measure
+from lightning_maml_guard import CurvatureOptions, MetaLearningModule, MetaProblem, measure
 from lightning_maml_guard.networks import mlp
-from lightning_maml_guard.stability.hvp import Memory
+from lightning_maml_guard.stability.hvp import MeasurementCache
 from lightning_maml_guard.tasks.regression import Sinusoid
 
 BYTES = {"device": 4, "cpu": 4, "bfloat16": 2}
@@ -57,13 +57,13 @@ def peak() -> int:
 def one(width: int, tasks: int, inner_steps: int, optimizer: str, basis: str, max_iter: int) -> dict[str, Any]:
     """Measure one row in this process."""
     torch.set_num_threads(1)
-    options: dict[str, Any] = {"criterion": "exact", "tol": 1e-12, "max_iter": max_iter, "basis": basis}
-    memory = Memory()
+    options = CurvatureOptions(tol=1e-12, max_iter=max_iter, basis=basis)
+    cache = MeasurementCache()
     small, small_optimizer = made(8, tasks, inner_steps, optimizer)
-    measure(small, optimizer=small_optimizer, memory=memory, **options)  # the first call loads libraries
+    measure(small, optimizer=small_optimizer, cache=cache, curvature=options)  # the first call loads libraries
     problem, live = made(width, tasks, inner_steps, optimizer)
     before, began = peak(), time.perf_counter()
-    report = measure(problem, optimizer=live, memory=memory, **options)
+    report = measure(problem, optimizer=live, cache=cache, curvature=options)
     size = sum(value.numel() for value in problem.params.values())
     return {
         "parameters": size,

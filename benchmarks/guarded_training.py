@@ -20,11 +20,10 @@ from itertools import pairwise
 from statistics import mean, median
 
 import torch
-from lightning_maml_guard.stability.budget import Budget
 from torch.utils.data import DataLoader
 
 from lightning_maml_guard import ConvergenceGuard, MetaLearningModule
-from lightning_maml_guard.guard.schedule import Lookout
+from lightning_maml_guard.guard.schedule import Schedule
 from lightning_maml_guard.networks import conv4, mlp
 from lightning_maml_guard.tasks.episodes import episode_generator
 from lightning_maml_guard.tasks.images import MiniImageNet, Omniglot
@@ -127,11 +126,11 @@ def whole_runs(row: tuple, batches: list, steps: int, turns: int) -> tuple[float
 
 def published_checks(first: float, later: float) -> int:
     """Number of checks in the published iterations, if each costs what these two cost."""
-    lookout, number = Lookout(100, Budget(0.02)), 0
+    schedule, number = Schedule(100, 0.02), 0
     for index in range(PUBLISHED):
-        if lookout.due(index) is not None:
-            lookout.budget.charge(trial_steps=0, measured=later if number else first)
-            lookout.unjudged = number == 0  # Adam's rate, before its first step
+        if schedule.due(index) is not None:
+            schedule.charge(lookahead_gradients=0, measured=later if number else first)
+            schedule.state.unjudged = number == 0  # Adam's rate, before its first step
             number += 1
     return number
 
@@ -179,7 +178,7 @@ def main() -> None:
                 number.append(len(clock.checks))
                 shares.append(sum(clock.checks) / (steps * plain[-1]))
             else:
-                counted = [guard._run.lookout.budget._latest, each._run.lookout.budget._latest]
+                counted = [guard._run.state.schedule.latest, each._run.state.schedule.latest]
                 number.append(published_checks(*counted))
                 taken = first[-1] + (number[-1] - 1) * later[-1]
                 shares.append(taken / (PUBLISHED * plain[-1]))

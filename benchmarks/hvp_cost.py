@@ -1,6 +1,6 @@
 """Time of a check's graphs and Hessian-vector products, in training steps: ``python -m benchmarks.hvp_cost [ROW ...]``.
 
-``stability.budget`` counts the cost of checks by the upper end of these figures, so that the same run checks at the
+``stability.cost`` counts the cost of checks by the upper end of these figures, so that the same run checks at the
 same steps on any machine. A training step is a gradient of the meta-update or, for "plain", of the loss alone. Every
 figure is a median over turns in which the step and the products alternate.
 """
@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
-from lightning_maml_guard.stability.budget import CURVATURE, UPDATE
 
 from benchmarks.guarded_training import ROWS
 from lightning_maml_guard import MetaLearningModule, MetaProblem
 from lightning_maml_guard.linalg.operators import Jacobian, gradient_of
 from lightning_maml_guard.networks import mlp
-from lightning_maml_guard.stability.objective import MamlSubject
+from lightning_maml_guard.stability.cost import CURVATURE, UPDATE
+from lightning_maml_guard.stability.objective import MamlObjective
 from lightning_maml_guard.tasks.episodes import episode_generator
 from lightning_maml_guard.tasks.regression import Sinusoid
 from lightning_maml_guard.utils.double_backward import double_backward
@@ -52,21 +52,21 @@ def timed(works: dict[str, Callable[[], object]], turns: int) -> dict[str, float
 
 def costs(problem: MetaProblem, turns: int) -> dict[str, float]:
     """Time of each, divided by the time of a training step."""
-    subject = MamlSubject(problem, "support", TaskMap(problem.task_chunk_size, looped=problem.looped))
-    field, params, _ = subject.update(1.0)
+    objective = MamlObjective(problem, "support", TaskMap(problem.task_chunk_size, looped=problem.looped))
+    field, params, _ = objective.update(1.0)
     leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
-    plain = gradient_of(subject.mean_loss)
+    plain = gradient_of(objective.mean_loss)
     with double_backward():
-        update, curvature = Jacobian(*subject.update(1.0)), Jacobian(*subject.curvature(False))
+        update, curvature = Jacobian(*objective.update(1.0)), Jacobian(*objective.curvature(False))
         vector = torch.randn(update.layout.size, generator=torch.Generator().manual_seed(0))
         took = timed(
             {
                 "step": lambda: field(leaves, False),
-                "J graph": lambda: Jacobian(*subject.update(1.0)),
+                "J graph": lambda: Jacobian(*objective.update(1.0)),
                 "J": lambda: update(vector),
-                "H graph": lambda: Jacobian(*subject.curvature(False)),
+                "H graph": lambda: Jacobian(*objective.curvature(False)),
                 "H": lambda: curvature(vector),
-                "by task": lambda: subject.curvature_by_task(update.layout.split(vector)),
+                "by task": lambda: objective.curvature_by_task(update.layout.split(vector)),
                 "plain step": lambda: plain(leaves, False),
             },
             turns,

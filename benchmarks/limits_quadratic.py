@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 
-from lightning_maml_guard import MetaLearningModule, measure
+from lightning_maml_guard import CurvatureOptions, MetaLearningModule, measure
 from tests.helpers import bisect, quadratic_batch
 
 SPECTRUM = [0.3, 1.0, 2.0, 4.0]
@@ -120,7 +120,8 @@ def main(orders: Iterable[str] = ("exact", "first", "simplified"), steps: Iterab
         for inner_steps in steps:
             for name, make in OPTIMIZERS.items():
                 module, optimizer = settled(order, inner_steps, make)
-                limit = measure(module.meta_problem(batch), optimizer=optimizer, tol=1e-8).exact_beta_c
+                options = CurvatureOptions(tol=1e-8)
+                limit = measure(module.meta_problem(batch), optimizer=optimizer, curvature=options).exact_beta_c
                 found = bisect(
                     lambda rate, o=order, k=inner_steps, m=make: converges(o, k, m, batch, rate),
                     0.98 * limit,

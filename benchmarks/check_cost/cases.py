@@ -21,7 +21,7 @@ from lightning_maml_guard.linalg.lanczos import lanczos, start_vector
 from lightning_maml_guard.linalg.operators import Jacobian
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
 from lightning_maml_guard.networks import conv4, mlp
-from lightning_maml_guard.stability.objective import MamlSubject
+from lightning_maml_guard.stability.objective import MamlObjective
 from lightning_maml_guard.tasks.episodes import episode_generator
 from lightning_maml_guard.tasks.images import Omniglot
 from lightning_maml_guard.tasks.regression import Sinusoid
@@ -74,8 +74,8 @@ class Case:
     def operator(self, which: str, dtype: torch.dtype = torch.float32, own: bool = False) -> Jacobian:
         """``H`` of the mean support loss, or the Jacobian ``J`` of the meta-update; ``own``: with torch's own norms."""
         with nullcontext() if own else double_backward():  # as in a check
-            subject = MamlSubject(in_dtype(self.problem, dtype), "support", self.module.task_map)
-            return Jacobian(*(subject.curvature(False) if which == "H" else subject.update()))
+            objective = MamlObjective(in_dtype(self.problem, dtype), "support", self.module.task_map)
+            return Jacobian(*(objective.curvature(False) if which == "H" else objective.update()))
 
 
 def in_dtype(problem: MetaProblem, dtype: torch.dtype) -> MetaProblem:

@@ -26,7 +26,7 @@ from benchmarks.check_cost import methods
 from benchmarks.check_cost.cases import SPECS, Case, Reference, cases, fewer, reference, seconds
 from benchmarks.check_cost.methods import Found
 from lightning_maml_guard import measure
-from lightning_maml_guard.stability.hvp import Memory
+from lightning_maml_guard.stability.hvp import MeasurementCache
 
 CERTIFIED, FEW, LONG = 1e-2, 4, 200
 PATIENCE = 6.0  # seconds, after which a method takes no further turn
@@ -139,15 +139,13 @@ def row(case: Case, which: str, known: Reference, name: str, found: Found, taken
 
 
 def check_rows(case: Case) -> list[dict]:
-    """The default check: ``criterion="exact"``, Adam."""
+    """The default check, of Adam."""
     some = min(FEW, case.problem.tasks)
-    works, memories = {}, [Memory(), Memory()]
-    for tasks, memory in zip((case.problem.tasks, some), memories, strict=True):
+    works, caches = {}, [MeasurementCache(), MeasurementCache()]
+    for tasks, cache in zip((case.problem.tasks, some), caches, strict=True):
         problem = fewer(case.problem, tasks)
         # Before its first step Adam has no second moments, so this checks the first step.
-        works[f"check, {tasks} tasks"] = lambda p=problem, m=memory: measure(
-            p, optimizer=case.optimizer, criterion="exact", memory=m
-        )
+        works[f"check, {tasks} tasks"] = lambda p=problem, c=cache: measure(p, optimizer=case.optimizer, cache=c)
     for work in works.values():
         work()  # the first measurement includes the self-check of the second derivatives
     rows = []

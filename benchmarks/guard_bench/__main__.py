@@ -44,7 +44,11 @@ def main() -> None:
     parser.add_argument("--columns", type=int, help="this number of columns, at random")
     parser.add_argument("--families", nargs="+", help="only these")
     parser.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="of every guard: margin=0.5"
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of every guard: margin=0.5, curvature.criterion=simplified",
     )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("guard_bench"))

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.guard_bench.columns import AFTERMATH, STEPS, Column
 from benchmarks.guard_bench.remedies import Trace
-from lightning_maml_guard import ConvergenceGuard
+from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, LookaheadOptions
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
 
 # Runs of 120 steps stand for longer ones, so the guard that warns checks every 5 steps and those that act every 10. At
@@ -102,12 +102,22 @@ def run_column(column: Column, arms: tuple[str, ...], **options) -> dict[str, li
     return {arm: [_run(column, beta, batches, {**ARMS[arm], **options}) for beta in column.betas] for arm in arms}
 
 
+def guard_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Gather options such as ``curvature.criterion`` in the dataclasses that the guard takes."""
+    found = {name: value for name, value in options.items() if "." not in name}
+    for group, made in (("curvature", CurvatureOptions), ("lookahead", LookaheadOptions)):
+        inner = {name.partition(".")[2]: value for name, value in options.items() if name.startswith(f"{group}.")}
+        if inner:
+            found[group] = made(**inner)
+    return found
+
+
 def _run(column: Column, beta: float, batches: _Batches, options: dict) -> Guarded:
     began = time.perf_counter()
     module = column.module(beta)
     judged = column.judged_on(column.tasks())
     start = _loss(module, judged)
-    guard, recorder = ConvergenceGuard(**options), _Recorder()
+    guard, recorder = ConvergenceGuard(**guard_arguments(options)), _Recorder()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = pl.Trainer(
@@ -133,7 +143,7 @@ def _run(column: Column, beta: float, batches: _Batches, options: dict) -> Guard
         [(report.step, report.beta_ratio, report.alpha_ratio) for report in guard.history],
         alarms,
         2 / first.lambda_max if first is not None and first.lambda_max > 0 else math.inf,
-        guard._run.rescue.rollbacks,
+        guard._run.state.rollbacks,
         guard.stopped_step,
         time.perf_counter() - began,
         said,

@@ -5,10 +5,12 @@ import math
 import pytest
 
 from benchmarks.guard_bench.columns import Column
-from benchmarks.guard_bench.guarded import WARN, Guarded, run_column
+from benchmarks.guard_bench.guarded import WARN, Guarded, guard_arguments, run_column
 from benchmarks.guard_bench.remedies import REMEDIES, UNGUARDED, Trace, train_column
 from benchmarks.guard_bench.score import Run, detection, false_alarms, harm, rescue
+from lightning_maml_guard import CurvatureOptions, LookaheadOptions
 
+NO_LOOKAHEAD = LookaheadOptions(steps=0, triggers=False)
 COLUMN = Column("linear", "first", 1, "sgd", True, 0, 0)
 
 
@@ -61,9 +63,17 @@ def test_figures_by_hand():
     assert hurt["median"] == pytest.approx(1.1) and hurt["made to diverge"] == []
 
 
+def test_options_with_a_dot_go_into_the_groups():
+    assert guard_arguments({"margin": 0.5, "curvature.criterion": "simplified", "lookahead.batches": 4}) == {
+        "margin": 0.5,
+        "curvature": CurvatureOptions(criterion="simplified"),
+        "lookahead": LookaheadOptions(batches=4),
+    }
+
+
 def test_the_vmapped_engine_trains_what_the_trainer_trains():
     vmapped = train_column(COLUMN)
-    trained = run_column(COLUMN, (WARN,), every_n_steps=1000, triggers=False, trial_steps=0)[WARN]
+    trained = run_column(COLUMN, (WARN,), every_n_steps=1000, lookahead=NO_LOOKAHEAD)[WARN]
     assert set(vmapped) == set(REMEDIES)
     compared = 0
     for fast, real in zip(vmapped[UNGUARDED], trained, strict=True):
