@@ -43,7 +43,7 @@ class Reported(Protocol):
 
     @property
     def events(self) -> list[Event]:
-        """What befell the run besides its states."""
+        """Rollbacks, stops and notices."""
 
     @property
     def stopped_step(self) -> int | None:

@@ -202,7 +202,7 @@ def test_images_of_another_form_are_refused(change, argument, value, allowed, re
     ("arguments", "message"),
     [
         ({"n_way": 2000}, r"n_way=2000 classes but this split has 1623: lower n_way"),
-        ({"k_shot": 15, "queries": 6}, r"k_shot=15 \+ queries=6 different images a class but there are 20: lower one of them"),
+        ({"k_shot": 15, "queries": 6}, r"k_shot=15 \+ queries=6 different images per class but there are 20: lower one of them"),
     ],
 )  # fmt: skip
 def test_an_episode_asking_for_more_than_there_is_is_refused_at_construction(arguments, message):
