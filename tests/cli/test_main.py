@@ -206,7 +206,7 @@ def test_a_run_outside_the_safe_region_warns_and_names_options(action, said):
 
 def test_a_diverged_run_is_told_the_options_that_roll_one_back():
     words = ["linear", *SHORT, "--model.optimizer.lr", "3e38", "--guard.every_n_steps", "1", "--guard.patience", "3"]
-    with guard_warns("Start again with lower rates; --guard rescale --guard.rollback true takes a run back"):
+    with guard_warns("Start again with lower rates; --guard rescale --guard.rollback true rolls a run back"):
         main(["fit", *words])
     rescued = OptionSpelling().guard(action="rescale", rollback=True, margin=0.5)
     assert rescued == "--guard rescale --guard.rollback true --guard.margin 0.5"
