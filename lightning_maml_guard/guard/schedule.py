@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-# Cost of a gradient of a lookahead, in training steps (`python -m benchmarks.prices`).
+# Cost of a gradient of a lookahead, in training steps (`python -m benchmarks.hvp_cost`).
 LOOKAHEAD_GRADIENT = 1.2
 SCHEDULED, TRIGGERED = "scheduled", "triggered"
 

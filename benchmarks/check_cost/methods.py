@@ -1,4 +1,4 @@
-"""The contestants: each finds lambda_max of one operator by its own algorithm, products counted."""
+"""The methods: each finds lambda_max of one operator with its own algorithm and counts matrix-vector products."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOLERANCES = tuple(m * 10.0**-d for d in range(1, 8) for m in (1, 0.5, 0.2) if m
 
 @dataclass
 class Found:
-    """An eigenvalue, the products it took (None: not reached), and the interval where one is given."""
+    """An eigenvalue, the matrix-vector products it took (None: not reached), and its interval where there is one."""
 
     value: float
     products: float | None
@@ -37,7 +37,7 @@ class Found:
 
 
 class Replay:
-    """The operator with its products kept: a run from the same start, stopped elsewhere, need not repeat them."""
+    """The operator with its products stored: a run from the same start that stops elsewhere reuses them."""
 
     def __init__(self, operator: Callable[[Tensor], Tensor]) -> None:
         self.operator, self.kept, self.used = operator, [], 0
@@ -54,7 +54,7 @@ class Replay:
 
 
 class PyHessian(pyhessian):
-    """PyHessian's own loop over another operator's products."""
+    """PyHessian's own loop over the products of another operator."""
 
     def __init__(self, matvec: Callable[[Tensor], Tensor], operator: Jacobian) -> None:
         self.model, self.device, self.full_dataset = nn.Module(), "cpu", True
@@ -78,9 +78,9 @@ def ours(operator: Jacobian, max_iter: int = 20, tol: float = 1e-2) -> Found:
 
 def power(operator: Jacobian, matvec: Callable, tol: float = 1e-3, max_iter: int = 100, seed: int = 0) -> Found:
     torch.manual_seed(seed)
-    contestant = PyHessian(matvec, operator)
-    values, _ = contestant.eigenvalues(maxIter=max_iter, tol=tol)
-    return Found(values[0], contestant.products)
+    method = PyHessian(matvec, operator)
+    values, _ = method.eigenvalues(maxIter=max_iter, tol=tol)
+    return Found(values[0], method.products)
 
 
 def power_to(operator: Jacobian, known: Reference, error: float, limit: int, seed: int) -> tuple[Found, dict]:
@@ -91,7 +91,7 @@ def power_to(operator: Jacobian, known: Reference, error: float, limit: int, see
         if known.error(found.value) <= error:
             return found, {"tol": tol, "max_iter": limit, "seed": seed}
         if found.products == limit or (tol <= 1e-3 and found.value * known.top < 0):
-            break  # on its way to another eigenvalue, for good
+            break  # it converges to another eigenvalue
     return Found(found.value, None, note=f"not within {found.products} (tolerance {tol:.0e})"), {}
 
 
@@ -157,7 +157,7 @@ def curvlinops_on(case: Case) -> Found:
 
 
 def curvlinops_gap(case: Case, operator: Jacobian) -> float:
-    """How far its product is from ours, relative: that it is the same operator."""
+    """Relative distance of its product from ours; small if both are the same operator."""
     vector = torch.randn(operator.layout.size, generator=torch.Generator().manual_seed(0))
     mine = operator(vector)
     return float((curvlinops_operator(case) @ vector - mine).norm() / mine.norm())

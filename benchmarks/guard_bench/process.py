@@ -1,4 +1,4 @@
-"""Everything that is tried on a column: the unit of work of a process."""
+"""The work of one process: a column with every remedy and under every guard."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.guard_bench.cells import Column
-from benchmarks.guard_bench.engine import train_column
+from benchmarks.guard_bench.columns import Column
 from benchmarks.guard_bench.guarded import ARMS, run_column
+from benchmarks.guard_bench.remedies import train_column
 from benchmarks.guard_bench.score import Run
 
 
 def both(column: Column, options: dict[str, Any]) -> tuple[Column, list[Run], float]:
-    """Everything that is tried on a column, in one process."""
+    """Train a column with every remedy and under every guard, in one process."""
     torch.set_num_threads(1)
     began = time.perf_counter()
     remedies = train_column(column)

@@ -1,4 +1,4 @@
-"""The runs: columns of meta-trainings that differ in the meta rate alone."""
+"""The runs, in columns: meta-trainings that differ in the outer learning rate alone."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ from lightning_maml_guard.tasks.regression import LinearRegression, Sinusoid
 
 DATA = os.environ.get("LMG_DATA", str(Path(__file__).parents[3] / "shared" / "data"))
 STEPS = 100
-# Runs are watched this much longer before they count as healthy: a guard that sees the end coming is not wrong.
+# Runs go on this much longer before they count as healthy: a warning ahead of a later divergence is not a false alarm.
 AFTERMATH = 20
 ORDERS = ("exact", "first", "simplified")
 OPTIMIZERS = ("sgd", "momentum", "adam")
-# Rates from far inside to far outside. By hand, from the networks' sharpness at the start: the guard has no say in it.
+# Rates from far inside to far outside the stable region, set by hand from the networks' sharpness at the start, without
+# the guard.
 BETA_STEPS = (0.15, 0.5, 1.2, 3.0, 12.0)
 ALPHA_STEPS = (0.1, 0.4, 0.9, 2.5)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A family of problems, with the rates around which its grid lies.
+    """A family of problems, with the rates in the middle of its grid.
 
     Attributes:
-        alpha: An inner rate near its limit at the start.
-        beta: A meta rate of SGD near its limit at the start.
-        adam: A meta rate of Adam near the largest that trains.
-        tasks: Tasks a meta-batch.
+        alpha: Inner learning rate near its limit at the start.
+        beta: Outer learning rate of SGD near its limit at the start.
+        adam: Outer learning rate of Adam near the largest that trains.
+        tasks: Tasks per meta-batch.
     """
 
     alpha: float
@@ -56,15 +57,15 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Column:
-    """Runs that share everything but the meta rate.
+    """Runs that differ in the outer learning rate alone.
 
     Attributes:
         family: One of KINDS.
-        order: How the meta-gradient is taken.
+        order: Order of the meta-gradient.
         inner_steps: ``K``.
         optimizer: ``"sgd"``, ``"momentum"`` or ``"adam"``.
-        resample: Whether tasks are drawn anew at every step.
-        level: Index of the inner rate in ALPHA_STEPS.
+        resample: Draw new tasks at every step.
+        level: Index of the inner learning rate in ALPHA_STEPS.
         seed: Seed of the weights and the tasks.
     """
 
@@ -78,13 +79,13 @@ class Column:
 
     @property
     def alpha(self) -> float:
-        """The inner rate; K simplified steps act as one of K times the length, so each is given a Kth."""
+        """The inner learning rate; K simplified steps act as one of K times the length, so each gets a Kth."""
         shorter = self.inner_steps if self.order == "simplified" else 1
         return KINDS[self.family].alpha * ALPHA_STEPS[self.level] / shorter
 
     @property
     def betas(self) -> tuple[float, ...]:
-        """The meta rates."""
+        """The outer learning rates."""
         kind = KINDS[self.family]
         centre = kind.adam if self.optimizer == "adam" else kind.beta
         return tuple(centre * step for step in BETA_STEPS)
@@ -101,7 +102,7 @@ class Column:
         return family.sample(KINDS[self.family].tasks, episode_generator(self.seed, "train", at))
 
     def judged_on(self, family: TaskFamily) -> EpisodeBatch:
-        """Draw the tasks the final loss is measured on: the training tasks, or new ones where they are resampled."""
+        """Draw the tasks on which the final loss is measured: the training tasks, or new ones where they are resampled."""
         if not self.resample:
             return self.batch(0, family)
         return family.sample(5 * KINDS[self.family].tasks, episode_generator(self.seed, "val", 0), "val")
@@ -135,15 +136,15 @@ def make_optimizer(name: str, params, lr: float) -> Optimizer:
 
 
 def columns(seeds: range) -> list[Column]:
-    """Cross family, order, K and optimizer for every seed; sampling and inner rate are dealt out evenly, at random.
+    """Cross family, order, K and optimizer for every seed; sampling and inner learning rate are assigned evenly, at random.
 
-    Omniglot's runs take ten times as long, so its optimizers are dealt out as well instead of crossed.
+    Omniglot's runs take ten times as long, so its optimizers are assigned too instead of crossed.
 
     Args:
         seeds: The seeds.
 
     Returns:
-        60 columns a seed.
+        60 columns per seed.
     """
     found = []
     for seed in seeds:

@@ -1,17 +1,18 @@
-"""Is the guard's limit the true one?  ``python -m benchmarks.limits``.
+"""The guard's limits against training on a quadratic: ``python -m benchmarks.limits_quadratic [ORDER ...]``.
 
-For every order of MAML, number of inner steps and optimizer: the largest meta rate that converges on a quadratic
-(eigenvalues .3, 1, 2, 4; alpha = .1, for simplified MAML .1/K), found by bisection of runs of ``torch.optim`` through
-``MetaLearningModule.training_step``, beside the guard's ``exact_beta_c`` for that optimizer as it stands.
+For every order of MAML, number of inner steps and optimizer: the largest outer learning rate that converges on a
+quadratic (eigenvalues .3, 1, 2, 4; alpha = .1, for simplified MAML .1/K). It is found by bisection over runs of
+``torch.optim`` through ``MetaLearningModule.training_step``, and printed beside the guard's ``exact_beta_c`` for that
+optimizer in its current state.
 
-The adaptive optimizers' limits hold for a frozen second moment. Real Adam above its limit enlarges its own ``v`` and
-oscillates instead of diverging, so here ``v`` is preset and held: by AMSGrad's maximum, or by a decay of 1 - 1e-12
+The limits of adaptive optimizers hold for a frozen second moment ``v``. Above its limit, real Adam raises its own ``v``
+and oscillates instead of diverging. So ``v`` is preset and held here: by AMSGrad's maximum, or by a decay of 1 - 1e-12
 from a start so small that the gradients add nothing to it.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 
-from lightning_maml_guard import MetaLearningModule, measure
+from lightning_maml_guard import CurvatureOptions, MetaLearningModule, measure
 from tests.helpers import bisect, quadratic_batch
 
 SPECTRUM = [0.3, 1.0, 2.0, 4.0]
@@ -94,7 +95,7 @@ def settled(order: str, inner_steps: int, make: Make) -> tuple[MetaLearningModul
 
 
 def converges(order: str, inner_steps: int, make: Make, batch: Any, rate: float) -> bool:
-    """Whether the distance to the minimum (0) shrinks over the last half of a run."""
+    """Return True if the distance to the minimum (0) shrinks over the last half of a run."""
     module, optimizer = settled(order, inner_steps, make)
     highest = max(group["lr"] for group in optimizer.param_groups)
     for group in optimizer.param_groups:
@@ -119,7 +120,8 @@ def main(orders: Iterable[str] = ("exact", "first", "simplified"), steps: Iterab
         for inner_steps in steps:
             for name, make in OPTIMIZERS.items():
                 module, optimizer = settled(order, inner_steps, make)
-                limit = measure(module.meta_problem(batch), optimizer=optimizer, tol=1e-8).exact_beta_c
+                options = CurvatureOptions(tol=1e-8)
+                limit = measure(module.meta_problem(batch), optimizer=optimizer, curvature=options).exact_beta_c
                 found = bisect(
                     lambda rate, o=order, k=inner_steps, m=make: converges(o, k, m, batch, rate),
                     0.98 * limit,
@@ -134,4 +136,6 @@ def main(orders: Iterable[str] = ("exact", "first", "simplified"), steps: Iterab
 
 
 if __name__ == "__main__":
-    main(*([[word] for word in sys.argv[1:2]]))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.limits_quadratic", description=__doc__)
+    parser.add_argument("orders", nargs="*", default=["exact", "first", "simplified"])
+    main(parser.parse_args().orders)

@@ -1,8 +1,8 @@
-"""What a check's graphs and products take, in training steps: ``python -m benchmarks.prices [ROW ...]``.
+"""Time of a check's graphs and Hessian-vector products, in training steps: ``python -m benchmarks.hvp_cost [ROW ...]``.
 
-``guard.budget`` counts checks by the dearer end of these, so that the same run checks at the same steps on any machine. A
-training step is a gradient of the meta-update, or for "plain" of the loss alone; every figure is a median over its turns,
-and step and products take turns.
+``stability.cost`` counts the cost of checks by the upper end of these figures, so that the same run checks at the
+same steps on any machine. A training step is a gradient of the meta-update or, for "plain", of the loss alone. Every
+figure is a median over turns in which the step and the products alternate.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
-from lightning_maml_guard.stability.budget import CURVATURE, UPDATE
 
 from benchmarks.guarded_training import ROWS
 from lightning_maml_guard import MetaLearningModule, MetaProblem
 from lightning_maml_guard.linalg.operators import Jacobian, gradient_of
 from lightning_maml_guard.networks import mlp
-from lightning_maml_guard.stability.objective import MamlSubject
+from lightning_maml_guard.stability.cost import CURVATURE, UPDATE
+from lightning_maml_guard.stability.objective import MamlObjective
 from lightning_maml_guard.tasks.episodes import episode_generator
 from lightning_maml_guard.tasks.regression import Sinusoid
 from lightning_maml_guard.utils.double_backward import double_backward
@@ -40,7 +40,7 @@ def problem_of(row: Sequence, order: str) -> MetaProblem:
 
 
 def timed(works: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
-    """Median seconds of each, taking turns, the first turn left out."""
+    """Median seconds of each. They take turns; the first turn is left out."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(turns + 1):
         for name, work in works.items():
@@ -50,23 +50,23 @@ def timed(works: dict[str, Callable[[], object]], turns: int) -> dict[str, float
     return {name: median(seconds[1:]) for name, seconds in taken.items()}
 
 
-def prices(problem: MetaProblem, turns: int) -> dict[str, float]:
-    """What each takes, over a step."""
-    subject = MamlSubject(problem, "support", TaskMap(problem.task_chunk_size, looped=problem.looped))
-    field, params, _ = subject.update(1.0)
+def costs(problem: MetaProblem, turns: int) -> dict[str, float]:
+    """Time of each, divided by the time of a training step."""
+    objective = MamlObjective(problem, "support", TaskMap(problem.task_chunk_size, looped=problem.looped))
+    field, params, _ = objective.update(1.0)
     leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
-    plain = gradient_of(subject.mean_loss)
+    plain = gradient_of(objective.mean_loss)
     with double_backward():
-        update, curvature = Jacobian(*subject.update(1.0)), Jacobian(*subject.curvature(False))
+        update, curvature = Jacobian(*objective.update(1.0)), Jacobian(*objective.curvature(False))
         vector = torch.randn(update.layout.size, generator=torch.Generator().manual_seed(0))
         took = timed(
             {
                 "step": lambda: field(leaves, False),
-                "J graph": lambda: Jacobian(*subject.update(1.0)),
+                "J graph": lambda: Jacobian(*objective.update(1.0)),
                 "J": lambda: update(vector),
-                "H graph": lambda: Jacobian(*subject.curvature(False)),
+                "H graph": lambda: Jacobian(*objective.curvature(False)),
                 "H": lambda: curvature(vector),
-                "by task": lambda: subject.curvature_by_task(update.layout.split(vector)),
+                "by task": lambda: objective.curvature_by_task(update.layout.split(vector)),
                 "plain step": lambda: plain(leaves, False),
             },
             turns,
@@ -77,9 +77,9 @@ def prices(problem: MetaProblem, turns: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Time, print."""
+    """Time and print."""
     rows = {**ROWS, "sinusoid 512-512, K=5": WIDE}
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.prices", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.hvp_cost", description=__doc__)
     parser.add_argument("rows", nargs="*", default=list(rows))
     parser.add_argument("--turns", type=int, default=5)
     given = parser.parse_args()
@@ -88,10 +88,10 @@ def main() -> None:
     print(f"| training | order | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
     for name in given.rows:
         for order in ORDERS:
-            found = prices(problem_of(rows[name], order), given.turns)
+            found = costs(problem_of(rows[name], order), given.turns)
             print(f"| {name} | {order} | {' | '.join(f'{found[column]:.2f}' for column in columns)} |", flush=True)
     counted = (UPDATE.graph, UPDATE.product, CURVATURE.graph, CURVATURE.product, UPDATE.graph + UPDATE.product)
-    print(f"| counted as | | {' | '.join(f'{price:.2f}' for price in counted)} | {UPDATE.product:.2f} |")
+    print(f"| counted as | | {' | '.join(f'{cost:.2f}' for cost in counted)} | {UPDATE.product:.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The contestants: each takes one meta-training step on the same batch, gradient and outer optimizer."""
+"""The methods: each takes one meta-training step on the same batch with the same gradient and outer optimizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lightning_maml_guard.networks import Conv4
 from lightning_maml_guard.utils.task_map import task_map
 
 Step = Callable[[], object]
-# (row, network, support, query, outer optimizer or None for the contestant's default) -> one step
+# (row, network, support, query, outer optimizer or None for the method's default) -> one step
 Make = Callable[[Row, nn.Module, Any, Any, Callable[..., Optimizer] | None], Step]
 
 
@@ -236,15 +236,15 @@ OURS: dict[str, Make] = {
 BASELINE = "hand-written loop"
 
 
-def contestants(compiled: bool) -> dict[str, Make]:
-    """All contestants by name, the baseline first."""
+def methods(compiled: bool) -> dict[str, Make]:
+    """All methods by name, the baseline first."""
     loop_of_ours: Make = lambda *args: hand_written(*args, ours=True)  # noqa: E731
     ours_here = {name: make for name, make in OURS.items() if compiled or "compile" not in name}
     return {BASELINE: hand_written, "hand-written loop on our conv4": loop_of_ours, **PEERS, **ours_here}
 
 
 def gradient_by(make: Make, row: Row, network: nn.Module, support: Any, query: Any) -> Tensor:
-    """The meta-gradient a contestant uses, read off one step of plain SGD with rate 1."""
+    """The meta-gradient that a method uses, read off one step of plain SGD with rate 1."""
     network = copy.deepcopy(network)
     before = nn.utils.parameters_to_vector(network.parameters()).detach().clone()
     make(row, network, support, query, lambda parameters: SGD(parameters, lr=1.0))()

@@ -1,4 +1,4 @@
-"""The unguarded runs and the remedies people use today: one vmapped program a column."""
+"""Runs without a guard, and with common remedies: one vmapped program per column."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from benchmarks.guard_bench.cells import AFTERMATH, STEPS, Column
+from benchmarks.guard_bench.columns import AFTERMATH, STEPS, Column
 from lightning_maml_guard.phase.divergence import NEVER, divergence_steps
 from lightning_maml_guard.phase.gradients import copies, grid_gradient, grid_loss
 from lightning_maml_guard.phase.optimizers import SGD, Adam, MetaOptimizer, broadcast_runs
@@ -26,8 +26,8 @@ class Trace:
     Attributes:
         losses: Training loss of each step's batch, before the step.
         norms: Norm of the meta-gradient at each step.
-        start: Loss on the tasks judged on, before training.
-        final: The same after training; ``nan`` or ``inf`` if it blew up.
+        start: Loss on the evaluation tasks before training.
+        final: The same after training; ``nan`` or ``inf`` if it diverged.
     """
 
     losses: tuple[float, ...]
@@ -37,17 +37,18 @@ class Trace:
 
     @property
     def departure(self) -> int | None:
-        """First step at which the loss has left 5 times its start: in most of five steps, not in one bad batch."""
+        """First step at which the loss exceeds 5 times its start in most of five steps, not in one bad batch."""
         if not self.losses:
             return None
         step = int(divergence_steps(np.array(self.losses), self.start, LEFT))
         return None if step == NEVER else step
 
     @property
-    def fate(self) -> str:
-        """``"diverged"``: left and did not come back; ``"healthy"``: ended no worse than it began; else ``"neither"``.
+    def outcome(self) -> str:
+        """``"diverged"``: exceeded 5 times its start and did not return; ``"healthy"``: ended no worse than it started.
 
-        A network that its rates have killed sits near the loss of its start, so coming back means going below it.
+        Otherwise ``"neither"``. A network whose units have died stays near the loss of its start, so to return means to
+        fall below it.
         """
         if self.departure is not None:
             return "healthy" if self.final <= 0.9 * self.start else "diverged"
@@ -55,14 +56,14 @@ class Trace:
 
 
 def train_column(column: Column, steps: int = STEPS + AFTERMATH) -> dict[str, list[Trace]]:
-    """Train a column's runs unguarded and with every remedy, all at once.
+    """Train a column's runs without a guard and with every remedy, all at once.
 
     Args:
         column: The column.
         steps: Training steps.
 
     Returns:
-        Traces by remedy, one a meta rate.
+        Traces by remedy, one per outer learning rate.
     """
     family = column.tasks()
     module = column.module(1.0)

@@ -1,4 +1,4 @@
-"""How fast a step could be: its convolution or matrix FLOPs at the measured peak, plus fused memory traffic."""
+"""Lower bound of a step's time (roofline): its convolution or matrix FLOPs at the measured peak, plus memory traffic."""
 
 from __future__ import annotations
 

@@ -1,20 +1,21 @@
-"""Do the limits hold for trained networks?  ``python -m benchmarks.trained``.
+"""The guard's limits against training of small networks: ``python -m benchmarks.limits_networks``.
 
-Sinusoid networks (tanh and ReLU, exact MAML, K = 1, fixed tasks, float64) are brought to a minimum of the meta loss
-(gradient descent with a small rate, damped Newton, gradient descent with half the limit) and started 1e-4 away from
-it along random directions. The largest meta rate at which the run returns, by bisection, stands beside
-``exact_beta_c`` and the poster's ``beta_c``
-(whose error measures the poster's approximation for exact MAML; 0: it allows no meta rate at this alpha). Where a ReLU
-network's kinks lie within 1e-4 of the minimum, the start is 1e-7 away, and the table says so.
+Sinusoid networks (tanh and ReLU, exact MAML, K = 1, fixed tasks, float64) are brought to a minimum of the meta loss:
+gradient descent with a small rate, damped Newton, gradient descent with half the limit. Runs then start 1e-4 away from
+it along random directions. The largest outer learning rate at which they return is found by bisection and printed
+beside ``exact_beta_c`` and beside ``beta_c`` of the simplified criterion. The error of the latter is that of applying
+the simplified criterion to exact MAML; 0 means that it allows no outer learning rate at this alpha. Where a ReLU
+network's kinks lie within 1e-4 of the minimum, runs start 1e-7 away, and the table says so.
 """
 
 from __future__ import annotations
 
+import argparse
 from statistics import median
 
 import torch
 
-from lightning_maml_guard import EpisodeBatch, MetaLearningModule, MetaProblem, measure
+from lightning_maml_guard import CurvatureOptions, EpisodeBatch, MetaLearningModule, MetaProblem, measure
 from lightning_maml_guard.linalg.layout import Layout
 from lightning_maml_guard.linalg.operators import Jacobian
 from lightning_maml_guard.maml.jacobian import meta_field
@@ -24,8 +25,9 @@ from lightning_maml_guard.utils.task_map import TaskMap
 from tests.helpers import bisect
 
 AWAY, STEPS, TASKS, DIRECTIONS, TRAINING, RATE, POLISH = (1e-4, 1e-7), 1500, 3, 2, 8000, 0.02, 300
+CURVATURE = CurvatureOptions(tol=1e-6, max_iter=60)
 # Hidden units and shots. A ReLU network's minima lie at kinks, where J does not exist, more often than not: several
-# seeds are tried, and those whose gradient does not vanish are shown as such.
+# seeds are tried, and those whose gradient does not vanish are marked.
 SIZES, SEEDS, SMOOTH = {"tanh": (6, 100), "relu": (3, 20)}, {"tanh": (0,), "relu": (0, 3, 4)}, 1e-3
 
 
@@ -77,9 +79,9 @@ def minimum(objective: Objective) -> torch.Tensor:
 
 
 def returns(objective: Objective, at: torch.Tensor, direction: torch.Tensor, beta: float, away: float) -> bool:
-    """Whether a run that starts ``away`` from the minimum stays with the one that starts there.
+    """Return True if a run that starts ``away`` from the minimum stays close to the one that starts there.
 
-    Directions without curvature neither grow nor shrink, hence the factor; unstable ones grow by orders of magnitude.
+    Directions without curvature neither grow nor shrink, hence the factor. Unstable ones grow by orders of magnitude.
     """
     theta, reference = at + away * direction, at
     for _ in range(STEPS):
@@ -100,7 +102,7 @@ def row(activation: str, seed: int, alpha: float) -> str:
     objective = Objective(problem)
     at = minimum(objective)
     put(problem, objective, at)
-    rate = 0.5 * measure(problem, tol=1e-6, max_iter=60).exact_beta_c
+    rate = 0.5 * measure(problem, curvature=CURVATURE).exact_beta_c
     for _ in range(1000):
         at = at - rate * objective(at)[1]
     put(problem, objective, at)
@@ -108,7 +110,7 @@ def row(activation: str, seed: int, alpha: float) -> str:
     head = f"| {activation} | {seed} | {alpha} | {left:.0e} "
     if left > SMOOTH:
         return head + "| | no smooth minimum | | | | |"
-    report = measure(problem, tol=1e-6, max_iter=60)
+    report = measure(problem, curvature=CURVATURE)
     limit = report.exact_beta_c
     for away in AWAY:
         found = []
@@ -133,7 +135,7 @@ def row(activation: str, seed: int, alpha: float) -> str:
 def main() -> None:
     torch.set_num_threads(1)
     print(
-        "| network | seed | alpha | gradient left | start | bisected | exact_beta_c | ratio | poster's beta_c | its error |"
+        "| network | seed | alpha | gradient left | start | bisected | exact_beta_c | ratio | simplified criterion's beta_c | its error |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for activation, seeds in SEEDS.items():
@@ -143,4 +145,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m benchmarks.limits_networks", description=__doc__).parse_args()
     main()
