@@ -145,10 +145,7 @@ def _from_flat(old: dict[str, Any]) -> dict[str, Any]:
     stopping = old.get("stopping_reason")
     return given | {
         "history": [_flat_report(report) for report in old.get("history", [])],
-        "events": [
-            {"step": None if step == -1 else step, "kind": kind, "reasons": [_text(text)]}
-            for step, kind, text in old.get("events", [])
-        ],
+        "events": [_flat_event(*event) for event in old.get("events", [])],
         "announced": old.get("said", []),
         "schedule": schedule,
         "statistics": old.get("range", {}),
@@ -172,6 +169,12 @@ def _flat_report(report: dict[str, Any]) -> dict[str, Any]:
     reasons = {name: [_text(text) for text in texts] for name, texts in words.items()}
     applied = {f"{name}_applied": report.get(f"{name}_applied", report[name]) for name in ("alpha", "beta")}
     return report | reasons | applied
+
+
+def _flat_event(step: int, kind: str, text: str) -> dict[str, Any]:
+    # Without the guard's name and the step, which the report of a run has beside the text.
+    text = text.removeprefix("ConvergenceGuard").removeprefix(":").removeprefix(" ").removeprefix(f"step {step}: ")
+    return {"step": None if step == -1 else step, "kind": kind, "reasons": [_text(text)]}
 
 
 def _text(text: str) -> dict[str, Any]:
