@@ -1,0 +1,87 @@
+"""Every action is a class of its own, and one more is a class and a row."""
+
+import pytest
+
+from lightning_maml_guard import ConvergenceGuard, GuardWarning
+from lightning_maml_guard.guard.actions import ACTIONS, Action, check_action
+from lightning_maml_guard.guard.lookahead import Caps
+from lightning_maml_guard.messages.sentences import IN_PYTHON
+from lightning_maml_guard.theory.limits import UNSAFE
+from tests.helpers import fit, guard_warns, is_free_of_hooks, linear_module, one_line, quadratic_batch
+
+BATCH = quadratic_batch([0.3, 1.0, 2.0, 4.0], target=1.0)
+# speaks, caps rates, stops, resumes exactly, what it says
+EXPECTED = {
+    "log": (False, False, False, False, []),
+    "warn": (True, False, False, False, ["Or let the guard do it: ConvergenceGuard(action='rescale')."]),
+    "rescale": (True, True, False, True, ["Applied from now on: alpha = 0.1, beta = 0.5 (action='rescale')."]),
+    "stop": (True, False, True, True, ["Training stops after this step (action='stop')."]),
+}
+
+
+def test_every_action_is_a_class_of_its_own_with_its_attributes():
+    assert list(ACTIONS) == list(EXPECTED)
+    assert len({type(each) for each in ACTIONS.values()}) == len(ACTIONS)
+    for name, action in ACTIONS.items():
+        assert type(action).__bases__ == (Action,) and type(action).__name__.lower() == name
+        attributes = action.speaks, action.caps_rates, action.stops, action.resumes_exactly
+        assert (*attributes, action.effect(IN_PYTHON, 0.1, 0.5)) == EXPECTED[name]
+        assert ConvergenceGuard(action=name).acting is action
+
+
+class Mine(Action):
+    """Caps the meta rate at a fixed value as soon as the run is unsafe, and stops."""
+
+    caps_rates = True
+    stops = True
+
+    def __init__(self):
+        self.seen = []
+
+    def decide(self, situation):
+        self.seen.append(situation)
+        return Caps(None, 0.01) if situation.transition.state == UNSAFE else situation.caps
+
+    def effect(self, spelling, alpha, beta):
+        return [f"Mine: {spelling.arguments(alpha=alpha, beta=beta)}."]
+
+
+def test_a_new_action_is_a_class_and_a_row(monkeypatch):
+    with pytest.raises(ValueError, match="`action` to be one of .* but got 'mine'"):
+        ConvergenceGuard(action="mine")
+    mine = Mine()
+    monkeypatch.setitem(ACTIONS, "mine", mine)
+    check_action("mine")
+    with pytest.raises(ValueError, match="'mine'.* but got 'other'"):
+        ConvergenceGuard(action="other")
+    guard, module = (
+        ConvergenceGuard(every_n_steps=2, action="mine", rollback=True),
+        linear_module(4, 1.5, inner_lr=0.05),
+    )
+    with guard_warns(r"left the safe region at step 0\. Why: .* Mine: alpha=0\.05, beta=0\.01\.") as caught:
+        trainer = fit(module, BATCH, 20, [guard])
+    assert len([each for each in caught if each.category is GuardWarning]) == 1
+    assert trainer.global_step == 1 and guard.stopped_step == 0
+    assert [(report.beta, report.beta_applied) for report in guard.history] == [(1.5, 0.01)]
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 1.5 and is_free_of_hooks(trainer)
+    (situation,) = mine.seen
+    assert situation.fails and situation.caps == Caps() and situation.reach_alpha and not situation.rolled_back
+    assert situation.lookahead is not None and situation.present.end > situation.present.begin
+    assert guard.state_dict()["batches"] == []  # it does not ask for an exact resumption
+
+
+class Quiet(Mine):
+    speaks = False
+    stops = False
+    resumes_exactly = True
+
+
+def test_an_action_that_does_not_speak_acts_in_silence(monkeypatch, recwarn):
+    monkeypatch.setitem(ACTIONS, "quiet", Quiet())
+    guard, batches = ConvergenceGuard(every_n_steps=2, action="quiet"), []
+    module = linear_module(4, 1.5, inner_lr=0.05)
+    module.on_train_batch_end = lambda *_: batches.append(len(guard.state_dict()["batches"]))
+    trainer = fit(module, BATCH, 4, [guard])
+    assert not [one_line(each.message) for each in recwarn if each.category is GuardWarning]
+    assert trainer.global_step == 4 and guard.history[0].beta_applied == 0.01
+    assert batches == [1, 2, 3, 4]

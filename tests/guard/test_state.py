@@ -1,0 +1,315 @@
+"""What a guard remembers goes into a checkpoint and comes back; so does what an older one wrote."""
+
+import copy
+import io
+import json
+import math
+from dataclasses import MISSING, fields, is_dataclass, replace
+from enum import Enum
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_maml_guard import ConvergenceGuard
+from lightning_maml_guard.guard.divergence import RunningStatistics
+from lightning_maml_guard.guard.html_report import happened
+from lightning_maml_guard.guard.lookahead import Caps
+from lightning_maml_guard.guard.report import CheckReport
+from lightning_maml_guard.guard.schedule import ScheduleState
+from lightning_maml_guard.guard.state import VERSION, Event, GuardState, from_checkpoint, to_checkpoint
+from lightning_maml_guard.guard.state_machine import Watch
+from lightning_maml_guard.linalg.lanczos import Tridiagonal
+from lightning_maml_guard.linalg.pyhessian import PowerIteration
+from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy
+from lightning_maml_guard.messages.sentences import IN_PYTHON, sentences
+from lightning_maml_guard.stability.estimators import Spectrum
+from lightning_maml_guard.stability.hvp import NetworkFacts
+
+OLDER = Path(__file__).parents[1] / "resume" / "state_of_issue_2.json"
+nan, inf = math.nan, math.inf
+
+
+def assert_same(one, other, where="state"):
+    """Equal in type and value, all the way down; NaN equals NaN."""
+    assert type(one) is type(other), where
+    if is_dataclass(one):
+        for each in fields(one):
+            assert_same(getattr(one, each.name), getattr(other, each.name), f"{where}.{each.name}")
+    elif isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert list(one) == list(other), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}[{key!r}]")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for index, (mine, theirs) in enumerate(zip(one, other, strict=True)):
+            assert_same(mine, theirs, f"{where}[{index}]")
+    else:
+        assert repr(one) == repr(other) if isinstance(one, float) else one == other, where
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(to_checkpoint(state), file)
+    file.seek(0)
+    return from_checkpoint(torch.load(file, weights_only=True))
+
+
+BEHIND = Reason(Kind.NOT_JUDGED, rate="beta", detail="Adamax is not known.")
+# Every field of a Reason has a value of its own here.
+EVERYTHING = Reason(
+    Kind.ABOVE_LIMIT,
+    rate="alpha",
+    value=0.4,
+    limit=0.25,
+    interval=(0.2, inf),
+    margin=0.9,
+    growth=3.5,
+    effect="inner loop",
+    order="exact",
+    remedy=Remedy.LOWER_ALPHA,
+    hvps=12,
+    step=7,
+    alpha=0.1,
+    beta=0.2,
+    losses=(1.0, inf, nan),
+    steps=10,
+    counts=(2, 10),
+    what="meta-update",
+    error="OSError",
+    detail="disk full",
+    where="a.py, line 3, in f",
+    because=replace(BEHIND, because=Reason(Kind.NO_CURVATURE, hvps=3)),
+)
+LANCZOS = Spectrum(
+    runs=(Tridiagonal((2.0, 3.5), (0.5, 1e-9)), Tridiagonal((1.0,), (0.0,))), rounding=1e-7, matvecs=3, resolution=1e-3
+)
+REPORT = CheckReport(
+    alpha=0.05, alpha_c=0.25, beta=1.5, beta_c=0.625, sgd_beta_c=0.6, exact_beta_c=0.7, lambda_max=4.0, lambda_min=-0.5,
+    status="edge", findings=(EVERYTHING, BEHIND), alpha_status="safe", beta_status="unsafe", safe_alpha=0.04,
+    safe_beta=0.5, safe_beta_c=0.61, lambda_max_interval=(3.9, 4.1), alpha_c_interval=(0.24, 0.26),
+    beta_c_interval=(0.6, inf), spectrum=LANCZOS, inner_steps=2, hvps=12, seconds=0.01, exact_beta_c_interval=(0.6, 0.8),
+    beta_c_noise=0.3, mean_alpha_c=0.3, predicted_change=-0.1, criterion="exact", notes=(BEHIND,), step=4, cost=30.5,
+    alpha_applied=0.045, beta_applied=0.5, severity=-inf, growth=0.9,
+)  # fmt: skip
+POWER = replace(
+    REPORT,
+    spectrum=Spectrum(power=PowerIteration(4.0, -0.5, 1e-3, 17), matvecs=17),
+    findings=(),
+    alpha=nan,
+    beta_c=inf,
+    severity=nan,
+    step=None,
+)
+BY_USER = replace(REPORT, spectrum=Spectrum(values=(0.5, 4.0), matvecs=2))
+
+
+def full():
+    return GuardState(
+        history=[REPORT, POWER, BY_USER],
+        severities=[(0, 2.5), (3, inf), (4, nan)],
+        events=[
+            Event(
+                3, "rolled back", (Reason(Kind.ROLLED_BACK, step=3, steps=2, losses=(nan, nan, nan), counts=(1, 10)),)
+            ),
+            Event(None, "notice", (EVERYTHING, BEHIND)),
+        ],
+        announced={BEHIND.key, "another"},
+        schedule=ScheduleState(last=4, spiked=True, diverged=True, gap=8, unjudged=True, spent=40.5, latest=20.25),
+        statistics=RunningStatistics(first=(1.0, 1.5), loss=1.25, norm=0.5),
+        watches={"run": Watch("unsafe", 2), "alpha": Watch("edge", 1)},
+        sharpest=4.5,
+        caps=Caps(0.045, 0.5),
+        capped=[0, 2],
+        rollbacks=1,
+        stopped_step=9,
+        stopping=[EVERYTHING],
+        facts=NetworkFacts(
+            checked={"Hessian", "meta-update"},
+            finite={"Hessian": Reason(Kind.WRONG_DOUBLE_BACKWARD, what="Hessian", value=0.25)},
+            looped=True,
+        ),
+        batches=[[[torch.arange(3), torch.ones(2, dtype=torch.float64), 7, "name", None], 4]],
+        snapshot={
+            "step": 2,
+            "tensors": [torch.ones(2, 2), torch.zeros(0)],
+            "states": [[{"step": torch.tensor(3.0), "betas": (0.9, 0.999), "flag": None}, {}]],
+        },
+    )
+
+
+def test_the_full_state_is_full():
+    """So that a field that is added is thought of here."""
+    state = full()
+    for value in (state, state.schedule, state.statistics, state.caps, state.facts, EVERYTHING, REPORT):
+        for each in fields(value):
+            default = each.default if each.default_factory is MISSING else each.default_factory()
+            assert each.name in {"version", "kind"} or getattr(value, each.name) != default, each.name
+    used = {each.name for report in state.history for each in fields(Spectrum) if getattr(report.spectrum, each.name)}
+    assert used == {each.name for each in fields(Spectrum)}
+
+
+def test_everything_comes_back_equal_from_a_file():
+    assert_same(full(), through_a_file(full()))
+    assert_same(GuardState(), through_a_file(GuardState()))
+
+
+def test_a_checkpoint_holds_plain_values_and_the_version():
+    def check(value):
+        assert type(value) in {dict, list, tuple, str, int, float, bool, type(None), torch.Tensor}
+        assert not isinstance(value, Enum)
+        for each in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
+            check(each)
+
+    plain = to_checkpoint(full())
+    check(plain)
+    assert plain["version"] == VERSION and list(plain) == [each.name for each in fields(GuardState)]
+    plain = {key: value for key, value in plain.items() if key not in {"batches", "snapshot"}}
+    back = from_checkpoint(json.loads(json.dumps(plain)))
+    assert_same(replace(back, batches=[], snapshot=None), replace(full(), batches=[], snapshot=None))
+
+
+def test_every_kind_and_remedy_comes_back():
+    for kind in Kind:
+        for remedy in Remedy:
+            reason = Reason(kind, remedy=remedy)
+            (back,) = through_a_file(GuardState(stopping=[reason])).stopping
+            assert back.kind is kind and back.remedy is remedy and back.key == reason.key
+
+
+def test_a_guard_hands_its_state_on():
+    first, second = (ConvergenceGuard(action="rescale", rollback=True) for _ in range(2))
+    first.load_state_dict(to_checkpoint(full()))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert_same(first.state_dict(), to_checkpoint(full()))
+    assert_same(second.state_dict(), first.state_dict())
+    assert second.stopping_reason == " ".join(sentences([EVERYTHING])) and second.stopped_step == 9
+    assert second._run.snapshot.step == 2 and second._run.caps.caps == Caps(0.045, 0.5)
+    assert second._run.machine.unsafe and second._run.schedule.state.last == 4
+
+
+def test_what_is_not_known_is_left_out_and_what_is_missing_has_its_default():
+    plain = to_checkpoint(full())
+    newer = copy.deepcopy(plain)
+    newer |= {"invented": {"a": 1}, "version": VERSION + 1}
+    newer["history"][0]["invented"] = 3
+    newer["history"][0]["spectrum"]["invented"] = [1.0]
+    newer["history"][0]["findings"][0]["invented"] = "x"
+    newer["schedule"]["invented"] = newer["facts"]["invented"] = newer["caps"]["invented"] = True
+    assert_same(replace(from_checkpoint(newer), version=VERSION), full())
+    bare = {"version": VERSION, "rollbacks": 2, "schedule": {"last": 5}}
+    assert_same(from_checkpoint(bare), GuardState(rollbacks=2, schedule=ScheduleState(last=5)))
+
+
+def flat():
+    """A state as releases before the tree wrote it, with every key they had."""
+    report = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in vars(REPORT).items()
+        if name not in {"findings", "notes", "spectrum"}
+    }
+    spectrum = {
+        "runs": [[[2.0, 3.5], [0.5, 1e-9]], [[1.0], [0.0]]],
+        "power": None,
+        "values": [],
+        "rounding": 1e-7,
+        "matvecs": 3,
+        "resolution": 1e-3,
+    }
+    report |= {"reasons": ["beta = 1.5 exceeds beta_c."], "notices": ["Adamax is not known."], "spectrum": spectrum}
+    power = {
+        "runs": [],
+        "power": [4.0, -0.5, 1e-3, 17],
+        "values": [],
+        "rounding": 0.0,
+        "matvecs": 17,
+        "resolution": 0.0,
+    }
+    return {
+        "history": [report, report | {"spectrum": power}],
+        "severities": [[0, 2.5], [3, inf]],
+        "stopped_step": 9,
+        "stopping_reason": "beta = 1.5 exceeds beta_c.",
+        "last_step": 4,
+        "range": {"first": [1.0, 1.5], "loss": 1.25, "norm": 0.5},
+        "triggered": [True, True, 8],
+        "unjudged": True,
+        "spent": [40.5, 20.25],
+        "watches": {"run": ["unsafe", 2], "alpha": ["edge", 1]},
+        "said": ["ConvergenceGuard: step #: Adamax is not known."],
+        "sharpest": 4.5,
+        "events": [
+            [3, "rolled back", "ConvergenceGuard: the loss was 9 at step 3."],
+            [4, "notice", "ConvergenceGuard: step 4: Adamax is not known."],
+            [-1, "notice", "ConvergenceGuard could not copy parameters."],
+        ],
+        "alpha_cap": 0.045,
+        "beta_cap": 0.5,
+        "governed": [0, 2],
+        "rollbacks": 1,
+        "checked": ["Hessian", "meta-update"],
+        "finite": {"Hessian": "Hessian: no second derivative."},
+        "looped": True,
+        "batches": full().batches,
+        "snapshot": full().snapshot,
+    }
+
+
+def text(words):
+    return Reason(Kind.TEXT, detail=words)
+
+
+def test_a_flat_state_of_before_the_tree_loads_into_the_same_values():
+    words, notes = (text("beta = 1.5 exceeds beta_c."),), (text("Adamax is not known."),)
+    report = replace(REPORT, findings=words, notes=notes)
+    expected = replace(
+        full(),
+        history=[report, replace(report, spectrum=POWER.spectrum)],
+        severities=[(0, 2.5), (3, inf)],
+        stopping=[*words],
+        announced={"ConvergenceGuard: step #: Adamax is not known."},
+        events=[
+            Event(3, "rolled back", (text("the loss was 9 at step 3."),)),
+            Event(4, "notice", notes),
+            Event(None, "notice", (text("could not copy parameters."),)),
+        ],
+        facts=NetworkFacts(
+            {"Hessian", "meta-update"}, {"Hessian": text("Hessian: no second derivative.")}, looped=True
+        ),
+    )
+    assert_same(from_checkpoint(flat()), expected)
+    assert_same(through_a_file(from_checkpoint(flat())), expected)
+    assert from_checkpoint(flat()).history[0].reasons == ("beta = 1.5 exceeds beta_c.",)
+    guard = ConvergenceGuard(action="rescale", rollback=True)
+    guard.load_state_dict(flat())
+    assert guard.stopping_reason == "beta = 1.5 exceeds beta_c." and guard._run.snapshot.step == 2
+    told = happened([], guard.events, IN_PYTHON)
+    assert [(row.step, row.why) for row in told][:2] == [(3, "the loss was 9 at step 3."), (4, "Adamax is not known.")]
+
+
+@pytest.mark.parametrize("left_out", list(flat()))
+def test_a_flat_state_without_a_key_has_the_default_there(left_out):
+    state = flat()
+    del state[left_out]
+    assert_same(from_checkpoint(state | {"invented": 1}), from_checkpoint(state))
+    assert from_checkpoint(state).sharpest == (0.0 if left_out == "sharpest" else 4.5)
+
+
+def test_the_state_of_issue_2_loads_into_the_same_values():
+    state = json.loads(OLDER.read_text())
+    loaded = from_checkpoint(state)
+    assert len(loaded.history) == len(state["history"]) == 2
+    for report, plain in zip(loaded.history, state["history"], strict=True):
+        assert report.reasons == tuple(plain["reasons"]) and report.notices == tuple(plain["notices"])
+        for name, value in plain.items():
+            if name not in {"reasons", "notices", "spectrum"}:
+                assert_same(getattr(report, name), tuple(value) if isinstance(value, list) else value, name)
+        assert [[list(part) for part in run] for run in report.spectrum.runs] == plain["spectrum"]["runs"]
+        assert report.spectrum.matvecs == plain["spectrum"]["matvecs"]
+    assert loaded.caps == Caps(state["alpha_cap"], state["beta_cap"]) and loaded.capped == state["governed"] == [0]
+    assert loaded.schedule == ScheduleState(last=state["last_step"])
+    assert loaded.stopped_step is None and loaded.stopping == [] and loaded.announced == set()
+    empty = from_checkpoint({})
+    assert_same(empty, GuardState())
