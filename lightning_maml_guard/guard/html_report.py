@@ -231,9 +231,11 @@ class Row(NamedTuple):
 
 def happened(history: Sequence[CheckReport], events: Sequence[Event], spelling: Spelling) -> list[Row]:
     """List what happened in a run in the order of its steps; what has no known step comes last."""
-    found = [Row(each.step, each.kind, "", " ".join(sentences(each.reasons, spelling))) for each in events]
+    found: list[Row] = []
     for before, report in zip([None, *history], history, strict=False):
         found += _changes(before, report, spelling)
+    # After the changes, so that of one step its state comes before what the guard did.
+    found += [Row(each.step, each.kind, "", " ".join(sentences(each.reasons, spelling))) for each in events]
     return sorted(found, key=lambda row: math.inf if row.step is None else row.step)
 
 

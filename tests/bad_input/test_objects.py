@@ -15,6 +15,7 @@ from lightning_maml_guard import (
     critical_rates,
     measure,
     stability_limit,
+    suggest_rates,
 )
 from lightning_maml_guard.networks import conv4, mlp
 from lightning_maml_guard.plots import safe_region
@@ -70,8 +71,7 @@ OBJECTS = [
         for device in ("gpu zero", "meta", 0, math.nan)
     ),
     *(
-        (lambda make=make, estimator=estimator: make(estimator=estimator), ValueError, "estimator", repr(estimator), "'lanczos', 'pyhessian' or a callable", "Pass one of the two words")
-        for make in (ConvergenceGuard, measured)
+        (lambda estimator=estimator: CurvatureOptions(estimator=estimator), ValueError, "estimator", repr(estimator), "'lanczos', 'pyhessian' or a callable", "Pass one of these words")
         for estimator in (None, 3, ["lanczos"], "power")
     ),
     *(
@@ -80,7 +80,15 @@ OBJECTS = [
     ),
     (lambda: measure({}, curvature=CurvatureOptions(criterion="simplified")), TypeError, "problem", "dict", "a MetaProblem", "Pass MetaProblem(params"),
     (lambda: measured(optimizer="adam"), TypeError, "optimizer", "str", "a torch.optim.Optimizer", "Pass the one that trains"),
-    (lambda: measured(memory={}), TypeError, "memory", "dict", "a Memory or None", "Leave it out"),
+    (lambda: measured(cache={}), TypeError, "cache", "dict", "a MeasurementCache or None", "Leave it out"),
+    *(
+        (lambda make=make: make(curvature={"max_iter": 5}), TypeError, "curvature", "dict", "a CurvatureOptions", "Pass CurvatureOptions(max_iter=40)")
+        for make in (ConvergenceGuard, lambda curvature: measure(PROBLEM, curvature=curvature), lambda curvature: suggest_rates(module(), curvature=curvature))
+    ),
+    *(
+        (lambda make=make: make(lookahead=5), TypeError, "lookahead", "int", "a LookaheadOptions", "Pass LookaheadOptions(steps=5)")
+        for make in (ConvergenceGuard, lambda lookahead: suggest_rates(module(), lookahead=lookahead))
+    ),
     *(
         (lambda given=given: stability_limit(given), TypeError, "optimizer", str(given), "a torch.optim.Optimizer", "Pass the optimizer that trains")
         for given in (None, 3, SGD)

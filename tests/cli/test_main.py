@@ -170,7 +170,7 @@ def test_the_published_settings_are_those_of_the_paper(task, data_folder, monkey
 def test_miniimagenet_on_real_images_with_intervals(data_folder, monkeypatch):
     monkeypatch.setenv("LMG_DATA", str(data_folder))
     words = ["miniimagenet", "--guard", "log", *SHORT, "--trainer.max_steps", "1", "--data.meta_batch_size", "2"]
-    words += ["--guard.trial_steps", "0", "--guard.max_iter", "5", "--model.inner_steps", "1"]
+    words += ["--guard.lookahead.steps", "0", "--guard.curvature.max_iter", "5", "--model.inner_steps", "1"]
     small = ["--model.network.filters", "4", "--data.tasks.queries", "2", "--data.tasks.image_size", "32"]
     cli = main([*words, *small, "--model.network.image_size", "32", "--data.test_episodes", "4"])
     assert cli.guard.history[0].lambda_max > 0
@@ -206,7 +206,7 @@ def test_a_run_outside_the_safe_region_warns_and_names_options(action, said):
 
 def test_a_diverged_run_is_told_the_options_that_roll_one_back():
     words = ["linear", *SHORT, "--model.optimizer.lr", "3e38", "--guard.every_n_steps", "1", "--guard.patience", "3"]
-    with guard_warns("Start again with lower rates; --guard rescale --guard.rollback true takes a run back"):
+    with guard_warns("Start again with lower rates; --guard rescale --guard.rollback true rolls a run back"):
         main(["fit", *words])
     rescued = OptionSpelling().guard(action="rescale", rollback=True, margin=0.5)
     assert rescued == "--guard rescale --guard.rollback true --guard.margin 0.5"

@@ -16,7 +16,7 @@ from lightning_maml_guard.maml import meta_learning as learning
 from lightning_maml_guard.maml import vectorization as strategy
 from lightning_maml_guard.maml.vectorization import check_strategy, fastest, told
 from lightning_maml_guard.networks import conv4, mlp
-from lightning_maml_guard.stability.hvp import Memory
+from lightning_maml_guard.stability.hvp import MeasurementCache
 from tests.helpers import fit
 
 QUIET = {"a": torch.tensor([1.0, 2.0])}
@@ -318,18 +318,23 @@ def test_an_exchange_that_fails_leaves_nothing_lying_about(untold, tmp_path):
     assert [p.name for p in (tmp_path / "cache" / "lightning_maml_guard").iterdir()] == ["vectorize.json"]
 
 
+def looped(cache):
+    """What a checkpoint would say."""
+    cache.note_the_map()
+    return cache.facts.looped
+
+
 def test_the_guards_map_follows_the_problem_and_remembers_what_vmap_cannot_do():
-    memory = Memory()
-    first = memory.map_for(None)
-    assert memory.map_for(None) is first and not first.looped
-    asked = memory.map_for(None, looped=True)
-    assert asked.looped and not memory.state()["looped"]
-    again = memory.map_for(4)
+    cache = MeasurementCache()
+    first = cache.map_for(None)
+    assert cache.map_for(None) is first and not first.looped
+    asked = cache.map_for(None, looped=True)
+    assert asked.looped and not looped(cache)
+    again = cache.map_for(4)
     assert (again.looped, again.chunk_size) == (False, 4)
     again.looped = True  # vmap failed
-    assert memory.map_for(None).looped and memory.state()["looped"]
-    memory.map_for(None, looped=True)
-    assert memory.map_for(None).looped and memory.state()["looped"]  # known still, after being asked for
-    restored = Memory()
-    restored.load(memory.state())
+    assert cache.map_for(None).looped and looped(cache)
+    cache.map_for(None, looped=True)
+    assert cache.map_for(None).looped and looped(cache)  # known still, after being asked for
+    restored = MeasurementCache(cache.facts)
     assert restored.map_for(2).looped
