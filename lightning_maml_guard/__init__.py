@@ -9,8 +9,7 @@ from lightning_maml_guard.utils.warnings import GuardWarning
 
 if TYPE_CHECKING:
     from lightning_maml_guard.guard.convergence_guard import ConvergenceGuard
-    from lightning_maml_guard.maml.meta_learning import MetaLearning
-    from lightning_maml_guard.maml.module import MetaLearningModule
+    from lightning_maml_guard.maml.meta_learning import MetaLearning, MetaLearningModule
     from lightning_maml_guard.maml.problem import MetaProblem
     from lightning_maml_guard.optim.stability_limits import stability_limit
     from lightning_maml_guard.phase.diagram import PhaseDiagram, phase_diagram
@@ -30,7 +29,7 @@ _HOMES = {
     "CriticalRates": "theory.critical_rates",
     "EpisodeBatch": "tasks.episodes",
     "MetaLearning": "maml.meta_learning",
-    "MetaLearningModule": "maml.module",
+    "MetaLearningModule": "maml.meta_learning",
     "MetaProblem": "maml.problem",
     "PhaseDiagram": "phase.result",
     "RateSuggestion": "tuner.suggestion",

@@ -59,7 +59,7 @@ def ours(strategy: str | int, compiled: bool = False) -> Make:
         module = MetaLearningModule(
             network, row.loss, inner_lr=row.alpha, inner_steps=row.inner_steps, optimizer=optimizer
         )
-        module._started = True  # as after a fit's first step, which alone looks at the labels
+        module._first_batch.passed = True  # as after a fit's first step, which alone looks at the labels
         outer = module.configure_optimizers()
         parameters = list(module.theta().values())
         compute = CompiledMetaGradient() if compiled else meta_gradient

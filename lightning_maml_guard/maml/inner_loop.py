@@ -1,4 +1,4 @@
-"""Adaptation to one task: K steps of gradient descent, functional."""
+"""The inner loop: adapt to one task with ``K`` steps of gradient descent, as a function of the parameters."""
 
 from __future__ import annotations
 
@@ -16,31 +16,15 @@ InnerRate = float | Tensor | dict[str, Tensor]
 
 
 def detached(rates: InnerRate) -> InnerRate:
-    """Take inner rates as constants.
-
-    Args:
-        rates: One rate, or one a parameter.
-
-    Returns:
-        The same, without a graph.
-    """
+    """Return the inner rates without a graph."""
     return {name: rate.detach() for name, rate in rates.items()} if isinstance(rates, dict) else rates
 
 
 def adapt(task_loss: TaskLoss, params: Params, support: Any, inner_lr: InnerRate, inner_steps: int) -> Params:
     """Adapt the parameters to one task: ``theta_{k+1} = theta_k - alpha * grad L(theta_k)``.
 
-    Nothing is detached, so the result can be differentiated through.
-
-    Args:
-        task_loss: ``(params, one task's data) -> scalar``.
-        params: Parameters to start from, by name.
-        support: One task's data.
-        inner_lr: Inner rate ``alpha``, or one a parameter; parameters it does not name stay where they are.
-        inner_steps: Number ``K`` of steps, at least 0.
-
-    Returns:
-        The adapted parameters, all of them.
+    Nothing is detached, so the result can be differentiated. Parameters that a dict of rates does not name stay as
+    they are, and are returned too.
     """
     adapted, _ = adapt_with_sum(task_loss, params, support, inner_lr, inner_steps)
     return adapted
@@ -57,18 +41,7 @@ def adapted_loss(
 def adapt_with_sum(
     task_loss: TaskLoss, params: Params, support: Any, inner_lr: InnerRate, inner_steps: int
 ) -> tuple[Params, Params]:
-    """Adapt, and keep the sum of the inner gradients (the derivative towards the rates needs it).
-
-    Args:
-        task_loss: ``(params, one task's data) -> scalar``.
-        params: Parameters to start from, by name.
-        support: One task's data.
-        inner_lr: Inner rate ``alpha``, or one a parameter.
-        inner_steps: Number ``K`` of steps.
-
-    Returns:
-        The adapted parameters, and the summed gradients of those that move.
-    """
+    """Adapt, and also return the sum of the inner gradients: the derivative towards the rates needs it."""
     moving = {name: params[name] for name in params if not isinstance(inner_lr, dict) or name in inner_lr}
     still = {name: value for name, value in params.items() if name not in moving}
     total: Params | None = None

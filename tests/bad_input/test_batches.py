@@ -222,4 +222,4 @@ def test_values_are_read_before_the_first_step_alone():
     module = classifier()
     fit(module, both(X, LABELS), 1)
     found = module.meta_problem(both(X.to("meta"), LABELS.to("meta")))  # reading a value of these would raise
-    assert found.tasks == 2 and module._labels is None
+    assert found.tasks == 2 and module._first_batch.labels is None
