@@ -14,8 +14,15 @@ import torch
 from torch import Tensor
 
 from lightning_maml_guard.maml import sequential_queries
-from lightning_maml_guard.maml.gradient import gradient
-from lightning_maml_guard.maml.inner_loop import InnerRate, Params, TaskLoss, adapt_with_sum, adapted_loss, detached
+from lightning_maml_guard.maml.inner_loop import (
+    InnerRate,
+    Params,
+    TaskLoss,
+    adapt_with_sum,
+    adapted_loss,
+    detached,
+    gradient,
+)
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.utils.task_map import TaskMap, task_count
 

@@ -195,7 +195,6 @@ class MetaLearning(_Base):
         return AttachGradient.apply(loss, gradients, *parameters)
 
     def _auxiliary(self) -> Auxiliary:
-        # Training metrics need the predictions, which the meta-gradient computes on its way.
         return nothing if self.train_metrics is None else lambda params, query: self.predict(params, query[0])
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -207,8 +206,7 @@ class MetaLearning(_Base):
         self._evaluate("test", batch)
 
     def _evaluate(self, stage: str, batch: Any) -> None:
-        # Lightning validates in inference mode, whose tensors cannot be differentiated: leave it, and clone
-        # the batch, which was made under it.
+        # Lightning validates in inference mode, whose tensors cannot be differentiated: leave it, and clone the batch.
         with torch.inference_mode(False), torch.no_grad():
             problem = self.meta_problem(tree_map(torch.clone, batch))
             self.episodes.evaluate(stage, problem, self.eval_inner_steps, self.predict, self.task_map)
@@ -264,8 +262,7 @@ class MetaLearningModule(MetaLearning, LightningModule):
 
     Args:
         network: The network: ``x -> prediction``. Its trainable parameters are ``theta``.
-        loss: ``(prediction, target) -> scalar`` of one task. Default: cross-entropy for integer targets, else the mean
-            squared error.
+        loss: ``(prediction, target) -> scalar`` of one task. Default: cross-entropy for integer targets, else MSE.
         inner_lr: The inner learning rate ``alpha``.
         inner_steps: Number ``K`` of inner steps in training, at least 1.
         eval_inner_steps: Inner steps in validation and test (default: ``inner_steps``).
@@ -273,14 +270,13 @@ class MetaLearningModule(MetaLearning, LightningModule):
             (``g - alpha*H g``, of Takagi et al.).
         optimizer: ``parameters -> optimizer``. Default: Adam with lr 1e-3.
         lr_scheduler: ``optimizer -> scheduler``, stepped every epoch.
-        adapt: Names, shell patterns or prefixes of the parameters the inner loop moves (None: all; only the head:
-            ANIL).
+        adapt: Names, shell patterns or prefixes of the parameters the inner loop moves (None: all; head only: ANIL).
         learn_inner_lr: Learn one inner rate per parameter entry, started at ``inner_lr`` (Meta-SGD).
         task_chunk_size: Tasks vmapped at once; the same as a number for ``vectorize``. Lower it when memory runs out.
         metrics: A torchmetrics metric or collection, updated with the query set's predictions.
         vectorize: How to run over the tasks of a batch: ``"all"`` vmapped at once, a number of them at a time,
             ``"loop"``: one after another; the gradients are the same up to rounding. ``"auto"`` is ``"loop"`` for
-            large networks and convolutions on a CPU, else ``"all"``.
+            a network with a layer of 2**18 weights or more on a CPU, else ``"all"``; ``LMG_VECTORIZE`` overrides it.
         compile: Run the meta-gradient under ``torch.compile``: a minute or more at the start, then small networks take
             a fraction of the time. The guard measures without.
         keep_memory: During a fit on the CPU (glibc): keep freed memory in the process instead of mapping it anew in

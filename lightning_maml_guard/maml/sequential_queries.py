@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_maml_guard.maml.gradient import gradient
-from lightning_maml_guard.maml.inner_loop import InnerRate, Params, TaskLoss, adapt
+from lightning_maml_guard.maml.inner_loop import InnerRate, Params, TaskLoss, adapt, gradient
 from lightning_maml_guard.utils.functorch import inside_transform
 from lightning_maml_guard.utils.task_map import TaskMap
 

@@ -35,15 +35,15 @@ def check_strategy(vectorize: Any, task_chunk_size: int | None) -> Strategy:
     return task_chunk_size
 
 
-# Trainable parameters from which on a CPU runs over the tasks one after another: a task's adapted weights and their
-# gradients then stay in its caches, and a vmapped product, with weights of its own for every task, reads them all anew.
-_LARGE = 2**18
+# Entries of a layer's weights from which a CPU runs over the tasks one after another: a task's own weights then fill
+# the core's cache. Measured on networks on either side of it, this was within 10 % of the fastest strategy.
+_LARGE_LAYER = 2**18
 
 
 def rule(network: nn.Module, device: torch.device) -> Strategy:
-    """Return ``"loop"`` for a network of many parameters on a CPU, else ``"all"``."""
-    size = sum(value.numel() for value in network.parameters() if value.requires_grad and not is_lazy(value))
-    return "loop" if device.type == "cpu" and size >= _LARGE else "all"
+    """Return ``"loop"`` for a network with a large layer on a CPU, else ``"all"``."""
+    sizes = [value.numel() for value in network.parameters() if value.requires_grad and not is_lazy(value)]
+    return "loop" if device.type == "cpu" and max(sizes, default=0) >= _LARGE_LAYER else "all"
 
 
 def from_environment() -> Strategy | None:
