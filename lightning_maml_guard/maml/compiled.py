@@ -17,7 +17,7 @@ from lightning_maml_guard.utils.checks import first_line
 from lightning_maml_guard.utils.task_map import TaskMap
 from lightning_maml_guard.utils.warnings import GuardWarning
 
-# Guards of torch.compile on torch's functions and on ours: that nobody has replaced them.
+# Guards of torch.compile on torch's functions and on ours, which check that no one has replaced them.
 _LIBRARY = re.compile(r"G\['__import_(torch|lightning_maml_guard)('|_dot_)")
 
 

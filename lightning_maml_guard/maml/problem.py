@@ -90,7 +90,7 @@ class MetaProblem:
             if not all(leaf.numel() for leaf in leaves) and any(0 in leaf.shape[:2] for leaf in leaves):
                 shapes = [tuple(leaf.shape) for leaf in leaves]
                 raise ValueError(
-                    f"Expected `{name}` to hold at least one example a task but got shapes {shapes}: the loss of an "
+                    f"Expected `{name}` to hold at least one example per task but got shapes {shapes}: the loss of an "
                     "empty set is nan. Draw at least one shot."
                 )
         object.__setattr__(self, "tasks", counts[0])
