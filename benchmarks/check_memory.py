@@ -1,11 +1,11 @@
-"""What a check needs in memory: ``python -m benchmarks.check_memory [--out FILE]``.
+"""Memory of a check: ``python -m benchmarks.check_memory [--out FILE]``.
 
-An MLP regressor of ``--parameters`` (10M) under ``measure(criterion="exact")``, in float32 on the host, each row in a
-fresh process: the peak of its resident memory over what it had before the check, in vectors of the parameters' size.
-``tol`` is so small that every run takes its ``max_iter`` products; the self-check of a first measurement, which comes
-once, is left out. The allocator gives back what is freed (MALLOC_MMAP_THRESHOLD_), so that the peak is what was in use.
-The formula is that of ``measure``'s docstring. With ``basis="cpu"`` the vectors would be on the host beside a device;
-here both are one.
+``measure`` of an MLP regressor with ``--parameters`` (10M) parameters, in float32 on the CPU, each
+row in a fresh process. Printed is the peak of the resident memory above that before the check, in vectors of the
+parameters' size. ``tol`` is so small that every run takes ``max_iter`` Hessian-vector products. The self-check of a
+first measurement happens once and is left out. The allocator returns freed memory at once (MALLOC_MMAP_THRESHOLD_), so
+that the peak is what was in use. The formula is that of ``measure``'s docstring. ``basis="cpu"`` would keep the vectors
+in the host's memory beside an accelerator; here both are the same.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from typing import Any
 import torch
 from torch.optim import SGD, Adam, Optimizer
 
-from lightning_maml_guard import MetaLearningModule, MetaProblem, measure
+from lightning_maml_guard import CurvatureOptions, MetaLearningModule, MetaProblem, measure
 from lightning_maml_guard.networks import mlp
-from lightning_maml_guard.stability.hvp import Memory
+from lightning_maml_guard.stability.hvp import MeasurementCache
 from lightning_maml_guard.tasks.regression import Sinusoid
 
 BYTES = {"device": 4, "cpu": 4, "bfloat16": 2}
-# (tasks, inner steps, optimizer): the second and later ones for the graph's size alone
+# (tasks, inner steps, optimizer); from the second on, only the size of the graph is measured
 PROBLEMS = [(2, 1, "SGD"), (1, 1, "SGD"), (4, 1, "SGD"), (2, 2, "SGD"), (2, 1, "Adam")]
 LENGTHS = (1, 5, 20)
 
 
 def made(width: int, tasks: int, inner_steps: int, optimizer: str) -> tuple[MetaProblem, Optimizer]:
-    """The problem, and an optimizer that has stepped."""
+    """The problem, and an optimizer after one step."""
     torch.manual_seed(0)
     network = mlp(1, (width, width), 1, activation="tanh")
     module = MetaLearningModule(network, inner_lr=1e-3, inner_steps=inner_steps)
@@ -55,15 +55,15 @@ def peak() -> int:
 
 
 def one(width: int, tasks: int, inner_steps: int, optimizer: str, basis: str, max_iter: int) -> dict[str, Any]:
-    """Measure one row, in this process."""
+    """Measure one row in this process."""
     torch.set_num_threads(1)
-    options: dict[str, Any] = {"criterion": "exact", "tol": 1e-12, "max_iter": max_iter, "basis": basis}
-    memory = Memory()
+    options = CurvatureOptions(tol=1e-12, max_iter=max_iter, basis=basis)
+    cache = MeasurementCache()
     small, small_optimizer = made(8, tasks, inner_steps, optimizer)
-    measure(small, optimizer=small_optimizer, memory=memory, **options)  # loads what is loaded once
+    measure(small, optimizer=small_optimizer, cache=cache, curvature=options)  # the first call loads libraries
     problem, live = made(width, tasks, inner_steps, optimizer)
     before, began = peak(), time.perf_counter()
-    report = measure(problem, optimizer=live, memory=memory, **options)
+    report = measure(problem, optimizer=live, cache=cache, curvature=options)
     size = sum(value.numel() for value in problem.params.values())
     return {
         "parameters": size,
@@ -105,7 +105,7 @@ def rows(width: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.check_memory", description=__doc__)
     parser.add_argument("--parameters", type=float, default=1e7)
     parser.add_argument("--out", type=Path, default=Path("runs/check_memory.json"))

@@ -1,12 +1,12 @@
-"""What the guard adds to a training, end to end: ``python -m benchmarks.guarded_training [sinusoid|omniglot|miniimagenet]``.
+"""Time that the guard adds to a training: ``python -m benchmarks.guarded_training [sinusoid|omniglot|miniimagenet]``.
 
-Checks are timed where they happen. What the guard takes in the steps between them is a matter of microseconds, less
-than two runs of the same training differ by: so one run has it among its callbacks in every second block of steps, and a
-block's median step is compared with its neighbours'. What Lightning takes to call a callback that does nothing is
-measured the same way, for comparison. ``sinusoid`` is run to the end (4000 steps); a whole run of the
-image rows would take hours on a CPU, so there the number of checks in the published 60,000 iterations follows from the
-guard's own count, and their time from the first check's and that of later ones (printed as "computed"). ``--whole`` also lets whole sinusoid runs with and without the guard take turns, with a
-second run without it as the control.
+Checks are timed where they happen. Between checks the guard takes microseconds per step, less than the difference
+between two runs of the same training. So one run has the guard among its callbacks in every second block of steps, and
+the median step of a block is compared with those of its neighbours. An empty Lightning callback is measured the same
+way, for comparison. ``sinusoid`` runs to its end (4000 steps). Whole runs of the image rows would take hours on a CPU.
+There, the number of checks in the published 60,000 iterations follows from the guard's own count, and their time from
+that of the first check and of later ones (printed as "computed"). ``--whole`` also alternates whole sinusoid runs with
+and without the guard, with a second run without it as the control.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_maml_guard import ConvergenceGuard, MetaLearningModule
-from lightning_maml_guard.guard.schedule import Lookout
+from lightning_maml_guard.guard.schedule import Schedule
 from lightning_maml_guard.networks import conv4, mlp
-from lightning_maml_guard.stability.budget import Budget
 from lightning_maml_guard.tasks.episodes import episode_generator
 from lightning_maml_guard.tasks.images import MiniImageNet, Omniglot
 from lightning_maml_guard.tasks.regression import Sinusoid
@@ -49,7 +48,7 @@ PUBLISHED = 60_000
 
 
 class Clock:
-    """Clocks the guard's checks."""
+    """Times the guard's checks."""
 
     def __init__(self, guard: ConvergenceGuard) -> None:
         self.checks: list[float] = []
@@ -67,7 +66,7 @@ class Clock:
 
 
 class Alternation(Callback):
-    """Clocks the steps of a run that has another callback in every second block."""
+    """Times the steps of a run that has another callback in every second block."""
 
     def __init__(self, other: Callback, block: int) -> None:
         self.other, self.block = other, block
@@ -86,13 +85,13 @@ class Alternation(Callback):
         return [after - before for before, after in pairwise(self.starts)]
 
     def ratio(self) -> float:
-        """Step with it over step without it, median over the blocks."""
+        """Time of a step with the callback over that of one without it, median over the blocks."""
         took = self._took()
         blocks = [median(took[at : at + self.block]) for at in range(0, len(took) - self.block + 1, self.block)]
         return median(blocks[at] / mean((blocks[at - 1], blocks[at + 1])) for at in range(2, len(blocks) - 1, 2))
 
     def step(self) -> float:
-        """Median seconds of a step without it."""
+        """Median seconds of a step without the callback."""
         return median(seconds for at, seconds in enumerate(self._took()) if at // self.block % 2)
 
 
@@ -112,7 +111,7 @@ def train(row: tuple, batches: list, steps: int, callbacks: list[Callback]) -> f
 
 
 def whole_runs(row: tuple, batches: list, steps: int, turns: int) -> tuple[float, float]:
-    """Median ratios of whole runs' seconds: with the guard, and without it once more."""
+    """Median ratios of the times of whole runs: with the guard, and without it a second time."""
     arms: list[Callable[[], list[Callback]]] = [list, list, lambda: [ConvergenceGuard()]]
     taken: list[list[float]] = [[], [], []]
     for turn in range(turns):
@@ -126,18 +125,18 @@ def whole_runs(row: tuple, batches: list, steps: int, turns: int) -> tuple[float
 
 
 def published_checks(first: float, later: float) -> int:
-    """How often the guard checks in the published iterations, if each check is counted as what these were."""
-    lookout, number = Lookout(100, Budget(0.02)), 0
+    """Number of checks in the published iterations, if each costs what these two cost."""
+    schedule, number = Schedule(100, 0.02), 0
     for index in range(PUBLISHED):
-        if lookout.due(index) is not None:
-            lookout.budget.charge(trial_steps=0, measured=later if number else first)
-            lookout.unjudged = number == 0  # Adam's rate, before its first step
+        if schedule.due(index) is not None:
+            schedule.charge(lookahead_gradients=0, measured=later if number else first)
+            schedule.state.unjudged = number == 0  # Adam's rate, before its first step
             number += 1
     return number
 
 
 def main() -> None:
-    """Time, print."""
+    """Time and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.guarded_training", description=__doc__)
     parser.add_argument("rows", nargs="*", default=list(ROWS))
     parser.add_argument("--turns", type=int, default=3)
@@ -160,14 +159,14 @@ def main() -> None:
         batches = [
             family.sample(row[2], episode_generator(0, "train", index), "train") for index in range(min(steps, 500))
         ]
-        train(row, batches, 2, [])  # what a first run pays alone: the trial of the strategies, too
+        train(row, batches, 2, [])  # the first run loads libraries and tries the vectorization strategies
         plain, first, later, number, shares, between, limit = [], [], [], [], [], [], []
         for _ in range(given.turns):
             guard = ConvergenceGuard()
             clock, alternation = Clock(guard), Alternation(guard, BLOCKS[name])
             train(row, batches, steps, [alternation, guard])
             plain.append(alternation.step())
-            first.append(clock.checks[0])  # self-check of the second derivatives included
+            first.append(clock.checks[0])  # includes the self-check of the second derivatives
             between.append(alternation.ratio() - 1)
             often = Clock(each := ConvergenceGuard(every_n_steps=1, action="log"))
             train(row, batches, 3, [each])
@@ -179,7 +178,7 @@ def main() -> None:
                 number.append(len(clock.checks))
                 shares.append(sum(clock.checks) / (steps * plain[-1]))
             else:
-                counted = [guard._run.lookout.budget._latest, each._run.lookout.budget._latest]
+                counted = [guard._run.state.schedule.latest, each._run.state.schedule.latest]
                 number.append(published_checks(*counted))
                 taken = first[-1] + (number[-1] - 1) * later[-1]
                 shares.append(taken / (PUBLISHED * plain[-1]))
@@ -192,7 +191,7 @@ def main() -> None:
         )
         if given.whole and name == "sinusoid":
             guarded, control = whole_runs(row, batches, steps, given.turns)
-            print(f"whole runs, guarded {guarded:.3f}, without the guard once more {control:.3f}", flush=True)
+            print(f"whole runs, guarded {guarded:.3f}, without the guard a second time {control:.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What importing the package adds to importing torch: ``python -m benchmarks.import_time``.
+"""Time that importing the package adds to importing torch: ``python -m benchmarks.import_time``.
 
-Fresh processes, the imports in turns. Each imports torch first and clocks what comes then: the difference between two
-processes' times would drown in the scatter of torch's own seconds.
+Every import runs in a fresh process, and the imports take turns. Each process imports torch first and times only what
+follows: the difference between the total times of two processes would be smaller than the scatter of torch's import.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def seconds(code: str) -> float:
 
 
 def main() -> None:
-    """Time, print."""
+    """Time and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.import_time", description=__doc__)
     parser.add_argument("--turns", type=int, default=15)
     given = parser.parse_args()
@@ -41,8 +41,8 @@ def main() -> None:
             took = seconds(code)
             if turn:  # the first one reads files that the later ones find in memory
                 taken[name].append(took)
-    for name, all_of_it in taken.items():
-        print(f"{name}: {median(all_of_it):.4f} s (from {min(all_of_it):.4f} to {max(all_of_it):.4f})")
+    for name, times in taken.items():
+        print(f"{name}: {median(times):.4f} s (from {min(times):.4f} to {max(times):.4f})")
 
 
 if __name__ == "__main__":

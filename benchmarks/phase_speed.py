@@ -1,7 +1,7 @@
-"""How much faster one vmapped grid is than separate runs: ``python -m benchmarks.phase_speed``.
+"""Speed of a vmapped grid of trainings against separate runs: ``python -m benchmarks.phase_speed``.
 
-Trains a 16 x 16 grid of sinusoid runs as one program, and 4 of its 256 points by a Trainer each, in turns; prints the
-ratio of the time of 256 such runs to that of the grid, and how far the points' final errors differ.
+Trains a 16 x 16 grid of sinusoid runs as one program, and 4 of its 256 points with a Trainer each, in turns. Prints the
+time of 256 such runs divided by that of the grid, and how far the final errors of these points differ.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def run(alpha: float, beta: float, batches: list, judged) -> tuple[float, float]
 
 
 def main() -> None:
-    """Time, print."""
+    """Time and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.phase_speed", description=__doc__)
-    parser.add_argument("--tasks", type=int, default=4, help="tasks a meta-batch (Finn et al.: 25)")
-    parser.add_argument("--shots", type=int, default=5, help="support and query points a task (Finn et al.: 10)")
+    parser.add_argument("--tasks", type=int, default=4, help="tasks per meta-batch (Finn et al.: 25)")
+    parser.add_argument("--shots", type=int, default=5, help="support and query points per task (Finn et al.: 10)")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=2, help="turns of grid and 4 runs")
     parser.add_argument("--threads", type=int, default=1)
@@ -63,7 +63,7 @@ def main() -> None:
     start = module(0.01, 0.01)
     problems = [start.meta_problem(batch) for batch in batches]
     grids, singles, gaps = [], [], []
-    run(alphas[0], betas[0], batches[:3], batches[0])  # what a first run pays alone
+    run(alphas[0], betas[0], batches[:3], batches[0])  # the first run loads libraries
     for _ in range(given.rounds):
         began = time.perf_counter()
         found = phase_diagram(lambda step: problems[step], alphas, betas, given.steps, measure_every=0, progress=False)

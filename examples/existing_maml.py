@@ -1,4 +1,4 @@
-"""A MAML module written by hand, as it was, plus the guard: the lines marked "added" are all it takes."""
+"""A MAML module written by hand, plus the guard: only the lines marked "added" are new."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from lightning_maml_guard.tasks.regression import Sinusoid
 
 
 class HandWrittenMAML(LightningModule):
-    """Second-order MAML: clone the parameters, adapt them to each task's support set, take the query loss."""
+    """Second-order MAML: clone the parameters, adapt them to each task's support set, compute the query loss."""
 
     def __init__(self, inner_lr: float = 0.01, inner_steps: int = 2, lr: float = 0.5) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class HandWrittenMAML(LightningModule):
         return torch.optim.SGD(self.net.parameters(), lr=self.lr)
 
     def task_loss(self, params: dict[str, Tensor], data: Any) -> Tensor:  # added
-        """Take one task's loss at given parameters."""  # added
+        """Compute one task's loss at given parameters."""  # added
         return mse_loss(functional_call(self.net, params, (data[0],)), data[1])  # added
 
     def meta_problem(self, batch: Any) -> MetaProblem:  # added
@@ -53,7 +53,7 @@ class HandWrittenMAML(LightningModule):
 
 
 def train(lr: float, steps: int) -> tuple[Trainer, ConvergenceGuard]:
-    """Train at a meta rate; the guard stops a run that cannot converge."""
+    """Train at an outer learning rate; the guard stops a run that cannot converge."""
     seed_everything(0, verbose=False)
     guard = ConvergenceGuard(every_n_steps=10, action="stop")  # added
     trainer = Trainer(
@@ -69,7 +69,7 @@ def train(lr: float, steps: int) -> tuple[Trainer, ConvergenceGuard]:
 
 
 def main(steps: int = 40) -> list[ConvergenceGuard]:
-    """Train at a meta rate that is too large, then at half of what the guard measured, and print what it saw."""
+    """Train at an outer learning rate that is too large, then at half of beta_c, and print the guard's checks."""
     guards, lr = [], 0.5
     for _ in range(2):
         trainer, guard = train(lr, steps)

@@ -1,4 +1,4 @@
-"""Without Lightning: ``measure()`` in a training loop of your own lowers the meta rate before it does harm."""
+"""Without Lightning: ``measure()`` in your own training loop, which lowers an outer learning rate that is unsafe."""
 
 import math
 
@@ -19,7 +19,7 @@ def sinusoids(tasks: int = 10, shots: int = 10) -> tuple[tuple[Tensor, Tensor], 
 
 
 def main(steps: int = 90) -> list[StabilityReport]:
-    """Train MAML, measure every 30 steps, and take half of beta_c where the meta rate is unsafe."""
+    """Train MAML, measure every 30 steps, and continue at half of beta_c if the outer learning rate is unsafe."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
     params: dict[str, Tensor] = dict(net.named_parameters())
@@ -34,7 +34,7 @@ def main(steps: int = 90) -> list[StabilityReport]:
         support, query = sinusoids()
         if step % 30 == 0:
             problem = MetaProblem(params, task_loss, support, query, inner_lr=alpha)
-            report = measure(problem, optimizer=optimizer, criterion="exact", step=step)
+            report = measure(problem, optimizer=optimizer, step=step)
             reports.append(report)
             print(f"step {step}: beta = {report.beta:.3g}, beta_c = {report.beta_c:.3g}: {report.status}")
             if report.beta_status == "unsafe":

@@ -1,4 +1,4 @@
-"""No meta-learning at all: an ordinary LightningModule, watched for the largest stable learning rate ``beta_c``."""
+"""Without meta-learning: the guard measures the largest stable learning rate ``beta_c`` of any LightningModule."""
 
 import torch
 from pytorch_lightning import LightningModule, Trainer, seed_everything
@@ -27,7 +27,7 @@ class Regression(LightningModule):
 
 
 def main(lr: float = 0.1) -> ConvergenceGuard:
-    """Train for some epochs, and print how far the learning rate was from its limit."""
+    """Train for some epochs, and print the learning rate as a share of its limit."""
     seed_everything(0, verbose=False)
     x = torch.linspace(-2, 2, 256).unsqueeze(1)
     trainer = Trainer(

@@ -1,4 +1,4 @@
-"""A Trainer you already have, plus the callback: its meta rate is too large, and the guard brings it home."""
+"""A Trainer you already have, plus the callback: its outer learning rate is too large, and the guard lowers it."""
 
 from pytorch_lightning import Trainer, seed_everything
 from torch.optim import SGD
@@ -9,7 +9,7 @@ from lightning_maml_guard.tasks.regression import Sinusoid
 
 
 def main(steps: int = 500) -> ConvergenceGuard:
-    """Train, say which rate was lowered, and draw the safe region."""
+    """Train, print the rate that was lowered, and draw the safe region."""
     seed_everything(0)
     module = MetaLearningModule(mlp(), inner_lr=0.01, optimizer=lambda parameters: SGD(parameters, lr=1.0))
     episodes = TaskDataModule(Sinusoid(shots=10), meta_batch_size=25, val_episodes=0)

@@ -9,11 +9,15 @@ from lightning_maml_guard.utils.warnings import GuardWarning
 
 if TYPE_CHECKING:
     from lightning_maml_guard.guard.convergence_guard import ConvergenceGuard
+    from lightning_maml_guard.guard.lookahead import LookaheadOptions
+    from lightning_maml_guard.guard.report import CheckReport
     from lightning_maml_guard.maml.meta_learning import MetaLearning, MetaLearningModule
     from lightning_maml_guard.maml.problem import MetaProblem
     from lightning_maml_guard.optim.stability_limits import stability_limit
     from lightning_maml_guard.phase.diagram import PhaseDiagram, phase_diagram
+    from lightning_maml_guard.stability.hvp import MeasurementCache
     from lightning_maml_guard.stability.measure import measure
+    from lightning_maml_guard.stability.options import CurvatureOptions
     from lightning_maml_guard.stability.report import StabilityReport
     from lightning_maml_guard.tasks.datamodule import TaskDataModule
     from lightning_maml_guard.tasks.episodes import EpisodeBatch
@@ -25,9 +29,13 @@ __version__ = "0.1.0"
 
 # Imported on first use: the mathematics must not cost Lightning's import.
 _HOMES = {
+    "CheckReport": "guard.report",
     "ConvergenceGuard": "guard.convergence_guard",
     "CriticalRates": "theory.critical_rates",
+    "CurvatureOptions": "stability.options",
     "EpisodeBatch": "tasks.episodes",
+    "LookaheadOptions": "guard.lookahead",
+    "MeasurementCache": "stability.hvp",
     "MetaLearning": "maml.meta_learning",
     "MetaLearningModule": "maml.meta_learning",
     "MetaProblem": "maml.problem",
@@ -43,10 +51,14 @@ _HOMES = {
 }
 
 __all__ = [
+    "CheckReport",
     "ConvergenceGuard",
     "CriticalRates",
+    "CurvatureOptions",
     "EpisodeBatch",
     "GuardWarning",
+    "LookaheadOptions",
+    "MeasurementCache",
     "MetaLearning",
     "MetaLearningModule",
     "MetaProblem",

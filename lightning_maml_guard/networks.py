@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_maml_guard.kernels.channels_last import convolved, pays
-from lightning_maml_guard.kernels.first_block import applies, first_block
+from lightning_maml_guard.kernels import kernels_enabled
+from lightning_maml_guard.kernels.channels_last import convolve, is_worthwhile
+from lightning_maml_guard.kernels.first_block import first_block, is_applicable
 from lightning_maml_guard.kernels.norm_block import norm_relu_pool
 from lightning_maml_guard.utils.checks import check_choice, check_count, check_flag, shown
 
@@ -76,8 +77,9 @@ class Conv4(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Classify images.
 
-        Computes what ``head(flatten(features(images)))`` does, with normalisation, ReLU and pooling of a block in
-        one. A network whose ``features`` were changed, or that hooks listen to, is run layer by layer.
+        The result is that of ``head(flatten(features(images)))``, but normalisation, ReLU and pooling of a block are
+        computed as one operation. Layer by layer instead if ``features`` was changed or has hooks, or if the kernels
+        are switched off (environment variable ``LMG_KERNELS=0``).
 
         Args:
             images: Shape ``(n, channels, height, width)``.
@@ -86,18 +88,18 @@ class Conv4(nn.Module):
             Logits, shape ``(n, out_features)``.
         """
         layers = list(self.features)
-        if not self._as_built(layers):
+        if not kernels_enabled() or not self._as_built(layers):
             return self.head(torch.flatten(self.features(images), 1))
         x = images
-        depth, last = len(layers) // 4, pays(images)
+        depth, channels_last = len(layers) // 4, is_worthwhile(images)
         for start in range(0, len(layers), depth):
             conv, norm = cast(nn.Conv2d, layers[start]), cast(nn.BatchNorm2d, layers[start + 1])
-            # The norm takes the convolution's bias out again; it stays in the graph, with its gradient of 0.
+            # The norm subtracts the convolution's bias again, so it is left out; its gradient of 0 stays in the graph.
             shift = norm.bias + 0 * cast(Tensor, conv.bias)
-            if start == 0 and depth == 4 and applies(x, conv):
+            if start == 0 and depth == 4 and is_applicable(x, conv):
                 x = first_block(x, conv.weight, norm.weight, shift, norm.eps)
                 continue
-            x = convolved(x, conv) if last else F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+            x = convolve(x, conv) if channels_last else F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
             x = norm_relu_pool(x, norm.weight, shift, norm.eps, pool=depth == 4)
         return self.head(torch.flatten(x, 1))
 
@@ -113,7 +115,7 @@ class Conv4(nn.Module):
 
 
 def _unusual(layer: nn.Module) -> bool:
-    """Whether a layer of the right type is set to do what a block in one does not."""
+    """Return True if a layer of the right type has settings that the kernels do not support."""
     if isinstance(layer, nn.Conv2d):
         return layer.bias is None or layer.padding_mode != "zeros" or layer.groups != 1 or layer.dilation != (1, 1)
     if isinstance(layer, nn.BatchNorm2d):

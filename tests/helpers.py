@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch.func import functional_call
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 
-from lightning_maml_guard import EpisodeBatch, GuardWarning, MetaLearningModule
+from lightning_maml_guard import CurvatureOptions, EpisodeBatch, GuardWarning, LookaheadOptions, MetaLearningModule
 from lightning_maml_guard.utils.lightning_compat import Trainer
 
 
@@ -143,3 +144,28 @@ def guard_warns(pattern: str):
 
 def is_free_of_hooks(trainer) -> bool:
     return not any(o._optimizer_step_pre_hooks or o._optimizer_step_post_hooks for o in trainer.optimizers)
+
+
+_CURVATURE = {field.name for field in fields(CurvatureOptions)}
+_LOOKAHEAD = {field.name for field in fields(LookaheadOptions)}
+
+
+def grouped(**flat):
+    """A guard's arguments from a flat list: options of the curvature and of the lookahead go where they belong."""
+    curvature = {name: flat.pop(name) for name in sorted(_CURVATURE & set(flat))}
+    lookahead = {name: flat.pop(name) for name in sorted(_LOOKAHEAD & set(flat))}
+    if curvature:
+        flat["curvature"] = CurvatureOptions(**curvature)
+    if lookahead:
+        flat["lookahead"] = LookaheadOptions(**lookahead)
+    return flat
+
+
+def grouped_measure(**flat):
+    """The same for ``measure``, by the simplified criterion unless told otherwise."""
+    return grouped(**{"criterion": "simplified", **flat})
+
+
+def grouped_suggest(**flat):
+    """The same for ``suggest_rates``, whose curvature is that of the worst task unless told otherwise."""
+    return grouped(**({"tasks": "worst", **flat} if _CURVATURE & set(flat) else flat))

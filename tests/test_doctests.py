@@ -4,7 +4,9 @@ import doctest
 import inspect
 import os
 import pkgutil
+import re
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -40,9 +42,26 @@ def test_an_example_does_what_it_says(example, tmp_path, monkeypatch):
     assert not os.listdir(tmp_path)
 
 
+def expanded(pattern):
+    """The alternatives of a pattern with braces, the innermost first."""
+    braces = re.search(r"\{([^{}]*)\}", pattern)
+    if braces is None:
+        return [pattern]
+    before, after = pattern[: braces.start()], pattern[braces.end() :]
+    return [each for part in braces[1].split(",") for each in expanded(before + part + after)]
+
+
+def documented_in_full():
+    """The modules that ruff's docstring rules apply to."""
+    root, settings = Path(lightning_maml_guard.__file__).parents[1], Path(__file__).parents[1] / "pyproject.toml"
+    (pattern,) = re.findall(r'^"!(\{.*\})" = \["D1", "DOC"\]$', settings.read_text(), re.MULTILINE)
+    files = {path for each in expanded(pattern) for path in root.glob(each)}
+    return [module for module in PUBLIC if Path(module.__file__) in files]
+
+
 def described():
-    """Public functions, methods and constructors (their classes) of public modules."""
-    for module in PUBLIC:
+    """Public functions, methods and constructors (their classes) of the modules that users import from."""
+    for module in documented_in_full():
         for name, value in vars(module).items():
             if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
                 continue
@@ -62,4 +81,4 @@ def test_a_docstring_of_several_lines_tells_of_every_argument():
             told = {line.strip().lstrip("*").partition(":")[0] for line in text.splitlines()} | {"self", "cls"}
             missing += [f"{name}({each})" for each in inspect.signature(value).parameters if each not in told]
             seen += 1
-    assert not missing and seen > 200
+    assert not missing and seen > 80

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_maml_guard"
 ROOMS = (
     "utils",
     "theory",
+    "messages",
     "kernels",
     "linalg",
     "networks",
@@ -23,6 +24,27 @@ ROOMS = (
     "tuner",
     "cli",
 )
+# The same inside the two largest rooms; files of one tuple do not import each other.
+LAYERS = {
+    "stability": (
+        ("cost", "krylov_stopping", "problems", "reasons"),
+        ("estimators", "objective"),
+        ("hvp", "options", "report"),
+        ("alpha_c", "beta_c"),
+        ("measurement",),
+        ("measure",),
+    ),
+    "guard": (
+        ("divergence", "replay_buffer", "report", "schedule"),
+        ("loggers", "lookahead", "state_machine"),
+        ("rescale", "state"),
+        ("actions", "html_report"),
+        ("run",),
+        ("rollback",),
+        ("check",),
+        ("convergence_guard",),
+    ),
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What only the command line may do.
 PRINTING = "cli"
@@ -60,6 +82,18 @@ def test_imports_go_down_only(path):
         parts = name.split(".")
         if parts[0] == "lightning_maml_guard" and len(parts) > 1:
             assert ROOMS.index(parts[1]) <= own, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_imports_go_down_inside_a_room(name):
+    level = {file: height for height, files in enumerate(LAYERS[name]) for file in files}
+    found = {path.stem: path for path in (PACKAGE / name).glob("*.py") if path.stem != "__init__"}
+    assert set(found) == set(level)
+    for stem, path in found.items():
+        for module in imports(path):
+            if module.startswith(f"lightning_maml_guard.{name}."):
+                target = module.split(".")[2]
+                assert level[target] < level[stem], f"{path} imports {module}"
 
 
 def test_plots_meet_what_they_draw_in_type_hints_only():

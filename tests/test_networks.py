@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_maml_guard import MetaLearningModule, measure, networks
-from lightning_maml_guard.kernels.channels_last import pays
+from lightning_maml_guard import CurvatureOptions, MetaLearningModule, measure, networks
+from lightning_maml_guard.kernels.channels_last import is_worthwhile
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
 from lightning_maml_guard.networks import conv4, mlp
 
@@ -64,7 +64,7 @@ def by_layers(network, images):
     ("channels", "size", "strided"), [(2, 16, False), (2, 28, False), (2, 21, True), (1, 29, False), (1, 22, True)]
 )
 def test_conv4_is_its_layers_one_after_another(channels, size, strided, last, monkeypatch):
-    monkeypatch.setattr(networks, "pays", lambda images: last)  # in float64 it would not
+    monkeypatch.setattr(networks, "is_worthwhile", lambda images: last)  # in float64 it would not
     network = conv4(3, channels, 4, size, strided).double()
     for name, value in network.named_parameters():
         if value.dim() == 1 and "head" not in name:
@@ -97,8 +97,8 @@ def test_the_layout_changes_no_meta_gradient_and_no_curvature(order, channels, s
     )
     problem, found = replace(module.meta_problem(batch), looped=True), []
     for last in (False, True):
-        monkeypatch.setattr(networks, "pays", lambda images, last=last: last)
-        report = measure(problem, beta=0.1, criterion="exact", max_iter=4)
+        monkeypatch.setattr(networks, "is_worthwhile", lambda images, last=last: last)
+        report = measure(problem, beta=0.1, curvature=CurvatureOptions(max_iter=4))
         found.append(
             (meta_gradient(problem).gradients, report.lambda_max, report.exact_beta_c, report.predicted_change)
         )
@@ -108,7 +108,7 @@ def test_the_layout_changes_no_meta_gradient_and_no_curvature(order, channels, s
 @pytest.mark.parametrize(("channels", "filters", "size"), [(1, 64, 28), (3, 8, 32)])
 def test_single_precision_is_within_rounding_of_double_in_the_layout_that_pays(channels, filters, size):
     network, images = conv4(5, channels, filters, size), torch.randn(6, channels, size, size)
-    assert pays(images) == torch.backends.mkldnn.is_available() and not pays(images.double())
+    assert is_worthwhile(images) == torch.backends.mkldnn.is_available() and not is_worthwhile(images.double())
     double = copy.deepcopy(network).double()
     torch.testing.assert_close(network(images).double(), double(images.double()), rtol=1e-3, atol=1e-4)
 

@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands there."""
+"""What the README and the documentation show runs as it stands there, and what they point to exists."""
 
 import re
 from pathlib import Path
@@ -7,10 +7,26 @@ import matplotlib
 import pytest
 import torch
 
+from benchmarks.house import Checkout
 from lightning_maml_guard import GuardWarning
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "SECURITY.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
+}
+BLOCKS = [
+    pytest.param(code, id=f"{name}-{number}")
+    for name, text in PAGES.items()
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.S))
+    if "trainer.fit" not in code  # the quick start, which has a test of its own
+]
 
 
 def test_the_quick_start_runs_and_warns_in_the_words_quoted(tmp_path, monkeypatch):
@@ -35,15 +51,59 @@ def test_rates_are_suggested_in_the_words_quoted(capsys):
     assert printed[4].startswith(quoted[4].removesuffix(" ..."))
 
 
+@pytest.mark.parametrize("code", BLOCKS)
+def test_a_code_block_runs_when_pasted(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+
+
+def test_no_code_block_is_left_out():
+    assert sum(text.count("```python") for text in PAGES.values()) == len(BLOCKS) + 1 == 5
+
+
 def test_ci_finds_the_test_command():
     (command,) = re.findall(r"<!-- test command -->\n```sh\n(.*?)\n```", README, re.S)
     assert command.endswith("&& .venv/bin/python -m pytest") and "tests/constraints.txt" in command
     assert "awk" in (ROOT / ".ci" / "run").read_text()
+    setup = command.removesuffix(" && .venv/bin/python -m pytest").split(" && ")
+    assert "\n".join(f"\t{line}" for line in setup) in (ROOT / "Makefile").read_text()
 
 
-def test_paths_named_in_the_readme_exist():
-    for path in re.findall(r"(?:examples|tests)/[\w./]+\.\w+", README):
+@pytest.mark.parametrize("name", PAGES)
+def test_links_and_pictures_lead_somewhere(name):
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[name]):
+        path, _, anchor = target.partition("#")
+        if not target.startswith("http"):
+            file = (ROOT / name).parent / path if path else ROOT / name
+            assert file.is_file(), target
+            titles = re.findall(r"^#+ (.*)$", file.read_text(), re.M) if anchor else []
+            assert not anchor or anchor in {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles}, target
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_paths_and_commands_that_are_named_exist(name):
+    text = PAGES[name]
+    for path in re.findall(r"(?:examples|tests|docs|lightning_maml_guard)/[\w./]+\.\w+", text):
         assert (ROOT / path).exists(), path
+    for path in re.findall(r"`(\w+/\w+\.py)`", text):
+        assert (ROOT / path).exists() or (ROOT / "lightning_maml_guard" / path).exists(), path
+    for target in re.findall(r"`?make (\w+)", text) if name == "CONTRIBUTING.md" else ():
+        assert f"\n{target}: " in (ROOT / "Makefile").read_text(), target
+
+
+def test_every_benchmark_that_is_named_exists():
+    sources = [*(ROOT / "lightning_maml_guard").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    for text in (*PAGES.values(), *(path.read_text() for path in sources)):
+        for module in re.findall(r"python -m (benchmarks(?:\.[a-z_]+)+)", text):
+            path = ROOT / module.replace(".", "/")
+            assert path.is_dir() or path.with_suffix(".py").exists(), module
+
+
+def test_contributing_names_every_folder_from_the_top_down():
+    rows = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", PAGES["CONTRIBUTING.md"], re.M)
+    order = Checkout(ROOT).order
+    assert set(order) <= set(rows)
+    assert [row for row in rows if row in order] == order[::-1]
 
 
 def test_the_changelog_is_kept():

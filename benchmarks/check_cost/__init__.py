@@ -1,1 +1,1 @@
-"""What a check costs, beside PyHessian, hessian-eigenthings and curvlinops: see ``run``."""
+"""Cost of a check, beside PyHessian, hessian-eigenthings and curvlinops: ``python -m benchmarks.check_cost``."""

@@ -21,7 +21,7 @@ from lightning_maml_guard.linalg.lanczos import lanczos, start_vector
 from lightning_maml_guard.linalg.operators import Jacobian
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
 from lightning_maml_guard.networks import conv4, mlp
-from lightning_maml_guard.stability.objective import MamlSubject
+from lightning_maml_guard.stability.objective import MamlObjective
 from lightning_maml_guard.tasks.episodes import episode_generator
 from lightning_maml_guard.tasks.images import Omniglot
 from lightning_maml_guard.tasks.regression import Sinusoid
@@ -34,7 +34,7 @@ REFERENCE_STEPS, REFERENCE_RESIDUAL, OTHER_SEED = 200, 1e-8, 1
 
 @dataclass
 class Spec:
-    """A network, its tasks, and how long to train; ``limit``: where a peer's run is given up."""
+    """A network, its tasks, and how long to train; ``limit``: after how many products a peer's run ends."""
 
     title: str
     network: Callable[[], torch.nn.Module]
@@ -74,8 +74,8 @@ class Case:
     def operator(self, which: str, dtype: torch.dtype = torch.float32, own: bool = False) -> Jacobian:
         """``H`` of the mean support loss, or the Jacobian ``J`` of the meta-update; ``own``: with torch's own norms."""
         with nullcontext() if own else double_backward():  # as in a check
-            subject = MamlSubject(in_dtype(self.problem, dtype), "support", self.module.task_map)
-            return Jacobian(*(subject.curvature(False) if which == "H" else subject.update()))
+            objective = MamlObjective(in_dtype(self.problem, dtype), "support", self.module.task_map)
+            return Jacobian(*(objective.curvature(False) if which == "H" else objective.update()))
 
 
 def in_dtype(problem: MetaProblem, dtype: torch.dtype) -> MetaProblem:
@@ -102,8 +102,8 @@ def fewer(problem: MetaProblem, tasks: int) -> MetaProblem:
 class Reference:
     """Top and bottom of the spectrum in float64, and the residual reached.
 
-    ``gap``: float32's converged top, relative to it. ``own``: float64's with torch's own norm layers, relative to it,
-    whose third derivatives are wrong; nan where it was not asked.
+    ``gap``: relative distance of float32's converged top. ``own``: relative distance of float64's top with torch's own
+    norm layers, whose third derivatives are wrong; nan where it was not measured.
     """
 
     top: float
@@ -115,7 +115,7 @@ class Reference:
 
     @property
     def floor(self) -> float:
-        """Errors below are rounding's, not the method's: PyHessian's plateau lies at some 20 units in the last place."""
+        """Smaller errors come from rounding, not from the method: PyHessian stalls at about 20 units in the last place."""
         return max(self.gap, 64 * torch.finfo(torch.float32).eps)
 
     def error(self, value: float) -> float:

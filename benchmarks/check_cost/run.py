@@ -1,11 +1,11 @@
-"""What a check costs, and what peers need for its lambda_max: ``python -m benchmarks.check_cost [--out FILE]``.
+"""Cost of a check, and of lambda_max by other packages: ``python -m benchmarks.check_cost [--out FILE]``.
 
-Each network at initialisation and after training. ``H``: the Hessian of the mean support loss. ``J``: the Jacobian of
-the exact meta-update. Everybody multiplies with the same float32 operator (curvlinops with its own of the same loss);
-the error is against float64 Lanczos converged to 1e-8. Timed turns, a meta-step in each, are interleaved in one process;
-multiples are medians of the ratios within a turn, and building the operator counts. PyHessian stands there at its
-defaults and at the loosest of the tolerances 1e-1 ... 1e-7 that gives our true error (or 1 %), the median over its
-start vectors; errors below float32's rounding are not asked of it.
+Each network is measured at initialisation and after training. ``H`` is the Hessian of the mean support loss, ``J`` the
+Jacobian of the exact meta-update. All methods multiply with the same float32 operator (curvlinops with its own operator
+of the same loss). The error is measured against float64 Lanczos converged to 1e-8. The methods take turns in one
+process, each turn with a meta-step; multiples are medians of the ratios within a turn, and the time to build the
+operator counts. PyHessian runs at its defaults and at the loosest tolerance of 1e-1 ... 1e-7 that reaches our true
+error (or 1 %), the median over its start vectors; it is not asked for errors below float32's rounding.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.check_cost import contestants as peers
+from benchmarks.check_cost import methods
 from benchmarks.check_cost.cases import SPECS, Case, Reference, cases, fewer, reference, seconds
-from benchmarks.check_cost.contestants import Found
+from benchmarks.check_cost.methods import Found
 from lightning_maml_guard import measure
-from lightning_maml_guard.stability.hvp import Memory
+from lightning_maml_guard.stability.hvp import MeasurementCache
 
 CERTIFIED, FEW, LONG = 1e-2, 4, 200
-PATIENCE = 6.0  # seconds, after which a contestant takes no further turn
+PATIENCE = 6.0  # seconds, after which a method takes no further turn
 
 
 def taking_turns(step: Callable[[], Any], works: dict[str, Callable[[], Any]], turns: int) -> dict[str, Any]:
@@ -51,14 +51,14 @@ def taking_turns(step: Callable[[], Any], works: dict[str, Callable[[], Any]], t
 
 def power_to(case: Case, operator: Any, known: Reference, error: float) -> tuple[Found, dict]:
     """PyHessian for this error: the run of the median start vector, and its options."""
-    runs = [peers.power_to(operator, known, error, case.spec.limit, seed) for seed in range(case.spec.seeds)]
+    runs = [methods.power_to(operator, known, error, case.spec.limit, seed) for seed in range(case.spec.seeds)]
     reached = sorted((run for run in runs if run[0].products), key=lambda run: run[0].products)
     missed = [run for run in runs if run[0].products is None]
     return (reached + missed)[len(runs) // 2]
 
 
 def at_least(found: Found, known: Reference) -> float:
-    """Products, or those after which it was given up; inf where it goes to an eigenvalue of the other sign."""
+    """Products until it converged or was stopped; inf where it converges to an eigenvalue of the other sign."""
     if found.products is not None:
         return found.products
     return math.inf if found.value * known.top < 0 else float(found.note.split()[2])
@@ -67,27 +67,27 @@ def at_least(found: Found, known: Reference) -> float:
 def compare(case: Case, which: str) -> tuple[list[dict], dict]:
     known = reference(case, which)
     operator = case.operator(which)
-    certified = peers.ours(operator, LONG)
+    certified = methods.ours(operator, LONG)
     error = max(known.error(certified.value), known.floor)
     same, same_options = power_to(case, operator, known, error)
     loose, loose_options = power_to(case, operator, known, CERTIFIED)
 
     def fresh(work: Callable[..., Found], *given: Any, **options: Any) -> Callable[[], Found]:
-        return lambda: work(*[case.operator(which)] * (1 + (work is not peers.ours)), *given, **options)
+        return lambda: work(*[case.operator(which)] * (1 + (work is not methods.ours)), *given, **options)
 
     works = {
-        "ours, as a check runs it": fresh(peers.ours),
-        "PyHessian, defaults": fresh(peers.power),
-        "hessian-eigenthings, defaults (k=10, LM)": fresh(peers.eigenthings),
-        "scipy eigsh on our products, LA, tol 1e-2": lambda: peers.scipy_on(case.operator(which)),
+        "ours, as a check runs it": fresh(methods.ours),
+        "PyHessian, defaults": fresh(methods.power),
+        "hessian-eigenthings, defaults (k=10, LM)": fresh(methods.eigenthings),
+        "scipy eigsh on our products, LA, tol 1e-2": lambda: methods.scipy_on(case.operator(which)),
     }
     if certified.products > 20:
-        works["ours, until certified"] = fresh(peers.ours, LONG)
+        works["ours, until certified"] = fresh(methods.ours, LONG)
     if which == "H":
-        works["curvlinops + scipy eigsh, LA, tol 1e-2"] = lambda: peers.curvlinops_on(case)
+        works["curvlinops + scipy eigsh, LA, tol 1e-2"] = lambda: methods.curvlinops_on(case)
     for title, options in (("our true error", same_options), ("1 % true error", loose_options)):
         if options:
-            works[f"PyHessian, tol {options['tol']:.0e}: {title}"] = fresh(peers.power, **options)
+            works[f"PyHessian, tol {options['tol']:.0e}: {title}"] = fresh(methods.power, **options)
     rows = []
     for name, (taken, multiple, found) in taking_turns(case.step, works, case.spec.turns).items():
         given = {"our true error": same, "1 % true error": loose}.get(name.split(": ")[-1], found)
@@ -95,7 +95,7 @@ def compare(case: Case, which: str) -> tuple[list[dict], dict]:
     for name, found in (("PyHessian, our true error", same), ("PyHessian, 1 % true error", loose)):
         if found.products is None:
             rows.append(row(case, which, known, name, found, math.nan, math.nan))
-    least = peers.eigenthings_to(operator, known, error)
+    least = methods.eigenthings_to(operator, known, error)
     name = "hessian-eigenthings, LA, fewest steps for our true error (by oracle)"
     rows.append(row(case, which, known, name, least, math.nan, math.nan))
     width = certified.high / certified.value - 1
@@ -139,17 +139,15 @@ def row(case: Case, which: str, known: Reference, name: str, found: Found, taken
 
 
 def check_rows(case: Case) -> list[dict]:
-    """The default check: ``criterion="exact"``, Adam."""
+    """The default check, of Adam."""
     some = min(FEW, case.problem.tasks)
-    works, memories = {}, [Memory(), Memory()]
-    for tasks, memory in zip((case.problem.tasks, some), memories, strict=True):
+    works, caches = {}, [MeasurementCache(), MeasurementCache()]
+    for tasks, cache in zip((case.problem.tasks, some), caches, strict=True):
         problem = fewer(case.problem, tasks)
-        # Adam without a step behind it has no second moments, and the check is of its first step.
-        works[f"check, {tasks} tasks"] = lambda p=problem, m=memory: measure(
-            p, optimizer=case.optimizer, criterion="exact", memory=m
-        )
+        # Before its first step Adam has no second moments, so this checks the first step.
+        works[f"check, {tasks} tasks"] = lambda p=problem, c=cache: measure(p, optimizer=case.optimizer, cache=c)
     for work in works.values():
-        work()  # the self-check of a network's first measurement
+        work()  # the first measurement includes the self-check of the second derivatives
     rows = []
     for name, (taken, multiple, report) in taking_turns(case.step, works, case.spec.turns).items():
         rows.append({"case": case.title, "method": name, "products": report.hvps, "seconds": taken})
@@ -172,7 +170,7 @@ def judge(verdicts: list[dict]) -> list[str]:
             f"  worst {worst:.2f} (target 0.5: {'met' if worst <= 0.5 else 'MISSED'}); more in {more} cases (target 0)"
         )
     wrong = sorted({name for each in verdicts for name in each["wrong_sign"]})
-    lines.append(f"\nWrong sign (target: never ours): {wrong or 'nobody'}")
+    lines.append(f"\nWrong sign (target: never ours): {wrong or 'none'}")
     held = sum(each["certified"] for each in verdicts)
     widest = max(each["interval_width"] for each in verdicts)
     lines.append(

@@ -1,1 +1,1 @@
-"""GuardBench: does the guard tell dying runs from living ones, and does it save them?"""
+"""Detection and rescue of diverging runs (GuardBench): ``python -m benchmarks.guard_bench``."""

@@ -1,7 +1,8 @@
-"""GuardBench: ``python -m benchmarks.guard_bench [--quick] [--set tune|report] [--out FOLDER]``.
+"""GuardBench, detection and rescue of diverging runs: ``python -m benchmarks.guard_bench [--quick] [--set tune|report]``.
 
-Trains every run of :mod:`cells` unguarded, with the remedies people use today and under the guard, and prints what the
-guard tells and saves. Only ``--set report`` (seed 1) is reported; ``--set tune`` (seed 0) is what defaults were chosen on.
+Trains every run of :mod:`columns` without a guard, with common remedies and under the guard. Prints how well the guard
+predicts divergence and how many runs it keeps from diverging. Report only ``--set report`` (seed 1): the defaults were
+chosen on ``--set tune`` (seed 0).
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.guard_bench.cells import STEPS, columns
-from benchmarks.guard_bench.engine import CLIP_1, CLIP_10, HALVE, UNGUARDED
+from benchmarks.guard_bench.columns import STEPS, columns
 from benchmarks.guard_bench.guarded import (
     ARMS,
     RESCALE,
@@ -28,22 +28,27 @@ from benchmarks.guard_bench.guarded import (
     WARN,
     WARN_DEFAULT,
 )
-from benchmarks.guard_bench.picture import draw
+from benchmarks.guard_bench.plot import draw
+from benchmarks.guard_bench.process import both
+from benchmarks.guard_bench.remedies import CLIP_1, CLIP_10, HALVE, UNGUARDED
 from benchmarks.guard_bench.score import LEADS, Run, detection, false_alarms, harm, rescue
-from benchmarks.guard_bench.work import both
 
 SEEDS = {"tune": range(0, 1), "report": range(1, 2)}
 
 
 def main() -> None:
-    """Run, print, write."""
+    """Run, print and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.guard_bench", description=__doc__)
     parser.add_argument("--set", choices=tuple(SEEDS), default="report")
     parser.add_argument("--quick", action="store_true", help="a tenth of the columns, at random")
-    parser.add_argument("--columns", type=int, help="so many columns, at random")
+    parser.add_argument("--columns", type=int, help="this number of columns, at random")
     parser.add_argument("--families", nargs="+", help="only these")
     parser.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="of every guard: margin=0.5"
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of every guard: margin=0.5, curvature.criterion=simplified",
     )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("guard_bench"))
@@ -53,7 +58,7 @@ def main() -> None:
     if given.families:
         chosen = [column for column in chosen if column.family in given.families]
     count = given.columns or (7 if given.quick else len(chosen))
-    # The long ones first, so that the workers end together.
+    # The long ones first, so that the workers end at the same time.
     chosen = random.Random(0).sample(chosen, min(count, len(chosen)))
     chosen.sort(key=lambda column: (column.family != "omniglot", -column.inner_steps))
     given.out.mkdir(parents=True, exist_ok=True)
@@ -65,8 +70,8 @@ def main() -> None:
             column, found, seconds = done.result()
             runs += found
             torch.save(runs, given.out / "runs.pt")
-            fates = " ".join(f"{run.plain.fate[0]}{run.guarded[ROLLBACK].trace.fate[0]}" for run in found)
-            print(f"{len(runs):4d} runs  {seconds:5.0f} s  {fates}  {column}", flush=True)
+            outcomes = " ".join(f"{run.plain.outcome[0]}{run.guarded[ROLLBACK].trace.outcome[0]}" for run in found)
+            print(f"{len(runs):4d} runs  {seconds:5.0f} s  {outcomes}  {column}", flush=True)
     runs.sort(key=lambda run: (str(run.column), run.beta))
     result = figures(runs)
     result["set"], result["options"] = given.set, options
@@ -87,24 +92,24 @@ def _option(text: str) -> tuple[str, Any]:
 
 def figures(runs: list[Run]) -> dict[str, Any]:
     """Compute every figure of the report."""
-    fates = [run.plain.fate for run in runs]
+    outcomes = [run.plain.outcome for run in runs]
     remedies = (UNGUARDED, CLIP_1, CLIP_10, HALVE, RESCALE, ROLLBACK, ROLLBACK_DEFAULT)
     seconds = {arm: sum(run.guarded[arm].seconds for run in runs) for arm in ARMS}
     return {
         "runs": len(runs),
-        "fates": {fate: fates.count(fate) for fate in ("healthy", "diverged", "neither")},
+        "outcomes": {outcome: outcomes.count(outcome) for outcome in ("healthy", "diverged", "neither")},
         "detection": detection(runs),
         "false alarms": {arm: false_alarms(runs, arm) for arm in (WARN, WARN_DEFAULT)},
         "rescue": {arm: rescue(runs, arm) for arm in remedies},
         "harm": {arm: harm(runs, arm) for arm in remedies},
         "seconds": seconds,
-        "engines disagree": [run.name for run in runs if run.plain.fate != run.remedies[UNGUARDED].fate],
+        "engines disagree": [run.name for run in runs if run.plain.outcome != run.remedies[UNGUARDED].outcome],
     }
 
 
 def report(result: dict[str, Any]) -> None:
     """Print the tables."""
-    print(f"\nGuardBench, set '{result['set']}': {result['runs']} runs of {STEPS} steps, {result['fates']}")
+    print(f"\nGuardBench, set '{result['set']}': {result['runs']} runs of {STEPS} steps, {result['outcomes']}")
     print(
         f"{result['minutes']:.1f} minutes; Trainer seconds by arm: { {k: round(v) for k, v in result['seconds'].items()} }"
     )
@@ -113,7 +118,7 @@ def report(result: dict[str, Any]) -> None:
     for name, leads in result["detection"].items():
         print(f"{name:40s}" + "".join(f"        {leads[k][0]:6.3f} {leads[k][1]:6.2f}" for k in LEADS if k in leads))
     first = next(iter(result["detection"].values()))
-    print(f"{'dying runs':40s}" + "".join(f"        {first[k][2]:6d}       " for k in LEADS if k in first))
+    print(f"{'diverging runs':40s}" + "".join(f"        {first[k][2]:6d}       " for k in LEADS if k in first))
     for arm, (alarms, steps, where) in result["false alarms"].items():
         print(f"\n{arm}: {alarms} alarms in {steps} healthy steps: {1000 * alarms / max(steps, 1):.2f} per 1000")
         print("".join(f"   {each}\n" for each in where), end="")
@@ -127,7 +132,9 @@ def report(result: dict[str, Any]) -> None:
             f"{hurt['median']:12.4f} {hurt['p90']:.3f} {hurt['largest']:.3g} {len(hurt['made to diverge'])}"
         )
     found = result["rescue"][UNGUARDED]
-    print(f"(of {found['dying']} dying runs; final/best over the {found['compared']} whose column has a healthy run)")
+    print(
+        f"(of {found['diverging']} diverging runs; final/best over the {found['compared']} whose column has a healthy run)"
+    )
     for arm in (RESCALE, ROLLBACK, ROLLBACK_DEFAULT):
         for title in ("not finite", "not healthy"):
             print(f"{arm}, {title}:" + "".join(f"\n   {each}" for each in result["rescue"][arm][title]))

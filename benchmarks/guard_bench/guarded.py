@@ -1,4 +1,4 @@
-"""The guard's arms: the same runs through a real Trainer with a real ConvergenceGuard."""
+"""Runs under a guard: the same runs through a real Trainer with a real ConvergenceGuard."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.guard_bench.cells import AFTERMATH, STEPS, Column
-from benchmarks.guard_bench.engine import Trace
-from lightning_maml_guard import ConvergenceGuard
+from benchmarks.guard_bench.columns import AFTERMATH, STEPS, Column
+from benchmarks.guard_bench.remedies import Trace
+from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, LookaheadOptions
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
 
-# Runs of 120 steps stand for longer ones, so the guard that watches looks every 5 and those that act every 10; and as it
-# comes, which is every 100 and when triggered.
+# Runs of 120 steps stand for longer ones, so the guard that warns checks every 5 steps and those that act every 10. At
+# its defaults the guard checks every 100 steps and when triggered.
 WARN, RESCALE, ROLLBACK = "guard warn", "guard rescale", "guard rescale + rollback"
 WARN_DEFAULT, ROLLBACK_DEFAULT = "guard warn, defaults", "guard rescale + rollback, defaults"
 ARMS: dict[str, dict[str, Any]] = {
@@ -39,10 +39,10 @@ class Guarded:
         trace: Its losses.
         severities: ``(step, severity)`` of every check.
         ratios: ``(step, beta / beta_c, alpha / alpha_c)`` of every full check.
-        alarms: Steps at which the guard said that the rates left the safe region.
+        alarms: Steps at which the guard warned that the rates left the safe region.
         init_rate: ``2 / lambda_max`` at the start.
-        rollbacks: How often the run was taken back.
-        stopped: Step at which the guard stopped it.
+        rollbacks: How often the run was rolled back.
+        stopped: Step at which the guard stopped the run.
         seconds: Wall time.
     """
 
@@ -60,7 +60,7 @@ class Guarded:
 class _Batches(Dataset):
     def __init__(self, column: Column, steps: int) -> None:
         family = column.tasks()
-        # Every run of a column sees the same batches: drawn once.
+        # Every run of a column uses the same batches.
         self.batches = [column.batch(step, family) for step in range(steps if column.resample else 1)]
         self.steps = steps
 
@@ -93,7 +93,7 @@ def run_column(column: Column, arms: tuple[str, ...], **options) -> dict[str, li
         **options: Arguments of the guard.
 
     Returns:
-        Runs by arm, one a meta rate.
+        Runs by arm, one per outer learning rate.
     """
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_maml_guard"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -102,12 +102,22 @@ def run_column(column: Column, arms: tuple[str, ...], **options) -> dict[str, li
     return {arm: [_run(column, beta, batches, {**ARMS[arm], **options}) for beta in column.betas] for arm in arms}
 
 
+def guard_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Gather options such as ``curvature.criterion`` in the dataclasses that the guard takes."""
+    found = {name: value for name, value in options.items() if "." not in name}
+    for group, made in (("curvature", CurvatureOptions), ("lookahead", LookaheadOptions)):
+        inner = {name.partition(".")[2]: value for name, value in options.items() if name.startswith(f"{group}.")}
+        if inner:
+            found[group] = made(**inner)
+    return found
+
+
 def _run(column: Column, beta: float, batches: _Batches, options: dict) -> Guarded:
     began = time.perf_counter()
     module = column.module(beta)
     judged = column.judged_on(column.tasks())
     start = _loss(module, judged)
-    guard, recorder = ConvergenceGuard(**options), _Recorder()
+    guard, recorder = ConvergenceGuard(**guard_arguments(options)), _Recorder()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = pl.Trainer(
@@ -133,7 +143,7 @@ def _run(column: Column, beta: float, batches: _Batches, options: dict) -> Guard
         [(report.step, report.beta_ratio, report.alpha_ratio) for report in guard.history],
         alarms,
         2 / first.lambda_max if first is not None and first.lambda_max > 0 else math.inf,
-        guard._run.rescue.rollbacks,
+        guard._run.state.rollbacks,
         guard.stopped_step,
         time.perf_counter() - began,
         said,

@@ -1,4 +1,4 @@
-"""From runs to the figures: detection, false alarms, rescue, harm."""
+"""From runs to figures: detection, false alarms, rescue and harm."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from statistics import median
 import numpy as np
 from scipy.stats import mannwhitneyu
 
-from benchmarks.guard_bench.cells import STEPS, Column
-from benchmarks.guard_bench.engine import LEFT, UNGUARDED, Trace
+from benchmarks.guard_bench.columns import STEPS, Column
 from benchmarks.guard_bench.guarded import WARN, WARN_DEFAULT, Guarded
+from benchmarks.guard_bench.remedies import LEFT, UNGUARDED, Trace
 
 LEADS = (1, 3, 5, 10)
 FALSE_ALARMS = 0.02
-# Stands for infinity, and for "nothing seen": scores are ranked.
+# Stands for infinity; its negative for no check at all. Scores are only ranked.
 HUGE = 1e9
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run with everything that was tried on it.
+    """One run with every remedy and under every guard.
 
     Attributes:
         column: Its column.
-        beta: Its meta rate.
+        beta: Its outer learning rate.
         remedies: Traces of the vmapped remedies.
         guarded: Runs under the guard, by arm.
     """
@@ -37,12 +37,12 @@ class Run:
 
     @property
     def plain(self) -> Trace:
-        """The run that nothing acts on: the guard that warns, which only watches."""
+        """The run without a remedy: under the guard that only warns."""
         return self.guarded[WARN].trace
 
     @property
     def name(self) -> str:
-        """What to look it up by."""
+        """A name to find the run by."""
         c = self.column
         return (
             f"seed {c.seed} {c.family} {c.order} K={c.inner_steps} {c.optimizer} "
@@ -63,7 +63,7 @@ def _up_to(series: list[tuple[int, float]], last: int) -> float:
 
 
 def _ratios(values: tuple[float, ...]) -> list[tuple[int, float]]:
-    """Each value over the running mean of those before."""
+    """Each value divided by the running mean of the values before it."""
     running, found = math.nan, []
     for step, value in enumerate(values):
         found.append((step, value / running if not math.isnan(running) else 1.0))
@@ -73,7 +73,7 @@ def _ratios(values: tuple[float, ...]) -> list[tuple[int, float]]:
 
 
 def _early_stopping(run: Run) -> list[tuple[int, float]]:
-    # EarlyStopping(check_finite=True, divergence_threshold=5x the start) says yes or no.
+    # EarlyStopping(check_finite=True, divergence_threshold=5x the start): yes or no.
     bar = LEFT * run.plain.start
     return [(s, 0.0 if math.isfinite(v) and v <= bar else 1.0) for s, v in enumerate(run.plain.losses)]
 
@@ -84,8 +84,8 @@ def _spike_detection(run: Run) -> list[tuple[int, float]]:
 
 
 DETECTORS = {
-    "guard (trial of the coming steps)": lambda run: run.guarded[WARN].severities,
-    "guard at its defaults": lambda run: run.guarded[WARN_DEFAULT].severities,
+    "guard, every 5 steps": lambda run: run.guarded[WARN].severities,
+    "guard, defaults": lambda run: run.guarded[WARN_DEFAULT].severities,
     "beta/beta_c or alpha/alpha_c": lambda run: [
         (s, max(_finite(b) if not math.isnan(b) else 0.0, _finite(a) if not math.isnan(a) else 0.0))
         for s, b, a in run.guarded[WARN].ratios
@@ -105,17 +105,17 @@ def detection(runs: list[Run]) -> dict[str, dict[int, tuple[float, float, int]]]
         runs: The runs.
 
     Returns:
-        ``{detector: {lead: (auroc, recall, dying runs)}}``. A run that left before the lead has no step to be told at.
+        ``{detector: {lead: (auroc, recall, diverging runs)}}``. Runs that diverge earlier than the lead are left out.
     """
-    healthy = [run for run in runs if run.plain.fate == "healthy"]
+    healthy = [run for run in runs if run.plain.outcome == "healthy"]
     table: dict[str, dict[int, tuple[float, float, int]]] = {}
     for name, detector in DETECTORS.items():
-        # A living run is scored over the steps reported on; the aftermath only says that it lives.
+        # A healthy run is scored over the reported steps; the later ones only show that it stays healthy.
         negatives = [_up_to(detector(run), STEPS - 1) for run in healthy]
         table[name] = {}
         for lead in LEADS:
-            dying = [r for r in runs if r.plain.fate == "diverged" and (r.plain.departure or 0) >= lead]
-            positives = [_up_to(detector(run), run.plain.departure - lead) for run in dying]
+            diverging = [r for r in runs if r.plain.outcome == "diverged" and (r.plain.departure or 0) >= lead]
+            positives = [_up_to(detector(run), run.plain.departure - lead) for run in diverging]
             if not positives or not negatives:
                 continue
             auroc = float(mannwhitneyu(positives, negatives).statistic) / (len(positives) * len(negatives))
@@ -133,9 +133,9 @@ def false_alarms(runs: list[Run], arm: str) -> tuple[int, int, list[str]]:
         arm: An arm that warns.
 
     Returns:
-        Alarms, healthy steps, and the runs they were in.
+        Alarms, healthy steps, and the runs with alarms.
     """
-    healthy = [run for run in runs if run.plain.fate == "healthy"]
+    healthy = [run for run in runs if run.plain.outcome == "healthy"]
     each = {run.name: [s for s in run.guarded[arm].alarms if s < STEPS] for run in healthy}
     return (
         sum(map(len, each.values())),
@@ -145,39 +145,39 @@ def false_alarms(runs: list[Run], arm: str) -> tuple[int, int, list[str]]:
 
 
 def rescue(runs: list[Run], arm: str) -> dict[str, object]:
-    """What becomes of the runs that diverge unguarded.
+    """Outcomes of the runs that diverge without a guard.
 
     Args:
         runs: The runs.
         arm: A remedy, or an arm of the guard.
 
     Returns:
-        Shares, the median final loss over the best healthy run of the column, and the failing runs.
+        Shares, the median ratio of the final loss to that of the best healthy run of the column, and the failing runs.
     """
     best: dict[Column, float] = {}
     for run in runs:
-        if run.plain.fate == "healthy":
+        if run.plain.outcome == "healthy":
             best[run.column] = min(best.get(run.column, math.inf), run.plain.final)
-    dying = [run for run in runs if run.plain.fate == "diverged"]
-    finals = {run.name: run.trace(arm).final for run in dying}
-    ratios = [_finite(run.trace(arm).final / best[run.column]) for run in dying if run.column in best]
+    diverging = [run for run in runs if run.plain.outcome == "diverged"]
+    finals = {run.name: run.trace(arm).final for run in diverging}
+    ratios = [_finite(run.trace(arm).final / best[run.column]) for run in diverging if run.column in best]
     return {
-        "dying": len(dying),
+        "diverging": len(diverging),
         "finite": float(np.mean([math.isfinite(value) for value in finals.values()])),
-        "healthy": float(np.mean([run.trace(arm).fate == "healthy" for run in dying])),
+        "healthy": float(np.mean([run.trace(arm).outcome == "healthy" for run in diverging])),
         "median ratio": median(ratios) if ratios else math.nan,
         "compared": len(ratios),
-        "not finite": [run.name for run in dying if not math.isfinite(run.trace(arm).final)],
+        "not finite": [run.name for run in diverging if not math.isfinite(run.trace(arm).final)],
         "not healthy": [
             f"{run.name}: {run.trace(arm).start:.3g} -> {run.trace(arm).final:.3g}"
-            for run in dying
-            if run.trace(arm).fate != "healthy"
+            for run in diverging
+            if run.trace(arm).outcome != "healthy"
         ],
     }
 
 
 def harm(runs: list[Run], arm: str) -> dict[str, object]:
-    """What becomes of the runs that are healthy unguarded.
+    """Effect on the runs that are healthy without a guard.
 
     Args:
         runs: The runs.
@@ -186,7 +186,7 @@ def harm(runs: list[Run], arm: str) -> dict[str, object]:
     Returns:
         Median, 90th percentile and largest ratio of the final losses, and the runs made to diverge.
     """
-    healthy = [run for run in runs if run.plain.fate == "healthy"]
+    healthy = [run for run in runs if run.plain.outcome == "healthy"]
     # A remedy of the vmapped engine is compared with the vmapped engine's own unguarded run.
     plain = {id(run): run.plain if arm in run.guarded else run.remedies[UNGUARDED] for run in healthy}
     ratios = [_finite(run.trace(arm).final / plain[id(run)].final) for run in healthy]
@@ -195,5 +195,5 @@ def harm(runs: list[Run], arm: str) -> dict[str, object]:
         "median": median(ratios),
         "p90": float(np.quantile(ratios, 0.9)),
         "largest": max(ratios),
-        "made to diverge": [run.name for run in healthy if run.trace(arm).fate == "diverged"],
+        "made to diverge": [run.name for run in healthy if run.trace(arm).outcome == "diverged"],
     }

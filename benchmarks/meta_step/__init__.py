@@ -1,1 +1,1 @@
-"""A meta-training step against its peers: ``python -m benchmarks.meta_step``; see :mod:`.run`."""
+"""Time of a meta-training step against other packages: ``python -m benchmarks.meta_step``; see :mod:`.run`."""

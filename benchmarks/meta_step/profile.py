@@ -1,4 +1,4 @@
-"""Where a step's time goes: ``python -m benchmarks.meta_step.profile [row] [strategy]``.
+"""Profile of a meta-training step: ``python -m benchmarks.meta_step.profile [row] [strategy]``.
 
 Prints the share of convolution and matrix kernels in the time of our step, by torch's profiler, and their FLOP rate
 against the fastest rate measured on this machine.
@@ -11,8 +11,8 @@ import argparse
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.meta_step.contestants import ours
-from benchmarks.meta_step.limit import measured_peak, step_flops
+from benchmarks.meta_step.methods import ours
+from benchmarks.meta_step.roofline import measured_peak, step_flops
 from benchmarks.meta_step.rows import ROWS
 
 KERNELS = ("conv", "::mm", "::bmm", "::addmm", "::baddbmm")

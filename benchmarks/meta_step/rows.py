@@ -1,4 +1,4 @@
-"""The rows: networks, data and settings, the same for every contestant."""
+"""The rows of the table: networks, data and settings, the same for every method."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_maml_guard.networks import conv4, mlp
 class Row:
     """One row of the table; ``flops`` is of the forward pass of one example, ``burst`` the steps of a turn.
 
-    A turn of a small network takes so many steps that coming back after the others (caches, threads) hardly counts.
+    A turn of a small network takes many steps, so that the caches and threads left by the other methods hardly count.
     """
 
     title: str
@@ -52,7 +52,7 @@ class Row:
 
 
 class Transformer(nn.Module):
-    """A regressor over one task's points: two pre-norm blocks of attention, written out, so that all peers can."""
+    """A regressor over one task's points: two pre-norm blocks of attention, written out so that all packages can run it."""
 
     def __init__(self, width: int = 32, heads: int = 4, depth: int = 2) -> None:
         super().__init__()

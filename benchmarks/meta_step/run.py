@@ -1,8 +1,8 @@
-"""Times meta-training steps, in turns, and compares the gradients.
+"""Times meta-training steps in turns, and compares the gradients.
 
-``python -m benchmarks.meta_step.run [rows] [--compile] [--rounds 9] [--out FILE]``. Printed for every
-contestant: the median time, the median ratio to the hand-written loop of the same turn, the relative distance of its
-meta-gradient from the loop's in float64, and the most memory a step added. A peer that fails is shown with its reason.
+``python -m benchmarks.meta_step [rows] [--compile] [--rounds 9] [--out FILE]``. Printed for every method: the median
+time, the median ratio to the hand-written loop of the same turn, the relative distance of its meta-gradient from the
+loop's in float64, and the most memory that a step added. A method that fails is listed with its reason.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from statistics import median
 import torch
 from torch import nn
 
-from benchmarks.meta_step.contestants import BASELINE, OURS, contestants, gradient_by
-from benchmarks.meta_step.limit import limit_seconds, measured_peak
+from benchmarks.meta_step.methods import BASELINE, OURS, gradient_by, methods
+from benchmarks.meta_step.roofline import limit_seconds, measured_peak
 from benchmarks.meta_step.rows import ROWS, Row
 from lightning_maml_guard.kernels.allocator import hold, release, settle
 
@@ -51,7 +51,7 @@ def numerics(row: Row, makes: dict, device: torch.device) -> dict:
 
 
 def timed(row: Row, makes: dict, device: torch.device, rounds: int) -> tuple[dict, dict]:
-    """Times of one step, by contestant and turn, and the memory the first step added (CPU: of the process's peak)."""
+    """Times of one step, by method and turn, and the memory the first step added (CPU: of the process's peak)."""
     support, query = row.data(torch.float32, device)
     torch.manual_seed(0)
     network = row.network().to(device)
@@ -65,7 +65,7 @@ def timed(row: Row, makes: dict, device: torch.device, rounds: int) -> tuple[dic
     times: dict = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            # As in a training, a step follows another: the first of a turn is not timed, a turn is so many of them.
+            # In a training a step follows another, so the first step of a turn is not timed.
             if name in OURS and device.type == "cpu":
                 hold(step)  # as MetaLearningModule does in a fit
             step()
@@ -91,20 +91,20 @@ def _peak(device: torch.device) -> float:
 
 
 def main() -> None:
-    """Time, compare, print, write."""
+    """Time, compare, print and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.meta_step.run", description=__doc__)
     parser.add_argument("rows", nargs="*", default=[])
     parser.add_argument("--compile", action="store_true", help="also with compile=True (minutes of compiling a row)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="*", help="contestants whose name holds one of these")
+    parser.add_argument("--only", nargs="*", help="methods whose name holds one of these")
     parser.add_argument("--no-numerics", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/meta_step.json"))
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(given.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    makes = contestants(given.compile)
+    makes = methods(given.compile)
     if given.only:
         makes = {n: m for n, m in makes.items() if n == BASELINE or any(part in n for part in given.only)}
     peak = measured_peak(device)
@@ -121,14 +121,12 @@ def main() -> None:
         failing = [name for name, gap in gaps.items() if isinstance(gap, str)]
         times, memory = timed(row, {n: m for n, m in here.items() if n not in failing}, device, given.rounds)
         limit = limit_seconds(row, peak, device)
-        print(
-            "| contestant | ms | x the loop | share of the limit | gradient's error | MiB |\n|---|---|---|---|---|---|"
-        )
-        result = {"limit_ms": 1e3 * limit, "peak_gflops": peak / 1e9, "contestants": {}}
+        print("| method | ms | x the loop | share of the limit | gradient's error | MiB |\n|---|---|---|---|---|---|")
+        result = {"limit_ms": 1e3 * limit, "peak_gflops": peak / 1e9, "methods": {}}
         for name in here:
             if name in failing:
                 print(f"| {name} | | fails | | {gaps[name]} | |")
-                result["contestants"][name] = {"fails": gaps[name]}
+                result["methods"][name] = {"fails": gaps[name]}
                 continue
             ratio = median(base / own for base, own in zip(times[BASELINE], times[name], strict=True))
             milliseconds, gap = 1e3 * median(times[name]), gaps.get(name)
@@ -139,7 +137,7 @@ def main() -> None:
                 f"| {name} | {milliseconds:.3g} | {ratio:.2f} | {share:.0%} | {shown} | {memory[name]:.0f} |",
                 flush=True,
             )
-            result["contestants"][name] = {
+            result["methods"][name] = {
                 "ms": milliseconds,
                 "ratio": ratio,
                 "share_of_limit": share,
@@ -147,7 +145,7 @@ def main() -> None:
                 "mib": memory[name],
             }
         result["loop_limit_ratio"] = median(times[BASELINE]) / limit
-        print(f"limit (see limit.py): {1e3 * limit:.3g} ms, {result['loop_limit_ratio']:.1f}x the loop")
+        print(f"limit (see roofline.py): {1e3 * limit:.3g} ms, {result['loop_limit_ratio']:.1f}x the loop")
         results[row.title] = result
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps({"machine": machine, "torch": torch.__version__, "rows": results}, indent=1))

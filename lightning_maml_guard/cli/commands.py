@@ -1,4 +1,4 @@
-"""What each command of the command line does with the CLI that was built from its words."""
+"""What each command does, and what it prints: the docstrings of the commands are their help."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_maml_guard.cli.parser import GuardCLI
 from lightning_maml_guard.guard.convergence_guard import ConvergenceGuard
-from lightning_maml_guard.stability.report import StabilityReport, applied_instead
+from lightning_maml_guard.guard.report import CheckReport
+from lightning_maml_guard.stability.estimators import estimates_per_task
 from lightning_maml_guard.tasks.datamodule import TaskDataModule
 from lightning_maml_guard.theory.limits import UNSAFE
 from lightning_maml_guard.tuner.suggest_rates import suggest_rates
@@ -23,39 +25,28 @@ from lightning_maml_guard.utils.lightning_compat import inform
 from lightning_maml_guard.utils.warnings import GuardWarning
 
 TRAIN_THEN_TEST = ""
-# Commands that train nothing, and judge what was trained.
-JUDGING = ("validate", "test")
-# What a guard and suggest_rates have in common: how to measure, and how to try the coming steps.
-MEASURING = ("problem", "criterion", "estimator", "max_iter", "tol", "basis", "data", "trial_steps", "alarm")
-# What suggest follows of the Trainer it is given.
-_FOLLOWED = ("accelerator", "precision", "gradient_clip_val", "gradient_clip_algorithm")
-# Said by Lightning's own code of itself, in every run (2.6.6 under torch 2.13).
-_POINTLESS = (r"`isinstance\(treespec, LeafSpec\)` is deprecated",)
-# Said of a checkpoint that is only judged: that the guard which watched its training is missing, and where the training
-# kept its checkpoints.
-_POINTLESS_WHERE_JUDGED = (
+# Commands that evaluate a checkpoint and train nothing.
+EVALUATION = ("validate", "test")
+# What suggest takes from the configuration's Trainer.
+_TRAINER_OPTIONS = ("accelerator", "precision", "gradient_clip_val", "gradient_clip_algorithm")
+# Lightning's own code causes it in every run (2.6.6 under torch 2.13).
+_IGNORED = (r"`isinstance\(treespec, LeafSpec\)` is deprecated",)
+# An evaluation needs neither the guard that watched the training nor the training's checkpoint folder.
+_IGNORED_IN_EVALUATION = (
     r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need to be provided .* add the "
     r"""following callbacks: \["ConvergenceGuard\{[^"]*"\]\.$""",
     r"The dirpath has changed from .*, therefore `best_model_score`, .* won't be reloaded\.",
 )
-# Episodes have no worker processes by design: their data then lies on the device that trains.
-_POINTLESS_OF_EPISODES = (r"The '\w+_dataloader' does not have many workers",)
+# Episodes are sampled without worker processes: their data then lies on the device that trains.
+_IGNORED_WITHOUT_WORKERS = (r"The '\w+_dataloader' does not have many workers",)
 
 
 @contextmanager
-def without_the_pointless(command: str, cli: GuardCLI) -> Iterator[None]:
-    """Hold back warnings of Lightning's that nobody at a command line can act on.
-
-    Args:
-        command: The command that runs.
-        cli: What it runs on.
-
-    Yields:
-        Nothing.
-    """
-    messages = [*_POINTLESS, *(_POINTLESS_WHERE_JUDGED if command in JUDGING else ())]
+def known_warnings_ignored(command: str, cli: GuardCLI) -> Iterator[None]:
+    """Ignore those warnings of Lightning that the user of the command line cannot act on."""
+    messages = [*_IGNORED, *(_IGNORED_IN_EVALUATION if command in EVALUATION else ())]
     if isinstance(cli.datamodule, TaskDataModule) and not cli.datamodule.num_workers:
-        messages += _POINTLESS_OF_EPISODES
+        messages += _IGNORED_WITHOUT_WORKERS
     with warnings.catch_warnings():
         for message in messages:
             warnings.filterwarnings("ignore", message=message)
@@ -63,7 +54,7 @@ def without_the_pointless(command: str, cli: GuardCLI) -> Iterator[None]:
 
 
 def _train_then_test(cli: GuardCLI) -> None:
-    """Train MAML on a task, test it, and draw the safe region where a guard watched."""
+    """Train MAML on a task and test it; with --guard, watch the learning rates and draw the safe region."""
     _train(cli)
     cli.trainer.test(cli.model, datamodule=cli.datamodule)
     _conclude(cli)
@@ -76,7 +67,7 @@ def _fit(cli: GuardCLI) -> None:
 
 
 def _validate(cli: GuardCLI) -> None:
-    """Judge a checkpoint (--ckpt_path; without one the network as initialised) on the validation episodes."""
+    """Evaluate a checkpoint (--ckpt_path; without one the network as initialised) on the validation episodes."""
     if getattr(cli.datamodule, "val_episodes", None) == 0:
         cli.parser.error(
             "--data.val_episodes: validate judges on the validation episodes, of which there are 0. Pass a number of "
@@ -87,7 +78,7 @@ def _validate(cli: GuardCLI) -> None:
 
 
 def _test(cli: GuardCLI) -> None:
-    """Judge a checkpoint (--ckpt_path; without one the network as initialised) on the test episodes."""
+    """Evaluate a checkpoint (--ckpt_path; without one the network as initialised) on the test episodes."""
     _warn_untrained(cli, "test")
     cli.trainer.test(cli.model, datamodule=cli.datamodule, **_checkpoint(cli))
 
@@ -96,20 +87,17 @@ def _suggest(cli: GuardCLI, name: str, batches: int, margin: float) -> None:
     """Measure before training, and suggest learning rates at --margin M (default 0.5) times their critical values,
     over --batches N (default 4) training batches; --guard.NAME options say how to measure.
     """
-    options = {} if cli.guard is None else {each: getattr(cli.guard, each) for each in MEASURING}
-    if options.get("estimator", "lanczos") != "lanczos":
-        options["tasks"] = "mean"  # the others treat one Hessian at a time
     found = cli.suggestion = suggest_rates(
         cli.model,
         cli.datamodule,
         batches=batches,
         margin=margin,
-        **{each: cli.config["trainer"][each] for each in _FOLLOWED},
-        **options,
+        **{each: cli.config["trainer"][each] for each in _TRAINER_OPTIONS},
+        **_measuring_options(cli.guard),
     )
     print(found)
     if any(report.lambda_max > 0 for report in found.reports) and math.isfinite(found.alpha):
-        _save(found, Path("runs") / "suggest" / f"{name}.png")
+        _save_safe_region(found, Path("runs") / "suggest" / f"{name}.png")
 
 
 RUNS: dict[str, Callable[..., None]] = {
@@ -121,6 +109,15 @@ RUNS: dict[str, Callable[..., None]] = {
 }
 
 
+def _measuring_options(guard: ConvergenceGuard | None) -> dict[str, Any]:
+    if guard is None:
+        return {}
+    # Before training the sharpest task counts, where the estimator can treat the tasks one by one.
+    tasks = "worst" if estimates_per_task(guard.curvature.estimator) else "mean"
+    curvature = replace(guard.curvature, tasks=tasks)
+    return {"problem": guard.problem, "curvature": curvature, "lookahead": guard.lookahead}
+
+
 def _checkpoint(cli: GuardCLI) -> dict[str, Any]:
     path = cli.config["ckpt_path"]
     return {} if path is None else {"ckpt_path": path}
@@ -129,23 +126,24 @@ def _checkpoint(cli: GuardCLI) -> dict[str, Any]:
 def _warn_untrained(cli: GuardCLI, command: str) -> None:
     if cli.config["ckpt_path"] is not None:
         return
-    folder, inside = _where_checkpoints_go(cli)
-    kept = sorted(folder.glob(f"{inside}*.ckpt"), key=lambda path: path.stat().st_mtime)
-    newest = f"{kept[-1]} (the newest in {folder})" if kept else f"{folder}/{inside.replace('*', 'version_N')}NAME.ckpt"
+    folder, pattern = _where_checkpoints_go(cli)
+    kept = sorted(folder.glob(f"{pattern}*.ckpt"), key=lambda path: path.stat().st_mtime)
+    unknown = f"{folder}/{pattern.replace('*', 'version_N')}NAME.ckpt"
+    path = f"{kept[-1]} (the newest in {folder})" if kept else unknown
     rank_zero_warn(
-        f"{command} judges the initial parameters, as no --ckpt_path was passed. Pass --ckpt_path {newest} to judge "
+        f"{command} judges the initial parameters, as no --ckpt_path was passed. Pass --ckpt_path {path} to judge "
         "the trained ones.",
         category=GuardWarning,
     )
 
 
 def _where_checkpoints_go(cli: GuardCLI) -> tuple[Path, str]:
-    """Name the folder of a run's checkpoints, by ModelCheckpoint's rule, and what of the path below it to search."""
+    """Return the folder of a run's checkpoints by ModelCheckpoint's rule, and the pattern of the path below it."""
     trainer, given = cli.trainer, cli.config_init["trainer"]["logger"]
     named = next(filter(None, (getattr(each, "dirpath", None) for each in trainer.checkpoint_callbacks)), None)
     if named is not None:
         return Path(named), ""
-    # The configuration's before the Trainer's: fast_dev_run puts one in their place that keeps nothing.
+    # The configuration's before the Trainer's: fast_dev_run replaces them by one that writes nothing.
     loggers = given if isinstance(given, list) else [given] if given not in (None, True, False) else trainer.loggers
     if not loggers:
         return Path(trainer.default_root_dir), "checkpoints/"
@@ -154,50 +152,57 @@ def _where_checkpoints_go(cli: GuardCLI) -> tuple[Path, str]:
 
 def _train(cli: GuardCLI) -> None:
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, **_checkpoint(cli))
-    loss = cli.trainer.callback_metrics.get("train/loss", torch.zeros(()))
-    lost = f"its last loss is {float(loss)}" if not math.isfinite(loss) else ""
-    if not lost and not all(bool(torch.isfinite(each).all()) for each in cli.model.parameters()):
-        lost = "its parameters are not finite"
-    if lost:
-        inform(f"The training diverged: {lost}. {_what_to_do(cli.guard)}")
-
-
-def _what_to_do(guard: ConvergenceGuard | None) -> str:
-    if guard is None:
-        return "Run it again with --guard, which tells the rate to lower; --guard rescale lowers it."
-    if guard.action != "log" and any(report.status == UNSAFE for report in guard.history):
-        return "The guard's warning above says why, and which rate to lower."
-    if guard.action == "log":
-        return "--guard log warns of nothing: --guard tells the rate to lower, and --guard rescale lowers it."
-    return "No check of the guard saw it coming: --guard.every_n_steps 5 looks more often."
+    loss = float(cli.trainer.callback_metrics.get("train/loss", 0.0))
+    if not math.isfinite(loss):
+        inform(_diverged(f"its last loss is {loss}", cli.guard))
+    elif not all(bool(torch.isfinite(each).all()) for each in cli.model.parameters()):
+        inform(_diverged("its parameters are not finite", cli.guard))
 
 
 def _conclude(cli: GuardCLI) -> None:
-    """Tell what the last check found, and draw the safe region where there is one to draw."""
     folder, guard = cli.trainer.log_dir, cli.guard
     if guard is None or folder is None or not cli.trainer.is_global_zero:
         return
     if guard.history:
-        inform(f"ConvergenceGuard: {_verdict(guard.history)}")
+        inform(_last_check(guard.history))
     if any(report.lambda_max > 0 for report in guard.history):
-        _save(guard, Path(folder) / "safe_region.png")
+        _save_safe_region(guard, Path(folder) / "safe_region.png")
 
 
-def _verdict(history: list[StabilityReport]) -> str:
-    last = history[-1]
-    rates = ", ".join(
-        (f"{name} not judged" if math.isnan(ratio) else f"{name} at {ratio:.2g} of {name}_c")
-        + (f" ({applied})" if (applied := applied_instead(last, name)) else "")
-        for name, ratio in (("alpha", last.alpha_ratio), ("beta", last.beta_ratio))
-    )
-    number = f"{len(history)} checks, the last" if len(history) > 1 else "1 check,"
-    return f"{number} at step {last.step}: {last.status}, {rates}."
-
-
-def _save(drawable: ConvergenceGuard | RateSuggestion, path: Path) -> None:
+def _save_safe_region(drawable: ConvergenceGuard | RateSuggestion, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     path.parent.mkdir(parents=True, exist_ok=True)
     drawable.plot()[0].savefig(path, dpi=150)
     inform(f"ConvergenceGuard: the safe region is drawn in {path}")
+
+
+# Sentences about what the guard found.
+
+
+def _diverged(symptom: str, guard: ConvergenceGuard | None) -> str:
+    return f"The training diverged: {symptom}. {_what_to_do(guard)}"
+
+
+def _what_to_do(guard: ConvergenceGuard | None) -> str:
+    if guard is None:
+        return "Run it again with --guard, which tells the rate to lower; --guard rescale lowers it."
+    if guard.action == "log":
+        return "--guard log warns of nothing: --guard tells the rate to lower, and --guard rescale lowers it."
+    if any(report.status == UNSAFE for report in guard.history):
+        return "The guard's warning above says why, and which rate to lower."
+    return "No check of the guard saw it coming: --guard.every_n_steps 5 looks more often."
+
+
+def _last_check(history: list[CheckReport]) -> str:
+    last = history[-1]
+    rates = [_rate_of(last, "alpha", last.alpha_ratio), _rate_of(last, "beta", last.beta_ratio)]
+    count = f"{len(history)} checks, the last" if len(history) > 1 else "1 check,"
+    return f"ConvergenceGuard: {count} at step {last.step}: {last.status}, {', '.join(rates)}."
+
+
+def _rate_of(report: CheckReport, name: str, ratio: float) -> str:
+    text = f"{name} not judged" if math.isnan(ratio) else f"{name} at {ratio:.2g} of {name}_c"
+    applied = report.applied_instead(name)
+    return f"{text} ({applied})" if applied else text

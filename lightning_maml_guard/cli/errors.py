@@ -6,118 +6,129 @@ import inspect
 import pydoc
 import re
 import traceback
-from collections.abc import Iterable, Iterator
+from argparse import SUPPRESS, Action, ArgumentError
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from types import FrameType, FunctionType
-from typing import Any
+from types import CodeType, FrameType, FunctionType, NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
-_OURS = __name__.partition(".")[0]
-# jsonargparse (4.53) tells every type that a value could have had, and shows the value once for each level.
-_NOISE = re.compile(
-    r"Does not validate against any of the Union|Subtypes: |Errors:$|Given value|Expected a <class 'NoneType'>$"
-)
-_KEY = re.compile(r'Parser key "([^"]+)":(.*)')
-_GIVEN = re.compile(r"Given value: (?!NestedArg\()(.*)")
-_CLASS = re.compile(r"class_path[ =]'([\w.]+)'")
-_UNKNOWN = re.compile(r"(?:Group '(?P<group>[\w.]+)' does not accept option|Option) '(?P<name>[\w.]+)'")
+_OURS = f"{__name__.partition('.')[0]}."
 _UNRECOGNIZED = "unrecognized arguments: "
+# jsonargparse (4.53) chains its exceptions from the option at the command line down to the value that is wrong. Only in
+# their text are the name of an option at each level, the name of an option that doesn't exist, and the first of the
+# types that a value may have.
+_KEY = re.compile(r'Parser key "([^"]+)"')
+_QUOTED = re.compile(r"'([^']+)'")
+_WRONG_TYPE = re.compile(r"Expected a (?:<class '[^']+'>|[\w.]+\[.*\]|collections\.abc\.\w+)(?=\. Got value: )")
 
 
-def explained(message: str, known: Iterable[str]) -> str:
-    """Shorten an error of jsonargparse, and name the option that was meant.
+class ClassOptionError(ArgumentError):
+    """An error among the arguments of a class or function that the command line names."""
 
-    Args:
-        message: The error.
-        known: The parser's own options, without their dashes.
+    def __init__(self, message: str, options: Sequence[Action]) -> None:
+        super().__init__(None, message)
+        self.options = options
 
-    Returns:
-        One line that names the option; the message as it was where it is of another kind.
-    """
-    if message.startswith(_UNRECOGNIZED):
-        words = [word.partition("=")[0] for word in message.removeprefix(_UNRECOGNIZED).split()]
-        near = [_meant(word.removeprefix("--"), known).strip() for word in words if word.startswith("--")]
-        return ". ".join([message, *dict.fromkeys(filter(None, near))])
-    keys, indents, said = [], [], []
-    for line in message.splitlines():
-        text = line.strip().removeprefix("- ")
-        if found := _KEY.match(text):
-            keys.append(found[1])
-            indents.append(len(line) - len(line.lstrip()))
-            text = found[2].strip()
-        if text and not _NOISE.match(text) and not text.startswith("Problem with given class_path"):
-            said.append(re.sub(r"a <class '([\w.]+)'>", r"\1", text))
-    if unknown := _UNKNOWN.search(message):
-        name = ".".join([*keys, *filter(None, [unknown["group"]]), unknown["name"]])
-        classes = _CLASS.findall(message)
-        names = [".".join([*keys, each]) for each in _parameters(classes[-1])] if keys and classes else known
-        return f"unrecognized option --{name}.{_meant(name, names)}"
-    # Where the values of several keys were tried in turn, the path to one of them is not to be told from its text.
-    if not keys or not said or sorted(set(indents)) != indents:
+
+def option_names(options: Iterable[Action]) -> list[str]:
+    """List the options that the help shows, without their dashes."""
+    words = [word for option in options if option.help != SUPPRESS for word in option.option_strings]
+    return [word.removeprefix("--") for word in words if not word.endswith((".help", "+"))]
+
+
+def with_nearest(message: str, known: Sequence[str]) -> str:
+    """Add the options that were probably meant to an error about unrecognized arguments; leave other errors alone."""
+    if not message.startswith(_UNRECOGNIZED):
         return message
-    text = "; ".join(dict.fromkeys(said))
-    given = _GIVEN.search(message)
-    shown = given is None or text.endswith(given[1])
-    return f"--{'.'.join(keys)}: {text}" + ("" if shown else f". Got value: {given[1]}")  # type: ignore[index]
+    words = [word.partition("=")[0] for word in message.removeprefix(_UNRECOGNIZED).split()]
+    hints = [_did_you_mean(word.removeprefix("--"), known) for word in words if word.startswith("--")]
+    return ". ".join([message, *dict.fromkeys(filter(None, hints))])
 
 
-def refusal(error: BaseException, config: dict[str, Any]) -> str | None:
-    """Say what a class or function of this package refused of what the configuration gives it.
+def wrong_option(error: BaseException | None, options: Sequence[Action]) -> str | None:
+    """Describe the option that an error of the parser with these options is about; None for errors of other kinds."""
+    keys: list[str] = []
+    above = text = ""
+    while error is not None:
+        text = str(error).strip()
+        if isinstance(error, ClassOptionError):
+            options, above = error.options, "".join(f"{key}." for key in keys)
+        if unknown := _unknown_option(error, text):
+            meant = _did_you_mean(unknown, option_names(options), above)
+            return f"unrecognized option --{above}{unknown}. {meant}".rstrip()
+        if isinstance(error, TypeError) and (found := _KEY.match(text)):
+            keys.append(found[1])
+        error = error.__cause__
+    if not keys:
+        return None
+    said = text.partition("\n")[0]
+    hint = next((getattr(option, "_typehint", None) for option in options if option.dest == keys[-1]), None)
+    if hint is not None and (wrong := _WRONG_TYPE.search(said)):
+        said = f"Expected {_type_name(hint)}{said[wrong.end() :]}"
+    return f"--{'.'.join(keys)}: {said}"
 
-    Args:
-        error: What the instantiation of the configuration raised.
-        config: The configuration, as plain dicts.
 
-    Returns:
-        The option and the refusal; None if something else went wrong.
-    """
-    frames = _frames(error)
-    while not frames[-1].f_globals.get("__name__", "").startswith(f"{_OURS}."):
+def wrong_argument(error: BaseException, config: Mapping[str, Any]) -> str | None:
+    """Describe the option whose value an argument check of this package rejected; None for errors of other kinds."""
+    while True:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if frames[-1].f_globals.get("__name__", "").startswith(_OURS):
+            break
         if error.__cause__ is None:
             return None
-        error = error.__cause__  # jsonargparse raises its own from the one that counts
-        frames = _frames(error)
-    codes = [frame.f_code for frame in frames]
-    called = [(codes.index(code), key, target) for key, target, code in _targets(config) if code in codes]
+        error = error.__cause__  # jsonargparse raises its own from that of the check
+    places: dict[CodeType, tuple[str, Iterable[str]]] = {}
+    for key, path in config.items():  # jsonargparse lists a configuration's values by their full keys
+        target: Any = pydoc.locate(str(path)) if key.endswith(".class_path") else None
+        if code := _code(target):
+            places.setdefault(code, (key.removesuffix(".class_path"), inspect.signature(target).parameters))
+    called = [place for frame in frames if (place := places.get(frame.f_code) or _dataclass_place(frame, config))]
     if not called:
         return None
-    _, key, target = max(called, key=lambda each: each[0])
+    key, parameters = called[-1]
     name = re.search(r"argument `(\w+)", str(error))
-    option = f"{key}.{name[1]}" if name and name[1] in _parameters(target) else key
-    return f"--{option}: {error}"
+    option = f"{key}.{name[1]}" if name and name[1] in parameters else key
+    return f"--{option.replace('.init_args', '')}: {error}"
 
 
-def _frames(error: BaseException) -> list[FrameType]:
-    return [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+def _unknown_option(error: BaseException, text: str) -> str | None:
+    if isinstance(error, KeyError) and "not accept" in text:  # behind its group's name where it has one
+        return ".".join(_QUOTED.findall(text))
+    if isinstance(error, ArgumentError) and text.startswith(_UNRECOGNIZED):
+        return text.removeprefix(f"{_UNRECOGNIZED}--").partition("=")[0]
+    return None
 
 
-def _meant(name: str, known: Iterable[str]) -> str:
-    near = _nearest(name, list(known))
-    return "" if near is None else f" Did you mean --{near}?"
+def _dataclass_place(frame: FrameType, config: Mapping[str, Any]) -> tuple[str, Iterable[str]] | None:
+    """Return the key and fields of an options dataclass made here: a configuration has no class_path of those."""
+    options = frame.f_locals.get("self")
+    if not is_dataclass(options):
+        return None
+    names = {field.name for field in fields(options)}
+    groups: dict[str, set[str]] = {}
+    for key, _ in config.items():
+        group, _, name = key.rpartition(".")
+        groups.setdefault(group, set()).add(name)
+    return next(((group, names) for group, found in groups.items() if found == names), None)
 
 
-def _nearest(name: str, known: list[str]) -> str | None:
-    """Correct the part before the first dot, and the rest among what stands behind that part."""
-    head, _, rest = name.partition(".")
-    heads = get_close_matches(head, {each.partition(".")[0] for each in known}, 1)
-    if not heads or not rest:
-        return heads[0] if heads and name not in known else None
-    behind = [each.partition(".")[2] for each in known if each.startswith(f"{heads[0]}.")]
-    right = rest if rest in behind or not behind else _nearest(rest, behind)
-    return None if right is None or (right, heads[0]) == (rest, head) else f"{heads[0]}.{right}"
-
-
-def _parameters(target: Any) -> list[str]:
-    found = pydoc.locate(target) if isinstance(target, str) else target
-    return list(inspect.signature(found).parameters) if callable(found) else []
-
-
-def _targets(config: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Find every class and function that a configuration names: its key, it, and the code that takes its arguments."""
-    if not isinstance(config, dict):
-        return
-    target = pydoc.locate(config["class_path"]) if isinstance(config.get("class_path"), str) else None
+def _code(target: Any) -> CodeType | None:
     takes = target if isinstance(target, FunctionType) else getattr(target, "__init__", None)
-    if isinstance(takes, FunctionType):
-        yield key, target, takes.__code__
-    for name, value in config.items():
-        yield from _targets(value, key if name == "init_args" else f"{key}.{name}".lstrip("."))
+    return getattr(takes, "__code__", None)
+
+
+def _type_name(hint: Any) -> str:
+    types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    names = [each.__name__ if isinstance(each, type) else str(each) for each in types if each is not NoneType]
+    return re.sub(r"(?:\w+\.)+", "", " or ".join(names))
+
+
+def _did_you_mean(name: str, known: Sequence[str], above: str = "") -> str:
+    """Correct the part before the first dot, and the rest among the options that begin with that part."""
+    head, dot, rest = name.partition(".")
+    heads = get_close_matches(head, {each.partition(".")[0] for each in known}, 1)
+    behind = [each.partition(".")[2] for each in known if heads and each.startswith(f"{heads[0]}.")]
+    rests = get_close_matches(rest, behind, 1) if rest and behind else [rest]
+    near = f"{heads[0]}{dot}{rests[0]}" if heads and rests else name
+    return "" if near == name else f"Did you mean --{above}{near}?"

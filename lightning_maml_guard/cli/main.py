@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with commands, a task word and ``--guard``."""
+"""The command line: builds LightningCLI from the words and runs the command."""
 
 from __future__ import annotations
 
@@ -10,36 +10,31 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning_maml_guard.cli.arguments import (
+    ACTIONS,
     COMMANDS,
-    CONFIGS,
-    SUGGESTS,
-    name_of,
-    options_of_suggest,
+    SUGGEST_OPTIONS,
+    exit_with_error,
+    parse_suggest_options,
     program,
-    refuse,
+    run_name,
     synopsis,
     translate,
 )
-from lightning_maml_guard.cli.commands import JUDGING, RUNS, TRAIN_THEN_TEST, without_the_pointless
+from lightning_maml_guard.cli.commands import EVALUATION, RUNS, TRAIN_THEN_TEST, known_warnings_ignored
 from lightning_maml_guard.cli.parser import GuardCLI, Parser
 from lightning_maml_guard.cli.phase_diagram import main as phase_diagram_command
-from lightning_maml_guard.guard.convergence_guard import ACTIONS
 from lightning_maml_guard.utils.lightning_compat import PACKAGE, LightningDataModule, LightningModule
 
-__all__ = ["CONFIGS", "GuardCLI", "console", "main", "translate"]
+__all__ = ["GuardCLI", "console", "main"]
 
 
 def usage() -> str:
-    """Describe the command line.
-
-    Returns:
-        The text, with the program's name as it was called.
-    """
+    """Return the help of the command line as a whole."""
     prog = program()
     return f"""{synopsis()}
 
-Trains MAML on a task (default: sinusoid), tests it on held-out episodes and, with --guard, watches whether
-the learning rates can converge and draws the safe region. The task word stands for a configuration shipped
+Trains MAML on a task (default: sinusoid) and tests it on held-out episodes. With --guard, it also checks whether
+the learning rates can converge, and draws the safe region. The task word stands for a configuration shipped
 with the package; every value of it can be overridden, for example
 
   {prog} sinusoid --guard rescale --guard.every_n_steps 50 --model.inner_lr 0.02 --trainer.max_steps 2000
@@ -51,27 +46,16 @@ A command before the task word does one thing:
 
 --print_config prints the configuration as YAML, which --config OWN.yaml reads back, under every command but
 phase-diagram.
-linear trains on one fixed task, as the poster assumes: its test loss, on other tasks, rises as it learns that one.
+linear trains on one fixed task, as Takagi et al. assume: its test loss, on other tasks, rises as it learns that one.
 omniglot is a first look of 300 steps; omniglot_5way, omniglot_20way, miniimagenet (1 shot) and miniimagenet_5shot
 follow the published settings (Finn et al. 2017: 60,000 steps, for a GPU). Image data is read from $LMG_DATA.
 """
 
 
 def main(words: Sequence[str] | None = None) -> Any:
-    """Do what the command line says; ``examples/train.py``, and :func:`console` for the installed command.
-
-    Args:
-        words: The command line without the program's name (default: ``sys.argv``).
-
-    Returns:
-        The CLI, with ``.trainer``, ``.model``, ``.datamodule``, ``.guard`` and ``.suggestion``; of ``phase-diagram``
-        what it wrote.
-
-    Raises:
-        SystemExit: If the command line is wrong, or after ``--help``.
-    """
+    """Run the command line (default: ``sys.argv``), and return the CLI; for ``phase-diagram``, what it wrote."""
     if importlib.util.find_spec("jsonargparse") is None:
-        refuse(
+        exit_with_error(
             "error: the command line needs packages that training does not, jsonargparse among them. Install them with "
             "pip install 'lightning-maml-guard[examples]' (in a checkout: pip install '.[examples]')."
         )
@@ -81,19 +65,22 @@ def main(words: Sequence[str] | None = None) -> Any:
         return phase_diagram_command(given, f"{program()} phase-diagram")
     if command == TRAIN_THEN_TEST and given in (["-h"], ["--help"]):
         print(usage())
-    named, given = options_of_suggest(given) if command == "suggest" else ({}, given)
-    if command in JUDGING and any(word.startswith("--guard") for word in given):
-        refuse(f"error: {command} trains nothing, so --guard has nothing to watch. Leave it out, or use fit.")
+    options: dict[str, Any] = {}
+    if command == "suggest":
+        options, given = parse_suggest_options(given)
+        options["name"] = run_name(given)
+    if command in EVALUATION and any(word.startswith("--guard") for word in given):
+        exit_with_error(f"error: {command} trains nothing, so --guard has nothing to watch. Leave it out, or use fit.")
     cli = _built(command, given)
     if command == "suggest" and cli.config["ckpt_path"] is not None:
-        refuse("error: suggest measures the network as initialised, so it takes no --ckpt_path. Leave it out.")
-    with without_the_pointless(command, cli):
-        RUNS[command](cli, **named, **({"name": name_of(given)} if command == "suggest" else {}))
+        exit_with_error("error: suggest measures the network as initialised, so it takes no --ckpt_path. Leave it out.")
+    with known_warnings_ignored(command, cli):
+        RUNS[command](cli, **options)
     return cli
 
 
 def console() -> None:
-    """Run the installed command ``lightning-maml-guard``: a script's exit status is what its function returns."""
+    """Run the installed command; what this returned would become the exit status."""
     main()
 
 
@@ -105,13 +92,13 @@ def _built(command: str, given: Sequence[str]) -> GuardCLI:
         subclass_mode_data=True,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={"logger": _loggers(name_of(given))},
+        trainer_defaults={"logger": _loggers(run_name(given))},
         parser_class=Parser,
         parser_kwargs={
             "usage": _usage_of(command),
             "description": _description(RUNS[command]),
-            "trains": command not in JUDGING,
-            "beside": SUGGESTS if command == "suggest" else (),
+            "trains": command not in EVALUATION,
+            "also": SUGGEST_OPTIONS if command == "suggest" else (),
         },
         args=translate(given),
         run=False,
@@ -120,9 +107,9 @@ def _built(command: str, given: Sequence[str]) -> GuardCLI:
 
 
 def _usage_of(command: str) -> str:
-    watched = "" if command in JUDGING else f"[--guard [{'|'.join(ACTIONS)}]] "
+    guard = "" if command in EVALUATION else f"[--guard [{'|'.join(ACTIONS)}]] "
     own = "[--batches N] [--margin M] " if command == "suggest" else ""
-    return " ".join(f"{program()} {command} [task] {watched}{own}[options below]".split())
+    return " ".join(f"{program()} {command} [task] {guard}{own}[options below]".split())
 
 
 def _description(run: Callable[..., None]) -> str:
@@ -130,22 +117,19 @@ def _description(run: Callable[..., None]) -> str:
 
 
 def _summaries() -> str:
-    said = {command: _description(run) for command, run in RUNS.items() if command}
-    said["phase-diagram"] = "Train a grid of inner and meta rates, one of the poster's experiments, and draw it."
+    texts = {command: _description(run) for command, run in RUNS.items() if command}
+    texts["phase-diagram"] = (
+        "Train a grid of inner and outer learning rates, one of the experiments of Takagi et al., and draw it."
+    )
     return "\n".join(
         textwrap.fill(text, 112, initial_indent=f"  {command:15s}", subsequent_indent=" " * 17)
-        for command, text in said.items()
+        for command, text in texts.items()
     )
 
 
 def _loggers(name: str) -> list[dict[str, Any]]:
+    folders = {"CSVLogger": "runs", "TensorBoardLogger": "runs/tensorboard"}
     return [
-        {
-            "class_path": f"{PACKAGE}.loggers.CSVLogger",
-            "init_args": {"save_dir": "runs", "name": name},
-        },
-        {
-            "class_path": f"{PACKAGE}.loggers.TensorBoardLogger",
-            "init_args": {"save_dir": "runs/tensorboard", "name": name},
-        },
+        {"class_path": f"{PACKAGE}.loggers.{logger}", "init_args": {"save_dir": folder, "name": name}}
+        for logger, folder in folders.items()
     ]

@@ -1,4 +1,4 @@
-"""The settings of the poster's panels: networks, tasks, rates and sizes."""
+"""The panels of Takagi et al. as settings: networks, tasks, learning rates and sizes."""
 
 from __future__ import annotations
 
@@ -19,37 +19,23 @@ from lightning_maml_guard.tasks.regression import LinearRegression, Sinusoid
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of the poster.
-
-    Attributes:
-        network: Builds the network.
-        tasks: Builds the family of tasks.
-        meta_batch_size: Tasks a training step.
-        judged_tasks: Training tasks the errors are taken on.
-        alphas: Exponents of 10 of the first and the last inner rate, and their number.
-        betas: The same for the meta rates.
-        steps: Training steps.
-        order: How the meta-gradient is taken.
-        inner_steps: ``K``.
-        resample: Whether tasks are drawn anew at every step.
-        max_iter: Products at most of a measurement.
-    """
+    """A phase diagram; rates are exponents of 10 of the first and the last, and their number."""
 
     network: Callable[[], nn.Module]
     tasks: Callable[[], TaskFamily]
     meta_batch_size: int
-    judged_tasks: int
+    judged_tasks: int  # training tasks on which the errors are computed
     alphas: tuple[float, float, int]
     betas: tuple[float, float, int]
     steps: int
     order: str = "exact"
     inner_steps: int = 1
-    resample: bool = True
-    max_iter: int = 20
+    resample: bool = True  # new tasks at every step
+    max_iter: int = 20  # Hessian-vector products of a measurement at most
 
 
-# Sizes for two CPU cores and minutes. On images the same few tasks at every step, as the poster assumes (its data is
-# not resampled): the training error then falls within a few hundred steps.
+# Sizes for two CPU cores and minutes. On images the same few tasks at every step, as Takagi et al. assume (their data
+# is not resampled): the training error then falls within a few hundred steps.
 SMALL = {
     "linear": Panel(
         lambda: mlp(10, hidden=()).double(),
@@ -128,16 +114,7 @@ FULL = {
 
 
 def problems(panel: Panel, device: torch.device, seed: int) -> tuple[Callable[[int], MetaProblem], MetaProblem]:
-    """Make the problem of every step, and the one the errors are taken on.
-
-    Args:
-        panel: The panel.
-        device: Where to train.
-        seed: Seed of the network and the tasks.
-
-    Returns:
-        A function from the step to its problem, and the problem to judge on.
-    """
+    """Return a function from the step to its problem, and the problem on which the errors are computed."""
     family = panel.tasks()
     family.setup()
     family.to(device)
@@ -151,5 +128,5 @@ def problems(panel: Panel, device: torch.device, seed: int) -> tuple[Callable[[i
     if not panel.resample:
         fixed = draw(panel.meta_batch_size, "train", 0)
         return lambda step: fixed, fixed
-    # A stream of its own, so that these training tasks are none of the steps'.
+    # Training tasks from a random stream of their own, so that no step trains on them.
     return lambda step: draw(panel.meta_batch_size, "train", step), draw(panel.judged_tasks, "val", 0)

@@ -1,4 +1,4 @@
-"""LightningCLI that knows ``--guard``, and whose errors are short."""
+"""LightningCLI with ``--guard``, and its argument parser with errors of one line."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ from argparse import SUPPRESS
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from lightning_maml_guard.cli.errors import explained, refusal
-from lightning_maml_guard.guard.convergence_guard import ACTIONS, ConvergenceGuard
-from lightning_maml_guard.guard.messages import Spelling
+from lightning_maml_guard.cli.arguments import ACTIONS
+from lightning_maml_guard.cli.errors import (
+    ClassOptionError,
+    option_names,
+    with_nearest,
+    wrong_argument,
+    wrong_option,
+)
+from lightning_maml_guard.guard.convergence_guard import ConvergenceGuard
+from lightning_maml_guard.messages.sentences import Spelling
 from lightning_maml_guard.tuner.suggestion import RateSuggestion
 from lightning_maml_guard.utils.lightning_compat import (
     Callback,
@@ -20,31 +27,18 @@ from lightning_maml_guard.utils.lightning_compat import (
 
 
 class Parser(LightningArgumentParser):
-    """LightningCLI's parser, with short errors.
+    """LightningCLI's parser; ``trains`` shows ``--guard`` in the help, ``also`` names options parsed elsewhere."""
 
-    Args:
-        trains: Whether the command trains, so that its help lists ``--guard``; a configuration may hold one anyway.
-        beside: Options that are taken before this parser sees the command line.
-        **kwargs: LightningCLI's own.
-    """
-
-    def __init__(self, *args: Any, trains: bool = True, beside: Sequence[str] = (), **kwargs: Any) -> None:
+    def __init__(self, *args: Any, trains: bool = True, also: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.trains, self.beside = trains, beside
+        self.trains, self.also = trains, also
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End the program with an error.
-
-        Args:
-            message: The error.
-            ex: Its cause.
-        """
-        # Parsers of single classes raise theirs, and the one of the command line tells them all in one.
-        if self.exit_on_error:
-            words = [word for action in self._actions if action.help != SUPPRESS for word in action.option_strings]
-            known = [word.removeprefix("--") for word in words if not word.endswith(".help")]
-            message = explained(message, [*known, *self.beside])
-        super().error(message, ex)
+        """Exit with an error of one line."""
+        if not self.exit_on_error:  # the parser of one class: the command line's own writes the option in full
+            raise ClassOptionError(message, self._actions) from ex
+        known = [*option_names(self._actions), *self.also]
+        super().error(wrong_option(ex, self._actions) or with_nearest(message, known), ex)
 
 
 class StepBar(RichProgressBar):
@@ -56,17 +50,10 @@ class StepBar(RichProgressBar):
 
 
 class OptionSpelling(Spelling):
-    """How a guard's arguments are written at the command line."""
+    """Write a guard's arguments as options of the command line."""
 
     def arguments(self, **given: Any) -> str:
-        """Write the options.
-
-        Args:
-            **given: Names and values of arguments, the action among them.
-
-        Returns:
-            The text.
-        """
+        """Write the options, ``action`` first."""
         others = [f"--guard.{name} {str(value).lower()}" for name, value in given.items() if name != "action"]
         return " ".join([f"--guard {given['action']}", *others])
 
@@ -74,22 +61,13 @@ class OptionSpelling(Spelling):
 
 
 class GuardCLI(LightningCLI):
-    """LightningCLI that knows ``--guard`` and ``--ckpt_path``.
-
-    Attributes:
-        guard: The guard; None without one.
-        suggestion: What the command ``suggest`` found.
-    """
+    """LightningCLI with ``--guard`` and ``--ckpt_path``; ``suggestion`` is what the command ``suggest`` found."""
 
     guard: ConvergenceGuard | None = None
     suggestion: RateSuggestion | None = None
 
     def add_arguments_to_parser(self, parser: Any) -> None:
-        """Add the guard.
-
-        Args:
-            parser: LightningCLI's parser.
-        """
+        """Add the two options."""
         parser.add_argument(
             "--guard",
             type=ConvergenceGuard | None,
@@ -97,48 +75,37 @@ class GuardCLI(LightningCLI):
             help=f"Watch the learning rates. A word of {ACTIONS} names the action; --guard.NAME sets an argument.",
         )
         for action in parser._actions:
+            # A configuration may hold a guard under every command.
             if not parser.trains and any(word.startswith("--guard") for word in action.option_strings):
                 action.help = SUPPRESS
         parser.add_argument(
             "--ckpt_path",
             type=str | None,
             default=None,
-            help="Checkpoint to go on from (fit), or to judge (validate, test); 'last' and 'best' as in Lightning.",
+            help="Checkpoint to continue from (fit) or to evaluate (validate, test), or Lightning's 'last' or 'best'.",
         )
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        """Parse the translated command line.
-
-        Args:
-            parser: LightningCLI's parser.
-            args: Options as :func:`~lightning_maml_guard.cli.arguments.translate` gives them.
-        """
+        """Parse the given options; LightningCLI's own method warns of those in ``sys.argv``."""
         self.config = parser.parse_args(args)
 
     def instantiate_classes(self) -> None:
-        """Build guard, module, data and Trainer; what an argument check of this package refuses is a parser's error."""
+        """Build guard, module, data and Trainer; a failed argument check of this package is an error of its option."""
         try:
             super().instantiate_classes()
         except (TypeError, ValueError) as error:
-            refused = refusal(error, self.config.as_dict())
-            if refused is None:
+            message = wrong_argument(error, self.config)
+            if message is None:
                 raise
-            self.parser.error(refused)
+            self.parser.error(message)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the Trainer with the guard among its callbacks.
-
-        Args:
-            **kwargs: Trainer arguments.
-
-        Returns:
-            The Trainer.
-        """
+        """Build the Trainer with the guard among its callbacks."""
         self.guard = self._get(self.config_init, "guard")
         if self.guard is not None:
             self.guard.spelling = OptionSpelling()
-            callbacks: list[Callback] = list(self._get(self.config_init, "trainer").callbacks or [])
-            kwargs["callbacks"] = [*callbacks, self.guard]
+            given: list[Callback] | Callback = self._get(self.config_init, "trainer").callbacks or []
+            kwargs["callbacks"] = [*(given if isinstance(given, list) else [given]), self.guard]
         trainer = super().instantiate_trainer(**kwargs)
         bar, among = trainer.progress_bar_callback, trainer.callbacks  # type: ignore[attr-defined]
         if type(bar) is RichProgressBar:

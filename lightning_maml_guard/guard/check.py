@@ -1,61 +1,55 @@
-"""One check of a run: try the coming steps, measure the curvature, decide, act."""
+"""One check of a run: look ahead, measure the curvature, decide, act."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from lightning_maml_guard.guard import messages
-from lightning_maml_guard.guard.isolation import isolated
-from lightning_maml_guard.guard.loggers import log_values, metrics, unlogged
-from lightning_maml_guard.guard.lookahead import Trial
-from lightning_maml_guard.guard.probe import Attempts, Problem, attempts, configured_inner_rate, owners, state_problem
-from lightning_maml_guard.guard.run import Run, Settings
-from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.guard.actions import Situation
+from lightning_maml_guard.guard.divergence import fails, passes
+from lightning_maml_guard.guard.loggers import inform, log_values, metrics, warn
+from lightning_maml_guard.guard.lookahead import Caps, Lookahead, LookaheadResult, lookahead_of
+from lightning_maml_guard.guard.report import CheckReport
+from lightning_maml_guard.guard.rescale import reaches_alpha
+from lightning_maml_guard.guard.rollback import Rollback, finite
+from lightning_maml_guard.guard.run import GuardedRun
+from lightning_maml_guard.guard.state_machine import Transition
+from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy, of_error
+from lightning_maml_guard.messages.sentences import left_safe_region, returned
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.shadow import ClosureError
 from lightning_maml_guard.stability.measure import measure
-from lightning_maml_guard.theory.limits import UNRESOLVED, UNSAFE, fails, passes
+from lightning_maml_guard.stability.problems import Problem, owners, state_problem
+from lightning_maml_guard.stability.report import StabilityReport
+from lightning_maml_guard.theory.limits import SAFE, UNRESOLVED, UNSAFE
+from lightning_maml_guard.utils.distributed import SharedError
+from lightning_maml_guard.utils.isolation import undisturbed
 from lightning_maml_guard.utils.warnings import GuardWarning
 
+# Shares of the largest curvature so far and of the loss at the start: a collapsed network has hardly any of the first
+# left, and is not below the second.
+_COLLAPSED, _UNLEARNED = 0.15, 0.8
 
-class Checker:
-    """Checks a run once, and leaves it as it was where the check fails.
 
-    Args:
-        settings: The guard's arguments.
-        run: The run's state.
-        trainer: The Trainer.
-        module: The module.
-    """
+class Check:
+    """One check of a run; it leaves the run as it was where it fails."""
 
-    def __init__(self, settings: Settings, run: Run, trainer: Any, module: Any) -> None:
-        self.settings, self.run, self.trainer, self.module = settings, run, trainer, module
-        # A run that was taken back, by this check: what its rates must be lowered by if the rest of the check fails.
-        self._taken_back: tuple[Optimizer, Trial] | None = None
+    def __init__(self, run: GuardedRun, trainer: Any, module: Any) -> None:
+        self.settings, self.run, self.trainer, self.module = run.settings, run, trainer, module
+        self.rollback = Rollback(run, trainer, module)
+        # Where the run was rolled back by this check: what lowers its rates if the rest of the check fails.
+        self._rolled_back: tuple[Optimizer, LookaheadResult] | None = None
         self._acted = False
 
     def check(self, batch: Any, batch_idx: int, step: int, *, scheduled: bool) -> None:
-        """Check once.
-
-        Args:
-            batch: The batch of the coming step.
-            batch_idx: Its index.
-            step: Training step.
-            scheduled: Whether it was time; a triggered check that finds nothing ends early.
-
-        Raises:
-            GuardWarning: If the user made warnings errors.
-        """
-        watches = self.run.course.watches
+        """Check once, on the batch of the coming step; a triggered check that finds nothing ends early."""
+        run, watches = self.run, self.run.machine.watches
         try:
-            with self.run.memory.ranks.together():
+            with run.cache.ranks.together():
                 self._check(batch, batch_idx, step, scheduled)
         except GuardWarning:
             raise
@@ -63,43 +57,117 @@ class Checker:
             # Whatever goes wrong in a check, training goes on as if the guard were not there. A state that it changed
             # without acting on it is changed again by the next.
             if not self._acted:
-                self.run.course.watches = watches
-            self.run.course.say_once(messages.failed(step, error), step=step)
-            if self._taken_back is not None:
-                optimizer, present = self._taken_back
-                self.run.intervention.halve(self.module, scheduled_rate(optimizer), present, step)
+                run.machine.watches = watches
+            run.announce(_failure(error, step))
+            if self._rolled_back is not None:
+                optimizer, present = self._rolled_back
+                self.rollback.halve(present.begin, scheduled_rate(optimizer), step)
 
-    def govern(self, owned: list[int]) -> None:
-        """Cap the optimizers that move the problem's parameters, as the caps are.
-
-        Args:
-            owned: Their indices.
-        """
-        rescue, optimizers = self.run.rescue, self.trainer.optimizers
+    def cap(self, owned: list[int]) -> None:
+        """Hold the optimizers that move the problem's parameters at the caps."""
+        run, optimizers = self.run, self.trainer.optimizers
         # Lightning's tuners step the run's optimizers with the run's callbacks taken out, to see what a rate does.
-        rescue.govern(
+        run.caps.hold(
             [optimizers[index] for index in owned if index < len(optimizers)],
             lambda: self.settings in self.trainer.callbacks,
         )
-        rescue.governed = owned  # only now: a failure is met again, and told again, at the next check
+        run.state.capped = owned  # only now: a failure is met again, and told again, at the next check
 
     def end(self) -> None:
-        """Take back a last step that lost the run: no check comes after it."""
-        run, snapshot = self.run, self.run.rescue.snapshot
-        if snapshot is None:
+        """Roll back a last step that made the run diverge: no check comes after it."""
+        run, statistics, ratio = self.run, self.run.state.statistics, self.settings.lookahead.divergence_ratio
+        if run.snapshot is None:
             return
-        what = ""
-        if not all(bool(torch.isfinite(each).all()) for each in self.module.parameters()):
-            what = "the last step made parameters non-finite"
-        elif run.lookout.called:
-            with run.memory.ranks.together(), self._undisturbed():
+        if not finite(self.module):
+            self.rollback.at_end(run.snapshot, math.nan, math.nan)
+        elif run.schedule.state.spiked:
+            with run.cache.ranks.together(), undisturbed(self.trainer, self.module):
                 problem, _, optimizer = self._stated(*run.replay.latest())
-                loss = attempts([problem], optimizer, 0, self.trainer, run.memory)(run.rescue.caps).begin
-            if run.lookout.range.lost(loss, self.settings.alarm):
-                start = run.lookout.range.start
-                what = f"after the last step the loss was {loss:.3g} (training started at {start:.3g})"
-        if what:
-            run.intervention.end_at(snapshot, self.trainer, self.module, what)
+                loss = lookahead_of([problem], optimizer, 0, self.trainer, run.cache).under(run.caps.caps).begin
+            if statistics.diverged(loss, ratio):
+                self.rollback.at_end(run.snapshot, loss, statistics.start)
+
+    def _check(self, batch: Any, batch_idx: int, step: int, scheduled: bool) -> None:
+        settings, run, trainer, module = self.settings, self.run, self.trainer, self.module
+        ratio, statistics = settings.lookahead.divergence_ratio, run.state.statistics
+        present, failing, severe, start = None, False, math.nan, math.nan
+        # 1. Look ahead.
+        with undisturbed(trainer, module):
+            problem, owned, optimizer = self._stated(batch, batch_idx)
+            lookahead = self._lookahead(problem, optimizer)
+            if lookahead is not None:
+                present, start, severe = lookahead.judged(run.caps.caps, statistics.start, ratio)
+        if present is not None:
+            failing = fails(severe, ratio)
+            run.note_severity(step, severe)
+            if not scheduled and not failing:
+                self._charge(lookahead, 0.0)
+                log_values(trainer, module, {"guard/severity": severe}, step)
+                return
+            # 2. Roll back a run that has diverged already.
+            if settings.rollback and failing and not present.begin <= ratio * start:
+                if not self.rollback.go_back(present.begin, step):
+                    return
+                self._rolled_back = optimizer, present
+        rolled_back = self._rolled_back is not None
+        # 3. Measure the curvature, advance the state, and decide on the rates.
+        with undisturbed(trainer, module):
+            report = measure(
+                problem,
+                optimizer=optimizer,
+                curvature=settings.curvature,
+                margin=settings.margin,
+                step=step,
+                cache=run.cache,
+            )
+            findings = report.findings
+            if failing and present is not None:
+                tried = run.caps.caps.applied(report.alpha, report.beta)
+                explained = report.status == UNSAFE
+                findings = (*findings, lookahead_reason(present, start, *tried, explained=explained))
+            transition = run.machine.take(report, severe)
+            caps = settings.acting.decide(
+                Situation(
+                    report=report,
+                    transition=transition,
+                    caps=run.caps.caps,
+                    margin=settings.margin,
+                    reach_alpha=reaches_alpha(module),
+                    fails=failing,
+                    rolled_back=rolled_back,
+                    present=present,
+                    lookahead=lookahead,
+                )
+            )
+        if run.state.capped != owned:
+            self.cap(owned)
+        # 4. Act.
+        if not trainer.fast_dev_run:
+            self._acted = True
+            self._act(report, findings, transition, caps, step)
+            if rolled_back and present is not None:
+                self.rollback.report(present.begin, report.alpha, report.beta, step)
+                self._rolled_back = None  # its rates are lowered
+            if settings.rollback and (run.snapshot is None or passes(severe, ratio)):
+                self.rollback.keep(step)
+        self._warn_of_collapse(report, step)
+        # 5. Keep and log what was found.
+        self._charge(lookahead, report.cost)
+        run.schedule.state.unjudged = not run.state.history and report.beta_status == UNRESOLVED
+        alpha, beta = run.caps.caps.applied(report.alpha, report.beta)
+        if trainer.fast_dev_run:
+            alpha, beta = report.alpha, report.beta
+        found = CheckReport.of(
+            report,
+            findings=findings,
+            status=report.status if present is None else transition.state,
+            alpha_applied=alpha,
+            beta_applied=beta,
+            severity=severe,
+            growth=math.nan if present is None else present.growth,
+        )
+        run.state.history = [*run.state.history, found][-settings.history_size :]
+        log_values(trainer, module, metrics(found), step)
 
     def _stated(self, batch: Any, batch_idx: int) -> tuple[Problem, list[int], Optimizer]:
         """A step's problem, the indices of the optimizers that move it, and the fastest of these."""
@@ -107,109 +175,69 @@ class Checker:
         owned = owners(problem, self.trainer.optimizers)
         return problem, owned, max((self.trainer.optimizers[index] for index in owned), key=scheduled_rate)
 
-    def _check(self, batch: Any, batch_idx: int, step: int, scheduled: bool) -> None:
-        settings, run, trainer, module = self.settings, self.run, self.trainer, self.module
-        present, failing, severe, reference = None, False, math.nan, math.nan
-        with self._undisturbed():
-            problem, owned, optimizer = self._stated(batch, batch_idx)
-            attempt = self._trials(problem, optimizer)
-            if attempt is not None:
-                present, reference, severe = attempt.judged(run.rescue.caps, run.lookout.range.start, settings.alarm)
-        if present is not None:
-            failing = fails(severe, settings.alarm)
-            run.note_severity(step, severe)
-            if not scheduled and not failing:
-                self._charge(attempt, problem, 0.0)
-                log_values(trainer, module, {"guard/severity": severe}, step)
-                return
-            if settings.rollback and failing and not present.begin <= settings.alarm * reference:
-                if not run.intervention.take_back(trainer, module, present.begin, step):
-                    return
-                self._taken_back = optimizer, present
-        taken_back = self._taken_back is not None
-        with self._undisturbed():
-            report = measure(
-                self._measured(problem),
-                optimizer=optimizer,
-                criterion=settings.criterion,
-                estimator=settings.estimator,
-                max_iter=settings.max_iter,
-                tol=settings.tol,
-                tasks=settings.tasks,
-                data=settings.data,
-                margin=settings.margin,
-                step=step,
-                memory=run.memory,
-                basis=settings.basis,
-            )
-            if present is not None:
-                alpha, beta = run.rescue.caps.applied(report.alpha, report.beta)
-                explained, spelling = report.status == UNSAFE, settings.spelling
-                said = messages.tried(present, reference, alpha, beta, explained, spelling) if failing else ""
-                reasons = (*report.reasons, said) if said else report.reasons
-                report = replace(report, severity=severe, growth=present.growth, reasons=reasons)
-            turn = run.course.take(report)
-            caps = run.intervention.caps(
-                module, report, turn, fails=failing, taken_back=taken_back, present=present, attempt=attempt
-            )
-        if run.rescue.governed != owned:
-            self.govern(owned)
-        if present is not None:
-            report = replace(report, status=turn.state)
-        if not trainer.fast_dev_run:
-            self._acted = True
-            report = run.intervention.act(trainer, module, report, turn, caps, taken_back=taken_back)
-            if taken_back:
-                run.intervention.report_taken_back(report, present, caps, step)
-                self._taken_back = None  # its rates are lowered
-            if settings.rollback and (run.rescue.snapshot is None or passes(severe, settings.alarm)):
-                self._keep(step)
-        loss, start = run.lookout.range.loss, run.lookout.range.start
-        if run.course.lost_curvature(report, loss, start) and settings.action != "log":
-            lost = messages.nothing_learned(
-                step, report.lambda_max, run.course.sharpest, loss, start, settings.spelling
-            )
-            run.course.say_once(lost, step=step)
-        self._charge(attempt, problem, report.cost)
-        run.lookout.unjudged = not run.history and report.beta_status == UNRESOLVED
-        run.note(report)
-        log_values(trainer, module, metrics(report), step)
-
-    def _measured(self, problem: Any) -> Any:
-        part = self.settings.tasks_per_check
-        return problem if part is None or not isinstance(problem, MetaProblem) else problem.part(part)
-
-    def _charge(self, attempt: Attempts | None, problem: Any, measured: float) -> None:
-        share = self._measured(problem).tasks / problem.tasks if isinstance(problem, MetaProblem) else 1.0
-        evaluations = 0 if attempt is None else attempt.runner.runs * (self.settings.trial_steps + 1)
-        self.run.lookout.budget.charge(trial_steps=evaluations, measured=measured * share)
-
-    @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        with unlogged(self.trainer), isolated(self.module), configured_inner_rate(self.module):
-            yield
-
-    def _keep(self, step: int) -> None:
-        run = self.run
-        try:
-            run.rescue.keep(self.module, self.trainer.optimizers, step, run.memory.ranks)
-        except Exception as error:
-            kept = run.rescue.snapshot
-            run.course.say_once(
-                f"ConvergenceGuard could not copy parameters and optimizer state at step {step}, so "
-                + ("there is nothing to roll back to" if kept is None else f"a rollback goes to step {kept.step}")
-                + f". snapshot_device='cpu' keeps the copy off the device.\nCause: {type(error).__name__}: {error}"
-            )
-
-    def _trials(self, problem: Any, optimizer: Any) -> Attempts | None:
-        settings, run = self.settings, self.run
-        if not settings.trial_steps or self.trainer.fast_dev_run:
+    def _lookahead(self, problem: Problem, optimizer: Optimizer) -> Lookahead | None:
+        steps, run = self.settings.lookahead.steps, self.run
+        if not steps or self.trainer.fast_dev_run:
             return None
-        older = [state_problem(settings.problem, self.module, *each) for each in run.replay.earlier()]
+        older = [state_problem(self.settings.problem, self.module, *each) for each in run.replay.earlier()]
         try:
-            return attempts([problem, *older], optimizer, settings.trial_steps, self.trainer, run.memory)
+            return lookahead_of([problem, *older], optimizer, steps, self.trainer, run.cache)
         except ClosureError as error:
-            run.course.say_once(
-                f"ConvergenceGuard judges by curvature alone: the coming steps cannot be tried. {error}"
-            )
+            run.announce(Reason(Kind.NO_LOOKAHEAD, detail=str(error)))
             return None
+
+    def _act(
+        self, report: StabilityReport, findings: tuple[Reason, ...], transition: Transition, caps: Caps, step: int
+    ) -> None:
+        """Apply the caps, speak, stop."""
+        run, action, spelling = self.run, self.settings.acting, self.settings.spelling
+        if action.caps_rates:
+            run.caps.apply(self.module, caps)
+        alpha, beta = caps.applied(report.alpha, report.beta)
+        if transition.returned and action.speaks:
+            inform(returned(step, safe=transition.state == SAFE, applied=beta, configured=report.beta))
+        # A rollback has a message of its own.
+        if transition.entered and action.speaks and self._rolled_back is None:
+            warn(left_safe_region(step, findings, action.effect(spelling, alpha, beta), spelling))
+        if transition.state == UNSAFE and action.stops:
+            run.stop(self.trainer, step, findings)
+        if action.speaks:
+            for note in report.notes:
+                told = transition.entered and note in findings
+                run.announce(replace(note, step=step), just_said=told)
+
+    def _warn_of_collapse(self, report: StabilityReport, step: int) -> None:
+        """Warn where nearly all curvature is gone, and not because the run has learned."""
+        state, loss, start = self.run.state, self.run.state.statistics.loss, self.run.state.statistics.start
+        state.sharpest = max(state.sharpest, report.lambda_max)
+        collapsed = report.lambda_max < _COLLAPSED * state.sharpest and loss > _UNLEARNED * start
+        if collapsed and self.settings.acting.speaks:
+            losses = (math.nan, loss, start)
+            now, sharpest = report.lambda_max, state.sharpest
+            self.run.announce(Reason(Kind.NETWORK_COLLAPSED, value=now, limit=sharpest, losses=losses, step=step))
+
+    def _charge(self, lookahead: Lookahead | None, measured: float) -> None:
+        gradients = 0 if lookahead is None else lookahead.gradients
+        self.run.schedule.charge(lookahead_gradients=gradients, measured=measured)
+
+
+def lookahead_reason(result: LookaheadResult, start: float, alpha: float, beta: float, *, explained: bool) -> Reason:
+    """State what a lookahead that diverges saw at these rates; ``explained``: the critical values say why."""
+    losses = (result.begin, result.end, start)
+    if not math.isfinite(result.begin):
+        return Reason(Kind.LOSS_NOT_FINITE, losses=losses, remedy=Remedy.START_AGAIN)
+    return Reason(
+        Kind.LOOKAHEAD_DIVERGES,
+        losses=losses,
+        steps=len(result.losses) - 1,
+        alpha=alpha,
+        beta=beta,
+        remedy=Remedy.NONE if explained else Remedy.LOWER_BETA_UNSPECIFIED,
+    )
+
+
+def _failure(error: Exception, step: int) -> Reason:
+    reason = of_error(Kind.CHECK_FAILED, error, step=step)
+    if isinstance(error, torch.OutOfMemoryError):
+        return replace(reason, effect="out of memory")
+    return replace(reason, effect="other rank", where="") if isinstance(error, SharedError) else reason

@@ -8,40 +8,57 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, Protocol
 
-from lightning_maml_guard.guard.events import Event, events
-from lightning_maml_guard.guard.messages import reasons
-from lightning_maml_guard.stability.report import StabilityReport
+from lightning_maml_guard.guard.lookahead import LookaheadOptions
+from lightning_maml_guard.guard.report import CheckReport
+from lightning_maml_guard.guard.state import Event
+from lightning_maml_guard.messages.sentences import Spelling, cause, sentence, sentences
 
-if TYPE_CHECKING:
-    from lightning_maml_guard.guard.results import Results
-
-_SHOWN = 200  # rows of a table; a run whose state flaps for days would otherwise fill the page
+_SHOWN = 200  # rows of a table; a run whose state changes often would otherwise fill the page
 _PACKAGES = ("lightning-maml-guard", "torch", "pytorch-lightning", "lightning", "numpy", "matplotlib")
 _WORDS = {
-    "safe": "the coming steps pass and both rates keep their limits",
-    "edge": "a rate is beyond its critical value and the coming steps pass: the edge of stability",
-    "unsafe": "the coming steps lead away, or, without trials, a rate is beyond its critical value",
+    "safe": "the lookahead passes and both rates keep their limits",
+    "edge": "a rate is beyond its critical value and the lookahead passes: the edge of stability",
+    "unsafe": "the lookahead diverges, or, without one, a rate is beyond its critical value",
     "unresolved": "the measurement does not say",
 }
 _STYLE = Path(__file__).with_name("html_report.css")
 
 
-def write(guard: Results, path: str | Path) -> Path:
-    """Write the report.
+class Reported(Protocol):
+    """What a report reads of a guard."""
 
-    Args:
-        guard: The guard.
-        path: Where to; its folder must exist.
+    margin: float
+    lookahead: LookaheadOptions
+    spelling: Spelling
 
-    Returns:
-        The path.
+    @property
+    def history(self) -> list[CheckReport]:
+        """The checks."""
 
-    Raises:
-        FileNotFoundError: If the folder does not exist.
-        ModuleNotFoundError: If matplotlib is not installed.
-    """
+    @property
+    def severities(self) -> list[tuple[int, float]]:
+        """The lookaheads."""
+
+    @property
+    def events(self) -> list[Event]:
+        """Rollbacks, stops and notices."""
+
+    @property
+    def stopped_step(self) -> int | None:
+        """Step at which the guard stopped the run."""
+
+    @property
+    def stopping_reason(self) -> str | None:
+        """Why."""
+
+    def settings(self) -> dict[str, Any]:
+        """The guard's arguments."""
+
+
+def write(guard: Reported, path: str | Path) -> Path:
+    """Write the report; the folder must exist."""
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(
@@ -52,22 +69,12 @@ def write(guard: Results, path: str | Path) -> Path:
     return path
 
 
-def page(guard: Results) -> str:
-    """Compose the report.
-
-    Args:
-        guard: The guard.
-
-    Returns:
-        The HTML.
-
-    Raises:
-        ModuleNotFoundError: If matplotlib is not installed.
-    """
+def page(guard: Reported) -> str:
+    """Compose the report."""
     history = guard.history
     body = [_head(guard), *_pictures(guard)] if history else [_head(guard), "<p>No check was made yet.</p>"]
-    happened = events(history, guard._run.course.events)
-    body += [_happened(happened), _last(history), _configuration(guard), _versions()]
+    rows = happened(history, guard.events, guard.spelling)
+    body += [_happened(rows), _last(history, guard.spelling), _configuration(guard), _versions()]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -81,7 +88,7 @@ def _badge(state: str) -> str:
     return f'<span class="badge {escape(state)}">{escape(state)}</span>'
 
 
-def _head(guard: Results) -> str:
+def _head(guard: Reported) -> str:
     history = guard.history
     lines = ["<header>", "<h1>ConvergenceGuard: report of a run</h1>"]
     if history:
@@ -99,15 +106,18 @@ def _head(guard: Results) -> str:
     return "\n".join([*lines, "</header>"])
 
 
-def _pictures(guard: Results) -> Iterable[str]:
+def _pictures(guard: Reported) -> Iterable[str]:
     from lightning_maml_guard.plots.region import safe_region
-    from lightning_maml_guard.plots.run import course, svg
-    from lightning_maml_guard.plots.spectrum import ritz
+    from lightning_maml_guard.plots.run import run_history
+    from lightning_maml_guard.plots.spectrum import ritz_values
     from lightning_maml_guard.plots.style import new_figure
+    from lightning_maml_guard.plots.svg import svg
 
-    history, settings = guard.history, guard.settings()
-    figure, _ = course(history, severities=guard.severities, alarm=settings["alarm"], margin=settings["margin"])
-    yield _section("The course of the run", _figure(svg(figure), "State, ratios and trials over the training steps."))
+    history, ratio = guard.history, guard.lookahead.divergence_ratio
+    figure, _ = run_history(history, severities=guard.severities, divergence_ratio=ratio, margin=guard.margin)
+    yield _section(
+        "The run over its checks", _figure(svg(figure), "State, ratios and lookaheads over the training steps.")
+    )
     if any(report.lambda_max > 0 and math.isfinite(report.alpha_c) for report in history):
         figure = new_figure(7.2, 4.8)
         safe_region(history, ax=figure.subplots())
@@ -122,7 +132,7 @@ def _pictures(guard: Results) -> Iterable[str]:
             shown.append(("Sharpest spectrum", worst))
         drawn = ""
         for title, report in shown:
-            figure, _ = ritz(report, title=f"{title}, step {report.step}")
+            figure, _ = ritz_values(report, title=f"{title}, step {report.step}")
             drawn += _figure(svg(figure), f"Ritz values at step {report.step}.")
         yield _section("Spectrum of the task loss's Hessian", f'<div class="pair">{drawn}</div>')
 
@@ -142,24 +152,24 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -
     return f'<div class="scroll"><table class="{kind}">{heading}<tbody>\n{inner}\n</tbody></table></div>'
 
 
-def _happened(happened: Sequence[Event]) -> str:
-    if not happened:
+def _happened(rows_found: Sequence[Row]) -> str:
+    if not rows_found:
         return _section("What happened", "<p>Nothing: no change of state, no cap, no rollback.</p>")
-    left_out = len(happened) - _SHOWN
+    left_out = len(rows_found) - _SHOWN
     note = f"<p>The latest {_SHOWN}; {left_out} earlier ones are left out.</p>" if left_out > 0 else ""
     rows = [
         [
-            "" if each.step < 0 else str(each.step),
+            "" if each.step is None else str(each.step),
             _badge(each.kind) if each.kind in _WORDS else escape(each.kind),
             escape(each.what),
             escape(each.why),
         ]
-        for each in happened[-_SHOWN:]
+        for each in rows_found[-_SHOWN:]
     ]
     return _section("What happened", note + _table(["step", "event", "what", "why"], rows, "events"))
 
 
-def _last(history: Sequence[StabilityReport]) -> str:
+def _last(history: Sequence[CheckReport], spelling: Spelling) -> str:
     if not history:
         return ""
     report = history[-1]
@@ -185,11 +195,11 @@ def _last(history: Sequence[StabilityReport]) -> str:
         known = low_high is not None and not any(math.isnan(end) for end in low_high)
         interval = f"{low_high[0]:.4g} to {low_high[1]:.4g}" if known and low_high is not None else ""
         rows.append([f"<code>{name}</code>", f"{value:.4g}", interval])
-    why = "".join(f"<p>{escape(reason)}</p>" for reason in reasons(report))
+    why = "".join(f"<p>{escape(text)}</p>" for text in _why(report, spelling))
     return _section("The last check", why + _table(["", "value", "interval"], rows, "numbers"))
 
 
-def _configuration(guard: Results) -> str:
+def _configuration(guard: Reported) -> str:
     rows = [[f"<code>{escape(name)}</code>", escape(_shown(value))] for name, value in guard.settings().items()]
     return _section("Configuration of the guard", _table([], rows, "settings"))
 
@@ -208,3 +218,52 @@ def _versions() -> str:
             continue
     rows = [[escape(name), escape(each)] for name, each in found.items()]
     return _section("Versions", _table([], rows, "settings"))
+
+
+class Row(NamedTuple):
+    """One thing that happened: a state, a cap, a rollback, a stop or a notice; the step may be unknown."""
+
+    step: int | None
+    kind: str
+    what: str
+    why: str
+
+
+def happened(history: Sequence[CheckReport], events: Sequence[Event], spelling: Spelling) -> list[Row]:
+    """List what happened in a run in the order of its steps; what has no known step comes last."""
+    found = [Row(each.step, each.kind, "", " ".join(sentences(each.reasons, spelling))) for each in events]
+    for before, report in zip([None, *history], history, strict=False):
+        found += _changes(before, report, spelling)
+    return sorted(found, key=lambda row: math.inf if row.step is None else row.step)
+
+
+def _changes(before: CheckReport | None, report: CheckReport, spelling: Spelling) -> list[Row]:
+    step, why, found = report.step or 0, " ".join(_why(report, spelling)), []
+    if before is None or before.status != report.status:
+        what = "first check" if before is None else f"was {before.status}"
+        found.append(Row(step, report.status, what, why))
+        why = ""
+    for name in ("alpha", "beta"):
+        scheduled, applied = getattr(report, name), getattr(report, f"{name}_applied")
+        earlier = math.nan if before is None else getattr(before, f"{name}_applied")
+        held = before is not None and earlier < getattr(before, name)
+        capped = applied < scheduled
+        if not (capped or held) or math.isclose(applied, earlier, rel_tol=1e-9):
+            continue
+        lowered = capped and not (held and applied > earlier)
+        start = earlier if held else scheduled
+        found.append(
+            Row(
+                step,
+                "capped" if lowered else "released",
+                f"{name} {start:.3g} → {applied:.3g}",
+                why if lowered and why else f"scheduled {scheduled:.3g}, {name}_c = {getattr(report, f'{name}_c'):.3g}",
+            )
+        )
+    return found
+
+
+def _why(report: CheckReport, spelling: Spelling) -> list[str]:
+    """Why a report is what it is, and what to do unless the guard did it."""
+    acted = report.alpha_applied < report.alpha or report.beta_applied < report.beta
+    return [(cause if acted else sentence)(each, spelling) for each in report.findings]

@@ -1,37 +1,32 @@
-"""Where a check's numbers go: loggers, progress bar, messages."""
+"""Where a check's numbers, pictures and messages go: loggers, progress bar, terminal."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_maml_guard.guard.messages import block
-from lightning_maml_guard.stability.report import StabilityReport
-from lightning_maml_guard.utils.lightning_compat import DummyLogger
+from lightning_maml_guard.guard.report import CheckReport
+from lightning_maml_guard.messages.sentences import block
+from lightning_maml_guard.plots.region import safe_region
+from lightning_maml_guard.plots.spectrum import histogram, ritz_values
+from lightning_maml_guard.plots.style import new_figure
 from lightning_maml_guard.utils.warnings import GuardWarning
 
 _SAFE = {"safe": 1.0, "edge": 0.5, "unsafe": 0.0}
 
 
-def metrics(report: StabilityReport) -> dict[str, float]:
-    """Name a report's numbers as they are logged.
-
-    Args:
-        report: The report.
-
-    Returns:
-        ``guard/...`` values; what is not finite (a limit that does not exist or was not measured) is left out.
-    """
+def metrics(report: CheckReport) -> dict[str, float]:
+    """Name a check's numbers as they are logged, ``guard/...``; what is not finite is left out."""
     values = {
         "alpha": report.alpha,
         "alpha_c": report.alpha_c,
         "beta": report.beta,
         "beta_c": report.beta_c,
-        "poster_alpha_c": report.poster_alpha_c,
+        "poster_alpha_c": report.simplified_alpha_c,
         "sgd_beta_c": report.sgd_beta_c,
         "exact_beta_c": report.exact_beta_c,
         "beta_c_noise": report.beta_c_noise,
@@ -53,14 +48,7 @@ def metrics(report: StabilityReport) -> dict[str, float]:
 
 
 def log_values(trainer: Any, pl_module: Any, values: dict[str, float], step: int) -> None:
-    """Log a check's numbers at the step it was made, to every logger and the progress bar.
-
-    Args:
-        trainer: The Trainer.
-        pl_module: The module, whose ``log`` fills the progress bar and ``callback_metrics``.
-        values: The numbers.
-        step: The loggers' step.
-    """
+    """Log a check's numbers at the step it was made, to every logger and the progress bar."""
     ratios = {name: value for name, value in values.items() if name in {"guard/alpha_ratio", "guard/beta_ratio"}}
     rest = {name: value for name, value in values.items() if name not in ratios}
     # Not through `self.log(logger=True)`: with log_every_n_steps it would write stale values on wrong steps.
@@ -72,51 +60,130 @@ def log_values(trainer: Any, pl_module: Any, values: dict[str, float], step: int
         logger.log_metrics(values, step=step)
 
 
-@contextmanager
-def unlogged(trainer: Any) -> Iterator[None]:
-    """Keep what a measurement sends to the loggers themselves away from them.
-
-    Args:
-        trainer: The Trainer.
-
-    Yields:
-        Nothing.
-    """
-    loggers = trainer.loggers
-    trainer.loggers = [DummyLogger() for _ in loggers]
-    try:
-        yield
-    finally:
-        trainer.loggers = loggers
-
-
 def warn(message: str) -> None:
-    """Warn the user once, on rank zero, in one readable block.
-
-    Args:
-        message: What happened, why, what to do, a line each.
-    """
+    """Warn the user once, on rank zero, in one readable block: what happened, why, what to do, a line each."""
     rank_zero_warn(block(message), category=GuardWarning, stacklevel=6)
 
 
 def inform(message: str) -> None:
-    """Tell the user, on rank zero, without alarm.
-
-    Args:
-        message: What happened.
-    """
+    """Tell the user, on rank zero, without alarm."""
     rank_zero_info(message)
 
 
 def logger_step(trainer: Any) -> int:
-    """Read the loggers' x-axis: optimizer steps taken so far, batches that did not step left out.
-
-    Args:
-        trainer: The Trainer.
-
-    Returns:
-        The step.
-    """
+    """Read the loggers' x-axis: optimizer steps taken so far; batches that did not step do not count."""
     loop = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
     stepped = getattr(loop, "_batches_that_stepped", None)
     return int(trainer.global_step if stepped is None else stepped)
+
+
+# A run whose state changes often would otherwise spend its time on drawing.
+_CHECKS_BETWEEN = 10
+
+
+class Figures:
+    """Sends the safe region, the spectrum's picture and its histogram to TensorBoard, W&B and MLflow.
+
+    A histogram is a handful of numbers and goes out with every check to the loggers that have histograms of their own.
+    The two pictures take about a second to draw: they go out when the state changes, with at least ten checks between
+    two of them, and at the end.
+    """
+
+    def __init__(self, wanted: bool) -> None:
+        self._wanted = wanted
+        self._sent: CheckReport | None = None
+        self._quiet = 0
+
+    def after_check(self, trainer: Any, history: Sequence[CheckReport], *, changed: bool) -> None:
+        """Send what belongs to a check, that of the last report; ``changed``: whether the run's state did."""
+        report = history[-1]
+        if not self._wanted or not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            _send_histogram(logger, report)
+        self._quiet -= 1
+        if changed and self._quiet < 0:
+            self._quiet = _CHECKS_BETWEEN
+            self._send(trainer, history)
+
+    def at_end(self, trainer: Any, history: Sequence[CheckReport]) -> None:
+        """Send the last pictures, unless they were sent."""
+        if self._wanted and trainer.is_global_zero and history and history[-1] is not self._sent:
+            self._send(trainer, history)
+
+    def _send(self, trainer: Any, history: Sequence[CheckReport]) -> None:
+        senders = [(logger, sender) for logger in trainer.loggers if (sender := _sender(logger)) is not None]
+        if not senders or find_spec("matplotlib") is None:
+            return
+        self._sent = history[-1]
+        for name, figure in _drawn(history).items():
+            for logger, sender in senders:
+                sender(logger, f"guard/{name}", figure, history[-1].step or 0)
+
+
+def _drawn(history: Sequence[CheckReport]) -> dict[str, Any]:
+    figures = {}
+    if any(report.lambda_max > 0 for report in history):
+        figure = new_figure()
+        safe_region(history, ax=figure.subplots())
+        figures["safe_region"] = figure
+    seen = next((report for report in reversed(history) if report.ritz()[0]), None)
+    if seen is not None:
+        figures["spectrum"], _ = ritz_values(seen)
+    return figures
+
+
+def _is(logger: Any, name: str) -> bool:
+    # By name, because the two Lightning packages have a class each and neither may be imported for the asking.
+    return any(kind.__name__ == name for kind in type(logger).__mro__)
+
+
+def _sender(logger: Any) -> Callable[[Any, str, Any, int], None] | None:
+    senders = {"TensorBoardLogger": _to_tensorboard, "WandbLogger": _to_wandb, "MLFlowLogger": _to_mlflow}
+    return next((sender for name, sender in senders.items() if _is(logger, name)), None)
+
+
+def _pixels(figure: Any) -> Any:
+    import numpy as np
+
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+
+
+def _to_tensorboard(logger: Any, name: str, figure: Any, step: int) -> None:
+    # Not add_figure, which imports pyplot.
+    logger.experiment.add_image(name, _pixels(figure), step, dataformats="HWC")
+
+
+def _to_wandb(logger: Any, name: str, figure: Any, step: int) -> None:
+    logger.log_image(name, [_pixels(figure)], step=step)
+
+
+def _to_mlflow(logger: Any, name: str, figure: Any, step: int) -> None:
+    logger.experiment.log_figure(logger.run_id, figure, f"{name}_step_{step:08d}.png")
+
+
+def _send_histogram(logger: Any, report: CheckReport) -> None:
+    tensorboard, wandb = _is(logger, "TensorBoardLogger"), _is(logger, "WandbLogger")
+    values, weights = report.ritz() if tensorboard or wandb else ((), ())
+    if not values:
+        return
+    counts, edges = histogram(values, weights)
+    name, step = "guard/spectrum", report.step or 0
+    if wandb:
+        import numpy as np
+        from wandb import Histogram
+
+        logger.log_metrics({name: Histogram(np_histogram=(np.array(counts), np.array(edges)))}, step=step)
+    else:
+        logger.experiment.add_histogram_raw(
+            name,
+            min=values[0],
+            max=values[-1],
+            num=1.0,
+            sum=sum(v * w for v, w in zip(values, weights, strict=True)),
+            sum_squares=sum(v * v * w for v, w in zip(values, weights, strict=True)),
+            bucket_limits=edges[1:],
+            bucket_counts=counts,
+            global_step=step,
+        )

@@ -1,24 +1,28 @@
-"""A trial run: the coming steps on copies of parameters and optimizer state, to see whether the loss survives them.
+"""The next steps tried on copies of parameters and optimizer state, to see whether the loss survives them.
 
 Curvature at a point says which rates grow along some direction; healthy runs live there (the edge of stability). What
-tells a dying run is that the loss itself leaves, so the guard looks: it takes the next steps with the batches at hand.
+tells a diverging run is that the loss itself leaves, so the guard takes the next steps with the batches at hand.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from lightning_maml_guard.guard.divergence import passes, severity
 from lightning_maml_guard.linalg.layout import Layout, Params
-from lightning_maml_guard.maml.problem import MetaProblem
-from lightning_maml_guard.optim.shadow import Clip, Twin, refuse_closures
-from lightning_maml_guard.stability.objective import MamlSubject, PlainSubject, Subject
-from lightning_maml_guard.stability.plain import PlainProblem
+from lightning_maml_guard.optim.lr_cap import scheduled_rate
+from lightning_maml_guard.optim.shadow import Clip, ShadowOptimizer, check_no_closure
+from lightning_maml_guard.stability.hvp import MeasurementCache
+from lightning_maml_guard.stability.objective import MamlObjective, Objective, objective_of
+from lightning_maml_guard.stability.problems import Problem
+from lightning_maml_guard.utils.checks import check_count, check_flag, check_number
 from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.double_backward import double_backward
 from lightning_maml_guard.utils.random_state import preserved_randomness
@@ -26,8 +30,66 @@ from lightning_maml_guard.utils.task_map import TaskMap, as_float32
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What a trial run saw.
+class LookaheadOptions:
+    """How a guard looks ahead: the next steps are tried on copies, and decide whether the run diverges.
+
+    Args:
+        steps: Steps to try, each about the cost of a training step; 0 judges by the critical rates alone.
+        batches: Batches they go through, the coming one and those before it, kept by reference on the device. With
+            fewer than 8, GuardBench loses most of its recall where tasks are resampled.
+        divergence_ratio: Factor over the loss that training started from at which a run counts as diverging, above 1.
+        triggers: Whether a loss above twice its running mean, or a gradient norm above four times its own, calls a
+            check between the scheduled ones. Reads one number per step from the device.
+
+    Raises:
+        ValueError: If a value is not allowed.
+
+    Example:
+        >>> from lightning_maml_guard import ConvergenceGuard, LookaheadOptions
+        >>> ConvergenceGuard(lookahead=LookaheadOptions(steps=5)).lookahead.divergence_ratio
+        3.0
+    """
+
+    steps: int = 10
+    batches: int = 8
+    divergence_ratio: float = 3.0
+    triggers: bool = True
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps, 0)
+        check_count("batches", self.batches)
+        check_number("divergence_ratio", self.divergence_ratio, above=1)
+        check_flag("triggers", self.triggers)
+
+
+def check_lookahead(value: Any) -> None:
+    """Raise a TypeError if a value is no LookaheadOptions."""
+    if not isinstance(value, LookaheadOptions):
+        raise TypeError(
+            f"Expected argument `lookahead` to be a LookaheadOptions but got {type(value).__name__}. Pass "
+            "LookaheadOptions(steps=5), say, with the options that differ from their defaults."
+        )
+
+
+@dataclass(frozen=True)
+class Caps:
+    """Largest rates to apply; None applies the configured ones."""
+
+    alpha: float | None = None
+    beta: float | None = None
+
+    def applied(self, alpha: float, beta: float) -> tuple[float, float]:
+        """Apply the caps to the configured inner rate (``nan`` without an inner loop) and the scheduled meta rate."""
+        return _capped(alpha, self.alpha), _capped(beta, self.beta)
+
+
+def _capped(rate: float, cap: float | None) -> float:
+    return rate if cap is None or not rate > cap else cap
+
+
+@dataclass(frozen=True)
+class LookaheadResult:
+    """What a lookahead saw.
 
     Attributes:
         losses: Loss before each step, on that step's batch; the last is the loss after all of them, on the batch of
@@ -48,32 +110,21 @@ class Trial:
 
     @property
     def growth(self) -> float:
-        """Factor a step by which the loss grew."""
+        """Factor per step by which the loss grew."""
         steps = len(self.losses) - 1
         return (self.end / self.begin) ** (1 / steps) if self.begin > 0 and self.end >= 0 else math.nan
 
 
-class TrialRunner:
-    """Tries the coming steps, as configured or at lower rates.
+class Lookahead:
+    """Tries the next steps, as configured or under caps.
 
-    The batches come in the given order, round and round. Learned inner rates stay as they are,
-    and every step uses one batch, also under gradient accumulation.
-
-    Args:
-        problems: The problem of the coming batch and of the batches to go on with.
-        optimizer: The live optimizer, or the rate of plain SGD.
-        steps: Number of steps.
-        task_map: How to run over the tasks.
-        clip: Clips gradients as the run does.
-        ranks: The processes that step together.
-
-    Raises:
-        ClosureError: If the optimizer needs a closure.
+    The batches come in the given order, round and round. Learned inner rates stay as they are, and every step uses one
+    batch, also under gradient accumulation. Raises a ClosureError if the optimizer needs a closure.
     """
 
     def __init__(
         self,
-        problems: Sequence[MetaProblem | PlainProblem],
+        problems: Sequence[Problem],
         optimizer: Optimizer | float,
         steps: int,
         task_map: TaskMap | None = None,
@@ -82,55 +133,94 @@ class TrialRunner:
     ) -> None:
         self._ranks = ranks or Ranks()
         tasks = task_map or TaskMap()
-        self._subjects: list[Subject] = [
-            PlainSubject(each) if isinstance(each, PlainProblem) else MamlSubject(each, "support", tasks)
-            for each in problems
-        ]
+        self._objectives: list[Objective] = [objective_of(each, "support", tasks) for each in problems]
         self._live = problems[0].params
+        self._owned = isinstance(optimizer, Optimizer)
         if isinstance(optimizer, Optimizer):
             self._optimizer = optimizer
         else:
             self._optimizer = SGD([value.detach().requires_grad_() for value in self._live.values()], lr=optimizer)
-        self._owned = isinstance(optimizer, Optimizer)
-        refuse_closures(self._optimizer)
+        check_no_closure(self._optimizer)
         self._steps, self._clip = steps, clip
+        self.alpha: float = getattr(problems[0], "alpha", math.nan)
+        self.beta = scheduled_rate(self._optimizer)
         self.batches = len(problems)
         self.runs = 0
 
-    def run(self, alpha_factor: float = 1.0, beta_factor: float = 1.0, first: int = 0) -> Trial:
-        """Try the steps.
+    @property
+    def gradients(self) -> int:
+        """Gradients computed so far."""
+        return self.runs * (self._steps + 1)
 
-        Args:
-            alpha_factor: Factor on the inner rates.
-            beta_factor: Factor on the optimizer's rates.
-            first: Index of the batch that the first step uses.
+    def under(self, caps: Caps, first: int = 0) -> LookaheadResult:
+        """Try the steps under caps, beginning with the batch of index ``first``."""
+        alpha, beta = caps.applied(self.alpha, self.beta)
+        return self.run(
+            alpha / self.alpha if self.alpha > 0 else 1.0, beta / self.beta if self.beta > 0 else 1.0, first
+        )
+
+    def judged(self, caps: Caps, start: float, ratio: float) -> tuple[LookaheadResult, float, float]:
+        """Try the steps; if they do not pass, twice more from other batches on: one odd batch is no divergence.
 
         Returns:
-            What the trial saw.
+            The result of the median severity, the loss that training started from (``start``, or the loss at hand where
+            that is ``nan``), and the severity.
         """
+        result = self.under(caps)
+        start = result.begin if math.isnan(start) else start
+        found = [result]
+        if not passes(severity(result.end, start), ratio) and self.batches > 1:
+            found += [self.under(caps, (self.batches * share) // 3) for share in (1, 2)]
+        found.sort(key=lambda each: severity(each.end, start))
+        median = found[len(found) // 2]
+        return median, start, severity(median.end, start)
+
+    def run(self, alpha_factor: float = 1.0, beta_factor: float = 1.0, first: int = 0) -> LookaheadResult:
+        """Try the steps with factors on the inner rates and on the optimizer's."""
         self.runs += 1
         live = self._live
         if not self._owned:
             live = dict(zip(self._live, self._optimizer.param_groups[0]["params"], strict=True))
         with preserved_randomness(), double_backward():
-            torch.manual_seed(0)  # the same dropout masks at every rate, so that trials can be compared
-            twin = Twin(self._optimizer, live, beta_factor)
+            torch.manual_seed(0)  # the same dropout masks at every rate, so that results can be compared
+            shadow = ShadowOptimizer(self._optimizer, live, beta_factor)
             losses = []
             for step in range(self._steps):
-                value, gradient = self._evaluate(twin.params, first + step, alpha_factor)
+                value, gradient = self._evaluate(shadow.params, first + step, alpha_factor)
                 losses.append(value)
-                twin.step(gradient, self._clip)
-            losses.append(self._evaluate(twin.params, first, alpha_factor)[0])
-            return Trial(tuple(torch.stack(losses).tolist()))
+                shadow.step(gradient, self._clip)
+            losses.append(self._evaluate(shadow.params, first, alpha_factor)[0])
+            return LookaheadResult(tuple(torch.stack(losses).tolist()))
 
     def _evaluate(self, params: Params, index: int, factor: float) -> tuple[Tensor, Params]:
-        subject = self._subjects[index % len(self._subjects)]
-        field = (subject.update(factor) if isinstance(subject, MamlSubject) else subject.curvature(False))[0]
+        objective = self._objectives[index % len(self._objectives)]
+        target = objective.update(factor) if isinstance(objective, MamlObjective) else objective.curvature(False)
         leaves = {name: value.detach().requires_grad_() for name, value in as_float32(params).items()}
-        value, gradients = field(leaves, False)
+        value, gradients = target[0](leaves, False)
         known = {name: gradients[name] for name in leaves}
         filled = {n: torch.zeros_like(leaves[n]) if g is None else g.detach() for n, g in known.items()}
         if self._ranks.size == 1:
             return value.detach().float(), filled
         layout = Layout(filled)
         return self._ranks.mean(value.float()), layout.split(self._ranks.mean(layout.flatten(filled)))
+
+
+def lookahead_of(
+    problems: Sequence[Problem], optimizer: Optimizer, steps: int, trainer: Any, cache: MeasurementCache
+) -> Lookahead:
+    """Make the lookahead of a run: its clipping, its way to go over tasks, its processes."""
+    tasks = cache.map_for(getattr(problems[0], "task_chunk_size", None), getattr(problems[0], "looped", False))
+    return Lookahead(problems, optimizer, steps, tasks, _clipping(trainer), cache.ranks)
+
+
+def _clipping(trainer: Any) -> Callable[[list[nn.Parameter]], None] | None:
+    value = trainer.gradient_clip_val
+    if not value:
+        return None
+    if trainer.gradient_clip_algorithm == "value":
+        return lambda parameters: nn.utils.clip_grad_value_(parameters, value)
+
+    def clip_norm(parameters: list[nn.Parameter]) -> None:
+        nn.utils.clip_grad_norm_(parameters, value)
+
+    return clip_norm

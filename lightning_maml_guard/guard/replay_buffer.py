@@ -1,4 +1,4 @@
-"""The batches a trial goes through: the coming one and those before it, also across a restart."""
+"""The batches a lookahead goes through: the coming one and those before it, also across a restart."""
 
 from __future__ import annotations
 
@@ -11,28 +11,16 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 _PLAIN = (bool, int, float, str, type(None))
 
 
-class Replay:
-    """Holds the last batches by reference.
-
-    Args:
-        size: How many.
-
-    Attributes:
-        restored: Batches of a restored run that have not been taken up.
-    """
+class ReplayBuffer:
+    """Holds the last ``size`` batches by reference; ``restored`` are those of a checkpoint, not taken up yet."""
 
     def __init__(self, size: int) -> None:
         self._batches: deque[tuple[Any, int]] = deque(maxlen=size)
-        # Of a restored run: tensors alone, until a batch shows how they hang together and on which device.
+        # Of a restored run: tensors alone, until a batch shows their structure and device.
         self.restored: list[tuple[list[Any], int]] = []
 
     def add(self, batch: Any, batch_idx: int) -> None:
-        """Take in the batch of the coming step.
-
-        Args:
-            batch: The batch.
-            batch_idx: Its index.
-        """
+        """Take in the batch of the coming step."""
         self._batches.appendleft((batch, batch_idx))
         restored, self.restored = self.restored, []
         if not restored:
@@ -44,32 +32,22 @@ class Replay:
                 self._batches.append((known, index))
 
     def latest(self) -> tuple[Any, int]:
-        """Name the batch of the latest step.
-
-        Returns:
-            The batch and its index.
-        """
+        """Return the batch of the latest step, and its index."""
         return self._batches[0]
 
     def earlier(self) -> list[tuple[Any, int]]:
-        """List the batches before the coming one, the latest first.
-
-        Returns:
-            Batches with their indices.
-        """
+        """List the batches before the coming one with their indices, the latest first."""
         return list(self._batches)[1:]
 
     def clear(self) -> None:
-        """Let go of the batches."""
+        """Drop all batches."""
         self._batches.clear()
         self.restored = []
 
     def state(self) -> list[Any]:
-        """Copy the batches to the host.
+        """Copy the batches to the host: tensors and plain values, so that a checkpoint loads with ``weights_only``.
 
-        Returns:
-            Tensors and plain values, so that a checkpoint loads with ``weights_only``; a batch that holds anything else
-            is left out.
+        A batch that holds anything else is left out.
         """
         if self.restored:
             return [[list(saved), index] for saved, index in self.restored]
@@ -84,16 +62,12 @@ class Replay:
         return copies
 
     def load(self, state: list[Any]) -> None:
-        """Restore the batches.
-
-        Args:
-            state: What :meth:`state` made.
-        """
+        """Restore what :meth:`state` returned."""
         self.restored = [(list(leaves), index) for leaves, index in state]
 
 
 def _rebuilt(saved: list[Any], leaves: list[Any], spec: TreeSpec) -> Any:
-    """Hang tensors together as a batch is; None if they are not of its kind."""
+    """Put tensors together as a batch is; None if they are not of its kind."""
     if [type(leaf) for leaf in saved] != [type(leaf) for leaf in leaves]:
         return None
     moved = [a.to(b.device) if isinstance(a, Tensor) else a for a, b in zip(saved, leaves, strict=True)]

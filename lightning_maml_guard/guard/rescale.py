@@ -1,16 +1,19 @@
-"""How far to lower the rates of a run that is dying, and when to let them rise again. Pure: a trial is a function."""
+"""How far the rates of a diverging run are lowered, and when they are released. A lookahead is a function here."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from lightning_maml_guard.guard.lookahead import Trial
+from torch.optim import Optimizer
+
+from lightning_maml_guard.guard.lookahead import Caps, LookaheadResult
+from lightning_maml_guard.optim.lr_cap import LRCap
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import UNSAFE
 
-# A trial at lowered rates is calm if it does not raise the loss by more than the scatter of a batch.
+# A lookahead at lowered rates is calm if it does not raise the loss by more than the scatter of a batch.
 CALM = 1.2
 # Beyond the first calm one, lower rates are taken while they bring the loss further down by this much; tried so often.
 BETTER = 0.9
@@ -28,62 +31,23 @@ LADDER: tuple[tuple[float | None, float], ...] = (
     (0.25, 1 / 16),
     (None, 1 / 256),
 )
-# Factor by which capped rates rise a check.
+# Factor by which capped rates rise per check.
 RELEASE = 1.5
 
-
-@dataclass(frozen=True)
-class Caps:
-    """Largest rates to apply; None applies the configured ones.
-
-    Attributes:
-        alpha: Of the inner rate.
-        beta: Of the meta rate.
-    """
-
-    alpha: float | None = None
-    beta: float | None = None
-
-    def applied(self, alpha: float, beta: float) -> tuple[float, float]:
-        """Apply the caps.
-
-        Args:
-            alpha: The inner rate as configured; ``nan`` without an inner loop.
-            beta: The meta rate as scheduled.
-
-        Returns:
-            The rates as applied.
-        """
-        return capped(alpha, self.alpha), capped(beta, self.beta)
-
-
-Try = Callable[[Caps], Trial]
-
-
-def capped(rate: float, cap: float | None) -> float:
-    """Apply one cap.
-
-    Args:
-        rate: The rate.
-        cap: The cap, or None.
-
-    Returns:
-        The smaller.
-    """
-    return rate if cap is None or not rate > cap else cap
+LookUnder = Callable[[Caps], LookaheadResult]
 
 
 def lowered(
     report: StabilityReport,
     caps: Caps,
     margin: float,
-    trial: Try,
+    look: LookUnder,
     *,
     loss: float = math.inf,
     reach_alpha: bool,
     at_least_halve: bool = False,
 ) -> Caps:
-    """Bring the rates of a dying run down: to ``margin`` times their critical values, and on until a trial is calm.
+    """Lower the rates of a diverging run: to ``margin`` times their limits, and further until a lookahead is calm.
 
     A lower inner rate changes the loss itself, for the worse where the parameters have come to rely on it, so each
     step down is tried with the inner rate lowered and with it left alone.
@@ -92,14 +56,14 @@ def lowered(
         report: The curvature where the run is.
         caps: The caps so far.
         margin: Fraction of the critical values.
-        trial: Tries the coming steps under caps.
+        look: Looks ahead under caps.
         loss: Loss where the run is; ``inf`` if it is not known.
         reach_alpha: Whether the inner rate can be capped.
-        at_least_halve: Whether the meta rate must fall to half whatever the trial says.
+        at_least_halve: Whether the meta rate must fall to half whatever the lookahead says.
 
     Returns:
-        The caps to apply: the first whose trial is calm, or lower ones that bring the loss further down; if none is
-        calm, those whose trial ended lowest.
+        The caps to apply: the first whose lookahead is calm, or lower ones that bring the loss further down; if none
+        is calm, those whose lookahead ended lowest.
     """
     alpha, beta = caps.applied(report.alpha, report.beta)
     lower_alpha, lower_beta = alpha, beta
@@ -110,7 +74,7 @@ def lowered(
         lower_beta = min(beta, critical)
     if at_least_halve or (lower_beta == beta and not lower_alpha < alpha):
         lower_beta = min(lower_beta, beta / 2)
-    tried: dict[Caps, Trial] = {}
+    tried: dict[Caps, LookaheadResult] = {}
     best, worse = None, 0
     for share_alpha, share_beta in LADDER:
         at = alpha if share_alpha is None else share_alpha * lower_alpha
@@ -119,7 +83,7 @@ def lowered(
         candidate = Caps(at if at < report.alpha else None, share_beta * lower_beta)
         if candidate in tried:
             continue
-        found = tried[candidate] = trial(candidate)
+        found = tried[candidate] = look(candidate)
         if best is not None:
             best, worse = (candidate, 0) if found.end < BETTER * tried[best].end else (best, worse + 1)
             if worse == PATIENCE:
@@ -129,18 +93,10 @@ def lowered(
     return best or min(tried, key=lambda each: tried[each].end)
 
 
-def raised(report: StabilityReport, caps: Caps, margin: float, present: Trial, trial: Try) -> Caps:
-    """Let capped rates rise again, by RELEASE at most and to ``margin`` times the critical values at most.
+def raised(report: StabilityReport, caps: Caps, margin: float, present: LookaheadResult, look: LookUnder) -> Caps:
+    """Release capped rates by ``RELEASE`` per check, up to ``margin`` times their limits.
 
-    Args:
-        report: The curvature where the run is.
-        caps: The caps so far.
-        margin: Fraction of the critical values.
-        present: The trial under them.
-        trial: Tries the coming steps under caps.
-
-    Returns:
-        The caps to apply: raised ones whose trial ends no worse than the present, else those so far.
+    Higher rates are taken if their lookahead ends no worse than ``present``, the one under the caps so far.
     """
     alpha, beta = caps.applied(report.alpha, report.beta)
     higher_alpha = _towards(alpha, margin * report.alpha_c)
@@ -152,7 +108,7 @@ def raised(report: StabilityReport, caps: Caps, margin: float, present: Trial, t
     for candidate in dict.fromkeys((both, Caps(caps.alpha, both.beta), Caps(both.alpha, caps.beta))):
         if candidate == caps:
             continue
-        found = trial(candidate)
+        found = look(candidate)
         if found.end <= CALM * found.begin and found.end <= CALM * present.end:
             return candidate
     return caps
@@ -160,3 +116,46 @@ def raised(report: StabilityReport, caps: Caps, margin: float, present: Trial, t
 
 def _towards(rate: float, limit: float) -> float:
     return rate if math.isnan(limit) else max(rate, min(RELEASE * rate, limit))
+
+
+def at_limits(report: StabilityReport, caps: Caps, margin: float, reach_alpha: bool) -> Caps:
+    """Cap at ``margin`` times the limits just measured, also where the schedule is below them and may rise.
+
+    For a guard without lookaheads. A limit that could not be measured leaves its cap as it was.
+    """
+    return Caps(
+        margin * report.alpha_c if reach_alpha and not math.isnan(report.alpha_c) else caps.alpha,
+        caps.beta if math.isnan(report.safe_beta_c) else margin * report.safe_beta_c,
+    )
+
+
+def reaches_alpha(pl_module: Any) -> bool:
+    """Return True if a module lets its inner rate be capped."""
+    return hasattr(pl_module, "inner_lr_cap")
+
+
+class AppliedCaps:
+    """The caps of a run, applied to the module's inner rate and in its optimizers' steps."""
+
+    def __init__(self, active: bool, caps: Caps) -> None:
+        self.active, self.caps = active, caps
+        self._lr_cap: LRCap | None = None
+
+    def hold(self, optimizers: Sequence[Optimizer], holds: Callable[[], bool] | None = None) -> None:
+        """Cap the steps of these optimizers and of no others, while ``holds`` (None: always)."""
+        self.release()
+        self._lr_cap = LRCap(optimizers, self.caps.beta, holds) if self.active else None
+
+    def release(self) -> None:
+        """Take the hooks out of the optimizers."""
+        if self._lr_cap is not None:
+            self._lr_cap.remove()
+            self._lr_cap = None
+
+    def apply(self, pl_module: Any, caps: Caps) -> None:
+        """Apply caps from the coming step on."""
+        self.caps = caps
+        if reaches_alpha(pl_module):
+            pl_module.inner_lr_cap = caps.alpha
+        if self._lr_cap is not None:
+            self._lr_cap.cap = caps.beta

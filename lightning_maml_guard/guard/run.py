@@ -1,50 +1,42 @@
-"""What a guard knows of the run it watches, and keeps across a restart."""
+"""A run under a guard: its state, and the live objects that work on it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from lightning_maml_guard.guard.console import Gauges
-from lightning_maml_guard.guard.course import Course
-from lightning_maml_guard.guard.figures import Figures
-from lightning_maml_guard.guard.intervention import Intervention
-from lightning_maml_guard.guard.messages import Spelling
-from lightning_maml_guard.guard.replay_buffer import Replay
-from lightning_maml_guard.guard.rescue import Rescue
-from lightning_maml_guard.guard.schedule import Lookout
-from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.guard.actions import Action
+from lightning_maml_guard.guard.loggers import Figures, warn
+from lightning_maml_guard.guard.lookahead import LookaheadOptions
+from lightning_maml_guard.guard.replay_buffer import ReplayBuffer
+from lightning_maml_guard.guard.rescale import AppliedCaps
+from lightning_maml_guard.guard.schedule import Schedule
+from lightning_maml_guard.guard.state import GuardState
+from lightning_maml_guard.guard.state_machine import StateMachine
+from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
+from lightning_maml_guard.messages.sentences import Spelling, announced
 from lightning_maml_guard.optim.snapshot import Snapshot
-from lightning_maml_guard.stability.budget import Budget
-from lightning_maml_guard.stability.estimators import Estimator
-from lightning_maml_guard.stability.hvp import Memory
-from lightning_maml_guard.stability.report import StabilityReport, from_plain, to_plain
+from lightning_maml_guard.stability.hvp import MeasurementCache
+from lightning_maml_guard.stability.options import CurvatureOptions
+from lightning_maml_guard.stability.problems import ProblemSource
 from lightning_maml_guard.utils.distributed import Ranks
+from lightning_maml_guard.utils.warnings import GuardWarning
 
 
 class Settings(Protocol):
-    """A guard's arguments, and how its messages write them; see :class:`~lightning_maml_guard.ConvergenceGuard`."""
+    """A guard's arguments; see :class:`~lightning_maml_guard.ConvergenceGuard`."""
 
     every_n_steps: int
     max_cost: float | None
-    tasks_per_check: int | None
-    action: str
-    criterion: str
     margin: float
     patience: int
-    estimator: Estimator
-    max_iter: int
-    tol: float
-    basis: str
-    tasks: str
-    data: str
-    problem: Callable[[Any, Any], MetaProblem] | None
-    trial_steps: int
-    replay: int
-    alarm: float
-    triggers: bool
+    problem: ProblemSource | None
+    curvature: CurvatureOptions
+    lookahead: LookaheadOptions
     rollback: bool
     max_rollbacks: int
     snapshot_device: str | None
@@ -52,123 +44,71 @@ class Settings(Protocol):
     history_size: int
     spelling: Spelling
 
+    @property
+    def acting(self) -> Action:
+        """The action."""
 
-class Run:
-    """The state of a guarded run.
 
-    Args:
-        settings: The guard's arguments.
-        inert: Whether nothing may be done to the run.
-        ranks: The processes that train together.
+class GuardedRun:
+    """A run under a guard: its state, and the live objects that work on it."""
 
-    Attributes:
-        history: The reports of the latest checks.
-        severities: Steps and severities of the latest trials.
-        norm: Gradient norm of the step at hand, maybe on the device; None if it is not known.
-    """
-
-    def __init__(self, settings: Settings, *, inert: bool = False, ranks: Ranks | None = None) -> None:
-        self.history: list[StabilityReport] = []
-        self.severities: list[tuple[int, float]] = []
+    def __init__(
+        self, settings: Settings, state: GuardState | None = None, *, inert: bool = False, ranks: Ranks | None = None
+    ) -> None:
+        self.settings, self.state = settings, state or GuardState()
+        self.cache = MeasurementCache(self.state.facts, ranks or Ranks())
+        self.schedule = Schedule(settings.every_n_steps, settings.max_cost, self.state.schedule)
+        self.machine = StateMachine(settings.patience, settings.lookahead.divergence_ratio, self.state.watches)
+        self.caps = AppliedCaps(settings.acting.caps_rates and not inert, self.state.caps)
+        # The live objects take over what a checkpoint held; `saved` asks them for it.
+        kept, self.state.snapshot = self.state.snapshot, None
+        self.snapshot = None if kept is None else Snapshot.restored(kept)
+        self.replay = ReplayBuffer(settings.lookahead.batches)
+        self.replay.load(self.state.batches)
+        self.state.batches = []
+        self.figures = Figures(settings.figures)
+        # Gradient norm of the step at hand, maybe on the device; None if it is not known.
         self.norm: Tensor | float | None = None
-        self.course = Course(settings.patience, settings.alarm)
-        self.memory = Memory(ranks=ranks or Ranks())
-        self.rescue = Rescue(settings.action == "rescale" and not inert, settings.snapshot_device)
-        self.intervention = Intervention(
-            settings.action, settings.margin, settings.max_rollbacks, self.course, self.rescue, settings.spelling
+
+    def saved(self) -> GuardState:
+        """Collect the state for a checkpoint, what the live objects hold included."""
+        settings = self.settings
+        # In one of several processes each has batches of its own, and the checkpoint is the first one's.
+        exactly = settings.acting.resumes_exactly and settings.lookahead.steps > 0 and self.cache.ranks.size == 1
+        self.cache.note_the_map()
+        return replace(
+            self.state,
+            watches=self.machine.watches,
+            caps=self.caps.caps,
+            batches=self.replay.state() if exactly else [],
+            snapshot=None if self.snapshot is None else self.snapshot.state(),
         )
-        self.lookout = Lookout(settings.every_n_steps, Budget(settings.max_cost))
-        self.replay = Replay(settings.replay)
-        self.gauges, self.figures = Gauges(), Figures(settings.figures)
-        self._size = settings.history_size
-        # What the guard does to a run hangs on these; where it does nothing they would only swell the checkpoint. In
-        # one of several processes each has batches of its own, and the checkpoint is the first one's.
-        self._keeps_batches = settings.action in {"rescale", "stop"} and settings.trial_steps > 0
-        self._keeps_batches = self._keeps_batches and self.memory.ranks.size == 1
 
-    def note(self, report: StabilityReport) -> None:
-        """Put a check's report into the history.
+    def announce(self, reason: Reason, *, just_said: bool = False) -> None:
+        """Warn, unless the same was said before; ``just_said``: another message holds it, so it counts as said."""
+        if reason.key not in self.state.announced:
+            self.state.announced.add(reason.key)
+            if not just_said:
+                self.state.note("notice", reason, step=reason.step)
+                warn(announced(reason, self.settings.spelling))
 
-        Args:
-            report: The report.
-        """
-        self.history = [*self.history, report][-self._size :]
+    @contextmanager
+    def only_told(self, what: str) -> Iterator[None]:
+        """Let a failure outside a check cost one warning and nothing else; ``what`` could not be done."""
+        try:
+            yield
+        except GuardWarning:
+            raise
+        except Exception as error:
+            self.announce(of_error(Kind.TASK_FAILED, error, what=what))
 
-    def note_severity(self, step: int, severity: float) -> None:
-        """Note what a trial said.
+    def stop(self, trainer: Any, step: int, reasons: tuple[Reason, ...]) -> None:
+        """Ask the Trainer to stop."""
+        if self.state.stopped_step is None:
+            self.state.note("stopped", *reasons, step=step)
+        self.state.stopped_step, self.state.stopping = step, list(reasons)
+        trainer.should_stop = True
 
-        Args:
-            step: Training step.
-            severity: Its severity.
-        """
-        self.severities = [*self.severities, (step, severity)][-self._size :]
-
-    def show(self, trainer: Any, *, changed: bool) -> None:
-        """Show the latest check in the progress bar and, as pictures, on the loggers; the run goes on if that fails.
-
-        Args:
-            trainer: The Trainer.
-            changed: Whether it changed the run's state.
-        """
-        with self.course.only_told("colour the progress bar"):
-            self.gauges.show(trainer, self.history[-1])
-        with self.course.only_told("send a picture or histogram to a logger (figures=False sends none)"):
-            self.figures.after_check(trainer, self.history, changed=changed)
-
-    def dress(self, trainer: Any, batch_idx: int) -> None:
-        """Colour the progress bar again that an epoch may have begun with.
-
-        Args:
-            trainer: The Trainer.
-            batch_idx: Index of the batch at hand.
-        """
-        if batch_idx == 0 and self.history:
-            with self.course.only_told("colour the progress bar"):
-                self.gauges.dress(trainer)
-
-    def show_at_end(self, trainer: Any) -> None:
-        """Send the last pictures.
-
-        Args:
-            trainer: The Trainer.
-        """
-        with self.course.only_told("send the last pictures to a logger (figures=False sends none)"):
-            self.figures.at_end(trainer, self.history)
-
-    def state(self) -> dict[str, Any]:
-        """Collect what a restart needs.
-
-        Returns:
-            Primitives and tensors, so that a checkpoint loads with ``weights_only``.
-        """
-        snapshot = self.rescue.snapshot
-        return {
-            "history": [to_plain(report) for report in self.history],
-            "severities": [list(each) for each in self.severities],
-            "stopped_step": self.intervention.stopped_step,
-            "stopping_reason": self.intervention.stopping_reason,
-            **self.lookout.state(),
-            **self.course.state(),
-            **self.rescue.state(),
-            **self.memory.state(),
-            "batches": self.replay.state() if self._keeps_batches else [],
-            "snapshot": None if snapshot is None else snapshot.state(),
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Restore the state.
-
-        Args:
-            state: What :meth:`state` collected, also in an older version.
-        """
-        self.history = [from_plain(plain) for plain in state.get("history", [])][-self._size :]
-        self.severities = [(step, value) for step, value in state.get("severities", [])][-self._size :]
-        self.intervention.stopped_step = state.get("stopped_step")
-        self.intervention.stopping_reason = state.get("stopping_reason")
-        self.lookout.load(state)
-        self.course.load(state)
-        self.rescue.load(state)
-        self.memory.load(state)
-        self.replay.load(state.get("batches", []))
-        snapshot = state.get("snapshot")
-        self.rescue.snapshot = None if snapshot is None else Snapshot.restored(snapshot)
+    def note_severity(self, step: int, severe: float) -> None:
+        """Keep what a lookahead said."""
+        self.state.severities = [*self.state.severities, (step, severe)][-self.settings.history_size :]

@@ -1,120 +1,97 @@
-"""When to look: every N steps, and in between when a step leaves the running range of those before."""
+"""When to check: every N steps as far as the budget pays, and in between when a step's loss or gradient norm spikes."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
 
-from lightning_maml_guard.guard.divergence import RunningRange
-from lightning_maml_guard.stability.budget import Budget
-
+# Cost of a gradient of a lookahead, in training steps (`python -m benchmarks.hvp_cost`).
+LOOKAHEAD_GRADIENT = 1.2
 SCHEDULED, TRIGGERED = "scheduled", "triggered"
 
 
-class Lookout:
-    """Decides at which steps to check.
+@dataclass
+class ScheduleState:
+    """What a schedule remembers from step to step.
 
     Attributes:
-        unjudged: Whether the first check could not judge the meta rate yet (Adam before its first step): the second one
-            then need not be paid for.
-
-    Args:
-        every_n_steps: Steps between two scheduled checks.
-        budget: What they may cost. A triggered check waits after each one before it twice as long as the last time, up
-            to half of ``every_n_steps``; with a share, those that would have to wait longer wait until they are paid
-            for. A check of a lost loss waits no longer than that half, and for no payment.
+        last: Step of the latest check.
+        spiked: Whether a step called a check that has not come yet.
+        diverged: Whether its loss had diverged.
+        gap: Steps that a triggered check has to wait after the last one.
+        unjudged: Whether the first check could not judge the meta rate yet (Adam before its first step): the second
+            one need not be paid for then.
+        spent: Cost of all checks so far, in training steps.
+        latest: Cost of the latest one.
     """
 
-    def __init__(self, every_n_steps: int, budget: Budget | None = None) -> None:
-        self.every_n_steps = every_n_steps
-        self.budget = budget or Budget(None)
-        self.range = RunningRange()
-        self.last: int | None = None
-        self.unjudged = False
-        self._spiked = self._lost = False
-        self._gap = 2
+    last: int | None = None
+    spiked: bool = False
+    diverged: bool = False
+    gap: int = 2
+    unjudged: bool = False
+    spent: float = 0.0
+    latest: float = 0.0
 
-    def due(self, step: int, *, at_once_if_lost: bool = False) -> str | None:
-        """Say whether to check now; a yes is taken as done.
 
-        Args:
-            step: The coming step.
-            at_once_if_lost: Whether a lost loss waits for nothing.
+class Schedule:
+    """Decides at which steps to check.
 
-        Returns:
-            ``"scheduled"``, ``"triggered"`` or None.
-        """
-        if step == self.last:
+    A triggered check waits after each one before it twice as long as the last time, up to half of ``every_n_steps``;
+    with a budget (``share`` of the training's work; None: none), those that would have to wait longer wait until they
+    are paid for. A check of a diverged loss waits no longer than that half, and for no payment.
+    """
+
+    def __init__(self, every_n_steps: int, share: float | None = None, state: ScheduleState | None = None) -> None:
+        self.every_n_steps, self.share = every_n_steps, share
+        self.state = state or ScheduleState()
+
+    def due(self, step: int, *, at_once_if_diverged: bool = False) -> str | None:
+        """Return ``"scheduled"``, ``"triggered"`` or None; a check that is due is taken as made."""
+        state = self.state
+        if step == state.last:
             return None
-        since = math.inf if self.last is None else step - self.last
-        paid = self.budget.allows(step)
+        since = math.inf if state.last is None else step - state.last
+        paid = self._paid(step)
         # A triggered check stands for the scheduled one that would follow it closely.
-        scheduled = step % self.every_n_steps == 0 and since >= self.every_n_steps / 2 and (paid or self.unjudged)
-        if not scheduled and not self._called(since, paid, at_once_if_lost):
+        scheduled = step % self.every_n_steps == 0 and since >= self.every_n_steps / 2 and (paid or state.unjudged)
+        if not scheduled and not self._called(since, paid, at_once_if_diverged):
             return None
-        if self.budget.share is None:
-            self._gap = 2 if scheduled else min(2 * self._gap, self._longest)
+        if self.share is None:
+            state.gap = 2 if scheduled else min(2 * state.gap, self._longest)
         elif not paid:
-            self._gap *= 2
-        self.last, self._spiked, self._lost = step, False, False
+            state.gap *= 2
+        state.last, state.spiked, state.diverged = step, False, False
         if scheduled:
-            self.unjudged = False
+            state.unjudged = False
         return SCHEDULED if scheduled else TRIGGERED
 
-    @property
-    def called(self) -> bool:
-        """Whether a step called a check that has not come yet."""
-        return self._spiked
+    def spike(self, *, diverged: bool) -> None:
+        """Take a spike in: it calls a check, soon if the loss has diverged."""
+        self.state.spiked = True
+        self.state.diverged = self.state.diverged or diverged
+
+    def charge(self, *, lookahead_gradients: int, measured: float) -> None:
+        """Count the cost of a check: gradients of its lookaheads, and its measurement in training steps."""
+        self.state.latest = LOOKAHEAD_GRADIENT * lookahead_gradients + measured
+        self.state.spent += self.state.latest
+
+    def _paid(self, step: int) -> bool:
+        """Whether one more check like the latest stays within the budget; the first one always does."""
+        state = self.state
+        return self.share is None or state.spent == 0 or state.spent + state.latest <= self.share * step
 
     @property
     def _longest(self) -> int:
         return max(self.every_n_steps // 2, 2)
 
-    def _called(self, since: float, paid: bool, at_once_if_lost: bool) -> bool:
-        if not self._spiked:
+    def _called(self, since: float, paid: bool, at_once_if_diverged: bool) -> bool:
+        state = self.state
+        if not state.spiked:
             return False
-        if self._lost:  # does not wait as long as a loss that is noisy, and not for money
-            return at_once_if_lost or since >= min(self._gap, self._longest)
-        if self.budget.share is None:
-            return since >= self._gap
-        # The first few are on credit: a run that dies young has paid for nothing.
-        return (paid and since >= 2) or (self._gap <= self._longest and since >= self._gap)
-
-    def saw(self, loss: float, norm: float, *, alarm: float, triggers: bool) -> None:
-        """Take a step's loss and gradient norm in.
-
-        Args:
-            loss: The loss.
-            norm: The gradient norm; ``nan`` if not known.
-            alarm: Factor on the loss at the start from which on the loss is lost.
-            triggers: Whether they may call a check.
-        """
-        if self.range.leaves(loss, norm) and triggers:
-            self._spiked = True
-            self._lost = self._lost or self.range.lost(loss, alarm)
-
-    def state(self) -> dict[str, Any]:
-        """Collect the state as primitives.
-
-        Returns:
-            What :meth:`load` takes.
-        """
-        return {
-            "last_step": self.last,
-            "range": self.range.state(),
-            "triggered": [self._spiked, self._lost, self._gap],
-            "unjudged": self.unjudged,
-            **self.budget.state(),
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Restore the state.
-
-        Args:
-            state: What :meth:`state` collected.
-        """
-        self.last = state.get("last_step")
-        self.range.load(state.get("range", {}))
-        self.budget.load(state)
-        self.unjudged = bool(state.get("unjudged"))
-        self._spiked, self._lost, self._gap = state.get("triggered", (False, False, 2))
+        if state.diverged:  # does not wait as long as a loss that is noisy, and not for the budget
+            return at_once_if_diverged or since >= min(state.gap, self._longest)
+        if self.share is None:
+            return since >= state.gap
+        # The first few are on credit: a run that diverges early has paid for nothing.
+        return (paid and since >= 2) or (state.gap <= self._longest and since >= state.gap)

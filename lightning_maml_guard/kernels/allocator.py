@@ -1,8 +1,8 @@
-"""Memory that a training on the CPU keeps between its steps.
+"""Keeps freed memory in the process between the steps of a training on the CPU.
 
-glibc gives a freed piece of more than 32 MB back to the system at once, and smaller ones at the heap's end soon; the
-next step has each of their pages mapped and zeroed anew. A convolutional network's activations are such pieces: on two
-CPU cores a third of a miniImageNet step went there. Memory that stays can also be had in pages of 2 MiB, whose
+glibc returns a freed piece of more than 32 MB to the system at once, and smaller ones at the end of the heap soon; the
+next step then maps and zeroes each of their pages again. The activations of a convolutional network are such pieces: on
+two CPU cores this took a third of a miniImageNet step. Memory that is kept can also lie in pages of 2 MiB, whose
 addresses the processor finds sooner.
 """
 
@@ -16,12 +16,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lightning_maml_guard.kernels import kernels_enabled
+
 # <malloc.h>
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
 _HELD = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: 2**26}
-# What glibc's own adaptation comes to once a piece of 32 MB was freed; its defaults where it does not adapt.
+# glibc's own values after it has adapted to a freed piece of 32 MB; its defaults where it does not adapt.
 _RELEASED = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26, _TOP_PAD: 2**17}
-# <sys/mman.h>; a page of the larger kind
+# <sys/mman.h>; bytes of a huge page
 _HUGEPAGE, _COLLAPSE, _HUGE = 14, 25, 2**21
 _CHOSEN = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "LD_PRELOAD")
 
@@ -29,16 +31,13 @@ _holders: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def hold(holder: Any) -> bool:
-    """Keep what is freed in the process, for as long as somebody holds it.
+    """Keep freed memory in the process until ``holder`` releases it or is collected.
 
-    Args:
-        holder: Who holds it; one that is gone holds nothing.
-
-    Returns:
-        Whether that is possible: under glibc, unless the user chose settings or an allocator through the environment.
+    Returns False, and does nothing, without glibc, if the user chose an allocator or its settings through the
+    environment, or if the kernels are switched off.
     """
     library = _glibc()
-    if library is None or _user_chose():
+    if library is None or _user_chose() or not kernels_enabled():
         return False
     _set(library, _HELD)
     _holders.add(holder)
@@ -46,11 +45,7 @@ def hold(holder: Any) -> bool:
 
 
 def release(holder: Any) -> None:
-    """Let go, and give the free memory back to the system if nobody else holds it.
-
-    Args:
-        holder: Who held it.
-    """
+    """Return the free memory to the system if ``holder`` was the last holder."""
     if holder not in _holders:
         return
     _holders.discard(holder)
@@ -61,14 +56,14 @@ def release(holder: Any) -> None:
 
 
 def trim() -> None:
-    """Give the free memory back to the system, once: after something larger than what is to come."""
+    """Return the free memory to the system once, after something that took more than the following steps will."""
     library = _glibc()
     if library is not None and held():
         library.malloc_trim(0)
 
 
 def settle() -> None:
-    """Ask Linux for huge pages under the memory that is held: once it has grown to what a step needs."""
+    """Ask Linux for huge pages under the heap; to be called when it has grown to what a step needs."""
     library = _glibc()
     if library is None or not held():
         return
@@ -76,17 +71,13 @@ def settle() -> None:
         if line.endswith("[heap]"):
             begin, end = (int(each, 16) for each in line.split()[0].split("-"))
             begin, end = -(-begin // _HUGE) * _HUGE, end // _HUGE * _HUGE
-            # Advice, which a kernel may not know or take: nothing hangs on what these return.
+            # Only advice, which a Linux may not know or follow: the return values do not matter.
             for advice in (_HUGEPAGE, _COLLAPSE) if begin < end else ():
                 library.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
 
 
 def held() -> bool:
-    """Say whether freed memory is kept.
-
-    Returns:
-        Whether somebody holds it.
-    """
+    """Return True if freed memory is kept."""
     return bool(_holders)
 
 

@@ -1,4 +1,4 @@
-"""Read from a live optimizer what decides the stability of its step."""
+"""A live optimizer as a linear map: how it turns a meta-gradient into a step, which decides stability."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lightning_maml_guard.theory.linear_response import Response
 
 
 @dataclass(frozen=True)
-class OuterStep:
+class LinearizedStep:
     """How an optimizer turns a meta-gradient into a step.
 
     Attributes:
@@ -44,43 +44,22 @@ class OuterStep:
 
     @property
     def plain_sgd(self) -> bool:
-        """Whether it is SGD without momentum and with one rate: the poster's update."""
+        """Whether it is SGD without momentum and with one rate: the update of Takagi et al."""
         return self.responses == (Response(),) and self.scale is None
 
     def rates(self, curvature: float) -> tuple[float, float, float]:
-        """Convert a curvature of the scaled operator to the largest stable rate.
-
-        Args:
-            curvature: Largest eigenvalue.
-
-        Returns:
-            The rate by the settled response, the smallest and the largest over all responses.
-        """
+        """Convert a curvature to the largest stable rate: by the settled response, and the range over all."""
         each = [response.largest_rate(complex(curvature), self.decoupled) for response in self.responses]
         return each[0], min(each), max(each)
 
     def unscaled(self, direction: Tensor) -> Tensor:
-        """Take a direction of the scaled coordinates to parameter space: ``D^(1/2) u``.
-
-        Args:
-            direction: ``u``, shape ``(n,)``.
-
-        Returns:
-            The direction, same shape.
-        """
+        """Take a direction of the scaled coordinates to parameter space: ``D^(1/2) u``, shape ``(n,)``."""
         if self.scale is None:
             return direction
         return _flat(self.scale).to(direction).sqrt() * direction
 
     def shift_along(self, direction: Tensor) -> Tensor:
-        """Compute what coupled weight decay adds to the curvature along a direction of parameter space.
-
-        Args:
-            direction: The direction, shape ``(n,)``.
-
-        Returns:
-            ``u . W u``, a scalar on the device.
-        """
+        """Compute what coupled weight decay adds to the curvature along a direction: ``u . W u``, a scalar."""
         shift = self.coupled if isinstance(self.coupled, float) else _flat(self.coupled).to(direction)
         return (shift * direction * direction).sum()
 
@@ -89,22 +68,13 @@ def _flat(values: Params) -> Tensor:
     return torch.cat([value.flatten() for value in values.values()])
 
 
-def outer_step(optimizer: Optimizer | None, params: Params) -> OuterStep:
-    """Read the live optimizer.
+def linearized_step(optimizer: Optimizer | None, params: Params) -> LinearizedStep:
+    """Read a live optimizer; None is plain SGD. ``params`` are the very tensors the optimizer holds.
 
-    Args:
-        optimizer: The optimizer; None for plain SGD.
-        params: The parameters the problem is about: the very tensors the optimizer holds.
-
-    Returns:
-        What decides stability.
-
-    Raises:
-        TypeError: If it is not an optimizer.
-        ValueError: If the optimizer holds none of the parameters.
+    Raises a TypeError if it is no optimizer, a ValueError if it holds none of the parameters.
     """
     if optimizer is None:
-        return OuterStep()
+        return LinearizedStep()
     optimizer = unwrap(optimizer)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
@@ -121,10 +91,10 @@ def outer_step(optimizer: Optimizer | None, params: Params) -> OuterStep:
         stability_limit(optimizer)  # refuses what the table does not hold
         answers = responses(optimizer)
     except UnknownOptimizerError as error:
-        return OuterStep(note=str(error), lasting=True)
+        return LinearizedStep(note=str(error), lasting=True)
     highest = scheduled_rate(optimizer)
     if highest == 0:
-        return OuterStep(note="the optimizer's lr is 0 at this step.")
+        return LinearizedStep(note="the optimizer's lr is 0 at this step.")
     groups = [owners.get(id(value)) for value in params.values()]
     decays = [0.0 if group is None else float(group["weight_decay"]) for group in groups]
     apart = [group is not None and decoupled_decay(group, optimizer) for group in groups]
@@ -132,7 +102,7 @@ def outer_step(optimizer: Optimizer | None, params: Params) -> OuterStep:
     coupled = [0.0 if outside else decay for decay, outside in zip(decays, apart, strict=True)]
     same_rate = all(group is not None and float(group["lr"]) == highest for group in groups)
     if not is_preconditioned(optimizer) and same_rate and len(set(coupled)) == 1:
-        return OuterStep(answers, None, coupled[0], decoupled)
+        return LinearizedStep(answers, None, coupled[0], decoupled)
     diagonal = preconditioner(optimizer)
     scale: Params = {}
     seen = False
@@ -144,9 +114,9 @@ def outer_step(optimizer: Optimizer | None, params: Params) -> OuterStep:
             seen = True
             scale[name] = float(group["lr"]) / highest / entry.detach() if group is not None else entry
     if not seen:
-        return OuterStep(
+        return LinearizedStep(
             note=f"{type(optimizer).__name__} has no second moment before its first step, so its preconditioner is "
             "not known yet."
         )
     shift = {name: torch.full_like(value, decay) for (name, value), decay in zip(params.items(), coupled, strict=True)}
-    return OuterStep(answers, scale, shift, decoupled)
+    return LinearizedStep(answers, scale, shift, decoupled)

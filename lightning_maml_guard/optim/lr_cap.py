@@ -1,4 +1,4 @@
-"""Scheduled rate -> applied rate, inside the optimizer's step and nowhere else.
+"""Caps on learning rates, applied inside the optimizer's step and nowhere else.
 
 A pre-step hook caps the rate, a post-step hook puts the scheduled one back, so that no scheduler ever
 sees, multiplies or overwrites a cap. A closure runs at the scheduled rates as well: what a training step
@@ -26,21 +26,17 @@ class _Step:
     scheduled: list[Any] | None = None
 
 
-# Shared by all governors of an optimizer: post hooks run in the order of registration, not in reverse, so the
-# first to restore must know the schedule and not what another governor left.
+# Shared by all caps of an optimizer: post hooks run in the order of registration, not in reverse, so the
+# first to restore must know the schedule and not what another cap left.
 _STEPS: WeakKeyDictionary[Optimizer, _Step] = WeakKeyDictionary()
 
 
-class RateGovernor:
+class LRCap:
     """Holds the learning rates of some optimizers at or below a cap.
 
-    The largest rate over an optimizer's parameter groups is brought down to the cap; one factor scales all
-    of its groups. Several governors of one optimizer apply the lowest of their caps.
-
-    Args:
-        optimizers: The optimizers to govern.
-        cap: Largest rate to apply; None applies the scheduled rates.
-        holds: Says at each step whether the cap holds; None: always.
+    The largest rate over an optimizer's parameter groups is brought down to the cap (None: the scheduled rates are
+    applied); one factor scales all of its groups. Of several caps on one optimizer the lowest is applied. ``holds``
+    tells at each step whether the cap holds; None: always.
     """
 
     def __init__(
@@ -138,12 +134,5 @@ def _write(optimizer: Optimizer, rates: Sequence[Any]) -> None:
 
 
 def scheduled_rate(optimizer: Optimizer) -> float:
-    """Read an optimizer's largest learning rate.
-
-    Args:
-        optimizer: The optimizer.
-
-    Returns:
-        The largest over its parameter groups.
-    """
+    """Read an optimizer's largest learning rate over its parameter groups."""
     return max(float(group["lr"]) for group in optimizer.param_groups)

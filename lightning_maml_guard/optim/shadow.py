@@ -1,4 +1,4 @@
-"""The step an optimizer is about to take, without taking it."""
+"""An optimizer's step on copies of its parameters and state: the live ones stay as they are."""
 
 from __future__ import annotations
 
@@ -23,26 +23,20 @@ from lightning_maml_guard.optim.stability_limits import unwrap
 Clip = Callable[[list[nn.Parameter]], None]
 
 
-class Twin:
-    """An optimizer's double: it steps copies of parameters and state, and leaves the live ones as they are.
+class ShadowOptimizer:
+    """A copy of an optimizer that steps copies of its parameters, at ``factor`` times its learning rates.
 
-    Args:
-        optimizer: The live optimizer.
-        params: Its parameters, by name.
-        factor: Factor on its learning rates.
-
-    Raises:
-        ClosureError: If the optimizer needs a closure, so that one gradient does not make a step.
+    Raises a ClosureError if the optimizer needs a closure, so that one gradient does not make a step.
     """
 
     def __init__(self, optimizer: Optimizer, params: Params, factor: float = 1.0) -> None:
         optimizer = unwrap(optimizer)
-        refuse_closures(optimizer)
+        check_no_closure(optimizer)
         names = {id(value): name for name, value in params.items()}
         self.params = {name: value.detach().clone() for name, value in params.items()}
-        self._optimizer = twin = object.__new__(type(optimizer))
-        twin._optimizer_step_pre_hooks, twin._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
-        twin.state, twin.param_groups = defaultdict(dict), []
+        self._optimizer = shadow = object.__new__(type(optimizer))
+        shadow._optimizer_step_pre_hooks, shadow._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+        shadow.state, shadow.param_groups = defaultdict(dict), []
         self._moved: dict[str, nn.Parameter] = {}
         for group in optimizer.param_groups:
             moved = []
@@ -55,22 +49,17 @@ class Twin:
                 self._moved[name] = replica
                 moved.append(replica)
                 if parameter in optimizer.state:
-                    twin.state[replica] = {key: _cloned(value) for key, value in optimizer.state[parameter].items()}
+                    shadow.state[replica] = {key: _cloned(value) for key, value in optimizer.state[parameter].items()}
             rest = {key: _cloned(value) for key, value in group.items() if key != "params"}
-            twin.param_groups.append({**rest, "lr": rest["lr"] * factor, "params": moved})
+            shadow.param_groups.append({**rest, "lr": rest["lr"] * factor, "params": moved})
         replicas: dict[int, Tensor] = {id(params[name]): replica for name, replica in self._moved.items()}
-        # The instance's own `step` (a scheduler's counter) and hooks (a governor's) belong to the live one; whatever
-        # else a step may write into is doubled.
-        rest = {key: value for key, value in optimizer.__dict__.items() if key != "step" and key not in twin.__dict__}
-        twin.__dict__.update(tree_map(lambda leaf: _doubled(leaf, replicas), rest))
+        # The instance's own `step` (a scheduler's counter) and hooks (an LR cap's) belong to the live one; whatever
+        # else a step may write into is copied.
+        rest = {key: value for key, value in optimizer.__dict__.items() if key != "step" and key not in shadow.__dict__}
+        shadow.__dict__.update(tree_map(lambda leaf: _copied(leaf, replicas), rest))
 
     def step(self, gradient: Params, clip: Clip | None = None) -> None:
-        """Step.
-
-        Args:
-            gradient: The gradient, by name.
-            clip: Clips the ``.grad`` of a list of parameters in place, as the run does.
-        """
+        """Step along a gradient, by name; ``clip`` clips the parameters' ``.grad`` in place, as the run does."""
         for name, replica in self._moved.items():
             replica.grad = gradient[name].to(replica.dtype).clone()
         if clip is not None:
@@ -82,68 +71,47 @@ class ClosureError(TypeError):
     """The optimizer's step evaluates the loss itself."""
 
 
-def refuse_closures(optimizer: Optimizer) -> None:
-    """Refuse an optimizer of which one gradient does not make a step.
-
-    Args:
-        optimizer: The optimizer.
-
-    Raises:
-        ClosureError: If its step needs a closure.
-    """
+def check_no_closure(optimizer: Optimizer) -> None:
+    """Raise a ClosureError if one gradient does not make a step of this optimizer."""
     closure = inspect.signature(type(unwrap(optimizer)).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ClosureError(f"{type(unwrap(optimizer)).__name__} needs a closure for a step.")
 
 
-def coming_update(optimizer: Optimizer, params: Params, gradient: Params) -> Params | None:
-    """Compute the update ``u`` of the coming step, ``theta <- theta - u``, on copies of parameters and state.
+def next_update(optimizer: Optimizer, params: Params, gradient: Params) -> Params | None:
+    """Compute the update ``u`` of the next step, ``theta <- theta - u``, on copies of parameters and state.
 
-    The gradient is the one given: neither accumulated nor clipped.
-
-    Args:
-        optimizer: The live optimizer; left as it is.
-        params: Its parameters, by name.
-        gradient: Their gradient, by name.
-
-    Returns:
-        ``u`` by name, 0 for parameters the optimizer does not hold; None for an optimizer that needs a closure.
+    The gradient is the one given: neither accumulated nor clipped. ``u`` is 0 for parameters the optimizer does not
+    hold; None for an optimizer that needs a closure.
     """
     try:
-        twin = Twin(optimizer, params)
+        shadow = ShadowOptimizer(optimizer, params)
     except ClosureError:
         return None
-    twin.step(gradient)
-    return {name: value.detach() - twin.params[name] for name, value in params.items()}
+    shadow.step(gradient)
+    return {name: value.detach() - shadow.params[name] for name, value in params.items()}
 
 
 def predicted_change(
     jacobian: Operator | None, optimizer: Optimizer | None, beta: float, params: Params
 ) -> Tensor | None:
-    """Predict the change of the loss over the coming step, ``-g.u + 1/2 u.J.u``, with one product.
+    """Predict the change of the loss over the next step, ``-g.u + 1/2 u.J.u``, with one product; None if unknown.
 
-    Args:
-        jacobian: The operator ``J``, which holds the gradient ``g``; None where it could not be measured.
-        optimizer: The live optimizer; None for plain SGD.
-        beta: Its rate, or that of plain SGD; ``nan`` if none was given.
-        params: The live parameters, by name.
-
-    Returns:
-        The change, a scalar on the device; None where the coming update is not known.
+    The operator ``J`` holds the gradient ``g``. Without an optimizer the step is plain SGD's at ``beta``.
     """
     if jacobian is None or math.isnan(beta) or jacobian.batch:
         return None
     gradient = jacobian.gradient
     update: Tensor = beta * gradient
     if optimizer is not None:
-        found = coming_update(optimizer, params, jacobian.layout.split(gradient))
+        found = next_update(optimizer, params, jacobian.layout.split(gradient))
         if found is None:
             return None
         update = jacobian.layout.flatten(found).to(gradient)
     return -(gradient @ update) + 0.5 * (update @ jacobian(update))
 
 
-def _doubled(leaf: Any, replicas: dict[int, Tensor]) -> Any:
+def _copied(leaf: Any, replicas: dict[int, Tensor]) -> Any:
     if isinstance(leaf, Tensor):
         return replicas[id(leaf)] if id(leaf) in replicas else leaf.detach().clone()
     if isinstance(leaf, torch.Generator):

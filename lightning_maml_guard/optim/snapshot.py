@@ -1,4 +1,4 @@
-"""The last parameters and optimizer state measured safe, to go back to."""
+"""A copy of parameters, buffers and optimizer state, to roll back to."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ from torch.optim import Optimizer
 class Snapshot:
     """A copy of a module's parameters and buffers and of its optimizers' state; schedules are not part of it.
 
-    Args:
-        module: The module.
-        optimizers: Its optimizers.
-        step: Training step.
-        device: Where to keep it; None keeps every tensor where it is.
+    It is kept on ``device``; None keeps every tensor where it is.
     """
 
     def __init__(
@@ -32,23 +28,12 @@ class Snapshot:
         ]
 
     def state(self) -> dict[str, Any]:
-        """Collect the copy for a checkpoint.
-
-        Returns:
-            What :meth:`restored` takes: tensors, and whatever else the optimizers keep.
-        """
+        """Return the copy for a checkpoint: tensors, and whatever else the optimizers keep."""
         return {"step": self.step, "tensors": list(self._tensors), "states": self._states}
 
     @classmethod
     def restored(cls, state: dict[str, Any]) -> Snapshot:
-        """Make a snapshot from a checkpoint.
-
-        Args:
-            state: What :meth:`state` collected.
-
-        Returns:
-            The snapshot.
-        """
+        """Make a snapshot from what :meth:`state` returned."""
         snapshot = object.__new__(cls)
         snapshot.step, snapshot._tensors, snapshot._states = state["step"], state["tensors"], state["states"]
         return snapshot
@@ -57,12 +42,7 @@ class Snapshot:
     def restore(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Put the copies back, in place where a tensor is still there.
 
-        Args:
-            module: The module.
-            optimizers: Its optimizers.
-
-        Raises:
-            ValueError: If they hold other tensors than when the copy was made; nothing is put back then.
+        Raises a ValueError, and puts nothing back, if module or optimizers hold other tensors than when it was made.
         """
         held = [[value.shape for value in _tensors(module)], *[len(_held(optimizer)) for optimizer in optimizers]]
         if held != [[value.shape for value in self._tensors], *[len(states) for states in self._states]]:

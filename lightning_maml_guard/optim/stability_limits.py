@@ -1,10 +1,11 @@
-"""How far each optimizer of ``torch.optim`` can be pushed before an eigendirection grows.
+"""The largest stable learning rate of each optimizer of ``torch.optim``, in units of the curvature.
 
-With learning rate ``beta``, preconditioner ``P`` and the Jacobian ``J`` of the gradient field, the update
-is stable iff ``beta * lambda_max(P^-1 J) < c``. Sources: the poster (SGD, ``c = 2``); Cohen et al. 2021,
-"Gradient descent on neural networks typically occurs at the edge of stability", and 2022, "Adaptive
-gradient methods at the edge of stability" (momentum, and Adam's ``38/eta``). The adaptive rows hold for a
-frozen second moment ``v``.
+With learning rate ``beta``, preconditioner ``P`` and the Jacobian ``J`` of the gradient field, the update is stable
+iff ``beta * lambda_max(P^-1 J) < c``. Sources: Takagi et al. (SGD, ``c = 2``); Cohen et al. 2021, "Gradient descent
+on neural networks typically occurs at the edge of stability", and 2022, "Adaptive gradient methods at the edge of
+stability" (momentum, and Adam's ``38/eta``). The limits of adaptive optimizers hold for a frozen second moment ``v``.
+
+To add an optimizer, write its linear response and, if it has one, its preconditioner, and add a row to ``LIMITS``.
 """
 
 from __future__ import annotations
@@ -20,36 +21,40 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 from lightning_maml_guard.theory.linear_response import Response
 from lightning_maml_guard.utils.checks import shown
 
+Group = dict[str, Any]
+State = dict[str, Any]
+
 
 class UnknownOptimizerError(ValueError):
-    """The optimizer's stability limit is not known here, and a guess would be worse than none."""
+    """The stability limit of an optimizer is not known."""
 
 
-def _sgd(group: dict[str, Any]) -> Response:
-    momentum = float(group["momentum"])
-    if group["nesterov"]:
+def sgd_response(momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False) -> Response:
+    """Linear response of SGD."""
+    if nesterov:
         return Response(momentum, direct=1.0, buffered=momentum)
     if not momentum:
         return Response()  # torch applies dampening to the momentum buffer alone
-    return Response(momentum, direct=0.0, buffered=1 - float(group["dampening"]))
+    return Response(momentum, direct=0.0, buffered=1 - dampening)
 
 
-def _adam(group: dict[str, Any]) -> Response:
-    beta1 = float(group["betas"][0])
-    return Response(beta1, direct=0.0, buffered=1 - beta1)
+def adam_response(beta1: float, step: float | None = None) -> Response:
+    """Linear response of Adam, AdamW and AMSGrad in their ``step``-th step (None: bias correction settled)."""
+    correction = 1.0 if step is None else 1 - beta1**step
+    return Response(beta1, direct=0.0, buffered=(1 - beta1) / correction)
 
 
-def _adam_now(group: dict[str, Any], state: dict[str, Any]) -> Response:
-    beta1 = float(group["betas"][0])
-    return Response(beta1, direct=0.0, buffered=(1 - beta1) / (1 - beta1 ** (float(state["step"]) + 1)))
-
-
-def _nadam(group: dict[str, Any]) -> Response:
-    beta1 = float(group["betas"][0])
+def nadam_response(beta1: float) -> Response:
+    """Linear response of NAdam once its momentum and its bias correction have settled."""
     return Response(beta1, direct=1 - beta1, buffered=beta1 * (1 - beta1))
 
 
-def _nadam_now(group: dict[str, Any], state: dict[str, Any]) -> Response:
+def rmsprop_response(momentum: float = 0.0) -> Response:
+    """Linear response of RMSprop."""
+    return Response(momentum, direct=0.0, buffered=1.0) if momentum else Response()
+
+
+def _nadam_next(group: Group, state: State) -> Response:
     # torch's NAdam warms its momentum up over thousands of steps (momentum_decay).
     beta1, step = float(group["betas"][0]), float(state["step"]) + 1
     now, after = (beta1 * (1 - 0.5 * 0.96 ** (t * float(group["momentum_decay"]))) for t in (step, step + 1))
@@ -57,12 +62,8 @@ def _nadam_now(group: dict[str, Any], state: dict[str, Any]) -> Response:
     return Response(beta1, direct=(1 - now) / (1 - product), buffered=after * (1 - beta1) / (1 - product * after))
 
 
-def _rmsprop(group: dict[str, Any]) -> Response:
-    momentum = float(group["momentum"])
-    return Response(momentum, direct=0.0, buffered=1.0) if momentum else Response()
-
-
-def _bias_corrected(state: dict[str, Any], group: dict[str, Any]) -> Tensor | None:
+def _adam_preconditioner(group: Group, state: State) -> Tensor | None:
+    """``sqrt(v_hat) + eps`` with the bias-corrected second moment ``v_hat``, AMSGrad's largest."""
     if "exp_avg_sq" not in state:
         return None
     second = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
@@ -70,7 +71,7 @@ def _bias_corrected(state: dict[str, Any], group: dict[str, Any]) -> Tensor | No
     return (second / correction).sqrt() + group["eps"]
 
 
-def _rms(state: dict[str, Any], group: dict[str, Any]) -> Tensor | None:
+def _rmsprop_preconditioner(group: Group, state: State) -> Tensor | None:
     if "square_avg" not in state:
         return None
     second = state["square_avg"]
@@ -79,26 +80,42 @@ def _rms(state: dict[str, Any], group: dict[str, Any]) -> Tensor | None:
     return second.clamp(min=0).sqrt() + group["eps"]
 
 
-def _adagrad(state: dict[str, Any], group: dict[str, Any]) -> Tensor | None:
+def _adagrad_preconditioner(group: Group, state: State) -> Tensor | None:
     if "sum" not in state or float(state["step"]) == 0:
         return None
     return state["sum"].sqrt() + group["eps"]
 
 
 @dataclass(frozen=True)
-class _Row:
-    response: Callable[[dict[str, Any]], Response]
-    preconditioner: Callable[[dict[str, Any], dict[str, Any]], Tensor | None] | None = None
-    now: Callable[[dict[str, Any], dict[str, Any]], Response] | None = None
+class OptimizerLimit:
+    """What decides the stability limit of one class of optimizers.
+
+    Attributes:
+        response: Linear response of a parameter group once bias corrections have settled.
+        preconditioner: Diagonal ``P`` of a parameter, from its group and its state; None where ``P = 1``. It returns
+            None while the state has no second moment.
+        next_response: Response of the next step, from group and state; None where it is ``response`` at every step.
+    """
+
+    response: Callable[[Group], Response]
+    preconditioner: Callable[[Group, State], Tensor | None] | None = None
+    next_response: Callable[[Group, State], Response] | None = None
 
 
-_TABLE: dict[type[Optimizer], _Row] = {
-    SGD: _Row(_sgd),
-    Adam: _Row(_adam, _bias_corrected, _adam_now),
-    AdamW: _Row(_adam, _bias_corrected, _adam_now),
-    NAdam: _Row(_nadam, _bias_corrected, _nadam_now),
-    RMSprop: _Row(_rmsprop, _rms),
-    Adagrad: _Row(lambda group: Response(), _adagrad),
+_ADAM = OptimizerLimit(
+    lambda group: adam_response(float(group["betas"][0])),
+    _adam_preconditioner,
+    lambda group, state: adam_response(float(group["betas"][0]), float(state["step"]) + 1),
+)
+LIMITS: dict[type[Optimizer], OptimizerLimit] = {
+    SGD: OptimizerLimit(
+        lambda group: sgd_response(float(group["momentum"]), float(group["dampening"]), group["nesterov"])
+    ),
+    Adam: _ADAM,
+    AdamW: _ADAM,
+    NAdam: OptimizerLimit(lambda group: nadam_response(float(group["betas"][0])), _adam_preconditioner, _nadam_next),
+    RMSprop: OptimizerLimit(lambda group: rmsprop_response(float(group["momentum"])), _rmsprop_preconditioner),
+    Adagrad: OptimizerLimit(lambda group: Response(), _adagrad_preconditioner),
 }
 
 
@@ -117,16 +134,15 @@ def stability_limit(optimizer: Optimizer) -> float:
     ====================================  ==========================================
 
     Args:
-        optimizer: An optimizer of ``torch.optim`` (Lightning's wrapper around one is looked through).
+        optimizer: An optimizer of ``torch.optim``, or Lightning's wrapper around one.
 
     Returns:
         The limit; with several parameter groups, the smallest of theirs.
 
     Raises:
-        UnknownOptimizerError: If the optimizer is not in the table (a subclass may step differently, so it
-            does not count), if it maximises, or if it decays
-            its rate by itself (Adagrad's ``lr_decay``).
-        TypeError: If it is not an optimizer at all.
+        UnknownOptimizerError: If the optimizer is not in the table (nor are subclasses, which may step differently),
+            if it maximises, or if it decays its rate by itself (Adagrad's ``lr_decay``).
+        TypeError: If it is not an optimizer.
 
     Example:
         >>> import torch
@@ -143,7 +159,7 @@ def stability_limit(optimizer: Optimizer) -> float:
             f"Expected argument `optimizer` to be a torch.optim.Optimizer but got {shown(optimizer)}. Pass the "
             "optimizer that trains, such as torch.optim.SGD(module.parameters(), lr=0.1)."
         )
-    row = _row(optimizer)
+    limit = _limit_of(optimizer)
     if any(group.get("maximize") for group in optimizer.param_groups):
         raise UnknownOptimizerError(
             f"{type(optimizer).__name__}(maximize=True) climbs the loss: no learning rate is stable at a minimum. "
@@ -152,115 +168,65 @@ def stability_limit(optimizer: Optimizer) -> float:
     if any(group.get("lr_decay") for group in optimizer.param_groups):
         raise UnknownOptimizerError(
             f"{type(optimizer).__name__} with lr_decay applies a rate that is not its `lr`, so nothing is said about "
-            "it. Use lr_decay=0 with a scheduler; the inner rate is still checked."
+            "it. Use lr_decay=0 with a scheduler; the inner learning rate is still checked."
         )
-    return min(row.response(group).limit for group in optimizer.param_groups)
+    return min(limit.response(group).limit for group in optimizer.param_groups)
 
 
 def responses(optimizer: Optimizer) -> tuple[Response, ...]:
-    """Collect the linear responses between which the optimizer's lies, the strictest settled one first.
-
-    Groups may differ in momentum, and Adam and NAdam answer otherwise in their first steps than once their bias
-    corrections have settled (a larger gain: the limit starts at 2(1+b1) and rises to its settled value).
-
-    Args:
-        optimizer: An optimizer that :func:`stability_limit` knows.
-
-    Returns:
-        The settled response of every group, in ascending order of their limits, then those of the coming step.
-
-    Raises:
-        UnknownOptimizerError: If the optimizer is not known.
-    """
+    """Settled linear responses of the groups in ascending order of their limits, then those of the next step."""
+    # Adam's and NAdam's gain is larger in their first steps: the limit starts at 2(1+b1) and rises as they settle.
     optimizer = unwrap(optimizer)
-    row = _row(optimizer)
-    settled = sorted({row.response(group) for group in optimizer.param_groups}, key=lambda each: each.limit)
-    coming: set[Response] = set()
-    for group in optimizer.param_groups if row.now is not None else ():
-        states = [optimizer.state[p] for p in group["params"] if "step" in optimizer.state.get(p, {})]
-        # Parameters that took the same number of steps share one response.
-        by_step = {float(state["step"]): state for state in states}
-        coming |= {row.now(group, state) for state in by_step.values() if row.now is not None}
-    return (*settled, *coming)
+    limit = _limit_of(optimizer)
+    settled = sorted({limit.response(group) for group in optimizer.param_groups}, key=lambda each: each.limit)
+    following: set[Response] = set()
+    if limit.next_response is not None:
+        for group in optimizer.param_groups:
+            states = [optimizer.state[p] for p in group["params"] if "step" in optimizer.state.get(p, {})]
+            # Parameters that took the same number of steps share one response.
+            by_step = {float(state["step"]): state for state in states}
+            following |= {limit.next_response(group, state) for state in by_step.values()}
+    return (*settled, *following)
 
 
 def preconditioner(optimizer: Optimizer) -> dict[Tensor, Tensor | None]:
-    """Read the diagonal preconditioner ``P`` an optimizer holds at this moment.
-
-    ``P`` is ``sqrt(v_hat) + eps`` for Adam, AdamW, AMSGrad and NAdam (``v_hat`` the bias-corrected second
-    moment, AMSGrad's maximum), ``sqrt(v) + eps`` for RMSprop and Adagrad, and 1 for SGD.
-
-    Args:
-        optimizer: An optimizer that :func:`stability_limit` knows.
-
-    Returns:
-        For each parameter a tensor of its shape, or ``None`` where the optimizer has no second moment yet
-        (before its first step).
-
-    Raises:
-        UnknownOptimizerError: If the optimizer is not known.
-    """
+    """Diagonal preconditioner ``P`` of each parameter; None where the optimizer has no second moment yet."""
     optimizer = unwrap(optimizer)
-    row = _row(optimizer)
+    limit = _limit_of(optimizer)
     found: dict[Tensor, Tensor | None] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if row.preconditioner is None:
+            if limit.preconditioner is None:
                 found[parameter] = torch.ones_like(parameter)
             else:
-                found[parameter] = row.preconditioner(optimizer.state.get(parameter, {}), group)
+                found[parameter] = limit.preconditioner(group, optimizer.state.get(parameter, {}))
     return found
 
 
 def is_preconditioned(optimizer: Optimizer) -> bool:
-    """Say whether the optimizer scales each parameter by its own second moment (Adam and its like).
-
-    Args:
-        optimizer: An optimizer that :func:`stability_limit` knows.
-
-    Returns:
-        True for the adaptive optimizers, False for SGD.
-
-    Raises:
-        UnknownOptimizerError: If the optimizer is not known.
-    """
-    return _row(unwrap(optimizer)).preconditioner is not None
+    """Return True if the optimizer divides each gradient by the root of a second moment, as Adam does."""
+    return _limit_of(unwrap(optimizer)).preconditioner is not None
 
 
-def decoupled_decay(group: dict[str, Any], optimizer: Optimizer) -> bool:
-    """Say whether a group's weight decay acts on the weights directly (AdamW) and not through the gradient.
-
-    Args:
-        group: One of the optimizer's parameter groups.
-        optimizer: The optimizer.
-
-    Returns:
-        True for AdamW and for ``decoupled_weight_decay=True``.
-    """
+def decoupled_decay(group: Group, optimizer: Optimizer) -> bool:
+    """Return True if a group's weight decay acts on the weights directly (AdamW) and not through the gradient."""
     return type(unwrap(optimizer)) is AdamW or bool(group.get("decoupled_weight_decay", False))
 
 
 def unwrap(optimizer: Any) -> Optimizer:
-    """Look through wrappers such as Lightning's ``LightningOptimizer``.
-
-    Args:
-        optimizer: An optimizer or a wrapper that keeps one in ``.optimizer``.
-
-    Returns:
-        The innermost optimizer.
-    """
-    while type(optimizer) not in _TABLE and isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+    """Return the optimizer inside wrappers such as Lightning's ``LightningOptimizer``."""
+    while type(optimizer) not in LIMITS and isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = optimizer.optimizer
     return optimizer
 
 
-def _row(optimizer: Optimizer) -> _Row:
-    row = _TABLE.get(type(optimizer))
-    if row is None:
-        names = ", ".join(known.__name__ for known in _TABLE)
+def _limit_of(optimizer: Optimizer) -> OptimizerLimit:
+    limit = LIMITS.get(type(optimizer))
+    if limit is None:
+        names = ", ".join(known.__name__ for known in LIMITS)
         raise UnknownOptimizerError(
             f"The stability limit of {type(optimizer).__module__}.{type(optimizer).__qualname__} is not known "
             f"(known: {names} of torch.optim, not their subclasses). No statement about its learning rate can "
-            "be made; the inner rate is still checked. To have both checked, train with one of the known."
+            "be made; the inner learning rate is still checked. To have both checked, train with a known optimizer."
         )
-    return row
+    return limit

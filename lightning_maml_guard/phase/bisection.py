@@ -1,4 +1,4 @@
-"""The largest convergent rates of full-batch trainings, found by training: many sections at once, vmapped."""
+"""The largest convergent learning rates of full-batch trainings, found by training many rates at once and bisecting."""
 
 from __future__ import annotations
 
@@ -14,28 +14,14 @@ from lightning_maml_guard.phase.gradients import copies, grid_gradient
 from lightning_maml_guard.phase.optimizers import MetaOptimizer, Params, meta_optimizer
 from lightning_maml_guard.utils.checks import check_count
 
-# A run whose meta-gradient has shrunk to this share of its start has converged, whatever its rounding does then.
+# A run whose meta-gradient has shrunk to this share of its start has converged; what follows is rounding.
 _CONVERGED = 1e-10
 
 
 def converges(
     problem: MetaProblem, alphas: Tensor, betas: Tensor, steps: int, optimizer: str | MetaOptimizer = "sgd"
 ) -> np.ndarray:
-    """Train on the same tasks at every step, and say which runs converge.
-
-    A run converges if its meta-gradient is smaller at the end than half-way: near a rate's limit the one direction
-    that decides grows or shrinks by less than a thousandth a step, long after all others have died out.
-
-    Args:
-        problem: The problem of every step.
-        alphas: Inner rate of each run, shape ``(runs,)``.
-        betas: Meta rate of each run, shape ``(runs,)``.
-        steps: Training steps.
-        optimizer: Meta-optimizer.
-
-    Returns:
-        Shape ``(runs,)``.
-    """
+    """Train on the same tasks at every step; return True for the runs that converge, shape ``(runs,)``."""
     stepper = meta_optimizer(optimizer)
     params = copies(problem.params, len(alphas))
     state = stepper.init(params)
@@ -50,6 +36,8 @@ def converges(
             norms[step] = _norm(gradients)
         params, state = stepper.step(params, gradients, state, betas, step)
     first, middle, last = (norms[step].cpu().numpy() for step in (0, steps // 2, steps - 1))
+    # Near a rate's limit the one direction that decides grows or shrinks by less than a thousandth per step, long after
+    # all others have vanished: so the end is compared with half-way.
     return np.isfinite(last) & ((last < middle) | (last <= _CONVERGED * first))
 
 
@@ -64,26 +52,11 @@ def critical_betas(
     points: int = 16,
     optimizer: str | MetaOptimizer = "sgd",
 ) -> np.ndarray:
-    """Find the largest convergent meta rate of each inner rate.
+    """Find the largest convergent outer learning rate at each inner one.
 
-    Every round trains ``points`` meta rates of every column at once, between the largest known to converge and the
-    smallest known not to.
-
-    Args:
-        problem: The problem of every step.
-        alphas: Inner rates, ``A`` of them.
-        low: A meta rate that converges at each of them, above 0.
-        high: One that converges at none.
-        steps: Training steps of a run.
-        relative: Relative width at which to stop.
-        points: Meta rates tried at once, a column.
-        optimizer: Meta-optimizer.
-
-    Returns:
-        Shape ``(A, 2)``: the largest rate found to converge and the smallest found not to.
-
-    Raises:
-        ValueError: If ``low`` does not converge or ``high`` does, or if another argument is not allowed.
+    ``low`` is an outer rate that converges at each inner rate, ``high`` one that converges at none. Every round trains
+    ``points`` outer rates between the two at once, until ``high / low <= 1 + relative``. Returned are the largest rate
+    found to converge and the smallest found not to, shape ``(A, 2)``.
     """
     like = next(iter(problem.params.values()))
     columns = like.new_tensor(list(alphas))
@@ -93,7 +66,7 @@ def critical_betas(
         by_run = columns.repeat_interleave(betas.shape[1])
         return converges(problem, by_run, each.reshape(-1), steps, optimizer).reshape(betas.shape)
 
-    return _section(converge, len(columns), low, high, relative, points, "meta rate")
+    return _bisect(converge, len(columns), low, high, relative, points, "outer learning rate")
 
 
 def critical_alpha(
@@ -107,35 +80,18 @@ def critical_alpha(
     points: int = 16,
     optimizer: str | MetaOptimizer = "sgd",
 ) -> tuple[float, float]:
-    """Find the largest inner rate at which a small meta rate converges.
-
-    Args:
-        problem: The problem of every step.
-        beta: The meta rate.
-        low: An inner rate at which it converges, above 0.
-        high: One at which it does not.
-        steps: Training steps of a run.
-        relative: Relative width at which to stop.
-        points: Inner rates tried at once.
-        optimizer: Meta-optimizer.
-
-    Returns:
-        The largest rate found to converge and the smallest found not to.
-
-    Raises:
-        ValueError: If it does not converge at ``low`` or does at ``high``, or if another argument is not allowed.
-    """
+    """Find the largest inner learning rate at which a small outer rate converges; see :func:`critical_betas`."""
     like = next(iter(problem.params.values()))
 
     def converge(alphas: np.ndarray) -> np.ndarray:
         each = torch.from_numpy(alphas).to(like).reshape(-1)
         return converges(problem, each, torch.full_like(each, beta), steps, optimizer).reshape(alphas.shape)
 
-    ((inside, outside),) = _section(converge, 1, low, high, relative, points, "inner rate")
+    ((inside, outside),) = _bisect(converge, 1, low, high, relative, points, "inner learning rate")
     return float(inside), float(outside)
 
 
-def _section(
+def _bisect(
     converge: Callable[[np.ndarray], np.ndarray],
     columns: int,
     low: float,

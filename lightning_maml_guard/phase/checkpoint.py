@@ -1,92 +1,49 @@
-"""A grid's unfinished work on disk: one file a chunk, replaced atomically, refused where it belongs to another grid."""
+"""Unfinished work of a grid on disk, one file per chunk, so that the same call goes on from there."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from lightning_maml_guard.utils.io import write_atomically
 
 
-def fingerprint(*parts: Any) -> str:
-    """Make one name of everything that decides a result.
-
-    Args:
-        *parts: Texts, numbers, arrays and pytrees of tensors.
-
-    Returns:
-        A hash of their contents.
-    """
-    digest = hashlib.sha256()
-    for part in parts:
-        for leaf in tree_leaves(part) or [None]:
-            if isinstance(leaf, Tensor):
-                array = leaf.detach().cpu().contiguous()
-                digest.update(f"{array.dtype}{tuple(array.shape)}".encode())
-                digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes() if array.numel() else b"")
-            elif isinstance(leaf, np.ndarray):
-                digest.update(f"{leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
-            else:
-                digest.update(repr(leaf).encode())
-        digest.update(b"|")
-    return digest.hexdigest()
-
-
-class Partial:
-    """Where chunks are kept while a grid trains.
+class ChunkStore:
+    """Saves and loads the progress of each chunk.
 
     Args:
-        folder: The folder, made if need be; None to keep nothing.
-        name: Fingerprint of the grid.
+        folder: The folder, made if it does not exist; None to save nothing.
+        grid: Fingerprint of the grid that the chunks belong to.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None, name: str) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None, grid: str) -> None:
         self.folder = None if folder is None else Path(folder)
-        self.name = name
+        self.grid = grid
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def load(self, chunk: int) -> dict[str, Any] | None:
-        """Read what is kept of a chunk.
-
-        Args:
-            chunk: Its number.
-
-        Returns:
-            What :meth:`save` was given, or None.
-
-        Raises:
-            ValueError: If it belongs to another grid.
-        """
+        """Return what :meth:`save` was given for a chunk, or None; raise if it belongs to another grid."""
         path = self._path(chunk)
         if path is None or not path.is_file():
             return None
         found = torch.load(path, weights_only=True, map_location="cpu")
-        if found["grid"] != self.name:
+        if found["grid"] != self.grid:
             raise ValueError(
                 f"Argument `partial`: {path} is of another grid (other rates, steps, data, weights, optimizer or chunk "
                 "size). Name another folder, or remove this one."
             )
         return found["kept"]
 
-    def save(self, chunk: int, kept: dict[str, Any]) -> None:
-        """Keep a chunk.
-
-        Args:
-            chunk: Its number.
-            kept: Tensors, numbers and texts, nested.
-        """
+    def save(self, chunk: int, progress: dict[str, Any]) -> None:
+        """Save the progress of a chunk: tensors, numbers and texts, nested."""
         path = self._path(chunk)
-        if path is None:
-            return
-        temporary = path.with_suffix(f".{os.getpid()}.part")
-        torch.save({"grid": self.name, "kept": kept}, temporary)
-        os.replace(temporary, path)
+        if path is not None:
+            content = {"grid": self.grid, "kept": progress}
+            write_atomically(path, lambda stream: torch.save(content, stream), mode=0o644)
 
     def _path(self, chunk: int) -> Path | None:
         return None if self.folder is None else self.folder / f"chunk_{chunk:05d}.pt"

@@ -1,44 +1,37 @@
-"""Critical rates of many runs at once, each at its own parameters and its own inner rate."""
+"""Critical learning rates of many runs at once, each at its own parameters and its own inner learning rate."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_maml_guard.linalg.arnoldi import arnoldi
-from lightning_maml_guard.linalg.lanczos import (
-    LanczosRun,
-    Matvec,
-    NonFiniteProductError,
-    Tridiagonal,
-    lanczos,
-    start_vector,
-)
+from lightning_maml_guard.linalg.lanczos import Matvec, NonFiniteProductError, Tridiagonal, lanczos, start_vector
 from lightning_maml_guard.linalg.layout import Layout
-from lightning_maml_guard.linalg.operators import Field, Jacobian, gradient_of, scaled, simplified
-from lightning_maml_guard.maml.inner_loop import Params, adapt
+from lightning_maml_guard.linalg.operators import Jacobian, gradient_of, scaled, simplified
+from lightning_maml_guard.maml.inner_loop import Params
 from lightning_maml_guard.maml.jacobian import is_symmetric, meta_field
 from lightning_maml_guard.maml.problem import MetaProblem
-from lightning_maml_guard.phase.gradients import run_rates
+from lightning_maml_guard.phase.gradients import adapted_losses
 from lightning_maml_guard.phase.optimizers import MetaOptimizer, State
-from lightning_maml_guard.theory.complex_ritz import complex_limit, complex_ritz
-from lightning_maml_guard.theory.ritz import rates_from_lanczos, ritz_values
+from lightning_maml_guard.theory.complex_ritz import arnoldi_resolved, complex_limit, complex_ritz
+from lightning_maml_guard.theory.ritz import lanczos_resolved, rates_from_lanczos, ritz_values
 from lightning_maml_guard.utils.double_backward import double_backward
 from lightning_maml_guard.utils.task_map import TaskMap
 
 
 class GridRates(NamedTuple):
-    """Critical rates of each run; ``nan`` where there are none to tell.
+    """Critical rates of each run; ``nan`` where they could not be measured.
 
     Attributes:
-        alpha_c: The poster's, ``1/(K*lambda_max(H))``, shape ``(runs,)``.
-        beta_c: The poster's at the run's inner rate, for the meta-optimizer as it runs, shape ``(runs,)``.
+        alpha_c: By the simplified criterion, ``1/(K*lambda_max(H))``, shape ``(runs,)``.
+        beta_c: By the simplified criterion at the run's inner learning rate, for its meta-optimizer, shape ``(runs,)``.
         exact_beta_c: From the Jacobian of the meta-update as configured, shape ``(runs,)``.
     """
 
@@ -59,26 +52,12 @@ def grid_rates(
     max_iter: int = 20,
     tol: float = 1e-2,
 ) -> GridRates:
-    """Measure the critical rates of each run.
+    """Measure the critical rates of each run after ``taken`` steps.
 
-    One Lanczos run over a block-diagonal operator, one block a run, gives the poster's rates from the Hessian of the
-    mean support loss, another the largest eigenvalue of the meta-update's Jacobian (Arnoldi, run by run, where it is
-    not symmetric). A run whose products are not finite gets ``nan``. Before its first step Adam has no second moments,
-    so its meta rates are ``nan`` as well.
-
-    Args:
-        problem: The tasks, the loss, ``K`` and the order.
-        params: Parameters of the runs, each of shape ``(runs, ...)``.
-        alphas: Inner rate of each run, shape ``(runs,)``.
-        optimizer: The meta-optimizer.
-        state: Its state.
-        taken: Steps taken.
-        exact: Whether to measure ``exact_beta_c`` too.
-        max_iter: Products at most, of each of the two.
-        tol: Relative residual at which to stop.
-
-    Returns:
-        The rates.
+    One Lanczos run over a block-diagonal operator, one block per run, gives the rates of the simplified criterion from
+    the Hessian of the mean support loss. Another gives the largest eigenvalue of the meta-update's Jacobian; where that
+    is not symmetric, Arnoldi does, run by run. A run whose matrix-vector products are not finite gets ``nan``. Before
+    its first step Adam has no second moments, so its outer rates are ``nan`` as well.
     """
     runs = len(alphas)
     unknown = np.full(runs, math.nan)
@@ -88,47 +67,52 @@ def grid_rates(
     divisor = optimizer.preconditioner(state, taken) if ready else None
     scale = None if divisor is None else 1 / layout.flatten(divisor, 1)
 
-    def top(matvec: Matvec) -> np.ndarray:
-        matvec, failed = _finite_rows(matvec if scale is None else scaled(matvec, scale), runs)
-        return _where_finite([ritz_values(*each)[0][-1] for each in _lanczos(matvec).runs], failed)
+    def run_lanczos(matvec: Matvec) -> tuple[Sequence[Tridiagonal], np.ndarray]:
+        def resolved(found: Sequence[Tridiagonal]) -> bool:
+            return all(lanczos_resolved(*each, 0.0, tol, needs_positive_top=False) for each in found)
 
-    def _lanczos(matvec: Matvec) -> LanczosRun:
-        def tight(found: Sequence[Tridiagonal]) -> bool:
-            return all(_tight(each, tol) for each in found)
-
-        # One start for all, so that what is measured of a run does not depend on its place in the chunk.
+        product, failed = _finite_rows(matvec)
+        # One start vector for all runs: what is measured of a run must not depend on its place in the chunk.
         start = start_vector((layout.size,), alphas).expand(runs, -1)
-        return lanczos(matvec, start, max_iter=max_iter, stop=tight)
+        found = lanczos(product, start, max_iter=max_iter, stop=resolved)
+        return found.runs, failed[0].cpu().numpy()
+
+    def top_eigenvalues(matvec: Matvec) -> np.ndarray:
+        found, failed = run_lanczos(matvec if scale is None else scaled(matvec, scale))
+        return np.where(failed, math.nan, [ritz_values(*each)[0][-1] for each in found])
 
     with double_backward():
-        hessian = Jacobian(gradient_of(_mean_losses(problem)), params, layout)
-        products, failed = _finite_rows(hessian, runs)
+        hessian = Jacobian(gradient_of(_support_losses(problem)), params, layout)
+        found, failed = run_lanczos(hessian)
         each = [
             rates_from_lanczos(*run, float(alpha), inner_steps=problem.inner_steps)
-            for run, alpha in zip(_lanczos(products).runs, alphas.tolist(), strict=True)
+            for run, alpha in zip(found, alphas.tolist(), strict=True)
         ]
-        alpha_c = _where_finite([found.alpha_c for found in each], failed)
+        alpha_c = np.where(failed, math.nan, [rates.alpha_c for rates in each])
         if not ready:
             return GridRates(alpha_c, unknown, unknown)
         if scale is None:
-            beta_c = _where_finite([found.beta_c * limit / 2 for found in each], failed)
+            beta_c = np.where(failed, math.nan, [rates.beta_c * limit / 2 for rates in each])
         else:
             by_entry = (problem.inner_steps * alphas).unsqueeze(-1)
-            beta_c = _divided(limit, top(simplified(hessian, by_entry)))
-            beta_c = np.where(alphas.cpu().numpy() > alpha_c, 0.0, beta_c)  # a multiplier is negative: none is stable
+            beta_c = _divided(limit, top_eigenvalues(simplified(hessian, by_entry)))
+            # Beyond alpha_c a multiplier is negative: no outer rate is stable.
+            beta_c = np.where(alphas.cpu().numpy() > alpha_c, 0.0, beta_c)
         if not exact:
             return GridRates(alpha_c, beta_c, unknown)
         if is_symmetric(problem):
-            field = gradient_of(_adapted_losses(problem, alphas))
-            return GridRates(alpha_c, beta_c, _divided(limit, top(Jacobian(field, params, layout))))
-        exact_beta_c = [
-            _by_arnoldi(problem, params, scale, index, float(alpha), optimizer, max_iter=max_iter, tol=tol)
-            for index, alpha in enumerate(alphas.tolist())
-        ]
-        return GridRates(alpha_c, beta_c, np.array(exact_beta_c))
+            field = gradient_of(lambda theta: adapted_losses(problem, theta, alphas, randomness="same"))
+            exact_beta_c = _divided(limit, top_eigenvalues(Jacobian(field, params, layout)))
+        else:
+            by_run = [
+                _limit_by_arnoldi(problem, params, scale, run, alphas[run], optimizer, max_iter=max_iter, tol=tol)
+                for run in range(runs)
+            ]
+            exact_beta_c = np.array(by_run)
+        return GridRates(alpha_c, beta_c, exact_beta_c)
 
 
-def _mean_losses(problem: MetaProblem) -> Callable[[Params], Tensor]:
+def _support_losses(problem: MetaProblem) -> Callable[[Params], Tensor]:
     def run(theta: Params) -> Tensor:
         over = torch.func.vmap(problem.task_loss, (None, 0), randomness="same", chunk_size=problem.task_chunk_size)
         return over(theta, problem.support).mean()
@@ -136,53 +120,40 @@ def _mean_losses(problem: MetaProblem) -> Callable[[Params], Tensor]:
     return lambda params: torch.func.vmap(run, randomness="same")(params)
 
 
-def _adapted_losses(problem: MetaProblem, alphas: Tensor) -> Callable[[Params], Tensor]:
-    def run(theta: Params, alpha: Tensor) -> Tensor:
-        rates = run_rates(problem, alpha)
-
-        def one(support: Any, query: Any) -> Tensor:
-            return problem.task_loss(adapt(problem.task_loss, theta, support, rates, problem.inner_steps), query)
-
-        over = torch.func.vmap(one, randomness="same", chunk_size=problem.task_chunk_size)
-        return over(problem.support, problem.query).mean()
-
-    return lambda params: torch.func.vmap(run, randomness="same")(params, alphas)
-
-
-def _by_arnoldi(
+def _limit_by_arnoldi(
     problem: MetaProblem,
     params: Params,
     scale: Tensor | None,
-    index: int,
-    alpha: float,
+    run: int,
+    alpha: Tensor,
     optimizer: MetaOptimizer,
     *,
     max_iter: int,
     tol: float,
 ) -> float:
-    names = problem.inner_lr
+    """Largest stable outer rate of one run whose Jacobian is not symmetric."""
     like = next(iter(params.values()))
-    rates = dict.fromkeys(names, like.new_tensor(alpha)) if isinstance(names, dict) else alpha
-    field: Field = meta_field(replace(problem, inner_lr=rates), TaskMap(problem.task_chunk_size))
-    jacobian = Jacobian(field, {name: value[index] for name, value in params.items()})
+    names = problem.inner_lr
+    rates = dict.fromkeys(names, alpha) if isinstance(names, dict) else float(alpha)
+    field = meta_field(replace(problem, inner_lr=rates), TaskMap(problem.task_chunk_size))
+    jacobian = Jacobian(field, {name: value[run] for name, value in params.items()})
     # Its products are with the transpose, so the scaling comes from the right; the eigenvalues are the same.
-    matvec: Matvec = jacobian if scale is None else lambda vector: jacobian(scale[index] * vector)
+    matvec: Matvec = jacobian if scale is None else lambda vector: jacobian(scale[run] * vector)
+    responses = (optimizer.response,)
 
-    def tight(hessenberg: np.ndarray, residual: float) -> bool:
-        ritz = complex_ritz(hessenberg, residual)
-        low, high = complex_limit(ritz, (optimizer.response,), tol=tol).interval
-        return bool(ritz.bounds[0] <= tol * ritz.radius) and (high == math.inf or high - low <= 4 * tol * high)
+    def resolved(hessenberg: np.ndarray, residual: float) -> bool:
+        return arnoldi_resolved(hessenberg, residual, responses, tol=tol, needs_finite_limit=False)
 
     start = start_vector((jacobian.layout.size,), like)
     try:
-        found = arnoldi(matvec, start, max_iter=max_iter, stop=tight)
+        found = arnoldi(matvec, start, max_iter=max_iter, stop=resolved)
     except NonFiniteProductError:  # what nan stands for in the result
         return math.nan
-    return complex_limit(complex_ritz(found.hessenberg, found.residual), (optimizer.response,), tol=tol).rate
+    return complex_limit(complex_ritz(found.hessenberg, found.residual), responses, tol=tol).rate
 
 
-def _finite_rows(matvec: Matvec, runs: int) -> tuple[Matvec, list[Tensor]]:
-    """Replace the products of runs that are not finite by 0, and say which runs those were."""
+def _finite_rows(matvec: Matvec) -> tuple[Matvec, list[Tensor]]:
+    """Replace products that are not finite by 0; the list then holds which runs those were, shape ``(runs,)``."""
     failed: list[Tensor] = []
 
     def product(vector: Tensor) -> Tensor:
@@ -196,16 +167,6 @@ def _finite_rows(matvec: Matvec, runs: int) -> tuple[Matvec, list[Tensor]]:
     return product, failed
 
 
-def _where_finite(values: Sequence[float], failed: Sequence[Tensor]) -> np.ndarray:
-    return np.where(failed[0].cpu().numpy(), math.nan, np.array(values, dtype=np.float64))
-
-
 def _divided(limit: float, curvature: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore"):
         return np.where(np.isnan(curvature), math.nan, limit / np.maximum(curvature, 0.0))
-
-
-def _tight(run: Tridiagonal, tol: float) -> bool:
-    values, residuals = ritz_values(*run)
-    # At `tol` itself the run may still sit on an eigenvalue below the top.
-    return bool(residuals[-1] <= tol / 16 * max(abs(values[0]), abs(values[-1])))

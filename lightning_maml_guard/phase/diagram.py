@@ -1,4 +1,4 @@
-"""The poster's phase diagram: training error over a grid of inner and meta rates, beside the critical rates."""
+"""Phase diagrams: the training error over a grid of inner and outer learning rates, beside the critical rates."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lightning_maml_guard.maml.problem import MetaProblem
-from lightning_maml_guard.phase.checkpoint import Partial, fingerprint
-from lightning_maml_guard.phase.divergence import departures
-from lightning_maml_guard.phase.gradients import bytes_a_run
+from lightning_maml_guard.phase.checkpoint import ChunkStore
+from lightning_maml_guard.phase.divergence import divergence_steps
+from lightning_maml_guard.phase.gradients import bytes_per_run
 from lightning_maml_guard.phase.optimizers import MetaOptimizer, meta_optimizer
 from lightning_maml_guard.phase.result import PhaseDiagram
-from lightning_maml_guard.phase.train import Family, Recipe, train_runs
+from lightning_maml_guard.phase.train import Family, GridSettings, train_runs
 from lightning_maml_guard.theory.multiplier import check_rate
 from lightning_maml_guard.utils.checks import check_count
 from lightning_maml_guard.utils.distributed import ProcessGroup, Ranks
+from lightning_maml_guard.utils.io import fingerprint
 
 __all__ = ["PhaseDiagram", "phase_diagram"]
 
@@ -48,33 +49,33 @@ def phase_diagram(
     partial: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> PhaseDiagram:
-    """Train every pair of an inner and a meta rate, all from the same weights on the same tasks, as one program.
+    """Train every pair of an inner and an outer learning rate, all from the same weights on the same tasks.
 
-    ``vmap`` runs over the pairs, then over the tasks; the meta-gradients are those of :class:`MetaLearningModule`, so a
-    pair ends where a Trainer with its rates would. Critical rates are measured before training, every
-    ``measure_every`` steps and after it. Under ``torch.distributed`` (a launch by torchrun whose process group is
-    initialised) the chunks are dealt out over the ranks, and each returns the whole diagram.
+    All pairs train as one program: ``vmap`` runs over the pairs, then over the tasks. The meta-gradients are those of
+    :class:`MetaLearningModule`, so a pair ends where a Trainer with its rates would. Critical rates are measured before
+    training, every ``measure_every`` steps and after it. Under ``torch.distributed`` (a launch by torchrun whose
+    process group is initialised) the ranks share the chunks, and each returns the whole diagram.
 
     Source: Takagi, Nagano, Yoshida, Okada, "On the conditions of MAML convergence": training error over a grid of
     ``(alpha, beta)`` with ``alpha_c = 1/lambda_max`` and ``beta_c = min_i 2/(lambda_i - alpha*lambda_i^2)``.
 
     Args:
-        problem_family: The problem of every step, or ``step -> MetaProblem`` where tasks are drawn anew. The params of
-            step 0 are where all runs start, and say on which device they run; those of later steps are not read. Its
+        problem_family: The problem of every step, or ``step -> MetaProblem`` where each step draws new tasks. All runs
+            start from the params of step 0, and run on their device; the params of later steps are not read. Its
             ``inner_lr`` is replaced by ``alphas`` (for the parameters it names, where it is a dict).
-        alphas: Inner rates, the columns of the diagram; at least 0, strictly ascending.
-        betas: Meta rates, its rows; at least 0, strictly ascending.
+        alphas: Inner learning rates, the columns of the diagram; at least 0, strictly ascending.
+        betas: Outer learning rates, its rows; at least 0, strictly ascending.
         steps: Training steps.
-        optimizer: Meta-optimizer: ``"sgd"``, ``"adam"`` or one of ``grid.optimizers``, ``SGD(momentum=0.9)`` say.
+        optimizer: Meta-optimizer: ``"sgd"``, ``"adam"`` or one of ``phase.optimizers``, such as ``SGD(momentum=0.9)``.
         judged_on: The problem on which the errors before and after training are taken (default: that of step 0).
-        measure_every: Steps between two measurements (None: only before training and after it; 0: none at all).
-        exact: Whether to measure ``exact_beta_c``, which costs as much again.
-        max_iter: Products at most of a measurement.
+        measure_every: Steps between two measurements (None: only before and after training; 0: no measurement).
+        exact: Whether to measure ``exact_beta_c``, which doubles the cost of a measurement.
+        max_iter: Most matrix-vector products of a measurement.
         tol: Relative residual at which a measurement stops.
-        divergence: A run has diverged when its loss leaves this many times its start.
+        divergence: A run has diverged when its loss exceeds this many times its start.
         chunk_size: Runs trained at once (None: as many as fit ``memory`` and keep every rank busy).
         memory: Bytes a chunk may take (None: 1e9 on a CPU, half of a GPU's memory).
-        partial: Folder in which unfinished work is kept, at least every minute; the same call goes on from there.
+        partial: Folder in which unfinished work is saved, at least every minute; the same call goes on from there.
         progress: Show a progress bar (on rank 0).
 
     Returns:
@@ -83,8 +84,8 @@ def phase_diagram(
     Raises:
         GridError: If the task loss cannot be vmapped over runs.
         SharedError: If another rank failed.
-        TypeError: If the family gives no MetaProblem.
-        ValueError: If another argument is not allowed, or if ``partial`` holds another grid.
+        TypeError: If the family does not return a MetaProblem.
+        ValueError: If another argument is not allowed, or if ``partial`` holds chunks of another grid.
 
     Example:
         >>> import torch
@@ -113,7 +114,7 @@ def phase_diagram(
     judged = judged_on or first
     like = next(iter(first.params.values()))
     measured = {0, steps} if measure_every is None else set(range(0, steps, measure_every or steps)) | {steps}
-    recipe = Recipe(
+    settings = GridSettings(
         family,
         judged,
         meta_optimizer(optimizer),
@@ -130,13 +131,13 @@ def phase_diagram(
     identity = fingerprint(
         columns,
         rows,
-        recipe.measured_steps,
-        [steps, size, max_iter, tol, exact, repr(recipe.optimizer)],
+        settings.measured_steps,
+        [steps, size, max_iter, tol, exact, repr(settings.optimizer)],
         *([each.order, each.inner_steps, each.support, each.query] for each in (first, judged)),
         first.params,
         repr(sorted(first.inner_lr)) if isinstance(first.inner_lr, dict) else "",
     )
-    kept = Partial(partial, identity)
+    store = ChunkStore(partial, identity)
     own = range(rank, len(chunks), ranks.size)
     found: dict[int, dict[str, Tensor]] = {}
     with (
@@ -146,15 +147,15 @@ def phase_diagram(
         for index in own:
             alpha, beta = chunks[index].unbind(1)
             found[index] = train_runs(
-                recipe,
+                settings,
                 alpha.contiguous(),
                 beta.contiguous(),
-                kept=kept.load(index),
-                save=partial_of(kept.save, index),
+                saved=store.load(index),
+                save=partial_of(store.save, index),
                 advance=bar.update,
             )
-        everyone = ranks.gather(found)
-    results = {index: each for part in everyone for index, each in part.items()}
+        gathered = ranks.gather(found)
+    results = {index: each for part in gathered for index, each in part.items()}
     joined = {
         name: np.concatenate([results[index][name].double().numpy() for index in range(len(chunks))], -1)
         for name in results[0]
@@ -163,11 +164,11 @@ def phase_diagram(
     return PhaseDiagram(
         alphas=columns,
         betas=rows,
-        measured_steps=np.array(recipe.measured_steps),
-        divergence_step=departures(shaped["losses"], shaped["start"], divergence),
+        measured_steps=np.array(settings.measured_steps),
+        divergence_step=divergence_steps(shaped["losses"], shaped["start"], divergence),
         order=first.order,
         inner_steps=first.inner_steps,
-        optimizer=repr(recipe.optimizer),
+        optimizer=repr(settings.optimizer),
         **shaped,
     )
 
@@ -213,7 +214,7 @@ def _chunk_size(problem: MetaProblem, runs: int, memory: float | None, ranks: Ra
     device = next(iter(problem.params.values())).device
     if memory is None:
         memory = torch.cuda.get_device_properties(device).total_memory / 2 if device.type == "cuda" else _CPU_BYTES
-    fit = max(1, int(memory / max(bytes_a_run(problem), 1)))
+    fit = max(1, int(memory / max(bytes_per_run(problem), 1)))
     # The same on every rank, and equal parts: a last chunk of a few runs would take as long as a full one.
     largest = min([*ranks.gather(fit), -(-runs // ranks.size)])
     parts = -(-runs // largest)

@@ -1,4 +1,4 @@
-"""What became of a training: whether and when its loss left, and which columns trained how far."""
+"""When the loss of a training diverges."""
 
 from __future__ import annotations
 
@@ -7,26 +7,18 @@ import numpy as np
 NEVER = -1
 
 
-def departures(losses: np.ndarray, start: np.ndarray | float, factor: float = 5.0, window: int = 5) -> np.ndarray:
-    """Find the first step at which each loss has left ``factor`` times its start.
+def divergence_steps(losses: np.ndarray, start: np.ndarray | float, factor: float = 5.0, window: int = 5) -> np.ndarray:
+    """First step at which each loss exceeds ``factor`` times its start for good, shape ``(...)``; -1 if it never does.
 
-    One bad batch is no departure: the loss has to be out (or not finite) in most of the ``window`` steps from there.
-
-    Args:
-        losses: Loss of each step, shape ``(steps, ...)``.
-        start: Loss before training; a number or shape ``(...)``.
-        factor: How far out.
-        window: Steps looked at.
-
-    Returns:
-        The steps, shape ``(...)``; -1 where the loss never left.
+    ``losses`` has shape ``(steps, ...)``. One bad batch does not count: the loss has to be too large (or not finite) in
+    most of the ``window`` steps from there.
     """
     outside = ~(np.asarray(losses, dtype=np.float64) <= factor * np.asarray(start, dtype=np.float64))
     steps = len(outside)
     # Prefix sums: how many of the steps t .. t + window - 1 lie outside, the last windows being shorter.
     total = np.concatenate([np.zeros((1, *outside.shape[1:]), dtype=int), outside.cumsum(0)])
     ends = np.minimum(np.arange(steps) + window, steps)
-    inside = total[ends] - total[:-1]
+    counts = total[ends] - total[:-1]
     lengths = (ends - np.arange(steps)).reshape(-1, *[1] * (outside.ndim - 1))
-    left = outside & (2 * inside > lengths)
-    return np.where(left.any(0), left.argmax(0), NEVER)
+    diverged = outside & (2 * counts > lengths)
+    return np.where(diverged.any(0), diverged.argmax(0), NEVER)

@@ -1,4 +1,4 @@
-"""Meta-optimizers as functions, one rate a run; step for step those of ``torch.optim``."""
+"""Meta-optimizers as functions, with one learning rate per run; each steps as its namesake of ``torch.optim``."""
 
 from __future__ import annotations
 
@@ -8,32 +8,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_maml_guard.optim.stability_limits import adam_response, sgd_response
 from lightning_maml_guard.theory.linear_response import Response
 
 Params = dict[str, Tensor]
 State = dict[str, Params]
 
 
-def spread(values: Tensor, like: Tensor) -> Tensor:
-    """Give one value a run the dimensions of a parameter.
-
-    Args:
-        values: Shape ``(runs,)``.
-        like: Shape ``(runs, ...)``.
-
-    Returns:
-        Shape ``(runs, 1, ..., 1)``.
-    """
+def broadcast_runs(values: Tensor, like: Tensor) -> Tensor:
+    """Reshape one value per run, shape ``(runs,)``, to multiply a parameter of shape ``(runs, ...)``."""
     return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
 class MetaOptimizer(ABC):
-    """A meta-optimizer without state of its own."""
+    """A meta-optimizer as a function of parameters, gradients and state."""
 
     @property
     @abstractmethod
     def response(self) -> Response:
-        """How it answers a linear gradient once settled; its ``limit`` is THEORY's ``c``."""
+        """Its linear response once bias corrections have settled; ``response.limit`` is the stability limit ``c``."""
 
     @abstractmethod
     def init(self, params: Params) -> State:
@@ -43,7 +36,7 @@ class MetaOptimizer(ABC):
             params: Parameters, each of shape ``(runs, ...)``.
 
         Returns:
-            The state: named groups of tensors like the parameters.
+            The state: named groups of tensors with the parameters' names and shapes.
         """
 
     @abstractmethod
@@ -54,7 +47,7 @@ class MetaOptimizer(ABC):
             params: Parameters, each of shape ``(runs, ...)``.
             gradients: Meta-gradients of the same shapes.
             state: The state.
-            rates: Meta rate ``beta`` of each run, shape ``(runs,)``.
+            rates: Outer learning rate ``beta`` of each run, shape ``(runs,)``.
             taken: Steps taken before.
 
         Returns:
@@ -62,20 +55,20 @@ class MetaOptimizer(ABC):
         """
 
     def preconditioner(self, state: State, taken: int) -> Params | None:
-        """Read the diagonal ``P`` that divides the gradient.
+        """Compute the diagonal ``P`` that divides the gradient.
 
         Args:
             state: The state.
             taken: Steps taken.
 
         Returns:
-            None where ``P`` is the identity.
+            ``P`` by parameter, each of shape ``(runs, ...)``; None where ``P = 1``.
         """
         return None
 
     @property
     def preconditioned(self) -> bool:
-        """Whether the gradient is divided by second moments, which do not exist before the first step."""
+        """Whether second moments divide the gradient; they do not exist before the first step."""
         return False
 
 
@@ -84,11 +77,11 @@ class SGD(MetaOptimizer):
     """Stochastic gradient descent, as ``torch.optim.SGD``.
 
     Args:
-        momentum: Share of the buffer that is kept, in [0, 1).
-        nesterov: Nesterov's momentum.
+        momentum: Share of the momentum buffer that is kept, in [0, 1).
+        nesterov: Use Nesterov's momentum.
 
     Raises:
-        ValueError: If the momentum is out of its range, or if Nesterov's is asked for without any.
+        ValueError: If the momentum is out of its range, or if ``nesterov`` is set without momentum.
     """
 
     momentum: float = 0.0
@@ -102,41 +95,21 @@ class SGD(MetaOptimizer):
 
     @property
     def response(self) -> Response:
-        """How it answers a linear gradient."""
-        if self.nesterov:
-            return Response(self.momentum, direct=1.0, buffered=self.momentum)
-        return Response(self.momentum, direct=0.0, buffered=1.0) if self.momentum else Response()
+        """Its linear response."""
+        return sgd_response(self.momentum, nesterov=self.nesterov)
 
     def init(self, params: Params) -> State:
-        """Make the state: the momentum buffer, where there is momentum.
-
-        Args:
-            params: Parameters, each of shape ``(runs, ...)``.
-
-        Returns:
-            The state.
-        """
+        """Make the state: the momentum buffer, or nothing without momentum."""
         return {"buffer": {n: torch.zeros_like(p) for n, p in params.items()}} if self.momentum else {}
 
     def step(self, params: Params, gradients: Params, state: State, rates: Tensor, taken: int) -> tuple[Params, State]:
-        """Take a step; see :meth:`MetaOptimizer.step`.
-
-        Args:
-            params: Parameters, each of shape ``(runs, ...)``.
-            gradients: Meta-gradients.
-            state: The state.
-            rates: Meta rate of each run.
-            taken: Steps taken before.
-
-        Returns:
-            The new parameters and the new state.
-        """
+        """Take a step; see :meth:`MetaOptimizer.step`."""
         moves = gradients
         if self.momentum:
             buffer = {n: self.momentum * state["buffer"][n] + g for n, g in gradients.items()}
             state = {"buffer": buffer}
             moves = {n: g + self.momentum * buffer[n] for n, g in gradients.items()} if self.nesterov else buffer
-        return {n: p - spread(rates, p) * moves[n] for n, p in params.items()}, state
+        return {n: p - broadcast_runs(rates, p) * moves[n] for n, p in params.items()}, state
 
 
 @dataclass(frozen=True)
@@ -165,64 +138,41 @@ class Adam(MetaOptimizer):
 
     @property
     def response(self) -> Response:
-        """How it answers a linear gradient, for a frozen second moment and a settled bias correction."""
-        return Response(self.beta1, direct=0.0, buffered=1 - self.beta1)
+        """Its linear response for a frozen second moment and a settled bias correction."""
+        return adam_response(self.beta1)
 
     @property
     def preconditioned(self) -> bool:
-        """Whether the gradient is divided by second moments: yes."""
+        """Whether second moments divide the gradient: True."""
         return True
 
     def init(self, params: Params) -> State:
-        """Make the state: both moments.
-
-        Args:
-            params: Parameters, each of shape ``(runs, ...)``.
-
-        Returns:
-            The state.
-        """
+        """Make the state: the first and the second moment."""
         return {moment: {n: torch.zeros_like(p) for n, p in params.items()} for moment in ("first", "second")}
 
     def step(self, params: Params, gradients: Params, state: State, rates: Tensor, taken: int) -> tuple[Params, State]:
-        """Take a step; see :meth:`MetaOptimizer.step`.
-
-        Args:
-            params: Parameters, each of shape ``(runs, ...)``.
-            gradients: Meta-gradients.
-            state: The state.
-            rates: Meta rate of each run.
-            taken: Steps taken before.
-
-        Returns:
-            The new parameters and the new state.
-        """
+        """Take a step; see :meth:`MetaOptimizer.step`."""
         first = {n: self.beta1 * state["first"][n] + (1 - self.beta1) * g for n, g in gradients.items()}
         second = {n: self.beta2 * state["second"][n] + (1 - self.beta2) * g * g for n, g in gradients.items()}
         state = {"first": first, "second": second}
         divisor = self.preconditioner(state, taken + 1)
-        correction = 1 - self.beta1 ** (taken + 1)
-        return {n: p - spread(rates / correction, p) * first[n] / divisor[n] for n, p in params.items()}, state
+        corrected = rates / (1 - self.beta1 ** (taken + 1))
+        return {n: p - broadcast_runs(corrected, p) * first[n] / divisor[n] for n, p in params.items()}, state
 
     def preconditioner(self, state: State, taken: int) -> Params:
-        """Read ``P = sqrt(v_hat) + eps``.
-
-        Args:
-            state: The state.
-            taken: Steps taken, at least 1.
-
-        Returns:
-            ``P``, by parameter.
-        """
+        """Compute ``P = sqrt(v_hat) + eps``, for ``taken`` of at least 1; see :meth:`MetaOptimizer.preconditioner`."""
         correction = (1 - self.beta2**taken) ** 0.5
         return {n: v.sqrt() / correction + self.eps for n, v in state["second"].items()}
 
 
+_BY_NAME: dict[str, MetaOptimizer] = {"sgd": SGD(), "adam": Adam()}
+
+
 def meta_optimizer(given: str | MetaOptimizer) -> MetaOptimizer:
-    """Look a meta-optimizer up.
+    """Look a meta-optimizer up by name.
 
     Args:
-        given: ``"sgd"``, ``"adam"``, or one with arguments of its own.
+        given: ``"sgd"``, ``"adam"``, or a meta-optimizer, which is returned as it is.
 
     Returns:
         The meta-optimizer.
@@ -232,10 +182,9 @@ def meta_optimizer(given: str | MetaOptimizer) -> MetaOptimizer:
     """
     if isinstance(given, MetaOptimizer):
         return given
-    known: dict[str, MetaOptimizer] = {"sgd": SGD(), "adam": Adam()}
-    if given not in known:
+    if given not in _BY_NAME:
         raise ValueError(
-            f"Expected argument `optimizer` to be one of {sorted(known)} or a MetaOptimizer of "
+            f"Expected argument `optimizer` to be one of {sorted(_BY_NAME)} or a MetaOptimizer of "
             f"lightning_maml_guard.phase.optimizers, such as SGD(momentum=0.9), but got {given!r}."
         )
-    return known[given]
+    return _BY_NAME[given]

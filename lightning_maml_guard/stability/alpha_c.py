@@ -1,106 +1,92 @@
-"""The inner rate's limit in a measurement: of the mean task loss, of every task's, of rates by parameter."""
+"""The inner rate's limit ``alpha_c``: of the mean task loss, of every task's, of one rate per parameter."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
 
 from lightning_maml_guard.linalg.lanczos import Matvec
 from lightning_maml_guard.linalg.operators import Operator, scaled
-from lightning_maml_guard.stability.bench import HESSIAN, Bench
-from lightning_maml_guard.stability.krylov_stopping import top_eigenvalue
+from lightning_maml_guard.messages.reasons import UNKNOWN_INTERVAL
+from lightning_maml_guard.stability.hvp import HESSIAN, Operators
+from lightning_maml_guard.stability.krylov_stopping import Krylov, top_eigenvalue
+from lightning_maml_guard.stability.objective import MamlObjective
+from lightning_maml_guard.theory.critical_rates import CriticalRates
 from lightning_maml_guard.theory.limits import Limit
 from lightning_maml_guard.utils.task_map import as_float32
 
-NAN_INTERVAL = (math.nan, math.nan)
+_NEGATIVE_RATE = "a learned inner rate is negative, and the condition is about rates of at least 0."
 
 
-class InnerBench(Bench):
-    """A bench that finds ``alpha_c``."""
+@dataclass(frozen=True)
+class InnerRateLimit:
+    """Finds ``alpha_c = inner_limit / lambda_max(H)`` of a MAML problem.
 
-    def alpha_limit(self, hessian: Operator, known: Any, exact: bool) -> Limit:
-        """Find the inner rate's limit: ``inner_limit / lambda_max(H)``.
+    Attributes:
+        operators: The operators of the measurement.
+        maml: The problem; None in plain training, which has no inner rate.
+        exact: Whether of the update as configured, or else of the simplified criterion.
+        krylov: How far a run goes.
+    """
 
-        With rates ``A`` by parameter it is that of ``A^(1/2) H A^(1/2)``.
+    operators: Operators
+    maml: MamlObjective | None
+    exact: bool
+    krylov: Krylov
 
-        Args:
-            hessian: The Hessian of the task loss.
-            known: What its spectrum says of the rates.
-            exact: Whether of the update as configured, or else of the poster's.
+    def of(self, hessian: Operator, known: CriticalRates) -> tuple[Limit, str]:
+        """Find the limit; with rates ``A`` per parameter it is that of ``A^(1/2) H A^(1/2)``.
 
         Returns:
-            The limit; not a number where there is no inner loop or a rate is negative.
+            The limit, ``nan`` where there is none, and why there is none; ``known`` is what the spectrum says.
         """
         if self.maml is None:
-            return Limit(math.nan, math.nan, NAN_INTERVAL)
-        reach, rates = self._reach(exact), self.subject.rates
+            return Limit(math.nan, math.nan, UNKNOWN_INTERVAL), ""
+        alpha, rates = self.maml.alpha, self.maml.rates
         if rates is None:
-            if not exact:
-                return Limit(self.alpha, known.alpha_c, known.alpha_c_interval)
-            return _alpha_of(self.alpha, reach, known.lambda_max, known.lambda_max_interval)
+            if not self.exact:
+                return Limit(alpha, known.alpha_c, known.alpha_c_interval), ""
+            return _limit(alpha, self._reach, known.lambda_max, known.lambda_max_interval), ""
         if any(bool((rate < 0).any()) for rate in rates.values()):
-            self.alpha_note = "a learned inner rate is negative, and the condition is about rates of at least 0."
-            return Limit(self.alpha, math.nan, NAN_INTERVAL)
-        weights = hessian.layout.flatten(as_float32(rates)).to(self.like)
-        return self._alpha_of_top(scaled(hessian, weights), hessian.layout.size, self.blocks, self.alpha * reach)
+            return Limit(alpha, math.nan, UNKNOWN_INTERVAL), _NEGATIVE_RATE
+        weights = hessian.layout.flatten(as_float32(rates)).to(hessian.gradient)
+        blocks = self.operators.blocks
+        return self._of_top(scaled(hessian, weights), hessian, blocks, alpha * self._reach), ""
 
-    def _reach(self, exact: bool) -> float:
-        """``alpha_c * lambda_max``: of the update as configured, or of the poster's."""
-        return self.subject.inner_limit if exact else 1 / self.subject.inner_steps
+    def sharpest(self, mean: Limit) -> Limit:
+        """Find the sharpest task's limit, where the mean's does not explain a collapsed direction."""
+        if self.maml is None or self.operators.blocks is not None or self.maml.rates is not None:
+            return mean  # tasks or rates are treated one by one already
+        return self._uniform(True)
 
-    def _alpha_of_top(self, matvec: Matvec, size: int, blocks: int | None, reach: float) -> Limit:
-        found = self.over_blocks(
-            lambda: top_eigenvalue(matvec, size, self.like, blocks, krylov=self.options.krylov),
-            blocks,
-            max,
-        )
-        return _alpha_of(self.alpha, reach, *found)
-
-    def sharpest_alpha_limit(self, mean: Limit) -> Limit:
-        """Find the sharpest task's limit, where the mean's does not explain a collapsed direction.
-
-        Args:
-            mean: The mean's.
-
-        Returns:
-            The sharpest task's; the mean's where tasks or rates are treated one by one already.
-        """
-        if self.blocks is not None or self.subject.rates is not None:
-            return mean
-        return self._uniform_alpha_limit(True, self._reach(True))
-
-    def mean_alpha_c(self, exact: bool) -> float:
-        """Find the mean task loss's ``alpha_c``, to stand beside the sharpest task's with ``tasks="worst"``.
-
-        Args:
-            exact: Whether of the update as configured, or else of the poster's.
-
-        Returns:
-            It; ``nan`` where it is not asked for.
-        """
-        if self.blocks is None or self.subject.rates is not None:
+    def of_mean(self) -> float:
+        """Find the mean task loss's ``alpha_c``, to stand beside the sharpest task's; ``nan`` where not asked for."""
+        if self.maml is None or self.operators.blocks is None or self.maml.rates is not None:
             return math.nan
-        return self._uniform_alpha_limit(False, self._reach(exact)).critical
+        return self._uniform(False).critical
 
-    def _uniform_alpha_limit(self, per_task: bool, reach: float) -> Limit:
-        operator, _ = self.operator(HESSIAN, self.subject.curvature(per_task))
-        limit = self._alpha_of_top(operator, operator.layout.size, self.subject.tasks if per_task else None, reach)
+    @property
+    def _reach(self) -> float:
+        """``alpha_c * lambda_max``."""
+        assert self.maml is not None
+        return self.maml.inner_limit if self.exact else 1 / self.maml.inner_steps
+
+    def _uniform(self, per_task: bool) -> Limit:
+        assert self.maml is not None
+        operator, _ = self.operators.build(HESSIAN, self.maml.curvature(per_task))
+        limit = self._of_top(operator, operator, self.maml.tasks if per_task else None, self._reach)
         operator.release()
         return limit
 
-    def safe_alpha(self, alpha_limit: Limit) -> float:
-        """Bring the inner rate down to its limit.
-
-        Args:
-            alpha_limit: The limit.
-
-        Returns:
-            ``margin`` times it, or the rate itself if that is lower.
-        """
-        capped = self.options.margin * alpha_limit.critical
-        return capped if capped < self.alpha else self.alpha
+    def _of_top(self, matvec: Matvec, hessian: Operator, blocks: int | None, reach: float) -> Limit:
+        assert self.maml is not None
+        like = next(iter(self.maml.params.values())).new_empty(())
+        found = self.operators.over_blocks(
+            lambda: top_eigenvalue(matvec, hessian.layout.size, like, blocks, krylov=self.krylov), blocks, max
+        )
+        return _limit(self.maml.alpha, reach, *found)
 
 
-def _alpha_of(alpha: float, reach: float, top: float, interval: tuple[float, float]) -> Limit:
+def _limit(alpha: float, reach: float, top: float, interval: tuple[float, float]) -> Limit:
     ends = [reach / end if end > 0 else math.inf for end in (interval[1], top, interval[0])]
     return Limit(alpha, ends[1], (ends[0], ends[2]))

@@ -1,4 +1,4 @@
-"""The largest stable meta rate for the optimizer as it runs: by the poster's formula, and by the exact Jacobian."""
+"""The meta rate's limit ``beta_c`` for the optimizer as it runs: simplified criterion, and exact Jacobian."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from lightning_maml_guard.linalg.krylov_basis import Basis
 from lightning_maml_guard.linalg.lanczos import Matvec, Watched, check_finite
 from lightning_maml_guard.linalg.layout import Layout, Params
 from lightning_maml_guard.linalg.operators import Operator, scaled, simplified
-from lightning_maml_guard.optim.linearized_step import OuterStep
+from lightning_maml_guard.optim.linearized_step import LinearizedStep
+from lightning_maml_guard.stability.cost import UPDATE
 from lightning_maml_guard.stability.estimators import Spectrum
+from lightning_maml_guard.stability.hvp import HESSIAN, Operators
 from lightning_maml_guard.stability.krylov_stopping import (
     Krylov,
     check_symmetry,
@@ -22,6 +24,7 @@ from lightning_maml_guard.stability.krylov_stopping import (
     run_lanczos,
     top_eigenvalue,
 )
+from lightning_maml_guard.stability.objective import MamlObjective
 from lightning_maml_guard.theory.complex_ritz import complex_limit, complex_ritz
 from lightning_maml_guard.theory.critical_rates import CriticalRates
 from lightning_maml_guard.theory.multiplier import Interval
@@ -49,10 +52,10 @@ class MetaRateLimit:
 UNKNOWN = MetaRateLimit(math.nan, (math.nan, math.nan))
 
 
-def poster_limit(
+def simplified_limit(
     hessian: Operator,
     spectrum: Spectrum,
-    step: OuterStep,
+    step: LinearizedStep,
     like: Tensor,
     *,
     alpha: float,
@@ -64,23 +67,8 @@ def poster_limit(
 ) -> MetaRateLimit:
     """Compute ``beta_c`` of the simplified update: stable iff ``beta * lambda_max(D (H - HAH + W)) < c``.
 
-    With plain SGD and one inner rate the spectrum of ``H`` already answers; otherwise a second Lanczos run
-    on the scaled operator does.
-
-    Args:
-        hessian: Product with ``H``.
-        spectrum: Spectrum of ``H``.
-        step: The optimizer.
-        like: Tensor whose dtype and device vectors take.
-        alpha: The inner rate (the largest, if there are several).
-        rates: Inner rates by parameter, where there are several; None for one.
-        inner_steps: Number of simplified inner steps.
-        collapsed: Whether the inner rate exceeds its own limit, so that no meta rate is stable.
-        blocks: Number of blocks of the operator.
-        krylov: How far a run goes.
-
-    Returns:
-        The limit.
+    With plain SGD and one inner rate the spectrum of ``H`` already answers; otherwise a second Lanczos run on the
+    scaled operator does. ``collapsed``: the inner rate exceeds its own limit, so that no meta rate is stable.
     """
     if step.note:
         return UNKNOWN
@@ -101,21 +89,18 @@ def poster_limit(
 
 
 def exact_limit(
-    jacobian: Operator, symmetric: bool, step: OuterStep, like: Tensor, *, krylov: Krylov, noise: float, value: Watched
+    jacobian: Operator,
+    symmetric: bool,
+    step: LinearizedStep,
+    like: Tensor,
+    *,
+    krylov: Krylov,
+    noise: float,
+    value: Watched,
 ) -> MetaRateLimit:
-    """Compute ``beta_c`` of the update as configured, from the Jacobian of its meta-gradient.
+    """Compute ``beta_c`` of the update as configured, from the Jacobian ``J`` of its meta-gradient.
 
-    Args:
-        jacobian: Product with ``J`` (or its transpose).
-        symmetric: Whether ``J`` is symmetric: Lanczos then, else Arnoldi.
-        step: The optimizer.
-        like: Tensor whose dtype and device vectors take.
-        krylov: How far a run goes.
-        noise: Relative rounding error of a product.
-        value: The loss there, and what it is called.
-
-    Returns:
-        The limit. ``beta_c`` is ``inf`` where no direction has positive curvature.
+    Lanczos where ``J`` is symmetric, else Arnoldi. The limit is ``inf`` where no direction has positive curvature.
     """
     if step.note:
         check_finite(value)
@@ -140,7 +125,7 @@ def exact_limit(
 
 
 def _nonsymmetric(
-    operator: Matvec, size: int, step: OuterStep, like: Tensor, krylov: Krylov, noise: float, value: Watched
+    operator: Matvec, size: int, step: LinearizedStep, like: Tensor, krylov: Krylov, noise: float, value: Watched
 ) -> MetaRateLimit:
     run = run_arnoldi(operator, size, like, step, krylov=krylov, noise=noise, value=value)
     ritz = complex_ritz(run.hessenberg, run.residual, noise, run.spill)
@@ -155,7 +140,7 @@ def _nonsymmetric(
     )
 
 
-def _as_stepped(matvec: Matvec, step: OuterStep, layout: Layout, like: Tensor) -> Matvec:
+def _as_stepped(matvec: Matvec, step: LinearizedStep, layout: Layout, like: Tensor) -> Matvec:
     """Scale an operator by what the optimizer makes of a gradient."""
     if step.scale is None and step.coupled == 0.0:
         return matvec
@@ -164,7 +149,7 @@ def _as_stepped(matvec: Matvec, step: OuterStep, layout: Layout, like: Tensor) -
     return scaled(matvec, scale, shift)
 
 
-def _from_top(top: float, interval: Interval, step: OuterStep) -> MetaRateLimit:
+def _from_top(top: float, interval: Interval, step: LinearizedStep) -> MetaRateLimit:
     low, high = interval
     return MetaRateLimit(step.rates(top)[0], (step.rates(high)[1], step.rates(low)[2]))
 
@@ -172,3 +157,46 @@ def _from_top(top: float, interval: Interval, step: OuterStep) -> MetaRateLimit:
 def _combine(basis: Basis, weights: np.ndarray) -> Tensor:
     vector = basis.combine(torch.as_tensor(np.ascontiguousarray(weights)))
     return vector / torch.linalg.vector_norm(vector)
+
+
+def is_turned(maml: MamlObjective, operators: Operators, step: LinearizedStep, direction: Tensor) -> bool:
+    """Return True if the inner rate turned a direction that a task's curvature makes too sharp for it."""
+    # Directions that the task losses curve down themselves are saddles, not the rates' doing.
+    if maml.symmetric or maml.alpha == 0:
+        return False
+    direction = step.unscaled(direction)
+    direction = direction / torch.linalg.vector_norm(direction)
+    operator, _ = operators.build(HESSIAN, maml.curvature(True))
+    rows = direction.expand(maml.tasks, -1)
+    curvatures = torch.cat(operators.ranks.gather((rows * operator(rows)).sum(-1).cpu()))
+    operator.release()
+    beyond = curvatures * maml.alpha > maml.inner_limit
+    return bool(beyond.any()) and bool(curvatures.mean() > 0)
+
+
+def mean_square_limit(
+    maml: MamlObjective,
+    operators: Operators,
+    step: LinearizedStep,
+    direction: Tensor,
+    tasks: int,
+    change: Tensor | None,
+) -> tuple[float, float]:
+    """Find the limit for tasks drawn anew at every step, from their curvatures along the direction that binds.
+
+    Returns the predicted change of the coming step, brought to the host in the same transfer, and the limit; ``tasks``
+    counts those of all ranks.
+    """
+    direction = step.unscaled(direction)
+    along = maml.curvature_by_task(Layout(maml.params).split(direction))
+    operators.charge(1, UPDATE, graphs=1)
+    # One transfer to the host for all of it.
+    single = [direction.new_tensor(math.nan) if change is None else change, step.shift_along(direction)]
+    predicted, shift, *own = torch.cat([torch.stack(single).double(), along.double()]).cpu().tolist()
+    parts = operators.ranks.gather(own)
+    each = torch.tensor([value for part in parts for value in part], dtype=torch.float64)
+    if not bool(torch.isfinite(each).all()):
+        return predicted, math.nan
+    # The batch's curvature is the mean over its tasks, so its variance is a task's over their number.
+    mean, variance = float(each.mean()) + shift, float(each.var()) / tasks
+    return predicted, step.responses[0].mean_square_rate(mean, variance)

@@ -1,4 +1,4 @@
-"""Estimators of a Hessian's spectrum, interchangeable behind one function."""
+"""Estimators of a Hessian's spectrum, interchangeable through a registry: one function each."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Spectrum:
     """What is known of a Hessian's spectrum, as plain numbers.
 
     Attributes:
-        runs: Lanczos runs, one a block of the operator.
+        runs: Lanczos runs, one per block of the operator.
         power: What power iteration found, instead.
-        values: Eigenvalues as a user's estimator gave them, instead.
+        values: Eigenvalues as a user's estimator returned them, instead.
         rounding: Relative rounding error of a product.
         matvecs: Products used.
         resolution: Relative width in which a cluster may hide its true top.
@@ -41,15 +41,7 @@ class Spectrum:
     resolution: float = 0.0
 
     def rates(self, alpha: float, inner_steps: int = 1) -> CriticalRates:
-        """Compute the poster's critical rates.
-
-        Args:
-            alpha: Inner rate.
-            inner_steps: Number of simplified inner steps.
-
-        Returns:
-            The critical rates; over several blocks, those that hold for all.
-        """
+        """Compute the simplified criterion's critical rates; over several blocks, those that hold for all."""
         if self.power is not None:
             top = self.power
             return rates_from_top(top.lambda_max, top.lambda_min, top.residual, alpha, inner_steps=inner_steps)
@@ -66,14 +58,7 @@ class Spectrum:
 
 
 def merged(spectra: Sequence[Spectrum]) -> Spectrum:
-    """Put the Lanczos runs of several ranks' blocks together.
-
-    Args:
-        spectra: One spectrum a rank.
-
-    Returns:
-        The spectrum of all blocks.
-    """
+    """Join the Lanczos runs of several ranks' blocks."""
     return Spectrum(
         runs=tuple(run for spectrum in spectra for run in spectrum.runs),
         rounding=max(spectrum.rounding for spectrum in spectra),
@@ -82,69 +67,78 @@ def merged(spectra: Sequence[Spectrum]) -> Spectrum:
     )
 
 
-def check_estimator(estimator: Any) -> None:
-    """Refuse an estimator that is not known.
+@dataclass(frozen=True)
+class HessianRequest:
+    """A Hessian whose spectrum is wanted.
 
-    Args:
-        estimator: ``"lanczos"``, ``"pyhessian"`` or a callable.
-
-    Raises:
-        ValueError: If it is none of these.
-    """
-    if not callable(estimator) and not (isinstance(estimator, str) and estimator in {"lanczos", "pyhessian"}):
-        raise ValueError(
-            "Expected argument `estimator` to be 'lanczos', 'pyhessian' or a callable (matvec, start vector) -> "
-            f"eigenvalues but got {shown(estimator)}. Pass one of the two words, or a function."
-        )
-
-
-def hessian_spectrum(
-    hessian: Operator,
-    loss: Callable[[Params], Tensor],
-    params: Params,
-    *,
-    estimator: Estimator,
-    blocks: int | None,
-    alpha: float,
-    krylov: Krylov,
-    noise: float,
-    value: Watched,
-) -> Spectrum:
-    """Estimate the spectrum of a Hessian.
-
-    Args:
+    Attributes:
         hessian: The operator.
         loss: The function it is the Hessian of.
         params: Where, by name.
-        estimator: ``"lanczos"``, ``"pyhessian"``, or ``(matvec, start vector) -> eigenvalues``.
         blocks: Number of blocks of a block-diagonal operator; None for a single matrix.
         alpha: Inner rate, which decides when ``beta_c`` is known well enough.
         krylov: How far a run goes.
         noise: Relative rounding error of a product.
-        value: The loss there, and what it is called.
-
-    Returns:
-        The spectrum.
-
-    Raises:
-        NonFiniteProductError: If the loss or a product is not finite.
-        ValueError: If the estimator can't treat several blocks, or returns nothing.
+        value: The loss there, and what it is called: it has to be finite.
     """
-    like = next(iter(params.values()))
-    if estimator == "lanczos":
-        run = run_lanczos(hessian, hessian.layout.size, like, blocks, krylov=krylov, alpha=alpha, value=value)
-        check_symmetry(run, noise)
-        rounding = max(noise, run.asymmetry) + run.rounding
-        return Spectrum(runs=tuple(run.runs), rounding=rounding, matvecs=run.matvecs, resolution=krylov.tol)
-    check_finite(value)
-    if blocks is not None:
-        raise ValueError("tasks='worst' needs estimator='lanczos': the others treat one Hessian at a time.")
-    if estimator == "pyhessian":
-        power = largest_eigenvalue(loss, params, max_iter=krylov.max_iter, tol=krylov.tol)
-        return Spectrum(power=power, matvecs=power.matvecs)
-    assert callable(estimator)
-    before = hessian.matvecs
-    values = estimator(hessian, start_vector((hessian.layout.size,), like))
+
+    hessian: Operator
+    loss: Callable[[Params], Tensor]
+    params: Params
+    blocks: int | None
+    alpha: float
+    krylov: Krylov
+    noise: float
+    value: Watched
+
+
+def _lanczos(wanted: HessianRequest) -> Spectrum:
+    like = next(iter(wanted.params.values()))
+    run = run_lanczos(
+        wanted.hessian,
+        wanted.hessian.layout.size,
+        like,
+        wanted.blocks,
+        krylov=wanted.krylov,
+        alpha=wanted.alpha,
+        value=wanted.value,
+    )
+    check_symmetry(run, wanted.noise)
+    rounding = max(wanted.noise, run.asymmetry) + run.rounding
+    return Spectrum(runs=tuple(run.runs), rounding=rounding, matvecs=run.matvecs, resolution=wanted.krylov.tol)
+
+
+def _pyhessian(wanted: HessianRequest) -> Spectrum:
+    check_finite(wanted.value)
+    power = largest_eigenvalue(wanted.loss, wanted.params, max_iter=wanted.krylov.max_iter, tol=wanted.krylov.tol)
+    return Spectrum(power=power, matvecs=power.matvecs)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """An estimator, whether it treats one block per task, and whether its products are counted by the operator."""
+
+    estimate: Callable[[HessianRequest], Spectrum]
+    per_task: bool = False
+    counts_itself: bool = False
+
+
+# A new estimator is a function from a request to a Spectrum, and a row here.
+ESTIMATORS: dict[str, _Row] = {
+    "lanczos": _Row(_lanczos, per_task=True),
+    # On copies of its own, so that the operator does not see its products.
+    "pyhessian": _Row(_pyhessian, counts_itself=True),
+}
+
+
+def estimate_spectrum(estimator: Estimator, wanted: HessianRequest) -> Spectrum:
+    """Estimate the spectrum of a Hessian, by a registered estimator or a user's function."""
+    if isinstance(estimator, str):
+        return ESTIMATORS[estimator].estimate(wanted)
+    check_finite(wanted.value)
+    before = wanted.hessian.matvecs
+    like = next(iter(wanted.params.values()))
+    values = estimator(wanted.hessian, start_vector((wanted.hessian.layout.size,), like))
     try:
         found = tuple(float(value) for value in values)
     except (TypeError, ValueError) as error:
@@ -156,4 +150,24 @@ def hessian_spectrum(
         raise ValueError(
             f"The estimator {estimator!r} returned no eigenvalue; expected at least one. Return the largest it found."
         )
-    return Spectrum(values=found, matvecs=hessian.matvecs - before)
+    return Spectrum(values=found, matvecs=wanted.hessian.matvecs - before)
+
+
+def estimates_per_task(estimator: Estimator) -> bool:
+    """Return True if an estimator treats one block per task, as ``tasks="worst"`` needs."""
+    return isinstance(estimator, str) and ESTIMATORS[estimator].per_task
+
+
+def counts_itself(estimator: Estimator) -> bool:
+    """Return True if an estimator's products are not seen by the operator it is given."""
+    return isinstance(estimator, str) and ESTIMATORS[estimator].counts_itself
+
+
+def check_estimator(estimator: Any) -> None:
+    """Raise a ValueError if an estimator is neither registered nor callable."""
+    if not callable(estimator) and not (isinstance(estimator, str) and estimator in ESTIMATORS):
+        known = ", ".join(repr(name) for name in ESTIMATORS)
+        raise ValueError(
+            f"Expected argument `estimator` to be {known} or a callable (matvec, start vector) -> eigenvalues but got "
+            f"{shown(estimator)}. Pass one of these words, or a function."
+        )

@@ -1,140 +1,174 @@
-"""Products with a Jacobian, by double backward where that works and by finite differences where it does not."""
+"""Matrix-vector products with a Jacobian: by double backward where it is right, else by finite differences; counted."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lightning_maml_guard.linalg.lanczos import start_vector
+from lightning_maml_guard.linalg.lanczos import NonFiniteProductError, start_vector
 from lightning_maml_guard.linalg.layout import Layout, Params
 from lightning_maml_guard.linalg.operators import Field, FiniteDifference, Jacobian, Operator
-from lightning_maml_guard.stability.krylov_stopping import rounding
+from lightning_maml_guard.messages.reasons import Kind, Reason
+from lightning_maml_guard.stability.cost import CURVATURE, UPDATE, Price
+from lightning_maml_guard.stability.krylov_stopping import ChangingOperatorError, rounding
+from lightning_maml_guard.stability.objective import MamlObjective, Objective, Target
 from lightning_maml_guard.utils.checks import first_line
 from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.task_map import TaskMap
 
+T = TypeVar("T")
+
+# What the operators are called, in messages too.
+HESSIAN, META_UPDATE = "Hessian", "meta-update"
 # Step sizes of the self-check, and how far a product may be from it, relative to its size, beyond their scatter.
 _STRETCHES = (1.0, 1 / 16, 1 / 256)
-# Gradients that takes: two for each.
-SELF_CHECK = 2 * len(_STRETCHES)
+# Gradients that the self-check takes: two for each step size.
+_SELF_CHECK = 2 * len(_STRETCHES)
 _AGREEMENT = {torch.float32: 2e-2, torch.float64: 1e-4}
 
 
 @dataclass
-class Memory:
-    """What earlier measurements of the same network found out, so that it is asked once.
+class NetworkFacts:
+    """What measurements found out about a network, which stays true from one check to the next.
 
     Attributes:
-        task_map: How its tasks are run over; None before the first measurement.
-        asked_to_loop: Whether that is one after another because the problem says so.
-        vmap_fails: Whether a map found out that it must loop.
         checked: Operators whose products were compared with finite differences.
         finite: Operators whose products are taken by finite differences, with the reason.
-        ranks: The processes that measure together.
+        looped: Whether vmap over the tasks fails.
     """
 
+    checked: set[str] = field(default_factory=set)
+    finite: dict[str, Reason] = field(default_factory=dict)
+    looped: bool = False
+
+
+@dataclass
+class MeasurementCache:
+    """What measurements of the same network share; pass one object to every :func:`measure` of a loop.
+
+    Attributes:
+        facts: What was found out about the network.
+        ranks: The processes that measure together.
+        task_map: How its tasks are run over; None before the first measurement.
+        asked_to_loop: Whether that is one after another because the problem says so.
+    """
+
+    facts: NetworkFacts = field(default_factory=NetworkFacts)
+    ranks: Ranks = field(default_factory=Ranks)
     task_map: TaskMap | None = None
     asked_to_loop: bool = False
-    vmap_fails: bool = False
-    checked: set[str] = field(default_factory=set)
-    finite: dict[str, str] = field(default_factory=dict)
-    ranks: Ranks = field(default_factory=Ranks)
 
     def map_for(self, chunk_size: int | None, looped: bool = False) -> TaskMap:
-        """Give the way to run over tasks, made anew when that changes.
-
-        Args:
-            chunk_size: Tasks vmapped at once (None: all).
-            looped: Whether the problem asks for one task after another.
-
-        Returns:
-            The map, which remembers whether it must loop.
-        """
-        self._ask_the_map()
+        """Return the way to run over tasks: ``chunk_size`` vmapped at once (None: all), or one after another."""
+        self.note_the_map()
         if self.task_map is None or self.task_map.chunk_size != chunk_size or self.asked_to_loop != looped:
-            self.task_map, self.asked_to_loop = TaskMap(chunk_size, looped=looped or self.vmap_fails), looped
+            self.task_map, self.asked_to_loop = TaskMap(chunk_size, looped=looped or self.facts.looped), looped
         return self.task_map
 
-    def knows(self, name: str) -> bool:
-        """Say whether an operator's products have been compared with finite differences, or are such.
-
-        Args:
-            name: What it is called.
-
-        Returns:
-            Whether they have or are.
-        """
-        return name in self.checked or name in self.finite
-
-    def state(self) -> dict[str, Any]:
-        """Collect the state as primitives.
-
-        Returns:
-            What :meth:`load` takes.
-        """
-        self._ask_the_map()
-        return {"checked": sorted(self.checked), "finite": dict(self.finite), "looped": self.vmap_fails}
-
-    def _ask_the_map(self) -> None:
-        # A map that found out that vmap fails goes on looping; one that was asked to loop need not.
+    def note_the_map(self) -> None:
+        """Remember that vmap failed: a map that found it out goes on looping; one that was asked to loop need not."""
         if self.task_map is not None and self.task_map.looped and not self.asked_to_loop:
-            self.vmap_fails = True
+            self.facts.looped = True
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Restore the state.
 
-        Args:
-            state: What :meth:`state` collected.
+class Operators:
+    """The operators of one measurement, and what their products cost."""
+
+    def __init__(self, objective: Objective, cache: MeasurementCache, *, per_task: bool) -> None:
+        self.objective, self.cache, self.ranks = objective, cache, cache.ranks
+        # Number of blocks of the Hessian, one per task; None for a single matrix.
+        self.blocks = objective.tasks if per_task else None
+        self._counted: list[tuple[Operator, Price]] = []
+        self._other_products, self._other_cost = 0, 0.0
+
+    @property
+    def hvps(self) -> int:
+        """Products used so far."""
+        return sum(operator.matvecs for operator, _ in self._counted) + self._other_products
+
+    @property
+    def cost(self) -> float:
+        """What was used so far, in training steps."""
+        return sum(price.graph + price.product * each.matvecs for each, price in self._counted) + self._other_cost
+
+    @property
+    def hessian_price(self) -> Price:
+        """The Hessian's price: in plain training it is the Jacobian of the update."""
+        return CURVATURE if isinstance(self.objective, MamlObjective) else UPDATE
+
+    def charge(self, products: int, price: Price, graphs: int = 0) -> None:
+        """Count what no operator counts itself."""
+        self._other_products += products
+        self._other_cost += products * price.product + graphs * price.graph
+
+    def build(self, name: str, target: Target) -> tuple[Operator, float]:
+        """Build an operator whose products count; returns it with the relative error of its products."""
+        price = UPDATE if name == META_UPDATE else self.hessian_price
+        facts = self.cache.facts
+        if name not in facts.checked and name not in facts.finite:
+            self.charge(0, price, graphs=_SELF_CHECK)
+        operator, noise = make_operator(name, *target, self.cache)
+        self._counted.append((operator, price))
+        return operator, noise
+
+    def over_blocks(self, compute: Callable[[], T], blocks: int | None, choose: Callable[[list[T]], T]) -> T:
+        """Compute something of an operator on every rank, and choose one result for all.
+
+        Of a block-diagonal operator each rank has its own tasks' blocks; a single matrix (``blocks`` None) is shared.
         """
-        self.checked, self.finite = set(state.get("checked", [])), dict(state.get("finite", {}))
-        self.task_map, self.asked_to_loop, self.vmap_fails = None, False, bool(state.get("looped"))
+        if blocks is None or self.ranks.size == 1:
+            return compute()
+        own: T | ArithmeticError
+        before = self.hvps
+        try:
+            own = compute()
+        except (NonFiniteProductError, ChangingOperatorError) as error:
+            own = error
+        used = self.hvps - before
+        gathered = self.ranks.gather((own, used))
+        # Their runs differ in length. What is counted decides when to check next, so it is the longest on all.
+        self.charge(max(length for _, length in gathered) - used, CURVATURE)
+        found = [each for each, _ in gathered]
+        for each in found:
+            if isinstance(each, ArithmeticError):
+                raise each
+        return choose(found)  # type: ignore[arg-type]
 
 
 def make_operator(
-    name: str, gradient: Field, params: Params, layout: Layout | None, memory: Memory
+    name: str, gradient: Field, params: Params, layout: Layout | None, cache: MeasurementCache
 ) -> tuple[Operator, float]:
-    """Build the operator of a gradient field.
+    """Build the operator of a gradient field; returns it with the relative error of its products.
 
-    On the first measurement one product is compared with finite differences: some layers' second derivatives are
-    wrong without a word.
-
-    Args:
-        name: What the operator is called in messages.
-        gradient: The gradient field.
-        params: Where to differentiate.
-        layout: Layout of one block, where there are several.
-        memory: What is known of the network; written to.
-
-    Returns:
-        The operator, and the relative error of its products.
-
-    Raises:
-        RuntimeError: If there is no room for the graph (torch.OutOfMemoryError).
+    In the first measurement one product is compared with finite differences: some layers' second derivatives are
+    silently wrong. Raises torch.OutOfMemoryError if there is no room for the graph.
     """
     like = next(iter(params.values()))
+    facts = cache.facts
     operator: Operator | None = None
     trouble = None
-    if name not in memory.finite:
+    if name not in facts.finite:
         torch.manual_seed(0)  # the masks that the finite differences draw, too
-        operator, trouble = _double_backward(name, gradient, params, layout, checked=name in memory.checked)
-        memory.checked.add(name)
+        operator, trouble = _double_backward(name, gradient, params, layout, checked=name in facts.checked)
+        facts.checked.add(name)
     # What fails on one rank is done by finite differences on all: their products are averaged.
-    found = [each for each in memory.ranks.gather(trouble) if each is not None]
+    found = [each for each in cache.ranks.gather(trouble) if each is not None]
     if found:
-        memory.finite[name] = found[0]
+        facts.finite[name] = found[0]
     if operator is None or found:
         operator = FiniteDifference(gradient, params, layout)  # raises what the loss itself raises
     if layout is None:
-        operator.across(memory.ranks)
+        operator.across(cache.ranks)
     return operator, rounding(like) if isinstance(operator, Jacobian) else _finite_noise(like)
 
 
 def _double_backward(
     name: str, gradient: Field, params: Params, layout: Layout | None, *, checked: bool
-) -> tuple[Jacobian | None, str | None]:
+) -> tuple[Jacobian | None, Reason | None]:
     """The operator by double backward, and what is wrong with it."""
     try:
         operator = Jacobian(gradient, params, layout)
@@ -146,20 +180,11 @@ def _double_backward(
         if isinstance(error, torch.OutOfMemoryError):
             raise
         FiniteDifference(gradient, params, layout)  # raises what the loss itself raises
-        return None, (
-            f"{name}: this network has no second derivative by double backward ({first_line(error)}), so its curvature "
-            "is measured by finite differences of gradients (less sharp, two gradients a product)."
-        )
+        return None, Reason(Kind.NO_DOUBLE_BACKWARD, what=name, detail=first_line(error))
     if not bool(torch.isfinite(product).all()):
         return operator, None  # the estimator names it
     mismatch = _mismatch(gradient, params, layout, probe, product)
-    if mismatch is None:
-        return operator, None
-    return operator, (
-        f"{name}: the second derivative by double backward disagrees with finite differences by {mismatch:.1%}: a "
-        "layer's double backward is wrong (a custom autograd Function without one, a reentrant checkpoint). "
-        "The curvature is measured by finite differences of gradients instead."
-    )
+    return operator, None if mismatch is None else Reason(Kind.WRONG_DOUBLE_BACKWARD, what=name, value=mismatch)
 
 
 def _probe(operator: Jacobian, like: Tensor) -> Tensor:

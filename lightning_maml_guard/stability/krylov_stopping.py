@@ -1,8 +1,7 @@
-"""Krylov runs as a measurement makes them: how far they go, and when what they found is sharp enough."""
+"""Krylov runs as a measurement makes them: how far they go, and when they stop."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,17 +11,15 @@ from torch import Tensor
 
 from lightning_maml_guard.linalg.arnoldi import ArnoldiRun, arnoldi
 from lightning_maml_guard.linalg.lanczos import LanczosRun, Matvec, Tridiagonal, Watched, lanczos, start_vector
-from lightning_maml_guard.optim.linearized_step import OuterStep
-from lightning_maml_guard.theory.complex_ritz import complex_limit, complex_ritz
+from lightning_maml_guard.optim.linearized_step import LinearizedStep
+from lightning_maml_guard.theory.complex_ritz import arnoldi_resolved
 from lightning_maml_guard.theory.multiplier import Interval
-from lightning_maml_guard.theory.ritz import rates_from_lanczos, ritz_values
+from lightning_maml_guard.theory.ritz import lanczos_resolved, rates_from_lanczos
 
 # A float product carries rounding of this many units in the last place, relative to the spectral radius.
 _ROUNDING_ULPS = 16
 # Products that disagree by more than this share of the spectral radius are not those of one matrix.
 _SYMMETRY = 1e-2
-# A run stops at this fraction of the residual asked for: of 1000 random spectra none then misses its interval.
-_SHARPER = 16
 
 
 @dataclass(frozen=True)
@@ -43,18 +40,7 @@ class Krylov:
 def top_eigenvalue(
     matvec: Matvec, size: int, like: Tensor, blocks: int | None, *, krylov: Krylov
 ) -> tuple[float, Interval]:
-    """Find the largest eigenvalue of a symmetric operator, over all of its blocks.
-
-    Args:
-        matvec: The operator.
-        size: Length of a vector.
-        like: Tensor whose dtype and device the vectors take.
-        blocks: Number of blocks; None for a single matrix.
-        krylov: How far a run goes.
-
-    Returns:
-        The eigenvalue and its interval.
-    """
+    """Find the largest eigenvalue of a symmetric operator, over all of its blocks, and its interval."""
     run = run_lanczos(matvec, size, like, blocks, krylov=krylov)
     error = rounding(like) + run.rounding
     tops = [rates_from_lanczos(*each, 0.0, rounding=error, resolution=krylov.tol) for each in run.runs]
@@ -72,39 +58,13 @@ def run_lanczos(
     alpha: float = 0.0,
     value: Watched | None = None,
 ) -> LanczosRun:
-    """Run Lanczos until the top (and, for ``alpha > 0``, ``beta_c``) is known to a relative residual.
-
-    Args:
-        matvec: The operator.
-        size: Length of a vector.
-        like: Tensor whose dtype and device the vectors take.
-        blocks: Number of blocks; None for a single matrix.
-        krylov: How far a run goes.
-        alpha: Inner rate.
-        value: A scalar that has to be finite, and what it is called.
-
-    Returns:
-        The run.
-    """
+    """Run Lanczos until the top (and, for ``alpha > 0``, ``beta_c``) is known to a relative residual."""
     start = start_vector((size,) if blocks is None else (blocks, size), like)
 
-    def tight(runs: Sequence[Tridiagonal]) -> bool:
-        # At `tol` itself the run may still sit on an eigenvalue below the top.
-        return all(_tight(run, alpha, krylov.tol / _SHARPER) for run in runs)
+    def resolved(runs: Sequence[Tridiagonal]) -> bool:
+        return all(lanczos_resolved(*run, alpha, krylov.tol) for run in runs)
 
-    return lanczos(matvec, start, max_iter=krylov.max_iter, stop=tight, basis=krylov.basis, value=value)
-
-
-def _tight(run: Tridiagonal, alpha: float, tol: float) -> bool:
-    values, residuals = ritz_values(*run)
-    # That nothing is curved upwards is not to be told from the few directions seen so far.
-    if values[-1] <= 0 or residuals[-1] > tol * max(abs(values[0]), abs(values[-1])):
-        return False
-    # Beyond alpha_c no meta rate is stable, however sharply the rest is known.
-    if alpha * float(values[-1]) > 1 or alpha == 0:
-        return True
-    low, high = rates_from_lanczos(*run, alpha).curvature_interval
-    return high - low <= tol * max(high, abs(float(values[-1])) * tol)
+    return lanczos(matvec, start, max_iter=krylov.max_iter, stop=resolved, basis=krylov.basis, value=value)
 
 
 class ChangingOperatorError(ArithmeticError):
@@ -112,15 +72,7 @@ class ChangingOperatorError(ArithmeticError):
 
 
 def check_symmetry(run: LanczosRun, noise: float) -> None:
-    """Refuse a Lanczos run whose products are not those of one symmetric matrix.
-
-    Args:
-        run: The run.
-        noise: Relative rounding error of a product.
-
-    Raises:
-        ChangingOperatorError: If they disagree by much more than rounding.
-    """
+    """Raise a ChangingOperatorError if a run's products are not those of one symmetric matrix."""
     allowed = max(_SYMMETRY, 50 * noise)
     if run.asymmetry > allowed:
         raise ChangingOperatorError(
@@ -136,45 +88,22 @@ def run_arnoldi(
     matvec: Matvec,
     size: int,
     like: Tensor,
-    step: OuterStep,
+    step: LinearizedStep,
     *,
     krylov: Krylov,
     noise: float,
     value: Watched | None = None,
 ) -> ArnoldiRun:
-    """Run Arnoldi until the meta rate's limit is known to a relative accuracy.
+    """Run Arnoldi until the meta rate's limit is known to a relative accuracy."""
 
-    Args:
-        matvec: The operator.
-        size: Length of a vector.
-        like: Tensor whose dtype and device the vectors take.
-        step: The optimizer.
-        krylov: How far a run goes; ``tol`` is the relative accuracy at which to stop.
-        noise: Relative rounding error of a product.
-        value: A scalar that has to be finite, and what it is called.
-
-    Returns:
-        The run.
-    """
-
-    def tight(hessenberg: np.ndarray, residual: float) -> bool:
-        ritz = complex_ritz(hessenberg, residual, noise)
-        if ritz.bounds[0] > krylov.tol * ritz.radius:
-            return False
-        low, high = complex_limit(ritz, step.responses[:1], tol=krylov.tol, decay=step.decoupled).interval
-        return high < math.inf and high - low <= 4 * krylov.tol * high
+    def resolved(hessenberg: np.ndarray, residual: float) -> bool:
+        settled = step.responses[:1]
+        return arnoldi_resolved(hessenberg, residual, settled, tol=krylov.tol, rounding=noise, decay=step.decoupled)
 
     start = start_vector((size,), like)
-    return arnoldi(matvec, start, max_iter=krylov.max_iter, stop=tight, basis=krylov.basis, value=value)
+    return arnoldi(matvec, start, max_iter=krylov.max_iter, stop=resolved, basis=krylov.basis, value=value)
 
 
 def rounding(like: Tensor) -> float:
-    """Estimate the relative rounding error of a product.
-
-    Args:
-        like: Tensor of the dtype the product is computed in.
-
-    Returns:
-        The error relative to the spectral radius.
-    """
+    """Estimate the rounding error of a product, relative to the spectral radius."""
     return _ROUNDING_ULPS * torch.finfo(like.dtype).eps

@@ -1,272 +1,286 @@
-"""One measurement in progress: from the subject's curvature to a report."""
+"""One measurement: from the objective's curvature to a report, readable from top to bottom."""
 
 from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch.optim import Optimizer
 
-from lightning_maml_guard.linalg.layout import Layout, Params
+from lightning_maml_guard.linalg.layout import Params
 from lightning_maml_guard.linalg.operators import Operator
+from lightning_maml_guard.messages.reasons import UNKNOWN_INTERVAL, Kind, Reason, of_error
+from lightning_maml_guard.optim.linearized_step import linearized_step
+from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.shadow import predicted_change
-from lightning_maml_guard.stability.alpha_c import NAN_INTERVAL, InnerBench
-from lightning_maml_guard.stability.bench import HESSIAN, META_UPDATE
-from lightning_maml_guard.stability.beta_c import UNKNOWN, MetaRateLimit, exact_limit, poster_limit
-from lightning_maml_guard.stability.budget import CURVATURE, UPDATE
-from lightning_maml_guard.stability.estimators import Spectrum, hessian_spectrum, merged
-from lightning_maml_guard.stability.judgement import judged
+from lightning_maml_guard.stability.alpha_c import InnerRateLimit
+from lightning_maml_guard.stability.beta_c import (
+    UNKNOWN,
+    MetaRateLimit,
+    exact_limit,
+    is_turned,
+    mean_square_limit,
+    simplified_limit,
+)
+from lightning_maml_guard.stability.estimators import (
+    HessianRequest,
+    Spectrum,
+    counts_itself,
+    estimate_spectrum,
+    merged,
+)
+from lightning_maml_guard.stability.hvp import HESSIAN, META_UPDATE, MeasurementCache, Operators
+from lightning_maml_guard.stability.objective import MamlObjective, Objective
+from lightning_maml_guard.stability.options import CurvatureOptions
+from lightning_maml_guard.stability.reasons import Basis, judge, no_curvature
 from lightning_maml_guard.stability.report import StabilityReport
-from lightning_maml_guard.theory.limits import Limit
+from lightning_maml_guard.theory.limits import UNRESOLVED, Limit
 
 
-class Measurement(InnerBench):
-    """Measures one subject for one optimizer."""
+@dataclass(frozen=True)
+class _BetaLimits:
+    """``beta_c`` at the configured inner rate and at the safe one, and the safe inner rate."""
 
-    def report(self, began: float) -> StabilityReport:
-        """Measure.
+    configured: MetaRateLimit
+    at_safe_alpha: float
+    safe_alpha: float
 
-        Args:
-            began: When the measurement began.
 
-        Returns:
-            The report.
+class Measurement:
+    """Measures one objective for one optimizer, or for plain SGD at the rate ``beta``."""
 
-        Raises:
-            NonFiniteProductError: If the loss or a product is not finite.
-        """
-        hessian, noise = self.operator(HESSIAN, self.subject.curvature(self.blocks is not None))
+    def __init__(
+        self,
+        objective: Objective,
+        optimizer: Optimizer | None,
+        beta: float | None,
+        options: CurvatureOptions,
+        cache: MeasurementCache,
+        *,
+        margin: float,
+        step: int | None,
+        tasks_share: float = 1.0,
+    ) -> None:
+        self._began = time.perf_counter()
+        self._objective, self._optimizer, self._options = objective, optimizer, options
+        # A training step goes over all tasks of the batch; a measurement may take the first ones.
+        self._margin, self._at_step, self._tasks_share = margin, step, tasks_share
+        self._maml = objective if isinstance(objective, MamlObjective) else None
+        self._exact = options.criterion == "exact" and self._maml is not None
+        self._update = linearized_step(optimizer, objective.live)
+        self._beta = scheduled_rate(optimizer) if optimizer is not None else math.nan if beta is None else float(beta)
+        self._like = next(iter(objective.params.values())).new_empty(())
+        per_task = options.tasks == "worst" and self._maml is not None
+        self._operators = Operators(objective, cache, per_task=per_task)
+        self._tasks = sum(cache.ranks.gather(objective.tasks))
+        self._notes: list[Reason] = []
+
+    def report(self) -> StabilityReport:
+        """Measure. Raises a NonFiniteProductError if the loss or a product is not finite."""
+        objective, operators, ranks = self._objective, self._operators, self._operators.ranks
+        blocks = operators.blocks
+        hessian, noise = operators.build(HESSIAN, objective.curvature(blocks is not None))
         # Over blocks the value is this rank's own, and what ends a measurement must end it on every rank.
-        value = hessian.value if self.blocks is None else self.ranks.mean(hessian.value)
-        exact = self.options.criterion == "exact" and self.maml is not None
-        poster_alpha = 0.0 if self.maml is None else self.alpha
-        spectrum = self.over_blocks(
-            lambda: hessian_spectrum(
-                hessian,
-                self.subject.mean_loss,
-                self.subject.params,
-                estimator=self.options.estimator,
-                blocks=self.blocks,
-                alpha=0.0 if exact else poster_alpha * self.subject.inner_steps,
-                krylov=self.options.krylov,
-                noise=noise,
-                value=("The task loss", value),
-            ),
-            self.blocks,
-            merged,
+        value = hessian.value if blocks is None else ranks.mean(hessian.value)
+        simplified_alpha = 0.0 if self._maml is None else objective.alpha
+        wanted = HessianRequest(
+            hessian,
+            objective.mean_loss,
+            objective.params,
+            blocks,
+            alpha=0.0 if self._exact else simplified_alpha * objective.inner_steps,
+            krylov=self._options.krylov,
+            noise=noise,
+            value=("The task loss", value),
         )
-        if self.options.estimator == "pyhessian":
-            self.charge(spectrum.matvecs, UPDATE if self.maml is None else CURVATURE)  # on copies of its own
-        known = spectrum.rates(poster_alpha, self.subject.inner_steps)
-        alpha_limit = self.alpha_limit(hessian, known, exact)
+        spectrum = operators.over_blocks(lambda: estimate_spectrum(self._options.estimator, wanted), blocks, merged)
+        if counts_itself(self._options.estimator):
+            operators.charge(spectrum.matvecs, operators.hessian_price)
+        known = spectrum.rates(simplified_alpha, objective.inner_steps)
+        alpha_c = InnerRateLimit(operators, self._maml, self._exact, self._options.krylov)
+        alpha_limit, alpha_note = alpha_c.of(hessian, known)
         # One graph at a time: each is often several times the parameters' size.
-        poster = None if exact else self._poster_limits(hessian, spectrum, alpha_limit)
-        if self.maml is not None:
+        simplified = None if self._exact else self._simplified_limits(hessian, spectrum, alpha_limit)
+        if self._maml is not None:
             hessian.release()
-        jacobian, exact_beta = self._exact(hessian, exact)
-        change = predicted_change(jacobian, self.optimizer, self.beta, self.subject.live)
+        jacobian, exact_beta = self._exact_limit_at_configured(hessian)
+        change = predicted_change(jacobian, self._optimizer, self._beta, objective.live)
         if jacobian is not None:
             jacobian.release()
-        if exact and exact_beta.beta_c == 0 and not alpha_limit.ratio > 1:
-            alpha_limit = self.sharpest_alpha_limit(alpha_limit)
-        beta_limit, at_safe, safe_alpha = poster or self._exact_limits(alpha_limit, exact_beta)
-        flat = known.lambda_max == 0 and known.lambda_min == 0
-        predicted, noise_limit = self._along(change, exact_beta)
-        verdict = judged(
-            None if self.maml is None else alpha_limit,
-            None if math.isnan(self.beta) else Limit(self.beta, beta_limit.beta_c, beta_limit.interval),
-            order=self.subject.order,
-            exact=exact,
-            flat=flat,
-            plain_sgd=self.outer.plain_sgd,
-            margin=self.options.margin,
-            hvps=self.hvps,
-            step=self.options.step,
-            alpha_note=self.alpha_note,
-            beta_note=self.outer.note,
+        if self._exact and exact_beta.beta_c == 0 and not alpha_limit.ratio > 1:
+            alpha_limit = alpha_c.sharpest(alpha_limit)
+        beta = simplified or self._exact_limits(alpha_limit, exact_beta)
+        predicted, noise_limit = math.nan if change is None else float(change), math.nan
+        direction = None if self._tasks < 2 or self._update.decoupled else exact_beta.direction
+        if self._maml is not None and direction is not None:
+            found = mean_square_limit(self._maml, operators, self._update, direction, self._tasks, change)
+            predicted, noise_limit = found
+        basis = Basis(
+            margin=self._margin,
+            hvps=operators.hvps,
+            step=self._at_step,
+            order=objective.order,
+            exact=self._exact,
+            plain_sgd=self._update.plain_sgd,
+            alpha_note=alpha_note,
+            beta_note=self._update.note,
         )
-        self.notices += list(self.memory.finite.values())
+        flat = known.lambda_max == 0 and known.lambda_min == 0
+        verdict = (
+            no_curvature(basis)
+            if flat
+            else judge(
+                None if self._maml is None else alpha_limit,
+                None if math.isnan(self._beta) else Limit(self._beta, beta.configured.beta_c, beta.configured.interval),
+                basis,
+            )
+        )
+        self._notes += list(operators.cache.facts.finite.values())
         if flat:
-            self.notices += verdict.reasons
-        elif self.outer.lasting:
-            self.notices.append(self.outer.note)
-        return self._report(
-            began,
+            self._notes += verdict.findings
+        elif self._update.lasting:
+            self._notes.append(Reason(Kind.NOT_JUDGED, rate="beta", detail=self._update.note, step=self._at_step))
+        mean_alpha_c = alpha_c.of_mean()
+        return StabilityReport(
+            **self._head(),
             alpha_c=alpha_limit.critical,
-            beta_c=beta_limit.beta_c,
-            sgd_beta_c=math.nan if self.maml is None or self.subject.rates is not None else known.beta_c,
-            exact_beta_c=exact_beta.beta_c if self.maml is not None else math.nan,
-            exact_beta_c_interval=exact_beta.interval if self.maml is not None else NAN_INTERVAL,
+            beta_c=beta.configured.beta_c,
+            sgd_beta_c=math.nan if self._maml is None or objective.rates is not None else known.beta_c,
+            exact_beta_c=exact_beta.beta_c if self._maml is not None else math.nan,
+            exact_beta_c_interval=exact_beta.interval if self._maml is not None else UNKNOWN_INTERVAL,
             beta_c_noise=noise_limit,
-            mean_alpha_c=self.mean_alpha_c(exact),
+            mean_alpha_c=mean_alpha_c,
             predicted_change=predicted,
             lambda_max=known.lambda_max,
             lambda_min=known.lambda_min,
             status=verdict.status,
-            reasons=verdict.reasons,
+            findings=verdict.findings,
             alpha_status=verdict.alpha_status,
             beta_status=verdict.beta_status,
-            safe_alpha=safe_alpha,
-            safe_beta=self.beta if math.isnan(at_safe) else min(self.beta, self.options.margin * at_safe),
-            safe_beta_c=at_safe,
+            safe_alpha=beta.safe_alpha,
+            safe_beta=self._beta
+            if math.isnan(beta.at_safe_alpha)
+            else min(self._beta, self._margin * beta.at_safe_alpha),
+            safe_beta_c=beta.at_safe_alpha,
             lambda_max_interval=known.lambda_max_interval,
             alpha_c_interval=alpha_limit.interval,
-            beta_c_interval=beta_limit.interval,
+            beta_c_interval=beta.configured.interval,
             spectrum=spectrum,
         )
 
-    def _exact(self, hessian: Operator, acting: bool) -> tuple[Operator | None, MetaRateLimit]:
-        """Measure the update's own Jacobian; where nothing acts on it, a failure costs that number alone."""
-        if self.maml is None:
-            return hessian, UNKNOWN
-        if acting:
-            return self._exact_at(1.0)
-        try:
-            with self.ranks.together():
-                return self._exact_at(1.0)
-        except Exception as error:
-            self.notices.append(
-                f"exact_beta_c could not be measured ({type(error).__name__}: {error}); the poster's conditions are "
-                "still checked."
-            )
-            return None, UNKNOWN
-
-    def _exact_at(self, factor: float) -> tuple[Operator, MetaRateLimit]:
-        assert self.maml is not None
-        jacobian, noise = self.operator(META_UPDATE, self.maml.update(factor))
-        limit = exact_limit(
-            jacobian,
-            self.maml.symmetric,
-            self.outer,
-            self.like,
-            krylov=self.options.krylov,
-            noise=noise,
-            value=("The query loss after adaptation", jacobian.value),
-        )
-        if limit.lowest_direction is not None and self._turned(limit.lowest_direction):
-            limit = MetaRateLimit(0.0, (0.0, 0.0), limit.direction)
-        return jacobian, limit
-
-    def _turned(self, direction: Tensor) -> bool:
-        """Whether the inner rate turned a direction that a task's curvature makes too sharp for it."""
-        # Directions that the task losses curve down themselves are saddles, not the rates' doing.
-        if self.maml is None or self.maml.symmetric or self.alpha == 0:
-            return False
-        direction = self.outer.unscaled(direction)
-        direction = direction / torch.linalg.vector_norm(direction)
-        operator, _ = self.operator(HESSIAN, self.maml.curvature(True))
-        rows = direction.expand(self.maml.tasks, -1)
-        curvatures = torch.cat(self.ranks.gather((rows * operator(rows)).sum(-1).cpu()))
-        operator.release()
-        beyond = curvatures * self.alpha > self.maml.inner_limit
-        return bool(beyond.any()) and bool(curvatures.mean() > 0)
-
-    def _exact_limits(self, alpha_limit: Limit, exact_beta: MetaRateLimit) -> tuple[MetaRateLimit, float, float]:
-        """``beta_c`` of the update as configured, at the safe inner rate, and that inner rate."""
-        safe_alpha = self.safe_alpha(alpha_limit)
-        if not safe_alpha < self.alpha:
-            return exact_beta, exact_beta.beta_c, safe_alpha
-        jacobian, limit = self._exact_at(safe_alpha / self.alpha)
-        jacobian.release()
-        return exact_beta, limit.beta_c, safe_alpha
-
-    def _poster_limits(
-        self, hessian: Operator, spectrum: Spectrum, alpha_limit: Limit
-    ) -> tuple[MetaRateLimit, float, float]:
-        """The same by the poster's conditions."""
-        safe_alpha, rates = self.safe_alpha(alpha_limit), self.subject.rates
-        beyond = alpha_limit.ratio > 1 + 1e-12
-        limit = self._poster(hessian, spectrum, 0.0 if self.maml is None else self.alpha, rates, beyond)
-        if not safe_alpha < self.alpha:
-            return limit, limit.beta_c, safe_alpha
-        lowered = None if rates is None else {n: r * (safe_alpha / self.alpha) for n, r in rates.items()}
-        return limit, self._poster(hessian, spectrum, safe_alpha, lowered, False).beta_c, safe_alpha
-
-    def _poster(
-        self, hessian: Operator, spectrum: Spectrum, alpha: float, rates: Params | None, collapsed: bool
-    ) -> MetaRateLimit:
-        return self.over_blocks(
-            lambda: poster_limit(
-                hessian,
-                spectrum,
-                self.outer,
-                self.like,
-                alpha=alpha,
-                rates=rates,
-                inner_steps=self.subject.inner_steps,
-                collapsed=collapsed,
-                blocks=self.blocks,
-                krylov=self.options.krylov,
-            ),
-            self.blocks,
-            lambda found: min(found, key=lambda each: each.beta_c),
-        )
-
-    def _along(self, change: Tensor | None, exact_beta: MetaRateLimit) -> tuple[float, float]:
-        """Predicted change of the coming step; mean-square limit from the tasks' curvatures along the top direction."""
-        direction = exact_beta.direction
-        if self.maml is None or direction is None or self.tasks < 2 or self.outer.decoupled:
-            return math.nan if change is None else float(change), math.nan
-        direction = self.outer.unscaled(direction)
-        along = self.maml.curvature_by_task(Layout(self.subject.params).split(direction))
-        self.charge(1, UPDATE, graphs=1)
-        # One transfer to the host for all of it.
-        single = [direction.new_tensor(math.nan) if change is None else change, self.outer.shift_along(direction)]
-        predicted, shift, *own = torch.cat([torch.stack(single).double(), along.double()]).cpu().tolist()
-        each = torch.tensor([value for part in self.ranks.gather(own) for value in part], dtype=torch.float64)
-        if not bool(torch.isfinite(each).all()):
-            return predicted, math.nan
-        # The batch's curvature is the mean over its tasks, so its variance is a task's over their number.
-        mean, variance = float(each.mean()) + shift, float(each.var()) / self.tasks
-        return predicted, self.outer.responses[0].mean_square_rate(mean, variance)
-
-    def failed(self, reason: str, began: float) -> StabilityReport:
-        """Report a measurement that came to nothing.
-
-        Args:
-            reason: Why.
-            began: When it began.
-
-        Returns:
-            The report: unresolved.
-        """
-        said = f"The curvature could not be measured: {reason}"
-        self.notices = [*self.memory.finite.values(), said]
-        return self._report(
-            began,
+    def failed(self, error: ArithmeticError) -> StabilityReport:
+        """Report a measurement that failed: unresolved."""
+        reason = of_error(Kind.NOT_MEASURED, error, step=self._at_step)
+        self._notes = [*self._operators.cache.facts.finite.values(), reason]
+        return StabilityReport(
+            **self._head(),
             alpha_c=math.nan,
             beta_c=math.nan,
             sgd_beta_c=math.nan,
             exact_beta_c=math.nan,
             lambda_max=math.nan,
             lambda_min=math.nan,
-            status="unresolved",
-            reasons=(said,),
-            alpha_status="unresolved",
-            beta_status="unresolved",
-            safe_alpha=self.alpha,
-            safe_beta=self.beta,
+            status=UNRESOLVED,
+            findings=(reason,),
+            alpha_status=UNRESOLVED,
+            beta_status=UNRESOLVED,
+            safe_alpha=self._objective.alpha,
+            safe_beta=self._beta,
             safe_beta_c=math.nan,
-            lambda_max_interval=NAN_INTERVAL,
-            alpha_c_interval=NAN_INTERVAL,
-            beta_c_interval=NAN_INTERVAL,
+            lambda_max_interval=UNKNOWN_INTERVAL,
+            alpha_c_interval=UNKNOWN_INTERVAL,
+            beta_c_interval=UNKNOWN_INTERVAL,
             spectrum=Spectrum(),
         )
 
-    def _report(self, began: float, **found: Any) -> StabilityReport:
-        return StabilityReport(
-            alpha=self.alpha,
-            beta=self.beta,
-            inner_steps=self.subject.inner_steps,
-            hvps=self.hvps,
-            cost=self.cost,
-            seconds=time.perf_counter() - began,
-            criterion=self.options.criterion,
-            notices=tuple(self.notices),
-            step=self.options.step,
-            alpha_applied=self.alpha,
-            beta_applied=self.beta,
-            **found,
+    def _head(self) -> dict[str, Any]:
+        return {
+            "alpha": self._objective.alpha,
+            "beta": self._beta,
+            "inner_steps": self._objective.inner_steps,
+            "hvps": self._operators.hvps,
+            "cost": self._operators.cost * self._tasks_share,
+            "seconds": time.perf_counter() - self._began,
+            "criterion": self._options.criterion,
+            "notes": tuple(self._notes),
+            "step": self._at_step,
+        }
+
+    def _exact_limit_at_configured(self, hessian: Operator) -> tuple[Operator | None, MetaRateLimit]:
+        """Measure the update's own Jacobian; where nothing acts on it, a failure costs that number alone."""
+        if self._maml is None:
+            return hessian, UNKNOWN
+        if self._exact:
+            return self._exact_limit(1.0)
+        try:
+            with self._operators.ranks.together():
+                return self._exact_limit(1.0)
+        except Exception as error:
+            self._notes.append(of_error(Kind.NO_EXACT_LIMIT, error, step=self._at_step))
+            return None, UNKNOWN
+
+    def _exact_limit(self, factor: float) -> tuple[Operator, MetaRateLimit]:
+        """The update's Jacobian at scaled inner rates, and its ``beta_c``."""
+        assert self._maml is not None
+        jacobian, noise = self._operators.build(META_UPDATE, self._maml.update(factor))
+        limit = exact_limit(
+            jacobian,
+            self._maml.symmetric,
+            self._update,
+            self._like,
+            krylov=self._options.krylov,
+            noise=noise,
+            value=("The query loss after adaptation", jacobian.value),
         )
+        lowest = limit.lowest_direction
+        if lowest is not None and is_turned(self._maml, self._operators, self._update, lowest):
+            limit = MetaRateLimit(0.0, (0.0, 0.0), limit.direction)
+        return jacobian, limit
+
+    def _exact_limits(self, alpha_limit: Limit, exact_beta: MetaRateLimit) -> _BetaLimits:
+        """The limits of the update as configured."""
+        safe_alpha = self._safe_alpha(alpha_limit)
+        if not safe_alpha < self._objective.alpha:
+            return _BetaLimits(exact_beta, exact_beta.beta_c, safe_alpha)
+        jacobian, limit = self._exact_limit(safe_alpha / self._objective.alpha)
+        jacobian.release()
+        return _BetaLimits(exact_beta, limit.beta_c, safe_alpha)
+
+    def _simplified_limits(self, hessian: Operator, spectrum: Spectrum, alpha_limit: Limit) -> _BetaLimits:
+        """The limits by the simplified criterion."""
+        safe_alpha, alpha, rates = self._safe_alpha(alpha_limit), self._objective.alpha, self._objective.rates
+        beyond = alpha_limit.ratio > 1 + 1e-12
+        limit = self._simplified(hessian, spectrum, 0.0 if self._maml is None else alpha, rates, beyond)
+        if not safe_alpha < alpha:
+            return _BetaLimits(limit, limit.beta_c, safe_alpha)
+        lowered = None if rates is None else {n: r * (safe_alpha / alpha) for n, r in rates.items()}
+        at_safe = self._simplified(hessian, spectrum, safe_alpha, lowered, False)
+        return _BetaLimits(limit, at_safe.beta_c, safe_alpha)
+
+    def _simplified(
+        self, hessian: Operator, spectrum: Spectrum, alpha: float, rates: Params | None, collapsed: bool
+    ) -> MetaRateLimit:
+        blocks = self._operators.blocks
+        return self._operators.over_blocks(
+            lambda: simplified_limit(
+                hessian,
+                spectrum,
+                self._update,
+                self._like,
+                alpha=alpha,
+                rates=rates,
+                inner_steps=self._objective.inner_steps,
+                collapsed=collapsed,
+                blocks=blocks,
+                krylov=self._options.krylov,
+            ),
+            blocks,
+            lambda found: min(found, key=lambda each: each.beta_c),
+        )
+
+    def _safe_alpha(self, alpha_limit: Limit) -> float:
+        """The inner rate, brought down to ``margin`` times its limit if it is above."""
+        capped = self._margin * alpha_limit.critical
+        return capped if capped < self._objective.alpha else self._objective.alpha

@@ -1,4 +1,4 @@
-"""What is measured: the gradient fields of a MAML problem, or of plain training."""
+"""What is measured of a problem: the gradient fields whose Jacobians are ``H`` and ``J``."""
 
 from __future__ import annotations
 
@@ -13,19 +13,16 @@ from lightning_maml_guard.linalg.layout import Layout, Params
 from lightning_maml_guard.linalg.operators import Field, gradient_of, task_gradient
 from lightning_maml_guard.maml.jacobian import curvature_by_task, is_symmetric, meta_field
 from lightning_maml_guard.maml.problem import MetaProblem
-from lightning_maml_guard.stability.plain import PlainProblem
+from lightning_maml_guard.stability.problems import PlainProblem, Problem
 from lightning_maml_guard.theory.multiplier import multiplier
 from lightning_maml_guard.utils.task_map import TaskMap, as_float32
 
+# What an operator is made of: a gradient field, where to take it, and the layout of one block if there are several.
 Target = tuple[Field, Params, Layout | None]
 
 
-class PlainSubject:
-    """Plain training: the Hessian of the loss is the Jacobian of the update.
-
-    Args:
-        problem: The problem.
-    """
+class PlainObjective:
+    """Plain training: the Hessian of the loss is the Jacobian of the update."""
 
     order, alpha, inner_steps, inner_limit, tasks = "", math.nan, 1, math.inf, 1
     rates: Params | None = None
@@ -36,30 +33,17 @@ class PlainSubject:
         self.mean_loss: Callable[[Params], Tensor] = problem.loss
 
     def curvature(self, per_task: bool) -> Target:
-        """Make the gradient field whose Jacobian is ``H``.
-
-        Args:
-            per_task: Whether one block a task is wanted; there is one task here.
-
-        Returns:
-            What :class:`~lightning_maml_guard.linalg.operators.Jacobian` takes.
-        """
+        """Make the gradient field whose Jacobian is ``H``: of the mean task loss, or one block per task."""
         return gradient_of(self.mean_loss), self.params, None
 
 
-class MamlSubject:
-    """A MAML problem.
-
-    Args:
-        problem: The problem.
-        data: The loss whose Hessian is measured: ``"support"``, ``"query"`` or ``"both"``.
-        task_map: How to run over the tasks.
-    """
+class MamlObjective:
+    """A MAML problem; ``data`` names the loss whose Hessian is ``H``: support, query or both."""
 
     def __init__(self, problem: MetaProblem, data: str, task_map: TaskMap) -> None:
         self.live, self.order, self.alpha = problem.params, problem.order, problem.alpha
         self.params: Params = as_float32({name: value.detach() for name, value in problem.params.items()})
-        # The poster's condition is about one step; K simplified steps act as K*alpha (theory.rates).
+        # The simplified criterion is about one step; K simplified steps act as K*alpha (theory.critical_rates).
         self.inner_steps = problem.inner_steps if problem.order == "simplified" else 1
         self.inner_limit = multiplier(self.alpha, problem.order, problem.inner_steps).inner_limit
         self.tasks = problem.tasks
@@ -79,50 +63,27 @@ class MamlSubject:
         return sum(self._problem.loss(params, each) for each in sets) / len(sets)  # type: ignore[return-value]
 
     def mean_loss(self, params: Params) -> Tensor:
-        """Compute the mean over the tasks of the loss whose Hessian is measured.
-
-        Args:
-            params: Parameters by name.
-
-        Returns:
-            The scalar.
-        """
+        """Compute the mean over the tasks of the loss whose Hessian is measured."""
         return self._map(self._task_loss, params, self._sets, in_dims=(None, 0)).mean()
 
     def curvature(self, per_task: bool) -> Target:
-        """Make the gradient field whose Jacobian is ``H``.
-
-        Args:
-            per_task: Whether one block a task is wanted instead of the mean.
-
-        Returns:
-            What :class:`~lightning_maml_guard.linalg.operators.Jacobian` takes.
-        """
+        """Make the gradient field whose Jacobian is ``H``: of the mean task loss, or one block per task."""
         return task_gradient(
             self._task_loss, self.params, self._sets, per_task=per_task, tasks=self._map, count=self.tasks
         )
 
     def update(self, factor: float = 1.0) -> Target:
-        """Make the gradient field of the update as configured, whose Jacobian is ``J``.
-
-        Args:
-            factor: Factor on the inner rates.
-
-        Returns:
-            What :class:`~lightning_maml_guard.linalg.operators.Jacobian` takes.
-        """
+        """Make the gradient field of the configured update, whose Jacobian is ``J``, at scaled inner rates."""
         return meta_field(self._problem.at_factor(factor), self._map), self.params, None
 
     def curvature_by_task(self, direction: Params) -> Tensor:
-        """Measure each task's curvature of the update along a direction.
-
-        Args:
-            direction: The direction, by parameter.
-
-        Returns:
-            Shape ``(tasks,)``.
-        """
+        """Measure each task's curvature of the update along a direction, shape ``(tasks,)``."""
         return curvature_by_task(self._problem, self.params, direction, self._map)
 
 
-Subject = PlainSubject | MamlSubject
+Objective = PlainObjective | MamlObjective
+
+
+def objective_of(problem: Problem, data: str, task_map: TaskMap) -> Objective:
+    """Make the objective of a problem."""
+    return PlainObjective(problem) if isinstance(problem, PlainProblem) else MamlObjective(problem, data, task_map)

@@ -1,36 +1,34 @@
-"""StabilityReport: what one measurement found, and how a checkpoint keeps it."""
+"""StabilityReport: what one measurement found."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
-from lightning_maml_guard.linalg.lanczos import Tridiagonal
-from lightning_maml_guard.linalg.pyhessian import PowerIteration
+from lightning_maml_guard.messages.reasons import UNKNOWN_INTERVAL, Reason
+from lightning_maml_guard.messages.sentences import sentences
 from lightning_maml_guard.stability.estimators import Spectrum
 from lightning_maml_guard.theory.limits import Limit
 from lightning_maml_guard.theory.multiplier import Interval
 from lightning_maml_guard.theory.ritz import ritz_pairs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StabilityReport:
-    """What one measurement found. Floats, strings and tuples of them: picklable.
+    """What one measurement found. Numbers, strings and tuples of them: picklable.
 
     Attributes:
         alpha: Configured inner rate (the largest, if there are several); ``nan`` in plain training.
         alpha_c: Its critical value.
         beta: Configured meta rate (the largest over parameter groups); ``nan`` if none was given.
         beta_c: Its critical value for the optimizer as it runs; ``nan`` if no statement can be made.
-        sgd_beta_c: The poster's ``beta_c``: for plain SGD, whatever the optimizer.
+        sgd_beta_c: The simplified criterion's ``beta_c`` for plain SGD, whatever the optimizer.
         exact_beta_c: The critical meta rate of the update as configured, from its Jacobian; ``nan`` where it was not
             measured.
         lambda_max: Largest eigenvalue of the Hessian.
         lambda_min: Smallest Ritz value seen.
-        status: ``"safe"``, ``"unsafe"`` or ``"unresolved"``; from a guard that tries the coming steps also ``"edge"``:
-            a rate exceeds its critical value and the coming steps do not lead away (the edge of stability).
-        reasons: Why, and what to do.
+        status: ``"safe"``, ``"unsafe"`` or ``"unresolved"``.
+        findings: Why, and what to do, as data; :attr:`reasons` has them in words.
         alpha_status: The status of the inner rate alone.
         beta_status: The status of the meta rate alone.
         safe_alpha: Inner rate brought down to ``margin * alpha_c``.
@@ -40,7 +38,7 @@ class StabilityReport:
         alpha_c_interval: Where ``alpha_c`` lies.
         beta_c_interval: Where ``beta_c`` lies.
         spectrum: What is known of the Hessian's spectrum.
-        inner_steps: Number of inner steps the poster's ``alpha`` stands for.
+        inner_steps: Number of inner steps that ``alpha`` stands for in the simplified criterion.
         hvps: Hessian-vector products used.
         seconds: Wall time.
         exact_beta_c_interval: Where ``exact_beta_c`` lies.
@@ -49,12 +47,8 @@ class StabilityReport:
         mean_alpha_c: With ``tasks="worst"``, the ``alpha_c`` of the mean task loss; else ``nan``.
         predicted_change: Change of the meta loss the coming step predicts, ``-g.u + 1/2 u.J.u``.
         criterion: Whose conditions the status is about: ``"simplified"`` or ``"exact"``.
-        notices: What keeps a rate from being judged and will not pass by itself; worth saying once.
+        notes: What keeps a rate from being judged and will last, as data; :attr:`notices` has it in words.
         step: Training step, if the caller gave one.
-        alpha_applied: Inner rate applied after this measurement; ``alpha`` unless a guard capped it.
-        beta_applied: Meta rate applied after this measurement.
-        severity: Where the guard tried the coming steps, ``log(loss after them / loss training started from)``.
-        growth: Factor a step by which the loss grew in that trial.
         cost: What the measurement is counted as, in training steps, where a guard's ``max_cost`` is to be kept: more
             than it takes for most networks.
     """
@@ -68,7 +62,7 @@ class StabilityReport:
     lambda_max: float
     lambda_min: float
     status: str
-    reasons: tuple[str, ...]
+    findings: tuple[Reason, ...]
     alpha_status: str
     beta_status: str
     safe_alpha: float
@@ -81,41 +75,42 @@ class StabilityReport:
     inner_steps: int
     hvps: int
     seconds: float
-    exact_beta_c_interval: Interval = (math.nan, math.nan)
+    exact_beta_c_interval: Interval = UNKNOWN_INTERVAL
     beta_c_noise: float = math.nan
     mean_alpha_c: float = math.nan
     predicted_change: float = math.nan
     criterion: str = "simplified"
-    notices: tuple[str, ...] = ()
+    notes: tuple[Reason, ...] = ()
     step: int | None = None
-    alpha_applied: float = math.nan
-    beta_applied: float = math.nan
-    severity: float = math.nan
-    growth: float = math.nan
     cost: float = math.nan
 
     def __str__(self) -> str:
         """Sum the report up in a few lines; ``repr`` has every field."""
         where = "" if self.step is None else f" at step {self.step}"
-        lines = [f"StabilityReport{where}: {self.status} (criterion={self.criterion!r})"]
-        for name in ("alpha", "beta"):
-            rate, critical = getattr(self, name), getattr(self, f"{name}_c")
-            if math.isnan(rate):
-                continue
-            capped = f"; {applied}" if (applied := applied_instead(self, name)) else ""
-            if math.isnan(critical):
-                lines.append(f"  {name} = {rate:.3g}, {name}_c not known{capped}")
-            else:
-                low, high = getattr(self, f"{name}_c_interval")
-                ratio = getattr(self, f"{name}_ratio")
-                lines.append(
-                    f"  {name} = {rate:.3g}, {ratio:.2g} of {name}_c = {critical:.3g} ({low:.3g} to {high:.3g}){capped}"
-                )
+        lines = [f"{type(self).__name__}{where}: {self.status} (criterion={self.criterion!r})"]
+        lines += [self._rate_line(name) for name in ("alpha", "beta") if not math.isnan(getattr(self, name))]
         lines.append(
             f"  lambda_max = {self.lambda_max:.3g}, lambda_min = {self.lambda_min:.3g}; {self.hvps} Hessian-vector "
             f"products, {self.seconds:.2g} s"
         )
         return "\n".join([*lines, *(f"  {reason}" for reason in self.reasons)])
+
+    def _rate_line(self, name: str) -> str:
+        rate, critical, ratio = getattr(self, name), getattr(self, f"{name}_c"), getattr(self, f"{name}_ratio")
+        if math.isnan(critical):
+            return f"  {name} = {rate:.3g}, {name}_c not known"
+        low, high = getattr(self, f"{name}_c_interval")
+        return f"  {name} = {rate:.3g}, {ratio:.2g} of {name}_c = {critical:.3g} ({low:.3g} to {high:.3g})"
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """The findings in words: why the status is what it is, and what to do."""
+        return sentences(self.findings)
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """The notes in words."""
+        return sentences(self.notes)
 
     @property
     def alpha_ratio(self) -> float:
@@ -123,8 +118,8 @@ class StabilityReport:
         return Limit(self.alpha, self.alpha_c, self.alpha_c_interval).ratio
 
     @property
-    def poster_alpha_c(self) -> float:
-        """The poster's ``alpha_c = 1/lambda_max`` (of ``K`` simplified steps a ``K``-th), whatever the criterion."""
+    def simplified_alpha_c(self) -> float:
+        """``1/lambda_max`` (of ``K`` simplified steps a ``K``-th), whatever the criterion."""
         if math.isnan(self.alpha):
             return math.nan
         return 1 / (self.inner_steps * self.lambda_max) if self.lambda_max > 0 else math.inf
@@ -155,65 +150,3 @@ class StabilityReport:
         pairs = sorted(pair for pair in pairs if math.isfinite(pair[0]))
         total = sum(weight for _, weight in pairs)
         return tuple(value for value, _ in pairs), tuple(weight / total for _, weight in pairs)
-
-
-def applied_instead(report: StabilityReport, name: str) -> str:
-    """Say which rate is applied in place of the configured one.
-
-    Args:
-        report: The report.
-        name: ``"alpha"`` or ``"beta"``.
-
-    Returns:
-        ``"applied 0.1"``, say; empty where the rate is applied as configured.
-    """
-    applied = getattr(report, f"{name}_applied")
-    return f"applied {applied:.3g}" if applied < getattr(report, name) else ""
-
-
-def to_plain(report: StabilityReport) -> dict[str, Any]:
-    """Convert a report to dicts, lists and numbers.
-
-    Args:
-        report: The report.
-
-    Returns:
-        Its fields.
-    """
-    plain = asdict(report)
-    spectrum = report.spectrum
-    plain["spectrum"] = {
-        "runs": [[list(part) for part in run] for run in spectrum.runs],
-        "power": None if spectrum.power is None else list(spectrum.power),
-        "values": list(spectrum.values),
-        "rounding": spectrum.rounding,
-        "matvecs": spectrum.matvecs,
-        "resolution": spectrum.resolution,
-    }
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
-
-
-def from_plain(plain: dict[str, Any]) -> StabilityReport:
-    """Restore a report; fields of a newer or older version that are not known here are left out.
-
-    Args:
-        plain: What :func:`to_plain` made.
-
-    Returns:
-        The report.
-    """
-    known = {field.name for field in fields(StabilityReport)}
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in plain.items() if name in known
-    }
-    spectrum = dict(plain["spectrum"])
-    power = spectrum.get("power")
-    values["spectrum"] = Spectrum(
-        runs=tuple(Tridiagonal(tuple(main), tuple(off)) for main, off in spectrum.get("runs", [])),
-        power=None if power is None else PowerIteration(*power),
-        values=tuple(spectrum.get("values", ())),
-        rounding=spectrum.get("rounding", 0.0),
-        matvecs=spectrum.get("matvecs", 0),
-        resolution=spectrum.get("resolution", 0.0),
-    )
-    return StabilityReport(**values)

@@ -1,1 +1,1 @@
-"""The mathematics: numbers in, numbers out."""
+"""Critical rates and stability limits from numbers: eigenvalues, Ritz values, an optimizer's coefficients."""

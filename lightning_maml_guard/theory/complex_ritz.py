@@ -1,7 +1,7 @@
 """Critical meta rates where the Jacobian of the update is not symmetric: complex Ritz values.
 
-First-order and simplified MAML over many tasks descend no loss, so ``J`` has complex eigenvalues ``mu``; the update
-``theta - beta*G`` contracts iff ``beta < 2 Re(mu)/|mu|^2`` for all of them.
+First-order and simplified MAML over many tasks follow the gradient of no loss, so ``J`` has complex eigenvalues ``mu``;
+the update ``theta - beta*G`` contracts iff ``beta < 2 Re(mu)/|mu|^2`` for all of them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class ComplexRitz:
     """Ritz values of an Arnoldi run.
 
     Attributes:
-        values: The Ritz values, in descending order of their modulus, shape ``(m,)``.
-        bounds: How far the eigenvalue of each may lie, to first order: residual times the condition number
+        values: In descending order of their modulus, shape ``(m,)``.
+        bounds: Largest distance of the eigenvalue from each, to first order: the residual times the condition number
             ``|x| |y| / |y.x|`` of its right and left eigenvectors (Saad, section 3.3), shape ``(m,)``.
         vectors: Right eigenvectors of the projection, in columns, shape ``(m, m)``.
     """
@@ -39,19 +39,10 @@ class ComplexRitz:
 
 
 def complex_ritz(hessenberg: np.ndarray, residual: float, rounding: float = 0.0, spill: float = 0.0) -> ComplexRitz:
-    """Compute Ritz values and their bounds from an Arnoldi run.
+    """Compute the Ritz values of ``V^T A V`` and their bounds.
 
-    Args:
-        hessenberg: Projection ``V^T A V``, shape ``(m, m)``.
-        residual: Norm of what the last product left outside the space.
-        rounding: Relative rounding error of a product, added to every residual.
-        spill: What rounding the basis adds to every residual.
-
-    Returns:
-        The Ritz values.
-
-    Raises:
-        ValueError: If the run is empty or not finite.
+    ``residual`` is the norm of what the last matrix-vector product left outside the space, ``rounding`` the relative
+    rounding error of a product, ``spill`` what rounding the basis adds to every residual.
     """
     matrix = np.asarray(hessenberg, dtype=np.float64)
     if matrix.ndim != 2 or matrix.size == 0 or matrix.shape[0] != matrix.shape[1]:
@@ -76,13 +67,7 @@ def complex_ritz(hessenberg: np.ndarray, residual: float, rounding: float = 0.0,
 
 @dataclass(frozen=True)
 class ComplexLimit:
-    """Largest stable rate over a set of complex eigenvalues.
-
-    Attributes:
-        rate: The rate; ``inf`` when no direction with positive curvature is known.
-        interval: Where it lies.
-        index: Which Ritz value binds (None if none does).
-    """
+    """Largest stable rate, its interval, and the index of the Ritz value that binds; without one ``inf`` and None."""
 
     rate: float
     interval: Interval
@@ -90,19 +75,12 @@ class ComplexLimit:
 
 
 def complex_limit(ritz: ComplexRitz, responses: Sequence[Response], *, tol: float, decay: float = 0.0) -> ComplexLimit:
-    """Find the largest stable meta rate, ``min_mu 2 Re(mu)/|mu|^2`` for SGD.
+    """Compute the largest stable meta rate, ``min_mu 2 Re(mu)/|mu|^2`` for SGD.
 
-    Ritz values that are not known to ``tol`` of the spectral radius, or are smaller than that, are below the
-    measurement's resolution and do not enter. Those with ``Re(mu) <= 0`` are unstable at every rate and stay out.
-
-    Args:
-        ritz: The Ritz values.
-        responses: How the optimizer answers, the settled response first; the limit lies between theirs.
-        tol: Relative accuracy that was asked for.
-        decay: Decoupled weight decay.
-
-    Returns:
-        The limit. Its interval is ``(0, inf)`` while the eigenvalue largest in modulus is not known.
+    Ritz values that are not known to ``tol`` times the spectral radius, or are smaller than that, are ignored. So are
+    those with ``Re(mu) <= 0``, which are unstable at every rate. ``responses`` are the optimizer's linear responses,
+    the final one first; the limit lies between theirs. The interval is ``(0, inf)`` until the eigenvalue largest in
+    modulus is known.
     """
     floor = tol * ritz.radius
     known = [
@@ -136,3 +114,23 @@ def _ends(ritz: ComplexRitz, index: int, responses: Sequence[Response], decay: f
         low = min(each.largest_rate(cmath.rect(modulus + bound, angle + turn), decay) for each in responses)
     gentle = cmath.rect(modulus - bound, max(angle - turn, 0.0))
     return low, max(each.largest_rate(gentle, decay) for each in responses)
+
+
+def arnoldi_resolved(
+    hessenberg: np.ndarray,
+    residual: float,
+    responses: Sequence[Response],
+    *,
+    tol: float,
+    rounding: float = 0.0,
+    decay: float = 0.0,
+    needs_finite_limit: bool = True,
+) -> bool:
+    """Return True if an Arnoldi run knows its leading eigenvalue and the largest stable rate to ``tol``."""
+    ritz = complex_ritz(hessenberg, residual, rounding)
+    if ritz.bounds[0] > tol * ritz.radius:
+        return False
+    low, high = complex_limit(ritz, responses, tol=tol, decay=decay).interval
+    if high == math.inf:
+        return not needs_finite_limit
+    return high - low <= 4 * tol * high

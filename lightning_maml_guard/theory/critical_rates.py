@@ -1,8 +1,8 @@
 """Critical learning rates of MAML from the eigenvalues of a task loss's Hessian.
 
-Source: Takagi, Nagano, Yoshida, Okada, "On the conditions of MAML convergence" (the *poster*): near a
-minimum simplified MAML converges only if ``alpha <= alpha_c = 1/lambda_max`` and
-``beta < beta_c = min_i 2/(lambda_i - alpha*lambda_i^2)``. ``theory.multiplier`` has the other orders.
+Source: Takagi, Nagano, Yoshida, Okada, "On the conditions of MAML convergence". Near a minimum simplified MAML
+converges only if ``alpha <= alpha_c = 1/lambda_max`` and ``beta < beta_c = min_i 2/(lambda_i - alpha*lambda_i^2)``.
+``theory.multiplier`` has the other orders.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ class CriticalRates:
     """The largest rates at which a meta update converges near a minimum, with their intervals.
 
     Attributes:
-        alpha: The inner rate the meta rate's limit was computed for.
-        alpha_c: Largest convergent inner rate; ``inf`` when no eigenvalue is positive.
-        beta_c: Largest convergent meta rate of plain SGD at ``alpha``; ``inf`` when there is no finite
-            limit, ``0`` when no positive meta rate converges (``alpha`` turned a multiplier negative).
+        alpha: The inner rate for which the limit of the meta rate was computed.
+        alpha_c: Largest convergent inner rate; ``inf`` if no eigenvalue is positive.
+        beta_c: Largest convergent meta rate of plain SGD at ``alpha``; ``inf`` if there is no finite limit, ``0`` if no
+            positive meta rate converges (``alpha`` makes a multiplier negative).
         lambda_max: Largest eigenvalue of the Hessian.
-        lambda_min: Smallest eigenvalue seen; negative ones are unstable at every rate and enter no formula.
+        lambda_min: Smallest eigenvalue seen. Negative eigenvalues are unstable at every rate and enter no formula.
         curvature: Largest multiplier ``max_i f(lambda_i)``, so that ``beta_c = 2 / curvature``.
-        lambda_max_interval: Where ``lambda_max`` lies, from the residual bounds.
-        alpha_c_interval: Where ``alpha_c`` lies.
-        beta_c_interval: Where ``beta_c`` lies.
-        curvature_interval: Where ``curvature`` lies.
+        lambda_max_interval: Interval of ``lambda_max``, from the residual bounds.
+        alpha_c_interval: Interval of ``alpha_c``.
+        beta_c_interval: Interval of ``beta_c``.
+        curvature_interval: Interval of ``curvature``.
         certificate: A lower bound on ``beta_c`` that holds for *any* spectrum in ``[0, lambda_max]``.
-        negative: How many of the eigenvalues (or Ritz values) seen are negative.
+        negative: Number of negative eigenvalues (or Ritz values) seen.
     """
 
     alpha: float
@@ -68,26 +68,25 @@ def critical_rates(
 ) -> CriticalRates:
     """Compute the critical inner and meta rate from a spectrum.
 
-    For the poster's simplified MAML ``alpha_c = 1/lambda_max`` and
-    ``beta_c = min_i 2/(lambda_i - alpha*lambda_i^2)``, the minimum taken over the *whole* spectrum: once
-    ``alpha > 1/(2*lambda_max)`` an interior eigenvalue binds. The other orders use their own multiplier
-    (see ``theory.multiplier``); for ``K`` simplified steps the poster's expansion to first order in
-    ``alpha`` gives ``K*alpha`` in place of ``alpha``.
+    For simplified MAML (Takagi et al.) ``alpha_c = 1/lambda_max`` and ``beta_c = min_i 2/(lambda_i -
+    alpha*lambda_i^2)``. The minimum is taken over the *whole* spectrum: once ``alpha > 1/(2*lambda_max)``, an interior
+    eigenvalue binds. The other orders have their own multiplier (see ``theory.multiplier``). For ``K`` simplified steps
+    the expansion to first order in ``alpha`` gives ``K*alpha`` in place of ``alpha``.
 
     Args:
         eigenvalues: Eigenvalues of the Hessian at (or near) a minimum: any real array-like, flattened.
         alpha: Inner rate, at least 0.
         order: How the meta-gradient is taken: ``"simplified"``, ``"first"`` or ``"exact"``.
         inner_steps: Number ``K`` of inner steps, at least 1.
-        residuals: Residual bound of each eigenvalue (a scalar or one a value): the true eigenvalue lies
-            within it. They become the intervals.
+        residuals: Residual bound of each eigenvalue (one number, or one per eigenvalue): the true eigenvalue lies
+            within it. The intervals follow from them.
 
     Returns:
-        The critical rates, their intervals and what they rest on.
+        The critical rates and their intervals.
 
     Raises:
-        ValueError: If the spectrum is empty or not finite, if the rate is negative or not finite, or if
-            the order or the number of steps is unknown.
+        ValueError: If the spectrum is empty or not finite, if the rate is negative or not finite, or if the order or
+            the number of steps is unknown.
 
     Example:
         >>> from lightning_maml_guard import critical_rates
@@ -111,8 +110,8 @@ def critical_rates(
         )
     if bounds.size not in {1, values.size}:
         raise ValueError(
-            f"Expected argument `residuals` to be one number or {values.size} numbers (one an eigenvalue) "
-            f"but got {bounds.size}. Pass one bound for all, or one a value."
+            f"Expected argument `residuals` to be one number or {values.size} numbers (one per eigenvalue) "
+            f"but got {bounds.size}. Pass one bound for all, or one per value."
         )
     bounds = np.broadcast_to(bounds.reshape(-1), values.shape)
     f = multiplier(alpha, order, inner_steps)
@@ -140,13 +139,13 @@ def critical_rates(
 
 
 def worst_of(rates: Sequence[CriticalRates]) -> CriticalRates:
-    """Combine the limits of several tasks: the lowest ``alpha_c`` and the lowest ``beta_c``.
+    """Combine the limits of several tasks at the same ``alpha``: the lowest ``alpha_c`` and the lowest ``beta_c``.
 
     Args:
-        rates: One a task, at the same ``alpha``.
+        rates: One per task.
 
     Returns:
-        The limits that hold for all of them.
+        The limits that hold for all tasks.
     """
     sharpest = max(rates, key=lambda each: each.lambda_max)
     steepest = max(rates, key=lambda each: each.curvature)
@@ -177,16 +176,16 @@ def assemble(
     curvature_interval: Interval,
     negative: int,
 ) -> CriticalRates:
-    """Put limits, intervals and certificate together from the curvature that was found.
+    """Compute limits, intervals and certificate from the curvature.
 
     Args:
         f: The multiplier.
         alpha: Inner rate.
         lambda_max: Largest eigenvalue.
         lambda_min: Smallest eigenvalue seen.
-        lambda_interval: Where ``lambda_max`` lies.
+        lambda_interval: Interval of ``lambda_max``.
         curvature: Largest multiplier found.
-        curvature_interval: Where the largest multiplier lies.
+        curvature_interval: Interval of the largest multiplier.
         negative: Number of negative eigenvalues.
 
     Returns:
@@ -195,7 +194,7 @@ def assemble(
     low, high = lambda_interval
 
     def beyond(top: float) -> bool:
-        """Whether alpha makes the multiplier of this eigenvalue negative (0 up to rounding is not yet)."""
+        # alpha makes the multiplier of this eigenvalue negative, by more than rounding.
         return f.power % 2 == 1 and alpha > rate_limit(f.inner_limit, top) * (1 + 1e-12)
 
     # 2 over the peak is 2/f(lambda_max) left of the parabola's top and 8*alpha right of it.

@@ -1,7 +1,7 @@
-"""How an optimizer answers a linear gradient: which rates keep one eigendirection from growing.
+"""How an optimizer responds to a linear gradient: which rates keep an eigendirection from growing.
 
-Along an eigenvector with eigenvalue ``mu`` the gradient is ``g = mu * theta``. Every optimizer of the table in
-``theory.stability`` then steps as
+Along an eigenvector with eigenvalue ``mu`` the gradient is ``g = mu * theta``. Every optimizer in
+``optim.stability_limits`` then steps as
 
     v <- m*v + g,    theta <- (1 - beta*w)*theta - beta*(direct*g + buffered*v)
 
@@ -9,8 +9,8 @@ with momentum ``m`` and decoupled weight decay ``w``. The direction shrinks iff 
 
     z^2 - ((1 - beta*w) + m - beta*mu*(direct + buffered))*z + m*(1 - beta*w) - beta*mu*direct*m
 
-lie inside the unit circle (Schur and Cohn; here also for complex ``mu``, the eigenvalues of a Jacobian that is
-not symmetric).
+lie inside the unit circle (Schur and Cohn; here also for complex ``mu``, the eigenvalues of a Jacobian that is not
+symmetric).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Response:
     Attributes:
         momentum: ``m``, the share of the buffer that is kept.
         direct: Weight of the gradient itself in the step.
-        buffered: Weight of the buffer, the gradient just added included.
+        buffered: Weight of the buffer, which includes the current gradient.
     """
 
     momentum: float = 0.0
@@ -39,21 +39,14 @@ class Response:
 
     @property
     def limit(self) -> float:
-        """Stability limit ``c``: for real ``mu`` stable iff ``beta*mu < c`` (the root that leaves is ``z = -1``)."""
+        """Stability limit ``c``: for real ``mu``, stable iff ``beta*mu < c`` (beyond it a root crosses ``z = -1``)."""
         return 2 * (1 + self.momentum) / (self.direct * (1 + self.momentum) + self.buffered)
 
     def largest_rate(self, eigenvalue: complex, decay: float = 0.0) -> float:
-        """Find the largest stable rate along one eigendirection.
+        """Compute the largest stable rate along one eigendirection with decoupled weight decay ``w``.
 
-        Real eigenvalues: ``2 / (w + 2*mu/c)``. Complex ones without momentum: ``2 Re(mu)/|mu|^2``; with momentum
-        by bisection of the Schur-Cohn condition.
-
-        Args:
-            eigenvalue: ``mu``.
-            decay: Decoupled weight decay ``w``.
-
-        Returns:
-            The rate; ``inf`` when there is no finite limit, 0 when a complex pair turns outward at every rate.
+        Real eigenvalues: ``2 / (w + 2*mu/c)``. Complex ones: ``2 Re(mu)/|mu|^2`` without momentum, else by bisection of
+        the Schur-Cohn condition. ``inf`` without a finite limit; 0 if a complex pair is unstable at every rate.
         """
         real, imaginary = float(eigenvalue.real), abs(float(eigenvalue.imag))
         if imaginary == 0:
@@ -85,17 +78,11 @@ class Response:
         return np.abs(total - product * total.conj()) < 1 - np.abs(product) ** 2
 
     def mean_square_rate(self, mean: float, variance: float) -> float:
-        """Find the largest rate at which the mean square shrinks when the curvature is drawn anew at every step.
+        """Compute the largest rate at which the mean square shrinks if the curvature is redrawn at every step.
 
-        Without momentum ``2a/(a^2 + V)``, with heavy-ball momentum ``2/(a/(1+m) + V/(a(1-m)))`` (per unit of gain);
-        in general the spectral radius of the second moments' recursion, by bisection.
-
-        Args:
-            mean: Mean ``a`` of the curvature over the batches.
-            variance: Its variance ``V``.
-
-        Returns:
-            The rate; 0 when the mean curvature is not positive (no rate contracts on average).
+        With its mean ``a`` and variance ``V``: ``2a/(a^2 + V)`` without momentum and ``2/(a/(1+m) + V/(a(1-m)))`` with
+        heavy-ball momentum (per unit of gain); in general by bisection of the spectral radius of the second moments'
+        recursion. 0 if the mean is not positive.
         """
         if mean <= 0:
             return 0.0

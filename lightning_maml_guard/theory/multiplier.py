@@ -6,7 +6,7 @@ Near a minimum the meta update multiplies the error along the i-th eigenvector o
 =============  ==================================  =====================================
 order          f(lambda)                           largest inner rate alpha_c
 =============  ==================================  =====================================
-simplified     lambda * (1 - K*alpha*lambda)       1 / (K * lambda_max)   (the poster: K = 1)
+simplified     lambda * (1 - K*alpha*lambda)       1 / (K * lambda_max)   (Takagi et al.: K = 1)
 first          lambda * (1 - alpha*lambda)^K       1 / lambda_max for odd K, else 2 / lambda_max
 exact          lambda * (1 - alpha*lambda)^(2K)    2 / lambda_max (the inner loop's own limit)
 =============  ==================================  =====================================
@@ -28,14 +28,13 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Multiplier:
-    """``f(lambda) = lambda * (1 - rate*lambda)^power`` and what follows from its shape."""
+    """``f(lambda) = lambda * (1 - rate*lambda)^power``, with ``alpha_c = inner_limit / lambda_max``."""
 
     rate: float
     power: int
     inner_limit: float  # alpha_c = inner_limit / lambda_max
 
     def __call__(self, eigenvalue: float) -> float:
-        """Evaluate ``f(eigenvalue)``."""
         with np.errstate(over="ignore"):
             return float(eigenvalue * np.float64(1.0 - self.rate * eigenvalue) ** self.power)
 
@@ -50,16 +49,7 @@ class Multiplier:
 
 
 def multiplier(alpha: float, order: str, inner_steps: int) -> Multiplier:
-    """Look the multiplier of an order up (see the module's table).
-
-    Args:
-        alpha: Inner rate.
-        order: How the meta-gradient is taken.
-        inner_steps: Number ``K`` of inner steps.
-
-    Returns:
-        The multiplier.
-    """
+    """Return the multiplier of an order; see the table of this module."""
     if order == "simplified":
         return Multiplier(alpha * inner_steps, 1, 1.0 / inner_steps)
     if order == "first":
@@ -68,15 +58,7 @@ def multiplier(alpha: float, order: str, inner_steps: int) -> Multiplier:
 
 
 def rate_limit(numerator: float, curvature: float) -> float:
-    """Divide by a curvature; ``inf`` (no finite limit) when it is not positive.
-
-    Args:
-        numerator: What the rate times the curvature must not exceed.
-        curvature: The curvature.
-
-    Returns:
-        The rate.
-    """
+    """Divide by a curvature; ``inf`` (no finite limit) if it is not positive."""
     if curvature <= 0:
         return math.inf
     with np.errstate(over="ignore"):
@@ -84,27 +66,11 @@ def rate_limit(numerator: float, curvature: float) -> float:
 
 
 def check_rate(alpha: float, name: str = "alpha") -> None:
-    """Refuse a learning rate that is not a finite number of at least 0.
-
-    Args:
-        alpha: The rate.
-        name: What the message calls it.
-
-    Raises:
-        ValueError: If the rate is negative, ``nan``, infinite or not a number.
-    """
+    """Raise a ValueError if a learning rate is not a finite number of at least 0."""
     check_number(name, alpha, least=0)
 
 
 def check_order(order: str, inner_steps: int) -> None:
-    """Refuse an unknown order or number of inner steps.
-
-    Args:
-        order: How the meta-gradient is taken.
-        inner_steps: Number of inner steps.
-
-    Raises:
-        ValueError: If either is not allowed.
-    """
+    """Raise a ValueError if the order or the number of inner steps is not allowed."""
     check_choice("order", order, ORDERS)
     check_count("inner_steps", inner_steps)

@@ -1,4 +1,4 @@
-"""What is measured where a run would begin, and which rates that suggests."""
+"""What is measured where a run would start, and which rates that suggests."""
 
 from __future__ import annotations
 
@@ -12,33 +12,29 @@ import torch
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from lightning_maml_guard.guard.isolation import isolated
-from lightning_maml_guard.guard.messages import tried
-from lightning_maml_guard.guard.probe import Attempts, Problem, attempts, owners, state_problem
-from lightning_maml_guard.guard.rescale import Caps
+from lightning_maml_guard.guard.check import lookahead_reason
+from lightning_maml_guard.guard.divergence import fails, severity
+from lightning_maml_guard.guard.lookahead import Caps, Lookahead, LookaheadOptions, lookahead_of
+from lightning_maml_guard.guard.state_machine import Watch, advance
 from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.shadow import ClosureError
-from lightning_maml_guard.stability.hvp import Memory
+from lightning_maml_guard.stability.hvp import MeasurementCache
 from lightning_maml_guard.stability.measure import measure
+from lightning_maml_guard.stability.options import CurvatureOptions
+from lightning_maml_guard.stability.problems import Problem, ProblemSource, owners, state_problem
 from lightning_maml_guard.stability.report import StabilityReport
-from lightning_maml_guard.theory.limits import UNSAFE, Watch, advance, fails, severity
+from lightning_maml_guard.theory.limits import UNSAFE
 from lightning_maml_guard.tuner.suggestion import RateSuggestion
+from lightning_maml_guard.utils.isolation import isolated
 from lightning_maml_guard.utils.lightning_compat import Callback
 
 _HALVINGS = 10
 
 
-class AtStart(Callback):
-    """Measures where training would begin, and lets it end there.
-
-    Args:
-        draw: Draws the batches to measure, given the Trainer.
-        problem: See :func:`~lightning_maml_guard.suggest_rates`.
-        options: How to measure; see :func:`~lightning_maml_guard.measure`.
-        margin: Fraction of the critical values to suggest.
-        trial_steps: Steps a trial takes.
-        alarm: Factor over the loss at the start that counts as dying.
+class MeasureAtStart(Callback):
+    """Measures where training would start, and lets it end there.
 
     Attributes:
         found: The suggestion; None as long as there was no batch.
@@ -47,30 +43,20 @@ class AtStart(Callback):
     def __init__(
         self,
         draw: Callable[[Any], Iterator[Any]],
-        problem: Callable[[Any, Any], MetaProblem] | None,
-        options: dict[str, Any],
-        *,
+        problem: ProblemSource | None,
+        curvature: CurvatureOptions,
+        lookahead: LookaheadOptions,
         margin: float,
-        trial_steps: int,
-        alarm: float,
     ) -> None:
         super().__init__()
-        self.draw, self.problem, self.options, self.margin = draw, problem, options, margin
-        self.trial_steps, self.alarm = trial_steps, alarm
+        self.draw, self.problem, self.margin = draw, problem, margin
+        self.curvature, self.lookahead = curvature, lookahead
         self.found: RateSuggestion | None = None
-        self.memory = Memory()
-        self.resampled = True
+        self._cache = MeasurementCache()
+        self._resampled = True
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Measure.
-
-        Args:
-            trainer: The Trainer.
-            pl_module: The copy of the module.
-
-        Raises:
-            ValueError: If there is no optimizer.
-        """
+        """Measure. Raises a ValueError if there is no optimizer."""
         trainer.should_stop = True
         optimizers = [each for each in trainer.optimizers if any(group["params"] for group in each.param_groups)]
         kind = type(pl_module).__name__
@@ -86,7 +72,7 @@ class AtStart(Callback):
             problems = [state_problem(self.problem, pl_module, b, i) for i, b in enumerate(self.draw(trainer))]
             if not problems:
                 return
-            self.resampled = len(problems) < 2 or not _same(problems[0], problems[1])
+            self._resampled = len(problems) < 2 or not _same(problems[0], problems[1])
             owned = owners(problems[0], optimizers)
             optimizer = max((optimizers[index] for index in owned), key=scheduled_rate)
             self.found = self._suggest(problems, optimizer, trainer)
@@ -94,27 +80,30 @@ class AtStart(Callback):
     def _suggest(self, problems: Sequence[Problem], optimizer: Optimizer, trainer: Any) -> RateSuggestion:
         reports = self._measured(problems, optimizer)
         judged = max(reports, key=_ratio)
-        attempt, notes = self._attempts(problems, optimizer, trainer)
-        status, reasons = judged.status, judged.reasons
-        if attempt is not None:
-            present, reference, severe = attempt.judged(Caps(), math.nan, self.alarm)
-            status = advance(Watch(), judged.status, severe, alarm=self.alarm).state
-            if fails(severe, self.alarm):
-                reasons = (*reasons, tried(present, reference, judged.alpha, judged.beta, judged.status == UNSAFE))
+        lookahead, notes = self._lookahead(problems, optimizer, trainer)
+        status, findings = judged.status, judged.findings
+        ratio = self.lookahead.divergence_ratio
+        if lookahead is not None:
+            present, start, severe = lookahead.judged(Caps(), math.nan, ratio)
+            status = advance(Watch(), judged.status, severe, ratio=ratio).state
+            if fails(severe, ratio):
+                explained = judged.status == UNSAFE
+                seen = lookahead_reason(present, start, judged.alpha, judged.beta, explained=explained)
+                findings = (*findings, seen)
         alpha_c = _smallest(report.alpha_c for report in reports)
         alpha = self._alpha(judged.alpha, alpha_c, notes)
         at = reports
         if alpha != judged.alpha and not math.isnan(alpha):
             at = self._measured([_at(problem, alpha) for problem in problems], optimizer)
         beta_c = _smallest(report.beta_c for report in at)
-        noise = _smallest(report.beta_c_noise for report in at) if self.resampled else math.nan
+        noise = _smallest(report.beta_c_noise for report in at) if self._resampled else math.nan
         limit = _smallest((beta_c, noise)) if not math.isnan(beta_c) else math.nan
         beta = self.margin * limit if 0 < limit < math.inf else math.nan
         if math.isnan(beta):
-            notes += list(dict.fromkeys(_why_no_beta(report) for report in at))
-        trial = (math.nan, math.nan)
-        if attempt is not None:
-            beta, trial = self._tried(attempt, alpha, beta, notes)
+            notes += list({reason.key: reason for reason in map(_no_beta, at)}.values())
+        losses = (math.nan, math.nan)
+        if lookahead is not None:
+            beta, losses = self._tried(lookahead, alpha, beta, notes)
         return RateSuggestion(
             alpha=alpha,
             beta=beta,
@@ -124,55 +113,55 @@ class AtStart(Callback):
             configured_alpha=judged.alpha,
             configured_beta=judged.beta,
             status=status,
-            reasons=reasons,
+            findings=findings,
             margin=self.margin,
             notes=tuple(notes),
             reports=tuple(reports),
             suggested_reports=tuple(at),
-            trial=trial,
-            trial_steps=self.trial_steps,
+            lookahead=losses,
+            lookahead_steps=self.lookahead.steps,
         )
 
     def _measured(self, problems: Sequence[Problem], optimizer: Optimizer) -> list[StabilityReport]:
-        found = [measure(each, optimizer=optimizer, memory=self.memory, **self.options) for each in problems]
+        found = [measure(each, optimizer=optimizer, curvature=self.curvature, cache=self._cache) for each in problems]
         return [replace(report, step=index) for index, report in enumerate(found)]
 
-    def _attempts(
+    def _lookahead(
         self, problems: Sequence[Problem], optimizer: Optimizer, trainer: Any
-    ) -> tuple[Attempts | None, list[str]]:
-        if not self.trial_steps:
+    ) -> tuple[Lookahead | None, list[Reason]]:
+        steps = self.lookahead.steps
+        if not steps:
             return None, []
         try:
-            return attempts(problems, optimizer, self.trial_steps, trainer, self.memory), []
+            return lookahead_of(problems, optimizer, steps, trainer, self._cache), []
         except ClosureError as error:
-            return None, [f"The coming steps cannot be tried. {error}"]
+            return None, [Reason(Kind.NO_LOOKAHEAD, detail=str(error))]
 
-    def _alpha(self, configured: float, alpha_c: float, notes: list[str]) -> float:
+    def _alpha(self, configured: float, alpha_c: float, notes: list[Reason]) -> float:
         if math.isnan(configured) or 0 < alpha_c < math.inf:
             return self.margin * alpha_c
-        notes.append("No finite alpha_c was measured, so the configured inner rate stays.")
+        notes.append(Reason(Kind.NO_ALPHA_LIMIT))
         return configured
 
     def _tried(
-        self, attempt: Attempts, alpha: float, beta: float, notes: list[str]
+        self, lookahead: Lookahead, alpha: float, beta: float, notes: list[Reason]
     ) -> tuple[float, tuple[float, float]]:
-        inner = alpha / attempt.alpha if attempt.alpha > 0 else 1.0
-        given = attempt.beta if math.isnan(beta) else beta
+        """Halve ``beta`` until the loss survives the lookahead; returns it with the losses before and after."""
+        inner = alpha / lookahead.alpha if lookahead.alpha > 0 else 1.0
+        given = lookahead.beta if math.isnan(beta) else beta
         tries = 1 if math.isnan(beta) else _HALVINGS
         for halved in range(tries):
-            trial = attempt.runner.run(inner, given * 0.5**halved / attempt.beta if attempt.beta > 0 else 1.0)
-            if not fails(severity(trial.end, trial.begin), self.alarm):
+            factor = given * 0.5**halved / lookahead.beta if lookahead.beta > 0 else 1.0
+            result = lookahead.run(inner, factor)
+            if not fails(severity(result.end, result.begin), self.lookahead.divergence_ratio):
                 break
         else:
             if not math.isnan(beta):
-                notes.append(f"No beta from {beta:.3g} down to {beta * 0.5**halved:.3g} survives the coming steps.")
-            return math.nan, (trial.begin, trial.end)
+                notes.append(Reason(Kind.NO_BETA_SURVIVES, value=beta, beta=beta * 0.5**halved))
+            return math.nan, (result.begin, result.end)
         if halved:
-            notes.append(
-                f"beta = {beta:.3g}, {self.margin:g} of its critical value, does not survive the coming steps: it was "
-                f"halved {halved} times."
-            )
-        return beta * 0.5**halved, (trial.begin, trial.end)
+            notes.append(Reason(Kind.BETA_HALVED, beta=beta, margin=self.margin, steps=halved))
+        return beta * 0.5**halved, (result.begin, result.end)
 
 
 def _smallest(limits: Any) -> float:
@@ -200,10 +189,12 @@ def _at(problem: Problem, alpha: float) -> Problem:
     return problem.at_factor(alpha / problem.alpha if problem.alpha > 0 else 1.0)
 
 
-def _why_no_beta(report: StabilityReport) -> str:
+def _no_beta(report: StabilityReport) -> Reason:
+    """Why a report gives no meta rate."""
     if report.beta_c == 0:
-        return "No meta rate is suggested: none is stable at this inner rate."
+        return Reason(Kind.NO_BETA_SUGGESTED, effect="none is stable", detail="none is stable")
     if report.beta_c == math.inf:
-        return "No meta rate is suggested: no curvature limits it."
-    why = [reason for reason in report.reasons if reason.startswith("beta ")] or [*report.reasons, "it is not known."]
-    return f"No meta rate is suggested: {why[0].removeprefix('beta is not judged: ')}"
+        return Reason(Kind.NO_BETA_SUGGESTED, effect="nothing limits it", detail="nothing limits it")
+    because = next((each for each in report.findings if each.rate == "beta"), next(iter(report.findings), None))
+    key = "" if because is None else because.key
+    return Reason(Kind.NO_BETA_SUGGESTED, because=because, detail=key)

@@ -1,25 +1,27 @@
-"""suggest_rates: measure before training, in the habit of Lightning's learning-rate finder."""
+"""suggest_rates: learning rates before training, in the manner of Lightning's learning-rate finder."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from lightning_maml_guard.guard.probe import has_meta_problem
-from lightning_maml_guard.maml.problem import MetaProblem
-from lightning_maml_guard.stability.estimators import Estimator
-from lightning_maml_guard.stability.measure import check_options
-from lightning_maml_guard.tuner.at_start import AtStart
+from lightning_maml_guard.guard.lookahead import LookaheadOptions, check_lookahead
+from lightning_maml_guard.stability.options import CurvatureOptions, check_curvature
+from lightning_maml_guard.stability.problems import ProblemSource, has_meta_problem
+from lightning_maml_guard.tuner.at_start import MeasureAtStart
 from lightning_maml_guard.tuner.suggestion import RateSuggestion
 from lightning_maml_guard.utils.checks import check_count, check_number, shown
 from lightning_maml_guard.utils.lightning_compat import inform_less, tools_for
 from lightning_maml_guard.utils.random_state import preserved_randomness
+
+# The sharpest task and not the mean: one task beyond its limit can end a run.
+_WORST_TASK = CurvatureOptions(tasks="worst")
 
 
 def suggest_rates(
@@ -28,20 +30,13 @@ def suggest_rates(
     *,
     batches: int = 4,
     margin: float = 0.5,
-    problem: Callable[[Any, Any], MetaProblem] | None = None,
-    criterion: str = "exact",
-    estimator: Estimator = "lanczos",
-    max_iter: int = 20,
-    tol: float = 1e-2,
-    tasks: str = "worst",
-    data: str = "support",
-    trial_steps: int = 10,
-    alarm: float = 3.0,
+    problem: ProblemSource | None = None,
+    curvature: CurvatureOptions = _WORST_TASK,
+    lookahead: LookaheadOptions = LookaheadOptions(),  # noqa: B008 (frozen)
     accelerator: str = "auto",
     precision: str | int | None = None,
     gradient_clip_val: float | None = None,
     gradient_clip_algorithm: str | None = None,
-    basis: str = "device",
 ) -> RateSuggestion:
     """Measure the critical rates before training, and suggest a pair inside them.
 
@@ -50,17 +45,17 @@ def suggest_rates(
     stay as they were. Each batch is measured as :class:`~lightning_maml_guard.ConvergenceGuard` does before its first
     step. ``alpha`` is suggested at ``margin`` times the smallest ``alpha_c`` over the batches, ``beta`` at ``margin``
     times the smallest ``beta_c`` *at that* ``alpha``; where batches bring new tasks, at ``margin`` times the
-    mean-square limit ``beta_c_noise`` if that is smaller. The pair is then tried for ``trial_steps`` steps on copies,
-    and ``beta`` halved until the loss survives.
+    mean-square limit ``beta_c_noise`` if that is smaller. The pair is then tried for ``lookahead.steps`` steps on
+    copies, and ``beta`` halved until the loss survives.
 
     The smallest limit and not the median, and the sharpest task's ``alpha_c`` and not the mean's, because one task
-    beyond its limit can end a run: of 8 sinusoid runs (4 tasks a step, 300 steps of SGD, 4 seeds without and 4 with
-    momentum 0.9) the suggested pairs kept 7 finite; half of the mean task loss's limits lost all that had momentum of
-    the 3 seeds tried. The numbers are those of the initialisation: curvature often grows while the network
-    trains, which is what the margin is for, and what a guard then watches.
+    beyond its limit can end a run: of 8 sinusoid runs (4 tasks per step, 300 steps of SGD, 4 seeds without and 4 with
+    momentum 0.9) 7 stayed finite at the suggested pairs; at half of the mean task loss's limits all 3 that were tried
+    with momentum diverged. The numbers are those of the initialisation: curvature often grows while the network trains;
+    that is what the margin is for, and what a guard then watches.
 
     Adam, AdamW, NAdam, RMSprop and Adagrad have no second moment before their first step, hence no preconditioned
-    Jacobian and no ``beta_c``: no meta rate is suggested for them. The trial takes the configured one instead.
+    Jacobian and no ``beta_c``: no meta rate is suggested for them. The lookahead takes the configured one instead.
 
     Args:
         module: A ``MetaLearningModule``, another LightningModule with ``meta_problem`` or ``problem``, or any with
@@ -69,20 +64,13 @@ def suggest_rates(
         batches: Training batches to measure.
         margin: Fraction of the critical values to suggest, between 0 and 1.
         problem: ``(module, batch) -> MetaProblem``, for modules that have no ``meta_problem``.
-        criterion: ``"exact"``: the Jacobian of the update as configured. ``"simplified"``: the poster's conditions.
-        estimator: ``"lanczos"``, ``"pyhessian"`` or ``(matvec, start vector) -> eigenvalues``.
-        max_iter: Lanczos steps at most.
-        tol: Relative residual at which Lanczos stops.
-        tasks: ``alpha_c`` of the ``"worst"`` (sharpest) task of a batch, or of the ``"mean"`` task loss.
-        data: The loss whose Hessian is measured: ``"support"``, ``"query"`` or ``"both"``.
-        trial_steps: Steps a trial takes; 0 for none.
-        alarm: Factor over the loss at the start that counts as dying, above 1.
+        curvature: How to measure; by default that of the sharpest (``"worst"``) task of a batch.
+        lookahead: How the pair is tried; ``steps=0``: not at all. ``batches`` and ``triggers`` do not apply.
         accelerator: Lightning's name of the accelerator.
         precision: The run's, as its Trainer takes it.
-        gradient_clip_val: The run's, as its Trainer takes it; the trial clips with it. The limits are those of
+        gradient_clip_val: The run's, as its Trainer takes it; the lookahead clips with it. The limits are those of
             unclipped gradients, and those of a single batch where the run accumulates several.
         gradient_clip_algorithm: The run's, as its Trainer takes it.
-        basis: Where the Lanczos vectors are kept: ``"device"``, ``"cpu"`` or ``"bfloat16"``.
 
     Returns:
         The suggestion, with ``.suggestion()``, ``.plot()`` and a readable ``str``.
@@ -104,31 +92,14 @@ def suggest_rates(
         (True, True)
     """
     check_count("batches", batches)
-    check_count("trial_steps", trial_steps, 0)
     check_number("margin", margin, above=0, below=1)
-    check_number("alarm", alarm, above=1)
-    check_options(
-        criterion=criterion, estimator=estimator, max_iter=max_iter, tol=tol, tasks=tasks, data=data, basis=basis
-    )
+    check_curvature(curvature)
+    check_lookahead(lookahead)
     trainer_class, combined_loader = tools_for(module, "module")
     _check_sources(module, datamodule, problem)
-    options = {
-        "criterion": criterion,
-        "estimator": estimator,
-        "max_iter": max_iter,
-        "tol": tol,
-        "tasks": tasks,
-        "data": data,
-        "basis": basis,
-    }
     with preserved_randomness(), inform_less(), _kept(datamodule):
-        start = AtStart(
-            lambda trainer: _batches(trainer, combined_loader, batches),
-            problem,
-            options,
-            margin=margin,
-            trial_steps=trial_steps,
-            alarm=alarm,
+        start = MeasureAtStart(
+            lambda trainer: _batches(trainer, combined_loader, batches), problem, curvature, lookahead, margin
         )
         trainer = trainer_class(
             max_epochs=1,

@@ -1,4 +1,4 @@
-"""The context in which second derivatives work, and norm layers that are right at every order."""
+"""The context in which second derivatives work, and norm layers that are right at every order of differentiation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-
-def _standardise(x: Tensor, dims: list[int], eps: float) -> Tensor:
-    centred = x - x.mean(dims, keepdim=True)
-    return centred * torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps)
+from lightning_maml_guard.utils.statistics import statistics
 
 
 def _per_channel(x: Tensor, value: Tensor) -> Tensor:
@@ -31,13 +28,14 @@ def _normalise(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    batch_dims: list[int] | None,
+    batch_dims: tuple[int, ...] | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
     if batch_dims is not None or running_mean is None or running_var is None:
-        standard = _standardise(x, batch_dims or [0, *range(2, x.dim())], eps)
+        _, centred, inverse_std = statistics(x, batch_dims or (0, *range(2, x.dim())), eps)
+        standard = centred * inverse_std
     else:
         standard = (x - _per_channel(x, running_mean)) * torch.rsqrt(_per_channel(x, running_var) + eps)
     return _affine(standard, weight, bias, lambda value: _per_channel(x, value))
@@ -53,7 +51,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    dims = [0, *range(2, input.dim())] if training else None
+    dims = (0, *range(2, input.dim())) if training else None
     return _normalise(input, running_mean, running_var, dims, weight, bias, eps)
 
 
@@ -67,7 +65,7 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    dims = [*range(2, input.dim())] if use_input_stats else None
+    dims = tuple(range(2, input.dim())) if use_input_stats else None
     return _normalise(input, running_mean, running_var, dims, weight, bias, eps)
 
 
@@ -78,8 +76,8 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    standard = _standardise(input, list(range(-len(normalized_shape), 0)), eps)
-    return _affine(standard, weight, bias, lambda value: value)
+    _, centred, inverse_std = statistics(input, tuple(range(-len(normalized_shape), 0)), eps)
+    return _affine(centred * inverse_std, weight, bias, lambda value: value)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -88,11 +86,11 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 class PrimitiveNorms(TorchFunctionMode):
-    """Compute batch, layer, instance and weight norm from primitives while the mode is on.
+    """Computes batch, layer, instance and weight norm from primitives while the mode is on.
 
-    The native kernels' derivatives are silently wrong beyond the second order and under some transforms,
-    weight norm's already at the second (torch 2.13, CPU); mean, product and ``rsqrt`` are right at every
-    order. Running statistics are read where the layer would read them and never written.
+    The derivatives of the native kernels are silently wrong beyond the second order and under some transforms, those of
+    weight norm already at the second (torch 2.13, CPU). Mean, product and ``rsqrt`` are right at every order. Running
+    statistics are read where the layer would read them, and never written.
     """
 
     _norms: ClassVar[dict[Any, Callable[..., Any]]] = {
@@ -109,10 +107,10 @@ class PrimitiveNorms(TorchFunctionMode):
 
 
 class BatchStatistics(TorchFunctionMode):
-    """Let batch norm use the statistics of its batch, in training and in evaluation, as MAML does.
+    """Makes batch norm use the statistics of its batch, in training and in evaluation, as MAML does.
 
-    A task's support or query set is the batch. Running statistics are neither read nor written, so the
-    layer has no state that tasks could share or that ``vmap`` would trip over.
+    The batch is the support or query set of a task. Running statistics are neither read nor written, so the layer has
+    no state that tasks could share or that ``vmap`` could not handle.
     """
 
     def __torch_function__(
@@ -133,7 +131,7 @@ class BatchStatistics(TorchFunctionMode):
             eps: float = 1e-5,
         ) -> Tensor:
             if weight is not None and weight.dtype != input.dtype:
-                # Autocast: the native kernel's backward refuses mixed types under vmap (torch 2.13, CPU).
+                # Autocast: the native kernel's backward raises for mixed dtypes under vmap (torch 2.13, CPU).
                 return _batch_norm(input, None, None, weight, bias, True, momentum, eps).to(input.dtype)
             return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
 
@@ -142,14 +140,10 @@ class BatchStatistics(TorchFunctionMode):
 
 @contextmanager
 def double_backward() -> Iterator[None]:
-    """Enter the conditions under which a gradient can be differentiated again.
+    """Make gradients that can be differentiated again.
 
-    Gradients are on (also under ``no_grad`` and inference mode), attention uses its differentiable
-    kernel, compiled code runs eagerly, cuDNN's RNN kernels and autocast are off, norm layers are computed
-    from primitives.
-
-    Yields:
-        Nothing; everything is put back on leaving, also after an error.
+    Gradients are on (also under ``no_grad`` and inference mode), attention uses its differentiable kernel, compiled
+    code runs eagerly, cuDNN's RNN kernels and autocast are off, and norm layers are computed from primitives.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

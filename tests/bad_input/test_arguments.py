@@ -22,6 +22,7 @@ from lightning_maml_guard.tasks.images import Omniglot
 from lightning_maml_guard.tasks.regression import LinearRegression, Sinusoid
 from lightning_maml_guard.utils.checks import shown
 from tests.bad_input.helpers import not_counts, not_flags, not_rates, refused
+from tests.helpers import grouped_measure
 
 PROBLEM = MetaProblem(
     params={"w": torch.ones(2)},
@@ -49,7 +50,7 @@ def rates(**arguments):
 
 
 def measured(**arguments):
-    return measure(PROBLEM, **arguments)
+    return measure(PROBLEM, **grouped_measure(**arguments))
 
 
 def sample(family):

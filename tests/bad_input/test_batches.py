@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_maml_guard import ConvergenceGuard, EpisodeBatch, MetaLearningModule, MetaProblem, measure
+from lightning_maml_guard import (
+    ConvergenceGuard,
+    EpisodeBatch,
+    LookaheadOptions,
+    MetaLearningModule,
+    MetaProblem,
+    measure,
+)
 from lightning_maml_guard.maml.batch_errors import BatchError
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
 from lightning_maml_guard.networks import conv4, mlp
@@ -117,13 +124,13 @@ def test_a_guard_neither_hides_the_refusal_nor_makes_it(case):
         guard_warns("(check at step 0 failed; training goes on|could not be measured)"),
         pytest.raises((ValueError, TypeError)) as caught,
     ):
-        fit(make(), batch, 1, [ConvergenceGuard(trial_steps=0)])
+        fit(make(), batch, 1, [ConvergenceGuard(lookahead=LookaheadOptions(steps=0))])
     assert all(part in str(caught.value) for part in parts)
 
 
 @pytest.mark.parametrize(("returns", "source"), [(None, "argument `problem`"), (3, "argument `problem`")])
 def test_a_guard_whose_problem_is_none_says_so_and_training_goes_on(returns, source):
-    guard = ConvergenceGuard(problem=lambda module, batch: returns, trial_steps=0)
+    guard = ConvergenceGuard(problem=lambda module, batch: returns, lookahead=LookaheadOptions(steps=0))
     message = f"Expected {source} to return a MetaProblem but got {returns}. Return MetaProblem"
     with guard_warns(message):
         trainer = fit(regressor(), both(X, Y), 2, [guard])
@@ -139,13 +146,13 @@ def test_a_module_whose_meta_problem_is_none_is_told_of_its_method():
             return None
 
     with guard_warns("Expected `meta_problem` of Forgetful to return a MetaProblem but got None"):
-        fit(Forgetful(mlp(hidden=(3,))), both(X, Y), 1, [ConvergenceGuard(trial_steps=0)])
+        fit(Forgetful(mlp(hidden=(3,))), both(X, Y), 1, [ConvergenceGuard(lookahead=LookaheadOptions(steps=0))])
 
 
 @pytest.mark.parametrize("part", ["support", "query"])
 def test_data_on_another_device_are_named_with_theirs(part):
     found = regressor().meta_problem(episodes(**{part: (X.to("meta"), Y.to("meta"))}))
-    for run in (lambda each: measure(each, criterion="exact"), regressor_step):
+    for run in (lambda each: measure(each), regressor_step):
         with pytest.raises(BatchError) as caught:
             run(found)
         said = str(caught.value)

@@ -9,6 +9,7 @@ from torch.optim import SGD
 
 from lightning_maml_guard import (
     ConvergenceGuard,
+    CurvatureOptions,
     MetaLearningModule,
     TaskDataModule,
     critical_rates,
@@ -77,7 +78,7 @@ OBJECTS = [
         (lambda found=found: measured(estimator=lambda matvec, start: found), ValueError, "estimator", repr(found), "return a sequence of eigenvalues", "Return a list")
         for found in (None, 3.0, "a", [None])
     ),
-    (lambda: measure({}), TypeError, "problem", "dict", "a MetaProblem", "Pass MetaProblem(params"),
+    (lambda: measure({}, curvature=CurvatureOptions(criterion="simplified")), TypeError, "problem", "dict", "a MetaProblem", "Pass MetaProblem(params"),
     (lambda: measured(optimizer="adam"), TypeError, "optimizer", "str", "a torch.optim.Optimizer", "Pass the one that trains"),
     (lambda: measured(memory={}), TypeError, "memory", "dict", "a Memory or None", "Leave it out"),
     *(
@@ -150,7 +151,7 @@ def test_both_rates_or_two_options_that_exclude_each_other_are_refused():
     with pytest.raises(
         ValueError, match=r"tasks='worst' needs estimator='lanczos' but got 'pyhessian'.*Choose tasks='mean'"
     ):
-        ConvergenceGuard(tasks="worst", estimator="pyhessian")
+        ConvergenceGuard(curvature=CurvatureOptions(tasks="worst", estimator="pyhessian"))
     with pytest.raises(ValueError, match=r"rollback=True .*needs action='rescale' .*but got 'warn' and 10\. Set both"):
         ConvergenceGuard(rollback=True)
 
@@ -193,7 +194,7 @@ def test_images_of_another_form_are_refused(change, argument, value, allowed, re
     ("arguments", "message"),
     [
         ({"n_way": 2000}, r"n_way=2000 classes but this split has 1623: lower n_way"),
-        ({"k_shot": 15, "queries": 6}, r"k_shot=15 \+ queries=6 different images a class but there are 20: lower one of them"),
+        ({"k_shot": 15, "queries": 6}, r"k_shot=15 \+ queries=6 different images per class but there are 20: lower one of them"),
     ],
 )  # fmt: skip
 def test_an_episode_asking_for_more_than_there_is_is_refused_at_construction(arguments, message):

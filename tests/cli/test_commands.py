@@ -13,10 +13,10 @@ import torch
 import yaml
 
 from lightning_maml_guard import ConvergenceGuard, GuardWarning
-from lightning_maml_guard.cli.arguments import COMMANDS, TASKS
-from lightning_maml_guard.cli.main import commands as _cli_runs
+from lightning_maml_guard.cli import commands as _cli_runs
+from lightning_maml_guard.cli import main as cli
+from lightning_maml_guard.cli.arguments import COMMANDS, CONFIGS, TASKS
 from lightning_maml_guard.cli.main import console, main
-from lightning_maml_guard.cli.main import main as cli
 from tests.helpers import guard_warns
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -41,7 +41,7 @@ def test_every_command_over_every_configuration(task, request, monkeypatch, caps
     images = task not in {"linear", "sinusoid"}
     if images:
         monkeypatch.setenv("LMG_DATA", str(request.getfixturevalue("data_folder")))
-        monkeypatch.setattr(_cli_runs, "_save", lambda found, path: drawn.append(path))
+        monkeypatch.setattr(_cli_runs, "_save_safe_region", lambda found, path: drawn.append(path))
     guard = (
         ["--guard=log", "--guard.trial_steps=0", "--guard.max_iter=2"]
         if images
@@ -244,7 +244,7 @@ def test_help_tells_what_each_command_does(capsys):
     for command in COMMANDS:
         assert re.search(rf"^  {command} +[A-Z]", text, re.M), command
     assert all(len(line) <= 120 for line in text[: text.index("omniglot is a first look")].splitlines()[3:])
-    assert "linear trains on one fixed task, as the poster assumes: its test loss, on other tasks, rises" in text
+    assert "linear trains on one fixed task, as Takagi et al. assume: its test loss, on other tasks, rises" in text
     said = " ".join(printed(capsys, ["suggest", "--help"]).split())
     assert "usage: lightning-maml-guard suggest " in said
     assert (
@@ -308,7 +308,7 @@ def test_a_run_says_what_concerns_its_user_and_no_more(capsys, caplog, monkeypat
 
 
 def test_a_training_that_diverged_says_so_before_its_test(elsewhere, caplog):
-    (elsewhere / "mine.yaml").write_text((cli.CONFIGS / "linear.yaml").read_text())
+    (elsewhere / "mine.yaml").write_text((CONFIGS / "linear.yaml").read_text())
     words = ["--config=mine.yaml", *SMALL, "--model.optimizer.lr=3e38"]
     with caplog.at_level("INFO"):
         tested = main(words)

@@ -1,10 +1,15 @@
 """What is wrong with a command line is told in one line that names the option; what is wrong elsewhere is raised."""
 
+from argparse import ArgumentError
+from dataclasses import dataclass
+
 import pytest
 import yaml
 
-from lightning_maml_guard.cli.errors import explained, refusal
-from lightning_maml_guard.cli.main import _built, main, translate
+from lightning_maml_guard.cli.arguments import translate
+from lightning_maml_guard.cli.errors import with_nearest, wrong_argument, wrong_option
+from lightning_maml_guard.cli.main import _built, main
+from lightning_maml_guard.utils.checks import check_number
 from lightning_maml_guard.utils.lightning_compat import LightningModule
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -16,6 +21,20 @@ class Broken(LightningModule):
     def __init__(self):
         super().__init__()
         raise ValueError("broken")
+
+
+@dataclass(frozen=True)
+class Options:
+    tol: float = 0.1
+    steps: int = 5
+
+    def __post_init__(self):
+        check_number("tol", self.tol, above=0, below=1)
+
+
+class WithOptions(LightningModule):
+    def __init__(self, options: Options = Options()):
+        super().__init__()
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +110,20 @@ def test_a_wrong_yaml_is_one_line(capsys, elsewhere, run):
     assert refused(capsys, run, "--config=none.yaml").startswith("--config: File does not exist: ")
 
 
+def test_options_of_one_of_several_types_and_of_dataclasses_are_one_line_too(capsys, run):
+    callback = "--trainer.callbacks=ModelCheckpoint --trainer.callbacks"
+    model = f"--model={__name__}.WithOptions --model"
+    for words, said in (
+        (f"{callback}.save_top_k=many", "--trainer.callbacks.save_top_k: Expected int. Got value: many"),
+        (f"{callback}.dirpat=x", "unrecognized option --trainer.callbacks.dirpat. Did you mean --trainer.callbacks.dirpath?"),
+        ("--seed_everything=x", "--seed_everything: Expected bool or int. Got value: x"),
+        (f"{model}.options.tol=7", "--model.options.tol: Expected argument `tol` to be a number between 0 and 1 but got 7.0."),
+        (f"{model}.options.toll=1", "unrecognized option --model.options.toll. Did you mean --model.options.tol?"),
+        (f"{model}.options.tol=x", "--model.options.tol: Expected float. Got value: x"),
+    ):  # fmt: skip
+        assert refused(capsys, run, "linear", *words.split()).startswith(said)
+
+
 def test_the_commands_have_options_of_their_own(capsys):
     for words, said in (
         ("suggest linear --margin=much", "argument --margin: invalid float value: 'much'"),
@@ -122,11 +155,11 @@ def test_a_missing_jsonargparse_is_named(monkeypatch, capsys):
 def test_what_fails_by_itself_keeps_its_traceback(run):
     with pytest.raises(ValueError, match="broken") as raised:
         run(["linear", f"--model={__name__}.Broken"])
-    assert refusal(raised.value, {}) is None
+    assert wrong_argument(raised.value, {}) is None
 
 
 def test_an_error_of_another_kind_is_left_as_it_is():
     # The keys of two alternatives, side by side: neither is the path to what is wrong.
     several = 'Parser key "a":\n  Errors:\n    - Parser key "b":\n        no\n    - Parser key "c":\n        never'
     for message in ("one of the arguments is required", several):
-        assert explained(message, ["a"]) == message
+        assert with_nearest(message, ["a"]) == message and wrong_option(ArgumentError(None, message), []) is None

@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from lightning_maml_guard import MetaLearningModule
-from lightning_maml_guard.cli.arguments import name_of
-from lightning_maml_guard.cli.main import CONFIGS, main, translate
+from lightning_maml_guard.cli.arguments import CONFIGS, TASKS, _position, run_name, translate
+from lightning_maml_guard.cli.main import main
 from lightning_maml_guard.cli.parser import OptionSpelling
 from lightning_maml_guard.tasks.episodes import episode_generator
 from lightning_maml_guard.utils.lightning_compat import Trainer
@@ -59,6 +59,11 @@ def test_words_become_options(words, expected):
     assert translate(words) == expected
 
 
+def test_tasks_are_the_files_of_configs_from_simple_to_hard():
+    assert sorted(TASKS) == sorted(path.stem for path in CONFIGS.iterdir())
+    assert sorted(["cifar", *TASKS, "omniglot_30way"], key=_position) == [*TASKS[:5], "omniglot_30way", *TASKS[5:], "cifar"]  # fmt: skip
+
+
 def test_a_run_has_the_name_of_its_task_or_of_its_own_configuration():
     for words, name in (
         ("", "sinusoid"),
@@ -68,7 +73,7 @@ def test_a_run_has_the_name_of_its_task_or_of_its_own_configuration():
         ("--guard -c own.yaml --config=other.v2.yaml --x 1", "other.v2"),
         ("linear --config own.yaml", "linear"),
     ):
-        assert name_of(words.split()) == name
+        assert run_name(words.split()) == name
 
 
 def test_unknown_words_are_named(capsys):
@@ -99,6 +104,11 @@ def test_a_guarded_run_leaves_logs_a_picture_and_a_checkpoint_that_loads(elsewhe
 def test_vectorize_takes_a_number_or_a_word(said, size, looped):
     tasks = main(["linear", "--model.vectorize", said, *SHORT]).model.task_map
     assert (tasks.chunk_size, tasks.looped) == (size, looped)
+
+
+def test_a_guard_and_one_callback_go_together():
+    words = ["fit", "linear", "--guard", "log", *SHORT, "--trainer.callbacks=ModelCheckpoint"]
+    assert main([*words, "--trainer.callbacks.dirpath=kept"]).guard.history and list(Path("kept").glob("*.ckpt"))
 
 
 def test_without_guard_there_is_none_and_weights_are_bitwise_those_with_guard_log():
@@ -194,7 +204,7 @@ def test_a_run_outside_the_safe_region_warns_and_names_options(action, said):
         main(["fit", "linear", "--guard", action, *SHORT, "--model.optimizer.lr", "5"])
 
 
-def test_a_lost_run_is_told_the_options_that_bring_one_back():
+def test_a_diverged_run_is_told_the_options_that_roll_one_back():
     words = ["linear", *SHORT, "--model.optimizer.lr", "3e38", "--guard.every_n_steps", "1", "--guard.patience", "3"]
     with guard_warns("Start again with lower rates; --guard rescale --guard.rollback true takes a run back"):
         main(["fit", *words])

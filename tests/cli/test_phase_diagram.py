@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from lightning_maml_guard import PhaseDiagram
-from lightning_maml_guard.cli.main import paper_tables as findings
 from lightning_maml_guard.cli.paper_panels import SMALL
-from lightning_maml_guard.cli.paper_tables import plain
+from lightning_maml_guard.cli.paper_results import json_ready, results
+from lightning_maml_guard.cli.paper_tables import print_results
 from lightning_maml_guard.tasks.episodes import episode_generator
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "phase_diagram.py"
@@ -46,7 +46,7 @@ UNCOMPARED = (
 )
 NOTHING = "Nothing trained in 6 steps on a grid of 3 x 3 rates, " + UNCOMPARED.format(4000, "16 x 16")
 FEW = "Only {} of the inner rates trained in {} steps on a grid of 3 x 3 rates, and a comparison takes 3, "
-COMPARED = ("Spearman of beta_c, at the start", "the poster says: above 0")
+COMPARED = ("Spearman of beta_c, at the start", "Takagi et al.: above 0")
 
 
 @pytest.mark.parametrize(
@@ -107,9 +107,9 @@ def diagram_by_hand(final, beta_c):
 
 def test_a_comparison_without_a_number_says_why(capsys):
     found = diagram_by_hand([[0.6, 2, 2], [0.6, 0.6, 2], [0.6, 2, 0.2], [0.6, 2, 2]], [1, np.nan, np.nan, 4])
-    findings._report("sinusoid", {**findings._columns(found), "resampled": True, "full": False, "steps": 9}, found)
+    print_results("sinusoid", {**results(found), "resampled": True, "full": False, "steps": 9}, found)
     assert capsys.readouterr().out.endswith(
-        "A dash: no meta rate trained at that inner rate, or the critical rate could not be measured.\n"
+        "A dash: no outer rate trained at that inner rate, or the critical rate could not be measured.\n"
         "alpha_c at the start 2, largest alpha that trained 4\n"
         "Spearman of beta_c, at the start with the largest beta that trained: no number, as 2 of the inner rates have "
         "both and it takes 3\n"
@@ -119,23 +119,21 @@ def test_a_comparison_without_a_number_says_why(capsys):
         "same at all inner rates that have both\n"
         "Spearman of exact_beta_c, smallest along healthy runs with the largest beta that trained: no number, as one of "
         "the two is the same at all inner rates that have both\n"
-        "Growth of log10(largest beta) with alpha (the poster says: above 0), by what counts as trained:\n"
+        "Growth of log10(largest beta) with alpha (Takagi et al.: above 0), by what counts as trained:\n"
         "  0.9 of the error before training: no number towards alpha_c (2 of the inner rates up to it trained, it takes "
         "3), +0.000 towards the largest alpha that trained\n"
         "  0.5 of the error before training: no number, as 1 of the inner rates trained that far and it takes 3\n"
         "  0.25 of the error before training: no number, as 1 of the inner rates trained that far and it takes 3\n"
     )
     unmeasured = diagram_by_hand([[0.6, 2, 2]] * 3, [np.nan] * 3)
-    findings._report(
-        "sinusoid", {**findings._columns(unmeasured), "resampled": True, "full": False, "steps": 9}, unmeasured
-    )
+    print_results("sinusoid", {**results(unmeasured), "resampled": True, "full": False, "steps": 9}, unmeasured)
     printed = capsys.readouterr().out
     assert "alpha_c at the start not known, largest alpha that trained 3\n" in printed
     assert not re.search(r"\bnan\b", printed)
 
 
 def test_what_json_cannot_hold_is_null():
-    assert plain({"a": np.array([1.0, np.nan]), "b": [np.inf, np.int64(3)], "c": "x"}) == {
+    assert json_ready({"a": np.array([1.0, np.nan]), "b": [np.inf, np.int64(3)], "c": "x"}) == {
         "a": [1.0, None],
         "b": [None, 3],
         "c": "x",

@@ -5,19 +5,21 @@ import warnings
 import pandas as pd
 import pytest
 import torch
+from lightning_maml_guard.guard.messages import returned
 from torch import nn
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader
 
 from lightning_maml_guard import (
     ConvergenceGuard,
+    CurvatureOptions,
     GuardWarning,
+    LookaheadOptions,
     MetaLearningModule,
     MetaProblem,
     measure,
 )
 from lightning_maml_guard.guard.loggers import metrics
-from lightning_maml_guard.guard.messages import returned
 from lightning_maml_guard.guard.rescale import Caps
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.regression import Sinusoid
@@ -26,7 +28,7 @@ from lightning_maml_guard.utils.lightning_compat import (
     MisconfigurationException,
     Trainer,
 )
-from tests.helpers import QUIET, fit, guard_warns, linear_module, one_line, quadratic_batch
+from tests.helpers import QUIET, fit, grouped, guard_warns, linear_module, one_line, quadratic_batch
 
 SPECTRUM = [0.3, 1.0, 2.0, 4.0]
 BATCH = quadratic_batch(SPECTRUM, target=1.0)
@@ -227,7 +229,11 @@ def foreign_problem(module, batch):
 
 def test_a_foreign_module_is_guarded_through_problem():
     guard = ConvergenceGuard(
-        every_n_steps=5, action="rescale", criterion="simplified", problem=foreign_problem, trial_steps=0
+        every_n_steps=5,
+        action="rescale",
+        problem=foreign_problem,
+        curvature=CurvatureOptions(criterion="simplified"),
+        lookahead=LookaheadOptions(steps=0),
     )
     with guard_warns("beta = 0.7 exceeds beta_c = 0.625"):
         trainer = fit(Foreign(), BATCH, 10, [guard])
@@ -314,7 +320,9 @@ def test_adam_is_judged_from_its_second_step_on():
 
 
 def test_pyhessian_runs_inside_a_trainer():
-    guard = ConvergenceGuard(every_n_steps=2, action="log", estimator="pyhessian", max_iter=100, tol=1e-6)
+    guard = ConvergenceGuard(
+        every_n_steps=2, action="log", curvature=CurvatureOptions(estimator="pyhessian", max_iter=100, tol=1e-6)
+    )
     reference, module = module_at(), module_at()
     fit(reference, BATCH, 4)
     fit(module, BATCH, 4, [guard])
@@ -328,10 +336,7 @@ def test_arguments_keep_their_names_and_the_guard_pickles():
         action="stop",
         margin=0.9,
         patience=2,
-        max_iter=7,
-        tol=0.1,
-        tasks="worst",
-        data="both",
+        curvature=CurvatureOptions(max_iter=7, tol=0.1, tasks="worst", data="both"),
     )
     again = pickle.loads(pickle.dumps(guard))
     for name in ("every_n_steps", "action", "margin", "patience", "max_iter", "tol", "tasks", "data"):
@@ -354,7 +359,7 @@ def test_arguments_keep_their_names_and_the_guard_pickles():
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        ConvergenceGuard(**arguments)
+        ConvergenceGuard(**grouped(**arguments))
 
 
 class Scheduled(MetaLearningModule):
@@ -376,7 +381,7 @@ def test_a_schedule_that_rises_between_checks_meets_the_cap():
     def rise(module, index):
         module.optimizers().param_groups[0]["lr"] = 0.1 if index % 10 == 0 else 5.0
 
-    guard = ConvergenceGuard(every_n_steps=10, action="rescale", trial_steps=0)
+    guard = ConvergenceGuard(every_n_steps=10, action="rescale", lookahead=LookaheadOptions(steps=0))
     with guard_warns("at step 10"):  # the callback sees the rate of the step before
         trainer = fit(Scheduled(rise), BATCH, 40, [guard])
     assert loss_of(trainer) < 10 and trainer.optimizers[0].param_groups[0]["lr"] == 5.0
@@ -439,7 +444,7 @@ def test_an_unknown_optimizer_is_said_once_and_alpha_is_judged_on():
 
     module = Scheduled(alternate)
     module._optimizer = lambda p: Unknown(p, lr=1e-3)
-    guard = ConvergenceGuard(every_n_steps=2, trial_steps=0)
+    guard = ConvergenceGuard(every_n_steps=2, lookahead=LookaheadOptions(steps=0))
     with pytest.warns(GuardWarning) as caught:
         fit(module, BATCH, 10, [guard])
     said = [one_line(w.message) for w in caught if w.category is GuardWarning]
@@ -478,7 +483,10 @@ def test_tasks_of_different_sharpness_need_the_worst_task_or_a_trial(tasks, tria
     nn.init.ones_(network.weight)
     module = MetaLearningModule(network, inner_lr=0.075, order="simplified", optimizer=lambda p: SGD(p, lr=0.1))
     guard = ConvergenceGuard(
-        every_n_steps=20, action="log", criterion="simplified", tasks=tasks, trial_steps=trial_steps
+        every_n_steps=20,
+        action="log",
+        curvature=CurvatureOptions(criterion="simplified", tasks=tasks),
+        lookahead=LookaheadOptions(steps=trial_steps),
     )
     fit(module, ((x, y), (x, y)), 100, [guard])
     assert {report.status for report in guard.history} == {status}
@@ -486,7 +494,11 @@ def test_tasks_of_different_sharpness_need_the_worst_task_or_a_trial(tasks, tria
 
 
 def test_what_is_logged_has_the_reports_names():
-    report = measure(linear_module(4, 0.1, inner_lr=0.05).meta_problem(quadratic_batch([0.5, 1.0, 2.0, 4.0])), beta=0.1)
+    report = measure(
+        linear_module(4, 0.1, inner_lr=0.05).meta_problem(quadratic_batch([0.5, 1.0, 2.0, 4.0])),
+        beta=0.1,
+        curvature=CurvatureOptions(criterion="simplified"),
+    )
     logged = metrics(report)
     assert {"guard/alpha_c", "guard/poster_alpha_c", "guard/sgd_beta_c", "guard/exact_beta_c"} <= set(logged)
     for name, value in logged.items():

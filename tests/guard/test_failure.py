@@ -16,10 +16,17 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.optim import SGD
 
-from lightning_maml_guard import ConvergenceGuard, EpisodeBatch, GuardWarning, MetaLearningModule
+from lightning_maml_guard import (
+    ConvergenceGuard,
+    CurvatureOptions,
+    EpisodeBatch,
+    GuardWarning,
+    LookaheadOptions,
+    MetaLearningModule,
+)
 from lightning_maml_guard.guard.check import Checker
 from lightning_maml_guard.utils.lightning_compat import Callback
-from tests.helpers import fit, guard_warns, linear_module, one_line, quadratic_batch
+from tests.helpers import fit, grouped, guard_warns, linear_module, one_line, quadratic_batch
 
 PACKAGE = Path(__file__).parents[2] / "lightning_maml_guard"
 # What runs after a failure, to undo or to report it, has nothing behind it that could undo it in turn; `check` is the
@@ -169,7 +176,7 @@ def test_injected_at_every_line_of_a_check(error, every, watched):
     told = watched(injector, acts=False)
     options = {"every_n_steps": 1, "action": "log", "max_iter": 3, "trial_steps": 1, "replay": 2}
     trained = module(0.05)
-    trainer = fit(trained, batch(), 3000, [ConvergenceGuard(**options)])
+    trainer = fit(trained, batch(), 3000, [ConvergenceGuard(**grouped(**options))])
     assert told["exhausted"]
     plain = module(0.05)
     fit(plain, batch(), trainer.global_step)
@@ -190,7 +197,12 @@ def test_injected_at_every_line_of_a_check_that_acts(every, watched):
     steps = 1200 // every
     for beta in (3.0, 30.0):
         guard = ConvergenceGuard(
-            every_n_steps=1, action="rescale", rollback=True, max_rollbacks=10**6, max_iter=3, trial_steps=2, replay=2
+            every_n_steps=1,
+            action="rescale",
+            rollback=True,
+            max_rollbacks=10**6,
+            curvature=CurvatureOptions(max_iter=3),
+            lookahead=LookaheadOptions(steps=2, batches=2),
         )
         trainer = fit(module(beta), batch(), steps, [guard])
         assert trainer.global_step == steps or guard.stopped_step
@@ -288,7 +300,7 @@ def test_sigterm_inside_a_check_ends_training_as_outside(inside):
         return module.meta_problem(batch)
 
     module = linear_module(3, 0.1)
-    guard = ConvergenceGuard(every_n_steps=1, **({"problem": problem} if inside else {}))
+    guard = ConvergenceGuard(**grouped(every_n_steps=1, **{"problem": problem} if inside else {}))
     with pytest.raises(SIGTERMException):
         fit(module, QUADRATIC, 6, [guard] if inside else [guard, Terminate()])
     assert module.global_step == 3 and len(guard.history) == 3
@@ -335,7 +347,12 @@ def test_a_check_that_fails_before_it_acts_warns_of_the_rates_at_the_next(monkey
 
     monkeypatch.setattr(Intervention, "caps", fails_once)
     with pytest.warns(GuardWarning) as caught:
-        fit(linear_module(3, 0.6), QUADRATIC, 6, [ConvergenceGuard(every_n_steps=2, action="rescale", alarm=1.5)])
+        fit(
+            linear_module(3, 0.6),
+            QUADRATIC,
+            6,
+            [ConvergenceGuard(every_n_steps=2, action="rescale", lookahead=LookaheadOptions(divergence_ratio=1.5))],
+        )
     said = [one_line(each.message) for each in caught if each.category is GuardWarning]
     assert "MemoryError: no room" in said[0] and "left the safe region at step 2" in said[1]
 

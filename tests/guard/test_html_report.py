@@ -8,9 +8,9 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
+from lightning_maml_guard.guard.events import events
 
 from lightning_maml_guard import ConvergenceGuard
-from lightning_maml_guard.guard.events import events
 from lightning_maml_guard.stability.estimators import Spectrum
 from tests.helpers import fit, guard_warns, linear_module, quadratic_batch
 

@@ -14,7 +14,14 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, LambdaLR, OneCycleLR
 from torch.utils.data import DataLoader
 
-from lightning_maml_guard import ConvergenceGuard, GuardWarning, MetaLearningModule, MetaProblem
+from lightning_maml_guard import (
+    ConvergenceGuard,
+    CurvatureOptions,
+    GuardWarning,
+    LookaheadOptions,
+    MetaLearningModule,
+    MetaProblem,
+)
 from lightning_maml_guard.tasks.regression import Sinusoid
 from lightning_maml_guard.utils.lightning_compat import LightningModule, Trainer, seed_everything
 from tests.helpers import left_behind
@@ -165,7 +172,11 @@ def test_a_guard_that_does_not_act_leaves_no_trace(run, tmp_path):
         return module.scheduled(SCHEDULERS[scheduler])
 
     guard = ConvergenceGuard(
-        every_n_steps=3, action=action, problem=problem if kind == "foreign" else None, max_iter=5, trial_steps=3
+        every_n_steps=3,
+        action=action,
+        problem=problem if kind == "foreign" else None,
+        curvature=CurvatureOptions(max_iter=5),
+        lookahead=LookaheadOptions(steps=3),
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "ConvergenceGuard", GuardWarning)
@@ -207,7 +218,9 @@ def test_an_optimizers_own_attributes_are_left_alone_by_trials(tmp_path):
             optimizers.append(Noisy(self.parameters(), lr=0.01))
             return optimizers[-1]
 
-    guard = ConvergenceGuard(every_n_steps=3, action="log", max_iter=5, trial_steps=3)
+    guard = ConvergenceGuard(
+        every_n_steps=3, action="log", curvature=CurvatureOptions(max_iter=5), lookahead=LookaheadOptions(steps=3)
+    )
     assert_invisible(lambda: Own(network("dropout")), guard, tmp_path)
     assert optimizers[0].norms == optimizers[1].norms and len(guard.severities) >= 3
 
@@ -272,7 +285,13 @@ def test_compiled_code_stays_compiled_and_as_it_is(make, told, backend, tmp_path
         counters.clear()
         return make(backend)
 
-    guard = ConvergenceGuard(every_n_steps=3, action="log", problem=told, max_iter=5, trial_steps=3)
+    guard = ConvergenceGuard(
+        every_n_steps=3,
+        action="log",
+        problem=told,
+        curvature=CurvatureOptions(max_iter=5),
+        lookahead=LookaheadOptions(steps=3),
+    )
     assert_invisible(fresh, guard, tmp_path)
     assert captured[1] == dict(counters["stats"]) and captured[1]["unique_graphs"] == 1
     assert_measured(guard)

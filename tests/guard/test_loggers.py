@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_maml_guard import ConvergenceGuard
 from lightning_maml_guard.guard import figures
-from tests.helpers import fit, guard_warns, linear_module, quadratic_batch
+from tests.helpers import fit, grouped, guard_warns, linear_module, quadratic_batch
 
 SPECTRUM = [0.3, 1.0, 2.0, 4.0]
 BATCH = quadratic_batch(SPECTRUM, target=1.0)
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::lightning_maml_guard.GuardWarni
 
 
 def run(logger, steps=10, **arguments):
-    guard = ConvergenceGuard(every_n_steps=2, action="rescale", **arguments)
+    guard = ConvergenceGuard(**grouped(every_n_steps=2, action="rescale", **arguments))
     module = linear_module(4, 1.5, inner_lr=0.05, order="simplified")
     return guard, fit(module, BATCH, steps, [guard], logger=logger, log_every_n_steps=1)
 

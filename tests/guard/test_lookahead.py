@@ -6,18 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning_maml_guard.guard.probe import attempts
+from lightning_maml_guard.stability.plain import PlainProblem
 from torch import nn
 from torch.optim import LBFGS, SGD, Adam
 
 from lightning_maml_guard import MetaLearningModule
 from lightning_maml_guard.guard.lookahead import Trial, TrialRunner
-from lightning_maml_guard.guard.probe import attempts
 from lightning_maml_guard.guard.rescale import Caps
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.optim.shadow import ClosureError, coming_update
 from lightning_maml_guard.stability.hvp import Memory
-from lightning_maml_guard.stability.plain import PlainProblem
 from lightning_maml_guard.tasks.regression import Sinusoid
 from tests.helpers import linear_module, quadratic_batch
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_maml_guard import ConvergenceGuard, GuardWarning
+from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, GuardWarning, LookaheadOptions
 from lightning_maml_guard.utils.lightning_compat import Callback, LightningModule, Trainer, seed_everything
 from tests.helpers import fit, is_free_of_hooks, left_behind, linear_module, quadratic_batch
 
@@ -88,7 +88,9 @@ NEIGHBOURS = {
         lambda each: each.optimal_batch_size,
     ),
     "second guard": (
-        lambda folder: ConvergenceGuard(every_n_steps=4, action="log", max_iter=5, trial_steps=3),
+        lambda folder: ConvergenceGuard(
+            every_n_steps=4, action="log", curvature=CurvatureOptions(max_iter=5), lookahead=LookaheadOptions(steps=3)
+        ),
         lambda each: [(report.step, report.beta_c, report.severity) for report in each.history],
     ),
 }
@@ -117,14 +119,18 @@ def flat(product, start):
 
 def capping(action="rescale"):
     """A guard by whose measurement the rates are safe up to CAP at every step."""
-    return ConvergenceGuard(every_n_steps=3, action=action, trial_steps=0, estimator=flat)
+    return ConvergenceGuard(
+        every_n_steps=3, action=action, curvature=CurvatureOptions(estimator=flat), lookahead=LookaheadOptions(steps=0)
+    )
 
 
 @pytest.mark.parametrize("name", NEIGHBOURS)
 def test_beside_a_guard_that_logs_all_is_as_without_it(name, tmp_path):
     module, trainer, result = run(name, [], tmp_path)
     expected = left_behind(module, trainer)
-    guard = ConvergenceGuard(every_n_steps=5, action="log", max_iter=5, trial_steps=3)
+    guard = ConvergenceGuard(
+        every_n_steps=5, action="log", curvature=CurvatureOptions(max_iter=5), lookahead=LookaheadOptions(steps=3)
+    )
     module, trainer, guarded = run(name, [guard], tmp_path)
     assert guarded == result
     assert left_behind(module, trainer) == expected
@@ -189,7 +195,9 @@ def test_tuner_lr_find_is_not_guarded_and_leaves_nothing_to_the_fit(action, tmp_
 @pytest.mark.filterwarnings("ignore:ConvergenceGuard")
 def test_weight_averagings_pass_for_batch_norm_is_not_checked(tmp_path):
     """It takes no step, and its weights are not those of training."""
-    guard = ConvergenceGuard(every_n_steps=1, action="log", max_iter=5, trial_steps=3)
+    guard = ConvergenceGuard(
+        every_n_steps=1, action="log", curvature=CurvatureOptions(max_iter=5), lookahead=LookaheadOptions(steps=3)
+    )
     run("averaging", [guard], tmp_path)
     assert guard.history[-1].step == EPOCHS * BATCHES - 1
     assert [step for step, _ in guard.severities] == list(range(EPOCHS * BATCHES))

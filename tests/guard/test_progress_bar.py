@@ -5,12 +5,12 @@ import io
 from types import SimpleNamespace
 
 import pytest
+from lightning_maml_guard.guard.console import Gauges, styles
+from lightning_maml_guard.guard.messages import block
 from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
 from pytorch_lightning.callbacks.progress.rich_progress import RichProgressBarTheme
 
-from lightning_maml_guard import ConvergenceGuard, GuardWarning, measure
-from lightning_maml_guard.guard.console import Gauges, styles
-from lightning_maml_guard.guard.messages import block
+from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, GuardWarning, measure
 from tests.helpers import fit, linear_module, quadratic_batch
 
 BATCH = quadratic_batch([0.3, 1.0, 2.0, 4.0], target=1.0)
@@ -21,7 +21,9 @@ def module(beta=0.9):
 
 
 def report(**changes):
-    return dataclasses.replace(measure(module().meta_problem(BATCH), beta=0.1), **changes)
+    return dataclasses.replace(
+        measure(module().meta_problem(BATCH), beta=0.1, curvature=CurvatureOptions(criterion="simplified")), **changes
+    )
 
 
 def test_a_ratio_within_its_limit_is_green_and_the_one_to_lower_has_the_colour_of_the_state():

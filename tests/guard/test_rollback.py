@@ -7,18 +7,18 @@ from itertools import pairwise
 
 import pytest
 import torch
+from lightning_maml_guard.guard.probe import gradient_norm
 from torch import nn
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader
 
-from lightning_maml_guard import ConvergenceGuard, GuardWarning, MetaLearningModule
+from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, GuardWarning, LookaheadOptions, MetaLearningModule
 from lightning_maml_guard.guard.divergence import FIRST, RunningRange
-from lightning_maml_guard.guard.probe import gradient_norm
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.tasks.regression import Sinusoid
 from lightning_maml_guard.utils.lightning_compat import Trainer
-from tests.helpers import fit, guard_warns, linear_module, one_line, quadratic_batch
+from tests.helpers import fit, grouped, grouped_measure, guard_warns, linear_module, one_line, quadratic_batch
 
 BATCH = quadratic_batch([0.3, 1.0, 2.0, 4.0], target=1.0)
 
@@ -127,7 +127,7 @@ def test_a_run_taken_back_to_where_nothing_can_be_measured_goes_on_at_half_the_r
     def fails_after_the_rollback(problem, *, step, **arguments):
         if step == 15:
             raise RuntimeError("out of luck")
-        return measure(problem, step=step, **arguments)
+        return measure(problem, **grouped_measure(step=step, **arguments))
 
     measure = check.measure
     monkeypatch.setattr(check, "measure", fails_after_the_rollback)
@@ -213,7 +213,12 @@ def test_a_last_step_that_is_lost_is_taken_back():
 
 def test_a_last_step_whose_loss_is_lost_is_taken_back_and_one_that_is_not_is_left(recwarn):
     """No check comes after it: the loss of the parameters it leaves is looked at, on its batch."""
-    guards = [ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True, alarm=8.0) for _ in range(2)]
+    guards = [
+        ConvergenceGuard(
+            every_n_steps=10, action="rescale", rollback=True, lookahead=LookaheadOptions(divergence_ratio=8.0)
+        )
+        for _ in range(2)
+    ]
     modules = [Struck(strike, at={19}) for strike in (far_away, aside, aside)]
     with guard_warns(r"after the last step the loss was 1.*e\+0. \(training started at.*taken back to step 10"):
         fit(modules[0], BATCH, 20, guards[:1])
@@ -231,7 +236,7 @@ def test_a_spike_between_checks_calls_one():
     guard = ConvergenceGuard(every_n_steps=100, action="log")
     fit(Struck(far_away, at={14}), BATCH, 30, [guard])
     assert [report.step for report in guard.history][:2] == [0, 15]
-    quiet = ConvergenceGuard(every_n_steps=100, action="log", triggers=False)
+    quiet = ConvergenceGuard(every_n_steps=100, action="log", lookahead=LookaheadOptions(triggers=False))
     fit(Struck(far_away, at={14}), BATCH, 30, [quiet])
     assert [report.step for report in quiet.history] == [0]
 
@@ -250,7 +255,7 @@ def test_the_edge_is_logged_and_not_warned_about():
     with warnings.catch_warnings():
         warnings.simplefilter("error", GuardWarning)
         fit(module, BATCH, 15, [guard])
-    guard = ConvergenceGuard(every_n_steps=5, criterion="simplified")
+    guard = ConvergenceGuard(every_n_steps=5, curvature=CurvatureOptions(criterion="simplified"))
     fit(linear_module(4, 0.625 * 1.02, inner_lr=0.05, order="simplified"), BATCH, 15, [guard])
     assert {report.status for report in guard.history} == {"edge"}
     assert all(report.beta_ratio > 1 for report in guard.history)
@@ -258,7 +263,7 @@ def test_the_edge_is_logged_and_not_warned_about():
 
 def test_caps_are_released_when_the_region_widens():
     milder = quadratic_batch([0.1, 0.1, 0.1, 0.2], target=1.0)
-    guard = ConvergenceGuard(every_n_steps=5, action="rescale", replay=1)
+    guard = ConvergenceGuard(every_n_steps=5, action="rescale", lookahead=LookaheadOptions(batches=1))
     module = linear_module(4, 3.0, inner_lr=0.05, order="simplified")
     trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[guard])
     with guard_warns("beta = 3 exceeds beta_c"):
@@ -311,7 +316,7 @@ def test_what_leaves_the_running_range():
 )
 def test_arguments_that_are_not_allowed(arguments, message):
     with pytest.raises(ValueError, match=message):
-        ConvergenceGuard(**arguments)
+        ConvergenceGuard(**grouped(**arguments))
 
 
 @pytest.mark.parametrize(("killed", "action"), [(True, "warn"), (False, "warn"), (True, "log")])

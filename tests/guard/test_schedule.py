@@ -6,15 +6,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning_maml_guard.stability.budget import CURVATURE, UPDATE, Budget
+from lightning_maml_guard.stability.plain import PlainProblem
 from torch import nn
 
-from lightning_maml_guard import ConvergenceGuard, MetaLearningModule, TaskDataModule
+from lightning_maml_guard import (
+    ConvergenceGuard,
+    CurvatureOptions,
+    LookaheadOptions,
+    MetaLearningModule,
+    TaskDataModule,
+)
 from lightning_maml_guard.guard.schedule import SCHEDULED, TRIGGERED, Lookout
 from lightning_maml_guard.networks import mlp
-from lightning_maml_guard.stability.budget import CURVATURE, UPDATE, Budget
 from lightning_maml_guard.stability.hvp import Memory, make_operator
 from lightning_maml_guard.stability.measure import measure
-from lightning_maml_guard.stability.plain import PlainProblem
 from lightning_maml_guard.tasks.regression import Sinusoid
 from lightning_maml_guard.utils.lightning_compat import Trainer
 from tests.helpers import QUIET
@@ -83,7 +89,9 @@ def test_the_check_after_one_that_could_not_judge_beta_need_not_be_paid_for(unju
 
 
 def test_adams_rate_is_judged_at_the_second_check_and_that_comes_soon():
-    guard = ConvergenceGuard(action="log", trial_steps=1, triggers=False, max_iter=4)
+    guard = ConvergenceGuard(
+        action="log", curvature=CurvatureOptions(max_iter=4), lookahead=LookaheadOptions(steps=1, triggers=False)
+    )
     assert run(guard, 301) == [0, 100]
     assert [report.beta_status for report in guard.history] == ["unresolved", "safe"]
 
@@ -97,15 +105,32 @@ def run(guard, steps):
 
 
 def test_a_number_of_steps_is_taken_at_its_word_and_the_default_is_paid_for():
-    assert run(ConvergenceGuard(every_n_steps=40, action="log", trial_steps=1, triggers=False), 121) == [0, 40, 80, 120]
-    guard = ConvergenceGuard(action="log", trial_steps=1, triggers=False, max_iter=4, max_cost=0.25)
+    assert run(
+        ConvergenceGuard(every_n_steps=40, action="log", lookahead=LookaheadOptions(steps=1, triggers=False)), 121
+    ) == [0, 40, 80, 120]
+    guard = ConvergenceGuard(
+        action="log",
+        max_cost=0.25,
+        curvature=CurvatureOptions(max_iter=4),
+        lookahead=LookaheadOptions(steps=1, triggers=False),
+    )
     steps = run(guard, 301)
     assert steps[0] == 0 and 1 < len(steps) < 4 and all(step % 100 == 0 for step in steps)
 
 
 def test_the_curvature_is_that_of_the_first_tasks():
-    guard = ConvergenceGuard(every_n_steps=1, action="log", trial_steps=0, tasks_per_check=2, tol=1e-6, max_iter=50)
-    few = ConvergenceGuard(every_n_steps=1, action="log", trial_steps=0, tol=1e-6, max_iter=50)
+    guard = ConvergenceGuard(
+        every_n_steps=1,
+        action="log",
+        curvature=CurvatureOptions(max_tasks=2, tol=1e-6, max_iter=50),
+        lookahead=LookaheadOptions(steps=0),
+    )
+    few = ConvergenceGuard(
+        every_n_steps=1,
+        action="log",
+        curvature=CurvatureOptions(tol=1e-6, max_iter=50),
+        lookahead=LookaheadOptions(steps=0),
+    )
     run(guard, 1)
     torch.manual_seed(0)
     module = MetaLearningModule(mlp(hidden=(4,)), inner_lr=0.01)
@@ -184,7 +209,7 @@ def test_a_measurement_is_counted_by_what_its_graphs_and_products_are_of(kind, m
     memory = Memory()
     for self_check in (6, 0):  # gradients of the self-check, in the first measurement
         made.clear()
-        report = measure(problem, beta=1e-3, criterion="exact", memory=memory)
+        report = measure(problem, beta=1e-3, cache=memory)
         assert {name for name, _ in made} == set(prices)
         paid = [prices[name].graph * (1 + self_check) + prices[name].product * each.matvecs for name, each in made]
         assert report.cost == pytest.approx(sum(paid) + others)

@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from lightning_maml_guard import ConvergenceGuard, MetaLearningModule, MetaProblem, measure
+from lightning_maml_guard import (
+    ConvergenceGuard,
+    CurvatureOptions,
+    LookaheadOptions,
+    MetaLearningModule,
+    MetaProblem,
+    measure,
+)
 from lightning_maml_guard.guard.check import Checker
 from lightning_maml_guard.linalg import lanczos
 from lightning_maml_guard.networks import mlp
@@ -60,7 +67,7 @@ def test_a_measurement_waits_for_its_coefficients_and_once_more(transfers, crite
     optimizer = with_moments(module, problem) if adam else SGD(module.parameters(), lr=1e-3)
     memory = Memory(checked={"Hessian", "meta-update"})
     with HostSyncs(on_device(problem, optimizer)) as syncs:
-        report = measure(problem, optimizer=optimizer, criterion=criterion, memory=memory)
+        report = measure(problem, optimizer=optimizer, cache=memory, curvature=CurvatureOptions(criterion=criterion))
     # Where J is not symmetric, whether the inner rate turned a direction is one more question, at each inner rate.
     turned = {"exact": 0, "first": 2}[order]
     assert transfers() + 1 <= syncs.count <= transfers() + 1 + turned
@@ -77,7 +84,7 @@ def test_a_guards_check_waits_once_for_its_trial(transfers, monkeypatch):
         counted.append(syncs.count)
 
     monkeypatch.setattr(Checker, "check", watched)
-    guard = ConvergenceGuard(every_n_steps=10, action="log", replay=1)
+    guard = ConvergenceGuard(every_n_steps=10, action="log", lookahead=LookaheadOptions(batches=1))
     module = MetaLearningModule(mlp(), optimizer=lambda parameters: SGD(parameters, lr=1e-3))
     fit(module, Sinusoid().sample(4, torch.Generator().manual_seed(0)), 2, [guard])
     assert counted == [transfers() + 2] and guard.history[0].severity < 3
@@ -101,7 +108,7 @@ def test_the_counter_counts():
 def test_a_loss_that_is_not_finite_is_named_by_every_estimator(estimator):
     data = (torch.ones(1, 1),)
     problem = MetaProblem({"w": torch.ones(3)}, lambda p, d: (p["w"] ** 2).sum() + math.inf, data, data)
-    report = measure(problem, beta=0.1, estimator=estimator)
+    report = measure(problem, beta=0.1, curvature=CurvatureOptions(criterion="simplified", estimator=estimator))
     assert report.status == "unresolved" and "The task loss is inf at these parameters" in report.reasons[0]
 
 
@@ -112,7 +119,7 @@ def test_a_query_loss_that_is_not_finite_is_named(order, known):
     loss = lambda p, d: (p["w"] ** 2).sum() + torch.where(d[0] > 0, math.inf, 0.0).sum()  # noqa: E731
     problem = MetaProblem({"w": torch.ones(3, requires_grad=True)}, loss, support, query, 0.1, order=order)
     optimizer = (SGD if known else torch.optim.Adamax)(problem.params.values(), lr=0.1)
-    report = measure(problem, optimizer=optimizer, criterion="exact")
+    report = measure(problem, optimizer=optimizer)
     assert report.status == "unresolved" and "The query loss after adaptation is inf" in report.reasons[0]
 
 
@@ -123,13 +130,13 @@ def test_cuda_says_so_itself(transfers, order):
     batch = Sinusoid().sample(4, torch.Generator().manual_seed(0))
     problem = module.meta_problem(tuple(tuple(part.cuda() for part in pair) for pair in batch))
     optimizer, memory = SGD(module.parameters(), lr=1e-3), Memory()
-    measure(problem, optimizer=optimizer, criterion="exact", memory=memory)
+    measure(problem, optimizer=optimizer, cache=memory)
     before = transfers()
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            measure(problem, optimizer=optimizer, criterion="exact", memory=memory)
+            measure(problem, optimizer=optimizer, cache=memory)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     waits = [each for each in caught if "synchroniz" in str(each.message)]

@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_maml_guard import networks
 from lightning_maml_guard.kernels import first_block as _first_block
-from lightning_maml_guard.kernels.first_block import applies, first_block
+from lightning_maml_guard.kernels.first_block import first_block, is_applicable
 from lightning_maml_guard.networks import conv4
 from tests.kernels.test_norm_block import EPS, close, derivatives, native, primitive
 
@@ -90,14 +90,14 @@ def test_a_filter_that_takes_nearly_all_away_costs_single_precision_no_more_digi
     ],
 )
 def test_other_images_and_layers_go_the_usual_way(images, conv):
-    assert not applies(images, conv) and applies(torch.zeros(30, 1, 28, 28), CONV)
+    assert not is_applicable(images, conv) and is_applicable(torch.zeros(30, 1, 28, 28), CONV)
 
 
 def test_transforms_and_autocast_go_the_usual_way():
     images, seen = torch.zeros(2, 30, 1, 28, 28), []
-    torch.func.vmap(lambda each: seen.append(applies(each, CONV)) or each)(images)
+    torch.func.vmap(lambda each: seen.append(is_applicable(each, CONV)) or each)(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        seen.append(applies(images[0], CONV))
+        seen.append(is_applicable(images[0], CONV))
     assert seen == [False, False]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_maml_guard.kernels import norm_block as _norm_block
+from lightning_maml_guard.kernels import pooling
 from lightning_maml_guard.kernels.channels_last import is_channels_last
 from lightning_maml_guard.kernels.norm_block import norm_relu_pool
 
@@ -179,7 +179,7 @@ def test_half_precision_is_close_to_the_layers(dtype):
 def test_many_blocks_of_images_are_one(block, pool, monkeypatch):
     given = inputs(n=7)
     whole = derivatives(block, given, pool, 2)
-    monkeypatch.setattr(_norm_block, "_BLOCK", 3 * 36 * 2)  # two images, the last block smaller
+    monkeypatch.setattr(pooling, "_BLOCK", 3 * 36 * 2)  # two images, the last block smaller
     close(derivatives(block, given, pool, 2), whole, 1e-14)
 
 

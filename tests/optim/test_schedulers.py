@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from lightning_maml_guard import ConvergenceGuard, MetaProblem
 from lightning_maml_guard.utils.lightning_compat import LightningModule, Trainer
-from tests.helpers import fit
+from tests.helpers import fit, grouped
 
 STEPS, CAP = 12, 0.5
 SCHEDULERS = {
@@ -74,7 +74,9 @@ class Steps(LightningModule):
 def capping(**options):
     """A guard by whose measurement SGD is stable up to CAP at every step."""
     return ConvergenceGuard(
-        every_n_steps=1, action="rescale", trial_steps=0, estimator=lambda product, start: [2 / CAP], **options
+        **grouped(
+            every_n_steps=1, action="rescale", trial_steps=0, estimator=lambda product, start: [2 / CAP], **options
+        )
     )
 
 

@@ -20,6 +20,8 @@ STRAY = [
     "examples/runs/last.ckpt",
     "examples/.ipynb_checkpoints/tutorial-checkpoint.ipynb",
     "examples/lightning_logs/version_0/hparams.yaml",
+    "benchmarks/runs/check_memory.json",
+    "docs/site/index.html",
     "tests/.lmg_cache/omniglot.npy",
     "tests/omniglot.npz",
     "notes.txt",
@@ -29,10 +31,14 @@ STRAY = [
 LEFT_OUT = shutil.ignore_patterns(
     ".git", ".venv*", "__pycache__", "runs", ".*_cache", ".hypothesis", "*.egg-info", "data"
 )
-AT_TOP = {"CHANGELOG.md", "CITATION.cff", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml", ".gitignore"}
+AT_TOP = {
+    "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "PKG-INFO", "README.md", "SECURITY.md",
+    "pyproject.toml", ".gitignore", ".pre-commit-config.yaml",
+}  # fmt: skip
 FILES = re.compile(
-    r"lightning_maml_guard/(\w+/)*\w+\.(py|yaml|css|typed)|examples/\w+\.(py|png|ipynb)|tests/(\w+/)*\w+\.py"
-    r"|tests/constraints(-\w+)?\.txt|tests/resume/\w+\.json|\.ci/\w+|\.github/workflows/\w+\.yml"
+    r"lightning_maml_guard/(\w+/)*\w+\.(py|yaml|css|typed)|examples/\w+\.(py|png|ipynb)|(tests|benchmarks)/(\w+/)*\w+\.py"
+    r"|tests/constraints(-\w+)?\.txt|tests/resume/\w+\.json|\.ci/\w+|\.github/(\w+/)+\w+\.yml"
+    r"|docs/\w+\.md|docs/images/\w+\.png"
 )
 
 
@@ -63,7 +69,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     names = set(archive.namelist())
     metadata = {name for name in names if ".dist-info/" in name}
     assert names - metadata == checkout("lightning_maml_guard")
-    assert {"lightning_maml_guard/py.typed", "lightning_maml_guard/guard/page.css"} <= names
+    assert {"lightning_maml_guard/py.typed", "lightning_maml_guard/guard/html_report.css"} <= names
     assert {name.partition(".dist-info/")[2] for name in metadata} == {
         "METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE",
     }  # fmt: skip
@@ -76,7 +82,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
 def test_the_sdist_holds_what_its_tests_need_and_nothing_else(built):
     with tarfile.open(built[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert names == AT_TOP | checkout("lightning_maml_guard", "examples", "tests", ".ci", ".github")
+    assert names == AT_TOP | checkout(
+        "lightning_maml_guard", "examples", "tests", "benchmarks", "docs", ".ci", ".github"
+    )
 
 
 def test_the_workflow_runs_scripts_that_exist():

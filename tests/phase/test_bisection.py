@@ -38,9 +38,9 @@ def test_the_inner_rates_limit():
 
 
 def test_a_bracket_that_holds_no_limit_is_refused():
-    with pytest.raises(ValueError, match="meta rate low=2 does not converge everywhere"):
+    with pytest.raises(ValueError, match="outer learning rate low=2 does not converge everywhere"):
         critical_betas(problem(), [0.1], 2.0, 10.0, steps=100)
-    with pytest.raises(ValueError, match=r"meta rate high=0\.2 still converges somewhere"):
+    with pytest.raises(ValueError, match=r"outer learning rate high=0\.2 still converges somewhere"):
         critical_betas(problem(), [0.1], 0.1, 0.2, steps=100)
     with pytest.raises(ValueError, match=r"0 < `low` < `high` .* but got low=0, high=1"):
         critical_betas(problem(), [0.1], 0, 1)

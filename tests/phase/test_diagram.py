@@ -10,13 +10,12 @@ import pytest
 import torch
 from scipy import stats
 
-from lightning_maml_guard import MetaLearningModule, MetaProblem, PhaseDiagram, measure, phase_diagram
+from lightning_maml_guard import CurvatureOptions, MetaLearningModule, MetaProblem, PhaseDiagram, measure, phase_diagram
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
 from lightning_maml_guard.phase import train as training
 from lightning_maml_guard.phase.critical_rates import grid_rates
 from lightning_maml_guard.phase.gradients import GridError
 from lightning_maml_guard.phase.optimizers import SGD, Adam
-from lightning_maml_guard.theory.correlation import spearman
 from tests.helpers import dense_hessian, linear_module, quadratic_batch
 from tests.phase.families import KINDS, error, family, module, trained
 
@@ -124,7 +123,11 @@ def test_the_rates_measured_on_the_way_are_those_of_measure(measured, optimizer)
     for alpha, beta, column, row in ((0.02, 0.03, 0, 1), (0.08, 0.01, 1, 0)):
         run = trained(kind, alpha, beta, 4, optimizer)
         live = run.trainer.optimizers[0]
-        report = measure(run.meta_problem(kind.batch(4)), optimizer=live, max_iter=60, tol=1e-4)
+        report = measure(
+            run.meta_problem(kind.batch(4)),
+            optimizer=live,
+            curvature=CurvatureOptions(criterion="simplified", max_iter=60, tol=1e-4),
+        )
         assert found.alpha_c[1, column, row] == pytest.approx(report.alpha_c, rel=1e-4)
         assert found.exact_beta_c[1, column, row] == pytest.approx(report.exact_beta_c, rel=1e-3)
         assert found.beta_c[1, column, row] == pytest.approx(report.beta_c, rel=1e-3)
@@ -152,7 +155,11 @@ def test_first_order_maml_is_measured_by_arnoldi():
     kind = KINDS["first"]
     found = quiet(family(kind), [0.01], [0.01], 2, measure_every=1, max_iter=60, tol=1e-4)
     run = trained(kind, 0.01, 0.01, 1)
-    report = measure(run.meta_problem(kind.batch(1)), optimizer=run.trainer.optimizers[0], max_iter=60, tol=1e-4)
+    report = measure(
+        run.meta_problem(kind.batch(1)),
+        optimizer=run.trainer.optimizers[0],
+        curvature=CurvatureOptions(criterion="simplified", max_iter=60, tol=1e-4),
+    )
     assert found.exact_beta_c[1, 0, 0] == pytest.approx(report.exact_beta_c, rel=1e-3)
 
 
@@ -257,16 +264,18 @@ def test_what_follows_from_a_diagram_by_hand():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_spearman_is_scipys(seed):
+def test_the_correlation_is_scipys_spearman(seed):
     draw = np.random.default_rng(seed)
-    one, other = draw.integers(0, 6, 12), draw.normal(size=12).round(1)
-    assert spearman(one, other) == pytest.approx(stats.spearmanr(one, other)[0])
+    predicted, largest = draw.integers(0, 6, 12), draw.integers(0, 3, 12)
+    found = hand_made(np.where(np.arange(3) == largest[:, None], 0.5, 2.0), predicted)
+    assert found.correlation("beta_c") == pytest.approx(stats.spearmanr(predicted, largest)[0])
 
 
-def test_spearman_says_when_there_is_nothing_to_correlate():
-    assert np.isnan(spearman([1, 2], [1, 2])) and np.isnan(spearman([1, 1, 1], [1, 2, 3]))
-    with pytest.raises(ValueError, match="of one length but got 2 and 3"):
-        spearman([1, 2], [1, 2, 3])
+def test_the_correlation_is_nan_when_there_is_nothing_to_correlate():
+    rising = [[0.5, 2, 2], [2, 0.5, 2], [2, 2, 0.5]]
+    assert np.isnan(hand_made(rising[:2], [1, 2]).correlation("beta_c"))
+    assert np.isnan(hand_made(rising, [1, 1, 1]).correlation("beta_c"))
+    assert np.isnan(hand_made([[0.5, 2, 2]] * 3, [1, 2, 3]).correlation("beta_c"))
 
 
 @pytest.mark.parametrize(

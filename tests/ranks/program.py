@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_maml_guard import ConvergenceGuard, EpisodeBatch, GuardWarning, MetaLearningModule
 from lightning_maml_guard.utils.lightning_compat import Callback, Trainer
+from tests.helpers import grouped
 
 STEPS = 24
 # (guard options, outer rate, step at which a check fails on rank 1)
@@ -97,7 +98,7 @@ class Write(Callback):
 def train(folder: Path, case: str, **arguments) -> None:
     options, beta, fails_at = CASES[case]
     torch.set_num_threads(1)
-    write, guard = Write(folder), ConvergenceGuard(every_n_steps=6, **options)
+    write, guard = Write(folder), ConvergenceGuard(**grouped(every_n_steps=6, **options))
     module = Module(beta)
     module.fails_at = fails_at
     trainer = Trainer(

@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
+from lightning_maml_guard.guard.processes import check_strategy
 from torch import nn
 
-from lightning_maml_guard import ConvergenceGuard, MetaProblem, measure
-from lightning_maml_guard.guard.processes import check_strategy
+from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, MetaProblem, measure
 from lightning_maml_guard.stability.hvp import Memory
 from lightning_maml_guard.utils.distributed import ProcessGroup, SharedError
 from lightning_maml_guard.utils.lightning_compat import MisconfigurationException
-from tests.helpers import fit, linear_module, quadratic_batch
+from tests.helpers import fit, grouped_measure, linear_module, quadratic_batch
 from tests.ranks.program import CASES, STEPS, Module, episodes, part, train
 
 ROOT = Path(__file__).parents[2]
@@ -109,7 +109,10 @@ def _measured(rank: int, folder: str, options: dict, failing: int) -> None:
     memory = Memory(ranks=ProcessGroup())
     try:
         with memory.ranks.together():
-            report = measure(_problem(part(episodes(), rank, 2), rank == failing), beta=0.05, memory=memory, **options)
+            report = measure(
+                _problem(part(episodes(), rank, 2), rank == failing),
+                **grouped_measure(beta=0.05, memory=memory, **options),
+            )
             found = {name: getattr(report, name) for name in (*NUMBERS, "hvps")}
     except SharedError as error:
         found = str(error)
@@ -128,7 +131,7 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS)
 def test_measure_over_ranks_is_measure_over_all_tasks(tmp_path, options):
     processes.spawn(_measured, (str(tmp_path), options, -1), nprocs=2)
-    alone = measure(_problem(episodes()), beta=0.05, **options)
+    alone = measure(_problem(episodes()), **grouped_measure(beta=0.05, **options))
     for rank in range(2):
         found = torch.load(tmp_path / f"measured{rank}.pt", weights_only=True)
         for name in converged(options):
@@ -178,9 +181,9 @@ def test_the_strategies_of_lightning_that_split_a_module_are_refused_in_setup(na
 
 def test_pyhessian_is_refused_over_several_processes():
     with pytest.raises(MisconfigurationException, match=r"estimator='pyhessian'\) measures one process's loss, but 2"):
-        ConvergenceGuard(estimator="pyhessian").setup(_Trainer(), nn.Linear(1, 1), "validate") or ConvergenceGuard(
-            estimator="pyhessian"
-        ).setup(_Trainer(), Module(0.1), "fit")
+        ConvergenceGuard(curvature=CurvatureOptions(estimator="pyhessian")).setup(
+            _Trainer(), nn.Linear(1, 1), "validate"
+        ) or ConvergenceGuard(curvature=CurvatureOptions(estimator="pyhessian")).setup(_Trainer(), Module(0.1), "fit")
 
 
 def test_history_keeps_the_latest_checks():
@@ -198,7 +201,9 @@ def _measured_with_nan(rank: int, folder: str) -> None:
     if rank == 1:
         batch.support[1][0, 0] = torch.nan
     with memory.ranks.together():
-        report = measure(_problem(batch), beta=0.05, tasks="worst", memory=memory)
+        report = measure(
+            _problem(batch), beta=0.05, cache=memory, curvature=CurvatureOptions(criterion="simplified", tasks="worst")
+        )
     torch.save([report.status, *report.reasons], f"{folder}/measured{rank}.pt")
     dist.destroy_process_group()
 

@@ -16,6 +16,7 @@ from lightning_maml_guard import ConvergenceGuard, GuardWarning, MetaLearningMod
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.regression import Sinusoid
 from lightning_maml_guard.utils.lightning_compat import Trainer
+from tests.helpers import grouped
 
 STEPS = 60
 # (guard options, optimizer, factor by which one step loses the parameters)
@@ -50,7 +51,7 @@ def train(folder: Path, case: str, kill_at: int = -1) -> tuple[ConvergenceGuard,
     options, optimizer, factor = CASES[case]
     module = Killed(mlp(), inner_lr=0.05, optimizer=optimizer)
     module.kill_at, module.factor = kill_at, factor
-    guard = ConvergenceGuard(every_n_steps=10, action="rescale", **options)
+    guard = ConvergenceGuard(**grouped(every_n_steps=10, action="rescale", **options))
     keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=7, save_top_k=-1)
     trainer = Trainer(
         accelerator="cpu",

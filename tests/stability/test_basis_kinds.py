@@ -9,12 +9,12 @@ import torch
 from torch.optim import Adam
 from torch.utils.data import DataLoader
 
-from lightning_maml_guard import ConvergenceGuard, measure, suggest_rates
+from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, LookaheadOptions, measure, suggest_rates
 from lightning_maml_guard.linalg import krylov_basis as kept
 from lightning_maml_guard.linalg.operators import Jacobian
 from lightning_maml_guard.stability.measurement import Measurement
 from lightning_maml_guard.theory.critical_rates import critical_rates
-from tests.helpers import fit, linear_module, quadratic_batch
+from tests.helpers import fit, grouped_measure, linear_module, quadratic_batch
 from tests.stability.test_exact_criterion import dense_jacobian
 from tests.stability.test_measure import dense_spectrum, sinusoid_problem
 
@@ -38,7 +38,7 @@ def test_off_the_device_a_report_has_the_same_bits(monkeypatch, order, tasks):
     monkeypatch.setattr(kept, "_HOST_GROUP", 64)
     module, _, problem = sinusoid_problem(order=order)
     options = {"optimizer": with_moments(module, problem), "criterion": "exact", "tasks": tasks}
-    here, there = (measure(problem, basis=basis, **options) for basis in ("device", "cpu"))
+    here, there = (measure(problem, **grouped_measure(basis=basis, **options)) for basis in ("device", "cpu"))
     assert repr(numbers(here)) == repr(numbers(there)) and math.isfinite(here.beta_c)
 
 
@@ -48,8 +48,8 @@ def test_intervals_of_a_rounded_basis_hold_for_networks(order):
         torch.manual_seed(seed)
         module, batch, problem = sinusoid_problem(seed, inner_lr=0.03, order=order)
         values = dense_spectrum(module, batch)
-        report = measure(problem, beta=0.01, basis="bfloat16")
-        sharp = measure(problem, beta=0.01)
+        report = measure(problem, beta=0.01, curvature=CurvatureOptions(criterion="simplified", basis="bfloat16"))
+        sharp = measure(problem, beta=0.01, curvature=CurvatureOptions(criterion="simplified"))
         truth = critical_rates(values, 0.03)
         for (low, high), true in (
             (report.lambda_max_interval, values[-1]),
@@ -78,7 +78,7 @@ def test_a_measurement_holds_one_graph_at_a_time(monkeypatch, criterion, inner_l
         init(self, *arguments)
 
     monkeypatch.setattr(Jacobian, "__init__", watched)
-    report = measure(problem, optimizer=optimizer, criterion=criterion)
+    report = measure(problem, optimizer=optimizer, curvature=CurvatureOptions(criterion=criterion))
     assert len(made) == (3 if criterion == "exact" and inner_lr == 1.0 else 2)
     assert all(each._gradients is None for each in made)
     assert report.predicted_change < 0 and report.beta_c_noise > 0
@@ -87,7 +87,10 @@ def test_a_measurement_holds_one_graph_at_a_time(monkeypatch, criterion, inner_l
 def test_a_rate_within_the_rounded_interval_is_not_judged():
     module = linear_module(4, 1.0, inner_lr=0.0, order="simplified")
     problem = module.meta_problem(quadratic_batch([0.3, 1.0, 2.0, 4.0]))
-    sharp, rounded = (measure(problem, beta=0.499, basis=basis) for basis in ("device", "bfloat16"))
+    sharp, rounded = (
+        measure(problem, beta=0.499, curvature=CurvatureOptions(criterion="simplified", basis=basis))
+        for basis in ("device", "bfloat16")
+    )
     assert sharp.status == "safe" and rounded.status == "unresolved"
     low, high = rounded.beta_c_interval
     assert low <= 0.499 and high >= 0.5
@@ -102,14 +105,19 @@ def test_the_guard_and_suggest_rates_measure_with_it(monkeypatch):
 
     monkeypatch.setattr(Measurement, "__init__", watched)
     module, batch = linear_module(4, 0.1, inner_lr=0.05), quadratic_batch([0.3, 1.0, 2.0, 4.0])
-    guard = ConvergenceGuard(every_n_steps=1, action="log", basis="cpu", triggers=False, trial_steps=0)
+    guard = ConvergenceGuard(
+        every_n_steps=1,
+        action="log",
+        curvature=CurvatureOptions(basis="cpu"),
+        lookahead=LookaheadOptions(triggers=False, steps=0),
+    )
     fit(module, batch, 1, [guard])
     suggest_rates(
         linear_module(4, 0.1, inner_lr=0.05),
         DataLoader([batch], batch_size=None),
         batches=1,
-        trial_steps=0,
-        basis="bfloat16",
         accelerator="cpu",
+        curvature=CurvatureOptions(basis="bfloat16", tasks="worst"),
+        lookahead=LookaheadOptions(steps=0),
     )
     assert seen[0] == "cpu" and set(seen[1:]) == {"bfloat16"} and guard.history[0].beta_c > 0

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch.optim import LBFGS, SGD, Adam, AdamW, NAdam, RMSprop
 
-from lightning_maml_guard import ConvergenceGuard, EpisodeBatch, MetaLearningModule, MetaProblem, measure
+from lightning_maml_guard import (
+    ConvergenceGuard,
+    CurvatureOptions,
+    EpisodeBatch,
+    MetaLearningModule,
+    MetaProblem,
+    measure,
+)
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.regression import Sinusoid
@@ -34,7 +41,7 @@ def quadratic(order, inner_steps=1, alpha=0.1):
 
 @pytest.mark.parametrize("order, inner_steps", TABLE)
 def test_exact_beta_c_is_the_theorys(order, inner_steps):
-    report = measure(quadratic(order, inner_steps), beta=0.1)
+    report = measure(quadratic(order, inner_steps), beta=0.1, curvature=CurvatureOptions(criterion="simplified"))
     assert report.exact_beta_c == pytest.approx(TABLE[order, inner_steps], abs=6e-5)
     low, high = report.exact_beta_c_interval
     assert low <= TABLE[order, inner_steps] * (1 + 1e-4) and TABLE[order, inner_steps] * (1 - 1e-4) <= high
@@ -42,29 +49,31 @@ def test_exact_beta_c_is_the_theorys(order, inner_steps):
 
 def test_the_poster_forbids_what_exact_maml_survives():
     """THEORY: alpha = .3 > alpha_c = .25 has no stable beta for simplified MAML; exact MAML's is 4.08."""
-    poster = measure(quadratic("exact", alpha=0.3), beta=1.0)
+    poster = measure(quadratic("exact", alpha=0.3), beta=1.0, curvature=CurvatureOptions(criterion="simplified"))
     assert poster.status == "unsafe" and poster.beta_c == 0 and poster.alpha_c == pytest.approx(0.25)
     assert "criterion='exact' judges that update" in poster.reasons[0]
-    report = measure(quadratic("exact", alpha=0.3), beta=1.0, criterion="exact")
+    report = measure(quadratic("exact", alpha=0.3), beta=1.0)
     assert report.status == "safe" and report.alpha_c == pytest.approx(0.5)
     assert report.beta_c == report.exact_beta_c == pytest.approx(4.08, abs=5e-3)
     assert report.criterion == "exact"
 
 
 def test_the_inner_loops_own_limit_is_judged_and_its_remedy_named():
-    report = measure(quadratic("exact", alpha=0.6), beta=0.01, criterion="exact")
+    report = measure(quadratic("exact", alpha=0.6), beta=0.01)
     assert report.alpha_status == "unsafe"
     assert "alpha = 0.6 exceeds alpha_c = 0.5" in report.reasons[0]
     assert "the inner loop itself diverges" in report.reasons[0] and "Lower the inner rate" in report.reasons[0]
-    at_safe = measure(quadratic("exact", alpha=0.5), beta=0.01).exact_beta_c
+    at_safe = measure(
+        quadratic("exact", alpha=0.5), beta=0.01, curvature=CurvatureOptions(criterion="simplified")
+    ).exact_beta_c
     assert report.safe_alpha == pytest.approx(0.5) and report.safe_beta_c == pytest.approx(at_safe)
 
 
 def test_first_order_maml_turns_beyond_alpha_c():
-    report = measure(quadratic("first", alpha=0.3), beta=0.01, criterion="exact")
+    report = measure(quadratic("first", alpha=0.3), beta=0.01)
     assert report.alpha_c == pytest.approx(0.25) and report.alpha_status == report.beta_status == "unsafe"
     assert "turns against the sharpest direction" in report.reasons[0] and report.beta_c == 0
-    assert measure(quadratic("first", 2, alpha=0.3), beta=0.01, criterion="exact").status == "safe"
+    assert measure(quadratic("first", 2, alpha=0.3), beta=0.01).status == "safe"
 
 
 def test_single_tasks_that_turn_are_seen_through_a_mean_that_is_safe():
@@ -75,12 +84,12 @@ def test_single_tasks_that_turn_are_seen_through_a_mean_that_is_safe():
     def problem(alpha):
         return linear_module(1, 0.1, inner_lr=alpha, order="simplified").meta_problem(batch)
 
-    assert measure(problem(0.075), beta=1e-3).status == "safe"
-    report = measure(problem(0.075), beta=1e-3, criterion="exact")
+    assert measure(problem(0.075), beta=1e-3, curvature=CurvatureOptions(criterion="simplified")).status == "safe"
+    report = measure(problem(0.075), beta=1e-3)
     assert report.status == "unsafe" and report.beta_c == 0
     assert report.alpha_c == pytest.approx(1 / 18) and report.alpha_status == "unsafe"
     curvature = ((2 - 0.05 * 4) + (18 - 0.05 * 324)) / 2
-    assert measure(problem(0.05), beta=1e-3, criterion="exact").beta_c == pytest.approx(2 / curvature)
+    assert measure(problem(0.05), beta=1e-3).beta_c == pytest.approx(2 / curvature)
 
 
 def sinusoid(order="exact", inner_steps=1, tasks=3, activation="tanh", **arguments):
@@ -132,7 +141,7 @@ def test_exact_beta_c_is_that_of_the_dense_jacobian(order, arguments):
         module.inner_lr /= module.inner_steps  # K*alpha beyond a task's limit has no stable rate: another test
     problem = module.meta_problem(batch)
     eigenvalues = np.linalg.eigvals(dense_jacobian(problem))
-    report = measure(problem, beta=1e-3, max_iter=60, tol=1e-4)
+    report = measure(problem, beta=1e-3, curvature=CurvatureOptions(criterion="simplified", max_iter=60, tol=1e-4))
     assert report.exact_beta_c == pytest.approx(limit_of(eigenvalues), rel=1e-3)
     assert report.exact_beta_c_interval[0] <= limit_of(eigenvalues) * (1 + 1e-5)
 
@@ -168,7 +177,7 @@ def test_exact_beta_c_of_the_live_optimizer_is_that_of_the_dense_scaled_jacobian
     # float rounding gives a symmetric Jacobian's eigenvalues imaginary parts that are none
     known = [complex(mu.real) if abs(mu.imag) < 1e-6 * abs(mu) else mu for mu in known]
     expected = min(settled.largest_rate(mu) for mu in known)
-    report = measure(problem, optimizer=optimizer, criterion="exact", max_iter=80, tol=1e-4)
+    report = measure(problem, optimizer=optimizer, curvature=CurvatureOptions(max_iter=80, tol=1e-4))
     assert report.beta_c == pytest.approx(expected, rel=2e-3)
     assert report.beta_ratio == pytest.approx(1e-3 / expected, rel=2e-3)
 
@@ -176,19 +185,21 @@ def test_exact_beta_c_of_the_live_optimizer_is_that_of_the_dense_scaled_jacobian
 def test_before_its_first_step_adam_has_no_verdict_and_in_its_first_steps_no_premature_one():
     module, batch = sinusoid()
     optimizer = Adam(module.theta().values(), lr=1e-3)
-    before = measure(module.meta_problem(batch), optimizer=optimizer, criterion="exact")
+    before = measure(module.meta_problem(batch), optimizer=optimizer)
     assert math.isnan(before.exact_beta_c) and before.beta_status == "unresolved"
     assert any("no second moment before its first step" in reason for reason in before.reasons)
     for _ in range(3):
         for name, gradient in meta_gradient(module.meta_problem(batch)).gradients.items():
             module.theta()[name].grad = gradient
         optimizer.step()
-    report = measure(module.meta_problem(batch), optimizer=optimizer, criterion="exact", tol=1e-6, max_iter=60)
+    report = measure(module.meta_problem(batch), optimizer=optimizer, curvature=CurvatureOptions(tol=1e-6, max_iter=60))
     low, high = report.beta_c_interval
     # 38 once the correction has settled, 38 * (1 - .9^4) at the coming step
     assert low / high == pytest.approx(1 - 0.9**4, rel=1e-3) and report.beta_c == pytest.approx(high, rel=1e-3)
     optimizer.param_groups[0]["lr"] = 0.6 * high
-    between = measure(module.meta_problem(batch), optimizer=optimizer, criterion="exact", tol=1e-6, max_iter=60)
+    between = measure(
+        module.meta_problem(batch), optimizer=optimizer, curvature=CurvatureOptions(tol=1e-6, max_iter=60)
+    )
     assert between.beta_status == "unresolved"
 
 
@@ -200,7 +211,9 @@ def test_a_negative_curvature_stays_out_of_the_formula():
         torch.tensor([[2.0, -3.0]], dtype=torch.float64),
         inner_lr=0.1,
     )
-    assert measure(problem, beta=0.1).exact_beta_c == pytest.approx(2 / (2 * 0.8**2))
+    assert measure(problem, beta=0.1, curvature=CurvatureOptions(criterion="simplified")).exact_beta_c == pytest.approx(
+        2 / (2 * 0.8**2)
+    )
 
 
 def noisy(curvatures):
@@ -213,17 +226,25 @@ def test_the_noise_limit_is_the_mean_square_one():
     curvatures = [1.0, 3.0, 0.5, 2.0]
     a, v = np.mean(curvatures), np.var(curvatures, ddof=1) / 4
     problem = noisy(curvatures)
-    assert measure(problem, beta=0.1).beta_c_noise == pytest.approx(2 * a / (a**2 + v))
+    assert measure(problem, beta=0.1, curvature=CurvatureOptions(criterion="simplified")).beta_c_noise == pytest.approx(
+        2 * a / (a**2 + v)
+    )
     momentum = SGD(problem.params.values(), lr=0.1, momentum=0.5)
-    assert measure(problem, optimizer=momentum).beta_c_noise == pytest.approx(2 / (a / 1.5 + v / (a * 0.5)))
-    assert measure(noisy([1.0] * 3), beta=0.1).beta_c_noise == pytest.approx(2.0)
-    assert math.isnan(measure(noisy([1.0]), beta=0.1).beta_c_noise)
+    assert measure(
+        problem, optimizer=momentum, curvature=CurvatureOptions(criterion="simplified")
+    ).beta_c_noise == pytest.approx(2 / (a / 1.5 + v / (a * 0.5)))
+    assert measure(
+        noisy([1.0] * 3), beta=0.1, curvature=CurvatureOptions(criterion="simplified")
+    ).beta_c_noise == pytest.approx(2.0)
+    assert math.isnan(measure(noisy([1.0]), beta=0.1, curvature=CurvatureOptions(criterion="simplified")).beta_c_noise)
 
 
 def test_the_worst_tasks_alpha_c_stands_beside_the_means():
-    report = measure(noisy([2.0, 18.0]), beta=1e-3, tasks="worst")
+    report = measure(noisy([2.0, 18.0]), beta=1e-3, curvature=CurvatureOptions(criterion="simplified", tasks="worst"))
     assert report.alpha_c == pytest.approx(1 / 18) and report.mean_alpha_c == pytest.approx(1 / 10)
-    assert math.isnan(measure(noisy([2.0, 18.0]), beta=1e-3).mean_alpha_c)
+    assert math.isnan(
+        measure(noisy([2.0, 18.0]), beta=1e-3, curvature=CurvatureOptions(criterion="simplified")).mean_alpha_c
+    )
 
 
 @pytest.mark.parametrize(
@@ -251,7 +272,9 @@ def test_the_predicted_change_is_the_real_one_to_second_order(make, taken):
         gradients()
         optimizer.step()
     before, state = gradients(), deepcopy(optimizer.state_dict())
-    predicted = measure(module.meta_problem(batch), optimizer=optimizer).predicted_change
+    predicted = measure(
+        module.meta_problem(batch), optimizer=optimizer, curvature=CurvatureOptions(criterion="simplified")
+    ).predicted_change
     assert str(optimizer.state_dict()) == str(state), "the live optimizer was touched"
     optimizer.step()
     assert predicted == pytest.approx(gradients() - before, rel=2e-2)
@@ -259,12 +282,16 @@ def test_the_predicted_change_is_the_real_one_to_second_order(make, taken):
 
 def test_an_optimizer_that_needs_a_closure_has_no_predicted_change():
     module, batch = sinusoid()
-    report = measure(module.meta_problem(batch), optimizer=LBFGS(module.theta().values(), lr=0.1))
+    report = measure(
+        module.meta_problem(batch),
+        optimizer=LBFGS(module.theta().values(), lr=0.1),
+        curvature=CurvatureOptions(criterion="simplified"),
+    )
     assert math.isnan(report.predicted_change) and any("LBFGS is not known" in notice for notice in report.notices)
 
 
 def test_the_guard_logs_what_it_found_and_acts_on_the_exact_criterion():
-    guard = ConvergenceGuard(every_n_steps=1, action="rescale", criterion="exact", margin=0.9)
+    guard = ConvergenceGuard(every_n_steps=1, action="rescale", margin=0.9)
     module = linear_module(4, 3.0, inner_lr=0.1)
     with pytest.warns(Warning, match="beta = 3 exceeds 0.9 \\* beta_c = 1.25"):
         trainer = fit(module, quadratic_batch(SPECTRUM, target=1.0), 40, [guard])

@@ -5,17 +5,17 @@ import pytest
 import scipy.sparse.linalg
 import torch
 import torch.nn.functional as F
+from lightning_maml_guard.stability.plain import PlainProblem
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from lightning_maml_guard import ConvergenceGuard, GuardWarning, MetaLearningModule, measure
+from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, GuardWarning, MetaLearningModule, measure
 from lightning_maml_guard.linalg.operators import FiniteDifference, Jacobian, gradient_of
 from lightning_maml_guard.linalg.pyhessian import largest_eigenvalue
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.stability.hvp import Memory
 from lightning_maml_guard.stability.krylov_stopping import Krylov, run_lanczos
-from lightning_maml_guard.stability.plain import PlainProblem
 from lightning_maml_guard.tasks.regression import Sinusoid
 from lightning_maml_guard.theory.ritz import rates_from_lanczos
 from tests.helpers import dense_by_differences, one_line, symmetric_top
@@ -67,12 +67,19 @@ def ctc_problem():
 @pytest.mark.parametrize("make", [bag_problem, ctc_problem])
 def test_finite_differences_step_in_where_there_is_no_double_backward(make):
     problem, memory = make(), Memory()
-    report = measure(problem, beta=0.1, tol=1e-4, max_iter=40, memory=memory)
+    report = measure(
+        problem, beta=0.1, cache=memory, curvature=CurvatureOptions(criterion="simplified", tol=1e-4, max_iter=40)
+    )
     true = true_top(problem)
     assert report.lambda_max == pytest.approx(true, rel=1e-5)
     assert any("no second derivative by double backward" in notice for notice in report.notices)
     assert set(memory.finite) == {"Hessian"}
-    assert measure(problem, beta=0.1, tol=1e-4, max_iter=40, memory=memory).lambda_max == report.lambda_max
+    assert (
+        measure(
+            problem, beta=0.1, cache=memory, curvature=CurvatureOptions(criterion="simplified", tol=1e-4, max_iter=40)
+        ).lambda_max
+        == report.lambda_max
+    )
 
 
 class Wrong(torch.autograd.Function):
@@ -91,7 +98,7 @@ class Wrong(torch.autograd.Function):
 
 def test_a_wrong_double_backward_is_found_by_the_self_check():
     problem = PlainProblem({"w": nn.Parameter(torch.tensor([1.0, 2.0]).double())}, lambda p: Wrong.apply(p["w"]).sum())
-    report = measure(problem, beta=0.1)
+    report = measure(problem, beta=0.1, curvature=CurvatureOptions(criterion="simplified"))
     assert report.lambda_max == pytest.approx(2.0, rel=1e-6)
     (notice,) = report.notices
     assert "disagrees with finite differences by 100.0%" in notice and "double backward is wrong" in notice
@@ -107,7 +114,12 @@ def test_an_operator_that_changes_between_products_is_named():
             lambda x: F.mse_loss(F.dropout(net(x), 0.5), y), x, use_reentrant=False, preserve_rng_state=False
         )
 
-    report = measure(plain(network, forgetful), beta=0.1, memory=Memory(checked={"Hessian"}))
+    report = measure(
+        plain(network, forgetful),
+        beta=0.1,
+        cache=Memory(checked={"Hessian"}),
+        curvature=CurvatureOptions(criterion="simplified"),
+    )
     assert report.status == "unresolved"
     assert "do not belong to one symmetric matrix" in report.reasons[0] and "preserve_rng_state" in report.reasons[0]
 
@@ -119,9 +131,9 @@ def test_dropout_gives_one_stable_number(dtype):
     module = MetaLearningModule(network, inner_lr=0.01)
     batch = Sinusoid().sample(4, torch.Generator().manual_seed(0))
     problem = module.meta_problem(tuple(tuple(part.to(dtype) for part in pair) for pair in batch))
-    first = measure(problem, beta=0.1)
+    first = measure(problem, beta=0.1, curvature=CurvatureOptions(criterion="simplified"))
     torch.rand(5)
-    second = measure(problem, beta=0.1)
+    second = measure(problem, beta=0.1, curvature=CurvatureOptions(criterion="simplified"))
     assert first.lambda_max == second.lambda_max and first.exact_beta_c == second.exact_beta_c
     assert first.status == "safe" and not first.notices
 

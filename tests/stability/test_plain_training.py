@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning_maml_guard.guard.isolation import isolated
+from lightning_maml_guard.stability.plain import PlainProblem, training_step_problem
 from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from lightning_maml_guard import ConvergenceGuard, measure
-from lightning_maml_guard.guard.isolation import isolated
-from lightning_maml_guard.stability.plain import PlainProblem, training_step_problem
+from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, LookaheadOptions, measure
 from lightning_maml_guard.utils.lightning_compat import LightningModule, Trainer, seed_everything
 from tests.helpers import QUIET, dense_by_differences, dense_hessian, guard_warns, symmetric_top
 
@@ -67,7 +67,7 @@ def test_beta_c_is_two_over_the_hessians_top():
         return F.mse_loss(torch.func.functional_call(module.network, {n[8:]: p for n, p in at.items()}, (0.9 * X,)), Y)
 
     true = np.linalg.eigvalsh(dense_hessian(loss, params))
-    guard = ConvergenceGuard(every_n_steps=100, action="log", tol=1e-6, max_iter=40)
+    guard = ConvergenceGuard(every_n_steps=100, action="log", curvature=CurvatureOptions(tol=1e-6, max_iter=40))
     train(module, [guard], steps=1)
     report = guard.history[0]
     assert report.beta_c == pytest.approx(2 / true[-1], rel=1e-6)
@@ -92,7 +92,7 @@ def test_only_what_exists_is_logged_and_training_is_as_without_the_guard():
 
 def test_it_warns_and_rescales():
     with guard_warns("beta = 50 exceeds beta_c.*Applied from now on: beta = "):
-        guard = ConvergenceGuard(every_n_steps=1, action="rescale", trial_steps=0)
+        guard = ConvergenceGuard(every_n_steps=1, action="rescale", lookahead=LookaheadOptions(steps=0))
         train(Regression(lr=50.0, dropout=0.0), [guard])
     assert guard.history[-1].beta_applied == pytest.approx(guard.history[-1].beta_c)
 
@@ -130,7 +130,7 @@ def test_a_step_without_a_loss_costs_one_warning(output):
         module = Silent()
         problem = training_step_problem(module, (X, Y), 0)
         with pytest.raises(ValueError, match="got float"):
-            measure(problem, beta=0.1)
+            measure(problem, beta=0.1, curvature=CurvatureOptions(criterion="simplified"))
 
 
 class Tied(nn.Module):
@@ -161,7 +161,7 @@ def test_tied_weights_and_shared_submodules_keep_their_live_parameters(make):
     live = {name: id(value) for name, value in module.named_parameters(remove_duplicate=False)}
     problem = training_step_problem(module, (X, Y), 0)
     with isolated(module):
-        report = measure(problem, beta=0.1, tol=1e-8, max_iter=60)
+        report = measure(problem, beta=0.1, curvature=CurvatureOptions(criterion="simplified", tol=1e-8, max_iter=60))
     assert {name: id(value) for name, value in module.named_parameters(remove_duplicate=False)} == live
 
     names, shapes = list(problem.params), [p.shape for p in problem.params.values()]
@@ -182,5 +182,9 @@ def test_tied_weights_and_shared_submodules_keep_their_live_parameters(make):
 
 def test_a_loss_that_is_flat_is_not_called_safe():
     weight = nn.Parameter(torch.ones(3))
-    report = measure(PlainProblem({"w": weight}, lambda p: p["w"].sum()), beta=0.1)
+    report = measure(
+        PlainProblem({"w": weight}, lambda p: p["w"].sum()),
+        beta=0.1,
+        curvature=CurvatureOptions(criterion="simplified"),
+    )
     assert report.status == "unresolved" and "no curvature" in report.reasons[0]

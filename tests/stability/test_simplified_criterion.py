@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_maml_guard import ConvergenceGuard, EpisodeBatch
+from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, EpisodeBatch
 from lightning_maml_guard.tasks.regression import LinearRegression
 from lightning_maml_guard.utils.lightning_compat import Callback
 from tests.helpers import bisect, fit, linear_module
@@ -45,7 +45,7 @@ def converges(batch, alpha, beta):
 
 
 def guards_view(batch, alpha, beta=0.1):
-    guard = ConvergenceGuard(action="log", tol=1e-6)
+    guard = ConvergenceGuard(action="log", curvature=CurvatureOptions(tol=1e-6))
     train(batch, alpha, beta, steps=1, callbacks=[guard])
     return guard.history[0]
 

@@ -15,7 +15,7 @@ import torch
 from PIL import EpsImagePlugin, Image
 
 import lightning_maml_guard
-from lightning_maml_guard import ConvergenceGuard, MetaLearningModule
+from lightning_maml_guard import ConvergenceGuard, LookaheadOptions, MetaLearningModule
 from lightning_maml_guard.cli.main import main
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.images import DatasetError, Omniglot, load_omniglot
@@ -158,7 +158,13 @@ def test_an_image_that_would_fill_the_memory_is_refused(root):
 def test_checkpoints_hold_no_code(tmp_path, number):
     """What a Trainer writes of module and guard, and the guard's own state, load without the unpickler's powers."""
     module = MetaLearningModule(mlp(hidden=(3,)), inner_lr=number(0.5), learn_inner_lr=True)
-    guard = ConvergenceGuard(every_n_steps=1, action="rescale", margin=number(0.5), alarm=number(3), rollback=True)
+    guard = ConvergenceGuard(
+        every_n_steps=1,
+        action="rescale",
+        margin=number(0.5),
+        rollback=True,
+        lookahead=LookaheadOptions(divergence_ratio=number(3)),
+    )
     trainer = fit(module, BATCH, 3, [guard])
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     torch.save(guard.state_dict(), tmp_path / "guard.pt")
@@ -166,7 +172,13 @@ def test_checkpoints_hold_no_code(tmp_path, number):
     assert checkpoint["hyper_parameters"]["inner_lr"] == 0.5 and guard.state_key in checkpoint["callbacks"]
     state = torch.load(tmp_path / "guard.pt", weights_only=True)
     assert len(state["history"]) == 3
-    again = ConvergenceGuard(every_n_steps=1, action="rescale", margin=number(0.5), alarm=number(3), rollback=True)
+    again = ConvergenceGuard(
+        every_n_steps=1,
+        action="rescale",
+        margin=number(0.5),
+        rollback=True,
+        lookahead=LookaheadOptions(divergence_ratio=number(3)),
+    )
     again.load_state_dict(state)
     assert [report.step for report in again.history] == [0, 1, 2]
     restored = MetaLearningModule.load_from_checkpoint(tmp_path / "run.ckpt", network=mlp(hidden=(3,)))

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_maml_guard import (
     ConvergenceGuard,
+    CurvatureOptions,
+    LookaheadOptions,
     MetaLearningModule,
     MetaProblem,
     RateSuggestion,
@@ -23,7 +25,7 @@ from lightning_maml_guard import (
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.regression import Sinusoid
 from lightning_maml_guard.utils.lightning_compat import LightningModule, Trainer
-from tests.helpers import fit, linear_module, quadratic_batch
+from tests.helpers import fit, grouped_suggest, linear_module, quadratic_batch
 
 VALUES = np.array([0.3, 1.0, 2.0, 4.0])
 
@@ -53,7 +55,12 @@ def sgd(beta, **options):
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_limits_are_those_of_the_closed_form(criterion, order, alpha_c, curvature, momentum):
     module = on_quadratic(optimizer=sgd(0.1, momentum=momentum), order=order)
-    found = suggest_rates(module, loader(quadratic_batch(list(VALUES))), criterion=criterion, margin=0.6)
+    found = suggest_rates(
+        module,
+        loader(quadratic_batch(list(VALUES))),
+        margin=0.6,
+        curvature=CurvatureOptions(criterion=criterion, tasks="worst"),
+    )
     beta_c = 2 * (1 + momentum) / curvature(VALUES, 0.6 * alpha_c).max()
     assert found.alpha_c == pytest.approx(alpha_c, rel=1e-6) and found.beta_c == pytest.approx(beta_c, rel=1e-6)
     assert found.suggestion() == pytest.approx((0.6 * alpha_c, 0.6 * beta_c), rel=1e-6)
@@ -73,7 +80,7 @@ def test_the_smallest_limits_over_the_batches_count():
 @pytest.mark.parametrize("margin", [0.95, 1.05])
 def test_the_suggested_pair_trains_just_inside_and_not_outside(margin):
     batch = quadratic_batch(list(VALUES))
-    found = suggest_rates(on_quadratic(), loader(batch), margin=0.5, trial_steps=0)
+    found = suggest_rates(on_quadratic(), loader(batch), margin=0.5, lookahead=LookaheadOptions(steps=0))
     module = on_quadratic(optimizer=sgd(margin * found.beta_c))
     module.inner_lr = found.alpha
     start = float(module.network.weight.detach().norm())
@@ -100,7 +107,9 @@ def test_a_meta_rate_whose_trial_dies_is_halved_and_said_so():
     assert found.beta_c == pytest.approx(2 / (12 * 0.36 - 4), rel=1e-3)
     assert "of its critical value, does not survive the coming steps: it was halved 3 times" in found.notes[0]
     assert found.beta == 0.5 * found.beta_c / 8 and found.trial[1] < 3 * found.trial[0]
-    assert suggest_rates(Wells(), loader(torch.zeros(1)), trial_steps=0).beta == 0.5 * found.beta_c
+    assert (
+        suggest_rates(Wells(), loader(torch.zeros(1)), lookahead=LookaheadOptions(steps=0)).beta == 0.5 * found.beta_c
+    )
 
 
 @pytest.mark.parametrize("algorithm", [None, "value"])
@@ -128,7 +137,9 @@ def test_unsafe_rates_get_the_guards_own_verdict():
 
 def test_adam_gets_no_invented_meta_rate():
     module = MetaLearningModule(mlp(), inner_lr=0.01, optimizer=lambda p: Adam(p, lr=1e-3))
-    found = suggest_rates(module, TaskDataModule(Sinusoid(shots=5), meta_batch_size=3), batches=2, trial_steps=3)
+    found = suggest_rates(
+        module, TaskDataModule(Sinusoid(shots=5), meta_batch_size=3), batches=2, lookahead=LookaheadOptions(steps=3)
+    )
     assert math.isnan(found.beta) and math.isnan(found.beta_c) and found.status == "unresolved"
     assert found.alpha == 0.5 * found.alpha_c and found.trial[1] < 3 * found.trial[0]
     assert found.notes == (
@@ -158,11 +169,11 @@ def test_what_is_printed_and_drawn():
     )
     assert lines[4].startswith("The configured rates are unsafe. beta = 3 exceeds")
     assert all(len(line) <= 100 for line in lines[4:])
-    at_edge = str(suggest_rates(on_quadratic(beta=1.5), loader(*batches), trial_steps=1))
+    at_edge = str(suggest_rates(on_quadratic(beta=1.5), loader(*batches), lookahead=LookaheadOptions(steps=1)))
     assert "\nThe configured rates are at the edge. beta = 1.5 exceeds" in at_edge
     figure, ax = found.plot()
     said = {text.get_text() for text in ax.get_legend().get_texts()}
-    beyond = "poster's curve beyond the measured $\\alpha$"
+    beyond = "simplified curve beyond the measured $\\alpha$"
     assert said == {"safe region, smallest", beyond, "configured rates", "suggested rates"}
     (filled,) = [part for part in ax.collections if part.get_label() == "safe region, smallest"]
     reached = filled.get_paths()[0].get_extents()
@@ -214,7 +225,7 @@ def test_nothing_is_touched():
     module.eval()
     before = copy.deepcopy(module.state_dict())
     rng, drawn = torch.get_rng_state(), data.generator.get_state()
-    suggest_rates(module, data, trial_steps=2)
+    suggest_rates(module, data, lookahead=LookaheadOptions(steps=2))
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert torch.equal(torch.get_rng_state(), rng) and torch.equal(data.generator.get_state(), drawn)
     assert not module.training and module.seen == [] and module.net[0].weight.grad.eq(1).all()
@@ -227,7 +238,7 @@ def test_a_datamodule_keeps_its_trainer_and_a_run_is_the_same_afterwards():
         module = MetaLearningModule(mlp(hidden=(8,)), optimizer=sgd(0.05))
         data = TaskDataModule(Sinusoid(shots=5), meta_batch_size=2, val_episodes=0)
         if suggests:
-            found = suggest_rates(module, data, batches=2, trial_steps=2)
+            found = suggest_rates(module, data, batches=2, lookahead=LookaheadOptions(steps=2))
             assert isinstance(found, RateSuggestion) and data.trainer is None
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         Trainer(max_steps=3, accelerator="cpu", enable_model_summary=False, **quiet).fit(module, data)
@@ -272,7 +283,9 @@ def test_a_foreign_module_with_its_own_loader_and_a_warm_up():
 
 def test_a_part_that_adapts_keeps_its_rates_in_proportion():
     module = MetaLearningModule(mlp(hidden=(8,)), adapt="*2*", inner_lr=0.01, optimizer=sgd(0.1))
-    found = suggest_rates(module, TaskDataModule(Sinusoid(shots=5), meta_batch_size=2), batches=1, trial_steps=2)
+    found = suggest_rates(
+        module, TaskDataModule(Sinusoid(shots=5), meta_batch_size=2), batches=1, lookahead=LookaheadOptions(steps=2)
+    )
     assert found.suggested_reports[0].alpha == pytest.approx(found.alpha, rel=1e-6) and found.alpha > 0
 
 
@@ -320,7 +333,7 @@ def test_an_error_in_the_users_code_is_the_users_to_see():
 def test_bad_input_is_named(change, error, message):
     given = {"module": Plain(), "datamodule": shuffled(), **change}
     with pytest.raises(error, match=message):
-        suggest_rates(given.pop("module"), given.pop("datamodule"), **given)
+        suggest_rates(given.pop("module"), given.pop("datamodule"), **grouped_suggest(**given))
 
 
 def test_a_module_that_cannot_be_copied_is_named():
@@ -343,7 +356,7 @@ def test_a_module_without_an_optimizer_is_named():
 def test_new_tasks_at_every_step_lower_the_meta_rate(resample):
     module = MetaLearningModule(mlp(hidden=(8,)), optimizer=sgd(0.1, momentum=0.9))
     data = TaskDataModule(Sinusoid(shots=5), meta_batch_size=3, resample=resample)
-    found = suggest_rates(module, data, batches=2, trial_steps=0)
+    found = suggest_rates(module, data, batches=2, lookahead=LookaheadOptions(steps=0))
     if resample:
         assert found.beta_c_noise == min(report.beta_c_noise for report in found.suggested_reports) < found.beta_c
         assert found.beta == 0.5 * found.beta_c_noise
@@ -358,5 +371,5 @@ def test_several_loaders_and_one_batch():
         def training_step(self, batch, batch_idx):
             return super().training_step(batch["a"], batch_idx) + super().training_step(batch["b"], batch_idx)
 
-    found = suggest_rates(Two(), {"a": shuffled(), "b": shuffled()}, batches=1, trial_steps=1)
+    found = suggest_rates(Two(), {"a": shuffled(), "b": shuffled()}, batches=1, lookahead=LookaheadOptions(steps=1))
     assert len(found.reports) == 1 and found.beta > 0

@@ -1,0 +1,124 @@
+"""What a guard does when the rates are unsafe: one class per action, and the registry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lightning_maml_guard.guard.lookahead import Caps, Lookahead, LookaheadResult
+from lightning_maml_guard.guard.rescale import at_limits, lowered, raised
+from lightning_maml_guard.guard.state_machine import Transition
+from lightning_maml_guard.messages.sentences import Spelling, rates
+from lightning_maml_guard.stability.report import StabilityReport
+from lightning_maml_guard.theory.limits import UNSAFE
+from lightning_maml_guard.utils.checks import check_choice
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What an action decides on.
+
+    Attributes:
+        report: The measurement.
+        transition: What the check changed.
+        caps: The caps so far.
+        margin: Fraction of the critical values that rates are capped at.
+        reach_alpha: Whether the module's inner rate can be capped.
+        fails: Whether the lookahead diverges.
+        rolled_back: Whether the run was rolled back before the measurement.
+        present: The lookahead under the caps so far; None without one.
+        lookahead: Looks ahead; None where it cannot.
+    """
+
+    report: StabilityReport
+    transition: Transition
+    caps: Caps
+    margin: float
+    reach_alpha: bool
+    fails: bool
+    rolled_back: bool
+    present: LookaheadResult | None
+    lookahead: Lookahead | None
+
+
+class Action:
+    """What a guard does when the rates are unsafe; the base of the classes below, which differ in these attributes.
+
+    Attributes:
+        speaks: Whether warnings and messages are given.
+        caps_rates: Whether rates are capped; such a guard goes on looking while they are unsafe.
+        stops: Whether the Trainer is asked to stop.
+        resumes_exactly: Whether a checkpoint holds the lookahead's batches, so that a resumed run is the one that was
+            interrupted. Where the guard does nothing to the run they would only swell the checkpoint.
+    """
+
+    speaks: ClassVar[bool] = True
+    caps_rates: ClassVar[bool] = False
+    stops: ClassVar[bool] = False
+    resumes_exactly: ClassVar[bool] = False
+
+    def decide(self, situation: Situation) -> Caps:
+        """Find the caps from the coming step on."""
+        return situation.caps
+
+    def effect(self, spelling: Spelling, alpha: float, beta: float) -> list[str]:
+        """Say what the guard does now that the rates are unsafe; the rates are those applied from now on."""
+        return []
+
+
+class Log(Action):
+    """Log the numbers; weights, optimizer state and random numbers are bitwise those of a run without the guard."""
+
+    speaks = False
+
+
+class Warn(Action):
+    """Warn each time the state changes to unsafe."""
+
+    def effect(self, spelling: Spelling, alpha: float, beta: float) -> list[str]:
+        """Name the action that would act."""
+        return [f"Or let the guard do it: {spelling.guard(action='rescale')}."]
+
+
+class Rescale(Action):
+    """Cap the applied rates until a lookahead survives, and release them as the safe region widens."""
+
+    caps_rates = True
+    resumes_exactly = True
+
+    def decide(self, situation: Situation) -> Caps:
+        """Lower the rates of a diverging run; release those of a healthy one."""
+        report, caps, reach = situation.report, situation.caps, situation.reach_alpha
+        present, look, margin = situation.present, situation.lookahead, situation.margin
+        if present is None or look is None:
+            waiting = report.status == UNSAFE and situation.transition.state != UNSAFE
+            return caps if waiting else at_limits(report, caps, margin, reach)
+        rolled_back = situation.rolled_back
+        if rolled_back or (situation.fails and situation.transition.state == UNSAFE):
+            loss = look.under(caps).begin if rolled_back else present.begin
+            return lowered(report, caps, margin, look.under, loss=loss, reach_alpha=reach, at_least_halve=rolled_back)
+        return caps if situation.fails else raised(report, caps, margin, present, look.under)
+
+    def effect(self, spelling: Spelling, alpha: float, beta: float) -> list[str]:
+        """Name the rates that are applied."""
+        return [f"Applied from now on: {rates(alpha, beta)} ({spelling.arguments(action='rescale')})."]
+
+
+class Stop(Action):
+    """Ask the Trainer to stop."""
+
+    stops = True
+    resumes_exactly = True
+
+    def effect(self, spelling: Spelling, alpha: float, beta: float) -> list[str]:
+        """Say that training stops."""
+        return [f"Training stops after this step ({spelling.arguments(action='stop')})."]
+
+
+# A new action is a class above and a row here.
+ACTIONS: dict[str, Action] = {"log": Log(), "warn": Warn(), "rescale": Rescale(), "stop": Stop()}
+
+
+def check_action(name: str) -> None:
+    """Raise a ValueError if there is no action of that name."""
+    check_choice("action", name, tuple(ACTIONS))

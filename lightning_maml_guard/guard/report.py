@@ -1,0 +1,83 @@
+"""CheckReport: what a guard keeps of one check; and a history of them as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from lightning_maml_guard.messages.reasons import Reason
+from lightning_maml_guard.stability.report import StabilityReport
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_DERIVED = ("alpha_ratio", "beta_ratio", "simplified_alpha_c")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckReport(StabilityReport):
+    """What a guard keeps of one check: the measurement, what the lookahead saw, and the rates applied after it.
+
+    ``status`` is that of the run: beside ``"safe"``, ``"unsafe"`` and ``"unresolved"`` it may be ``"edge"``, where a
+    rate exceeds its critical value and the lookahead does not diverge (the edge of stability). ``findings`` hold the
+    lookahead's too.
+
+    Attributes:
+        alpha_applied: Inner rate applied after this check; ``alpha`` unless the guard capped it.
+        beta_applied: Meta rate applied after this check.
+        severity: ``log(loss after the lookahead / loss that training started from)``; ``nan`` without one.
+        growth: Factor per step by which the loss grew in the lookahead.
+    """
+
+    alpha_applied: float
+    beta_applied: float
+    severity: float = math.nan
+    growth: float = math.nan
+
+    @classmethod
+    def of(cls, measured: StabilityReport, *, findings: Sequence[Reason], **found: Any) -> CheckReport:
+        """Make the report of a check from its measurement and from what the guard found and did."""
+        values = {each.name: getattr(measured, each.name) for each in fields(StabilityReport)}
+        return cls(**(values | {"findings": tuple(findings)} | found))
+
+    def applied_instead(self, name: str) -> str:
+        """Say which rate is applied in place of the configured one; empty where it is applied as configured."""
+        applied = getattr(self, f"{name}_applied")
+        return f"applied {applied:.3g}" if applied < getattr(self, name) else ""
+
+    def _rate_line(self, name: str) -> str:
+        line, applied = super()._rate_line(name), self.applied_instead(name)
+        return f"{line}; {applied}" if applied else line
+
+
+def frame(history: Sequence[CheckReport]) -> pd.DataFrame:
+    """Put reports into a table; see :meth:`ConvergenceGuard.frame`."""
+    try:
+        import pandas as pd
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "guard.frame() needs pandas: pip install pandas. guard.history holds the same reports."
+        ) from error
+    numbers = [each.name for each in fields(CheckReport) if each.name not in {"spectrum", "step", "findings", "notes"}]
+    columns = [
+        column
+        for name in numbers
+        for column in ((f"{name}_low", f"{name}_high") if name.endswith("_interval") else (name,))
+    ]
+    columns = [*(column.replace("_interval", "") for column in columns), "reasons", "notices", *_DERIVED]
+    steps = pd.Index([report.step for report in history], name="step", dtype="Int64")
+    return pd.DataFrame([_row(report, numbers) for report in history], index=steps, columns=columns)
+
+
+def _row(report: CheckReport, numbers: Sequence[str]) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for name in numbers:
+        if name.endswith("_interval"):
+            short = name.removesuffix("_interval")
+            row[f"{short}_low"], row[f"{short}_high"] = getattr(report, name)
+        else:
+            row[name] = getattr(report, name)
+    row |= {"reasons": " ".join(report.reasons), "notices": " ".join(report.notices)}
+    return row | {name: getattr(report, name) for name in _DERIVED}

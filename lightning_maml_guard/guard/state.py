@@ -1,0 +1,178 @@
+"""What a guard knows of a run: one tree of dataclasses, and the one way into a checkpoint and out of it."""
+
+from __future__ import annotations
+
+import types
+import typing
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from functools import cache
+from typing import Any
+
+from lightning_maml_guard.guard.divergence import RunningStatistics
+from lightning_maml_guard.guard.lookahead import Caps
+from lightning_maml_guard.guard.report import CheckReport
+from lightning_maml_guard.guard.schedule import ScheduleState
+from lightning_maml_guard.guard.state_machine import Watch
+from lightning_maml_guard.messages.reasons import Kind, Reason
+from lightning_maml_guard.stability.hvp import NetworkFacts
+
+VERSION = 1
+_EVENTS = 1000  # kept at most
+
+
+@dataclass(frozen=True)
+class Event:
+    """One event of a run: ``kind`` is ``"rolled back"``, ``"stopped"`` or ``"notice"``; the step may be unknown."""
+
+    step: int | None
+    kind: str
+    reasons: tuple[Reason, ...]
+
+
+@dataclass
+class GuardState:
+    """All that a guard remembers of a run.
+
+    Attributes:
+        history: The latest checks.
+        severities: Steps and severities of the latest lookaheads, those between checks included.
+        events: Rollbacks, stops and notices, the latest ones.
+        announced: Keys of the reasons that were announced, each once.
+        schedule: When to check next.
+        statistics: The running loss and gradient norm.
+        watches: The states of the rates, by what is watched.
+        sharpest: The largest ``lambda_max`` so far.
+        caps: The caps on the rates.
+        capped: Indices of the optimizers that are capped.
+        rollbacks: Rollbacks so far.
+        stopped_step: Step at which the guard stopped the run; None if it did not.
+        stopping: Why.
+        facts: What is known of the network.
+        batches: The lookahead's batches, on the host.
+        snapshot: The state to roll back to.
+        version: Of this layout.
+    """
+
+    history: list[CheckReport] = field(default_factory=list)
+    severities: list[tuple[int, float]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    announced: set[str] = field(default_factory=set)
+    schedule: ScheduleState = field(default_factory=ScheduleState)
+    statistics: RunningStatistics = field(default_factory=RunningStatistics)
+    watches: dict[str, Watch] = field(default_factory=dict)
+    sharpest: float = 0.0
+    caps: Caps = field(default_factory=Caps)
+    capped: list[int] = field(default_factory=list)
+    rollbacks: int = 0
+    stopped_step: int | None = None
+    stopping: list[Reason] = field(default_factory=list)
+    facts: NetworkFacts = field(default_factory=NetworkFacts)
+    batches: list[Any] = field(default_factory=list)
+    snapshot: dict[str, Any] | None = None
+    version: int = VERSION
+
+    def note(self, kind: str, *reasons: Reason, step: int | None) -> None:
+        """Keep an event, for the run's report."""
+        self.events = [*self.events, Event(step, kind, reasons)][-_EVENTS:]
+
+
+def to_checkpoint(state: GuardState) -> dict[str, Any]:
+    """Convert a state to primitives and tensors, so that a checkpoint loads with ``weights_only``."""
+    own = {"batches": state.batches, "snapshot": state.snapshot}  # plain already, tuples of optimizers' included
+    return {each.name: own.get(each.name, _to_plain(getattr(state, each.name))) for each in fields(state)}
+
+
+def from_checkpoint(plain: dict[str, Any]) -> GuardState:
+    """Restore a state; entries that are not known here are left out, those that are missing keep their defaults."""
+    if "version" not in plain:
+        plain = _from_flat(plain)
+    return _from_plain(GuardState, plain)
+
+
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: _to_plain(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, dict):
+        return {key: _to_plain(each) for key, each in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, (list, tuple)):
+        return [_to_plain(each) for each in value]
+    return value
+
+
+def _from_plain(kind: Any, value: Any) -> Any:
+    """Make a value of a type from what :func:`_to_plain` made of it."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _from_plain(next(each for each in arguments if each is not type(None)), value)
+    if isinstance(kind, type) and is_dataclass(kind):
+        hints = _hints(kind)
+        return kind(**{name: _from_plain(hints[name], each) for name, each in value.items() if name in hints})
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind(value)
+    if isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        return kind(*(_from_plain(hint, each) for hint, each in zip(_hints(kind).values(), value, strict=True)))
+    if origin in (list, set):
+        return origin(_from_plain(arguments[0], each) for each in value)
+    if origin is tuple and arguments[-1] is ...:
+        return tuple(_from_plain(arguments[0], each) for each in value)
+    if origin is tuple:
+        return tuple(_from_plain(hint, each) for hint, each in zip(arguments, value, strict=True))
+    if origin is dict:
+        return {key: _from_plain(arguments[1], each) for key, each in value.items()}
+    return value
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _from_flat(old: dict[str, Any]) -> dict[str, Any]:
+    """Bring a state from before the tree (release 0.1 and earlier) into today's layout."""
+    given = {name: old[name] for name in _UNCHANGED if name in old}
+    spiked, diverged, gap = old.get("triggered", (False, False, 2))
+    spent, latest = old.get("spent", (0.0, 0.0))
+    schedule = {"last": old.get("last_step"), "spiked": spiked, "diverged": diverged, "gap": gap}
+    schedule |= {"unjudged": bool(old.get("unjudged")), "spent": spent, "latest": latest}
+    watches = {name: {"state": state, "failed": failed} for name, (state, failed) in old.get("watches", {}).items()}
+    stopping = old.get("stopping_reason")
+    return given | {
+        "history": [_flat_report(report) for report in old.get("history", [])],
+        "events": [
+            {"step": None if step == -1 else step, "kind": kind, "reasons": [_text(text)]}
+            for step, kind, text in old.get("events", [])
+        ],
+        "announced": old.get("said", []),
+        "schedule": schedule,
+        "statistics": old.get("range", {}),
+        "watches": watches,
+        "caps": {"alpha": old.get("alpha_cap"), "beta": old.get("beta_cap")},
+        "capped": old.get("governed", []),
+        "stopping": [] if stopping is None else [_text(stopping)],
+        "facts": {
+            "checked": old.get("checked", []),
+            "finite": {name: _text(text) for name, text in old.get("finite", {}).items()},
+            "looped": bool(old.get("looped")),
+        },
+    }
+
+
+_UNCHANGED = ("severities", "sharpest", "rollbacks", "stopped_step", "batches", "snapshot")
+
+
+def _flat_report(report: dict[str, Any]) -> dict[str, Any]:
+    words = {"findings": report.get("reasons", []), "notes": report.get("notices", [])}
+    reasons = {name: [_text(text) for text in texts] for name, texts in words.items()}
+    applied = {f"{name}_applied": report.get(f"{name}_applied", report[name]) for name in ("alpha", "beta")}
+    return report | reasons | applied
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"kind": Kind.TEXT.value, "detail": text}

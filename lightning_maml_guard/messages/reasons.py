@@ -1,0 +1,129 @@
+"""Reasons as data: what was found, with its numbers and its remedy. ``messages.sentences`` puts them into words."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from lightning_maml_guard.theory.multiplier import Interval
+
+UNKNOWN_INTERVAL: Interval = (math.nan, math.nan)
+
+
+class Kind(str, Enum):
+    """What a reason is about. The values stand in checkpoints."""
+
+    # A rate beside its critical value.
+    ABOVE_LIMIT = "above limit"
+    TOO_CLOSE = "too close to limit"
+    NOT_JUDGED = "not judged"
+    # A measurement.
+    NO_CURVATURE = "no curvature"
+    NOT_MEASURED = "not measured"
+    NO_EXACT_LIMIT = "no exact limit"
+    NO_DOUBLE_BACKWARD = "no double backward"
+    WRONG_DOUBLE_BACKWARD = "wrong double backward"
+    # A lookahead.
+    LOOKAHEAD_DIVERGES = "lookahead diverges"
+    LOSS_NOT_FINITE = "loss not finite"
+    # What a guard has to say once.
+    CHECK_FAILED = "check failed"
+    TASK_FAILED = "task failed"
+    NO_LOOKAHEAD = "no lookahead"
+    NO_GRADIENT_NORM = "no gradient norm"
+    NO_SNAPSHOT = "no snapshot"
+    NETWORK_COLLAPSED = "network collapsed"
+    BAREBONES = "barebones"
+    # What a guard did.
+    ROLLED_BACK = "rolled back"
+    ROLLED_BACK_AT_END = "rolled back at the end"
+    TOO_MANY_ROLLBACKS = "too many rollbacks"
+    # What a tuner has to say of its suggestion.
+    NO_ALPHA_LIMIT = "no alpha limit"
+    NO_BETA_SUGGESTED = "no beta suggested"
+    BETA_HALVED = "beta halved"
+    NO_BETA_SURVIVES = "no beta survives"
+    # A sentence of an older version, read from a checkpoint.
+    TEXT = "text"
+
+
+class Remedy(str, Enum):
+    """What to do about it."""
+
+    NONE = ""
+    LOWER_ALPHA = "lower alpha"
+    LOWER_ALPHA_FIRST = "lower alpha first"
+    LOWER_BETA = "lower beta"
+    LOWER_BETA_IF_STILL_ABOVE = "lower beta if it is above the limit at the lowered alpha too"
+    LOWER_BETA_UNSPECIFIED = "lower beta, no limit known"
+    MEASURE_SHARPER = "measure sharper"
+    START_AGAIN = "start again"
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a check came out as it did, or what happened in a run. Fields that do not apply keep their defaults.
+
+    Attributes:
+        kind: What it is about.
+        rate: ``"alpha"`` or ``"beta"``, where it is about one of them.
+        value: The rate as configured.
+        limit: Its critical value.
+        interval: Where the critical value lies.
+        margin: Fraction of the critical value that counts as the threshold.
+        growth: Factor per step by which the error along the sharpest direction grows.
+        effect: What a rate beyond its limit does: a key of ``messages.sentences``.
+        order: Order of MAML whose own condition differs from the one judged; empty where they agree.
+        remedy: What to do about it.
+        hvps: Hessian-vector products used.
+        step: Training step.
+        alpha: Inner rate that was tried or is applied.
+        beta: Meta rate that was tried or is applied.
+        losses: Loss before, loss after, and the loss that training started from.
+        steps: Number of steps a lookahead took; of rollbacks the step returned to.
+        counts: Rollbacks so far, and at most.
+        what: What it is about in the code: an operator's name, or what could not be done.
+        error: Type of an exception.
+        detail: Text that came from elsewhere: an exception's, or an optimizer's.
+        where: File, line and function an exception came from.
+        because: The reason behind this one.
+    """
+
+    kind: Kind
+    rate: str = ""
+    value: float = math.nan
+    limit: float = math.nan
+    interval: Interval = UNKNOWN_INTERVAL
+    margin: float = 1.0
+    growth: float = math.nan
+    effect: str = ""
+    order: str = ""
+    remedy: Remedy = Remedy.NONE
+    hvps: int = 0
+    step: int | None = None
+    alpha: float = math.nan
+    beta: float = math.nan
+    losses: tuple[float, float, float] = (math.nan, math.nan, math.nan)
+    steps: int = 0
+    counts: tuple[int, int] = (0, 0)
+    what: str = ""
+    error: str = ""
+    detail: str = ""
+    where: str = ""
+    because: Reason | None = None
+
+    @property
+    def key(self) -> str:
+        """What makes two reasons the same one at another step: numbers are left out."""
+        # The text of an exception may hold numbers that change; where it was raised does not.
+        return "|".join((self.kind.value, self.rate, self.what, self.error, self.where if self.error else self.detail))
+
+
+def of_error(kind: Kind, error: BaseException, *, what: str = "", step: int | None = None) -> Reason:
+    """State a failure as a reason: its type, its text, and the place it came from."""
+    trace = traceback.extract_tb(error.__traceback__)
+    where = f"{Path(trace[-1].filename).name}, line {trace[-1].lineno}, in {trace[-1].name}" if trace else ""
+    return Reason(kind, what=what, error=type(error).__name__, detail=str(error), where=where, step=step)

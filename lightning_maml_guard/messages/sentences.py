@@ -1,0 +1,324 @@
+"""Every sentence a user of the guard reads, made from reasons. Nothing is ever parsed out of these."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy
+
+_WIDTH = 100
+
+
+class Spelling:
+    """How a guard's arguments are written: in Python. The command line has a spelling of its own."""
+
+    def arguments(self, **given: Any) -> str:
+        """Write arguments by name and value."""
+        return ", ".join(f"{name}={value!r}" for name, value in given.items())
+
+    def guard(self, **given: Any) -> str:
+        """Write a guard with these arguments."""
+        return f"ConvergenceGuard({self.arguments(**given)})"
+
+
+IN_PYTHON = Spelling()
+
+_EFFECTS = {
+    "simplified": "simplified MAML's objective, lambda - alpha*lambda^2, curves downwards along the sharpest "
+    "direction, so no meta rate brings it to a minimum.",
+    "inner loop": "the inner loop itself diverges: along the sharpest direction each inner step multiplies the error "
+    "by |1 - alpha*lambda_max| > 1.",
+    "first order": "first-order MAML's update, lambda*(1 - alpha*lambda)^K, turns against the sharpest direction, so "
+    "no meta rate brings it to a minimum.",
+    "no stable rate": "no positive meta rate is stable while alpha exceeds alpha_c.",
+    "within the margin": "the meta update is nearer to its limit than the margin allows.",
+}
+_ORDERS = {
+    "exact": "(This is the simplified criterion; exact MAML, which this run trains, is a different update and its "
+    "inner loop diverges only beyond twice alpha_c. criterion='exact' judges that update.)",
+    "first": "(This is the simplified criterion; it holds for first-order MAML with one inner step.)",
+}
+
+
+def sentence(reason: Reason, spelling: Spelling = IN_PYTHON) -> str:
+    """Put a reason into words: what happened and why, then what to do."""
+    return " ".join(filter(None, (cause(reason, spelling), remedy(reason))))
+
+
+def sentences(reasons: Sequence[Reason], spelling: Spelling = IN_PYTHON) -> tuple[str, ...]:
+    """Put several reasons into words, a text each."""
+    return tuple(sentence(each, spelling) for each in reasons)
+
+
+def cause(reason: Reason, spelling: Spelling = IN_PYTHON) -> str:
+    """Say what happened and why, without what to do."""
+    return _CAUSES[reason.kind](reason, spelling)
+
+
+def remedy(reason: Reason) -> str:
+    """Say what to do; empty where there is nothing to do."""
+    below = f"below {reason.margin * reason.limit:.3g}"
+    return {
+        Remedy.NONE: "",
+        Remedy.LOWER_ALPHA: f"Lower the inner rate (inner_lr) {below}.",
+        Remedy.LOWER_ALPHA_FIRST: "Lower the inner rate first.",
+        Remedy.LOWER_BETA: f"Lower the optimizer's lr {below}.",
+        Remedy.LOWER_BETA_IF_STILL_ABOVE: "Lower the optimizer's lr only if it exceeds beta_c at the lowered inner "
+        "rate too: beta_c moves with alpha.",
+        Remedy.LOWER_BETA_UNSPECIFIED: "Lower the optimizer's lr.",
+        Remedy.MEASURE_SHARPER: "Raise max_iter or lower tol for a sharper answer.",
+        Remedy.START_AGAIN: "Start again with lower rates.",
+    }[reason.remedy]
+
+
+def announced(reason: Reason, spelling: Spelling = IN_PYTHON) -> str:
+    """Say something outside of a change of state, to be read by itself; a line each for cause and remedy."""
+    at = f"step {reason.step}: " if reason.kind in _MEASURED and reason.step is not None else ""
+    return f"ConvergenceGuard: {at}{sentence(reason, spelling)}"
+
+
+def left_safe_region(step: int, reasons: Sequence[Reason], effect: Sequence[str], spelling: Spelling) -> str:
+    """Say that the rates left the safe region: why, what to do, and what the guard does about it."""
+    why = [f"Why: {cause(each, spelling)}" for each in reasons]
+    to_do = [f"To do: {text}" for each in reasons if (text := remedy(each))]
+    head = f"ConvergenceGuard: the learning rates left the safe region at step {step}."
+    return "\n".join([head, *why, *dict.fromkeys(to_do), *effect])
+
+
+def returned(step: int, *, safe: bool, applied: float, configured: float) -> str:
+    """Say that the rates are not unsafe any more; the two rates are the meta rate's."""
+    if safe:
+        said = "the rates are back in the safe region."
+    elif applied < configured:
+        said = f"the next steps survive at the applied beta = {applied:.3g} (configured: {configured:.3g})."
+    else:
+        said = "the next steps survive again, at the edge of stability."
+    return f"ConvergenceGuard: step {step}: {said}"
+
+
+def rates(alpha: float, beta: float, joint: str = ", ") -> str:
+    """Write a pair of rates, the inner one only where there is an inner loop."""
+    return ("" if math.isnan(alpha) else f"alpha = {alpha:.3g}{joint}") + f"beta = {beta:.3g}"
+
+
+def block(message: str) -> str:
+    """Wrap a message for a terminal: all lines but the first are indented."""
+    first, *others = message.splitlines()
+    options: dict[str, Any] = {"width": _WIDTH, "break_long_words": False, "break_on_hyphens": False}
+    lines = textwrap.wrap(first, subsequent_indent="  ", **options)
+    for other in others:
+        lines += textwrap.wrap(other, initial_indent="  ", subsequent_indent="    ", **options)
+    return "\n".join(lines)
+
+
+def _source(reason: Reason) -> str:
+    parts = [f"interval {reason.interval[0]:.3g} to {reason.interval[1]:.3g}"]
+    return f"({', '.join(parts + _cost(reason))})"
+
+
+def _cost(reason: Reason) -> list[str]:
+    hvps = [f"{reason.hvps} Hessian-vector products"] if reason.hvps else []
+    return hvps if reason.step is None else [*hvps, f"step {reason.step}"]
+
+
+def _threshold(reason: Reason) -> str:
+    scaled = f"{reason.margin:g} * " if reason.margin != 1 else ""
+    return f"{scaled}{reason.rate}_c = {reason.margin * reason.limit:.3g}"
+
+
+def _above_limit(reason: Reason, spelling: Spelling) -> str:
+    effect = _EFFECTS.get(reason.effect, "")
+    if reason.effect == "grows":
+        by = f" by {reason.growth:.2g} per step" if reason.growth > 1 else ""
+        effect = f"the meta update grows along the sharpest direction{by}."
+    said = f"{reason.rate} = {reason.value:.3g} exceeds {_threshold(reason)} {_source(reason)}: {effect}"
+    return f"{said} {_ORDERS[reason.order]}" if reason.order else said
+
+
+def _too_close(reason: Reason, spelling: Spelling) -> str:
+    return (
+        f"{reason.rate} = {reason.value:.3g} is too close to {_threshold(reason)} {_source(reason)} to be called safe "
+        "or unsafe."
+    )
+
+
+def _not_judged(reason: Reason, spelling: Spelling) -> str:
+    return f"{reason.rate} is not judged: {reason.detail or 'its critical value could not be measured.'}"
+
+
+def _no_curvature(reason: Reason, spelling: Spelling) -> str:
+    return (
+        f"The loss has no curvature at these parameters and this batch ({', '.join(_cost(reason))}), so no limit "
+        "follows; that is not the same as safe. ReLU networks with dead units and losses that are linear look like "
+        "this."
+    )
+
+
+def _no_exact_limit(reason: Reason, spelling: Spelling) -> str:
+    return (
+        f"exact_beta_c could not be measured ({reason.error}: {reason.detail}); the simplified criterion is still "
+        "checked."
+    )
+
+
+def _no_double_backward(reason: Reason, spelling: Spelling) -> str:
+    return (
+        f"{reason.what}: this network has no second derivative by double backward ({reason.detail}), so its curvature "
+        "is measured by finite differences of gradients (less sharp, two gradients per product)."
+    )
+
+
+def _wrong_double_backward(reason: Reason, spelling: Spelling) -> str:
+    return (
+        f"{reason.what}: the second derivative by double backward disagrees with finite differences by "
+        f"{reason.value:.1%}: a layer's double backward is wrong (a custom autograd Function without one, a reentrant "
+        "checkpoint). The curvature is measured by finite differences of gradients instead."
+    )
+
+
+def _lookahead_diverges(reason: Reason, spelling: Spelling) -> str:
+    before, after, start = reason.losses
+    said = (
+        f"The next {reason.steps} steps, tried on copies at {rates(reason.alpha, reason.beta, ' and ')}, take the loss "
+        f"from {before:.3g} to {after:.3g} (training started from {start:.3g})."
+    )
+    unexplained = " The curvature at this point alone does not explain it: it changes along the way."
+    return said + unexplained if reason.remedy is Remedy.LOWER_BETA_UNSPECIFIED else said
+
+
+def _loss_not_finite(reason: Reason, spelling: Spelling) -> str:
+    guard = spelling.guard(action="rescale", rollback=True)
+    return (
+        f"The loss is {reason.losses[0]} already, so no rate brings this run back; {guard} returns a run to the last "
+        "parameters measured safe."
+    )
+
+
+def _check_failed(reason: Reason, spelling: Spelling) -> str:
+    where = f" ({reason.where})" if reason.where else ""
+    to_do = {
+        "out of memory": "A check needs about max_iter vectors of the parameters' size and the graph of a second "
+        "derivative: lower max_iter or the module's task_chunk_size, or pass max_tasks, basis='bfloat16' or 'cpu' "
+        "(curvature options), or steps=0 or batches=1 (lookahead options).",
+        "other rank": "Look at that rank; the others are well.",
+    }.get(reason.effect, "If it comes from code of yours (the problem, the loss, a logger), fix it there.")
+    return (
+        f"the check at step {reason.step} failed; training goes on without it.\nCause: {reason.error}: {reason.detail}"
+        f"{where}.\nTo do: {to_do} This is said once for each cause."
+    )
+
+
+def _no_gradient_norm(reason: Reason, spelling: Spelling) -> str:
+    return (
+        "between checks it looks when the loss jumps, but not when the gradient norm does: the norm could not be "
+        f"computed.\nCause: {reason.error}: {reason.detail}"
+    )
+
+
+def _no_snapshot(reason: Reason, spelling: Spelling) -> str:
+    kept = f"a rollback goes to step {reason.steps}" if reason.steps >= 0 else "there is nothing to roll back to"
+    return (
+        f"parameters and optimizer state could not be copied at step {reason.step}, so {kept}. snapshot_device='cpu' "
+        f"keeps the copy off the device.\nCause: {reason.error}: {reason.detail}"
+    )
+
+
+def _network_collapsed(reason: Reason, spelling: Spelling) -> str:
+    _, loss, start = reason.losses
+    return (
+        f"step {reason.step} is stable, but the run may have lost its network.\nWhy: lambda_max = {reason.value:.3g} "
+        f"is {reason.value / reason.limit:.2g} of what it was, while the loss ({loss:.3g}) is near where training "
+        f"started ({start:.3g}): this happens when ReLUs have died, and no rate brings them back.\nTo do: Start again "
+        f"with lower rates ({spelling.guard(action='rescale', margin=0.5)} keeps them lower), or with another "
+        "activation."
+    )
+
+
+def _rolled_back(reason: Reason, spelling: Spelling) -> str:
+    said = (
+        f"the loss was {reason.losses[0]:.3g} at step {reason.step}, so parameters and optimizer state were rolled "
+        f"back to step {reason.steps} and the batches since are skipped (rollback {reason.counts[0]} of at most "
+        f"{reason.counts[1]})."
+    )
+    if reason.effect == "halved":
+        return (
+            f"{said} The curvature there could not be measured, so the meta rate is halved: beta = {reason.beta:.3g}."
+        )
+    return f"{said}\nApplied from now on: {rates(reason.alpha, reason.beta)}."
+
+
+def _rolled_back_at_end(reason: Reason, spelling: Spelling) -> str:
+    after, start = reason.losses[1:]
+    what = "the last step made parameters non-finite"
+    if not math.isnan(start):
+        what = f"after the last step the loss was {after:.3g} (training started at {start:.3g})"
+    return f"{what}, so parameters and optimizer state were rolled back to step {reason.steps}."
+
+
+def _too_many_rollbacks(reason: Reason, spelling: Spelling) -> str:
+    return (
+        f"The loss was {reason.losses[0]:.3g} at step {reason.step} after {reason.counts[0]} rollbacks "
+        "(max_rollbacks), each with lower rates: the rates are not what is wrong here. Look at the data, the loss and "
+        "the precision."
+    )
+
+
+def _no_beta_suggested(reason: Reason, spelling: Spelling) -> str:
+    why = {
+        "none is stable": "none is stable at this inner rate.",
+        "nothing limits it": "no curvature limits it.",
+    }.get(reason.effect, "it is not known.")
+    if reason.because is not None:
+        not_judged = reason.because.kind is Kind.NOT_JUDGED
+        why = reason.because.detail if not_judged else cause(reason.because, spelling)
+    return f"No meta rate is suggested: {why}"
+
+
+def _beta_halved(reason: Reason, spelling: Spelling) -> str:
+    return (
+        f"beta = {reason.beta:.3g}, {reason.margin:g} of its critical value, does not survive the lookahead: it was "
+        f"halved {reason.steps} times."
+    )
+
+
+# What was measured: the step of the measurement is said beside it.
+_MEASURED: dict[Kind, Callable[[Reason, Spelling], str]] = {
+    Kind.ABOVE_LIMIT: _above_limit,
+    Kind.TOO_CLOSE: _too_close,
+    Kind.NOT_JUDGED: _not_judged,
+    Kind.NO_CURVATURE: _no_curvature,
+    Kind.NOT_MEASURED: lambda reason, spelling: f"The curvature could not be measured: {reason.detail}",
+    Kind.NO_EXACT_LIMIT: _no_exact_limit,
+    Kind.NO_DOUBLE_BACKWARD: _no_double_backward,
+    Kind.WRONG_DOUBLE_BACKWARD: _wrong_double_backward,
+    Kind.TEXT: lambda reason, spelling: reason.detail,
+}
+_CAUSES = _MEASURED | {
+    Kind.LOOKAHEAD_DIVERGES: _lookahead_diverges,
+    Kind.LOSS_NOT_FINITE: _loss_not_finite,
+    Kind.CHECK_FAILED: _check_failed,
+    Kind.TASK_FAILED: lambda reason, spelling: (
+        f"could not {reason.what}; training goes on.\nCause: {reason.error}: {reason.detail}"
+    ),
+    Kind.NO_LOOKAHEAD: lambda reason, spelling: (
+        f"judging by curvature alone, for the next steps cannot be tried. {reason.detail}"
+    ),
+    Kind.NO_GRADIENT_NORM: _no_gradient_norm,
+    Kind.NO_SNAPSHOT: _no_snapshot,
+    Kind.NETWORK_COLLAPSED: _network_collapsed,
+    Kind.BAREBONES: lambda reason, spelling: (
+        "nothing is done in this run: Trainer(barebones=True) asks for no logging and no extra work."
+    ),
+    Kind.ROLLED_BACK: _rolled_back,
+    Kind.ROLLED_BACK_AT_END: _rolled_back_at_end,
+    Kind.TOO_MANY_ROLLBACKS: _too_many_rollbacks,
+    Kind.NO_ALPHA_LIMIT: lambda reason, spelling: "No finite alpha_c was measured, so the configured inner rate stays.",
+    Kind.NO_BETA_SUGGESTED: _no_beta_suggested,
+    Kind.BETA_HALVED: _beta_halved,
+    Kind.NO_BETA_SURVIVES: lambda reason, spelling: (
+        f"No beta from {reason.value:.3g} down to {reason.beta:.3g} survives the lookahead."
+    ),
+}

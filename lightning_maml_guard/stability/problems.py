@@ -1,0 +1,108 @@
+"""Which problem is measured: a MetaProblem that a function or the module states, else training_step as it is."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from lightning_maml_guard.linalg.layout import Params
+from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.utils.checks import shown
+from lightning_maml_guard.utils.task_map import as_float32
+
+
+@dataclass(frozen=True)
+class PlainProblem:
+    """A loss and its parameters, without an inner loop: only the meta rate, here the learning rate, has a limit.
+
+    Args:
+        params: The parameters training moves, by name; the module's own tensors.
+        loss: Function from such a dict to the scalar loss.
+    """
+
+    params: Params
+    loss: Callable[[Params], Tensor]
+
+
+Problem = MetaProblem | PlainProblem
+ProblemSource = Callable[[Any, Any], MetaProblem]
+
+
+def has_meta_problem(pl_module: Any) -> bool:
+    """Return True if a module states its own problem."""
+    return callable(getattr(pl_module, "meta_problem", None))
+
+
+def state_problem(source: ProblemSource | None, pl_module: Any, batch: Any, batch_idx: int) -> Problem:
+    """State the problem of a step: by the user's function, the module's ``meta_problem``, or its ``training_step``."""
+    if source is None and not has_meta_problem(pl_module):
+        return training_step_problem(pl_module, batch, batch_idx)
+    found = pl_module.meta_problem(batch) if source is None else source(pl_module, batch)
+    if not isinstance(found, (MetaProblem, PlainProblem)):
+        name = f"`meta_problem` of {type(pl_module).__name__}" if source is None else "argument `problem`"
+        raise TypeError(
+            f"Expected {name} to return a MetaProblem but got {shown(found)}. Return MetaProblem(params, task_loss, "
+            "support, query)."
+        )
+    return found
+
+
+def owners(problem: Problem, optimizers: Sequence[Optimizer]) -> list[int]:
+    """Find the indices of the optimizers that move a problem's parameters; all if none does (measure then says so)."""
+    moved = {id(value) for value in problem.params.values()}
+    found = [
+        index
+        for index, optimizer in enumerate(optimizers)
+        if any(id(parameter) in moved for group in optimizer.param_groups for parameter in group["params"])
+    ]
+    return found or list(range(len(optimizers)))
+
+
+class _TrainingStep(nn.Module):
+    """A module whose ``forward`` is another module's ``training_step``, for ``functional_call``."""
+
+    def __init__(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.module, self.arguments = module, arguments
+
+    def forward(self) -> Tensor:
+        # The parameters come in float32, also those of a run in half precision.
+        arguments = tree_map(lambda x: as_float32(x.clone()) if isinstance(x, Tensor) else x, self.arguments)
+        output = self.module.training_step(*arguments)  # type: ignore[operator]
+        loss = output["loss"] if isinstance(output, dict) else output
+        if not isinstance(loss, Tensor):
+            raise ValueError(
+                "Expected training_step to return a loss tensor or a dict with a 'loss' but got "
+                f"{type(output).__name__}: there is nothing to measure at this step."
+            )
+        return loss
+
+
+def training_step_problem(module: nn.Module, batch: Any, batch_idx: int) -> PlainProblem:
+    """State the loss of the coming ``training_step``, run on copies of batch and buffers, in float32."""
+    signature = inspect.signature(module.training_step)  # type: ignore[arg-type]
+    step = _TrainingStep(module, (batch, batch_idx) if len(signature.parameters) > 1 else (batch,))
+    params: Params = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    names = {id(value): name for name, value in params.items()}
+    # Every place a parameter is registered at, so that tied parameters and shared submodules get one tensor without
+    # functional_call's own tying, which replaces a shared submodule's live parameters (pytorch#164759).
+    places = {
+        f"module.{prefix}{'.' if prefix else ''}{name}": names[id(value)]
+        for prefix, part in module.named_modules()
+        for name, value in part._parameters.items()
+        if value is not None and id(value) in names
+    }
+
+    def loss(at: Params) -> Tensor:
+        buffers = as_float32({f"module.{name}": value.clone() for name, value in module.named_buffers()})
+        swapped = {place: at[name] for place, name in places.items()}
+        return torch.func.functional_call(step, {**buffers, **swapped}, (), tie_weights=False)
+
+    return PlainProblem(params, loss)

@@ -1,0 +1,116 @@
+"""Are the configured rates inside the safe region? The verdict, and why, as data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy
+from lightning_maml_guard.theory.limits import SAFE, UNRESOLVED, UNSAFE, Limit, worst
+
+# What an inner rate beyond its limit does, by the order of MAML whose own condition is judged.
+_EFFECTS = {"exact": "inner loop", "first": "first order", "simplified": "simplified"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the configured rates lie in the safe region.
+
+    Attributes:
+        status: ``"safe"``, ``"unsafe"`` or ``"unresolved"`` (the measurement does not clear the threshold).
+        alpha_status: The same for the inner rate alone.
+        beta_status: The same for the meta rate alone.
+        findings: What is unsafe or unresolved, why, and what to do; empty when safe.
+    """
+
+    status: str
+    alpha_status: str
+    beta_status: str
+    findings: tuple[Reason, ...]
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What a verdict rests on.
+
+    Attributes:
+        margin: Fraction of the critical values that counts as the threshold, above 0.
+        hvps: Hessian-vector products used.
+        step: Training step; None outside a training.
+        order: How the meta-gradient is taken; empty in plain training.
+        exact: Whether the limits are those of the update as configured, or else of the simplified criterion.
+        plain_sgd: Whether the meta-optimizer is SGD without momentum, so that the growth per step is known.
+        alpha_note: Why the inner rate has no limit, if so.
+        beta_note: Why the meta rate has no limit, if so.
+    """
+
+    margin: float = 1.0
+    hvps: int = 0
+    step: int | None = None
+    order: str = "simplified"
+    exact: bool = False
+    plain_sgd: bool = False
+    alpha_note: str = ""
+    beta_note: str = ""
+
+
+def judge(alpha: Limit | None, beta: Limit | None, basis: Basis) -> Verdict:
+    """Judge the configured rates; ``alpha`` is None in plain training, ``beta`` where no meta rate was given."""
+    alpha_status = SAFE if alpha is None else alpha.status(basis.margin, strict=False)
+    beta_status = SAFE if beta is None else beta.status(basis.margin, strict=True)
+    findings = []
+    if alpha is not None and alpha_status != SAFE:
+        findings.append(_alpha_reason(alpha, alpha_status, basis))
+    if beta is not None and beta_status != SAFE:
+        findings.append(_beta_reason(beta, beta_status, alpha_status, basis))
+    return Verdict(worst(alpha_status, beta_status), alpha_status, beta_status, tuple(findings))
+
+
+def no_curvature(basis: Basis) -> Verdict:
+    """State that the loss has no curvature, so that nothing follows: that is not the same as safe."""
+    reason = Reason(Kind.NO_CURVATURE, hvps=basis.hvps, step=basis.step)
+    return Verdict(UNRESOLVED, UNRESOLVED, UNRESOLVED, (reason,))
+
+
+def _alpha_reason(limit: Limit, status: str, basis: Basis) -> Reason:
+    reason = _compared("alpha", limit, status, basis, basis.alpha_note)
+    if reason.kind is not Kind.ABOVE_LIMIT:
+        return reason
+    # The theorem of Takagi et al. is about simplified MAML; users of the other orders must know what it means for them.
+    order = basis.order if not basis.exact and basis.order in {"exact", "first"} else ""
+    effect = _EFFECTS.get(basis.order, "simplified") if basis.exact else "simplified"
+    return replace(reason, effect=effect, order=order, remedy=Remedy.LOWER_ALPHA)
+
+
+def _beta_reason(limit: Limit, status: str, alpha_status: str, basis: Basis) -> Reason:
+    reason = _compared("beta", limit, status, basis, basis.beta_note)
+    if reason.kind is not Kind.ABOVE_LIMIT:
+        return reason
+    if limit.critical == 0:
+        return replace(reason, effect="no stable rate", remedy=Remedy.LOWER_ALPHA_FIRST)
+    # beta_c moves with alpha: where alpha has to be lowered, this limit is not the one that counts.
+    remedy = Remedy.LOWER_BETA_IF_STILL_ABOVE if alpha_status == UNSAFE else Remedy.LOWER_BETA
+    if limit.value <= limit.critical:
+        return replace(reason, effect="within the margin", remedy=remedy)
+    growth = abs(1 - 2 * limit.ratio) if basis.plain_sgd else math.nan
+    return replace(reason, effect="grows", growth=growth, remedy=remedy)
+
+
+def _compared(rate: str, limit: Limit, status: str, basis: Basis, note: str) -> Reason:
+    kind, remedy = Kind.ABOVE_LIMIT, Remedy.NONE
+    if status == UNRESOLVED and math.isnan(limit.critical):
+        kind = Kind.NOT_JUDGED
+    elif status == UNRESOLVED:
+        kind, remedy = Kind.TOO_CLOSE, Remedy.MEASURE_SHARPER
+    return Reason(
+        kind,
+        rate=rate,
+        value=limit.value,
+        limit=limit.critical,
+        interval=limit.interval,
+        margin=basis.margin,
+        remedy=remedy,
+        hvps=basis.hvps,
+        step=basis.step,
+        detail=note if kind is Kind.NOT_JUDGED else "",
+    )

@@ -1,0 +1,110 @@
+"""Images that are decoded once into a memory-mapped array, which is kept until their files change."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from lightning_maml_guard.tasks.image_files import Source, decode
+from lightning_maml_guard.utils.io import fingerprint, replacing, user_cache
+from lightning_maml_guard.utils.warnings import GuardWarning
+
+# Increased when decoding changes, so that older caches are not used.
+_VERSION = 1
+
+
+def cached_images(
+    source: Source,
+    names: Sequence[str],
+    stamps: dict[str, tuple[int, int]],
+    *,
+    size: int,
+    channels: int = 3,
+    progress: bool = True,
+) -> np.ndarray:
+    """Decode images once; map the result into memory from then on.
+
+    The array lies in ``.lmg_cache`` beside the source or, if that cannot be written, in
+    ``$XDG_CACHE_HOME/lightning_maml_guard`` (``~/.cache``). Its name contains a fingerprint of the files' names, sizes
+    and times or checksums. If the fingerprint changes, the images are decoded again and the old array is removed. The
+    array is written to a temporary file and renamed, so that no reader sees half of it.
+
+    Args:
+        source: Where the images are read from.
+        names: Their names, in the order of the array.
+        stamps: What ``source.stamps()`` returns.
+        size: Height and width to scale to, in pixels.
+        channels: 3 for colours, 1 for grey.
+        progress: Show a progress bar while decoding.
+
+    Returns:
+        Shape ``(images, channels, size, size)``, uint8, memory-mapped; writing to it does not change the file.
+
+    Raises:
+        DatasetError: If an image is damaged; the message names it.
+        PermissionError: If neither folder can be written.
+    """
+    content = fingerprint(json.dumps([_VERSION, [[name, *stamps[name]] for name in names]]))[:24]
+    place = fingerprint(str(source.path.resolve()))[:8]
+    stem = f"{source.path.stem}-{place}-{channels}x{size}"
+    shape = len(names), channels, size, size
+    folders = source.path.parent / ".lmg_cache", user_cache()
+    for folder in folders:
+        path = folder / f"{stem}-{content}.npy"
+        if path.is_file():
+            found = _mapped(path, shape)
+            if found is not None:
+                return found
+    writable = [each for each in folders if _writable(each)]
+    if not writable:
+        raise PermissionError(
+            f"The decoded images of {source.path} can be written neither to {folders[0]} nor to {folders[1]}. Let "
+            "XDG_CACHE_HOME name a folder that can be written to."
+        )
+    folder = writable[0]
+    path = folder / f"{stem}-{content}.npy"
+    with replacing(path, mode=0o644) as temporary:  # readable by all: the cache may be shared
+        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+        label = f"decoding {source.path.name}"
+        for index, name in enumerate(tqdm(names, desc=label, unit="image", disable=not progress)):
+            array[index] = decode(source.read(name), f"{name} of {source.path}", size, channels)
+        array.flush()
+        del array
+    for older in folder.glob(f"{stem}-*.npy"):
+        if older != path:
+            older.unlink(missing_ok=True)
+    mapped = _mapped(path, shape)
+    assert mapped is not None
+    return mapped
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    # "c": a private copy on write; torch does not share read-only memory.
+    try:
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        reason = str(error)
+    else:
+        if array.dtype == np.uint8 and array.shape == shape:
+            return array
+        reason = f"it holds {array.dtype} of shape {array.shape}"
+    warnings.warn(f"The cache {path} is damaged ({reason}): decoding the images again.", GuardWarning, stacklevel=3)
+    return None
+
+
+def _writable(folder: Path) -> bool:
+    present = next(each for each in (folder, *folder.parents) if each.is_dir())
+    if not present.stat().st_mode & 0o222:
+        return False  # root could still write there, but the folder was made read-only on purpose
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:  # no permission, a read-only file system, or a file in the place of the folder
+        return False

@@ -1,0 +1,230 @@
+"""Where image files are read from: a folder or a zip archive, read in place and never unpacked."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Container
+from pathlib import Path
+
+import numpy as np
+
+IMAGES = (".png", ".jpg", ".jpeg")
+
+
+class DatasetError(FileNotFoundError):
+    """A data set is missing or damaged; the message says what to put where."""
+
+
+def data_root(root: str | os.PathLike[str] | None) -> Path:
+    """Return the folder of the data sets.
+
+    Args:
+        root: The folder, or None for the environment variable ``LMG_DATA``, then ``./data``.
+
+    Returns:
+        The folder; it may not exist.
+    """
+    return Path(root if root is not None else os.environ.get("LMG_DATA", "data")).expanduser()
+
+
+class Source(ABC):
+    """Files by relative name (with ``/``), in a folder or an archive.
+
+    Attributes:
+        path: The folder or archive.
+    """
+
+    path: Path
+
+    @abstractmethod
+    def stamps(self) -> dict[str, tuple[int, int]]:
+        """List the files.
+
+        Returns:
+            By name, in sorted order, two numbers that change when the file does.
+        """
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """Read a file.
+
+        Args:
+            name: A name that :meth:`stamps` lists.
+
+        Returns:
+            Its bytes.
+        """
+
+
+class FolderSource(Source):
+    """The files below a folder.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def stamps(self) -> dict[str, tuple[int, int]]:
+        """List the files with their size and modification time.
+
+        Returns:
+            Size in bytes and modification time in ns, by name.
+        """
+        found = {}
+        seen: set[str] = set()
+        for folder, folders, files in os.walk(self.path, followlinks=True):
+            seen.add(os.path.realpath(folder))
+            # Hidden folders hold no data; a link to a folder visited before would make an endless walk.
+            folders[:] = [
+                each
+                for each in folders
+                if not each.startswith(".") and os.path.realpath(os.path.join(folder, each)) not in seen
+            ]
+            for file in files:
+                status = os.stat(os.path.join(folder, file))
+                name = Path(folder, file).relative_to(self.path).as_posix()
+                found[name] = status.st_size, status.st_mtime_ns
+        return dict(sorted(found.items()))
+
+    def read(self, name: str) -> bytes:
+        """Read a file.
+
+        Args:
+            name: A name that :meth:`stamps` lists.
+
+        Returns:
+            Its bytes.
+        """
+        return (self.path / name).read_bytes()
+
+
+class ZipSource(Source):
+    """The members of a zip archive. They are read, never extracted: no path is made from their names.
+
+    Args:
+        path: The archive.
+
+    Raises:
+        DatasetError: If it is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._archive = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError, EOFError) as error:
+            raise DatasetError(f"{path} is damaged ({error}). Download or copy it again.") from error
+
+    def stamps(self) -> dict[str, tuple[int, int]]:
+        """List the members with their size and checksum, without those that macOS adds.
+
+        Returns:
+            Size in bytes and CRC, by name.
+        """
+        members = [each for each in self._archive.infolist() if not each.filename.startswith("__MACOSX/")]
+        files = [each for each in members if not each.is_dir()]
+        return {each.filename: (each.file_size, each.CRC) for each in sorted(files, key=lambda each: each.filename)}
+
+    def read(self, name: str) -> bytes:
+        """Read a member.
+
+        Args:
+            name: A name that :meth:`stamps` lists.
+
+        Returns:
+            Its bytes.
+
+        Raises:
+            DatasetError: If it is damaged.
+        """
+        try:
+            return self._archive.read(name)
+        except (zipfile.BadZipFile, OSError, EOFError, zlib.error, RuntimeError) as error:
+            raise DatasetError(f"{name} in {self.path} is damaged ({error}). Download or copy it again.") from error
+
+
+def decode(
+    data: bytes,
+    name: str,
+    size: int,
+    channels: int = 3,
+    *,
+    formats: tuple[str, ...] = ("PNG", "JPEG"),
+    box: bool = False,
+) -> np.ndarray:
+    """Decode an image.
+
+    Args:
+        data: The bytes of the file.
+        name: Name of the file, for the error.
+        size: Height and width to scale to, in pixels; an image of this size is left as it is.
+        channels: 3 for colours, 1 for grey.
+        formats: Formats that are read.
+        box: Average over boxes of pixels when scaling, instead of interpolating.
+
+    Returns:
+        Shape ``(channels, size, size)``, uint8.
+
+    Raises:
+        DatasetError: If it cannot be decoded.
+    """
+    from PIL import Image
+
+    try:
+        # The formats are named: to guess one, Pillow hands an EPS file to Ghostscript, which runs it.
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            whole = image.convert("RGB" if channels == 3 else "L")
+            if whole.size != (size, size):
+                whole = whole.resize((size, size), Image.Resampling.BOX if box else Image.Resampling.BILINEAR)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
+        raise DatasetError(f"The image {name} is damaged ({error}). Unpack or copy it again.") from error
+    pixels = np.asarray(whole, dtype=np.uint8)
+    return pixels.transpose(2, 0, 1) if channels == 3 else pixels[None]
+
+
+def read_split(source: Source, name: str, folder: str, known: Container[str]) -> dict[str, list[str]]:
+    """Read a split file, a csv with the columns ``filename`` and ``label``.
+
+    Args:
+        source: Where it is read from.
+        name: Its name there.
+        folder: Prefix of the names of the images, for example ``"images/"``.
+        known: All names in the source.
+
+    Returns:
+        Names of the images by label, both in sorted order.
+
+    Raises:
+        DatasetError: If it is not such a file, or if it names a file that does not exist or lies outside the folder.
+    """
+    where = f"{name} of {source.path}"
+    try:
+        rows = list(csv.DictReader(io.StringIO(source.read(name).decode("utf-8"))))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"{where} is damaged ({error}). Copy it anew.") from error
+    if not rows or not {"filename", "label"} <= set(rows[0]):
+        raise DatasetError(f"{where} holds no rows with the columns filename and label. Copy it anew.")
+    found: dict[str, list[str]] = {}
+    for number, row in enumerate(rows, start=2):
+        file, label = row["filename"], row["label"]
+        if not file or not label:
+            raise DatasetError(f"Line {number} of {where} lacks its filename or label. Copy it anew.")
+        if file in {".", ".."} or any(mark in file for mark in ("/", "\\", ":", "\0")):
+            raise DatasetError(
+                f"Line {number} of {where} names {file!r}; only plain file names are read, so that none leaves the "
+                f"folder {folder}. Correct the file or copy it anew."
+            )
+        if folder + file not in known:
+            raise DatasetError(
+                f"Line {number} of {where} names {file!r}, which is not in its folder {folder}. Unpack or copy the "
+                "images again."
+            )
+        found.setdefault(label, []).append(folder + file)
+    return {label: sorted(found[label]) for label in sorted(found)}
