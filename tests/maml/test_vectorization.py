@@ -6,7 +6,7 @@ import torch
 from lightning_maml_guard import EpisodeBatch, MetaLearningModule
 from lightning_maml_guard.maml.vectorization import check_strategy, from_environment, rule
 from lightning_maml_guard.networks import conv4, mlp
-from lightning_maml_guard.stability.hvp import Memory
+from lightning_maml_guard.stability.hvp import MeasurementCache
 from tests.helpers import fit
 
 
@@ -114,17 +114,19 @@ def test_a_checkpoint_that_holds_a_choice_of_an_older_version_loads(tmp_path):
 
 
 def test_the_guards_map_follows_the_problem_and_remembers_what_vmap_cannot_do():
-    memory = Memory()
-    first = memory.map_for(None)
-    assert memory.map_for(None) is first and not first.looped
-    asked = memory.map_for(None, looped=True)
-    assert asked.looped and not memory.state()["looped"]
-    again = memory.map_for(4)
+    def known(cache):
+        cache.note_the_map()
+        return cache.facts.looped
+
+    cache = MeasurementCache()
+    first = cache.map_for(None)
+    assert cache.map_for(None) is first and not first.looped
+    asked = cache.map_for(None, looped=True)
+    assert asked.looped and not known(cache)
+    again = cache.map_for(4)
     assert (again.looped, again.chunk_size) == (False, 4)
     again.looped = True  # vmap failed
-    assert memory.map_for(None).looped and memory.state()["looped"]
-    memory.map_for(None, looped=True)
-    assert memory.map_for(None).looped and memory.state()["looped"]  # known still, after being asked for
-    restored = Memory()
-    restored.load(memory.state())
-    assert restored.map_for(2).looped
+    assert cache.map_for(None).looped and known(cache)
+    cache.map_for(None, looped=True)
+    assert cache.map_for(None).looped and known(cache)  # known still, after being asked for
+    assert MeasurementCache(facts=cache.facts).map_for(2).looped
