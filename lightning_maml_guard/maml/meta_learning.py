@@ -276,7 +276,7 @@ class MetaLearningModule(MetaLearning, LightningModule):
         metrics: A torchmetrics metric or collection, updated with the query set's predictions.
         vectorize: How to run over the tasks of a batch: ``"all"`` vmapped at once, a number of them at a time,
             ``"loop"``: one after another; the gradients are the same up to rounding. ``"auto"`` is ``"loop"`` for
-            a network with a layer of 2**18 weights or more on a CPU, else ``"all"``; ``LMG_VECTORIZE`` overrides it.
+            a network with a layer of 200,000 weights or more on a CPU, else ``"all"``; ``LMG_VECTORIZE`` overrides it.
         compile: Run the meta-gradient under ``torch.compile``: a minute or more at the start, then small networks take
             a fraction of the time. The guard measures without.
         keep_memory: During a fit on the CPU (glibc): keep freed memory in the process instead of mapping it anew in
