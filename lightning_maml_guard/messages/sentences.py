@@ -209,10 +209,6 @@ def _check_failed(reason: Reason, spelling: Spelling) -> str:
     )
 
 
-def _task_failed(reason: Reason, spelling: Spelling) -> str:
-    return f"could not {reason.what}; training goes on.\nCause: {reason.error}: {reason.detail}"
-
-
 def _no_lookahead(reason: Reason, spelling: Spelling) -> str:
     if reason.effect == "before training":
         return f"The next steps cannot be tried. {reason.detail}"
@@ -292,7 +288,8 @@ def _beta_halved(reason: Reason, spelling: Spelling) -> str:
     )
 
 
-_CAUSES: dict[Kind, Callable[[Reason, Spelling], str]] = {
+# What was measured: the step of the measurement is said beside it.
+_MEASURED: dict[Kind, Callable[[Reason, Spelling], str]] = {
     Kind.ABOVE_LIMIT: _above_limit,
     Kind.TOO_CLOSE: _too_close,
     Kind.NOT_JUDGED: _not_judged,
@@ -301,10 +298,15 @@ _CAUSES: dict[Kind, Callable[[Reason, Spelling], str]] = {
     Kind.NO_EXACT_LIMIT: _no_exact_limit,
     Kind.NO_DOUBLE_BACKWARD: _no_double_backward,
     Kind.WRONG_DOUBLE_BACKWARD: _wrong_double_backward,
+    Kind.TEXT: lambda reason, spelling: reason.detail,
+}
+_CAUSES = _MEASURED | {
     Kind.LOOKAHEAD_DIVERGES: _lookahead_diverges,
     Kind.LOSS_NOT_FINITE: _loss_not_finite,
     Kind.CHECK_FAILED: _check_failed,
-    Kind.TASK_FAILED: _task_failed,
+    Kind.TASK_FAILED: lambda reason, spelling: (
+        f"could not {reason.what}; training goes on.\nCause: {reason.error}: {reason.detail}"
+    ),
     Kind.NO_LOOKAHEAD: _no_lookahead,
     Kind.NO_GRADIENT_NORM: _no_gradient_norm,
     Kind.NO_SNAPSHOT: _no_snapshot,
@@ -321,17 +323,4 @@ _CAUSES: dict[Kind, Callable[[Reason, Spelling], str]] = {
     Kind.NO_BETA_SURVIVES: lambda reason, spelling: (
         f"No beta from {reason.value:.3g} down to {reason.beta:.3g} survives the lookahead."
     ),
-    Kind.TEXT: lambda reason, spelling: reason.detail,
-}
-# Said of one measurement, so that its step belongs to the sentence.
-_MEASURED = {
-    Kind.ABOVE_LIMIT,
-    Kind.TOO_CLOSE,
-    Kind.NOT_JUDGED,
-    Kind.NO_CURVATURE,
-    Kind.NOT_MEASURED,
-    Kind.NO_EXACT_LIMIT,
-    Kind.NO_DOUBLE_BACKWARD,
-    Kind.WRONG_DOUBLE_BACKWARD,
-    Kind.TEXT,
 }
