@@ -381,7 +381,9 @@ class ConvergenceGuard(Callback):
         """
         state = from_checkpoint(state_dict)
         state.history, state.severities = state.history[-self.history_size :], state.severities[-self.history_size :]
-        self._run = GuardedRun(self, state, inert=self._inert, ranks=self._run.cache.ranks)
+        before = self._run
+        self._run = GuardedRun(self, state, inert=self._inert, ranks=before.cache.ranks)
+        self._run.take_over(before)
 
 
 def _takes_no_steps(trainer: Any) -> bool:

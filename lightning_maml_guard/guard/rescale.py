@@ -146,6 +146,12 @@ class AppliedCaps:
         self.release()
         self._lr_cap = LRCap(optimizers, self.caps.beta, holds) if self.active else None
 
+    def take_over(self, before: AppliedCaps) -> None:
+        """Go on with the hooks of other caps, at these caps."""
+        self._lr_cap, before._lr_cap = before._lr_cap, None
+        if self._lr_cap is not None:
+            self._lr_cap.cap = self.caps.beta
+
     def release(self) -> None:
         """Take the hooks out of the optimizers."""
         if self._lr_cap is not None:

@@ -70,6 +70,14 @@ class GuardedRun:
         # Gradient norm of the step at hand, maybe on the device; None if it is not known.
         self.norm: Tensor | float | None = None
 
+    def take_over(self, before: GuardedRun) -> None:
+        """Go on with the hooks, batches and pictures of a run whose state is replaced while it trains."""
+        # Lightning's LearningRateFinder does that: it saves the run, trains, and loads the checkpoint again.
+        self.caps.take_over(before.caps)
+        self.figures = before.figures
+        if not self.replay.restored:
+            self.replay = before.replay
+
     def saved(self) -> GuardState:
         """Collect the state for a checkpoint, what the live objects hold included."""
         settings = self.settings

@@ -25,6 +25,8 @@ from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy
 from lightning_maml_guard.messages.sentences import IN_PYTHON, sentences
 from lightning_maml_guard.stability.estimators import Spectrum
 from lightning_maml_guard.stability.hvp import NetworkFacts
+from lightning_maml_guard.utils.lightning_compat import Callback
+from tests.helpers import fit, is_free_of_hooks, linear_module, quadratic_batch
 
 OLDER = Path(__file__).parents[1] / "resume" / "state_of_issue_2.json"
 nan, inf = math.nan, math.inf
@@ -313,3 +315,33 @@ def test_the_state_of_issue_2_loads_into_the_same_values():
     assert loaded.stopped_step is None and loaded.stopping == [] and loaded.announced == set()
     empty = from_checkpoint({})
     assert_same(empty, GuardState())
+
+
+@pytest.mark.parametrize("action", ["log", "rescale"])
+@pytest.mark.filterwarnings("ignore::lightning_maml_guard.GuardWarning")
+def test_a_state_loaded_into_a_run_that_trains_leaves_its_caps_and_batches_in_force(action, applied):
+    """As Lightning's LearningRateFinder does at a milestone."""
+    batch = quadratic_batch([0.3, 1.0, 2.0, 4.0], target=1.0)
+
+    class Reload(Callback):
+        def __init__(self, at):
+            self.at, self.held = at, []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == self.at:
+                guard.load_state_dict(copy.deepcopy(guard.state_dict()))
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.held.append([index for _, index in guard._run.replay.earlier()])
+
+    ends = []
+    for other in (Reload(None), Reload(5)):
+        guard = ConvergenceGuard(every_n_steps=4, action=action, rollback=action == "rescale")
+        module = linear_module(4, 1.5, inner_lr=0.05, order="simplified")
+        reached = applied(module.network.weight)
+        trainer = fit(module, batch, 10, [other, guard])
+        assert is_free_of_hooks(trainer) and trainer.optimizers[0].param_groups[0]["lr"] == 1.5
+        assert all(rate < 1.5 for rate in reached) == (action == "rescale")
+        history = [replace(report, seconds=0.0) for report in guard.history]
+        ends.append((reached, history, guard.severities, other.held))
+    assert_same(ends[0], ends[1])
