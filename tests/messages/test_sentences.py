@@ -94,9 +94,8 @@ EXAMPLES = [
     ),
     (
         Reason(Kind.LOSS_NOT_FINITE, losses=(nan, nan, 1.0), remedy=Remedy.START_AGAIN),
-        "The loss is nan already, so no rate brings this run back; ConvergenceGuard(action='rescale', "
-        "rollback=True) returns a run to the last parameters measured safe. Start again with lower "
-        "rates.",
+        "The loss is nan already, so no rate brings this run back. Start again with lower rates; "
+        "ConvergenceGuard(action='rescale', rollback=True) rolls a run back to the last parameters measured safe.",
     ),
     (
         Reason(Kind.CHECK_FAILED, step=6, **FAILED),
@@ -198,7 +197,8 @@ REMEDIES = {
     "beta_c moves with alpha.",
     Remedy.LOWER_BETA_UNSPECIFIED: "Lower the optimizer's lr.",
     Remedy.MEASURE_SHARPER: "Raise max_iter or lower tol for a sharper answer.",
-    Remedy.START_AGAIN: "Start again with lower rates.",
+    Remedy.START_AGAIN: "Start again with lower rates; ConvergenceGuard(action='rescale', rollback=True) rolls a run "
+    "back to the last parameters measured safe.",
 }
 
 
