@@ -197,8 +197,8 @@ REMEDIES = {
     "beta_c moves with alpha.",
     Remedy.LOWER_BETA_UNSPECIFIED: "Lower the optimizer's lr.",
     Remedy.MEASURE_SHARPER: "Raise max_iter or lower tol for a sharper answer.",
-    Remedy.START_AGAIN: "Start again with lower rates; ConvergenceGuard(action='rescale', rollback=True) rolls a run back "
-    "to the last parameters measured safe.",
+    Remedy.START_AGAIN: "Start again with lower rates; ConvergenceGuard(action='rescale', rollback=True) rolls a run "
+    "back to the last parameters measured safe.",
 }
 
 
