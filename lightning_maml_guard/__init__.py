@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from lightning_maml_guard.guard.convergence_guard import ConvergenceGuard
     from lightning_maml_guard.guard.lookahead import LookaheadOptions
     from lightning_maml_guard.guard.report import CheckReport
-    from lightning_maml_guard.maml.meta_learning import MetaLearning
-    from lightning_maml_guard.maml.module import MetaLearningModule
+    from lightning_maml_guard.maml.meta_learning import MetaLearning, MetaLearningModule
     from lightning_maml_guard.maml.problem import MetaProblem
     from lightning_maml_guard.optim.stability_limits import stability_limit
     from lightning_maml_guard.phase.diagram import PhaseDiagram, phase_diagram
@@ -38,7 +37,7 @@ _HOMES = {
     "LookaheadOptions": "guard.lookahead",
     "MeasurementCache": "stability.hvp",
     "MetaLearning": "maml.meta_learning",
-    "MetaLearningModule": "maml.module",
+    "MetaLearningModule": "maml.meta_learning",
     "MetaProblem": "maml.problem",
     "PhaseDiagram": "phase.result",
     "RateSuggestion": "tuner.suggestion",

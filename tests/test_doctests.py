@@ -5,6 +5,7 @@ import inspect
 import os
 import pkgutil
 import re
+from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
 
@@ -25,7 +26,15 @@ FOUND = [
     if test.examples
 ]
 # Their examples stand with the functions that give them.
-RESULTS = {"CriticalRates", "GuardWarning", "PhaseDiagram", "RateSuggestion", "StabilityReport"}
+RESULTS = {
+    "CheckReport",
+    "CriticalRates",
+    "GuardWarning",
+    "MeasurementCache",
+    "PhaseDiagram",
+    "RateSuggestion",
+    "StabilityReport",
+}
 
 
 def test_the_main_names_have_an_example():
@@ -78,7 +87,10 @@ def test_a_docstring_of_several_lines_tells_of_every_argument():
     for name, value in described():
         text = inspect.cleandoc(value.__doc__ or "")
         if "\n" in text and "which lists the arguments" not in text:
-            told = {line.strip().lstrip("*").partition(":")[0] for line in text.splitlines()} | {"self", "cls"}
+            # A dataclass tells of the fields it adds, and its base of those it has.
+            bases = value.__mro__[1:-1] if inspect.isclass(value) and is_dataclass(value) else ()
+            lines = [line for each in (text, *(base.__doc__ for base in bases)) for line in each.splitlines()]
+            told = {line.strip().lstrip("*").partition(":")[0] for line in lines} | {"self", "cls"}
             missing += [f"{name}({each})" for each in inspect.signature(value).parameters if each not in told]
             seen += 1
     assert not missing and seen > 80

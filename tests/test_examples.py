@@ -57,7 +57,7 @@ def test_the_hand_written_modules_problem_is_what_it_trains(inner_steps):
 
 
 def test_the_hand_written_module_is_stopped_before_it_diverges_and_trains_at_what_was_measured(capsys):
-    with guard_warns("The coming 10 steps, tried on copies .* take the loss from .* to inf"):
+    with guard_warns("The next 10 steps, tried on copies .* take the loss from .* to inf"):
         stopped, trained = example("existing_maml")["main"]()
     assert stopped.stopped_step == 0 and stopped.history[0].alpha == 0.01
     assert trained.stopped_step is None and trained.history[0].beta == 0.5 * stopped.history[0].beta_c
@@ -95,9 +95,8 @@ def test_plain_training_reports_the_sharpness_of_its_own_loss(capsys):
 
 
 def test_plain_trainings_limit_is_that_of_the_dense_hessian():
-    from lightning_maml_guard.stability.plain import training_step_problem
-
     from lightning_maml_guard import measure
+    from lightning_maml_guard.stability.problems import training_step_problem
 
     module = example("plain_training")["Regression"]().double()
     x = torch.linspace(-2, 2, 32, dtype=torch.float64).unsqueeze(1)

@@ -29,8 +29,8 @@ LAYERS = {
     "stability": (
         ("cost", "krylov_stopping", "problems", "reasons"),
         ("estimators", "objective"),
-        ("beta_c", "hvp", "options", "report"),
-        ("alpha_c",),
+        ("hvp", "options", "report"),
+        ("alpha_c", "beta_c"),
         ("measurement",),
         ("measure",),
     ),

@@ -8,8 +8,9 @@ import re
 import traceback
 from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from types import FunctionType, NoneType, UnionType
+from types import CodeType, FrameType, FunctionType, NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 _OURS = f"{__name__.partition('.')[0]}."
@@ -53,26 +54,23 @@ def wrong_option(error: BaseException | None, options: Sequence[Action]) -> str 
         text = str(error).strip()
         if isinstance(error, ClassOptionError):
             options, above = error.options, "".join(f"{key}." for key in keys)
-        elif isinstance(error, KeyError):  # no such option: its name, behind its group's where it has one
-            name = ".".join(_QUOTED.findall(text))
-            return f"unrecognized option --{above}{name}. {_did_you_mean(name, option_names(options), above)}".rstrip()
-        elif isinstance(error, TypeError) and (found := _KEY.match(text)):
+        if unknown := _unknown_option(error, text):
+            meant = _did_you_mean(unknown, option_names(options), above)
+            return f"unrecognized option --{above}{unknown}. {meant}".rstrip()
+        if isinstance(error, TypeError) and (found := _KEY.match(text)):
             keys.append(found[1])
         error = error.__cause__
     if not keys:
         return None
+    said = text.partition("\n")[0]
     hint = next((getattr(option, "_typehint", None) for option in options if option.dest == keys[-1]), None)
-    said = _WRONG_TYPE.sub(f"Expected {_type_name(hint)}", text.partition("\n")[0])
+    if hint is not None and (wrong := _WRONG_TYPE.search(said)):
+        said = f"Expected {_type_name(hint)}{said[wrong.end() :]}"
     return f"--{'.'.join(keys)}: {said}"
 
 
 def wrong_argument(error: BaseException, config: Mapping[str, Any]) -> str | None:
-    """Describe the option whose value an argument check of this package rejected; None for errors of other kinds.
-
-    ``config`` is jsonargparse's, which lists its values by their full keys.
-    """
-    classes = [(key, pydoc.locate(path)) for key, path in config.items() if key.endswith("class_path") and path]
-    codes = {_code(target): (key, target) for key, target in reversed(classes)}
+    """Describe the option whose value an argument check of this package rejected; None for errors of other kinds."""
     while True:
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         if frames[-1].f_globals.get("__name__", "").startswith(_OURS):
@@ -80,17 +78,42 @@ def wrong_argument(error: BaseException, config: Mapping[str, Any]) -> str | Non
         if error.__cause__ is None:
             return None
         error = error.__cause__  # jsonargparse raises its own from that of the check
-    called = [codes[frame.f_code] for frame in frames if frame.f_code in codes]
+    places: dict[CodeType, tuple[str, Iterable[str]]] = {}
+    for key, path in config.items():  # jsonargparse lists a configuration's values by their full keys
+        target: Any = pydoc.locate(str(path)) if key.endswith(".class_path") else None
+        if code := _code(target):
+            places.setdefault(code, (key.removesuffix(".class_path"), inspect.signature(target).parameters))
+    called = [place for frame in frames if (place := places.get(frame.f_code) or _dataclass_place(frame, config))]
     if not called:
         return None
-    key, target = called[-1]
-    option = key.removesuffix("class_path").replace(".init_args.", ".")
+    key, parameters = called[-1]
     name = re.search(r"argument `(\w+)", str(error))
-    known = name and name[1] in inspect.signature(target).parameters
-    return f"--{f'{option}{name[1]}' if known else option.rstrip('.')}: {error}"
+    option = f"{key}.{name[1]}" if name and name[1] in parameters else key
+    return f"--{option.replace('.init_args', '')}: {error}"
 
 
-def _code(target: Any) -> Any:
+def _unknown_option(error: BaseException, text: str) -> str | None:
+    if isinstance(error, KeyError) and "not accept" in text:  # behind its group's name where it has one
+        return ".".join(_QUOTED.findall(text))
+    if isinstance(error, ArgumentError) and text.startswith(_UNRECOGNIZED):
+        return text.removeprefix(f"{_UNRECOGNIZED}--").partition("=")[0]
+    return None
+
+
+def _dataclass_place(frame: FrameType, config: Mapping[str, Any]) -> tuple[str, Iterable[str]] | None:
+    """Return the key and fields of an options dataclass made here: a configuration has no class_path of those."""
+    options = frame.f_locals.get("self")
+    if not is_dataclass(options):
+        return None
+    names = {field.name for field in fields(options)}
+    groups: dict[str, set[str]] = {}
+    for key, _ in config.items():
+        group, _, name = key.rpartition(".")
+        groups.setdefault(group, set()).add(name)
+    return next(((group, names) for group, found in groups.items() if found == names), None)
+
+
+def _code(target: Any) -> CodeType | None:
     takes = target if isinstance(target, FunctionType) else getattr(target, "__init__", None)
     return getattr(takes, "__code__", None)
 

@@ -53,11 +53,7 @@ follow the published settings (Finn et al. 2017: 60,000 steps, for a GPU). Image
 
 
 def main(words: Sequence[str] | None = None) -> Any:
-    """Run the command line ``words`` (default: ``sys.argv`` without the program's name).
-
-    Returns the CLI, with ``.trainer``, ``.model``, ``.datamodule``, ``.guard`` and ``.suggestion``; for
-    ``phase-diagram``, what it wrote.
-    """
+    """Run the command line (default: ``sys.argv``), and return the CLI; for ``phase-diagram``, what it wrote."""
     if importlib.util.find_spec("jsonargparse") is None:
         exit_with_error(
             "error: the command line needs packages that training does not, jsonargparse among them. Install them with "

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from lightning_maml_guard.maml.module import MetaLearningModule
+from lightning_maml_guard.maml.meta_learning import MetaLearningModule
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.networks import conv4, mlp
 from lightning_maml_guard.tasks.episodes import TaskFamily, episode_generator

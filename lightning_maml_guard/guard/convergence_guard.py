@@ -194,7 +194,7 @@ class ConvergenceGuard(Callback):
 
     @property
     def events(self) -> list[Event]:
-        """What befell the run besides its states: rollbacks, stops and notices."""
+        """Rollbacks, stops and notices of the run."""
         return self._run.state.events
 
     @property

@@ -43,7 +43,7 @@ class Reported(Protocol):
 
     @property
     def events(self) -> list[Event]:
-        """What befell the run besides its states."""
+        """Rollbacks, stops and notices."""
 
     @property
     def stopped_step(self) -> int | None:
@@ -108,12 +108,13 @@ def _head(guard: Reported) -> str:
 
 def _pictures(guard: Reported) -> Iterable[str]:
     from lightning_maml_guard.plots.region import safe_region
-    from lightning_maml_guard.plots.run import course, svg
-    from lightning_maml_guard.plots.spectrum import ritz
+    from lightning_maml_guard.plots.run import run_history
+    from lightning_maml_guard.plots.spectrum import ritz_values
     from lightning_maml_guard.plots.style import new_figure
+    from lightning_maml_guard.plots.svg import svg
 
     history, ratio = guard.history, guard.lookahead.divergence_ratio
-    figure, _ = course(history, severities=guard.severities, alarm=ratio, margin=guard.margin)
+    figure, _ = run_history(history, severities=guard.severities, divergence_ratio=ratio, margin=guard.margin)
     yield _section(
         "The run over its checks", _figure(svg(figure), "State, ratios and lookaheads over the training steps.")
     )
@@ -131,7 +132,7 @@ def _pictures(guard: Reported) -> Iterable[str]:
             shown.append(("Sharpest spectrum", worst))
         drawn = ""
         for title, report in shown:
-            figure, _ = ritz(report, title=f"{title}, step {report.step}")
+            figure, _ = ritz_values(report, title=f"{title}, step {report.step}")
             drawn += _figure(svg(figure), f"Ritz values at step {report.step}.")
         yield _section("Spectrum of the task loss's Hessian", f'<div class="pair">{drawn}</div>')
 
@@ -230,9 +231,11 @@ class Row(NamedTuple):
 
 def happened(history: Sequence[CheckReport], events: Sequence[Event], spelling: Spelling) -> list[Row]:
     """List what happened in a run in the order of its steps; what has no known step comes last."""
-    found = [Row(each.step, each.kind, "", " ".join(sentences(each.reasons, spelling))) for each in events]
+    found: list[Row] = []
     for before, report in zip([None, *history], history, strict=False):
         found += _changes(before, report, spelling)
+    # After the changes, so that of one step its state comes before what the guard did.
+    found += [Row(each.step, each.kind, "", " ".join(sentences(each.reasons, spelling))) for each in events]
     return sorted(found, key=lambda row: math.inf if row.step is None else row.step)
 
 

@@ -12,7 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.messages.sentences import block
 from lightning_maml_guard.plots.region import safe_region
-from lightning_maml_guard.plots.spectrum import histogram, ritz
+from lightning_maml_guard.plots.spectrum import histogram, ritz_values
 from lightning_maml_guard.plots.style import new_figure
 from lightning_maml_guard.utils.warnings import GuardWarning
 
@@ -129,7 +129,7 @@ def _drawn(history: Sequence[CheckReport]) -> dict[str, Any]:
         figures["safe_region"] = figure
     seen = next((report for report in reversed(history) if report.ritz()[0]), None)
     if seen is not None:
-        figures["spectrum"], _ = ritz(seen)
+        figures["spectrum"], _ = ritz_values(seen)
     return figures
 
 

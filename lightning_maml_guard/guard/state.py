@@ -23,7 +23,7 @@ _EVENTS = 1000  # kept at most
 
 @dataclass(frozen=True)
 class Event:
-    """What befell a run: ``kind`` is ``"rolled back"``, ``"stopped"`` or ``"notice"``; the step may be unknown."""
+    """One event of a run: ``kind`` is ``"rolled back"``, ``"stopped"`` or ``"notice"``; the step may be unknown."""
 
     step: int | None
     kind: str
@@ -37,7 +37,7 @@ class GuardState:
     Attributes:
         history: The latest checks.
         severities: Steps and severities of the latest lookaheads, those between checks included.
-        events: What befell the run besides its states, the latest ones.
+        events: Rollbacks, stops and notices, the latest ones.
         announced: Keys of the reasons that were announced, each once.
         schedule: When to check next.
         statistics: The running loss and gradient norm.
@@ -73,7 +73,7 @@ class GuardState:
     version: int = VERSION
 
     def note(self, kind: str, *reasons: Reason, step: int | None) -> None:
-        """Keep what befell the run, for its report."""
+        """Keep an event, for the run's report."""
         self.events = [*self.events, Event(step, kind, reasons)][-_EVENTS:]
 
 

@@ -13,7 +13,7 @@ from lightning_maml_guard.theory.limits import EDGE, SAFE, UNSAFE
 
 @dataclass(frozen=True)
 class Watch:
-    """What a sequence of checks has come to: the state, and how many consecutive checks failed."""
+    """The state after a sequence of checks, and how many consecutive checks failed."""
 
     state: str = SAFE
     failed: int = 0

@@ -80,7 +80,7 @@ def _winners(windows: Tensor, filters: Tensor, gamma: Tensor) -> Tensor:
     signed = (filters * torch.where(gamma < 0, -1, 1).to(filters.dtype).unsqueeze(-1)).transpose(1, 2)
     found = windows.new_empty(len(windows), len(gamma))
     for part, code in _blocks(windows, found):
-        choose(*(part @ each for each in signed), out=code)
+        choose(code, *(part @ each for each in signed))
     return found
 
 

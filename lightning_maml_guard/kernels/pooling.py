@@ -37,7 +37,7 @@ def places(z: Tensor) -> tuple[Tensor, ...]:
     return tuple(z[..., row::2, column::2] for row, column in PLACES)
 
 
-def choose(a: Tensor, b: Tensor, c: Tensor, d: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+def choose(out: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """Write the place of the largest of four entries to ``out``, 0 to 3; return the larger of each row.
 
     In floating point, for which torch's comparisons are vectorised.
@@ -86,7 +86,7 @@ def _masks(parts: Iterator[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
     for part in parts:
         here = slice(at, at + len(part))
         code = torch.empty_like(found[here])
-        top, bottom = choose(*places(part), out=code)
+        top, bottom = choose(code, *places(part))
         torch.maximum(top, bottom, out=found[here])
         for place, mask in enumerate(masks[:, here]):
             is_at(place, code, mask)

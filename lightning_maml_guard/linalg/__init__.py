@@ -1,1 +1,1 @@
-"""Matrix-vector products in, spectra out."""
+"""Spectra from matrix-vector products: an algorithm takes a matvec and nothing else about the matrix."""

@@ -22,13 +22,13 @@ from lightning_maml_guard.linalg.lanczos import (
 
 
 class ArnoldiRun(NamedTuple):
-    """What :func:`arnoldi` found.
+    """Result of :func:`arnoldi`.
 
     Attributes:
         hessenberg: Projection ``V^T A V``, shape ``(m, m)``, on the host.
         residual: Norm of what the last product left outside the space.
-        basis: Orthonormal vectors; as many as ``hessenberg`` has rows count.
-        matvecs: Products used.
+        basis: Orthonormal vectors, one for each row of ``hessenberg``.
+        matvecs: Number of matrix-vector products.
         spill: What a basis in bfloat16 adds to the residual of every Ritz vector; else 0.
     """
 
@@ -49,31 +49,15 @@ def arnoldi(
     basis: str = "device",
     value: Watched | None = None,
 ) -> ArnoldiRun:
-    """Run Arnoldi on a matrix that need not be symmetric.
+    """Run Arnoldi from a start vector of shape ``(n,)``.
 
     After ``m`` steps ``A V = V H + r e_m^T`` with ``V^T V = I`` (Saad, "Numerical Methods for Large Eigenvalue
-    Problems", section 6.2).
-
-    Args:
-        matvec: Product with the matrix: ``(n,) -> (n,)``.
-        start: Start vector, shape ``(n,)``, not zero.
-        max_iter: Steps at most; also bounded by ``n``.
-        stop: Asked every ``sync_every`` steps with ``H`` and the residual's norm; True ends the run.
-        sync_every: Steps between two transfers to the host; None: every second step on a CPU, every fourth on
-            a device.
-        basis: Where the vectors are kept, see :class:`~lightning_maml_guard.linalg.krylov_basis.Basis`.
-        value: A scalar that has to be finite, and what it is called.
-
-    Returns:
-        The run.
-
-    Raises:
-        ValueError: If there is nothing to iterate on.
-        NonFiniteProductError: If a product, or the value, is not finite.
+    Problems", section 6.2). ``stop`` is called with ``H`` and the residual's norm; the other arguments are those of
+    :func:`~lightning_maml_guard.linalg.lanczos.lanczos`.
     """
     steps, sync_every = steps_of(start, max_iter, sync_every)
     kept = Basis(steps, start, basis)
-    # The last three rows are what rounding lost, the overlaps, and the value.
+    # The last three rows: what rounding took from each vector, the overlaps, and the watched value.
     hessenberg = start.new_zeros((steps + 4, steps))
     if value is not None:
         hessenberg[-1] = value[1]
@@ -88,7 +72,7 @@ def arnoldi(
         norm, vector = unit(rest.vector)
         hessenberg[: step + 1, step] = rest.coefficients
         hessenberg[step + 1, step] = norm
-        del rest  # in bfloat16 the vector that is kept is another one
+        del rest  # in bfloat16 the basis keeps another copy
         if (step + 1) % sync_every == 0 or step + 1 == steps:
             host = hessenberg[:, : step + 1].double().cpu().numpy()
             if value is not None:

@@ -1,4 +1,4 @@
-"""Density of a spectrum by stochastic Lanczos quadrature: where the eigenvalues lie, not only the largest."""
+"""Density of a spectrum by stochastic Lanczos quadrature."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lightning_maml_guard.linalg.lanczos import Matvec, lanczos
 
 
 class SpectralDensity(NamedTuple):
-    """A spectrum's density as weighted points.
+    """The density of a spectrum as weighted points.
 
     Attributes:
         nodes: Ritz values of all probes, ascending, shape ``(m,)``.
-        weights: Share of the eigenvalues each stands for, shape ``(m,)``; they sum to 1.
+        weights: Share of the eigenvalues that each node stands for, shape ``(m,)``; they sum to 1.
         size: Number of eigenvalues.
     """
 
@@ -25,59 +25,29 @@ class SpectralDensity(NamedTuple):
     size: int
 
     def smooth(self, at: np.ndarray, width: float) -> np.ndarray:
-        """Blur the points to a curve.
-
-        Args:
-            at: Where to evaluate, shape ``(n,)``.
-            width: Standard deviation of the normal density each point becomes, in the eigenvalues' unit.
-
-        Returns:
-            The density, shape ``(n,)``; its integral is 1.
-
-        Raises:
-            ValueError: If the width is not above 0.
-        """
+        """Evaluate the density as a sum of normal densities of standard deviation ``width``; its integral is 1."""
         if not width > 0:
             raise ValueError(f"Expected argument `width` to be a number above 0 but got {width!r}.")
         distance = (np.asarray(at)[:, None] - self.nodes) / width
         return (np.exp(-0.5 * distance**2) * self.weights).sum(1) / (width * (2 * np.pi) ** 0.5)
 
     def below(self, at: float) -> float:
-        """Estimate the share of eigenvalues up to a value.
-
-        Args:
-            at: The value.
-
-        Returns:
-            The share, in [0, 1].
-        """
+        """Estimate the share of the eigenvalues up to a value."""
         return float(self.weights[self.nodes <= at].sum())
 
 
 def spectral_density(
     matvec: Matvec, size: int, like: Tensor, *, probes: int = 8, steps: int = 60, seed: int = 0
 ) -> SpectralDensity:
-    """Estimate the density of a symmetric matrix's eigenvalues.
+    """Estimate the density of the eigenvalues of a symmetric matrix of ``size`` rows.
 
-    Each probe ``v`` with independent signs starts a Lanczos run; its Ritz values ``theta_k`` weighted by the squared
-    first components of their vectors are Gauss quadrature nodes of ``v.f(A) v``, whose mean over probes is
-    ``trace f(A)``. Source: Ubaru, Chen, Saad 2017, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature";
-    Ghorbani, Krishnan, Xiao 2019 for networks.
+    Each probe ``v`` of independent signs starts a Lanczos run. Its Ritz values ``theta_k``, weighted by the squared
+    first entries of their vectors, are Gauss quadrature nodes of ``v.f(A) v``, whose mean over probes is ``trace
+    f(A)``. The error of a share falls with ``1/sqrt(probes * size)``. The vectors have the dtype and device of
+    ``like``.
 
-    Args:
-        matvec: Product with the matrix: ``(n,) -> (n,)``.
-        size: ``n``.
-        like: Tensor whose dtype and device the vectors take.
-        probes: Number of probes; the error of a share falls with ``1/sqrt(probes * n)``.
-        steps: Lanczos steps a probe.
-        seed: Seed of the probes.
-
-    Returns:
-        The density.
-
-    Raises:
-        ValueError: If a number is below 1.
-        NonFiniteProductError: If a product is not finite.
+    Source: Ubaru, Chen, Saad 2017, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature"; for networks
+    Ghorbani, Krishnan, Xiao 2019.
     """
     if min(size, probes, steps) < 1:
         raise ValueError(f"Expected `size`, `probes` and `steps` to be at least 1 but got {size}, {probes}, {steps}.")

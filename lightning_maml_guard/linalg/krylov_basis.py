@@ -1,8 +1,8 @@
-"""The vectors of a Krylov space: where they are kept, and products with them that make no copy of them all.
+"""The basis vectors of a Krylov space: where they are stored, and products with them without a copy of them all.
 
-A vector is cut into panels of some thousand entries, and a few panels of all vectors at a time are what a product
-touches. That bounds what it needs beside the vectors, streams vectors that lie elsewhere, and is faster: a panel is
-still in the cache when it is used again.
+A vector is cut into panels of some thousand entries, and a product works on a few panels of all vectors at a time. That
+bounds the memory beside the vectors, streams vectors that are stored on the host, and is faster: a panel is still in
+the cache when it is used again.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor
 
 BASES = ("device", "cpu", "bfloat16")
 
-# Entries of a panel, and of the panels worked on at once. A host's caches are small; a device pays for every launch.
+# Entries of a panel, and of a group of panels. The caches of a host are small; on a device every launch costs time.
 _HOST_PANEL, _HOST_GROUP = 1 << 14, 1 << 20
 _DEVICE_PANEL, _DEVICE_GROUP = 1 << 20, 1 << 25
 
 
 class Rest(NamedTuple):
-    """What a vector has outside and inside the space of a basis.
+    """A vector after projection on the space of a basis.
 
     Attributes:
-        vector: Its rest, orthogonal to the basis; the basis' own working copy. Shape ``(*batch, n)``.
-        coefficients: What was taken away, by basis vector, shape ``(m, *batch)``.
-        overlap: Norm of the last basis vector's products with those before it, shape ``batch``: 0 but for rounding.
+        vector: The part orthogonal to the basis, in memory of its own, shape ``(*batch, n)``.
+        coefficients: Coefficients of the part inside, by basis vector, shape ``(m, *batch)``.
+        overlap: Norm of the last basis vector's products with those before it, shape ``batch``; 0 but for rounding.
     """
 
     vector: Tensor
@@ -35,20 +35,15 @@ class Rest(NamedTuple):
 
 
 class Basis:
-    """Orthonormal vectors, appended one by one.
+    """At most ``count`` orthonormal vectors like ``like``, shape ``(*batch, n)``, appended one by one.
 
-    Memory of ``count`` vectors of ``n`` entries of ``s`` bytes: ``count * n * s`` bytes on the device (``"device"``) or
-    on the host (``"cpu"``, the same numbers), ``2 * count * n`` bytes on the device (``"bfloat16"``). Beside them at
-    most four vectors, and two groups of panels: 8 MiB in float32 on the host, 256 MiB on a device (less if the basis
-    is smaller).
+    Memory of ``count`` vectors of ``n`` entries of ``s`` bytes: ``count * n * s`` bytes on the device (kind
+    ``"device"``) or on the host (``"cpu"``, the same numbers), ``2 * count * n`` bytes on the device (``"bfloat16"``).
+    In addition at most four vectors and two groups of panels: 8 MiB in float32 on the host, 256 MiB on a device (less
+    if the basis is smaller).
 
-    In bfloat16 a vector is rounded before anything is computed with it, then brought back to norm 1: the vector that is
-    multiplied and the one that is kept are the same, and products with it have the precision of the others.
-
-    Args:
-        count: Vectors at most.
-        like: A vector, or a batch of them, shape ``(*batch, n)``.
-        kind: ``"device"``, ``"cpu"`` or ``"bfloat16"``.
+    In bfloat16 a vector is rounded before anything is computed with it, then brought back to norm 1. The vector that is
+    multiplied and the one that is kept are the same, and products with it have the usual precision.
     """
 
     def __init__(self, count: int, like: Tensor, kind: str = "device") -> None:
@@ -68,19 +63,12 @@ class Basis:
             device="cpu" if self._offloaded else like.device,
             pin_memory=self._offloaded and like.is_cuda,
         )
-        # By block: the stored bfloat16 vector times this has norm 1.
+        # Per block: the stored bfloat16 vector times this has norm 1.
         self._scales = like.new_ones(self._blocks, count)
         self._nothing = like.new_zeros(like.shape[:-1])
 
     def append(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep a vector.
-
-        Args:
-            vector: Of norm 1, shape ``(*batch, n)``.
-
-        Returns:
-            The vector as it is kept, same shape, and its distance from the one given, shape ``batch``.
-        """
+        """Keep a vector of norm 1. Return it as it is kept, and its distance from the one given, shape ``batch``."""
         index = self.length
         self.length += 1
         if self.exact:
@@ -95,16 +83,10 @@ class Basis:
         return kept, torch.linalg.vector_norm(kept - vector, dim=-1)
 
     def without(self, vector: Tensor) -> Rest:
-        """Take out of a vector what lies in the space: Gram-Schmidt, again and again.
+        """Project a vector, which is not changed, on the complement of the space by repeated Gram-Schmidt.
 
-        With ``V^T V = I + D`` a pass leaves ``|D|`` times what was there before. Twice is enough for rounding in the
-        vector's own precision (Kahan, Parlett), three times for that of bfloat16.
-
-        Args:
-            vector: Shape ``(*batch, n)``; left as it is.
-
-        Returns:
-            The rest and what was taken.
+        With ``V^T V = I + D`` a pass leaves ``|D|`` times what was there before. Two passes suffice for rounding in the
+        vector's own precision (Kahan, Parlett), three for that of bfloat16.
         """
         rest = self._panels(vector.clone())
         taken, overlap = self._sweep(rest, None)
@@ -120,14 +102,7 @@ class Basis:
         )
 
     def combine(self, weights: Tensor) -> Tensor:
-        """Sum the first vectors, weighted.
-
-        Args:
-            weights: One a vector, of at most as many as there are, shape ``(k,)``.
-
-        Returns:
-            The sum, shape ``(*batch, n)``, on the device.
-        """
+        """Return the weighted sum of the first ``len(weights)`` vectors, shape ``(*batch, n)``, on the device."""
         count = len(weights)
         scaled = weights.to(self._device, self._kind, non_blocking=True) * self._scales[:, :count]
         total = torch.empty((self._blocks * self._pieces, self._width), dtype=self._kind, device=self._device)
@@ -137,15 +112,11 @@ class Basis:
         return total.reshape(self._blocks, -1)[:, : self._size].reshape(self._shape)
 
     def dense(self) -> Tensor:
-        """Copy all vectors.
-
-        Returns:
-            Shape ``(m, *batch, n)``, on the device.
-        """
+        """Copy all vectors to the device, shape ``(m, *batch, n)``."""
         return torch.stack([self.combine(row) for row in torch.eye(self.length)])
 
     def _sweep(self, rest: Tensor, taken: Tensor | None, *, last: bool = False) -> tuple[Tensor, Tensor]:
-        """Take a combination out of the rest, and find its products with the vectors, in one pass over them."""
+        """Subtract a combination of the vectors from the rest and compute its products with them, in one pass."""
         count, scales = self.length, self._scales[:, : self.length]
         spread = None if taken is None else self._spread(taken if self.exact else taken * scales)
         products, overlaps = [], []
@@ -166,13 +137,13 @@ class Basis:
         return found * scales, torch.linalg.vector_norm(overlap, dim=-1).reshape(self._shape[:-1])
 
     def _groups(self, count: int) -> list[tuple[int, int]]:
-        """Ranges of panels to work on at once; the same wherever the vectors lie, so that the bits are, too."""
+        """Ranges of panels to work on at once; the same wherever the vectors are stored, so that the bits are too."""
         panels = self._blocks * self._pieces
         step = max(1, self._group // (count * self._width))
         return [(begin, min(begin + step, panels)) for begin in range(0, panels, step)]
 
     def _load(self, begin: int, end: int, count: int) -> Tensor:
-        if self._offloaded:  # by panel, for one panel's vectors lie side by side: that copy waits for nothing
+        if self._offloaded:  # by panel: only contiguous memory is copied without waiting
             pieces = [self._store[panel, :count].to(self._device, non_blocking=True) for panel in range(begin, end)]
             return torch.stack(pieces)
         return self._store[begin:end, :count].to(self._kind)
@@ -185,7 +156,7 @@ class Basis:
             self._store[:, index] = panels
 
     def _panels(self, vector: Tensor) -> Tensor:
-        """The vector(s) in panels, shape ``(blocks * pieces, width)``, 0 behind the last entry."""
+        """Cut vectors into panels, shape ``(blocks * pieces, width)``, padded with 0."""
         flat = vector.reshape(self._blocks, self._size)
         if self._pieces * self._width > self._size:
             padded = flat.new_zeros(self._blocks, self._pieces * self._width)
@@ -194,13 +165,13 @@ class Basis:
         return flat.reshape(self._blocks * self._pieces, self._width)
 
     def _spread(self, values: Tensor) -> Tensor:
-        """From one value a block to one a panel, shape ``(blocks * pieces, k)``."""
+        """Repeat one value per block for each of its panels, shape ``(blocks * pieces, k)``."""
         if self._pieces == 1:
             return values
         count = values.shape[-1]
         return values.unsqueeze(1).expand(-1, self._pieces, -1).reshape(self._blocks * self._pieces, count)
 
     def _gathered(self, parts: list[Tensor]) -> Tensor:
-        """From products by panel to one a block, shape ``(blocks, k)``."""
+        """Sum products by panel to one per block, shape ``(blocks, k)``."""
         panels = parts[0] if len(parts) == 1 else torch.cat(parts)
         return panels if self._pieces == 1 else panels.reshape(self._blocks, self._pieces, -1).sum(1)

@@ -1,12 +1,12 @@
-"""Lanczos on the device: an algorithm that takes a matvec and nothing else.
+"""Lanczos on the device.
 
-Full reorthogonalisation keeps the basis orthonormal, so that the Rayleigh-Ritz identities the theory uses
-hold to rounding (Golub and Van Loan, "Matrix Computations", section 10.3). The coefficients stay on the
-device and come to the host once every few steps.
+Full reorthogonalisation keeps the basis orthonormal, so that the Rayleigh-Ritz identities of the theory hold to
+rounding (Golub and Van Loan, "Matrix Computations", section 10.3). The coefficients stay on the device and come to the
+host once every few steps.
 
 A basis in bfloat16 is rounded, so that ``A V = V T + r e_m^T + F`` and ``V^T V = I + D`` with ``F`` and ``D`` that are
-not 0. Both are measured on the way: a column of ``F`` is what rounding took from a vector times the norm it had
-(``|r_j| * |v - v_rounded|``) and the coefficients that ``T`` has no place for, an entry of ``D`` the product of two
+not 0. Both are measured: a column of ``F`` is what rounding took from a vector times the norm it had
+(``|r_j| * |v - v_rounded|``) plus the coefficients that ``T`` has no place for; an entry of ``D`` is the product of two
 basis vectors. An eigenvalue of ``T`` then holds to ``|r| |y_m| + (1 + 2|D|) |F| + |D| |r| + |D|^2 |A|`` instead of
 ``|r| |y_m|``.
 """
@@ -23,25 +23,18 @@ from torch import Tensor
 from lightning_maml_guard.linalg.krylov_basis import Basis
 
 Matvec = Callable[[Tensor], Tensor]
-# What a scalar is called, and the scalar: it comes to the host with the coefficients, and has to be finite.
+# The name of a scalar and the scalar; it comes to the host with the coefficients and must be finite.
 Watched = tuple[str, Tensor]
-# On a CPU nothing waits for a transfer, and products are saved by asking sooner whether they suffice.
+# On a CPU transfers cost nothing, and calling `stop` more often saves products.
 _SYNC_ON_HOST, _SYNC_ON_DEVICE = 2, 4
 
 
 class NonFiniteProductError(ArithmeticError):
-    """A loss or a matrix-vector product held ``nan`` or ``inf``: the curvature cannot be measured here."""
+    """A loss or a matrix-vector product is ``nan`` or ``inf``: the curvature cannot be measured here."""
 
 
 def check_finite(value: Watched) -> None:
-    """Refuse a loss that is not finite, where no run watches it.
-
-    Args:
-        value: What the scalar is called, and the scalar.
-
-    Raises:
-        NonFiniteProductError: If it is not finite.
-    """
+    """Raise a NonFiniteProductError if a scalar that no run watches is not finite."""
     check_value(value[0], float(value[1]))
 
 
@@ -58,13 +51,13 @@ class Tridiagonal(NamedTuple):
 
 
 class LanczosRun(NamedTuple):
-    """What :func:`lanczos` found.
+    """Result of :func:`lanczos`.
 
     Attributes:
-        runs: One tridiagonal a matrix of the batch (one in all for a single matrix).
+        runs: One tridiagonal per matrix of the batch (one in all for a single matrix).
         basis: Orthonormal Lanczos vectors.
-        matvecs: Products used.
-        converged: Whether ``stop`` was met (or the Krylov space is exhausted) within ``max_iter`` steps.
+        matvecs: Number of matrix-vector products.
+        converged: True if ``stop`` was met, or the Krylov space exhausted, within ``max_iter`` steps.
         asymmetry: Largest ``|v_i.(A v_j) - v_j.(A v_i)|`` over the products, relative to the spectral radius seen:
             rounding for one symmetric matrix, more if the operator is not symmetric or changes between products.
         rounding: What a basis in bfloat16 adds to every residual bound, relative to the spectral radius seen; else 0.
@@ -88,27 +81,15 @@ def lanczos(
     basis: str = "device",
     value: Watched | None = None,
 ) -> LanczosRun:
-    """Run Lanczos on a symmetric matrix, or on a batch of them at once.
+    """Run Lanczos from start vectors of shape ``(*batch, n)`` on a symmetric matrix, or on a batch of them at once.
 
-    After ``m`` steps ``A V = V T + r e_m^T`` with ``V^T V = I``; in exact arithmetic every eigenvalue
-    ``theta`` of ``T`` with eigenvector ``y`` has an eigenvalue of ``A`` within ``|r| * |y_m|``.
+    After ``m`` steps ``A V = V T + r e_m^T`` with ``V^T V = I``; in exact arithmetic every eigenvalue ``theta`` of
+    ``T`` with eigenvector ``y`` has an eigenvalue of ``A`` within ``|r| * |y_m|``. A Krylov space that is exhausted
+    early (an invariant subspace) ends the run with residual 0.
 
-    Args:
-        matvec: Product with the matrix: ``(*batch, n) -> (*batch, n)``.
-        start: Start vector(s), shape ``(*batch, n)``, not zero. The same on every rank.
-        max_iter: Steps at most; also bounded by ``n``.
-        stop: Asked every ``sync_every`` steps with the tridiagonals so far; True ends the run.
-        sync_every: Steps between two transfers to the host; None: every second step on a CPU, every fourth on
-            a device.
-        basis: Where the vectors are kept, see :class:`~lightning_maml_guard.linalg.krylov_basis.Basis`.
-        value: A scalar that has to be finite, and what it is called.
-
-    Returns:
-        The run. A Krylov space that is exhausted early (an invariant subspace) ends it, with residual 0.
-
-    Raises:
-        ValueError: If there is nothing to iterate on.
-        NonFiniteProductError: If a product, or the value, is not finite.
+    The start must be the same on every rank. ``stop`` is called every ``sync_every`` steps with the tridiagonals so
+    far, and ends the run with True. ``basis`` is a kind of :class:`~lightning_maml_guard.linalg.krylov_basis.Basis`.
+    Raises a NonFiniteProductError if a product, or the watched ``value``, is not finite.
     """
     steps, sync_every = steps_of(start, max_iter, sync_every)
     kept = Basis(steps, start, basis)
@@ -121,7 +102,7 @@ def lanczos(
     for step in range(steps):
         vector, lost = kept.append(vector)
         rest = kept.without(matvec(vector))
-        # In a symmetric matrix's row only the diagonal and its neighbour, the last norm, differ from 0.
+        # For a symmetric matrix all coefficients but the last two, the diagonal and the last norm, are 0.
         stray = rest.coefficients[:-1].clone()
         if step:
             stray[-1] -= norm
@@ -129,7 +110,7 @@ def lanczos(
         if not kept.exact:
             column += [lost * norm, torch.linalg.vector_norm(stray, dim=0), rest.overlap]
         norm, vector = unit(rest.vector)
-        del rest  # in bfloat16 the vector that is kept is another one
+        del rest  # in bfloat16 the basis keeps another copy
         columns.append(torch.stack([*column, *watched, norm]))
         if (step + 1) % sync_every == 0 or step + 1 == steps:
             found = _to_host(columns, start.shape[-1], exact=kept.exact, value=value)
@@ -140,19 +121,7 @@ def lanczos(
 
 
 def steps_of(start: Tensor, max_iter: int, sync_every: int | None) -> tuple[int, int]:
-    """Check a run's sizes.
-
-    Args:
-        start: Start vector(s).
-        max_iter: Steps at most.
-        sync_every: Steps between two transfers to the host; None: what suits the device.
-
-    Returns:
-        Steps at most, and steps between two transfers.
-
-    Raises:
-        ValueError: If there is nothing to iterate on.
-    """
+    """Return the number of steps and of steps between two transfers; raise a ValueError if there are none."""
     if sync_every is None:
         sync_every = _SYNC_ON_HOST if start.device.type == "cpu" else _SYNC_ON_DEVICE
     if start.shape[-1] == 0 or max_iter < 1 or sync_every < 1:
@@ -164,16 +133,9 @@ def steps_of(start: Tensor, max_iter: int, sync_every: int | None) -> tuple[int,
 
 
 def unit(rest: Tensor) -> tuple[Tensor, Tensor]:
-    """Split a working copy into norm and direction.
-
-    Args:
-        rest: Shape ``(*batch, n)``; overwritten.
-
-    Returns:
-        The norm, shape ``batch``, and the direction; 0 where the norm is.
-    """
+    """Split vectors, which are overwritten, into their norms and their directions; 0 where the norm is 0."""
     norm = torch.linalg.vector_norm(rest, dim=-1, keepdim=True)
-    # The squares of a rest as small as a dead network's underflow: divided by that norm it would be of any length.
+    # The squares of tiny entries, as of a network with dead units, underflow; such a norm would give any length.
     tiny = torch.finfo(norm.dtype).tiny
     largest = torch.linalg.vector_norm(rest, ord=torch.inf, dim=-1, keepdim=True).clamp(min=tiny)
     divisor = torch.where(norm < tiny**0.5, largest, torch.ones_like(norm))
@@ -191,7 +153,7 @@ class _Found(NamedTuple):
 
 
 def _to_host(columns: list[Tensor], size: int, *, exact: bool, value: Watched | None) -> _Found:
-    """Bring the coefficients to the host in one transfer, each run cut where its space is exhausted."""
+    """Bring the coefficients to the host in one transfer, and cut each run where its space is exhausted."""
     eps = torch.finfo(columns[0].dtype).eps
     host = torch.stack(columns, 1).double().reshape(len(columns[0]), len(columns), -1).cpu()
     if value is not None:
@@ -222,28 +184,12 @@ def _to_host(columns: list[Tensor], size: int, *, exact: bool, value: Watched | 
 
 
 def check_value(name: str, value: float) -> None:
-    """Refuse a number that is not finite.
-
-    Args:
-        name: What it is called.
-        value: The number.
-
-    Raises:
-        NonFiniteProductError: If it is not finite.
-    """
+    """Raise a NonFiniteProductError if a number is not finite."""
     if not math.isfinite(value):
         raise NonFiniteProductError(f"{name} is {value} at these parameters and this batch.")
 
 
 def non_finite(step: int) -> str:
-    """Say that a product is not finite.
-
-    Args:
-        step: Which one, from 1.
-
-    Returns:
-        The message.
-    """
     return (
         f"Hessian-vector product {step} is not finite: the loss, its gradient or its second derivative "
         "is nan or inf at these parameters and this batch."
@@ -251,15 +197,9 @@ def non_finite(step: int) -> str:
 
 
 def start_vector(shape: Sequence[int], like: Tensor, seed: int = 0) -> Tensor:
-    """Draw the start vector of a run, without touching any global random state.
+    """Draw a standard normal start vector, without touching any global random state.
 
-    Args:
-        shape: Its shape, ``(*batch, n)``.
-        like: Tensor whose dtype and device it takes.
-        seed: Seed; the vector is drawn on the CPU, so it is the same on every device and rank.
-
-    Returns:
-        A standard normal vector.
+    It is drawn on the CPU, so that it is the same on every device and rank, and takes the dtype and device of ``like``.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(tuple(shape), generator=generator, dtype=torch.float64)

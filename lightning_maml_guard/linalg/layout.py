@@ -13,11 +13,7 @@ Params = dict[str, Tensor]
 class Layout:
     """Where each named parameter lies in a flat vector.
 
-    Args:
-        params: Parameters by name; all floating point, on one device.
-
-    Raises:
-        ValueError: If there are none, or if they lie on several devices or are not floating point.
+    Raises a ValueError unless there are parameters, all floating point and on one device.
     """
 
     def __init__(self, params: Params) -> None:
@@ -34,26 +30,11 @@ class Layout:
         self.size = sum(self.sizes)
 
     def flatten(self, values: Params, batch: int = 0) -> Tensor:
-        """Concatenate named tensors.
-
-        Args:
-            values: Tensors by name, each with ``batch`` leading dimensions before the parameter's shape.
-            batch: Number of leading dimensions.
-
-        Returns:
-            Vector(s) of shape ``(*leading, n)``.
-        """
+        """Concatenate named tensors, each with ``batch`` leading dimensions, to vectors of shape ``(*leading, n)``."""
         return torch.cat([values[name].flatten(batch) for name in self.shapes], dim=-1)
 
     def split(self, vector: Tensor) -> Params:
-        """Cut vector(s) of shape ``(*leading, n)`` into named tensors.
-
-        Args:
-            vector: The vector(s).
-
-        Returns:
-            Tensors by name, of shape ``(*leading, *parameter shape)``.
-        """
+        """Cut vectors of shape ``(*leading, n)`` into named tensors of shape ``(*leading, *parameter shape)``."""
         pieces = vector.split(self.sizes, dim=-1)
         leading = vector.shape[:-1]
         return {

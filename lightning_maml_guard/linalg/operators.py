@@ -1,9 +1,9 @@
 """The derivative of a gradient as matrix-vector products over a flat parameter vector.
 
-An operator is a function ``(*batch, n) -> (*batch, n)``. What is differentiated is a *gradient field*
-``theta -> G(theta)``: the gradient of a loss, whose Jacobian is the Hessian, or the meta-gradient of MAML. One graph
-of the field is kept and reused for every product (reverse over reverse), so dropout masks are drawn once and the
-operator stays one matrix. Where the field cannot be differentiated again, finite differences of it stand in.
+An operator is a function ``(*batch, n) -> (*batch, n)``. It differentiates a *gradient field* ``theta -> G(theta)``:
+the gradient of a loss, whose Jacobian is the Hessian, or the meta-gradient of MAML. One graph of the field is kept and
+reused for every product (reverse over reverse), so dropout masks are drawn once and the operator stays one matrix.
+Finite differences are the alternative for fields that cannot be differentiated again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class FieldValue(NamedTuple):
     """A gradient field at one point.
 
     Attributes:
-        value: The scalar (or one a task) the gradient belongs to; the sum over tasks.
+        value: The scalar whose gradient it is; with one scalar per task, their sum.
         gradients: ``G``, by parameter; None where it does not depend on one.
     """
 
@@ -37,14 +37,9 @@ Field = Callable[[Params, bool], FieldValue]
 
 
 def gradient_of(loss: Callable[[Params], Tensor]) -> Field:
-    """Make the gradient field of a loss.
+    """Make the gradient field of a loss of the params: a scalar, or one per task if the params have a task dimension.
 
-    Args:
-        loss: Function from the params to a scalar, or to one value a task when the params carry a leading task
-            dimension.
-
-    Returns:
-        The field. It raises a ValueError if the loss does not depend on the parameters in a differentiable way.
+    The field raises a ValueError if the loss does not depend on the parameters in a differentiable way.
     """
 
     def field(params: Params, differentiable: bool) -> FieldValue:
@@ -69,13 +64,9 @@ def gradient_of(loss: Callable[[Params], Tensor]) -> Field:
 class Jacobian:
     """Products with the transposed Jacobian of a gradient field (its eigenvalues are the Jacobian's).
 
-    For the gradient of a loss that is the Hessian.
-
-    Args:
-        field: The gradient field.
-        params: Where to differentiate: tensors by name. They are detached; nothing is written to them.
-        layout: Layout of one block where the params carry a leading task dimension (then the operator is block
-            diagonal, one block a task); None where they do not.
+    For the gradient of a loss that is the Hessian. ``params`` are detached; nothing is written to them. ``layout`` is
+    the layout of one block if the params have a leading task dimension: the operator is then block diagonal, one block
+    per task, and its vectors have shape ``(tasks, n)`` instead of ``(n,)``.
     """
 
     def __init__(self, field: Field, params: Params, layout: Layout | None = None) -> None:
@@ -90,25 +81,10 @@ class Jacobian:
         self.matvecs = 0
 
     def across(self, ranks: Ranks) -> None:
-        """Make this the operator of the ranks' mean gradient field, from here on.
-
-        Args:
-            ranks: The ranks; each calls this, and every product.
-        """
+        """Make this the operator of the mean gradient field of all ranks; each must call this, and every product."""
         _average(self, ranks)
 
     def __call__(self, vector: Tensor) -> Tensor:
-        """Multiply with a vector.
-
-        Args:
-            vector: Shape ``(n,)``, or ``(tasks, n)`` for the block-diagonal form.
-
-        Returns:
-            The product, same shape.
-
-        Raises:
-            RuntimeError: If the graph was let go of.
-        """
         if self._gradients is None:
             raise RuntimeError("Expected a product before release() but it came after: the graph is gone.")
         self.matvecs += 1
@@ -129,32 +105,22 @@ class Jacobian:
         return self._ranks.mean(flat)
 
     def release(self) -> None:
-        """Let go of graph and gradient, several times the parameters' size: no product can be taken any more."""
+        """Free graph and gradient, several times the size of the parameters; no product is possible any more."""
         self._gradients = None
         self.gradient = self.gradient.new_empty(0)
 
 
 class Hessian(Jacobian):
-    """Hessian of a scalar function of a params dict, as products with a flat vector.
-
-    Args:
-        loss: Function from the params to a scalar, or to one value a task (see :class:`Jacobian`).
-        params: Where to differentiate.
-        layout: Layout of one block, where there are several.
-    """
+    """The Hessian of a loss as products with a flat vector; see :class:`Jacobian`."""
 
     def __init__(self, loss: Callable[[Params], Tensor], params: Params, layout: Layout | None = None) -> None:
         super().__init__(gradient_of(loss), params, layout)
 
 
 class FiniteDifference:
-    """Products with the Jacobian of a gradient field by central differences: two gradients a product.
+    """Products with the Jacobian itself by central differences of the gradient field: two gradients per product.
 
-    Args:
-        field: The gradient field. Every evaluation starts from the same random state, so that dropout does not make
-            it another function each time.
-        params: Where to differentiate.
-        layout: Layout of one block, where there are several.
+    Every evaluation starts from the same random state, so that dropout does not make it another function each time.
     """
 
     def __init__(self, field: Field, params: Params, layout: Layout | None = None) -> None:
@@ -170,11 +136,7 @@ class FiniteDifference:
         self.matvecs = 0
 
     def across(self, ranks: Ranks) -> None:
-        """Make this the operator of the ranks' mean gradient field, from here on.
-
-        Args:
-            ranks: The ranks; each calls this, and every product.
-        """
+        """Make this the operator of the mean gradient field of all ranks; each must call this, and every product."""
         _average(self, ranks)
 
     def _evaluate(self, point: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,29 +146,13 @@ class FiniteDifference:
         return value, self.layout.flatten(_filled(gradients, leaves), self.batch).detach()
 
     def __call__(self, vector: Tensor) -> Tensor:
-        """Multiply with a vector.
-
-        Args:
-            vector: Shape ``(n,)``, or ``(tasks, n)`` for the block-diagonal form.
-
-        Returns:
-            The product, same shape; of the Jacobian itself, not of its transpose.
-        """
         return self.product(vector)
 
     def release(self) -> None:
-        """Do nothing: there is no graph to let go of."""
+        """Do nothing: there is no graph to free."""
 
     def product(self, vector: Tensor, stretch: float = 1.0) -> Tensor:
-        """Multiply with a vector, with a step of another length.
-
-        Args:
-            vector: Shape ``(n,)``, or ``(tasks, n)`` for the block-diagonal form.
-            stretch: Factor on the step.
-
-        Returns:
-            The product, same shape.
-        """
+        """Multiply with a vector, with the step of the difference scaled by ``stretch``."""
         self.matvecs += 1
         length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
         reach = stretch * self._step / length.clamp(min=torch.finfo(vector.dtype).tiny)
@@ -215,7 +161,7 @@ class FiniteDifference:
 
 
 def _filled(gradients: dict[str, Tensor | None], leaves: Params) -> Params:
-    """Zeros where the field does not depend on a parameter."""
+    """Replace None by zeros."""
     known = {name: gradients[name] for name in leaves}
     return {name: torch.zeros_like(leaves[name]) if each is None else each for name, each in known.items()}
 
@@ -237,19 +183,10 @@ def task_gradient(
     tasks: TaskMap,
     count: int,
 ) -> tuple[Field, Params, Layout | None]:
-    """Gradient field of the mean task loss, or of every task's loss side by side; its Jacobian is the Hessian.
+    """Make the gradient field of the mean task loss or, ``per_task``, of every task's loss side by side.
 
-    Args:
-        losses: Loss of one task: ``(params, one task's data) -> scalar``.
-        params: Parameters by name.
-        data: Pytree of tensors with a leading task dimension.
-        per_task: False: of the mean. True: block diagonal, on ``(tasks, n)``.
-        tasks: How to run over the tasks.
-        count: Number of tasks in ``data``.
-
-    Returns:
-        The field, the params to take it at, and the layout of one block: what :class:`Jacobian` and
-        :class:`FiniteDifference` take.
+    ``losses`` is the loss of one task, ``data`` holds ``count`` tasks in a leading dimension. Returns the field, its
+    params and the layout of one block, as :class:`Jacobian` and :class:`FiniteDifference` take them.
     """
     if per_task:
         copies = {name: value.detach().expand(count, *value.shape) for name, value in params.items()}
@@ -258,14 +195,9 @@ def task_gradient(
 
 
 def simplified(hessian: Matvec, rates: Tensor | float) -> Matvec:
-    """Hessian of simplified MAML's objective near a minimum, ``H - H A H`` (the poster: ``A = alpha*I``).
+    """Hessian of simplified MAML's objective near a minimum, ``H - H A H`` (Takagi et al.: ``A = alpha*I``).
 
-    Args:
-        hessian: Product with ``H``.
-        rates: Inner rates ``A``: a number, or a vector of one rate a parameter, shape ``(n,)``.
-
-    Returns:
-        The product, two products with ``H`` each.
+    ``rates`` is ``A``: one inner rate, or one per parameter, shape ``(n,)``. A product takes two products with ``H``.
     """
 
     def matvec(vector: Tensor) -> Tensor:
@@ -278,13 +210,7 @@ def simplified(hessian: Matvec, rates: Tensor | float) -> Matvec:
 def scaled(matvec: Matvec, scale: Tensor, shift: Tensor | float = 0.0) -> Matvec:
     """Symmetric scaling ``D^(1/2) (A + S) D^(1/2)``, similar to ``D (A + S)``.
 
-    Args:
-        matvec: Product with ``A``.
-        scale: Diagonal of ``D``, shape ``(n,)``, not negative.
-        shift: Diagonal ``S`` added first (coupled weight decay).
-
-    Returns:
-        The product.
+    ``scale`` is the diagonal of ``D``, not negative; ``shift`` is the diagonal ``S`` (coupled weight decay).
     """
     root = scale.sqrt()
 

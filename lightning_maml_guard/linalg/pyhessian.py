@@ -1,4 +1,4 @@
-"""PyHessian as an interchangeable estimator, on copies: the user's model is never handed to it."""
+"""PyHessian as an estimator backend, on copies: it never gets the user's model."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lightning_maml_guard.linalg.operators import Hessian
 
 
 class PowerIteration(NamedTuple):
-    """What PyHessian found.
+    """Result of :func:`largest_eigenvalue`.
 
     Attributes:
         lambda_max: Largest eigenvalue, with its sign.
         lambda_min: The negative eigenvalue that dominates in magnitude, else ``lambda_max``.
         residual: ``|H v - lambda v|`` of the returned eigenvector: an eigenvalue lies that close.
-        matvecs: Products used, the residual's included.
+        matvecs: Number of Hessian-vector products, that of the residual included.
     """
 
     lambda_max: float
@@ -51,25 +51,16 @@ class _Objective(nn.Module):
 def largest_eigenvalue(
     loss: Callable[[Params], Tensor], params: Params, *, max_iter: int, tol: float
 ) -> PowerIteration:
-    """Find the largest eigenvalue of a Hessian with PyHessian's power iteration.
+    """Compute the largest eigenvalue of the Hessian of ``loss`` at ``params`` with PyHessian's power iteration.
 
-    Power iteration converges to the eigenvalue largest in *magnitude*. Where that is negative, it runs
-    again on ``H + s*I`` (``s`` its magnitude), whose dominant eigenvalue is ``lambda_max + s``. PyHessian
-    gives no error bound, so one more product measures the residual.
-
-    Args:
-        loss: Function from the params to a scalar.
-        params: Where to differentiate, by name.
-        max_iter: Power steps at most.
-        tol: PyHessian's tolerance: relative change between two steps.
-
-    Returns:
-        The eigenvalue with its residual.
+    Power iteration converges to the eigenvalue largest in *magnitude*. If that is negative, it runs again on ``H +
+    s*I`` (``s`` its magnitude), whose dominant eigenvalue is ``lambda_max + s``. PyHessian gives no error bound, so one
+    more Hessian-vector product measures the residual. ``tol`` is PyHessian's: the relative change between two steps.
     """
     from pyhessian import hessian
 
     def fixed(at: Params) -> Tensor:
-        torch.manual_seed(0)  # one dropout mask for every product: else it is not one matrix
+        torch.manual_seed(0)  # the same dropout mask for every product, else it is not one matrix
         return loss(at)
 
     objective = _Objective(fixed, params)
@@ -83,7 +74,7 @@ def largest_eigenvalue(
 
     def run() -> tuple[float, list[Tensor]]:
         with warnings.catch_warnings():
-            # The leak torch warns of is closed below, by dropping .grad.
+            # The memory leak that torch warns of is avoided below, by deleting .grad.
             warnings.filterwarnings("ignore", message="Using backward.. with create_graph=True")
             estimator = hessian(objective, lambda value, _: value, data=(dummy, dummy), cuda=first.is_cuda)
         estimator.gradsH[0].register_hook(count)
@@ -108,7 +99,7 @@ def largest_eigenvalue(
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """PyHessian draws its start vector in the default dtype, which must be the parameters'."""
+    """PyHessian draws its start vector in the default dtype, which must be that of the parameters."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

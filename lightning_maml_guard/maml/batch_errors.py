@@ -1,7 +1,7 @@
-"""What can be wrong with a batch of episodes, in the user's words instead of torch's.
+"""Checks of a batch of episodes, and errors in the user's words instead of torch's.
 
-What a batch shows without reading a value (structure, task counts, shots) is checked at every step. Values are read
-where that costs nothing: labels before the first step, and everything once a step has failed.
+What shows without reading a value (structure, task counts, shots) is checked at every step. Values are read only where
+that costs nothing: labels before the first step, and everything once a step has failed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_maml_guard.maml.problem import MetaProblem
 
-# Class labels that torch.nn.functional.cross_entropy passes over.
+# The class label that torch.nn.functional.cross_entropy ignores.
 IGNORED = -100
 
 LabelRange = tuple[int, int]
@@ -44,21 +44,30 @@ _REMEDIES = (
 
 
 class BatchError(ValueError, RuntimeError):
-    """A batch that the network or the loss could not take; torch's own error is its cause."""
+    """The network or the loss could not take a batch; torch's own error is its cause."""
 
 
-def check_pair(name: str, data: Any, what: str, remedy: str) -> None:
-    """Refuse what is not a pair.
+def check_batch(batch: Any) -> None:
+    """Raise if a batch is not ``(support, query)``."""
+    _check_pair(
+        "a batch",
+        batch,
+        "an EpisodeBatch(support=(x, y), query=(x, y)) or such a nested tuple",
+        "Let the loader (its collate_fn) return that; TaskDataModule does.",
+    )
 
-    Args:
-        name: What the message calls it.
-        data: The pair.
-        what: What it should be.
-        remedy: What to do.
 
-    Raises:
-        ValueError: If it is something else.
-    """
+def check_task_data(data: Any) -> None:
+    """Raise if one task's data is not ``(x, y)``."""
+    _check_pair(
+        "one task's `support` and `query`",
+        data,
+        "the pair (x, y)",
+        "Bring the batch into that form, or override `task_loss` for other data.",
+    )
+
+
+def _check_pair(name: str, data: Any, what: str, remedy: str) -> None:
     if not isinstance(data, (tuple, list)) or len(data) != 2:
         found = f"{type(data).__name__} of length {len(data)}" if _sized(data) else type(data).__name__
         raise ValueError(f"Expected {name} to be {what} but got {found}. {remedy}")
@@ -69,14 +78,7 @@ def _sized(data: Any) -> bool:
 
 
 def label_range(batch: Any) -> LabelRange | None:
-    """Read the smallest and the largest class label of a batch of ``((x, y), (x, y))``.
-
-    Args:
-        batch: The episodes.
-
-    Returns:
-        The two; None where the targets are not class labels.
-    """
+    """Return the smallest and largest class label of ``((x, y), (x, y))``; None if the targets are no class labels."""
     found = []
     for part in batch:
         target = part[1] if isinstance(part, (tuple, list)) and len(part) == 2 else None
@@ -90,15 +92,7 @@ def label_range(batch: Any) -> LabelRange | None:
 
 
 def check_labels(labels: LabelRange, classes: int) -> None:
-    """Refuse labels that name no output of the network.
-
-    Args:
-        labels: Smallest and largest label of the batch.
-        classes: Number of the network's outputs.
-
-    Raises:
-        BatchError: If one lies outside.
-    """
+    """Raise if a label lies outside of the network's outputs."""
     if labels[0] < 0 or labels[1] >= classes:
         raise BatchError(
             f"Expected class labels between 0 and {classes - 1}, for the network has {classes} outputs, but got labels "
@@ -107,16 +101,9 @@ def check_labels(labels: LabelRange, classes: int) -> None:
 
 
 def check_finite_start(problem: MetaProblem, losses: Tensor) -> None:
-    """Refuse a first step whose loss is not finite because its data or parameters are not.
+    """Raise if the first step's loss is not finite because its data or parameters are not.
 
-    A loss that diverges on finite data passes: that is the rates' doing, and the guard's business.
-
-    Args:
-        problem: The problem.
-        losses: Loss of each task.
-
-    Raises:
-        BatchError: If data or parameters hold nan or inf.
+    A loss that diverges on finite data passes: the rates caused it, and the guard deals with them.
     """
     if bool(torch.isfinite(losses).all()):
         return
@@ -133,27 +120,38 @@ def check_finite_start(problem: MetaProblem, losses: Tensor) -> None:
         )
 
 
+class FirstBatch:
+    """Reads values of the first batch only: on a GPU a label out of range would end the process's CUDA context."""
+
+    def __init__(self) -> None:
+        self.passed = False
+        self.labels: LabelRange | None = None
+
+    def read(self, batch: Any) -> None:
+        """Read the labels, before the first step."""
+        self.labels = None if self.passed else label_range(batch)
+
+    def check_prediction(self, prediction: Any) -> None:
+        """Raise if a label names no output of the network."""
+        if self.labels is not None and isinstance(prediction, Tensor):
+            check_labels(self.labels, prediction.shape[min(1, prediction.dim() - 1)])
+
+    def check_losses(self, problem: MetaProblem, losses: Tensor) -> None:
+        """Raise if the first step's data or parameters are not finite; from then on, check nothing."""
+        if not self.passed:
+            check_finite_start(problem, losses)
+            self.passed = True
+
+
 @contextmanager
 def explained(problem: MetaProblem) -> Iterator[None]:
-    """Say what the batch held when torch fails on it.
-
-    Args:
-        problem: The problem.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        BatchError: In place of an error of torch that is about dtypes, devices, shapes or labels.
-        RuntimeError: Any other, as it is.
-        IndexError: Any other, as it is.
-    """
+    """Turn torch's errors about dtypes, devices, shapes or labels into a BatchError that describes the batch."""
     try:
         yield
     except (RuntimeError, IndexError) as error:
         said = " ".join(str(error).split())
         remedies = [remedy for pattern, remedy in _REMEDIES if re.search(pattern, said, re.IGNORECASE)]
-        # Types derived from these are not torch's words about a batch: out of memory, or the user's own.
+        # Subclasses of these are not about the batch: out of memory, or the user's own.
         if type(error) not in {RuntimeError, IndexError} or not remedies or "memory" in said:
             raise
         raise BatchError(

@@ -17,27 +17,26 @@ from lightning_maml_guard.utils.checks import first_line
 from lightning_maml_guard.utils.task_map import TaskMap
 from lightning_maml_guard.utils.warnings import GuardWarning
 
-# Conditions on torch's functions and on ours: that nobody has put others in their places.
+# Guards of torch.compile on torch's functions and on ours, which check that no one has replaced them.
 _LIBRARY = re.compile(r"G\['__import_(torch|lightning_maml_guard)('|_dot_)")
 
 
-def _of_users(conditions: Sequence[Any]) -> list[bool]:
-    # torch promises no form of these; a condition that says no name is kept.
-    return [_LIBRARY.match(str(getattr(condition, "name", ""))) is None for condition in conditions]
+def _on_users_code(guards: Sequence[Any]) -> list[bool]:
+    # torch promises no form of these; a guard without a name is kept.
+    return [_LIBRARY.match(str(getattr(guard, "name", ""))) is None for guard in guards]
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile, and leave away what is looked at before every call and never changes: 5 to 10 % of a small step."""
-    # Torch 2.6 can't.
+    """Compile without the guards on library code, which take 5 to 10 % of a small network's step."""
+    # Torch 2.6 has no such filter.
     known = hasattr(torch.compiler, "skip_guard_on_globals_unsafe")
-    return torch.compile(function, options={"guard_filter_fn": _of_users} if known else None)
+    return torch.compile(function, options={"guard_filter_fn": _on_users_code} if known else None)
 
 
 class CompiledMetaGradient:
-    """Computes what :func:`~lightning_maml_guard.maml.meta_gradient.meta_gradient` does, compiled.
+    """Computes what ``meta_gradient`` does, compiled: of one task for a map that loops, else of the vmapped tasks.
 
-    What is compiled is the meta-gradient of one task for a map that loops, else of the vmapped tasks. If that
-    fails and the plain computation does not, it says so once and computes plainly from then on.
+    If that fails and the eager computation does not, it warns once and computes eagerly from then on.
     """
 
     def __init__(self) -> None:
@@ -45,23 +44,12 @@ class CompiledMetaGradient:
         self._functions: dict[Any, Callable[..., Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the functions out of copies and pickles: they hold the original's network, and can't be pickled."""
+        # The compiled functions hold the original's network, and cannot be pickled.
         return {"given_up": self.given_up, "_functions": {}}
 
     def __call__(
         self, problem: MetaProblem, *, tasks: TaskMap, learn_rates: bool, auxiliary: Auxiliary
     ) -> MetaGradient:
-        """Compute the mean meta-gradient over a problem's tasks.
-
-        Args:
-            problem: The problem.
-            tasks: How to run over the tasks.
-            learn_rates: Also differentiate towards the inner rates.
-            auxiliary: ``(adapted params, query) -> pytree of tensors`` of one task.
-
-        Returns:
-            The meta-gradient.
-        """
         options: dict[str, Any] = {"learn_rates": learn_rates, "auxiliary": auxiliary}
         if self.given_up:
             return meta_gradient(problem, tasks=tasks, **options)
@@ -83,7 +71,7 @@ class CompiledMetaGradient:
         like = next(iter(params.values()))
         rates = detached(problem.inner_lr)
         if not isinstance(rates, dict):
-            # A tensor: a number would be compiled in, and every cap of the guard would compile anew.
+            # A number would be compiled in, and every new cap of the guard would compile again.
             rates = torch.tensor(rates, dtype=like.dtype, device=like.device)
         whole = not tasks.looped and (tasks.chunk_size or problem.tasks) >= problem.tasks
         function = partial(self._function(problem, tasks.looped, whole, options), params, rates)

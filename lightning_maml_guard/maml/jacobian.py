@@ -1,7 +1,7 @@
-"""The meta-update as a gradient field ``G(theta)``: what its Jacobian ``J = dG/dtheta`` is taken of.
+"""The meta-update as a gradient field ``G(theta)``, whose Jacobian ``J = dG/dtheta`` decides stability.
 
-No formula for ``J`` is needed, and none is used: the meta-gradients are written functionally, without ``detach``,
-so they are differentiated as they stand, with ``K`` steps, learned inner rates and parameters that are not adapted.
+No formula for ``J`` is used: the meta-gradients are functions without ``detach``, so autograd differentiates them as
+they are, with ``K`` steps, learned inner rates and parameters that are not adapted.
 """
 
 from __future__ import annotations
@@ -19,33 +19,21 @@ from lightning_maml_guard.utils.task_map import TaskMap, task_count
 
 
 def is_symmetric(problem: MetaProblem) -> bool:
-    """Say whether ``J`` is symmetric: exact MAML descends a loss, the other orders do not.
-
-    Args:
-        problem: The problem.
-
-    Returns:
-        True for exact MAML.
-    """
+    """Return True if ``J`` is symmetric: exact MAML descends a loss, the other orders do not."""
     return problem.order == "exact"
 
 
 def meta_field(problem: MetaProblem, tasks: TaskMap) -> Field:
-    """Make the gradient field of the configured meta-update, the mean over the problem's tasks.
+    """Return the gradient field of the meta-update, the mean over the tasks; its value is the mean query loss.
 
-    Args:
-        problem: The problem; ``problem.params`` is not read, the field takes its own.
-        tasks: How to run over the tasks.
-
-    Returns:
-        The field; its value is the mean query loss after adaptation.
+    ``problem.params`` is not read: the field takes its own.
     """
     rates = detached(problem.inner_lr)
     if is_symmetric(problem):
         return gradient_of(lambda params: _query_losses(problem, params, rates, tasks).mean())
 
     def field(params: Params, differentiable: bool) -> FieldValue:
-        # Without a graph for `differentiable=False` too: a gradient inside needs none outside.
+        # The gradients inside need no graph outside.
         with torch.set_grad_enabled(differentiable):
             (gradients, _), (losses, _) = task_meta_gradients(problem, params, rates, tasks)
         return FieldValue(losses.mean().detach(), {name: value.mean(0) for name, value in gradients.items()})
@@ -66,18 +54,9 @@ def _query_losses(problem: MetaProblem, params: Params, rates: InnerRate, tasks:
 
 
 def curvature_by_task(problem: MetaProblem, params: Params, direction: Params, tasks: TaskMap) -> Tensor:
-    """Measure each task's own curvature of the meta-update along one direction, ``u . J_task u``.
+    """Return each task's curvature of the meta-update along one direction, ``u . J_task u``, of shape ``(tasks,)``.
 
-    One graph and one product serve all tasks: the derivative of ``u . G_task(theta + t*u)`` towards each task's ``t``.
-
-    Args:
-        problem: The problem.
-        params: ``theta``.
-        direction: ``u``, by parameter.
-        tasks: How to run over the tasks.
-
-    Returns:
-        Shape ``(tasks,)``.
+    One backward pass serves all tasks: the derivative of ``u . G_task(theta + t*u)`` towards each task's ``t``.
     """
     rates = detached(problem.inner_lr)
     offsets = next(iter(params.values())).new_zeros(problem.tasks).requires_grad_()

@@ -1,4 +1,4 @@
-"""The loss of a task that users give, and the one that stands in for it."""
+"""The default loss of a task, and the check of one that users pass."""
 
 from __future__ import annotations
 
@@ -12,18 +12,9 @@ from lightning_maml_guard.utils.checks import check_function
 
 
 def default_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Take cross-entropy for integer targets and the mean squared error otherwise.
+    """Return the cross-entropy for integer targets and the mean squared error otherwise.
 
-    Args:
-        prediction: Logits ``(n, classes)``, or values of the target's shape.
-        target: Class indices ``(n,)``, or values.
-
-    Returns:
-        The scalar loss.
-
-    Raises:
-        ValueError: If prediction and target do not fit in shape (broadcasting would hide it).
-        TypeError: If the prediction is not a tensor.
+    Raises if the shapes of prediction and target do not fit: broadcasting would hide it.
     """
     if not isinstance(prediction, Tensor):
         raise TypeError(
@@ -49,14 +40,7 @@ def default_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def check_loss(loss: Any) -> None:
-    """Refuse a loss that can't be called on a prediction and a target.
-
-    Args:
-        loss: The loss.
-
-    Raises:
-        TypeError: If it is not callable, or a class.
-    """
+    """Raise if ``loss`` cannot be called on a prediction and a target."""
     if isinstance(loss, type):
         raise TypeError(
             f"Expected argument `loss` to be callable, (prediction, target) -> scalar, but got the class "

@@ -1,8 +1,8 @@
 """Meta-gradients of one task and of a batch of tasks.
 
-The forward pass is vmapped, and autograd differentiates the result. ``grad(vmap(inner step))``, where torch.func
-takes the inner gradient inside ``vmap`` and it is differentiated outside, is silently wrong through norm layers (torch
-2.13); where torch.func takes the gradients (under torch.compile) ``vmap`` is outermost.
+Only the forward pass is vmapped, and autograd differentiates the result. Do not write ``grad(vmap(inner step))``: where
+torch.func takes the inner gradient inside ``vmap`` and it is differentiated outside, the result is silently wrong
+through norm layers (torch 2.13). Where torch.func takes the gradients (under torch.compile), ``vmap`` is outermost.
 """
 
 from __future__ import annotations
@@ -13,9 +13,16 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from lightning_maml_guard.maml import sequential_queries as apart
-from lightning_maml_guard.maml.gradient import gradient
-from lightning_maml_guard.maml.inner_loop import InnerRate, Params, TaskLoss, adapt_with_sum, adapted_loss, detached
+from lightning_maml_guard.maml import sequential_queries
+from lightning_maml_guard.maml.inner_loop import (
+    InnerRate,
+    Params,
+    TaskLoss,
+    adapt_with_sum,
+    adapted_loss,
+    detached,
+    gradient,
+)
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.utils.task_map import TaskMap, task_count
 
@@ -39,7 +46,7 @@ class MetaGradient(NamedTuple):
 
 
 def nothing(params: Params, query: Any) -> Tensor:
-    """Pass nothing through: the ``auxiliary`` function of those who want none."""
+    """Return an empty tensor: the ``auxiliary`` function if there is none."""
     return torch.zeros(())
 
 
@@ -60,27 +67,14 @@ def task_meta_gradient(
     ==========  ==============================================================================
     exact       ``d/dtheta L_Q(theta_K(theta))``, through the inner loop
     first       ``grad L_Q`` at ``theta_K`` (FOMAML)
-    simplified  ``g_Q - K*alpha*H_Q g_S``, the poster's ``g - alpha*H g`` (its support is its query)
+    simplified  ``g_Q - K*alpha*H_Q g_S``; Takagi et al.'s ``g - alpha*H g`` if support = query
     ==========  ==============================================================================
 
-    Written without ``detach``: the derivative of each towards ``theta`` is the Jacobian that decides
-    stability. For ``first`` and ``simplified`` the inner rates' gradient is the first-order
-    ``-sum_k g_k * G``.
+    Written without ``detach``: the derivative of each towards ``theta`` is the Jacobian that decides stability. For
+    ``first`` and ``simplified`` the inner rates' gradient is the first-order ``-sum_k g_k * G``.
 
-    Args:
-        task_loss: ``(params, one task's data) -> scalar``.
-        params: ``theta``, by name.
-        inner_lr: Inner rate, or one a parameter.
-        support: One task's support data.
-        query: One task's query data.
-        inner_steps: Number ``K`` of inner steps.
-        order: ``"exact"``, ``"first"`` or ``"simplified"``.
-        learn_rates: Also differentiate towards ``inner_lr`` (a dict then).
-        auxiliary: ``(adapted params, query) -> pytree of tensors``, passed through.
-
-    Returns:
-        ``((gradient, rate gradient), (query loss after adaptation, auxiliary))``; the rate gradient is an
-        empty dict unless asked for.
+    ``learn_rates`` also differentiates towards ``inner_lr``, which must be a dict then. Returns ``((gradient, rate
+    gradient), (query loss after adaptation, auxiliary))``; the rate gradient is an empty dict unless asked for.
     """
     if order == "exact":
 
@@ -128,17 +122,7 @@ def meta_gradient(
     learn_rates: bool = False,
     auxiliary: Auxiliary = nothing,
 ) -> MetaGradient:
-    """Compute the mean meta-gradient over a problem's tasks.
-
-    Args:
-        problem: The problem; its tensors are detached.
-        tasks: How to run over the tasks (default: vmapped, ``problem.task_chunk_size`` at once).
-        learn_rates: Also differentiate towards the inner rates, which must be a dict then.
-        auxiliary: ``(adapted params, query) -> pytree of tensors`` of one task, passed through.
-
-    Returns:
-        The meta-gradient.
-    """
+    """Compute the mean meta-gradient over a problem's tasks; the problem's tensors are detached."""
     tasks = tasks or TaskMap(problem.task_chunk_size, problem.looped)
     params = {name: value.detach() for name, value in problem.params.items()}
     found = task_meta_gradients(
@@ -156,19 +140,7 @@ def task_meta_gradients(
     learn_rates: bool = False,
     auxiliary: Auxiliary = nothing,
 ) -> Any:
-    """Compute every task's meta-gradient.
-
-    Args:
-        problem: The problem; its own parameters and rates are not read.
-        params: ``theta``, by name.
-        rates: Inner rates.
-        tasks: How to run over the tasks.
-        learn_rates: Also differentiate towards the inner rates, which must be a dict then.
-        auxiliary: ``(adapted params, query) -> pytree of tensors`` of one task, passed through.
-
-    Returns:
-        What :func:`task_meta_gradient` returns, with a leading task dimension.
-    """
+    """Return what ``task_meta_gradient`` does, of every task; ``problem``'s own parameters and rates are not read."""
     options: dict[str, Any] = {"inner_steps": problem.inner_steps, "order": problem.order, "learn_rates": learn_rates}
 
     def one(support: Any, query: Any) -> Any:
@@ -180,8 +152,8 @@ def task_meta_gradients(
         loss = beside.over(problem.loss)
         # A call of vmap takes 3 % of a small network's step.
         extra = (lambda *_: torch.zeros(count)) if auxiliary is nothing else beside.over(auxiliary)
-        if problem.order == "exact" and apart.pays(params, query):
-            return apart.exact_gradients(
+        if problem.order == "exact" and sequential_queries.is_worthwhile(params, query):
+            return sequential_queries.exact_gradients(
                 problem.loss,
                 loss,
                 beside.params,
@@ -198,15 +170,7 @@ def task_meta_gradients(
 
 
 def averaged(found: Any, learn_rates: bool) -> MetaGradient:
-    """Take the mean over the tasks.
-
-    Args:
-        found: What :func:`task_meta_gradients` returned.
-        learn_rates: Whether the rates' gradients were asked for.
-
-    Returns:
-        The meta-gradient.
-    """
+    """Take the mean over the tasks of what ``task_meta_gradients`` returned."""
     (gradients, rate_gradients), (losses, extra) = found
     return MetaGradient(
         {name: value.mean(0) for name, value in gradients.items()},
@@ -217,47 +181,31 @@ def averaged(found: Any, learn_rates: bool) -> MetaGradient:
 
 
 class SideBySide:
-    """Several tasks as one: parameters and rates with a task dimension, and only the forward pass vmapped.
+    """Parameters and rates of several tasks, with a leading task dimension, and only the forward pass vmapped.
 
-    The tasks' losses do not share parameters, so that the gradient of their sum holds every task's own. What is
-    differentiated are torch's native operations, which is right for norm layers at second order, and a third faster
-    than ``vmap(grad(...))``.
-
-    Args:
-        params: Parameters by name.
-        rates: Inner rates.
-        count: Number of tasks.
-
-    Attributes:
-        params: The parameters, of shapes ``(tasks, ...)``.
-        rates: The rates, likewise where there is one a parameter.
+    The tasks' losses share no parameters, so the gradient of their sum holds each task's own. Autograd differentiates
+    torch's native operations, which is right for norm layers at second order, and a third faster than
+    ``vmap(grad(...))``.
     """
 
     def __init__(self, params: Params, rates: InnerRate, count: int) -> None:
         self.params = {name: value.expand(count, *value.shape) for name, value in params.items()}
         self.rates = rates
         if isinstance(rates, dict):
-            # Of as many dimensions as its parameter, so that the tasks' dimension comes first.
+            # A rate gets its parameter's dimensions, so that the task dimension comes first.
             self.rates = {name: rate.expand(self.params[name].shape) for name, rate in rates.items()}
 
     @staticmethod
     def over(function: Callable[..., Any]) -> Callable[..., Any]:
-        """Vmap a function of one task's parameters and data.
-
-        Args:
-            function: The function.
-
-        Returns:
-            The function of all tasks'.
-        """
+        """Vmap a function of one task's parameters and data."""
         return torch.func.vmap(function, (0, 0), randomness="different")
 
 
 class AttachGradient(torch.autograd.Function):
     """A loss whose backward is a gradient that is already known.
 
-    Lightning's automatic optimisation (precision, accumulation, clipping, DDP) then works for orders of
-    MAML that are the gradient of no loss.
+    Lightning's automatic optimisation (precision, accumulation, clipping, DDP) then works also for the orders whose
+    meta-gradient is not the gradient of a loss.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What a MAML module and the guard share: the problem as it is trained."""
+"""MetaProblem: one meta-training step's parameters, loss, data and settings, shared by the module and the guard."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class MetaProblem:
     """One meta-training step's problem: parameters, task loss, data, and how MAML is configured.
 
     Args:
-        params: ``theta``, the parameters training moves, by name. Pass the module's own tensors (not
-            copies), so that the optimizer's state can be matched to them.
-        task_loss: ``(params, one task's data) -> scalar``, computed from the ``params`` it is given. It is
-            vmapped over tasks.
-        support: Pytree of tensors with a leading task dimension: what the inner loop descends on.
-        query: The same for the meta loss. The two have the same number of tasks.
-        inner_lr: The inner rate ``alpha``: one number, or a tensor a parameter (parameters that are not
-            named are not adapted).
+        params: ``theta``, the parameters that train, by name. Pass the module's own tensors (not copies), so that the
+            optimizer's state can be matched to them.
+        task_loss: ``(params, one task's data) -> scalar``, computed from the ``params`` it is given. It is vmapped over
+            tasks.
+        support: Pytree of tensors with a leading task dimension: the data of the inner loop.
+        query: The same for the meta loss, with the same number of tasks.
+        inner_lr: The inner learning rate ``alpha``: one number, or one tensor per parameter, a scalar or of the
+            parameter's shape. Parameters that a dict does not name are not adapted.
         inner_steps: Number ``K`` of inner steps.
-        order: How the meta-gradient is taken: ``"exact"``, ``"first"`` or ``"simplified"``.
+        order: The meta-gradient: ``"exact"``, ``"first"`` or ``"simplified"``.
         task_chunk_size: Tasks vmapped at once (None: all).
         looped: Run over the tasks one after another instead.
 
@@ -90,13 +90,13 @@ class MetaProblem:
             if not all(leaf.numel() for leaf in leaves) and any(0 in leaf.shape[:2] for leaf in leaves):
                 shapes = [tuple(leaf.shape) for leaf in leaves]
                 raise ValueError(
-                    f"Expected `{name}` to hold at least one example a task but got shapes {shapes}: the loss of an "
+                    f"Expected `{name}` to hold at least one example per task but got shapes {shapes}: the loss of an "
                     "empty set is nan. Draw at least one shot."
                 )
         object.__setattr__(self, "tasks", counts[0])
 
     def loss(self, params: dict[str, Tensor], data: Any) -> Tensor:
-        """Compute the loss of one task, and refuse what is not a loss.
+        """Compute the loss of one task, and check that it is a loss.
 
         Args:
             params: Parameters by name.
@@ -106,8 +106,8 @@ class MetaProblem:
             The scalar.
 
         Raises:
-            ValueError: If ``task_loss`` gives no scalar.
-            TypeError: If it gives no tensor.
+            ValueError: If ``task_loss`` does not return a scalar.
+            TypeError: If it does not return a tensor.
         """
         value = self.task_loss(params, data)
         expected = "Expected the loss of one task to be a scalar tensor of floats but got"
@@ -124,35 +124,21 @@ class MetaProblem:
         return value
 
     def part(self, tasks: int) -> MetaProblem:
-        """Take the first of the batch's tasks.
-
-        Args:
-            tasks: How many, at least 1.
-
-        Returns:
-            The problem with these tasks; this one if there are no more.
-        """
+        """Return the problem with the batch's first tasks only, or this one if it has no more than ``tasks``."""
         if tasks >= self.tasks:
             return self
         support, query = (tree_map(lambda leaf: leaf[:tasks], data) for data in (self.support, self.query))
         return replace(self, support=support, query=query)
 
     def at_factor(self, factor: float) -> MetaProblem:
-        """Scale the inner rates.
-
-        Args:
-            factor: Factor on every one.
-
-        Returns:
-            The problem with these rates.
-        """
+        """Return the problem with every inner rate multiplied by ``factor``."""
         rate = self.inner_lr
         scaled = {name: each * factor for name, each in rate.items()} if isinstance(rate, dict) else rate * factor
         return replace(self, inner_lr=scaled)
 
     @property
     def alpha(self) -> float:
-        """The inner rate ``alpha``: the number, or the largest of the rates by parameter."""
+        """The inner rate ``alpha``: the number, or the largest of the rates per parameter."""
         if not isinstance(self.inner_lr, dict):
             return float(self.inner_lr)
         if not self.inner_lr:
@@ -161,11 +147,11 @@ class MetaProblem:
 
     @property
     def uniform(self) -> bool:
-        """Whether one rate moves every parameter, as the poster assumes."""
+        """True if one rate moves every parameter, as Takagi et al. assume."""
         return not isinstance(self.inner_lr, dict)
 
     def rates(self) -> dict[str, Tensor]:
-        """Expand the inner rates to one a parameter entry.
+        """Expand the inner rates to one per parameter entry.
 
         Returns:
             Tensors of the parameters' shapes; 0 where nothing is adapted.
@@ -245,5 +231,5 @@ def _check_rates(rates: dict[str, Tensor], params: dict[str, Tensor]) -> None:
         if rate.dim() > value.dim() or any(own not in {1, size} for own, size in zip(*ends, strict=False)):
             raise ValueError(
                 f"Expected argument `inner_lr[{name!r}]` to be a scalar or of its parameter's shape "
-                f"{tuple(value.shape)} but got {tuple(rate.shape)}. Pass one rate an entry, or one for all."
+                f"{tuple(value.shape)} but got {tuple(rate.shape)}. Pass one rate per entry, or one for all."
             )

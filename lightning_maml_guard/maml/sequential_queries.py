@@ -1,4 +1,4 @@
-"""Large query sets one after another, behind inner loops that run side by side."""
+"""Exact meta-gradients whose query sets run one after another, behind inner loops that are vmapped."""
 
 from __future__ import annotations
 
@@ -9,26 +9,18 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_maml_guard.maml.gradient import gradient
-from lightning_maml_guard.maml.inner_loop import InnerRate, Params, TaskLoss, adapt
+from lightning_maml_guard.maml.inner_loop import InnerRate, Params, TaskLoss, adapt, gradient
 from lightning_maml_guard.utils.functorch import inside_transform
 from lightning_maml_guard.utils.task_map import TaskMap
 
-# Entries of a task's query set from which on a CPU gains nothing from having several at once.
+# Entries of a task's query set from which a CPU gains nothing by running several at once.
 _LARGE = 2**15
 
 
-def pays(params: Params, query: Any) -> bool:
-    """Say whether the query sets of several tasks should go one after another.
+def is_worthwhile(params: Params, query: Any) -> bool:
+    """Return True if the query sets are large and on a CPU, and the result is not differentiated again.
 
-    Their activations then stay in a CPU's caches, and are freed before the next set's.
-
-    Args:
-        params: Parameters by name.
-        query: Several tasks' query data.
-
-    Returns:
-        Whether they are large and on a CPU, and nobody differentiates what comes of them.
+    One after another, their activations stay in the CPU's caches and are freed before the next set's.
     """
     leaves = tree_leaves(query)
     if sum(leaf.numel() for leaf in leaves) < _LARGE * len(leaves[0]) or inside_transform():
@@ -50,21 +42,9 @@ def exact_gradients(
     learn_rates: bool,
     auxiliary: Callable[[Params, Any], Any],
 ) -> tuple[tuple[Params, Params], tuple[Tensor, Any]]:
-    """Compute several tasks' exact meta-gradients: the query sets' gradients, pulled back through all inner loops.
+    """Return what ``task_meta_gradient`` does, of several tasks: the query gradients, pulled back through all loops.
 
-    Args:
-        task_loss: Loss of one task.
-        losses: The same of several.
-        params: ``theta`` of each, shapes ``(tasks, ...)``; not differentiated again.
-        rates: Inner rates of each.
-        support: Their support data.
-        query: Their query data.
-        inner_steps: Number of inner steps.
-        learn_rates: Also differentiate towards the inner rates (a dict then).
-        auxiliary: ``(adapted params, query) -> pytree of tensors`` of one task, passed through.
-
-    Returns:
-        What :func:`~lightning_maml_guard.maml.meta_gradient.task_meta_gradient` returns, with a leading task dimension.
+    ``task_loss`` is of one task, ``losses`` of several; parameters, rates and data have a leading task dimension.
     """
 
     def pulled(theta: Params, alphas: InnerRate) -> tuple[Tensor, tuple[Tensor, Any]]:

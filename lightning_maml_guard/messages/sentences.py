@@ -45,7 +45,7 @@ _ORDERS = {
 
 def sentence(reason: Reason, spelling: Spelling = IN_PYTHON) -> str:
     """Put a reason into words: what happened and why, then what to do."""
-    return " ".join(filter(None, (cause(reason, spelling), remedy(reason))))
+    return " ".join(filter(None, (cause(reason, spelling), remedy(reason, spelling))))
 
 
 def sentences(reasons: Sequence[Reason], spelling: Spelling = IN_PYTHON) -> tuple[str, ...]:
@@ -58,9 +58,10 @@ def cause(reason: Reason, spelling: Spelling = IN_PYTHON) -> str:
     return _CAUSES[reason.kind](reason, spelling)
 
 
-def remedy(reason: Reason) -> str:
+def remedy(reason: Reason, spelling: Spelling = IN_PYTHON) -> str:
     """Say what to do; empty where there is nothing to do."""
     below = f"below {reason.margin * reason.limit:.3g}"
+    rollback = spelling.guard(action="rescale", rollback=True)
     return {
         Remedy.NONE: "",
         Remedy.LOWER_ALPHA: f"Lower the inner rate (inner_lr) {below}.",
@@ -70,7 +71,8 @@ def remedy(reason: Reason) -> str:
         "rate too: beta_c moves with alpha.",
         Remedy.LOWER_BETA_UNSPECIFIED: "Lower the optimizer's lr.",
         Remedy.MEASURE_SHARPER: "Raise max_iter or lower tol for a sharper answer.",
-        Remedy.START_AGAIN: "Start again with lower rates.",
+        Remedy.START_AGAIN: f"Start again with lower rates; {rollback} rolls a run back to the last parameters "
+        "measured safe.",
     }[reason.remedy]
 
 
@@ -83,7 +85,7 @@ def announced(reason: Reason, spelling: Spelling = IN_PYTHON) -> str:
 def left_safe_region(step: int, reasons: Sequence[Reason], effect: Sequence[str], spelling: Spelling) -> str:
     """Say that the rates left the safe region: why, what to do, and what the guard does about it."""
     why = [f"Why: {cause(each, spelling)}" for each in reasons]
-    to_do = [f"To do: {text}" for each in reasons if (text := remedy(each))]
+    to_do = [f"To do: {text}" for each in reasons if (text := remedy(each, spelling))]
     head = f"ConvergenceGuard: the learning rates left the safe region at step {step}."
     return "\n".join([head, *why, *dict.fromkeys(to_do), *effect])
 
@@ -190,11 +192,7 @@ def _lookahead_diverges(reason: Reason, spelling: Spelling) -> str:
 
 
 def _loss_not_finite(reason: Reason, spelling: Spelling) -> str:
-    guard = spelling.guard(action="rescale", rollback=True)
-    return (
-        f"The loss is {reason.losses[0]} already, so no rate brings this run back; {guard} returns a run to the last "
-        "parameters measured safe."
-    )
+    return f"The loss is {reason.losses[0]} already, so no rate brings this run back."
 
 
 def _check_failed(reason: Reason, spelling: Spelling) -> str:
@@ -211,11 +209,9 @@ def _check_failed(reason: Reason, spelling: Spelling) -> str:
     )
 
 
-def _task_failed(reason: Reason, spelling: Spelling) -> str:
-    return f"could not {reason.what}; training goes on.\nCause: {reason.error}: {reason.detail}"
-
-
 def _no_lookahead(reason: Reason, spelling: Spelling) -> str:
+    if reason.effect == "before training":
+        return f"The next steps cannot be tried. {reason.detail}"
     return f"judging by curvature alone, for the next steps cannot be tried. {reason.detail}"
 
 
@@ -292,7 +288,8 @@ def _beta_halved(reason: Reason, spelling: Spelling) -> str:
     )
 
 
-_CAUSES: dict[Kind, Callable[[Reason, Spelling], str]] = {
+# What was measured: the step of the measurement is said beside it.
+_MEASURED: dict[Kind, Callable[[Reason, Spelling], str]] = {
     Kind.ABOVE_LIMIT: _above_limit,
     Kind.TOO_CLOSE: _too_close,
     Kind.NOT_JUDGED: _not_judged,
@@ -301,10 +298,15 @@ _CAUSES: dict[Kind, Callable[[Reason, Spelling], str]] = {
     Kind.NO_EXACT_LIMIT: _no_exact_limit,
     Kind.NO_DOUBLE_BACKWARD: _no_double_backward,
     Kind.WRONG_DOUBLE_BACKWARD: _wrong_double_backward,
+    Kind.TEXT: lambda reason, spelling: reason.detail,
+}
+_CAUSES = _MEASURED | {
     Kind.LOOKAHEAD_DIVERGES: _lookahead_diverges,
     Kind.LOSS_NOT_FINITE: _loss_not_finite,
     Kind.CHECK_FAILED: _check_failed,
-    Kind.TASK_FAILED: _task_failed,
+    Kind.TASK_FAILED: lambda reason, spelling: (
+        f"could not {reason.what}; training goes on.\nCause: {reason.error}: {reason.detail}"
+    ),
     Kind.NO_LOOKAHEAD: _no_lookahead,
     Kind.NO_GRADIENT_NORM: _no_gradient_norm,
     Kind.NO_SNAPSHOT: _no_snapshot,
@@ -321,17 +323,4 @@ _CAUSES: dict[Kind, Callable[[Reason, Spelling], str]] = {
     Kind.NO_BETA_SURVIVES: lambda reason, spelling: (
         f"No beta from {reason.value:.3g} down to {reason.beta:.3g} survives the lookahead."
     ),
-    Kind.TEXT: lambda reason, spelling: reason.detail,
-}
-# Said of one measurement, so that its step belongs to the sentence.
-_MEASURED = {
-    Kind.ABOVE_LIMIT,
-    Kind.TOO_CLOSE,
-    Kind.NOT_JUDGED,
-    Kind.NO_CURVATURE,
-    Kind.NOT_MEASURED,
-    Kind.NO_EXACT_LIMIT,
-    Kind.NO_DOUBLE_BACKWARD,
-    Kind.WRONG_DOUBLE_BACKWARD,
-    Kind.TEXT,
 }

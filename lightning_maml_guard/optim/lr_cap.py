@@ -45,10 +45,14 @@ class LRCap:
         self.cap = cap
         self._holds = holds
         self._handles = []
-        for optimizer in optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(self._begin))
-            self._handles.append(optimizer.register_step_post_hook(_end))
         self._optimizers = list(optimizers)
+        try:
+            for optimizer in optimizers:
+                self._handles.append(optimizer.register_step_pre_hook(self._begin))
+                self._handles.append(optimizer.register_step_post_hook(_end))
+        except BaseException:
+            self.remove()  # a pre hook alone would lower a rate that nothing puts back
+            raise
 
     def remove(self) -> None:
         """Take the hooks out, and put back a rate that a step which raised left capped."""

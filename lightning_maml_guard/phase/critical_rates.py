@@ -18,7 +18,7 @@ from lightning_maml_guard.linalg.operators import Jacobian, gradient_of, scaled,
 from lightning_maml_guard.maml.inner_loop import Params
 from lightning_maml_guard.maml.jacobian import is_symmetric, meta_field
 from lightning_maml_guard.maml.problem import MetaProblem
-from lightning_maml_guard.phase.gradients import adapted_losses, inner_rates
+from lightning_maml_guard.phase.gradients import adapted_losses
 from lightning_maml_guard.phase.optimizers import MetaOptimizer, State
 from lightning_maml_guard.theory.complex_ritz import arnoldi_resolved, complex_limit, complex_ritz
 from lightning_maml_guard.theory.ritz import lanczos_resolved, rates_from_lanczos, ritz_values
@@ -133,7 +133,8 @@ def _limit_by_arnoldi(
 ) -> float:
     """Largest stable outer rate of one run whose Jacobian is not symmetric."""
     like = next(iter(params.values()))
-    rates = inner_rates(problem, alpha) if isinstance(problem.inner_lr, dict) else float(alpha)
+    names = problem.inner_lr
+    rates = dict.fromkeys(names, alpha) if isinstance(names, dict) else float(alpha)
     field = meta_field(replace(problem, inner_lr=rates), TaskMap(problem.task_chunk_size))
     jacobian = Jacobian(field, {name: value[run] for name, value in params.items()})
     # Its products are with the transpose, so the scaling comes from the right; the eigenvalues are the same.

@@ -2,7 +2,7 @@
 
 from lightning_maml_guard.plots.phase_diagram import phase_diagram
 from lightning_maml_guard.plots.region import safe_region
-from lightning_maml_guard.plots.run import course
-from lightning_maml_guard.plots.spectrum import ritz, spectrum
+from lightning_maml_guard.plots.run import run_history
+from lightning_maml_guard.plots.spectrum import ritz_values, spectrum
 
-__all__ = ["course", "phase_diagram", "ritz", "safe_region", "spectrum"]
+__all__ = ["phase_diagram", "ritz_values", "run_history", "safe_region", "spectrum"]

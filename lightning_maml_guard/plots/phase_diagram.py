@@ -1,4 +1,4 @@
-"""A phase diagram: training error over a grid of inner and meta rates, beside the critical rates."""
+"""A phase diagram: training error over a grid of inner and outer learning rates, beside the critical rates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_maml_guard.plots.style import pyplot
+from lightning_maml_guard.plots import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,97 +20,101 @@ def phase_diagram(
     ax: Axes | None = None,
     *,
     found: Any = None,
-    title: str = "Training error after meta-training",
+    title: str = style.ERROR_TITLE,
 ) -> tuple[Any, Any]:
-    """Draw the training error over the grid, with the critical rates that theory gives for its start.
+    """Draw the training error over the grid, with the critical rates that theory gives before training.
 
-    Dark cells trained furthest. Grey cells did not train (see :class:`PhaseDiagram`); crossed ones diverged. A
-    cell's rates are those of its centre. The vertical line is
-    the poster's ``alpha_c``, the curves are ``beta_c(alpha)`` by the poster and by the Jacobian of the update as
-    configured, all before training.
+    The darker a cell, the smaller its error. Grey cells did not train (see :class:`PhaseDiagram`); crossed ones
+    diverged. A cell's rates are those of its centre. The vertical line is ``alpha_c`` of the simplified criterion
+    (Takagi et al.); the curves are ``beta_c(alpha)`` of the simplified criterion and of the Jacobian of the update as
+    configured.
 
     Args:
         diagram: The diagram.
         ax: Axes to draw on (default: a new figure).
-        found: Largest convergent meta rates found by training, shape ``(n, 2)``: inner rate and meta rate a row.
+        found: Largest convergent outer rates found by training, shape ``(n, 2)``: an inner and an outer rate per row.
         title: Title of the axes.
 
     Returns:
         ``(fig, ax)``.
 
     Raises:
-        ValueError: If a rate is 0, for which log axes have no place, or if there is but one of either.
+        ValueError: If a rate is 0, which has no place on log axes, or if there are fewer than two of either.
         ModuleNotFoundError: If matplotlib is not installed.
     """
-    plt = pyplot()
+    mpl = style.import_matplotlib("patches", "ticker")
     for name, rates in (("alphas", diagram.alphas), ("betas", diagram.betas)):
         if len(rates) < 2 or min(rates) <= 0:
             raise ValueError(
                 f"A phase diagram on log axes needs at least 2 `{name}` above 0 but got {rates.tolist()}: draw a part "
                 "of the grid, or train another."
             )
-    if ax is None:
-        _, ax = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
-    figure = ax.figure
+    ax = style.axes_or_new(ax)
+    figure: Any = ax.figure
+    columns, rows = _edges(diagram.alphas), _edges(diagram.betas)
     shown = np.ma.masked_where(~diagram.trained, diagram.final)
     start = float(np.nanmax(diagram.unadapted))
     low = float(shown.min()) if shown.count() else start / 10
-    norm = plt.matplotlib.colors.LogNorm(max(low, start * 1e-12), start) if low < start else None
-    colours = plt.get_cmap("viridis").with_extremes(bad="0.82")
-    mesh = ax.pcolormesh(
-        _edges(diagram.alphas), _edges(diagram.betas), shown.T, cmap=colours, norm=norm, rasterized=True, zorder=0
-    )
-    lost = np.argwhere(diagram.diverged)
-    if len(lost):
-        x, y = diagram.alphas[lost[:, 0]], diagram.betas[lost[:, 1]]
-        ax.scatter(x, y, marker="x", s=14, color="0.35", linewidths=0.8, label="diverged", zorder=1)
-    top, bottom = _edges(diagram.betas)[-1], _edges(diagram.betas)[0]
+    norm = mpl.colors.LogNorm(max(low, start * 1e-12), start) if low < start else None
+    colours = mpl.colormaps[style.ERROR_COLOURMAP].with_extremes(bad=style.UNTRAINED_COLOUR)
+    mesh = ax.pcolormesh(columns, rows, shown.T, cmap=colours, norm=norm, rasterized=True, zorder=0)
+    crossed = np.argwhere(diagram.diverged)
+    if len(crossed):
+        x, y = diagram.alphas[crossed[:, 0]], diagram.betas[crossed[:, 1]]
+        cross: dict[str, Any] = {"marker": "x", "s": 14, "linewidths": 0.8, "zorder": 1}
+        ax.scatter(x, y, color=style.DIVERGED_COLOUR, label=style.DIVERGED, **cross)
     if len(diagram.alpha_c):
-        alpha_c = np.nanmin(diagram.at_start("alpha_c")) if np.isfinite(diagram.at_start("alpha_c")).any() else math.inf
-        if _edges(diagram.alphas)[0] < alpha_c < _edges(diagram.alphas)[-1]:
-            _outlined(ax, [alpha_c] * 2, [bottom, top], "#D55E00", "-.", r"$\alpha_c$, poster")
-        for name, colour, style, label in (
-            ("beta_c", "#D55E00", "-", r"$\beta_c(\alpha)$, poster"),
-            ("exact_beta_c", "black", "--", r"$\beta_c(\alpha)$, exact"),
-        ):
-            curve = diagram.at_start(name)
-            known = np.isfinite(curve) & (curve > 0)
-            if known.any():
-                _outlined(ax, diagram.alphas[known], curve[known], colour, style, label)
+        _draw_critical_rates(ax, diagram, columns, rows)
     if found is not None:
         x, y = np.asarray(found, dtype=np.float64).T
-        ax.scatter(x, y, s=26, color="white", edgecolors="black", label="found by training", zorder=5)
+        dot: dict[str, Any] = {"color": style.FOUND_COLOUR, "edgecolors": style.MARKER_EDGE, "s": 26, "zorder": 5}
+        ax.scatter(x, y, label=style.FOUND, **dot)
     ax.set(
         xscale="log",
         yscale="log",
-        xlim=_edges(diagram.alphas)[[0, -1]],
-        ylim=(bottom, top),
-        xlabel=r"inner rate $\alpha$",
-        ylabel=r"meta rate $\beta$",
+        xlim=columns[[0, -1]],
+        ylim=rows[[0, -1]],
+        xlabel=style.INNER_RATE_AXIS,
+        ylabel=style.OUTER_RATE_AXIS,
         title=title,
     )
     handles, _ = ax.get_legend_handles_labels()
-    if (~diagram.trained & ~diagram.diverged).any() or len(lost):
-        handles.insert(0, plt.matplotlib.patches.Patch(facecolor="0.82", label="did not train"))
+    if (~diagram.trained & ~diagram.diverged).any() or len(crossed):
+        handles.insert(0, mpl.patches.Patch(facecolor=style.UNTRAINED_COLOUR, label=style.UNTRAINED))
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize="small", frameon=False)
+        style.legend_below(figure, handles)
     if shown.count():
-        bar = figure.colorbar(mesh, ax=ax, label="training error")
-        if norm is not None and start / low < 30:  # too few powers of ten to mark the scale by them alone
+        bar = figure.colorbar(mesh, ax=ax, label=style.ERROR_AXIS)
+        if norm is not None and start / low < 30:  # the scale spans too few powers of ten to mark only those
             for which in ("major", "minor"):
-                getattr(bar.ax.yaxis, f"set_{which}_formatter")(plt.matplotlib.ticker.FormatStrFormatter("%.3g"))
+                getattr(bar.ax.yaxis, f"set_{which}_formatter")(mpl.ticker.FormatStrFormatter("%.3g"))
     return figure, ax
 
 
+def _draw_critical_rates(ax: Axes, diagram: PhaseDiagram, columns: np.ndarray, rows: np.ndarray) -> None:
+    at_start = diagram.at_start("alpha_c")
+    alpha_c = np.nanmin(at_start) if np.isfinite(at_start).any() else math.inf
+    if columns[0] < alpha_c < columns[-1]:
+        _draw_outlined(ax, [alpha_c] * 2, rows[[0, -1]], style.LIMIT_COLOUR, "-.", style.ALPHA_C_SIMPLIFIED)
+    for name, colour, dashes, label in (
+        ("beta_c", style.LIMIT_COLOUR, "-", style.BETA_C_SIMPLIFIED),
+        ("exact_beta_c", style.EXACT_COLOUR, "--", style.BETA_C_EXACT),
+    ):
+        curve = diagram.at_start(name)
+        known = np.isfinite(curve) & (curve > 0)
+        if known.any():
+            _draw_outlined(ax, diagram.alphas[known], curve[known], colour, dashes, label)
+
+
+def _draw_outlined(ax: Axes, x: Any, y: Any, colour: str, dashes: str, label: str) -> None:
+    """Draw a line with white around it, so that it is seen on every cell."""
+    effects = style.import_matplotlib("patheffects").patheffects
+    around = [effects.Stroke(linewidth=4.2, foreground=style.OUTLINE_COLOUR), effects.Normal()]
+    ax.plot(x, y, color=colour, linestyle=dashes, linewidth=2.2, zorder=4, label=label, path_effects=around)
+
+
 def _edges(rates: np.ndarray) -> np.ndarray:
+    """Edges of the cells whose centres on a log axis are the rates."""
     logs = np.log(np.asarray(rates, dtype=np.float64))
     middles = (logs[1:] + logs[:-1]) / 2
     return np.exp(np.concatenate([[2 * logs[0] - middles[0]], middles, [2 * logs[-1] - middles[-1]]]))
-
-
-def _outlined(ax: Axes, x: Any, y: Any, colour: str, style: str, label: str) -> None:
-    """A line that is seen on every cell: white around it."""
-    from matplotlib import patheffects
-
-    around = [patheffects.Stroke(linewidth=4.2, foreground="white"), patheffects.Normal()]
-    ax.plot(x, y, color=colour, linestyle=style, linewidth=2.2, zorder=4, label=label, path_effects=around)

@@ -6,30 +6,38 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_maml_guard.plots.style import matplotlib_parts, pyplot
+from lightning_maml_guard.plots import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from lightning_maml_guard.stability.report import StabilityReport
 
+_BORDERS = 8  # at most so many checks have their border drawn
+_POINTS = 160
+
 
 def safe_region(
-    reports: Sequence[StabilityReport], ax: Axes | None = None, *, rates: Sequence[float] = ()
+    reports: Sequence[StabilityReport],
+    ax: Axes | None = None,
+    *,
+    rates: Sequence[float] = (),
+    which: str = "last check",
 ) -> tuple[Any, Any]:
     """Draw the safe region ``alpha <= alpha_c, beta < beta_c(alpha)`` with the path of the rates in it.
 
-    The last measured region is filled; the borders of earlier checks show how it moved, coloured by step.
-    The curve is the poster's ``beta_c(alpha)`` scaled to the optimizer at hand, so that it passes through
-    the ``beta_c`` that was measured; checks that could not measure one are left out if others could. With
+    The last measured region is filled; the borders of earlier checks show how it moved, coloured by step. The curve is
+    ``beta_c(alpha)`` of the simplified criterion (Takagi et al.), scaled to pass through the ``beta_c`` that was
+    measured for the optimizer; checks that could not measure one are left out if others could. With
     ``criterion="exact"`` the curve holds at the measured ``alpha``: beyond it, where exact MAML's ``beta_c`` may fall
-    instead, it is dashed and nothing is filled. Where no meta rate was measured (Adam before its first step), the curve
-    is plain SGD's and says so. Rates that a guard capped are joined to what was applied.
+    instead, it is dashed and nothing is filled. Where no ``beta_c`` was measured (Adam before its first step), the
+    curve is that of plain SGD, and its label says so. Rates that a guard capped are joined to those applied.
 
     Args:
         reports: Reports of the checks, oldest first.
         ax: Axes to draw on (default: a new figure).
-        rates: Meta rates that the axis reaches too.
+        rates: Outer learning rates that the axis must reach as well.
+        which: How the legend calls the report whose region is filled, the last one.
 
     Returns:
         ``(fig, ax)``.
@@ -44,7 +52,7 @@ def safe_region(
             f"Expected argument `reports` to be a list of StabilityReport but got {type(reports).__name__} "
             f"{str(reports)[:60]}. Pass guard.history, or [measure(...)]."
         )
-    mpl = matplotlib_parts()
+    mpl = style.import_matplotlib("axes", "cm", "collections", "colors")
     if ax is not None and not isinstance(ax, mpl.axes.Axes):
         raise TypeError(
             f"Expected argument `ax` to be matplotlib's Axes or None but got {type(ax).__name__}. Pass the second of "
@@ -57,85 +65,109 @@ def safe_region(
             "There is nothing to draw: no check has measured a finite limit yet. Train until "
             "one has, or draw other reports."
         )
-    if ax is None:
-        _, ax = pyplot().subplots(figsize=(6.4, 4.8), layout="constrained")
-    figure = ax.figure
-    shown = [measured[i] for i in sorted({round(k * (len(measured) - 1) / 7) for k in range(8)})]
+    axes: Any = style.axes_or_new(ax)
+    count = len(measured)
+    shown = sorted({round(k * (count - 1) / (_BORDERS - 1)) for k in range(_BORDERS)})
     steps = [float(report.step if report.step is not None else i) for i, report in enumerate(measured)]
     # The last check is drawn over the others: keep it off the palest end of the map.
-    colours = mpl.colors.ListedColormap(mpl.colormaps["viridis"](range(20, 216)))
+    colours = mpl.colors.ListedColormap(mpl.colormaps[style.STEP_COLOURMAP](range(20, 216)))
     norm = mpl.colors.Normalize(min(steps), max(steps) if max(steps) > min(steps) else min(steps) + 1)
 
-    low = min(min(r.alpha, _applied(r, "alpha")) if _applied(r, "alpha") > 0 else r.alpha_c for r in measured)
-    low = min([low, *(r.alpha_c for r in shown)]) / 30
-    curves = {id(report): _border(report, low) for report in shown}
-    betas = [beta for _, curve in curves.values() for beta in curve if math.isfinite(beta)]
-    reached = [*rates, *betas, *(rate for r in measured for rate in (r.beta, _applied(r, "beta")))]
+    with_applied = [(r, *_applied_rates(r)) for r in measured]
+    low = min(min(r.alpha, alpha) if alpha > 0 else r.alpha_c for r, alpha, _ in with_applied)
+    low = min([low, *(measured[i].alpha_c for i in shown)]) / 30
+    borders = {i: _border(measured[i], low) for i in shown}
+    reached = [*rates, *(beta for _, curve in borders.values() for beta in curve)]
+    reached += [rate for r, _, beta in with_applied for rate in (r.beta, beta)]
     reached = [rate for rate in reached if math.isfinite(rate) and rate > 0]
     floor, ceiling = min(reached) / 3, max(reached) * 3
-    for report in shown:
-        alphas, curve = curves[id(report)]
-        last = report is shown[-1]
-        colour = colours(norm(steps[measured.index(report)]))
-        line: dict[str, Any] = {"color": colour, "linewidth": 2.2 if last else 1.0, "zorder": 3 if last else 2}
-        held = sum(alpha <= report.safe_alpha for alpha in alphas) if report.criterion == "exact" else len(alphas)
-        outline = [*alphas, alphas[-1]], [*curve, floor]
-        if held < len(alphas):
-            ax.plot(alphas[:held], curve[:held], **line)
-            outline = outline[0][max(held - 1, 0) :], outline[1][max(held - 1, 0) :]
-            line |= {"linestyle": (0, (2, 2)), "label": r"poster's curve beyond the measured $\alpha$"}
-        if held == len(alphas) or last:
-            ax.plot(*outline, **line)
-        if last:
-            name = "safe region" if math.isfinite(report.safe_beta_c) else "plain SGD's safe region"
-            filled: dict[str, Any] = {"color": colour, "alpha": 0.18, "linewidth": 0, "label": f"{name}, last check"}
-            ax.fill_between(alphas[:held], floor, curve[:held], **filled)
+    for i, border in borders.items():
+        last = i == shown[-1]
+        _draw_border(axes, measured[i], border, floor, colours(norm(steps[i])), which if last else None)
+    _draw_rates(axes, measured, steps, colours, norm)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel=style.INNER_RATE_AXIS,
+        ylabel=style.OUTER_RATE_AXIS,
+        title=style.REGION_TITLE,
+    )
+    axes.set_ylim(floor, ceiling)
+    axes.legend(loc="best", frameon=True, framealpha=0.9)
+    if count > 1:
+        axes.figure.colorbar(mpl.cm.ScalarMappable(norm, colours), ax=axes, label=style.CHECK_STEP_AXIS)
+    elif measured[0].step is not None:
+        axes.set_title(f"{style.REGION_TITLE}, step {measured[0].step}")
+    return axes.figure, axes
+
+
+def _draw_border(
+    ax: Any,
+    report: StabilityReport,
+    border: tuple[list[float], list[float]],
+    floor: float,
+    colour: Any,
+    which: str | None,
+) -> None:
+    """Draw the border of one check's region; with ``which``, that of the last check, fill the region as well."""
+    alphas, curve = border
+    line: dict[str, Any] = {"color": colour, "linewidth": 1.0 if which is None else 2.2}
+    line["zorder"] = 2 if which is None else 3
+    valid = sum(alpha <= report.safe_alpha for alpha in alphas) if report.criterion == "exact" else len(alphas)
+    outline = [*alphas, alphas[-1]], [*curve, floor]
+    if valid < len(alphas):
+        ax.plot(alphas[:valid], curve[:valid], **line)
+        outline = outline[0][max(valid - 1, 0) :], outline[1][max(valid - 1, 0) :]
+        line |= {"linestyle": (0, (2, 2)), "label": style.BEYOND_MEASURED}
+    if valid == len(alphas) or which is not None:
+        ax.plot(*outline, **line)
+    if which is not None:
+        name = style.SAFE_REGION if math.isfinite(report.safe_beta_c) else style.SGD_SAFE_REGION
+        filled: dict[str, Any] = {"color": colour, "alpha": 0.18, "linewidth": 0, "label": f"{name}, {which}"}
+        ax.fill_between(alphas[:valid], floor, curve[:valid], **filled)
+
+
+def _draw_rates(ax: Any, measured: Sequence[StabilityReport], steps: Sequence[float], colours: Any, norm: Any) -> None:
+    """Draw the configured rates of each check, joined to the applied ones where the two differ."""
+    mpl = style.import_matplotlib("collections")
     drawn = [(r, step) for r, step in zip(measured, steps, strict=True) if math.isfinite(r.beta) and r.beta != 0]
-    capped = [(r, step) for r, step in drawn if (_applied(r, "alpha"), _applied(r, "beta")) != (r.alpha, r.beta)]
-    joined = [[(r.alpha, r.beta), (_applied(r, "alpha"), _applied(r, "beta"))] for r, _ in capped]
+    capped = [(r, step) for r, step in drawn if _is_capped(r)]
+    applied = [_applied_rates(r) for r, _ in capped]
+    joined = [[(r.alpha, r.beta), rates] for (r, _), rates in zip(capped, applied, strict=True)]
     inks = [colours(norm(step)) for _, step in capped]
     ax.add_collection(mpl.collections.LineCollection(joined, colors=inks, linewidths=0.8, zorder=4), autolim=False)
-    dots: dict[str, Any] = {"cmap": colours, "norm": norm, "s": 36, "edgecolors": "black", "linewidths": 0.6}
+    marker: dict[str, Any] = {"s": 36, "edgecolors": style.MARKER_EDGE}
+    dots: dict[str, Any] = {**marker, "cmap": colours, "norm": norm, "linewidths": 0.6}
     if capped:
-        x, y = [_applied(r, "alpha") for r, _ in capped], [_applied(r, "beta") for r, _ in capped]
-        ax.scatter(x, y, c=[step for _, step in capped], marker="v", zorder=6, **dots)
+        ax.scatter(*zip(*applied, strict=True), c=[step for _, step in capped], marker="v", zorder=6, **dots)
     if drawn:
         x, y = [r.alpha for r, _ in drawn], [r.beta for r, _ in drawn]
         ax.scatter(x, y, c=[step for _, step in drawn], zorder=5, **dots)
-    ax.scatter([], [], color="0.6", edgecolors="black", s=36, label="configured rates")
-    if any((_applied(r, "alpha"), _applied(r, "beta")) != (r.alpha, r.beta) for r in measured):
-        ax.scatter([], [], color="0.6", edgecolors="black", marker="v", s=36, label="applied rates")
-    ax.set(
-        xscale="log",
-        yscale="log",
-        xlabel=r"inner rate $\alpha$",
-        ylabel=r"meta rate $\beta$",
-        title="Safe region of the learning rates",
-    )
-    ax.set_ylim(floor, ceiling)
-    ax.legend(loc="best", frameon=True, framealpha=0.9)
-    if len(measured) > 1:
-        figure.colorbar(mpl.cm.ScalarMappable(norm, colours), ax=ax, label="training step of the check")
-    elif measured[0].step is not None:
-        ax.set_title(f"Safe region of the learning rates, step {measured[0].step}")
-    return figure, ax
+    ax.scatter([], [], color=style.MARKER_COLOUR, label=style.CONFIGURED_RATES, **marker)
+    if any(_is_capped(r) for r in measured):
+        ax.scatter([], [], color=style.MARKER_COLOUR, marker="v", label=style.APPLIED_RATES, **marker)
 
 
-def _border(report: StabilityReport, low: float, points: int = 160) -> tuple[list[float], list[float]]:
+def _is_capped(report: StabilityReport) -> bool:
+    return _applied_rates(report) != (report.alpha, report.beta)
+
+
+def _applied_rates(report: StabilityReport) -> tuple[float, float]:
+    """``alpha`` and ``beta`` as applied after a check; a measurement alone applies the configured ones."""
+    alpha, beta = (getattr(report, f"{name}_applied", getattr(report, name)) for name in ("alpha", "beta"))
+    return alpha, beta
+
+
+def _border(report: StabilityReport, low: float) -> tuple[list[float], list[float]]:
     """``alpha`` from ``low`` to ``alpha_c``, and ``beta_c`` there."""
     known = report.spectrum.rates(report.alpha, report.inner_steps)
-    # Rates by parameter, momentum or a preconditioner change the limits: scale to those measured.
+    # One inner rate per parameter, momentum or a preconditioner change the limits: scale to those measured.
     stretch = report.alpha_c / known.alpha_c
     at_safe = report.spectrum.rates(min(report.safe_alpha / stretch, known.alpha_c), report.inner_steps).beta_c
     lift = report.safe_beta_c / at_safe if math.isfinite(report.safe_beta_c) else 1.0
-    alphas = [low * (report.alpha_c / low) ** (i / (points - 1)) for i in range(points)]
+    alphas = [low * (report.alpha_c / low) ** (i / (_POINTS - 1)) for i in range(_POINTS)]
     if report.criterion == "exact" and low < report.safe_alpha < report.alpha_c:
         alphas = sorted([*alphas, report.safe_alpha])  # the solid part ends there
     return alphas, [
         lift * report.spectrum.rates(min(a / stretch, known.alpha_c), report.inner_steps).beta_c for a in alphas
     ]
-
-
-def _applied(report: StabilityReport, name: str) -> float:
-    """The rate applied after a check; a measurement outside of a guard applies none but the configured one."""
-    return float(getattr(report, f"{name}_applied", getattr(report, name)))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_maml_guard.plots.style import ALPHA_COLOUR, STATE_COLOURS, new_figure, pyplot
+from lightning_maml_guard.plots import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def spectrum(
-    density: SpectralDensity, ax: Axes | None = None, *, alpha: float | None = None, title: str = "Eigenvalue spectrum"
+    density: SpectralDensity, ax: Axes | None = None, *, alpha: float | None = None, title: str = style.SPECTRUM_TITLE
 ) -> tuple[Any, Any]:
     """Draw the density of a Hessian's eigenvalues: a smoothed curve over the Ritz values and their weights.
 
     Args:
-        density: What :func:`curvature.density.spectral_density` found.
+        density: What :func:`linalg.density.spectral_density` returned.
         ax: Axes to draw on (default: a new figure).
-        alpha: Inner rate; ``1/alpha`` is marked, up to which simplified MAML's ``alpha <= alpha_c`` holds.
+        alpha: Inner learning rate; ``1/alpha`` is marked: under simplified MAML no eigenvalue may exceed it.
         title: Title of the axes.
 
     Returns:
@@ -34,9 +34,8 @@ def spectrum(
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
     """
-    plt = pyplot()
-    if ax is None:
-        _, ax = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+    mpl = style.import_matplotlib("ticker")
+    ax = style.axes_or_new(ax)
     low, high = float(density.nodes.min()), float(density.nodes.max())
     extent = high - low if high > low else max(abs(high), 1.0)
     at = np.linspace(low - 0.05 * extent, high + 0.05 * extent, 800)
@@ -44,38 +43,36 @@ def spectrum(
     # A single eigenvalue of the n stands this high: less is the quadrature's own noise.
     floor = 0.1 / (density.size * width)
     curve = np.maximum(density.smooth(at, width), floor)
-    ax.fill_between(at, floor, curve, color="#0072B2", alpha=0.25, linewidth=0)
-    ax.plot(at, curve, color="#0072B2", linewidth=1.5, label="density, smoothed")
-    ax.plot(density.nodes, np.full(len(density.nodes), floor), "|", color="black", markersize=9, label="Ritz values")
+    ax.fill_between(at, floor, curve, color=style.SPECTRUM_COLOUR, alpha=0.25, linewidth=0)
+    ax.plot(at, curve, color=style.SPECTRUM_COLOUR, linewidth=1.5, label=style.SMOOTHED_DENSITY)
+    nodes = np.full(len(density.nodes), floor)
+    ax.plot(density.nodes, nodes, "|", color=style.EXACT_COLOUR, markersize=9, label=style.RITZ_VALUES)
     if alpha:
-        within = 1 / alpha <= high + extent
-        label = rf"$1/\alpha$ = {1 / alpha:.3g}" + ("" if within else ", to the right of this picture")
-        at_limit = [1 / alpha] * 2 if within else []
-        ax.plot(
-            at_limit, [floor, curve.max()][: len(at_limit)], color="#D55E00", linestyle="--", linewidth=2, label=label
-        )
+        inside = 1 / alpha <= high + extent
+        label = rf"$1/\alpha$ = {1 / alpha:.3g}" + ("" if inside else ", to the right of this picture")
+        x, y = ([1 / alpha] * 2, [floor, curve.max()]) if inside else ([], [])
+        ax.plot(x, y, color=style.LIMIT_COLOUR, linestyle="--", linewidth=2, label=label)
     ax.set(
         yscale="log",
         ylim=(floor / 1.6, 2 * float(curve.max())),
-        xlabel=r"eigenvalue $\lambda$ of the task loss's Hessian",
-        ylabel="density of eigenvalues",
+        xlabel=style.EIGENVALUE_AXIS,
+        ylabel=style.DENSITY_AXIS,
         title=title,
     )
-    ax.yaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
-    ax.figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
+    ax.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+    style.legend_below(ax.figure)
     return ax.figure, ax
 
 
-def ritz(report: StabilityReport, ax: Axes | None = None, *, title: str | None = None) -> tuple[Any, Any]:
+def ritz_values(report: StabilityReport, ax: Axes | None = None, *, title: str | None = None) -> tuple[Any, Any]:
     """Draw what a check saw of the Hessian's spectrum: its Ritz values, as high as their weights.
 
     A weight estimates the share of eigenvalues that a Ritz value stands for, from one random vector: rough, but it
-    tells a lone sharp direction from the bulk. Where the inner rate has its limits, ``1/alpha`` and ``2/alpha`` are
-    marked.
+    tells a lone sharp direction from the bulk. The inner learning rate's limits ``1/alpha`` and ``2/alpha`` are marked.
 
     Args:
         report: The check.
-        ax: Axes to draw on (default: a new figure).
+        ax: Axes to draw on (default: a new figure, without pyplot).
         title: Title of the axes (default: the step).
 
     Returns:
@@ -89,25 +86,25 @@ def ritz(report: StabilityReport, ax: Axes | None = None, *, title: str | None =
     if not values:
         raise ValueError("There is nothing to draw: this check saw no eigenvalue. Draw another report.")
     if ax is None:
-        ax = new_figure(5.4, 3.4).subplots()
+        ax = style.new_figure(5.4, 3.4).subplots()
     low, high = min(*values, 0.0), max(*values, 0.0)
     extent = high - low or 1.0
     smallest = min((weight for weight in weights if weight > 0), default=1.0)
     floor = max(smallest / 4, 1e-12)
     tops = [max(weight, floor) for weight in weights]
-    ax.vlines(values, floor, tops, color=ALPHA_COLOUR, linewidth=2)
-    ax.plot(values, tops, "o", color=ALPHA_COLOUR, markersize=5, label="Ritz values")
-    for factor, style in ((1, "--"), (2, ":")):
+    ax.vlines(values, floor, tops, color=style.SPECTRUM_COLOUR, linewidth=2)
+    ax.plot(values, tops, "o", color=style.SPECTRUM_COLOUR, markersize=5, label=style.RITZ_VALUES)
+    for factor, dashes in ((1, "--"), (2, ":")):
         limit = factor / report.alpha if report.alpha > 0 else math.inf
         if limit <= high + extent:
             label = rf"${factor}/\alpha$ = {limit:.3g}"
-            ax.axvline(limit, color=STATE_COLOURS["unsafe"], linestyle=style, linewidth=1.6, label=label)
+            ax.axvline(limit, color=style.LIMIT_COLOUR, linestyle=dashes, linewidth=1.6, label=label)
     step = "" if report.step is None else f", step {report.step}"
     ax.set(
         yscale="log",
         ylim=(floor, 2 * max(tops)),
-        xlabel=r"eigenvalue $\lambda$ of the task loss's Hessian",
-        ylabel="weight (share of a random vector)",
+        xlabel=style.EIGENVALUE_AXIS,
+        ylabel=style.WEIGHT_AXIS,
         title=f"Spectrum{step}" if title is None else title,
     )
     ax.legend(loc="best", fontsize="small", framealpha=0.9)
@@ -115,11 +112,11 @@ def ritz(report: StabilityReport, ax: Axes | None = None, *, title: str | None =
 
 
 def histogram(values: Sequence[float], weights: Sequence[float], bins: int = 64) -> tuple[list[float], list[float]]:
-    """Put weighted values into equal bins, for loggers with histograms of their own.
+    """Sum weighted values in equal bins, for loggers that have histograms.
 
     Args:
-        values: Where, ascending.
-        weights: How much.
+        values: The values, ascending.
+        weights: Their weights.
         bins: Number of bins.
 
     Returns:

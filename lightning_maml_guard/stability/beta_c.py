@@ -14,7 +14,9 @@ from lightning_maml_guard.linalg.lanczos import Matvec, Watched, check_finite
 from lightning_maml_guard.linalg.layout import Layout, Params
 from lightning_maml_guard.linalg.operators import Operator, scaled, simplified
 from lightning_maml_guard.optim.linearized_step import LinearizedStep
+from lightning_maml_guard.stability.cost import UPDATE
 from lightning_maml_guard.stability.estimators import Spectrum
+from lightning_maml_guard.stability.hvp import HESSIAN, Operators
 from lightning_maml_guard.stability.krylov_stopping import (
     Krylov,
     check_symmetry,
@@ -22,6 +24,7 @@ from lightning_maml_guard.stability.krylov_stopping import (
     run_lanczos,
     top_eigenvalue,
 )
+from lightning_maml_guard.stability.objective import MamlObjective
 from lightning_maml_guard.theory.complex_ritz import complex_limit, complex_ritz
 from lightning_maml_guard.theory.critical_rates import CriticalRates
 from lightning_maml_guard.theory.multiplier import Interval
@@ -154,3 +157,46 @@ def _from_top(top: float, interval: Interval, step: LinearizedStep) -> MetaRateL
 def _combine(basis: Basis, weights: np.ndarray) -> Tensor:
     vector = basis.combine(torch.as_tensor(np.ascontiguousarray(weights)))
     return vector / torch.linalg.vector_norm(vector)
+
+
+def is_turned(maml: MamlObjective, operators: Operators, step: LinearizedStep, direction: Tensor) -> bool:
+    """Return True if the inner rate turned a direction that a task's curvature makes too sharp for it."""
+    # Directions that the task losses curve down themselves are saddles, not the rates' doing.
+    if maml.symmetric or maml.alpha == 0:
+        return False
+    direction = step.unscaled(direction)
+    direction = direction / torch.linalg.vector_norm(direction)
+    operator, _ = operators.build(HESSIAN, maml.curvature(True))
+    rows = direction.expand(maml.tasks, -1)
+    curvatures = torch.cat(operators.ranks.gather((rows * operator(rows)).sum(-1).cpu()))
+    operator.release()
+    beyond = curvatures * maml.alpha > maml.inner_limit
+    return bool(beyond.any()) and bool(curvatures.mean() > 0)
+
+
+def mean_square_limit(
+    maml: MamlObjective,
+    operators: Operators,
+    step: LinearizedStep,
+    direction: Tensor,
+    tasks: int,
+    change: Tensor | None,
+) -> tuple[float, float]:
+    """Find the limit for tasks drawn anew at every step, from their curvatures along the direction that binds.
+
+    Returns the predicted change of the coming step, brought to the host in the same transfer, and the limit; ``tasks``
+    counts those of all ranks.
+    """
+    direction = step.unscaled(direction)
+    along = maml.curvature_by_task(Layout(maml.params).split(direction))
+    operators.charge(1, UPDATE, graphs=1)
+    # One transfer to the host for all of it.
+    single = [direction.new_tensor(math.nan) if change is None else change, step.shift_along(direction)]
+    predicted, shift, *own = torch.cat([torch.stack(single).double(), along.double()]).cpu().tolist()
+    parts = operators.ranks.gather(own)
+    each = torch.tensor([value for part in parts for value in part], dtype=torch.float64)
+    if not bool(torch.isfinite(each).all()):
+        return predicted, math.nan
+    # The batch's curvature is the mean over its tasks, so its variance is a task's over their number.
+    mean, variance = float(each.mean()) + shift, float(each.var()) / tasks
+    return predicted, step.responses[0].mean_square_rate(mean, variance)

@@ -12,6 +12,6 @@ class Price(NamedTuple):
     product: float
 
 
-# The upper end of what `python -m benchmarks.hvp_cost` measures: the Jacobian of the update that trains (MAML's or plain
-# training's), and the Hessian of the task loss beside it.
+# The upper end of what `python -m benchmarks.hvp_cost` measures: the Jacobian of the update that trains (MAML's or
+# plain training's), and the Hessian of the task loss beside it.
 UPDATE, CURVATURE = Price(1.2, 2.1), Price(0.5, 0.75)

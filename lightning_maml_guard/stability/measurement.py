@@ -7,19 +7,23 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_maml_guard.linalg.layout import Layout, Params
+from lightning_maml_guard.linalg.layout import Params
 from lightning_maml_guard.linalg.operators import Operator
 from lightning_maml_guard.messages.reasons import UNKNOWN_INTERVAL, Kind, Reason, of_error
 from lightning_maml_guard.optim.linearized_step import linearized_step
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.shadow import predicted_change
 from lightning_maml_guard.stability.alpha_c import InnerRateLimit
-from lightning_maml_guard.stability.beta_c import UNKNOWN, MetaRateLimit, exact_limit, simplified_limit
-from lightning_maml_guard.stability.cost import UPDATE
+from lightning_maml_guard.stability.beta_c import (
+    UNKNOWN,
+    MetaRateLimit,
+    exact_limit,
+    is_turned,
+    mean_square_limit,
+    simplified_limit,
+)
 from lightning_maml_guard.stability.estimators import (
     HessianRequest,
     Spectrum,
@@ -108,7 +112,11 @@ class Measurement:
         if self._exact and exact_beta.beta_c == 0 and not alpha_limit.ratio > 1:
             alpha_limit = alpha_c.sharpest(alpha_limit)
         beta = simplified or self._exact_limits(alpha_limit, exact_beta)
-        predicted, noise_limit = self._along(change, exact_beta)
+        predicted, noise_limit = math.nan if change is None else float(change), math.nan
+        direction = None if self._tasks < 2 or self._update.decoupled else exact_beta.direction
+        if self._maml is not None and direction is not None:
+            found = mean_square_limit(self._maml, operators, self._update, direction, self._tasks, change)
+            predicted, noise_limit = found
         basis = Basis(
             margin=self._margin,
             hvps=operators.hvps,
@@ -226,23 +234,10 @@ class Measurement:
             noise=noise,
             value=("The query loss after adaptation", jacobian.value),
         )
-        if limit.lowest_direction is not None and self._turned(limit.lowest_direction):
+        lowest = limit.lowest_direction
+        if lowest is not None and is_turned(self._maml, self._operators, self._update, lowest):
             limit = MetaRateLimit(0.0, (0.0, 0.0), limit.direction)
         return jacobian, limit
-
-    def _turned(self, direction: Tensor) -> bool:
-        """Whether the inner rate turned a direction that a task's curvature makes too sharp for it."""
-        # Directions that the task losses curve down themselves are saddles, not the rates' doing.
-        if self._maml is None or self._maml.symmetric or self._maml.alpha == 0:
-            return False
-        direction = self._update.unscaled(direction)
-        direction = direction / torch.linalg.vector_norm(direction)
-        operator, _ = self._operators.build(HESSIAN, self._maml.curvature(True))
-        rows = direction.expand(self._maml.tasks, -1)
-        curvatures = torch.cat(self._operators.ranks.gather((rows * operator(rows)).sum(-1).cpu()))
-        operator.release()
-        beyond = curvatures * self._maml.alpha > self._maml.inner_limit
-        return bool(beyond.any()) and bool(curvatures.mean() > 0)
 
     def _exact_limits(self, alpha_limit: Limit, exact_beta: MetaRateLimit) -> _BetaLimits:
         """The limits of the update as configured."""
@@ -289,22 +284,3 @@ class Measurement:
         """The inner rate, brought down to ``margin`` times its limit if it is above."""
         capped = self._margin * alpha_limit.critical
         return capped if capped < self._objective.alpha else self._objective.alpha
-
-    def _along(self, change: Tensor | None, exact_beta: MetaRateLimit) -> tuple[float, float]:
-        """Predicted change of the coming step; mean-square limit from the tasks' curvatures along the top direction."""
-        direction = exact_beta.direction
-        if self._maml is None or direction is None or self._tasks < 2 or self._update.decoupled:
-            return math.nan if change is None else float(change), math.nan
-        direction = self._update.unscaled(direction)
-        along = self._maml.curvature_by_task(Layout(self._maml.params).split(direction))
-        self._operators.charge(1, UPDATE, graphs=1)
-        # One transfer to the host for all of it.
-        single = [direction.new_tensor(math.nan) if change is None else change, self._update.shift_along(direction)]
-        predicted, shift, *own = torch.cat([torch.stack(single).double(), along.double()]).cpu().tolist()
-        parts = self._operators.ranks.gather(own)
-        each = torch.tensor([value for part in parts for value in part], dtype=torch.float64)
-        if not bool(torch.isfinite(each).all()):
-            return predicted, math.nan
-        # The batch's curvature is the mean over its tasks, so its variance is a task's over their number.
-        mean, variance = float(each.mean()) + shift, float(each.var()) / self._tasks
-        return predicted, self._update.responses[0].mean_square_rate(mean, variance)

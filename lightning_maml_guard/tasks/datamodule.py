@@ -1,4 +1,4 @@
-"""TaskDataModule: episodes for a Trainer, the same whatever loads them."""
+"""TaskDataModule: episodes for a Trainer, reproducible with any number of workers."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ class _Episodes(Dataset[EpisodeBatch]):
 
 
 class EpochSampler(DistributedSampler[int]):
-    """Indices that go on from epoch to epoch, so that no epoch repeats the tasks of another.
+    """Indices that continue from epoch to epoch, so that no epoch repeats the tasks of another.
 
-    Every process draws tasks of its own. (The base class tells Lightning to leave the sampler as it is.)
+    Every process draws its own tasks. (The base class makes Lightning keep this sampler.)
 
     Args:
-        length: Batches an epoch.
-        resample: False: every index is the process's first, the same tasks at every step.
+        length: Batches per epoch.
+        resample: False: every index is the first of the process, so that every step has the same tasks.
     """
 
     def __init__(self, length: int, resample: bool = True) -> None:
         together = dist.is_available() and dist.is_initialized()
         self.num_replicas, self.rank = (dist.get_world_size(), dist.get_rank()) if together else (1, 0)
         self.length, self.resample, self.epoch = length, resample, 0
-        # How many batches of which epoch were given already, when it is gone on with.
+        # After a resume: how many batches of which epoch were already loaded.
         self.skip, self.skip_epoch = 0, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Start an epoch (Lightning calls this, also when a run is resumed).
+        """Start an epoch (called by Lightning, also when a run is resumed).
 
         Args:
             epoch: Its number.
@@ -57,7 +57,7 @@ class EpochSampler(DistributedSampler[int]):
         return self.length
 
     def __iter__(self) -> Iterator[int]:
-        # A generator: worker processes' loaders make an iterator that they never use.
+        # A generator, since the loaders of worker processes create an iterator that they never use.
         first = self.skip if self.epoch == self.skip_epoch else 0
         self.skip = 0
         for step in range(first, self.length):
@@ -65,17 +65,17 @@ class EpochSampler(DistributedSampler[int]):
 
 
 class EpisodeLoader(DataLoader[EpisodeBatch]):
-    """A loader that a run interrupted in the middle of an epoch goes on with where it was (Lightning asks it to)."""
+    """A loader that continues within an epoch when an interrupted run is resumed (at the request of Lightning)."""
 
     _given = 0
 
     def __iter__(self) -> Iterator[EpisodeBatch]:  # type: ignore[override]
-        """Load an epoch, or the rest of one that was interrupted.
+        """Load an epoch, or the rest of an interrupted one.
 
         Yields:
             The meta-batches.
         """
-        # Lightning may put a sampler of its own in place (overfit_batches): that one starts at the beginning.
+        # Lightning may replace the sampler (overfit_batches): then start at the first batch.
         sampler = self.sampler
         resumed = isinstance(sampler, EpochSampler) and sampler.epoch == sampler.skip_epoch
         self._given = sampler.skip if resumed else 0  # type: ignore[attr-defined]
@@ -84,21 +84,21 @@ class EpisodeLoader(DataLoader[EpisodeBatch]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Say how far the epoch has come.
+        """Return how many batches of which epoch were loaded.
 
         Returns:
-            What :meth:`load_state_dict` takes.
+            The argument of :meth:`load_state_dict`.
         """
         epoch = self.sampler.epoch if isinstance(self.sampler, EpochSampler) else 0
         return {"given": self._given, "epoch": epoch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on within an epoch.
+        """Continue within an epoch.
 
         Args:
-            state: What :meth:`state_dict` said.
+            state: What :meth:`state_dict` returned.
         """
-        # At the end of an epoch the next one begins.
+        # At the end of an epoch continue with the next one.
         self._given = state["given"] % len(self)
         if isinstance(self.sampler, EpochSampler):
             self.sampler.skip, self.sampler.skip_epoch = self._given, state["epoch"]
@@ -107,18 +107,18 @@ class EpisodeLoader(DataLoader[EpisodeBatch]):
 class TaskDataModule(LightningDataModule):
     """Samples meta-batches from a family of tasks.
 
-    Every meta-batch is drawn from its own seed, made of ``seed``, the split and the batch's number: runs
-    are reproducible with any number of workers and across a resume, also in the middle of an epoch. Of several
-    processes each draws ``meta_batch_size`` tasks of its own a step.
+    Every meta-batch is drawn from its own seed, which is made from ``seed``, the split and the number of the batch.
+    Runs are therefore reproducible with any number of workers and when resumed, also in the middle of an epoch. Each of
+    several processes draws ``meta_batch_size`` tasks of its own per step.
 
     Args:
         tasks: The family of tasks.
-        meta_batch_size: Tasks a training step and process.
-        steps_per_epoch: Training steps an epoch.
+        meta_batch_size: Tasks per training step and process.
+        steps_per_epoch: Training steps per epoch.
         val_episodes: Episodes of the validation set (the same at every validation); 0 for none.
         test_episodes: Episodes of the test set.
         num_workers: Worker processes of each loader.
-        resample: False: the same tasks and data at every training step (the poster's assumption).
+        resample: False: the same tasks and data at every training step (the assumption of Takagi et al.).
         seed: Seed of all episodes.
 
     Raises:
@@ -166,7 +166,7 @@ class TaskDataModule(LightningDataModule):
         self.num_workers, self.resample, self.seed = num_workers, resample, seed
 
     def setup(self, stage: str) -> None:
-        """Load the family's data; without workers, onto the device that trains.
+        """Load the data of the family; without workers, onto the device that trains.
 
         Args:
             stage: Lightning's stage; not used.
@@ -189,8 +189,9 @@ class TaskDataModule(LightningDataModule):
         """Build the loader of validation episodes.
 
         Returns:
-            A loader over the same ``val_episodes`` episodes each time; without any a Trainer gets a loader of nothing,
-            and an empty list who has none.
+            A loader over the same ``val_episodes`` episodes each time. Without episodes an empty loader, or an empty
+                list if no
+            Trainer is attached.
         """
         if self.val_episodes:
             return self._evaluation("val", self.val_episodes)

@@ -18,8 +18,8 @@ class EpisodeBatch(NamedTuple):
     """A batch of tasks, each with a support and a query set.
 
     Attributes:
-        support: ``(x, y)`` with shapes ``(tasks, shots, ...)``: what the inner loop descends on.
-        query: ``(x, y)`` with shapes ``(tasks, queries, ...)``: what the meta loss is computed on.
+        support: ``(x, y)`` with shapes ``(tasks, shots, ...)``, for the inner loop.
+        query: ``(x, y)`` with shapes ``(tasks, queries, ...)``, for the meta loss.
 
     Example:
         >>> import torch
@@ -35,13 +35,13 @@ class EpisodeBatch(NamedTuple):
 
 
 class TaskFamily(ABC):
-    """A distribution over tasks, with a disjoint (or independent) one for each split."""
+    """A distribution over tasks; its splits have disjoint classes or are independent draws."""
 
     def setup(self) -> None:  # noqa: B027
-        """Load what sampling needs; called once a process before the first episode."""
+        """Load what sampling needs; called once per process before the first episode."""
 
     def to(self, device: torch.device) -> None:  # noqa: B027
-        """Hold on a device what episodes are cut from, where the family has such data.
+        """Move the data that episodes are made of to a device, if the family has such data.
 
         Args:
             device: The device that trains; episodes are then made on it.
@@ -65,13 +65,13 @@ def episode_generator(seed: int, split: str, index: int) -> torch.Generator:
     """Make the generator of one meta-batch.
 
     Args:
-        seed: The data module's seed.
+        seed: Seed of the data module.
         split: Name of the split.
         index: Number of the meta-batch in the split.
 
     Returns:
-        A generator that depends on these three alone, so that a batch is the same whichever worker draws
-        it and whichever came before.
+        A generator that depends on these three alone, so that a batch does not depend on which worker draws it or which
+        batches came before.
     """
     words = np.random.SeedSequence([seed, SPLITS.index(split), index]).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
@@ -93,24 +93,24 @@ def sample_n_way_k_shot(
 
     Args:
         images: All images, shape ``(classes, images per class, channels, height, width)``, uint8 or float; with
-            ``counts``, class after class in one row, shape ``(images, channels, height, width)``. Episodes are made
-            on their device.
+            ``counts`` class after class in one row, shape ``(images, channels, height, width)``. Episodes are made on
+            their device.
         classes: Indices of the classes to draw from, shape ``(m,)``, on the CPU.
         n_tasks: Number of episodes.
         generator: Source of all randomness, on the CPU, so that episodes are the same on every device.
-        n_way: Classes an episode.
-        k_shot: Support images a class.
-        queries: Query images a class; no image is in both sets.
-        counts: Number of images of every class, where they differ.
-        rotations: Count each class turned by 0, 90, 180 and 270 degrees as four classes.
+        n_way: Classes per episode.
+        k_shot: Support images per class.
+        queries: Query images per class; no image is in both sets.
+        counts: Number of images of every class, if they differ.
+        rotations: Count each class, rotated by 0, 90, 180 and 270 degrees, as four classes.
 
     Returns:
         Float images in ``[0, 1]`` of shapes ``(n_tasks, n_way * shots, channels, height, width)`` and labels
         ``0 .. n_way - 1``.
 
     Raises:
-        ValueError: If an episode asks for more classes or images than there are, or if the images or the indices of
-            their classes are not of this form.
+        ValueError: If an episode needs more classes or images than there are, or if the images or the indices of their
+            classes do not have this form.
     """
     if counts is None:
         _check_images(images, classes)
@@ -120,7 +120,7 @@ def sample_n_way_k_shot(
     check_episode(n_way, k_shot, queries, len(classes) * turns, int(counts[classes].min()) if len(classes) else 0)
     chosen = torch.stack([torch.randperm(len(classes) * turns, generator=generator)[:n_way] for _ in range(n_tasks)])
     members = classes[chosen // turns]
-    # The k+q smallest of as many random numbers as there are images are a draw without replacement.
+    # The indices of the k+q smallest of one random number per image: a draw without replacement.
     tickets = torch.rand(n_tasks, n_way, int(counts[classes].max()), generator=generator)
     tickets = tickets.masked_fill(torch.arange(tickets.shape[-1]) >= counts[members].unsqueeze(-1), 2.0)
     order = tickets.argsort(-1)[..., : k_shot + queries]
@@ -159,7 +159,7 @@ def _check_images(images: Tensor, classes: Tensor) -> None:
 
 
 def check_sampling(n_tasks: int, generator: torch.Generator, split: str) -> None:
-    """Refuse arguments of :meth:`TaskFamily.sample` that are not allowed.
+    """Raise if the arguments of :meth:`TaskFamily.sample` are not allowed.
 
     Args:
         n_tasks: Number of tasks.
@@ -167,8 +167,8 @@ def check_sampling(n_tasks: int, generator: torch.Generator, split: str) -> None
         split: Name of the split.
 
     Raises:
-        ValueError: If the number is no count, or if there is no such split.
-        TypeError: If the generator is not one.
+        ValueError: If the number is below 1 or not an integer, or if there is no such split.
+        TypeError: If the generator is not a torch.Generator.
     """
     check_count("n_tasks", n_tasks)
     check_choice("split", split, SPLITS)
@@ -180,17 +180,17 @@ def check_sampling(n_tasks: int, generator: torch.Generator, split: str) -> None
 
 
 def check_episode(n_way: int, k_shot: int, queries: int, classes: int, images: int) -> None:
-    """Refuse an episode that the data cannot serve.
+    """Raise if the data has too few classes or images for an episode.
 
     Args:
-        n_way: Classes an episode.
-        k_shot: Support images a class.
-        queries: Query images a class.
-        classes: Classes there are.
-        images: Images a class there are.
+        n_way: Classes per episode.
+        k_shot: Support images per class.
+        queries: Query images per class.
+        classes: Number of classes there are.
+        images: Number of images per class there are.
 
     Raises:
-        ValueError: If a number is no count, or above what there is.
+        ValueError: If a number is below 1 or not an integer, or above what there is.
     """
     for name, number in (("n_way", n_way), ("k_shot", k_shot), ("queries", queries)):
         check_count(name, number)
@@ -200,6 +200,6 @@ def check_episode(n_way: int, k_shot: int, queries: int, classes: int, images: i
         )
     if k_shot + queries > images:
         raise ValueError(
-            f"An episode asks for k_shot={k_shot} + queries={queries} different images a class but there are {images}: "
-            "lower one of them."
+            f"An episode asks for k_shot={k_shot} + queries={queries} different images per class but there are "
+            f"{images}: lower one of them."
         )

@@ -1,4 +1,4 @@
-"""What every family of image classification tasks shares: images held whole, episodes cut from them on their device."""
+"""The base class of families of image classification tasks: all images in memory, episodes made on their device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from lightning_maml_guard.tasks.cache import cached_images
 from lightning_maml_guard.tasks.episodes import (
     EpisodeBatch,
     TaskFamily,
@@ -15,20 +14,21 @@ from lightning_maml_guard.tasks.episodes import (
     check_sampling,
     sample_n_way_k_shot,
 )
-from lightning_maml_guard.tasks.sources import DatasetError, Source
+from lightning_maml_guard.tasks.image_cache import cached_images
+from lightning_maml_guard.tasks.image_files import DatasetError, Source
 
 # Names of the images by class, for each split.
 Splits = dict[str, dict[str, list[str]]]
 
 
 class ImageFamily(TaskFamily):
-    """n-way k-shot episodes cut, on the device they lie on, from images that are held whole.
+    """n-way k-shot episodes, made on the device of the images, which are all held in memory.
 
     Args:
-        n_way: Classes an episode.
-        k_shot: Support images a class.
-        queries: Query images a class.
-        rotations: Count each class turned by 90, 180 and 270 degrees as further classes, in training.
+        n_way: Classes per episode.
+        k_shot: Support images per class.
+        queries: Query images per class.
+        rotations: Count each class, rotated by 90, 180 and 270 degrees, as further classes, in training.
     """
 
     def __init__(self, n_way: int, k_shot: int, queries: int, rotations: bool = False) -> None:
@@ -43,14 +43,15 @@ class ImageFamily(TaskFamily):
 
         Returns:
             All images, class after class, shape ``(images, channels, height, width)``, uint8; the number of images of
-            each class; the indices of each split's classes.
+                each
+            class; the indices of the classes of each split.
         """
 
     def setup(self) -> None:
         """Load the images, once.
 
         Raises:
-            ValueError: If an episode asks for more classes or images than there are.
+            ValueError: If an episode needs more classes or images than there are.
         """
         if self._images is not None:
             return
@@ -62,7 +63,7 @@ class ImageFamily(TaskFamily):
         self._images = images
 
     def to(self, device: torch.device) -> None:
-        """Hold the images on a device, so that episodes are made there.
+        """Move the images to a device, so that episodes are made there.
 
         Args:
             device: The device.
@@ -102,17 +103,17 @@ class ImageFamily(TaskFamily):
 def decoded(
     source: Source, stamps: dict[str, tuple[int, int]], splits: Splits, size: int, channels: int
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Decode the images of all splits, or map them into memory where that has been done.
+    """Decode the images of all splits, or map them into memory if they have been decoded before.
 
     Args:
-        source: Where the images lie.
-        stamps: What ``source.stamps()`` lists.
+        source: Where the images are read from.
+        stamps: What ``source.stamps()`` returns.
         splits: Names of the images by class, for each split.
         size: Height and width, in pixels.
         channels: 3 for colours, 1 for grey.
 
     Returns:
-        What :meth:`ImageFamily.load` says.
+        What :meth:`ImageFamily.load` returns.
 
     Raises:
         DatasetError: If a class is in two splits, or if an image is damaged.

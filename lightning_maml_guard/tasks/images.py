@@ -12,8 +12,7 @@ from torch import Tensor
 
 from lightning_maml_guard.tasks.episodes import SPLITS, check_episode
 from lightning_maml_guard.tasks.image_family import ImageFamily, Splits, decoded
-from lightning_maml_guard.tasks.omniglot import DRAWERS, load_omniglot
-from lightning_maml_guard.tasks.sources import (
+from lightning_maml_guard.tasks.image_files import (
     IMAGES,
     DatasetError,
     FolderSource,
@@ -22,6 +21,7 @@ from lightning_maml_guard.tasks.sources import (
     data_root,
     read_split,
 )
+from lightning_maml_guard.tasks.omniglot import DRAWERS, load_omniglot
 from lightning_maml_guard.utils.checks import check_count, check_flag, check_folder, shown
 
 __all__ = ["ClassFolders", "DatasetError", "ImageFamily", "MiniImageNet", "Omniglot", "data_root", "load_omniglot"]
@@ -30,23 +30,22 @@ __all__ = ["ClassFolders", "DatasetError", "ImageFamily", "MiniImageNet", "Omnig
 class Omniglot(ImageFamily):
     """Omniglot n-way k-shot classification at 28x28, ink 1 on paper 0.
 
-    Reads whichever of these lies in ``root``, in this order: ``omniglot.npz``; the folders
-    ``images_background`` and ``images_evaluation``; ``omniglot_images_background.zip`` and
-    ``omniglot_images_evaluation.zip``. Characters are split, shuffled by ``split_seed``, into 1100 for
-    training, 100 for validation and the rest for test (of fewer than 1300 characters: two thirds, a
-    twelfth and the rest); a rotated character stays in its split.
+    Reads the first of these that is in ``root``: ``omniglot.npz``; the folders ``images_background`` and
+    ``images_evaluation``; ``omniglot_images_background.zip`` and ``omniglot_images_evaluation.zip``. The characters are
+    shuffled by ``split_seed`` and split into 1100 for training, 100 for validation and the rest for test (of fewer than
+    1300 characters: two thirds, a twelfth and the rest). A rotated character stays in its split.
 
     Args:
         root: Folder of the data (default: ``$LMG_DATA``, then ``./data``).
-        n_way: Classes an episode.
-        k_shot: Support images a class.
-        queries: Query images a class.
-        rotations: Count each character turned by 90, 180 and 270 degrees as further classes, in training.
+        n_way: Classes per episode.
+        k_shot: Support images per class.
+        queries: Query images per class.
+        rotations: Count each character, rotated by 90, 180 and 270 degrees, as further classes, in training.
         split_seed: Seed of the split over characters.
 
     Raises:
-        ValueError: If an episode asks for less than 1 class or image, or more images than 20, or if another argument
-            is not allowed.
+        ValueError: If an episode needs less than 1 class or image, or more images than 20, or if another argument is
+            not allowed.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class Omniglot(ImageFamily):
         """Load the images into memory (26 MB).
 
         Returns:
-            What :meth:`ImageFamily.load` says.
+            See :meth:`ImageFamily.load`.
         """
         images = torch.from_numpy(load_omniglot(data_root(self.root))).unsqueeze(2)
         order = torch.from_numpy(np.random.default_rng(self.split_seed).permutation(len(images)))
@@ -81,19 +80,19 @@ class Omniglot(ImageFamily):
 class MiniImageNet(ImageFamily):
     """miniImageNet n-way k-shot classification (Ravi and Larochelle's split), RGB in [0, 1].
 
-    Reads whichever lies in ``root``: ``images/`` with ``train.csv``, ``val.csv``, ``test.csv`` (columns ``filename``
-    and ``label``) beside it; the same in a folder ``miniimagenet``; or one ``miniimagenet*.zip`` of it (case does not
-    matter; ``root`` may name the archive itself). The images are decoded once, see :func:`cached_images`.
+    Reads what is in ``root``: ``images/`` with ``train.csv``, ``val.csv``, ``test.csv`` (columns ``filename`` and
+    ``label``) beside it; the same in a folder ``miniimagenet``; or one ``miniimagenet*.zip`` of it. Case does not
+    matter, and ``root`` may also be the archive itself. The images are decoded once, see :func:`cached_images`.
 
     Args:
         root: Folder of the data, or the archive (default: ``$LMG_DATA``, then ``./data``).
-        n_way: Classes an episode.
-        k_shot: Support images a class.
-        queries: Query images a class.
+        n_way: Classes per episode.
+        k_shot: Support images per class.
+        queries: Query images per class.
         image_size: Height and width, in pixels; other images are scaled to it.
 
     Raises:
-        ValueError: If an episode asks for less than 1 class or image, or if the size is below 1.
+        ValueError: If an episode needs less than 1 class or image, or if the size is below 1.
     """
 
     def __init__(
@@ -106,10 +105,10 @@ class MiniImageNet(ImageFamily):
         self.root, self.image_size = root, image_size
 
     def load(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Map the decoded images into memory, decoding them first where that has not been done.
+        """Map the decoded images into memory; decode them first if that has not been done.
 
         Returns:
-            What :meth:`ImageFamily.load` says.
+            See :meth:`ImageFamily.load`.
 
         Raises:
             DatasetError: If the data is missing or damaged.
@@ -128,15 +127,15 @@ class MiniImageNet(ImageFamily):
 class ClassFolders(ImageFamily):
     """n-way k-shot classification from class folders: ``root/CLASS/*.png`` (or jpg, jpeg).
 
-    With the folders ``train``, ``val`` and ``test`` in ``root``, each holds the class folders of its split
+    If ``root`` has the folders ``train``, ``val`` and ``test``, each holds the class folders of its split
     (``root/train/CLASS/*.png``). Otherwise the classes are split at random, by shares. Images are scaled to one size
     and decoded once, see :func:`cached_images`. Classes may differ in their number of images.
 
     Args:
         root: The folder, or a zip archive of it.
-        n_way: Classes an episode.
-        k_shot: Support images a class.
-        queries: Query images a class.
+        n_way: Classes per episode.
+        k_shot: Support images per class.
+        queries: Query images per class.
         image_size: Height and width, in pixels.
         channels: 3 for colours, 1 for grey.
         shares: Shares of the classes for training, validation and test; unused with folders for the splits.
@@ -177,10 +176,10 @@ class ClassFolders(ImageFamily):
         self.shares, self.split_seed = tuple(shares), split_seed
 
     def load(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Map the decoded images into memory, decoding them first where that has not been done.
+        """Map the decoded images into memory; decode them first if that has not been done.
 
         Returns:
-            What :meth:`ImageFamily.load` says.
+            See :meth:`ImageFamily.load`.
 
         Raises:
             DatasetError: If there are no class folders with images, or if an image is damaged.
@@ -194,7 +193,7 @@ class ClassFolders(ImageFamily):
                 by_class.setdefault(name.rpartition("/")[0], []).append(name)
         if not by_class:
             raise DatasetError(
-                f"No class folders with images were found in {root.resolve()}. Put there one folder a class "
+                f"No class folders with images were found in {root.resolve()}. Put there one folder per class "
                 f"({', '.join(IMAGES)} files in it), or such folders in train, val and test."
             )
         split_of = {label: set(SPLITS) & set(PurePosixPath(label).parts[:-1]) for label in by_class}

@@ -1,23 +1,21 @@
-"""Omniglot's images, from its official folders, its zip archives or one ``omniglot.npz``."""
+"""The images of Omniglot, from its official folders, its zip archives or one ``omniglot.npz``."""
 
 from __future__ import annotations
 
-import io
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from lightning_maml_guard.tasks.sources import DatasetError
+from lightning_maml_guard.tasks.image_files import DatasetError, FolderSource, Source, ZipSource, decode
 
 _PARTS = ("images_background", "images_evaluation")
 DRAWERS = 20
 
 
 def load_omniglot(root: Path) -> np.ndarray:
-    """Load every character's images.
+    """Load the images of every character.
 
     Args:
         root: Folder that holds the npz file, the official folders or their zip archives.
@@ -33,17 +31,16 @@ def load_omniglot(root: Path) -> np.ndarray:
     characters: dict[str, list[np.ndarray]] = {}
     found = False
     for part in _PARTS:
-        folder, archive = root / part, root / f"omniglot_{part}.zip"
-        archive = archive if archive.is_file() else root / f"{part}.zip"
-        if folder.is_dir():
-            source = _folder_images(folder)
-        elif archive.is_file():
-            source = _zip_images(archive)
-        else:
+        source = _source(root, part)
+        if source is None:
             continue
         found = True
-        for name, data in source:
-            characters.setdefault(name.rpartition("/")[0], []).append(_decode(data, name))
+        for name in source.stamps():
+            if name.endswith(".png"):
+                # The names in an archive begin with the name of the part already.
+                full = f"{part}/{name}" if isinstance(source, FolderSource) else name
+                image = decode(source.read(name), full, 28, 1, formats=("PNG",), box=True)
+                characters.setdefault(full.rpartition("/")[0], []).append(255 - image[0])
     if not found:
         raise DatasetError(
             f"Omniglot was not found in {root.resolve()}. Put there omniglot_images_background.zip and "
@@ -77,29 +74,8 @@ def _from_npz(path: Path) -> np.ndarray:
     return images
 
 
-def _folder_images(folder: Path) -> Iterator[tuple[str, bytes]]:
-    for path in sorted(folder.glob("*/*/*.png")):
-        yield path.relative_to(folder.parent).as_posix(), path.read_bytes()
-
-
-def _zip_images(archive: Path) -> Iterator[tuple[str, bytes]]:
-    # Members are read, never extracted: no path is made from a name in the archive.
-    try:
-        with zipfile.ZipFile(archive) as members:
-            for name in sorted(members.namelist()):
-                if name.endswith(".png") and not name.startswith("__MACOSX/"):
-                    yield name, members.read(name)
-    except (zipfile.BadZipFile, OSError, EOFError, zlib.error, RuntimeError) as error:
-        raise DatasetError(f"{archive} is damaged ({error}). Download or copy it again.") from error
-
-
-def _decode(data: bytes, name: str) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        # The format by name: asked to guess, Pillow hands an EPS file to Ghostscript, which runs it.
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            small = image.convert("L").resize((28, 28), Image.Resampling.BOX)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise DatasetError(f"The image {name} is damaged ({error}). Unpack or copy the archive again.") from error
-    return 255 - np.asarray(small, dtype=np.uint8)
+def _source(root: Path, part: str) -> Source | None:
+    if (root / part).is_dir():
+        return FolderSource(root / part)
+    archives = root / f"omniglot_{part}.zip", root / f"{part}.zip"
+    return next((ZipSource(archive) for archive in archives if archive.is_file()), None)

@@ -1,4 +1,4 @@
-"""Regression families: the poster's linear regression and Finn et al.'s sinusoids."""
+"""Families of regression tasks: linear regression (Takagi et al.) and sinusoids (Finn et al.)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def _check_positive(**numbers: int) -> None:
 class LinearRegression(TaskFamily):
     """Noisy linear maps ``y = w.x + noise`` with ``w ~ N(0, I)`` and inputs of prescribed spread.
 
-    With ``same_query=True``, one task and data that is not resampled, all of the poster's assumptions
-    hold: the loss is quadratic and its Hessian constant. Trained so, the network learns that one task: its loss on
-    other tasks rises (in expectation to twice that of ``w = 0``), because their ``w`` are drawn independently.
+    With ``same_query=True``, one task and data that is not resampled, all assumptions of Takagi et al. hold: the loss
+    is quadratic and its Hessian constant. The network then learns that one task, and its loss on other tasks rises (in
+    expectation to twice that of ``w = 0``), because their ``w`` are drawn independently.
 
     Args:
         features: Dimension of ``x``.
-        shots: Support points a task.
-        queries: Query points a task.
+        shots: Support points per task.
+        queries: Query points per task.
         noise: Standard deviation of the noise on ``y``.
         condition: Ratio of the largest to the smallest standard deviation of the input features.
         same_query: Use the support set as the query set.
@@ -83,8 +83,8 @@ class Sinusoid(TaskFamily):
     """Sinusoid regression (Finn et al. 2017): ``y = a * sin(x - p)``, ``a`` in [0.1, 5], ``p`` in [0, pi].
 
     Args:
-        shots: Support points a task, ``x`` uniform in [-5, 5].
-        queries: Query points a task.
+        shots: Support points per task, ``x`` uniform in [-5, 5].
+        queries: Query points per task.
 
     Raises:
         ValueError: If a number is below 1.

@@ -110,8 +110,8 @@ def critical_rates(
         )
     if bounds.size not in {1, values.size}:
         raise ValueError(
-            f"Expected argument `residuals` to be one number or {values.size} numbers (one an eigenvalue) "
-            f"but got {bounds.size}. Pass one bound for all, or one a value."
+            f"Expected argument `residuals` to be one number or {values.size} numbers (one per eigenvalue) "
+            f"but got {bounds.size}. Pass one bound for all, or one per value."
         )
     bounds = np.broadcast_to(bounds.reshape(-1), values.shape)
     f = multiplier(alpha, order, inner_steps)

@@ -135,7 +135,7 @@ class MeasureAtStart(Callback):
         try:
             return lookahead_of(problems, optimizer, steps, trainer, self._cache), []
         except ClosureError as error:
-            return None, [Reason(Kind.NO_LOOKAHEAD, detail=str(error))]
+            return None, [Reason(Kind.NO_LOOKAHEAD, effect="before training", detail=str(error))]
 
     def _alpha(self, configured: float, alpha_c: float, notes: list[Reason]) -> float:
         if math.isnan(configured) or 0 < alpha_c < math.inf:

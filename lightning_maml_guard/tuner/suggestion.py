@@ -9,6 +9,7 @@ from typing import Any
 from lightning_maml_guard import plots
 from lightning_maml_guard.messages.reasons import Reason
 from lightning_maml_guard.messages.sentences import block, sentences
+from lightning_maml_guard.plots.style import LIMIT_COLOUR, MARKER_COLOUR, MARKER_EDGE
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import EDGE, UNRESOLVED
 
@@ -98,17 +99,15 @@ class RateSuggestion:
         # Without their meta rate: what is marked are the configured and the suggested pair, not the mixture measured.
         measured = [replace(report, beta=math.nan) for report in self.suggested_reports]
         measured.sort(key=lambda report: -_reach(report))
-        figure, axes = plots.safe_region(measured, ax, rates=[self.beta, self.configured_beta])
+        figure, axes = plots.safe_region(measured, ax, rates=[self.beta, self.configured_beta], which="smallest")
         if len(measured) > 1:
             figure.axes[-1].set(ylabel="batch", yticks=range(len(measured)))
-        for part in axes.collections:
-            part.set_label(str(part.get_label()).replace(", last check", ", smallest"))
         beta, name = self.beta, "suggested rates"
         if math.isnan(beta):
             beta, name = self.configured_beta, "suggested alpha, configured beta"
-        marks = {"edgecolors": "black", "linewidths": 0.6, "zorder": 7}
-        axes.scatter(self.configured_alpha, self.configured_beta, color="0.6", s=36, **marks)
-        axes.scatter(self.alpha, beta, marker="*", s=180, color="#D55E00", label=name, **marks)
+        marks = {"edgecolors": MARKER_EDGE, "linewidths": 0.6, "zorder": 7}
+        axes.scatter(self.configured_alpha, self.configured_beta, color=MARKER_COLOUR, s=36, **marks)
+        axes.scatter(self.alpha, beta, marker="*", s=180, color=LIMIT_COLOUR, label=name, **marks)
         axes.set_title("Safe region before training")
         axes.legend(loc="best", frameon=True, framealpha=0.9)
         return figure, axes

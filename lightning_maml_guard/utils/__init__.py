@@ -1,1 +1,1 @@
-"""What every room may use."""
+"""Helpers that every room may import."""

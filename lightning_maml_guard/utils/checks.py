@@ -1,4 +1,4 @@
-"""Checks of arguments that every room makes in the same words: what was expected, what came, what to do."""
+"""Checks of arguments, with messages in the same words: what was expected, what was given, what to do."""
 
 from __future__ import annotations
 
@@ -13,41 +13,18 @@ import numpy as np
 
 
 def shown(value: Any) -> str:
-    """Show a value in a message, cut where it is long.
-
-    Args:
-        value: The value.
-
-    Returns:
-        At most 100 characters of one line.
-    """
+    """Return the repr of a value in one line, cut to 100 characters."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 100 else text[:97] + "..."
 
 
 def first_line(error: BaseException) -> str:
-    """Say what an error says, in one line.
-
-    Args:
-        error: The error.
-
-    Returns:
-        The first line of its text; its type's name where it has none.
-    """
+    """Return the first line of an error's text, or the name of its type without one."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Refuse a count that is not an integer of at least ``least``.
-
-    Args:
-        name: What the message calls it.
-        value: The count.
-        least: Smallest that is allowed.
-
-    Raises:
-        ValueError: If it is not allowed.
-    """
+    """Raise a ValueError if a count is not an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(
             f"Expected argument `{name}` to be an integer of at least {least} but got {shown(value)}. Pass a Python "
@@ -58,18 +35,7 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
 def check_number(
     name: str, value: Any, *, least: float | None = None, above: float | None = None, below: float | None = None
 ) -> None:
-    """Refuse what is not a finite number within its limits.
-
-    Args:
-        name: What the message calls it.
-        value: The number.
-        least: Smallest that is allowed.
-        above: What it must exceed.
-        below: What it must stay below.
-
-    Raises:
-        ValueError: If it is not allowed.
-    """
+    """Raise a ValueError if a value is not a finite number within its limits."""
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if (
         number
@@ -88,15 +54,7 @@ def check_number(
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Refuse what is neither True nor False: words and numbers would count as one of them unasked.
-
-    Args:
-        name: What the message calls it.
-        value: The flag.
-
-    Raises:
-        ValueError: If it is not allowed.
-    """
+    """Raise a ValueError if a value is neither True nor False: text and numbers would silently count as one of them."""
     if not isinstance(value, bool):
         raise ValueError(
             f"Expected argument `{name}` to be True or False but got {shown(value)}. Pass the boolean itself: "
@@ -105,16 +63,7 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    """Refuse a word that is not among those allowed.
-
-    Args:
-        name: What the message calls it.
-        value: The word.
-        allowed: The words.
-
-    Raises:
-        ValueError: If it is not allowed.
-    """
+    """Raise a ValueError if a word is not among those allowed."""
     if isinstance(value, str) and value in allowed:
         return
     near = get_close_matches(value, allowed, 1) if isinstance(value, str) else []
@@ -125,17 +74,7 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
 
 
 def check_function(name: str, value: Any, signature: str, example: str) -> None:
-    """Refuse what can't be called.
-
-    Args:
-        name: What the message calls it.
-        value: The function.
-        signature: What it takes and returns.
-        example: One that would do.
-
-    Raises:
-        TypeError: If it is not callable.
-    """
+    """Raise a TypeError if a value cannot be called; the message shows its signature and an example."""
     if not callable(value):
         raise TypeError(
             f"Expected argument `{name}` to be callable, {signature}, but got {shown(value)}. Pass a function, such "
@@ -144,15 +83,7 @@ def check_function(name: str, value: Any, signature: str, example: str) -> None:
 
 
 def check_folder(name: str, value: Any) -> None:
-    """Refuse what can't be the path of a folder; whether it exists is found out when it is read.
-
-    Args:
-        name: What the message calls it.
-        value: The path, or None for the default.
-
-    Raises:
-        TypeError: If it is no path.
-    """
+    """Raise a TypeError if a value is neither None nor a path; the folder need not exist."""
     if value is not None and not isinstance(value, (str, os.PathLike)):
         raise TypeError(
             f"Expected argument `{name}` to be the path of a folder or None but got {shown(value)}. Pass a string or "
@@ -161,16 +92,8 @@ def check_folder(name: str, value: Any) -> None:
 
 
 def check_device(name: str, value: Any) -> None:
-    """Refuse what names no device that can hold values.
-
-    Args:
-        name: What the message calls it.
-        value: The device, or None for the default.
-
-    Raises:
-        ValueError: If it is not allowed.
-    """
-    import torch  # here, for the numbers of `theory` are to be had without it
+    """Raise a ValueError if a value is neither None nor a device that can hold values."""
+    import torch  # here, so that `theory` can be imported without torch
 
     if value is None:
         return
@@ -189,15 +112,7 @@ def check_device(name: str, value: Any) -> None:
 
 
 def checked(kind: Callable[[str], Any], check: Callable[[Any], None]) -> Callable[[str], Any]:
-    """Make a check a ``type`` of argparse's, so that what it refuses is the parser's error.
-
-    Args:
-        kind: Makes the value of the text.
-        check: Raises if the value is not allowed.
-
-    Returns:
-        From the text to the value.
-    """
+    """Make a ``type`` for argparse from a conversion and a check, whose errors become errors of the parser."""
 
     def parse(text: str) -> Any:
         try:

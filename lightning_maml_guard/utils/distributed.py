@@ -1,4 +1,4 @@
-"""What several processes must agree on: means over ranks, and that a failure on one of them is everyone's."""
+"""What several processes must agree on: means over ranks, and the failure of one rank as the failure of all."""
 
 from __future__ import annotations
 
@@ -19,49 +19,28 @@ class Ranks:
     size = 1
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """Average a tensor over the ranks.
-
-        Args:
-            tensor: This rank's; the same shape on every rank.
-
-        Returns:
-            The mean, bitwise the same on every rank.
-        """
+        """Average a tensor over the ranks; the result is bitwise the same on every rank."""
         return tensor
 
     def gather(self, value: T) -> list[T]:
-        """Collect what every rank has.
-
-        Args:
-            value: This rank's; anything that can be pickled, tensors on the host.
-
-        Returns:
-            One value a rank.
-        """
+        """Collect one value per rank: anything that can be pickled, tensors on the host."""
         return [value]
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Make a failure of one rank inside the block a failure of all of them.
-
-        Yields:
-            Nothing. Raises a SharedError on every rank if the block failed on one.
-        """
+        """Raise a SharedError on every rank if the block fails on one."""
         yield
 
 
 class SharedError(Exception):
-    """Something failed on one of the ranks, so all of them leave it."""
+    """Raised on all ranks if one of them failed."""
 
 
 class ProcessGroup(Ranks):
-    """The ranks of the default process group.
+    """The ranks of the default process group, whose tensors live on ``device``.
 
-    Inside :meth:`together` all ranks walk through the same collectives. Each is preceded by a flag, so that a rank
-    that has failed in between meets the others there instead of leaving them waiting.
-
-    Args:
-        device: Where the process group's tensors live.
+    Inside :meth:`together` all ranks go through the same collectives. Before each of them the ranks exchange a flag, so
+    that a rank that has failed in between meets the others there instead of leaving them waiting.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -69,41 +48,18 @@ class ProcessGroup(Ranks):
         self._device = device
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """Average a tensor over the ranks.
-
-        Args:
-            tensor: This rank's; the same shape on every rank.
-
-        Returns:
-            The mean, bitwise the same on every rank.
-        """
         self._meet()
         total = tensor.detach().clone()
         dist.all_reduce(total)
         return total / self.size
 
     def gather(self, value: T) -> list[T]:
-        """Collect what every rank has.
-
-        Args:
-            value: This rank's; anything that can be pickled, tensors on the host.
-
-        Returns:
-            One value a rank.
-        """
         self._meet()
         return self._collect(value)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Make a failure of one rank inside the block a failure of all of them.
-
-        Yields:
-            Nothing.
-
-        Raises:
-            SharedError: On every rank, if the block failed on one; it names the rank and the cause.
-        """
+        """Raise a SharedError on every rank if the block fails on one; it names the rank and the cause."""
         try:
             yield
         except SharedError:

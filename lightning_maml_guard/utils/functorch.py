@@ -6,11 +6,7 @@ import torch
 
 
 def inside_transform() -> bool:
-    """Say whether the calling code is inside ``torch.func.grad`` or ``vmap``, or is being compiled.
-
-    Returns:
-        Whether it is.
-    """
+    """Return True inside ``torch.func.grad`` or ``vmap``, or while being compiled."""
     if torch.compiler.is_compiling():
         return True
     # torch's own way to ask (torch._functorch.pyfunctorch); there is no public one.
@@ -18,11 +14,7 @@ def inside_transform() -> bool:
 
 
 def inside_gradient() -> bool:
-    """Say whether a gradient is being taken by torch.func, or the code compiled: more than one ``vmap`` around it.
-
-    Returns:
-        Whether it is.
-    """
+    """Return True while torch.func takes a gradient, inside more than one ``vmap``, or while being compiled."""
     if torch.compiler.is_compiling():
         return True
     levels = torch._C._functorch.get_interpreter_stack() or []
@@ -30,12 +22,5 @@ def inside_gradient() -> bool:
 
 
 def is_batched(tensor: torch.Tensor) -> bool:
-    """Say whether a ``vmap`` around the calling code maps over a tensor.
-
-    Args:
-        tensor: The tensor.
-
-    Returns:
-        Whether it does.
-    """
+    """Return True if the surrounding ``vmap`` maps over a tensor."""
     return torch._C._functorch.is_batchedtensor(tensor)

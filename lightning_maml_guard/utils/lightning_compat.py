@@ -1,4 +1,4 @@
-"""The only file that names Lightning: pytorch_lightning, or lightning where the user has that one."""
+"""The only file that names Lightning: pytorch_lightning, or lightning if the user has that one."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lightning_utilities.core.rank_zero import rank_zero_info as inform
 from lightning_maml_guard.utils.distributed import ProcessGroup, Ranks
 from lightning_maml_guard.utils.warnings import GuardWarning
 
-# Two packages with the same code and different classes: a Trainer of one refuses a module of the other.
+# Two packages with the same code and different classes: a Trainer of one does not accept a module of the other.
 _NAMES = ("pytorch_lightning", "lightning.pytorch")
 
 
 def _chosen() -> tuple[str, ...]:
-    """The packages that are imported already; else the first that is installed."""
+    """The packages that are already imported; else the first one that is installed."""
     imported = tuple(name for name in _NAMES if sys.modules.get(name) is not None)
     if imported:
         return imported
@@ -58,7 +58,7 @@ else:
     )
 
 
-# What the command line alone needs, with jsonargparse, which a user without one need not have.
+# Only the command line needs these, and with them jsonargparse, which other users need not have.
 _FIRST_USE = {"LightningArgumentParser": "cli", "LightningCLI": "cli", "RichProgressBar": "callbacks"}
 
 
@@ -93,14 +93,9 @@ __all__ = [
 
 
 def check_module(module: Any, chosen: bool) -> None:
-    """Refuse a module of no Lightning package, and warn of one that the user's Trainer may refuse.
+    """Raise a TypeError for a module of no Lightning package; warn if the user's Trainer may not accept it.
 
-    Args:
-        module: The module under construction.
-        chosen: Whether its package was chosen here, and not by the user.
-
-    Raises:
-        TypeError: If it is not a LightningModule.
+    ``chosen`` is True if the package was chosen here and not by the user.
     """
     imported = {name: sys.modules[name] for name in _NAMES if sys.modules.get(name) is not None}
     of = [name for name, package in imported.items() if isinstance(module, package.LightningModule)]
@@ -113,9 +108,9 @@ def check_module(module: Any, chosen: bool) -> None:
     others = [name for name in imported if name not in of]
     if others and chosen:
         warnings.warn(
-            f"{kind} is a module of {of[0]}, and {others[0]} is imported as well, whose Trainer would refuse it: "
-            f"the two packages do not mix. If your Trainer is {of[0]}'s, all is well. If it is {others[0]}'s, import "
-            f"{others[0].partition('.')[0]} alone and before lightning_maml_guard, or write "
+            f"{kind} is a module of {of[0]}, and {others[0]} is imported as well, whose Trainer does not accept "
+            f"it: the two packages do not mix. If your Trainer is {of[0]}'s, do nothing. If it is {others[0]}'s, "
+            f"import {others[0].partition('.')[0]} alone and before lightning_maml_guard, or write "
             f"class Mine(lightning_maml_guard.MetaLearning, {others[0]}.LightningModule).",
             GuardWarning,
             stacklevel=3,
@@ -123,11 +118,7 @@ def check_module(module: Any, chosen: bool) -> None:
 
 
 def hyperparameters_given() -> bool:
-    """Say whether LightningCLI is building this module and supplies its hyperparameters itself.
-
-    Returns:
-        True inside LightningCLI's instantiation.
-    """
+    """Return True inside LightningCLI, which supplies the hyperparameters of a module itself."""
     for name in PACKAGES:
         given = getattr(import_module(f"{name}.core.mixins.hparams_mixin"), "_given_hyperparameters", None)
         if given is not None and given.get() is not None:
@@ -136,17 +127,9 @@ def hyperparameters_given() -> bool:
 
 
 def tools_for(module: Any, name: str) -> tuple[Any, Any]:
-    """Find the Trainer that takes a module, and the class that combines several loaders for it.
+    """Return the ``Trainer`` and the ``CombinedLoader`` of a module's package.
 
-    Args:
-        module: The module.
-        name: What the message calls it.
-
-    Returns:
-        ``Trainer`` and ``CombinedLoader`` of the module's package.
-
-    Raises:
-        TypeError: If it is a LightningModule of neither package.
+    Raises a TypeError that calls the module ``name`` if it is a LightningModule of neither package.
     """
     for package in _NAMES:
         imported = sys.modules.get(package)
@@ -159,13 +142,9 @@ def tools_for(module: Any, name: str) -> tuple[Any, Any]:
 
 
 def no_loader(module: Any) -> Any:
-    """Make what a ``val_dataloader`` returns for no validation: Lightning takes an empty list for a loader, and warns.
+    """Return an empty ``CombinedLoader`` for a ``val_dataloader`` without data.
 
-    Args:
-        module: The module that is trained.
-
-    Returns:
-        A ``CombinedLoader`` of the module's package, of nothing.
+    Lightning takes an empty list for a loader, and warns.
     """
     combined_loader = tools_for(module, "module")[1]
     return type("NoLoader", (combined_loader,), {"flattened": []})([], "sequential")
@@ -173,11 +152,7 @@ def no_loader(module: Any) -> Any:
 
 @contextmanager
 def inform_less() -> Iterator[None]:
-    """Keep Lightning from telling about devices and tips, for a Trainer that the user did not make.
-
-    Yields:
-        Nothing.
-    """
+    """Silence Lightning's messages about devices and tips, for a Trainer that the user did not make."""
     loggers = [logging.getLogger(name) for name in _NAMES]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

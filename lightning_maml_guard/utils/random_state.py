@@ -1,4 +1,4 @@
-"""Random states put back."""
+"""Random states that are restored."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ import torch
 
 @contextmanager
 def preserved_randomness() -> Iterator[None]:
-    """Put the random states of Python, NumPy and torch (every device in use) back on leaving.
-
-    Yields:
-        Nothing.
-    """
+    """Restore the random states of Python, NumPy and torch (every device in use) on leaving."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         try:

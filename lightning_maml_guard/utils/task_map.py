@@ -1,4 +1,4 @@
-"""Run a function of one task over a batch of tasks: vmapped, or in a loop where vmap can't go."""
+"""Run a function of one task over a batch of tasks: vmapped, or in a loop where vmap does not work."""
 
 from __future__ import annotations
 
@@ -14,23 +14,15 @@ from lightning_maml_guard.utils.checks import check_count, first_line
 from lightning_maml_guard.utils.warnings import GuardWarning
 
 T = TypeVar("T")
-# "all": vmapped at once; "loop": one after another; a number: vmapped so many at once.
+# "all": vmapped at once; "loop": one after another; a number: this many vmapped at once.
 Strategy = str | int
 
 
 def task_count(data: Any, name: str) -> int:
     """Count the tasks in a pytree of tensors with a leading task dimension.
 
-    Args:
-        data: The pytree.
-        name: What the message calls it.
-
-    Returns:
-        The number of tasks.
-
-    Raises:
-        ValueError: If there is no tensor in it, or if the tensors disagree or hold no task.
-        TypeError: If a leaf is not a tensor.
+    Raises a ValueError that calls it ``name`` if there is no tensor or no task, or if the tensors disagree, and a
+    TypeError if a leaf is not a tensor.
     """
     leaves = tree_leaves(data)
     strangers = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)})
@@ -50,18 +42,11 @@ def task_count(data: Any, name: str) -> int:
 
 
 class TaskMap:
-    """Apply a function of one task to every task of a batch.
+    """Applies a function of one task to every task of a batch, ``chunk_size`` at once (None: all).
 
-    Tries :func:`torch.func.vmap` first. If that fails and a plain loop does not, it says so once and loops
-    from then on; if the loop fails too, the loop's error (the user's own) is raised.
-
-    Args:
-        chunk_size: Tasks vmapped at once (None: all).
-        looped: Start with the loop.
-        strict: Raise where vmap fails, instead of looping.
-
-    Raises:
-        ValueError: If the chunk size is not an integer of at least 1.
+    Tries :func:`torch.func.vmap` first. If that fails and a plain loop works, it warns once and loops from then on; if
+    the loop fails too, the loop's error (the user's own) is raised. ``looped`` starts with the loop; ``strict`` raises
+    vmap's error.
     """
 
     def __init__(self, chunk_size: int | None = None, looped: bool = False, strict: bool = False) -> None:
@@ -74,13 +59,8 @@ class TaskMap:
     def __call__(self, function: Callable[..., T], *args: Any, in_dims: tuple[int | None, ...]) -> T:
         """Map a function over the tasks.
 
-        Args:
-            function: Function of one task.
-            *args: Its arguments, pytrees; those mapped have a leading task dimension.
-            in_dims: 0 for a mapped argument, None for a shared one.
-
-        Returns:
-            The outputs, each with a leading task dimension.
+        ``in_dims`` is 0 for arguments with a leading task dimension, None for shared ones; every argument is a pytree.
+        The outputs have a leading task dimension.
         """
         return self._try(
             lambda: torch.func.vmap(function, in_dims, randomness="different", chunk_size=self.chunk_size)(*args),
@@ -88,16 +68,7 @@ class TaskMap:
         )
 
     def apply(self, one: Callable[..., T], together: Callable[..., T], *args: Any) -> T:
-        """Map a function that comes in two forms, of one task and of several.
-
-        Args:
-            one: Function of one task.
-            together: The same function of several tasks, whose arguments and outputs have a leading task dimension.
-            *args: The arguments, pytrees with a leading task dimension.
-
-        Returns:
-            The outputs, each with a leading task dimension.
-        """
+        """Map a function given in two forms: of one task, and of several tasks in a leading dimension."""
         return self._try(lambda: self._in_chunks(together, args), lambda: self._loop(one, args, (0,) * len(args)))
 
     def _try(self, vectorised: Callable[[], T], looped: Callable[[], T]) -> T:
@@ -150,26 +121,11 @@ def _joined(outputs: list[T], join: Callable[[Any], Tensor]) -> T:
 
 
 def task_map(strategy: Strategy, strict: bool = False) -> TaskMap:
-    """Make the map of a strategy.
-
-    Args:
-        strategy: ``"loop"``, ``"all"`` or a number of tasks.
-        strict: Raise where vmap fails, instead of looping.
-
-    Returns:
-        The map.
-    """
+    """Make the map of a strategy."""
     return TaskMap(None if isinstance(strategy, str) else strategy, looped=strategy == "loop", strict=strict)
 
 
 def as_float32(tree: T) -> T:
-    """Convert the half-precision tensors of a pytree to float32; other tensors are passed on unchanged.
-
-    Args:
-        tree: Pytree of tensors.
-
-    Returns:
-        The pytree, converted.
-    """
+    """Convert the half-precision tensors of a pytree to float32; other tensors are returned unchanged."""
     half = (torch.float16, torch.bfloat16)
     return tree_map(lambda leaf: leaf.float() if leaf.dtype in half else leaf, tree)

@@ -1,4 +1,4 @@
-"""The category of every warning this package gives, so that users can filter it as one."""
+"""The category of all warnings of this package, so that users can filter them."""
 
 
 class GuardWarning(UserWarning):

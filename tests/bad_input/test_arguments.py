@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from lightning_maml_guard import (
     ConvergenceGuard,
+    CurvatureOptions,
+    LookaheadOptions,
     MetaLearningModule,
     MetaProblem,
     TaskDataModule,
@@ -62,13 +64,13 @@ def episode(**arguments):
 
 
 COUNTS = [
-    *((ConvergenceGuard, name, 1) for name in ("patience", "max_iter", "replay", "max_rollbacks")),
-    (ConvergenceGuard, "history_size", 1),
-    (ConvergenceGuard, "trial_steps", 0),
+    *((ConvergenceGuard, name, 1) for name in ("patience", "max_rollbacks", "history_size")),
+    (CurvatureOptions, "max_iter", 1),
+    (LookaheadOptions, "batches", 1),
+    (LookaheadOptions, "steps", 0),
     (module, "inner_steps", 1),
     (problem, "inner_steps", 1),
     (rates, "inner_steps", 1),
-    (measured, "max_iter", 1),
     *((data, name, 1) for name in ("meta_batch_size", "steps_per_epoch", "test_episodes")),
     *((data, name, 0) for name in ("val_episodes", "num_workers", "seed")),
     *((LinearRegression, name, 1) for name in ("features", "shots", "queries")),
@@ -82,7 +84,7 @@ COUNTS = [
 ]
 OPTIONAL_COUNTS = [
     (ConvergenceGuard, "every_n_steps", 1),
-    (ConvergenceGuard, "tasks_per_check", 1),
+    (CurvatureOptions, "max_tasks", 1),
     (module, "eval_inner_steps", 0),
     (module, "task_chunk_size", 1),
     (problem, "task_chunk_size", 1),
@@ -90,7 +92,8 @@ OPTIONAL_COUNTS = [
 ]
 RATES = [(module, "inner_lr"), (problem, "inner_lr"), (rates, "alpha"), (LinearRegression, "noise")]
 FLAGS = [
-    *((ConvergenceGuard, name) for name in ("triggers", "rollback", "allow_untested")),
+    *((ConvergenceGuard, name) for name in ("rollback", "figures", "allow_untested")),
+    (LookaheadOptions, "triggers"),
     (module, "learn_inner_lr"),
     (data, "resample"),
     (LinearRegression, "same_query"),
@@ -99,10 +102,10 @@ FLAGS = [
 ]
 CHOICES = [
     (ConvergenceGuard, "action", "'log'", "wran", "warn"),
-    *((make, "criterion", "'exact'", "exakt", "exact") for make in (ConvergenceGuard, measured)),
-    *((make, "tasks", "'worst'", "Worst", "worst") for make in (ConvergenceGuard, measured)),
-    *((make, "data", "'query'", "querry", "query") for make in (ConvergenceGuard, measured)),
-    *((make, "basis", "'bfloat16'", "bfloat", "bfloat16") for make in (ConvergenceGuard, measured)),
+    (CurvatureOptions, "criterion", "'exact'", "exakt", "exact"),
+    (CurvatureOptions, "tasks", "'worst'", "Worst", "worst"),
+    (CurvatureOptions, "data", "'query'", "querry", "query"),
+    (CurvatureOptions, "basis", "'bfloat16'", "bfloat", "bfloat16"),
     *((make, "order", "'simplified'", "frist", "first") for make in (module, problem, rates)),
     (mlp, "activation", "'tanh'", "Relu", "relu"),
     (LinearRegression, "dtype", "'float64'", "float", "float64"),
@@ -177,8 +180,8 @@ def test_a_word_out_of_the_list_is_refused_and_the_near_one_named(row):
             (make, "margin", "a finite number above 0", (0, -1, math.nan, math.inf))
             for make in (ConvergenceGuard, measured)
         ),
-        *((make, "tol", "a number between 0 and 1", (0, 1, -1.0, math.nan)) for make in (ConvergenceGuard, measured)),
-        (ConvergenceGuard, "alarm", "a finite number above 1", (1, 0.5, math.nan, math.inf)),
+        (CurvatureOptions, "tol", "a number between 0 and 1", (0, 1, -1.0, math.nan)),
+        (LookaheadOptions, "divergence_ratio", "a finite number above 1", (1, 0.5, math.nan, math.inf)),
         (LinearRegression, "condition", "a finite number of at least 1", (0.5, -1, math.nan, math.inf)),
     ],
 )

@@ -86,8 +86,8 @@ CASES = {
     "a query of other features": (regressor, episodes(query=(torch.ones(2, 5, 3), Y)), ["`query` holds torch.float32 (2, 5, 3)", "Support and query go through one network"]),
     "images of other channels": (small_conv, both(torch.zeros(2, 5, 3, 28, 28), LABELS), ["torch.float32 (2, 5, 3, 28, 28)", "the shape its first layer takes"]),
     "fewer targets than inputs": (regressor, both(X, Y[:, :3]), ["prediction has shape (5, 1) and the target (3, 1)", "Reshape the targets"]),
-    "an empty support set": (regressor, episodes(support=(X[:, :0], Y[:, :0])), ["`support` to hold at least one example a task", "[(2, 0, 1), (2, 0, 1)]", "Draw at least one shot"]),
-    "an empty query set": (regressor, episodes(query=(X[:, :0], Y[:, :0])), ["`query` to hold at least one example a task", "Draw at least one shot"]),
+    "an empty support set": (regressor, episodes(support=(X[:, :0], Y[:, :0])), ["`support` to hold at least one example per task", "[(2, 0, 1), (2, 0, 1)]", "Draw at least one shot"]),
+    "an empty query set": (regressor, episodes(query=(X[:, :0], Y[:, :0])), ["`query` to hold at least one example per task", "Draw at least one shot"]),
     "no task": (regressor, both(X[:0], Y[:0]), ["`support`", "leading task dimension of at least 1", "[(0, 5, 1), (0, 5, 1)]", "unsqueeze(0)"]),
     "fewer tasks in the query": (regressor, episodes(query=(X[:1], Y[:1])), ["2 tasks in `support` and 1 in `query`", "Give every task both sets"]),
     "a list for a tensor": (regressor, both([1.0, 2.0], Y), ["`support` to hold tensors", "found float", "torch.stack"]),
@@ -229,4 +229,4 @@ def test_values_are_read_before_the_first_step_alone():
     module = classifier()
     fit(module, both(X, LABELS), 1)
     found = module.meta_problem(both(X.to("meta"), LABELS.to("meta")))  # reading a value of these would raise
-    assert found.tasks == 2 and module._labels is None
+    assert found.tasks == 2 and module._first_batch.labels is None

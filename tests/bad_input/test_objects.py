@@ -15,6 +15,7 @@ from lightning_maml_guard import (
     critical_rates,
     measure,
     stability_limit,
+    suggest_rates,
 )
 from lightning_maml_guard.networks import conv4, mlp
 from lightning_maml_guard.plots import safe_region
@@ -70,8 +71,7 @@ OBJECTS = [
         for device in ("gpu zero", "meta", 0, math.nan)
     ),
     *(
-        (lambda make=make, estimator=estimator: make(estimator=estimator), ValueError, "estimator", repr(estimator), "'lanczos', 'pyhessian' or a callable", "Pass one of the two words")
-        for make in (ConvergenceGuard, measured)
+        (lambda estimator=estimator: CurvatureOptions(estimator=estimator), ValueError, "estimator", repr(estimator), "'lanczos', 'pyhessian' or a callable", "Pass one of these words")
         for estimator in (None, 3, ["lanczos"], "power")
     ),
     *(
@@ -80,7 +80,15 @@ OBJECTS = [
     ),
     (lambda: measure({}, curvature=CurvatureOptions(criterion="simplified")), TypeError, "problem", "dict", "a MetaProblem", "Pass MetaProblem(params"),
     (lambda: measured(optimizer="adam"), TypeError, "optimizer", "str", "a torch.optim.Optimizer", "Pass the one that trains"),
-    (lambda: measured(memory={}), TypeError, "memory", "dict", "a Memory or None", "Leave it out"),
+    (lambda: measured(cache={}), TypeError, "cache", "dict", "a MeasurementCache or None", "Leave it out"),
+    *(
+        (lambda make=make: make(curvature={"max_iter": 5}), TypeError, "curvature", "dict", "a CurvatureOptions", "Pass CurvatureOptions(max_iter=40)")
+        for make in (ConvergenceGuard, lambda curvature: measure(PROBLEM, curvature=curvature), lambda curvature: suggest_rates(module(), curvature=curvature))
+    ),
+    *(
+        (lambda make=make: make(lookahead=5), TypeError, "lookahead", "int", "a LookaheadOptions", "Pass LookaheadOptions(steps=5)")
+        for make in (ConvergenceGuard, lambda lookahead: suggest_rates(module(), lookahead=lookahead))
+    ),
     *(
         (lambda given=given: stability_limit(given), TypeError, "optimizer", str(given), "a torch.optim.Optimizer", "Pass the optimizer that trains")
         for given in (None, 3, SGD)
@@ -103,8 +111,8 @@ OBJECTS = [
     (lambda: problem(params={"w": META}), ValueError, "params", "['meta']", "that holds values", "Move the network"),
     (lambda: problem(task_loss="mse"), TypeError, "task_loss", "'mse'", "callable, (params, one task's data) -> scalar", "Pass a function"),
     (lambda: problem(inner_lr={"w": 0.1}), TypeError, "inner_lr['w']", "0.1", "a tensor", "Pass torch.tensor(0.01)"),
-    (lambda: problem(inner_lr={"w": torch.ones(7)}), ValueError, "inner_lr['w']", "(7,)", "its parameter's shape (2,)", "Pass one rate an entry"),
-    (lambda: problem(inner_lr={"w": torch.ones(1, 2)}), ValueError, "inner_lr['w']", "(1, 2)", "its parameter's shape (2,)", "Pass one rate an entry"),
+    (lambda: problem(inner_lr={"w": torch.ones(7)}), ValueError, "inner_lr['w']", "(7,)", "its parameter's shape (2,)", "Pass one rate per entry"),
+    (lambda: problem(inner_lr={"w": torch.ones(1, 2)}), ValueError, "inner_lr['w']", "(1, 2)", "its parameter's shape (2,)", "Pass one rate per entry"),
     (lambda: problem(inner_lr={"w": torch.ones(2).long()}), ValueError, "inner_lr['w']", "torch.int64 on cpu", "a floating-point tensor on cpu", "Convert it"),
     (lambda: problem(inner_lr={"w": META}), ValueError, "inner_lr['w']", "torch.float32 on meta", "a floating-point tensor on cpu", "Convert it"),
 ]  # fmt: skip
@@ -194,7 +202,7 @@ def test_images_of_another_form_are_refused(change, argument, value, allowed, re
     ("arguments", "message"),
     [
         ({"n_way": 2000}, r"n_way=2000 classes but this split has 1623: lower n_way"),
-        ({"k_shot": 15, "queries": 6}, r"k_shot=15 \+ queries=6 different images a class but there are 20: lower one of them"),
+        ({"k_shot": 15, "queries": 6}, r"k_shot=15 \+ queries=6 different images per class but there are 20: lower one of them"),
     ],
 )  # fmt: skip
 def test_an_episode_asking_for_more_than_there_is_is_refused_at_construction(arguments, message):

@@ -43,9 +43,9 @@ def test_every_command_over_every_configuration(task, request, monkeypatch, caps
         monkeypatch.setenv("LMG_DATA", str(request.getfixturevalue("data_folder")))
         monkeypatch.setattr(_cli_runs, "_save_safe_region", lambda found, path: drawn.append(path))
     guard = (
-        ["--guard=log", "--guard.trial_steps=0", "--guard.max_iter=2"]
+        ["--guard=log", "--guard.lookahead.steps=0", "--guard.curvature.max_iter=2"]
         if images
-        else ["--guard.trial_steps=2", "--guard.max_iter=4"]
+        else ["--guard.lookahead.steps=2", "--guard.curvature.max_iter=4"]
     )
     trained = main(["fit", *words, *guard])
     assert trained.trainer.global_step == 1 and "test/loss" not in trained.trainer.callback_metrics
@@ -62,7 +62,7 @@ def test_every_command_over_every_configuration(task, request, monkeypatch, caps
     capsys.readouterr()
     trained.config["ckpt_path"] = None
     found = main(["suggest", *words, "--batches=1", "--margin=0.4", *guard]).suggestion
-    assert len(found.reports) == 1 and found.trial_steps == (0 if images else 2)
+    assert len(found.reports) == 1 and found.lookahead_steps == (0 if images else 2)
     alpha_c = found.alpha_c if math.isfinite(found.alpha_c) else found.configured_alpha / 0.4
     assert found.alpha == pytest.approx(0.4 * alpha_c)
     assert f"suggested {found.alpha:.3g}" in capsys.readouterr().out
@@ -211,7 +211,7 @@ def test_what_fit_suggests_is_what_fit_takes():
     words = words_of("linear")
     found = main(["suggest", *words, "--batches=1"]).suggestion
     rates = [f"--model.inner_lr={found.alpha}", f"--model.optimizer.lr={found.beta}"]
-    guard = main(["fit", *words, "--guard=log", "--guard.criterion=exact", *rates]).guard
+    guard = main(["fit", *words, "--guard=log", "--guard.curvature.criterion=exact", *rates]).guard
     assert guard.history[0].status == "safe"
     assert guard.history[0].beta_ratio == pytest.approx(0.5, rel=1e-3)
 

@@ -1,6 +1,7 @@
 """What is wrong with a command line is told in one line that names the option; what is wrong elsewhere is raised."""
 
 from argparse import ArgumentError
+from dataclasses import dataclass
 
 import pytest
 import yaml
@@ -8,6 +9,7 @@ import yaml
 from lightning_maml_guard.cli.arguments import translate
 from lightning_maml_guard.cli.errors import with_nearest, wrong_argument, wrong_option
 from lightning_maml_guard.cli.main import _built, main
+from lightning_maml_guard.utils.checks import check_number
 from lightning_maml_guard.utils.lightning_compat import LightningModule
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -19,6 +21,20 @@ class Broken(LightningModule):
     def __init__(self):
         super().__init__()
         raise ValueError("broken")
+
+
+@dataclass(frozen=True)
+class Options:
+    tol: float = 0.1
+    steps: int = 5
+
+    def __post_init__(self):
+        check_number("tol", self.tol, above=0, below=1)
+
+
+class WithOptions(LightningModule):
+    def __init__(self, options: Options = Options()):
+        super().__init__()
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +61,28 @@ def refused(capsys, run, *words):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--guard.criterion exakt", "--guard.criterion: * one of ('simplified', 'exact') but got 'exakt'. Did you"),
+        (
+            "--guard.curvature.criterion exakt",
+            "--guard.curvature.criterion: * one of ('simplified', 'exact') but got 'exakt'. Did you",
+        ),
         ("--guard.action=mad", "--guard.action: * one of ('log', 'warn', 'rescale', 'stop') but got 'mad'."),
         ("--guard.margin=0", "--guard.margin: * a finite number above 0 but got 0.0."),
-        ("--guard.estimator=arnoldi", "--guard.estimator: * 'lanczos', 'pyhessian' or a callable * but got 'arnoldi'."),
-        ("--guard.tasks=bad", "--guard.tasks: * one of ('mean', 'worst') but got 'bad'."),
-        ("--guard.data=bad", "--guard.data: * one of ('support', 'query', 'both') but got 'bad'."),
-        ("--guard.alarm=1", "--guard.alarm: * a finite number above 1 but got 1.0."),
+        (
+            "--guard.curvature.estimator=arnoldi",
+            "--guard.curvature.estimator: * 'lanczos', 'pyhessian' or a callable * but got 'arnoldi'.",
+        ),
+        ("--guard.curvature.tasks=bad", "--guard.curvature.tasks: * one of ('mean', 'worst') but got 'bad'."),
+        ("--guard.curvature.data=bad", "--guard.curvature.data: * one of ('support', 'query', 'both') but got 'bad'."),
+        (
+            "--guard.lookahead.divergence_ratio=1",
+            "--guard.lookahead.divergence_ratio: * a finite number above 1 but got 1.0.",
+        ),
         ("--guard.snapshot_device=mars", "--guard.snapshot_device: * a device such as 'cpu' * but got 'mars'."),
         ("--guard.rollback=true", "--guard: rollback=True * needs action='rescale' * but got 'warn' and 10."),
-        ("--guard=rescale --guard.rollback=true --guard.trial_steps=0", "--guard: rollback=True * 'rescale' and 0."),
+        (
+            "--guard=rescale --guard.rollback=true --guard.lookahead.steps=0",
+            "--guard: rollback=True * 'rescale' and 0.",
+        ),
         ("--guard.margin=x", "--guard.margin: Expected float. Got value: x"),
         ("--guard.every_n_steps=often", "--guard.every_n_steps: Expected int. Got value: often"),
         ("--guard.problem=3", "--guard.problem: Expected a dot import path string: 3"),
@@ -85,13 +113,30 @@ def test_a_wrong_option_is_one_line(words, said, capsys, run):
 def test_a_wrong_yaml_is_one_line(capsys, elsewhere, run):
     guard = {"class_path": "lightning_maml_guard.ConvergenceGuard"}
     for content, said in (
-        ({"guard": guard | {"init_args": {"criterion": "exakt"}}}, "--guard.criterion: Expected argument `criterion`"),
+        (
+            {"guard": guard | {"init_args": {"curvature": {"criterion": "exakt"}}}},
+            "--guard.curvature.criterion: Expected argument `criterion`",
+        ),
         ({"guard": guard | {"init_args": {"marginn": 1}}}, "unrecognized option --guard.marginn. Did you mean --guard"),
         ({"trainer": {"max_stepz": 1}}, "unrecognized option --trainer.max_stepz. Did you mean --trainer.max_steps?"),
     ):
         (elsewhere / "own.yaml").write_text(yaml.safe_dump(content))
         assert refused(capsys, run, "linear", "--config", "own.yaml").startswith(said)
     assert refused(capsys, run, "--config=none.yaml").startswith("--config: File does not exist: ")
+
+
+def test_options_of_one_of_several_types_and_of_dataclasses_are_one_line_too(capsys, run):
+    callback = "--trainer.callbacks=ModelCheckpoint --trainer.callbacks"
+    model = f"--model={__name__}.WithOptions --model"
+    for words, said in (
+        (f"{callback}.save_top_k=many", "--trainer.callbacks.save_top_k: Expected int. Got value: many"),
+        (f"{callback}.dirpat=x", "unrecognized option --trainer.callbacks.dirpat. Did you mean --trainer.callbacks.dirpath?"),
+        ("--seed_everything=x", "--seed_everything: Expected bool or int. Got value: x"),
+        (f"{model}.options.tol=7", "--model.options.tol: Expected argument `tol` to be a number between 0 and 1 but got 7.0."),
+        (f"{model}.options.toll=1", "unrecognized option --model.options.toll. Did you mean --model.options.tol?"),
+        (f"{model}.options.tol=x", "--model.options.tol: Expected float. Got value: x"),
+    ):  # fmt: skip
+        assert refused(capsys, run, "linear", *words.split()).startswith(said)
 
 
 def test_the_commands_have_options_of_their_own(capsys):
@@ -102,7 +147,10 @@ def test_the_commands_have_options_of_their_own(capsys):
             "suggest linear --batches=0",
             "argument --batches: Expected argument `batches` to be an integer of at least 1",
         ),
-        ("suggest linear --guard.tol=7", "--guard.tol: Expected argument `tol` to be a number between 0 and 1"),
+        (
+            "suggest linear --guard.curvature.tol=7",
+            "--guard.curvature.tol: Expected argument `tol` to be a number between 0 and 1",
+        ),
         ("suggest linear --marginn=1", "unrecognized arguments: --marginn=1. Did you mean --margin?"),
         ("phase-diagram --gird 5", "unrecognized arguments: --gird. Did you mean --grid?"),
         ("phase-diagram sinusoid --gird=5", "unrecognized arguments: --gird=5. Did you mean --grid?"),

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from lightning_maml_guard import MetaLearningModule
-from lightning_maml_guard.cli.arguments import CONFIGS, run_name, translate
+from lightning_maml_guard.cli.arguments import CONFIGS, TASKS, _position, run_name, translate
 from lightning_maml_guard.cli.main import main
 from lightning_maml_guard.cli.parser import OptionSpelling
 from lightning_maml_guard.tasks.episodes import episode_generator
@@ -59,6 +59,11 @@ def test_words_become_options(words, expected):
     assert translate(words) == expected
 
 
+def test_tasks_are_the_files_of_configs_from_simple_to_hard():
+    assert sorted(TASKS) == sorted(path.stem for path in CONFIGS.iterdir())
+    assert sorted(["cifar", *TASKS, "omniglot_30way"], key=_position) == [*TASKS[:5], "omniglot_30way", *TASKS[5:], "cifar"]  # fmt: skip
+
+
 def test_a_run_has_the_name_of_its_task_or_of_its_own_configuration():
     for words, name in (
         ("", "sinusoid"),
@@ -99,6 +104,11 @@ def test_a_guarded_run_leaves_logs_a_picture_and_a_checkpoint_that_loads(elsewhe
 def test_vectorize_takes_a_number_or_a_word(said, size, looped):
     tasks = main(["linear", "--model.vectorize", said, *SHORT]).model.task_map
     assert (tasks.chunk_size, tasks.looped) == (size, looped)
+
+
+def test_a_guard_and_one_callback_go_together():
+    words = ["fit", "linear", "--guard", "log", *SHORT, "--trainer.callbacks=ModelCheckpoint"]
+    assert main([*words, "--trainer.callbacks.dirpath=kept"]).guard.history and list(Path("kept").glob("*.ckpt"))
 
 
 def test_without_guard_there_is_none_and_weights_are_bitwise_those_with_guard_log():
@@ -160,7 +170,7 @@ def test_the_published_settings_are_those_of_the_paper(task, data_folder, monkey
 def test_miniimagenet_on_real_images_with_intervals(data_folder, monkeypatch):
     monkeypatch.setenv("LMG_DATA", str(data_folder))
     words = ["miniimagenet", "--guard", "log", *SHORT, "--trainer.max_steps", "1", "--data.meta_batch_size", "2"]
-    words += ["--guard.trial_steps", "0", "--guard.max_iter", "5", "--model.inner_steps", "1"]
+    words += ["--guard.lookahead.steps", "0", "--guard.curvature.max_iter", "5", "--model.inner_steps", "1"]
     small = ["--model.network.filters", "4", "--data.tasks.queries", "2", "--data.tasks.image_size", "32"]
     cli = main([*words, *small, "--model.network.image_size", "32", "--data.test_episodes", "4"])
     assert cli.guard.history[0].lambda_max > 0
@@ -196,7 +206,7 @@ def test_a_run_outside_the_safe_region_warns_and_names_options(action, said):
 
 def test_a_diverged_run_is_told_the_options_that_roll_one_back():
     words = ["linear", *SHORT, "--model.optimizer.lr", "3e38", "--guard.every_n_steps", "1", "--guard.patience", "3"]
-    with guard_warns("Start again with lower rates; --guard rescale --guard.rollback true takes a run back"):
+    with guard_warns("Start again with lower rates; --guard rescale --guard.rollback true rolls a run back"):
         main(["fit", *words])
     rescued = OptionSpelling().guard(action="rescale", rollback=True, margin=0.5)
     assert rescued == "--guard rescale --guard.rollback true --guard.margin 0.5"

@@ -5,7 +5,6 @@ import warnings
 import pandas as pd
 import pytest
 import torch
-from lightning_maml_guard.guard.messages import returned
 from torch import nn
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader
@@ -20,7 +19,8 @@ from lightning_maml_guard import (
     measure,
 )
 from lightning_maml_guard.guard.loggers import metrics
-from lightning_maml_guard.guard.rescale import Caps
+from lightning_maml_guard.guard.report import CheckReport
+from lightning_maml_guard.messages.sentences import returned
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.regression import Sinusoid
 from lightning_maml_guard.utils.lightning_compat import (
@@ -53,7 +53,7 @@ def test_warn_warns_once_a_crossing_with_the_numbers_and_the_remedy():
     messages = [one_line(w.message) for w in caught if w.category is GuardWarning]
     assert len(messages) == 1
     assert "left the safe region at step 0. Why: beta = 1.5 exceeds beta_c = 0.625" in messages[0]
-    assert "grows along the sharpest direction by 3.8 a step. Why: The coming 10 steps, tried on copies" in messages[0]
+    assert "grows along the sharpest direction by 3.8 per step. Why: The next 10 steps, tried on copies" in messages[0]
     assert messages[0].endswith(
         "To do: Lower the optimizer's lr below 0.625. Or let the guard do it: ConvergenceGuard(action='rescale')."
     )
@@ -80,11 +80,16 @@ def test_of_a_return_only_what_is_true_is_said(caplog):
     with pytest.warns(GuardWarning), caplog.at_level("INFO"):
         fit(module_at(beta=1.5), BATCH, 6, [guard])
     (said,) = [record.message for record in caplog.records if "ConvergenceGuard: step" in record.message]
-    report = guard.history[0]
     applied = f"{guard.history[1].beta_applied:.3g}"
-    assert said.endswith(f"the coming steps survive at the applied beta = {applied} (configured: 1.5).")
-    assert returned(report, "safe", Caps()) == "the rates are back in the safe region."
-    assert returned(report, "edge", Caps()) == "the coming steps survive again, at the edge of stability."
+    assert said.endswith(f"the next steps survive at the applied beta = {applied} (configured: 1.5).")
+    assert (
+        returned(3, safe=True, applied=1.5, configured=1.5)
+        == "ConvergenceGuard: step 3: the rates are back in the safe region."
+    )
+    assert (
+        returned(3, safe=False, applied=1.5, configured=1.5)
+        == "ConvergenceGuard: step 3: the next steps survive again, at the edge of stability."
+    )
 
 
 def test_safe_runs_hear_nothing():
@@ -304,7 +309,7 @@ def test_fast_dev_run_measures_once_and_never_acts():
 
 def test_barebones_makes_it_inert():
     guard = ConvergenceGuard()
-    with guard_warns("does nothing in this run"):
+    with guard_warns("nothing is done in this run"):
         Trainer(barebones=True, max_steps=2, accelerator="cpu", callbacks=[guard]).fit(
             module_at(), DataLoader([BATCH] * 2, batch_size=None)
         )
@@ -339,7 +344,8 @@ def test_arguments_keep_their_names_and_the_guard_pickles():
         curvature=CurvatureOptions(max_iter=7, tol=0.1, tasks="worst", data="both"),
     )
     again = pickle.loads(pickle.dumps(guard))
-    for name in ("every_n_steps", "action", "margin", "patience", "max_iter", "tol", "tasks", "data"):
+    assert (guard.curvature.max_iter, guard.curvature.tol) == (7, 0.1)
+    for name in ("every_n_steps", "action", "margin", "patience", "curvature", "lookahead"):
         assert getattr(again, name) == getattr(guard, name)
 
 
@@ -474,9 +480,9 @@ def test_meta_sgd_is_guarded_throughout():
 
 
 @pytest.mark.parametrize(
-    ("tasks", "trial_steps", "status"), [("mean", 0, "safe"), ("worst", 0, "unsafe"), ("mean", 10, "unsafe")]
+    ("tasks", "steps", "status"), [("mean", 0, "safe"), ("worst", 0, "unsafe"), ("mean", 10, "unsafe")]
 )
-def test_tasks_of_different_sharpness_need_the_worst_task_or_a_trial(tasks, trial_steps, status):
+def test_tasks_of_different_sharpness_need_the_worst_task_or_a_lookahead(tasks, steps, status):
     """The limit the README names: curvatures 2 and 18, whose mean is safe while the run diverges."""
     x, y = torch.tensor([[[1.0]], [[3.0]]]), torch.zeros(2, 1, 1)
     network = nn.Linear(1, 1, bias=False)
@@ -486,7 +492,7 @@ def test_tasks_of_different_sharpness_need_the_worst_task_or_a_trial(tasks, tria
         every_n_steps=20,
         action="log",
         curvature=CurvatureOptions(criterion="simplified", tasks=tasks),
-        lookahead=LookaheadOptions(steps=trial_steps),
+        lookahead=LookaheadOptions(steps=steps),
     )
     fit(module, ((x, y), (x, y)), 100, [guard])
     assert {report.status for report in guard.history} == {status}
@@ -499,7 +505,9 @@ def test_what_is_logged_has_the_reports_names():
         beta=0.1,
         curvature=CurvatureOptions(criterion="simplified"),
     )
+    report = CheckReport.of(report, findings=report.findings, alpha_applied=report.alpha, beta_applied=report.beta)
     logged = metrics(report)
     assert {"guard/alpha_c", "guard/poster_alpha_c", "guard/sgd_beta_c", "guard/exact_beta_c"} <= set(logged)
     for name, value in logged.items():
-        assert name == "guard/safe" or value == getattr(report, name.removeprefix("guard/"))
+        field = {"poster_alpha_c": "simplified_alpha_c"}.get(name.removeprefix("guard/"), name.removeprefix("guard/"))
+        assert name == "guard/safe" or value == getattr(report, field)

@@ -24,14 +24,16 @@ from lightning_maml_guard import (
     LookaheadOptions,
     MetaLearningModule,
 )
-from lightning_maml_guard.guard.check import Checker
+from lightning_maml_guard.guard.actions import Rescale
+from lightning_maml_guard.guard.check import Check
+from lightning_maml_guard.optim.lr_cap import LRCap
 from lightning_maml_guard.utils.lightning_compat import Callback
 from tests.helpers import fit, grouped, guard_warns, linear_module, one_line, quadratic_batch
 
 PACKAGE = Path(__file__).parents[2] / "lightning_maml_guard"
 # What runs after a failure, to undo or to report it, has nothing behind it that could undo it in turn; `check` is the
 # shell that catches.
-AFTERWARDS = {"failed", "say_once", "warn", "check"}
+AFTERWARDS = {"_failure", "of_error", "announce", "warn", "check"}
 
 
 class InjectedError(Exception):
@@ -138,7 +140,7 @@ def watched(monkeypatch):
     """Runs every check under an injector and compares what was before it with what is after."""
 
     def watch(injector, acts: bool):
-        check = Checker.check
+        check = Check.check
         told = {"checks": 0, "interrupts": 0, "exhausted": False}
 
         def checked(self, *arguments, **options):
@@ -153,13 +155,13 @@ def watched(monkeypatch):
             if injector.live and not acts:  # nothing was left to raise at
                 told["exhausted"] = self.trainer.should_stop = True
             after = state(self.module, optimizer)
-            if acts:  # a guard that acts governs the optimizer, and may take parameters and optimizer state back
+            if acts:  # a guard that acts caps the optimizer, and may roll parameters and optimizer state back
                 assert after["hooks"] in {(0, 0), (1, 1)}
                 for name in ("hooks", "parameters", "optimizer", "buffers"):
                     before.pop(name), after.pop(name)
             assert after == before, f"after {injector.at}"
 
-        monkeypatch.setattr(Checker, "check", checked)
+        monkeypatch.setattr(Check, "check", checked)
         return told
 
     return watch
@@ -174,7 +176,7 @@ QUICK, ALL = 50, pytest.param(1, marks=pytest.mark.slow)
 def test_injected_at_every_line_of_a_check(error, every, watched):
     injector = Injector(error, every)
     told = watched(injector, acts=False)
-    options = {"every_n_steps": 1, "action": "log", "max_iter": 3, "trial_steps": 1, "replay": 2}
+    options = {"every_n_steps": 1, "action": "log", "max_iter": 3, "steps": 1, "batches": 2}
     trained = module(0.05)
     trainer = fit(trained, batch(), 3000, [ConvergenceGuard(**grouped(**options))])
     assert told["exhausted"]
@@ -183,7 +185,7 @@ def test_injected_at_every_line_of_a_check(error, every, watched):
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), trained.parameters(), strict=True))
     files = {Path(place[0]).name for place in injector.hit}
     print(f"{len(injector.hit)} lines in {len(files)} files, {told['checks']} checks")
-    known = {"check.py", "isolation.py", "measurement.py", "lanczos.py", "trial.py", "gradients.py", "rates.py"}
+    known = {"check.py", "isolation.py", "measurement.py", "lanczos.py", "lookahead.py", "objective.py", "beta_c.py"}
     assert known <= files or (every > 1 and len(files) > 10)
     assert len(injector.hit) > 500 / every
     assert told["interrupts"] == (len(injector.hit) if error is KeyboardInterrupt else 0)
@@ -211,7 +213,7 @@ def test_injected_at_every_line_of_a_check_that_acts(every, watched):
     assert len(injector.hit) > 600 / every
     files = {Path(place[0]).name for place in injector.hit}
     print(f"{len(injector.hit)} lines in {len(files)} files, {told['checks']} checks")
-    assert {"caps.py", "intervention.py", "rescue.py"} <= files or (every > 1 and len(files) > 10)
+    assert {"rescale.py", "actions.py", "rollback.py"} <= files or (every > 1 and len(files) > 10)
 
 
 QUADRATIC = quadratic_batch([1.0, 2.0, 4.0])
@@ -231,9 +233,9 @@ def raises(error):
     [
         (
             torch.OutOfMemoryError("no room on the device"),
-            "lower max_iter or the module's task_chunk_size.*basis='bfloat16' or 'cpu'.*replay=1",
+            "lower max_iter or the module's task_chunk_size.*basis='bfloat16' or 'cpu'.*batches=1",
         ),
-        (ZeroDivisionError("no tasks today"), "If it comes from code of yours .*, mend it there"),
+        (ZeroDivisionError("no tasks today"), "If it comes from code of yours .*, fix it there"),
     ],
 )
 def test_a_failed_check_says_where_why_and_what_to_do(error, remedy):
@@ -321,31 +323,43 @@ def test_an_optimizer_that_cannot_be_capped_is_told_and_nothing_is_claimed(tmp_p
         with guard_warns("AttributeError: no hooks here") as caught:
             trainer = fit(module, QUADRATIC, 5, [guard, keep], enable_checkpointing=True, **arguments)
         assert len([each for each in caught if each.category is GuardWarning]) == 1
-        assert trainer.global_step == 5 and guard.history == [] and guard.state_dict()["governed"] == []
+        assert trainer.global_step == 5 and guard.history == [] and guard.state_dict()["capped"] == []
 
     guarded()
     checkpoint = torch.load(tmp_path / "step=3.ckpt", weights_only=True)
     (state,) = [value for key, value in checkpoint["callbacks"].items() if "ConvergenceGuard" in key]
-    state["governed"], state["beta_cap"] = [0], 0.1  # as if it could have been capped once
+    state["capped"], state["caps"]["beta"] = [0], 0.1  # as if it could have been capped once
     guard = ConvergenceGuard(action="rescale")
-    guard._run.load(state)
+    guard.load_state_dict(state)
     trainer = type("Trainer", (), {"optimizers": [Hookless([torch.nn.Parameter(torch.ones(1))], lr=1.0)]})()
     with guard_warns("could not apply the caps that the checkpoint holds; training goes on"):
         guard.on_train_start(trainer, linear_module(3, 0.3))
 
 
-def test_a_check_that_fails_before_it_acts_warns_of_the_rates_at_the_next(monkeypatch):
-    from lightning_maml_guard.guard.intervention import Intervention
+class HalfHooked(SGD):
+    """An optimizer that takes pre hooks only."""
 
-    caps, calls = Intervention.caps, []
+    def register_step_post_hook(self, hook):
+        raise AttributeError("no hooks here")
+
+
+def test_a_cap_that_could_not_be_put_back_is_not_applied():
+    optimizer = HalfHooked([nn.Parameter(torch.ones(1))], lr=1.0)
+    with pytest.raises(AttributeError, match="no hooks here"):
+        LRCap([optimizer], 0.1)
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_a_check_that_fails_before_it_acts_warns_of_the_rates_at_the_next(monkeypatch):
+    decide, calls = Rescale.decide, []
 
     def fails_once(self, *arguments, **options):
         calls.append(arguments)
         if len(calls) == 1:
-            raise MemoryError("no room for another trial")
-        return caps(self, *arguments, **options)
+            raise MemoryError("no room for another lookahead")
+        return decide(self, *arguments, **options)
 
-    monkeypatch.setattr(Intervention, "caps", fails_once)
+    monkeypatch.setattr(Rescale, "decide", fails_once)
     with pytest.warns(GuardWarning) as caught:
         fit(
             linear_module(3, 0.6),

@@ -8,9 +8,11 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from lightning_maml_guard.guard.events import events
 
 from lightning_maml_guard import ConvergenceGuard
+from lightning_maml_guard.guard.html_report import happened
+from lightning_maml_guard.messages.reasons import Kind, Reason
+from lightning_maml_guard.messages.sentences import IN_PYTHON
 from lightning_maml_guard.stability.estimators import Spectrum
 from tests.helpers import fit, guard_warns, linear_module, quadratic_batch
 
@@ -68,7 +70,7 @@ def written(rescued, tmp_path_factory):
 def test_the_page_holds_the_run(rescued, written):
     page = checked(written.read_text(encoding="utf-8"))
     assert page.seen.count("svg") == 3  # one spectrum: the last is the sharpest
-    for title in ("course of the run", "Safe region", "Spectrum", "What happened", "Configuration", "Versions"):
+    for title in ("The run over its checks", "Safe region", "Spectrum", "What happened", "Configuration", "Versions"):
         assert title in page.words
     assert "5 checks, steps 0 to 8" in page.words
     assert re.search(r"0 unsafe first check beta = 1.5 exceeds 0.9 . beta_c = 0.562", page.words)
@@ -86,10 +88,10 @@ def test_a_resumed_run_has_the_same_page(rescued, written, tmp_path):
 def test_no_check_one_check_and_nothing_measured_have_their_page(rescued, tmp_path):
     assert "No check was made yet." in checked(ConvergenceGuard().report(tmp_path / "c.html").read_text()).words
     one = ConvergenceGuard()
-    one._run.history = rescued.history[:1]
+    one._run.state.history = rescued.history[:1]
     assert "1 check, step 0" in checked(one.report(str(tmp_path / "d.html")).read_text()).words
     blind, nothing = ConvergenceGuard(), dict.fromkeys(("alpha_c", "beta_c", "safe_beta_c", "lambda_max"), math.nan)
-    blind._run.history = [
+    blind._run.state.history = [
         dataclasses.replace(rescued.history[0], status="unresolved", spectrum=Spectrum(), severity=math.nan, **nothing)
     ]
     page = checked(blind.report(tmp_path / "e.html").read_text())
@@ -120,21 +122,20 @@ def test_rollbacks_and_stops_are_told_and_survive_a_checkpoint(tmp_path):
         fit(linear_module(4, 1.5, inner_lr=0.05, order="simplified"), BATCH, 5, [stopped])
     again = ConvergenceGuard(action="stop")
     again.load_state_dict(stopped.state_dict())
-    told = events(again.history, again._run.course.events)
+    told = happened(again.history, again.events, IN_PYTHON)
     assert [event.kind for event in told] == ["unsafe", "stopped"] and "beta = 1.5 exceeds" in told[1].why
     assert "Lower the optimizer's lr" in told[0].why
-    again._run.history = []
+    again._run.state.history = []
     words = checked(again.report(tmp_path / "run.html").read_text()).words
     assert "Stopped at step 0." in words
     rolled = ConvergenceGuard(every_n_steps=5, action="rescale", rollback=True)
-    rolled._run.course.note(
-        7, "rolled back", "ConvergenceGuard: the loss was 9 at step 7, so parameters were taken back"
-    )
+    back = Reason(Kind.ROLLED_BACK, losses=(9.0, math.nan, math.nan), step=7, steps=5, counts=(1, 10), beta=0.1)
+    rolled._run.state.note("rolled back", back, step=7)
     assert "7 rolled back the loss was 9 at step 7" in checked(rolled.report(tmp_path / "r.html").read_text()).words
 
 
 def test_caps_are_told_as_they_move(rescued):
-    moves = [event for event in events(rescued.history) if event.kind in {"capped", "released"}]
+    moves = [event for event in happened(rescued.history, [], IN_PYTHON) if event.kind in {"capped", "released"}]
     applied = [report.beta_applied for report in rescued.history]
     assert len(moves) == sum(a != b for a, b in zip([math.inf, *applied], applied, strict=False))
     assert moves[0].kind == "capped" and all(move.kind == "released" for move in moves[1:])

@@ -4,9 +4,9 @@ from collections import Counter, deque
 import numpy as np
 import pytest
 import torch
-from lightning_maml_guard.guard.isolation import isolated
 from torch import nn
 
+from lightning_maml_guard.utils.isolation import isolated
 from lightning_maml_guard.utils.random_state import preserved_randomness
 
 

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from lightning_maml_guard.guard.isolation import isolated
-from lightning_maml_guard.stability.plain import training_step_problem
 from torch import nn
 
 from lightning_maml_guard import CurvatureOptions, measure
+from lightning_maml_guard.stability.problems import training_step_problem
+from lightning_maml_guard.utils.isolation import isolated
 from tests.helpers import dense_by_differences, symmetric_top
 from tests.stability.test_plain_training import Shared, Tied
 from tests.utils.test_double_backward import Attention, Recurrent, Sdpa

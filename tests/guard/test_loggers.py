@@ -13,7 +13,8 @@ from matplotlib import pyplot
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_maml_guard import ConvergenceGuard
-from lightning_maml_guard.guard import figures
+from lightning_maml_guard.guard import loggers
+from lightning_maml_guard.messages.sentences import sentence
 from tests.helpers import fit, grouped, guard_warns, linear_module, quadratic_batch
 
 SPECTRUM = [0.3, 1.0, 2.0, 4.0]
@@ -103,7 +104,7 @@ class Foreign(CSVLogger):
 
 @pytest.mark.parametrize("kind", [CSVLogger, Foreign, None])
 def test_any_other_logger_or_none_gets_numbers_alone(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(figures, "new_figure", lambda *_: pytest.fail("drew a picture nobody can show"))
+    monkeypatch.setattr(loggers, "new_figure", lambda *_: pytest.fail("drew a picture nobody can show"))
     guard, trainer = run(kind(tmp_path) if kind else False, steps=4)
     assert len(guard.history) == 2 and trainer.global_step == 4
     assert not list(tmp_path.rglob("*.png"))
@@ -125,12 +126,12 @@ def test_without_matplotlib_there_is_no_picture_and_no_failure(tmp_path, monkeyp
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    monkeypatch.setattr(figures, "find_spec", lambda name: None if name == "matplotlib" else pytest.fail(name))
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None if name == "matplotlib" else pytest.fail(name))
     guard, trainer = run(TensorBoardLogger(tmp_path))
     events = read(trainer.logger.log_dir)
     assert len(guard.history) == 5 and not events.Tags()["images"]
     assert len(events.Histograms("guard/spectrum")) == 5
-    assert not guard._run.course.events or all("picture" not in text for _, _, text in guard._run.course.events)
+    assert all("picture" not in sentence(reason) for event in guard.events for reason in event.reasons)
 
 
 @pytest.mark.filterwarnings("default::lightning_maml_guard.GuardWarning")
@@ -139,7 +140,7 @@ def test_a_logger_that_cannot_take_a_picture_costs_one_warning(tmp_path, monkeyp
         raise OSError("disk full")
 
     logger = TensorBoardLogger(tmp_path)
-    monkeypatch.setattr(figures, "_drawn", lambda history: {"safe_region": figures.new_figure(1, 1)})
+    monkeypatch.setattr(loggers, "_drawn", lambda history: {"safe_region": loggers.new_figure(1, 1)})
     monkeypatch.setattr(logger.experiment, "add_image", broken)
     monkeypatch.setattr(logger.experiment, "add_histogram_raw", broken)
     with guard_warns(r"could not send a picture or histogram .*figures=False.* Cause: OSError: disk full") as caught:
@@ -154,7 +155,7 @@ def test_a_flapping_run_is_not_drawn_at_every_turn():
         is_global_zero = True
         loggers = ()
 
-    drawn, sender = [], figures.Figures(True)
+    drawn, sender = [], loggers.Figures(True)
     sender._send = lambda trainer, history: drawn.append(len(history))
     history = []
     for _ in range(25):

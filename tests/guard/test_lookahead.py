@@ -1,4 +1,4 @@
-"""A trial is compared with training for real: the same steps on a copy of everything."""
+"""A lookahead is compared with training for real: the same steps on a copy of everything."""
 
 import copy
 import math
@@ -6,18 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning_maml_guard.guard.probe import attempts
-from lightning_maml_guard.stability.plain import PlainProblem
 from torch import nn
 from torch.optim import LBFGS, SGD, Adam
 
 from lightning_maml_guard import MetaLearningModule
-from lightning_maml_guard.guard.lookahead import Trial, TrialRunner
-from lightning_maml_guard.guard.rescale import Caps
+from lightning_maml_guard.guard.lookahead import Caps, Lookahead, LookaheadResult, lookahead_of
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
 from lightning_maml_guard.networks import mlp
-from lightning_maml_guard.optim.shadow import ClosureError, coming_update
-from lightning_maml_guard.stability.hvp import Memory
+from lightning_maml_guard.optim.shadow import ClosureError, next_update
+from lightning_maml_guard.stability.hvp import MeasurementCache
+from lightning_maml_guard.stability.problems import PlainProblem
 from lightning_maml_guard.tasks.regression import Sinusoid
 from tests.helpers import linear_module, quadratic_batch
 
@@ -48,18 +46,18 @@ def really(module, optimizer, batches, steps, clip=None):
 
 @pytest.mark.parametrize("order", ["exact", "first", "simplified"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_trial_sees_what_training_will_do_and_touches_nothing(name, order):
+def test_a_lookahead_sees_what_training_will_do_and_touches_nothing(name, order):
     torch.manual_seed(0)
     module = MetaLearningModule(mlp().double(), inner_lr=0.02, inner_steps=2, order=order).double()
     optimizer = OPTIMIZERS[name](module.parameters())
     batches = [tuple(tuple(x.double() for x in part) for part in batch) for batch in sinusoids(3)]
     really(module, optimizer, batches, 2)  # so that there is momentum
     before = copy.deepcopy(module.state_dict()), copy.deepcopy(optimizer.state_dict()), torch.get_rng_state()
-    trial = TrialRunner([module.meta_problem(batch) for batch in batches], optimizer, 5).run()
+    found = Lookahead([module.meta_problem(batch) for batch in batches], optimizer, 5).run()
     assert all(torch.equal(value, module.state_dict()[key]) for key, value in before[0].items())
     assert str(before[1]) == str(optimizer.state_dict())
     assert torch.equal(before[2], torch.get_rng_state())
-    assert trial.losses == pytest.approx(really(module, optimizer, batches, 5), rel=1e-6)
+    assert found.losses == pytest.approx(really(module, optimizer, batches, 5), rel=1e-6)
 
 
 def test_it_can_begin_with_another_batch():
@@ -67,38 +65,40 @@ def test_it_can_begin_with_another_batch():
     batches = sinusoids(3)
     module = MetaLearningModule(mlp(), inner_lr=0.02)
     optimizer = SGD(module.parameters(), lr=0.02)
-    trial = TrialRunner([module.meta_problem(batch) for batch in batches], optimizer, 4).run(first=2)
+    found = Lookahead([module.meta_problem(batch) for batch in batches], optimizer, 4).run(first=2)
     turned = [batches[2], batches[0], batches[1]]
-    assert trial.losses == pytest.approx(really(module, optimizer, turned, 4), rel=1e-5)
+    assert found.losses == pytest.approx(really(module, optimizer, turned, 4), rel=1e-5)
 
 
 @pytest.mark.parametrize(("sharpness", "fails"), [([40.0, 1, 1, 1, 1, 1], False), ([40.0] * 4, True), ([40.0], True)])
-def test_one_odd_batch_is_not_a_dying_run(sharpness, fails):
+def test_one_odd_batch_is_not_a_diverging_run(sharpness, fails):
     weight = nn.Parameter(torch.ones(1))
     problems = [PlainProblem({"w": weight}, lambda p, c=c: 0.5 * c * (p["w"] ** 2).sum()) for c in sharpness]
     trainer = SimpleNamespace(gradient_clip_val=None)
-    tries = attempts(problems, SGD([weight], lr=0.1), 2, trainer, Memory())
-    trial, reference, severe = tries.judged(Caps(), 1.0, 3.0)
+    lookahead = lookahead_of(problems, SGD([weight], lr=0.1), 2, trainer, MeasurementCache())
+    found, reference, severe = lookahead.judged(Caps(), 1.0, 3.0)
     # One step on the odd batch multiplies the weight by 1 - 0.1 * 40 = -3, one on the others by 0.9.
     end = 20 * 3**4 if fails else 0.5 * 0.9**4
-    assert reference == 1.0 and trial.end == pytest.approx(end) and severe == pytest.approx(math.log(end))
-    assert tries.runner.runs == (1 if len(sharpness) == 1 else 3)
+    assert reference == 1.0 and found.end == pytest.approx(end) and severe == pytest.approx(math.log(end))
+    assert lookahead.runs == (1 if len(sharpness) == 1 else 3)
 
 
 def test_without_a_start_the_loss_at_hand_is_the_reference():
     weight = nn.Parameter(torch.ones(1))
     problem = PlainProblem({"w": weight}, lambda p: (p["w"] ** 2).sum())
-    tries = attempts([problem], SGD([weight], lr=0.25), 2, SimpleNamespace(gradient_clip_val=None), Memory())
-    assert tries.judged(Caps(), math.nan, 3.0)[1:] == (1.0, pytest.approx(math.log(1 / 16)))
+    lookahead = lookahead_of(
+        [problem], SGD([weight], lr=0.25), 2, SimpleNamespace(gradient_clip_val=None), MeasurementCache()
+    )
+    assert lookahead.judged(Caps(), math.nan, 3.0)[1:] == (1.0, pytest.approx(math.log(1 / 16)))
 
 
 def test_lower_rates_are_those_of_a_run_configured_with_them():
     torch.manual_seed(0)
     batches = sinusoids(1)
     module = MetaLearningModule(mlp(), inner_lr=0.04)
-    trial = TrialRunner([module.meta_problem(batches[0])], SGD(module.parameters(), lr=0.08), 4).run(0.25, 0.5)
+    found = Lookahead([module.meta_problem(batches[0])], SGD(module.parameters(), lr=0.08), 4).run(0.25, 0.5)
     module.inner_lr = 0.01
-    assert trial.losses == pytest.approx(really(module, SGD(module.parameters(), lr=0.04), batches, 4), rel=1e-5)
+    assert found.losses == pytest.approx(really(module, SGD(module.parameters(), lr=0.04), batches, 4), rel=1e-5)
 
 
 def test_gradients_are_clipped_as_in_the_run():
@@ -110,34 +110,34 @@ def test_gradients_are_clipped_as_in_the_run():
     def clip(parameters):
         nn.utils.clip_grad_norm_(parameters, 0.1)
 
-    trial = TrialRunner([module.meta_problem(batches[0])], optimizer, 4, clip=clip).run()
-    assert trial.losses == pytest.approx(really(module, optimizer, batches, 4, clip), rel=1e-5)
+    found = Lookahead([module.meta_problem(batches[0])], optimizer, 4, clip=clip).run()
+    assert found.losses == pytest.approx(really(module, optimizer, batches, 4, clip), rel=1e-5)
 
 
 def test_on_a_quadratic_it_is_the_power_of_the_multiplier():
     module = linear_module(2, 1.0, inner_lr=0.0, order="simplified")
     problem = module.meta_problem(quadratic_batch([4.0, 4.0], target=1.0))
-    trial = TrialRunner([problem], 0.75, 6).run()  # 1 - 0.75*4 = -2 a step, so the loss grows fourfold
-    assert trial.growth == pytest.approx(4.0) and trial.end == pytest.approx(4.0**6 * trial.begin)
+    found = Lookahead([problem], 0.75, 6).run()  # 1 - 0.75*4 = -2 per step, so the loss grows fourfold
+    assert found.growth == pytest.approx(4.0) and found.end == pytest.approx(4.0**6 * found.begin)
 
 
 def test_plain_training_is_tried_too():
     weight = nn.Parameter(torch.ones(1))
-    trial = TrialRunner([PlainProblem({"w": weight}, lambda p: (p["w"] ** 2).sum())], SGD([weight], lr=0.25), 3).run()
-    assert trial.losses == pytest.approx((1, 0.25, 0.0625, 0.015625))
+    found = Lookahead([PlainProblem({"w": weight}, lambda p: (p["w"] ** 2).sum())], SGD([weight], lr=0.25), 3).run()
+    assert found.losses == pytest.approx((1, 0.25, 0.0625, 0.015625))
 
 
-def test_a_loss_that_was_not_finite_on_the_way_is_lost():
-    assert Trial((1.0, math.nan, 0.5)).end == Trial((1.0, math.inf)).end == math.inf
+def test_a_loss_that_was_not_finite_on_the_way_has_diverged():
+    assert LookaheadResult((1.0, math.nan, 0.5)).end == LookaheadResult((1.0, math.inf)).end == math.inf
 
 
 def test_an_optimizer_that_wants_a_closure_is_refused():
     module = linear_module(2, 1.0)
     with pytest.raises(ClosureError, match="LBFGS needs a closure"):
-        TrialRunner([module.meta_problem(quadratic_batch([1.0, 2.0]))], LBFGS(module.parameters()), 2)
+        Lookahead([module.meta_problem(quadratic_batch([1.0, 2.0]))], LBFGS(module.parameters()), 2)
 
 
-def test_a_double_moves_the_parameters_an_optimizer_keeps_in_a_list_of_its_own():
+def test_a_shadow_moves_the_parameters_an_optimizer_keeps_in_a_list_of_its_own():
     class Listed(SGD):
         def __init__(self, parameters, lr):
             super().__init__(parameters, lr=lr)
@@ -150,5 +150,5 @@ def test_a_double_moves_the_parameters_an_optimizer_keeps_in_a_list_of_its_own()
 
     weight = nn.Parameter(torch.ones(2))
     optimizer, gradient = Listed([weight], lr=0.1), torch.tensor([1.0, 2.0])
-    update = coming_update(optimizer, {"w": weight}, {"w": gradient})
+    update = next_update(optimizer, {"w": weight}, {"w": gradient})
     assert torch.equal(update["w"], 0.5 * gradient) and torch.equal(weight, torch.ones(2))

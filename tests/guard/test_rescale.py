@@ -1,4 +1,4 @@
-"""Lowering and raising, against a run whose fate is a formula of its rates."""
+"""Lowering and raising, against a run whose outcome is a formula of its rates."""
 
 import math
 from types import SimpleNamespace
@@ -7,108 +7,114 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_maml_guard.guard.lookahead import Trial
-from lightning_maml_guard.guard.rescale import LADDER, RELEASE, Caps, lowered, raised
+from lightning_maml_guard.guard.lookahead import Caps, LookaheadResult
+from lightning_maml_guard.guard.rescale import LADDER, RELEASE, lowered, raised
 
 
 def report(alpha=0.1, beta=1.0, alpha_c=1.0, safe_beta_c=math.nan, alpha_status="safe"):
     return SimpleNamespace(alpha=alpha, beta=beta, alpha_c=alpha_c, safe_beta_c=safe_beta_c, alpha_status=alpha_status)
 
 
-def dies_above(found, beta, alpha=math.inf, tried=None):
-    def trial(caps):
+def diverges_above(found, beta, alpha=math.inf, tried=None):
+    def look(caps):
         at = caps.applied(found.alpha, found.beta)
         if tried is not None:
             tried.append(caps)
-        return Trial((1.0, 0.5 if at[1] <= beta and not at[0] > alpha else math.inf))
+        return LookaheadResult((1.0, 0.5 if at[1] <= beta and not at[0] > alpha else math.inf))
 
-    return trial
+    return look
 
 
 def test_the_critical_rate_is_tried_first_and_kept_if_lower_ones_end_no_lower():
     found, tried = report(safe_beta_c=0.5), []
-    assert lowered(found, Caps(), 0.9, dies_above(found, 0.45, tried=tried), reach_alpha=True) == Caps(None, 0.45)
+    assert lowered(found, Caps(), 0.9, diverges_above(found, 0.45, tried=tried), reach_alpha=True) == Caps(None, 0.45)
     assert [each.beta for each in tried] == [0.45, *(0.45 / 2**k for k in (1, 2))]  # PATIENCE more
 
 
 @pytest.mark.parametrize(("ends", "taken"), [((1.1, 0.9, 0.5, 0.6, 0.7), 0.1), ((1.1, 1.0, 1.0, 0.1), 0.4)])
 def test_lower_rates_are_taken_while_they_bring_the_loss_further_down(ends, taken):
     found, left = report(safe_beta_c=0.4), list(ends)
-    caps = lowered(found, Caps(), 1.0, lambda caps: Trial((1.0, left.pop(0))), reach_alpha=True)
+    caps = lowered(found, Caps(), 1.0, lambda caps: LookaheadResult((1.0, left.pop(0))), reach_alpha=True)
     assert caps.beta == pytest.approx(taken)
 
 
 def test_both_rates_go_to_their_critical_values_together():
     found = report(alpha=0.1, alpha_c=0.05, safe_beta_c=0.4, alpha_status="unsafe")
-    assert lowered(found, Caps(), 1.0, dies_above(found, 9.0), reach_alpha=True) == Caps(0.05, 0.4)
+    assert lowered(found, Caps(), 1.0, diverges_above(found, 9.0), reach_alpha=True) == Caps(0.05, 0.4)
 
 
 def test_an_inner_rate_out_of_reach_is_left_alone():
     found = report(alpha=0.1, alpha_c=0.05, safe_beta_c=0.4, alpha_status="unsafe")
-    assert lowered(found, Caps(), 1.0, dies_above(found, 9.0), reach_alpha=False) == Caps(None, 0.4)
+    assert lowered(found, Caps(), 1.0, diverges_above(found, 9.0), reach_alpha=False) == Caps(None, 0.4)
 
 
 def test_without_a_critical_rate_it_halves():
     found = report()
-    assert lowered(found, Caps(), 1.0, dies_above(found, 0.3), reach_alpha=True).beta == 0.25
+    assert lowered(found, Caps(), 1.0, diverges_above(found, 0.3), reach_alpha=True).beta == 0.25
 
 
-def test_after_a_rollback_the_meta_rate_falls_even_if_the_trial_is_calm():
+def test_after_a_rollback_the_meta_rate_falls_even_if_the_lookahead_is_calm():
     found = report(safe_beta_c=5.0)
-    calm = dies_above(found, 9.0)
+    calm = diverges_above(found, 9.0)
     assert lowered(found, Caps(None, 0.8), 1.0, calm, reach_alpha=True, at_least_halve=True).beta == 0.4
 
 
 def test_an_inner_loop_that_explodes_brings_the_inner_rate_down():
     found = report(alpha=0.4)
-    assert lowered(found, Caps(), 1.0, dies_above(found, 1.0, alpha=0.2), reach_alpha=True).alpha == 0.2
+    assert lowered(found, Caps(), 1.0, diverges_above(found, 1.0, alpha=0.2), reach_alpha=True).alpha == 0.2
 
 
 def test_an_inner_rate_the_parameters_rely_on_is_left_alone():
     found = report(alpha=0.1, alpha_c=0.05, safe_beta_c=0.4, alpha_status="unsafe")
 
-    def trial(caps):
+    def look(caps):
         loss = 40.0 if caps.alpha is not None else 1.0
-        return Trial((loss, 0.9 * loss))
+        return LookaheadResult((loss, 0.9 * loss))
 
-    assert lowered(found, Caps(), 1.0, trial, loss=1.0, reach_alpha=True) == Caps(None, 0.4)
+    assert lowered(found, Caps(), 1.0, look, loss=1.0, reach_alpha=True) == Caps(None, 0.4)
 
 
-def test_trials_are_bounded_and_the_one_that_ended_lowest_is_taken():
+def test_lookaheads_are_bounded_and_the_one_that_ended_lowest_is_taken():
     found, tried = report(), []
 
-    def trial(caps):
+    def look(caps):
         tried.append(caps)
-        return Trial((1.0, 5.0 if caps.beta == 0.125 else 9.0))
+        return LookaheadResult((1.0, 5.0 if caps.beta == 0.125 else 9.0))
 
-    assert lowered(found, Caps(), 1.0, trial, reach_alpha=False).beta == 0.125
+    assert lowered(found, Caps(), 1.0, look, reach_alpha=False).beta == 0.125
     assert len(tried) == len({share for alpha, share in LADDER if alpha != 0.5})
 
 
 @given(st.floats(1e-2, 1.0), st.floats(1e-3, 2.0), st.floats(0.01, 3.0))
-def test_lowering_never_raises_and_ends_where_the_run_lives(cap, lives, critical):
+def test_lowering_never_raises_and_ends_where_the_run_survives(cap, survives, critical):
     found = report(safe_beta_c=critical)
-    caps = lowered(found, Caps(None, cap), 1.0, dies_above(found, lives), reach_alpha=False)
+    caps = lowered(found, Caps(None, cap), 1.0, diverges_above(found, survives), reach_alpha=False)
     assert caps.beta is not None and caps.beta <= cap
-    assert caps.beta <= lives or min(cap, critical) / 256 > lives
+    assert caps.beta <= survives or min(cap, critical) / 256 > survives
 
 
 def test_release_is_gradual_and_ends_at_the_configured_rate():
     found, caps, path = report(safe_beta_c=9.0), Caps(None, 0.3), []
     while caps.beta is not None:
-        caps = raised(found, caps, 1.0, Trial((1.0, 0.5)), dies_above(found, 9.0))
+        caps = raised(found, caps, 1.0, LookaheadResult((1.0, 0.5)), diverges_above(found, 9.0))
         path.append(caps.beta)
     assert path == [pytest.approx(0.3 * RELEASE), pytest.approx(0.3 * RELEASE**2), None]
 
 
-def test_release_stops_at_the_critical_rate_and_where_the_trial_dies():
+def test_release_stops_at_the_critical_rate_and_where_the_lookahead_diverges():
     found = report(safe_beta_c=0.35)
-    assert raised(found, Caps(None, 0.3), 1.0, Trial((1.0, 0.5)), dies_above(found, 9.0)) == Caps(None, 0.35)
-    assert raised(found, Caps(None, 0.3), 1.0, Trial((1.0, 0.5)), dies_above(found, 0.3)) == Caps(None, 0.3)
-    assert raised(report(), Caps(None, 0.3), 1.0, Trial((1.0, 0.5)), dies_above(found, 9.0)) == Caps(None, 0.3)
+    assert raised(found, Caps(None, 0.3), 1.0, LookaheadResult((1.0, 0.5)), diverges_above(found, 9.0)) == Caps(
+        None, 0.35
+    )
+    assert raised(found, Caps(None, 0.3), 1.0, LookaheadResult((1.0, 0.5)), diverges_above(found, 0.3)) == Caps(
+        None, 0.3
+    )
+    assert raised(report(), Caps(None, 0.3), 1.0, LookaheadResult((1.0, 0.5)), diverges_above(found, 9.0)) == Caps(
+        None, 0.3
+    )
 
 
 def test_a_rate_that_may_rise_rises_where_the_other_may_not():
     found = report(alpha=0.4, alpha_c=9.0, safe_beta_c=9.0)
-    caps = raised(found, Caps(0.1, 0.3), 1.0, Trial((1.0, 0.5)), dies_above(found, 9.0, alpha=0.1))
+    caps = raised(found, Caps(0.1, 0.3), 1.0, LookaheadResult((1.0, 0.5)), diverges_above(found, 9.0, alpha=0.1))
     assert caps == Caps(0.1, 0.3 * RELEASE)

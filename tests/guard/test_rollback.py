@@ -7,18 +7,18 @@ from itertools import pairwise
 
 import pytest
 import torch
-from lightning_maml_guard.guard.probe import gradient_norm
 from torch import nn
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader
 
 from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, GuardWarning, LookaheadOptions, MetaLearningModule
-from lightning_maml_guard.guard.divergence import FIRST, RunningRange
+from lightning_maml_guard.guard.divergence import FIRST_LOSSES, RunningStatistics, gradient_norm
+from lightning_maml_guard.guard.state import GuardState, from_checkpoint, to_checkpoint
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.tasks.regression import Sinusoid
 from lightning_maml_guard.utils.lightning_compat import Trainer
-from tests.helpers import fit, grouped, grouped_measure, guard_warns, linear_module, one_line, quadratic_batch
+from tests.helpers import fit, grouped, guard_warns, linear_module, one_line, quadratic_batch
 
 BATCH = quadratic_batch([0.3, 1.0, 2.0, 4.0], target=1.0)
 
@@ -96,10 +96,10 @@ def test_a_snapshot_from_before_the_first_step_empties_the_state():
 
 
 @pytest.mark.parametrize("strike", [to_nan, far_away])
-def test_a_lost_run_is_taken_back_and_goes_on(strike):
+def test_a_diverged_run_is_rolled_back_and_goes_on(strike):
     guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True)
     module = Struck(strike, at={14})
-    with guard_warns(r"taken back to step 10 and .* skipped \(rollback 1 of at most 10\)"):
+    with guard_warns(r"rolled back to step 10 and .* skipped \(rollback 1 of at most 10\)"):
         trainer = fit(module, BATCH, 60, [guard])
     assert float(trainer.callback_metrics["train/loss"]) < 1e-2
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.1
@@ -117,17 +117,17 @@ def test_gradients_of_a_half_accumulated_step_do_not_outlive_a_rollback():
     guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True)
     with guard_warns(r"rollback 1 of at most 10") as caught:
         trainer = fit(Struck(to_nan, at={28}), BATCH, 160, [guard], accumulate_grad_batches=2, max_steps=75)
-    assert sum("taken back" in one_line(each.message) for each in caught) == 1
+    assert sum("rolled back to" in one_line(each.message) for each in caught) == 1
     assert float(trainer.callback_metrics["train/loss"]) < 1e-2
 
 
-def test_a_run_taken_back_to_where_nothing_can_be_measured_goes_on_at_half_the_rate(monkeypatch):
+def test_a_run_rolled_back_to_where_nothing_can_be_measured_goes_on_at_half_the_rate(monkeypatch):
     from lightning_maml_guard.guard import check
 
     def fails_after_the_rollback(problem, *, step, **arguments):
         if step == 15:
             raise RuntimeError("out of luck")
-        return measure(problem, **grouped_measure(step=step, **arguments))
+        return measure(problem, step=step, **arguments)
 
     measure = check.measure
     monkeypatch.setattr(check, "measure", fails_after_the_rollback)
@@ -136,7 +136,10 @@ def test_a_run_taken_back_to_where_nothing_can_be_measured_goes_on_at_half_the_r
         trainer = fit(Struck(to_nan, at={14}), BATCH, 60, [guard])
     said = [one_line(each.message) for each in caught if each.category is GuardWarning]
     assert "the check at step 15 failed" in said[0] and "RuntimeError: out of luck" in said[0]
-    assert "taken back to step 10 (rollback 1 of at most 10)" in said[1] and "halved: beta = 0.05." in said[1]
+    assert (
+        "rolled back to step 10 and the batches since are skipped (rollback 1 of at most 10)" in said[1]
+        and "halved: beta = 0.05." in said[1]
+    )
     assert len(said) == 2 and float(trainer.callback_metrics["train/loss"]) < 1e-2
 
 
@@ -144,7 +147,7 @@ def test_a_copy_that_fails_costs_one_warning(monkeypatch):
     def fails(*_):
         raise MemoryError("no room")
 
-    monkeypatch.setattr("lightning_maml_guard.guard.rescue.Snapshot", fails)
+    monkeypatch.setattr("lightning_maml_guard.guard.rollback.Snapshot", fails)
     guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True)
     with guard_warns(r"at step 0, so there is nothing to roll back to.*MemoryError: no room") as c:
         trainer = fit(linear_module(4, 0.1), BATCH, 30, [guard])
@@ -203,15 +206,15 @@ def test_rollbacks_are_bounded_and_then_the_run_stops_with_the_reason():
     assert guard.stopped_step is not None and "the rates are not what is wrong" in guard.stopping_reason
 
 
-def test_a_last_step_that_is_lost_is_taken_back():
+def test_a_last_step_that_diverges_is_rolled_back():
     guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True)
     module = Struck(to_nan, at={19})
-    with guard_warns("last step made parameters non-finite.*taken back to step 10"):
+    with guard_warns("last step made parameters non-finite.*rolled back to step 10"):
         fit(module, BATCH, 20, [guard])
     assert bool(torch.isfinite(module.network.weight).all())
 
 
-def test_a_last_step_whose_loss_is_lost_is_taken_back_and_one_that_is_not_is_left(recwarn):
+def test_a_last_step_whose_loss_diverged_is_rolled_back_and_one_whose_loss_did_not_is_left(recwarn):
     """No check comes after it: the loss of the parameters it leaves is looked at, on its batch."""
     guards = [
         ConvergenceGuard(
@@ -220,14 +223,14 @@ def test_a_last_step_whose_loss_is_lost_is_taken_back_and_one_that_is_not_is_lef
         for _ in range(2)
     ]
     modules = [Struck(strike, at={19}) for strike in (far_away, aside, aside)]
-    with guard_warns(r"after the last step the loss was 1.*e\+0. \(training started at.*taken back to step 10"):
+    with guard_warns(r"after the last step the loss was 1.*e\+0. \(training started at.*rolled back to step 10"):
         fit(modules[0], BATCH, 20, guards[:1])
     assert float(modules[0].network.weight.detach().abs().max()) < 3
-    assert [kind for _, kind, _ in guards[0]._run.course.events] == ["rolled back"]
+    assert [event.kind for event in guards[0].events] == ["rolled back"]
     recwarn.clear()
     fit(modules[1], BATCH, 20, guards[1:])
     fit(modules[2], BATCH, 20)
-    assert guards[1]._run.lookout.called and not guards[1]._run.course.events
+    assert guards[1]._run.schedule.state.spiked and not guards[1].events
     assert not [each for each in recwarn if each.category is GuardWarning]
     torch.testing.assert_close(modules[1].network.weight, modules[2].network.weight, rtol=0, atol=0)
 
@@ -249,7 +252,7 @@ def test_a_triggered_check_stands_for_the_scheduled_one_after_it():
 
 
 def test_the_edge_is_logged_and_not_warned_about():
-    """beta at 1.02 of its limit: it grows, but not within the coming steps."""
+    """beta at 1.02 of its limit: it grows, but not within the next steps."""
     guard = ConvergenceGuard(every_n_steps=5)
     module = linear_module(4, 0.625 * 1.02, inner_lr=0.05, order="simplified")
     with warnings.catch_warnings():
@@ -273,7 +276,7 @@ def test_caps_are_released_when_the_region_widens():
     assert all(after <= 1.5 * before + 1e-9 for before, after in pairwise(path))
 
 
-def test_the_trial_of_adam_judges_its_first_step():
+def test_the_lookahead_of_adam_judges_its_first_step():
     guard = ConvergenceGuard(action="stop")
     module = MetaLearningModule(mlp(), inner_lr=0.01, optimizer=lambda p: Adam(p, lr=3.0))
     with guard_warns("at step 0.*tried on copies at alpha = 0.01 and beta = 3"):
@@ -282,36 +285,34 @@ def test_the_trial_of_adam_judges_its_first_step():
 
 
 def test_the_start_is_the_median_of_the_first_losses_and_not_of_a_run_that_left():
-    seen = RunningRange()
+    seen = RunningStatistics()
     assert math.isnan(seen.start)
     for loss in (1.0, 1.2, 0.8, 50.0, math.nan, 1.1):
-        seen.leaves(loss)
+        seen.update(loss)
     assert seen.start == pytest.approx(1.05)
-    for _ in range(3 * FIRST):
-        seen.leaves(0.1)
-    assert len(seen.first) == FIRST
+    for _ in range(3 * FIRST_LOSSES):
+        seen.update(0.1)
+    assert len(seen.first) == FIRST_LOSSES
 
 
-def test_what_leaves_the_running_range():
-    seen = RunningRange()
-    assert not seen.leaves(1.0, 1.0)
-    assert not seen.leaves(1.9, 3.9)
-    assert seen.leaves(3.0) and seen.leaves(1.0, 9.0) and seen.leaves(math.nan)
-    again = RunningRange()
-    again.load(seen.state())
-    assert again == seen
+def test_what_is_a_spike():
+    seen = RunningStatistics()
+    assert not seen.update(1.0, 1.0)
+    assert not seen.update(1.9, 3.9)
+    assert seen.update(3.0) and seen.update(1.0, 9.0) and seen.update(math.nan)
+    assert from_checkpoint(to_checkpoint(GuardState(statistics=seen))).statistics == seen
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"alarm": 1.0}, "`alarm` to be a finite number above 1 but got 1.0"),
-        ({"alarm": math.inf}, "`alarm` to be a finite number above 1 but got inf"),
-        ({"trial_steps": -1}, "trial_steps"),
-        ({"replay": 0}, "replay"),
+        ({"divergence_ratio": 1.0}, "`divergence_ratio` to be a finite number above 1 but got 1.0"),
+        ({"divergence_ratio": math.inf}, "`divergence_ratio` to be a finite number above 1 but got inf"),
+        ({"steps": -1}, "`steps`"),
+        ({"batches": 0}, "`batches`"),
         ({"max_rollbacks": 0}, "max_rollbacks"),
-        ({"rollback": True}, "needs action='rescale' and trial_steps of at least 1 but got 'warn' and 10"),
-        ({"rollback": True, "action": "rescale", "trial_steps": 0}, "but got 'rescale' and 0"),
+        ({"rollback": True}, "needs action='rescale' and lookahead steps of at least 1 but got 'warn' and 10"),
+        ({"rollback": True, "action": "rescale", "steps": 0}, "but got 'rescale' and 0"),
     ],
 )
 def test_arguments_that_are_not_allowed(arguments, message):
@@ -320,7 +321,7 @@ def test_arguments_that_are_not_allowed(arguments, message):
 
 
 @pytest.mark.parametrize(("killed", "action"), [(True, "warn"), (False, "warn"), (True, "log")])
-def test_a_network_that_died_is_not_just_called_stable(killed, action):
+def test_a_network_that_collapsed_is_not_just_called_stable(killed, action):
     class Dying(MetaLearningModule):
         def on_train_batch_start(self, batch, batch_idx):
             if killed and batch_idx == 10:
@@ -344,4 +345,4 @@ def test_a_network_that_died_is_not_just_called_stable(killed, action):
         assert "Start again with lower rates" in said[0]
     again = ConvergenceGuard()
     again.load_state_dict(guard.state_dict())
-    assert again._run.course.sharpest == guard._run.course.sharpest == guard.history[0].lambda_max
+    assert again._run.state.sharpest == guard._run.state.sharpest == guard.history[0].lambda_max

@@ -1,13 +1,12 @@
 """What checks may cost: counted, and kept."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning_maml_guard.stability.budget import CURVATURE, UPDATE, Budget
-from lightning_maml_guard.stability.plain import PlainProblem
 from torch import nn
 
 from lightning_maml_guard import (
@@ -17,74 +16,73 @@ from lightning_maml_guard import (
     MetaLearningModule,
     TaskDataModule,
 )
-from lightning_maml_guard.guard.schedule import SCHEDULED, TRIGGERED, Lookout
+from lightning_maml_guard.guard.divergence import RunningStatistics
+from lightning_maml_guard.guard.schedule import SCHEDULED, TRIGGERED, Schedule
 from lightning_maml_guard.networks import mlp
-from lightning_maml_guard.stability.hvp import Memory, make_operator
+from lightning_maml_guard.stability.cost import CURVATURE, UPDATE
+from lightning_maml_guard.stability.hvp import MeasurementCache, make_operator
 from lightning_maml_guard.stability.measure import measure
+from lightning_maml_guard.stability.problems import PlainProblem
 from lightning_maml_guard.tasks.regression import Sinusoid
 from lightning_maml_guard.utils.lightning_compat import Trainer
 from tests.helpers import QUIET
 
 
 @given(st.floats(0.005, 0.5), st.integers(1, 40), st.floats(0, 100), st.integers(1, 50))
-def test_after_the_first_check_has_been_paid_no_more_than_the_share_is_spent(share, trial, measured, every):
-    budget = Budget(share)
-    lookout = Lookout(every, budget)
+def test_after_the_first_check_has_been_paid_no_more_than_the_share_is_spent(share, gradients, measured, every):
+    schedule = Schedule(every, share)
     spent = 0.0
     for step in range(2000):
-        if lookout.due(step) is not None:
-            budget.charge(trial_steps=trial, measured=measured)
+        if schedule.due(step) is not None:
+            schedule.charge(lookahead_gradients=gradients, measured=measured)
             first = spent == 0
-            spent += 1.2 * trial + measured
+            spent += 1.2 * gradients + measured
             assert first or spent <= share * step + 1e-9
     assert spent > 0
 
 
 def test_without_a_share_every_check_comes():
-    budget = Budget(None)
-    lookout = Lookout(10, budget)
+    schedule = Schedule(10)
     found = []
     for step in range(50):
-        if lookout.due(step) is not None:
+        if schedule.due(step) is not None:
             found.append(step)
-            budget.charge(trial_steps=1000, measured=1000)
+            schedule.charge(lookahead_gradients=1000, measured=1000)
     assert found == [0, 10, 20, 30, 40]
 
 
 def test_a_jump_of_the_loss_calls_a_check_at_any_cost():
-    lookout = Lookout(100, Budget(0.01))
-    assert lookout.due(0) == SCHEDULED
-    lookout.budget.charge(trial_steps=1000, measured=1000)
+    schedule = Schedule(100, 0.01)
+    assert schedule.due(0) == SCHEDULED
+    schedule.charge(lookahead_gradients=1000, measured=1000)
+    statistics = RunningStatistics()
     for step in range(20):
-        lookout.saw(1.0 if step < 19 else 50.0, 1.0, alarm=3.0, triggers=True)
-    assert lookout.due(20) == TRIGGERED
-    assert lookout.due(100) is None  # too early still for a scheduled one
+        take(schedule, statistics, 1.0 if step < 19 else 50.0, 3.0)
+    assert schedule.due(20) == TRIGGERED
+    assert schedule.due(100) is None  # too early still for a scheduled one
 
 
 def test_what_was_spent_survives_a_restart():
-    lookout = Lookout(10, Budget(0.02))
-    assert lookout.due(0) == SCHEDULED
-    lookout.budget.charge(trial_steps=11, measured=35)
-    again = Lookout(10, Budget(0.02))
-    again.load(lookout.state())
+    schedule = Schedule(10, 0.02)
+    assert schedule.due(0) == SCHEDULED
+    schedule.charge(lookahead_gradients=11, measured=35)
+    again = Schedule(10, 0.02, replace(schedule.state))
     assert [step for step in range(1, 6000) if again.due(step)] == [
-        step for step in range(1, 6000) if lookout.due(step)
+        step for step in range(1, 6000) if schedule.due(step)
     ]
 
 
 @pytest.mark.parametrize(("unjudged", "found"), [(True, [0, 100]), (False, [0])])
 def test_the_check_after_one_that_could_not_judge_beta_need_not_be_paid_for(unjudged, found):
-    lookout = Lookout(100, Budget(0.001))
+    schedule = Schedule(100, 0.001)
     steps = []
     for step in range(1000):
-        if lookout.due(step) is not None:
-            lookout.budget.charge(trial_steps=10, measured=20)
-            lookout.unjudged = unjudged and not steps
+        if schedule.due(step) is not None:
+            schedule.charge(lookahead_gradients=10, measured=20)
+            schedule.state.unjudged = unjudged and not steps
             steps.append(step)
         if step == 50:
-            state = lookout.state()
-            lookout = Lookout(100, Budget(0.001))
-            lookout.load(state)
+            schedule = Schedule(100, 0.001, replace(schedule.state))
     assert steps == found
 
 
@@ -148,43 +146,51 @@ def test_a_share_that_is_none_is_refused(share):
         ConvergenceGuard(max_cost=share)
 
 
-def noisy(lookout, steps, height=10.0, alarm=1e9, cost=20):
+def take(schedule, statistics, loss, ratio):
+    """What the guard does with a step's loss."""
+    if statistics.update(loss, 1.0):
+        schedule.spike(diverged=statistics.diverged(loss, ratio))
+
+
+def noisy(schedule, steps, height=10.0, ratio=1e9, cost=20, statistics=None):
+    statistics = statistics or RunningStatistics()
     for step in range(steps):
-        if (kind := lookout.due(step)) is not None:
-            lookout.budget.charge(trial_steps=0, measured=cost)
+        if (kind := schedule.due(step)) is not None:
+            schedule.charge(lookahead_gradients=0, measured=cost)
             yield step, kind
-        lookout.saw(1.0 if step % 3 else height, 1.0, alarm=alarm, triggers=True)
+        take(schedule, statistics, 1.0 if step % 3 else height, ratio)
 
 
 @pytest.mark.parametrize(("share", "checks"), [(0.02, 6), (None, 30)])
 def test_a_noisy_loss_calls_few_checks_on_credit_where_they_are_to_be_paid_for(share, checks):
-    found = list(noisy(Lookout(100, Budget(share)), 2000))
+    found = list(noisy(Schedule(100, share), 2000))
     assert checks <= len(found) <= 2 * checks
 
 
 @given(st.floats(0.005, 0.5), st.integers(1, 60), st.integers(4, 200))
 def test_a_noisy_loss_spends_its_share_and_a_bounded_credit(share, cost, every):
     on_credit = sum(2**power <= max(every // 2, 2) for power in range(1, 20))
-    for number, (step, _) in enumerate(noisy(Lookout(every, Budget(share)), 3000, cost=cost)):
+    for number, (step, _) in enumerate(noisy(Schedule(every, share), 3000, cost=cost)):
         assert (number + 1) * cost <= share * step + (1 + on_credit) * cost + 1e-6
 
 
 def test_a_jump_after_quiet_steps_is_looked_at_once_they_have_paid():
-    lookout = Lookout(100, Budget(0.02))
-    calm = list(noisy(lookout, 4000, height=1.0))
-    lookout.budget._spent = 0.02 * 3950 - 20  # one more check is paid for, three steps after the last
-    lookout.last, lookout._gap = 3998, 1024
-    lookout.saw(50.0, 1.0, alarm=1e9, triggers=True)
+    schedule = Schedule(100, 0.02)
+    statistics = RunningStatistics()
+    calm = list(noisy(schedule, 4000, height=1.0, statistics=statistics))
+    schedule.state.spent = 0.02 * 3950 - 20  # one more check is paid for, three steps after the last
+    schedule.state.last, schedule.state.gap = 3998, 1024
+    take(schedule, statistics, 50.0, 1e9)
     assert {kind for _, kind in calm} == {SCHEDULED}
-    assert lookout.due(4001) == TRIGGERED
-    lookout.budget.charge(trial_steps=0, measured=35)
-    lookout.saw(50.0, 1.0, alarm=1e9, triggers=True)
-    assert lookout.due(4010) is None
+    assert schedule.due(4001) == TRIGGERED
+    schedule.charge(lookahead_gradients=0, measured=35)
+    take(schedule, statistics, 50.0, 1e9)
+    assert schedule.due(4010) is None
 
 
-def test_a_lost_loss_waits_for_no_money():
-    lookout = Lookout(100, Budget(0.02))
-    seen = [step for step, _ in noisy(lookout, 2000, alarm=3.0)]
+def test_a_diverged_loss_waits_for_no_payment():
+    schedule = Schedule(100, 0.02)
+    seen = [step for step, _ in noisy(schedule, 2000, ratio=3.0)]
     assert max(later - earlier for earlier, later in pairwise(seen)) <= 53
 
 
@@ -196,7 +202,7 @@ def test_a_measurement_is_counted_by_what_its_graphs_and_products_are_of(kind, m
         made.append((name, make_operator(name, *given)[0]))
         return made[-1][1], 1e-5
 
-    monkeypatch.setattr("lightning_maml_guard.stability.bench.make_operator", noted)
+    monkeypatch.setattr("lightning_maml_guard.stability.hvp.make_operator", noted)
     network = nn.Linear(2, 1)
     task = torch.ones(3, 4, 2), torch.zeros(3, 4, 1)
     if kind == "plain":
@@ -206,10 +212,10 @@ def test_a_measurement_is_counted_by_what_its_graphs_and_products_are_of(kind, m
     else:
         problem = MetaLearningModule(network, inner_lr=1e-3).meta_problem((task, task))
         prices, others = {"Hessian": CURVATURE, "meta-update": UPDATE}, sum(UPDATE)  # the curvature by task
-    memory = Memory()
+    cache = MeasurementCache()
     for self_check in (6, 0):  # gradients of the self-check, in the first measurement
         made.clear()
-        report = measure(problem, beta=1e-3, cache=memory)
+        report = measure(problem, beta=1e-3, cache=cache)
         assert {name for name, _ in made} == set(prices)
         paid = [prices[name].graph * (1 + self_check) + prices[name].product * each.matvecs for name, each in made]
         assert report.cost == pytest.approx(sum(paid) + others)

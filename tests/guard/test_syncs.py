@@ -15,11 +15,11 @@ from lightning_maml_guard import (
     MetaProblem,
     measure,
 )
-from lightning_maml_guard.guard.check import Checker
+from lightning_maml_guard.guard.check import Check
 from lightning_maml_guard.linalg import lanczos
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.stability import krylov_stopping as krylov
-from lightning_maml_guard.stability.hvp import Memory
+from lightning_maml_guard.stability.hvp import MeasurementCache, NetworkFacts
 from lightning_maml_guard.tasks.regression import Sinusoid
 from tests.helpers import fit
 from tests.host_syncs import HostSyncs
@@ -65,25 +65,25 @@ def test_a_measurement_waits_for_its_coefficients_and_once_more(transfers, crite
     torch.manual_seed(0)
     module, _, problem = sinusoid_problem(order=order, inner_lr=inner_lr)
     optimizer = with_moments(module, problem) if adam else SGD(module.parameters(), lr=1e-3)
-    memory = Memory(checked={"Hessian", "meta-update"})
+    cache = MeasurementCache(NetworkFacts(checked={"Hessian", "meta-update"}))
     with HostSyncs(on_device(problem, optimizer)) as syncs:
-        report = measure(problem, optimizer=optimizer, cache=memory, curvature=CurvatureOptions(criterion=criterion))
+        report = measure(problem, optimizer=optimizer, cache=cache, curvature=CurvatureOptions(criterion=criterion))
     # Where J is not symmetric, whether the inner rate turned a direction is one more question, at each inner rate.
     turned = {"exact": 0, "first": 2}[order]
     assert transfers() + 1 <= syncs.count <= transfers() + 1 + turned
     assert report.hvps > 15 and math.isfinite(report.lambda_max)
 
 
-def test_a_guards_check_waits_once_for_its_trial(transfers, monkeypatch):
-    counted, check = [], Checker.check
+def test_a_guards_check_waits_once_for_its_lookahead(transfers, monkeypatch):
+    counted, check = [], Check.check
 
     def watched(self, batch, *arguments, **options):
-        self.run.memory.checked |= {"Hessian", "meta-update"}
+        self.run.state.facts.checked |= {"Hessian", "meta-update"}
         with HostSyncs((dict(self.module.named_parameters()), [batch])) as syncs:
             check(self, batch, *arguments, **options)
         counted.append(syncs.count)
 
-    monkeypatch.setattr(Checker, "check", watched)
+    monkeypatch.setattr(Check, "check", watched)
     guard = ConvergenceGuard(every_n_steps=10, action="log", lookahead=LookaheadOptions(batches=1))
     module = MetaLearningModule(mlp(), optimizer=lambda parameters: SGD(parameters, lr=1e-3))
     fit(module, Sinusoid().sample(4, torch.Generator().manual_seed(0)), 2, [guard])
@@ -129,14 +129,14 @@ def test_cuda_says_so_itself(transfers, order):
     module = MetaLearningModule(mlp(), order=order).cuda()
     batch = Sinusoid().sample(4, torch.Generator().manual_seed(0))
     problem = module.meta_problem(tuple(tuple(part.cuda() for part in pair) for pair in batch))
-    optimizer, memory = SGD(module.parameters(), lr=1e-3), Memory()
-    measure(problem, optimizer=optimizer, cache=memory)
+    optimizer, cache = SGD(module.parameters(), lr=1e-3), MeasurementCache()
+    measure(problem, optimizer=optimizer, cache=cache)
     before = transfers()
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            measure(problem, optimizer=optimizer, cache=memory)
+            measure(problem, optimizer=optimizer, cache=cache)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     waits = [each for each in caught if "synchroniz" in str(each.message)]

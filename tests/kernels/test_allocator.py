@@ -66,7 +66,7 @@ def test_what_is_freed_is_used_again_while_held_and_given_back_at_the_end():
 def test_a_fit_asks_for_huge_pages_once_it_has_its_size(monkeypatch):
     at = []
     module = MetaLearningModule(mlp())
-    monkeypatch.setattr("lightning_maml_guard.maml.meta_learning.settle", lambda: at.append(module.trainer.global_step))
+    monkeypatch.setattr("lightning_maml_guard.maml.kept_memory.settle", lambda: at.append(module.trainer.global_step))
     fit(module, BATCH, steps=5)
     fit(module, BATCH, steps=1)
     assert at == [2]

@@ -153,7 +153,7 @@ def test_the_recurrence_of_a_rounded_basis_is_off_by_no_more_than_it_says(small_
 
 
 def test_intervals_of_a_rounded_basis_hold_over_many_spectra():
-    """Against dense eigenvalues: lambda_max, the poster's curvature for a random alpha, and every Ritz value."""
+    """Against dense eigenvalues: lambda_max, the curvature of simplified MAML for a random alpha, and every Ritz value."""
     outside, widths = [], []
     for index, (_, q, values) in enumerate(islice(spectra(), 300)):
         tol = (1e-2, 1e-4)[index % 2]

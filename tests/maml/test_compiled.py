@@ -157,7 +157,7 @@ def test_what_cannot_be_compiled_runs_without_and_says_so_once(monkeypatch, at):
 def test_an_error_of_the_users_own_is_raised_as_it_is_and_gives_nothing_up(compiler):
     class Fails(MetaLearningModule):
         def task_loss(self, params, batch):
-            if self._started:
+            if self._first_batch.passed:
                 raise ZeroDivisionError("mine")
             return super().task_loss(params, batch)
 

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from lightning_maml_guard.maml.gradient import gradient
+from lightning_maml_guard.maml.inner_loop import gradient
 
 
 def by_func(function, point):

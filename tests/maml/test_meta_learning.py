@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_maml_guard import EpisodeBatch, GuardWarning, MetaLearningModule, TaskDataModule
 from lightning_maml_guard.maml.evaluation import EpisodeMean
-from lightning_maml_guard.maml.parameter_selection import select
+from lightning_maml_guard.maml.inner_rates import select
 from lightning_maml_guard.networks import conv4, mlp
 from lightning_maml_guard.tasks.regression import Sinusoid
 from lightning_maml_guard.utils.lightning_compat import Trainer, seed_everything
@@ -134,7 +134,7 @@ def test_batch_norm_layers_with_running_statistics_keep_them_untouched():
 def test_anil_adapts_the_head_alone_and_trains_everything():
     module = MetaLearningModule(mlp(), adapt=["4"], inner_lr=0.02)
     before = {n: p.detach().clone() for n, p in module.network.named_parameters()}
-    assert module.adapted_names == ["4.weight", "4.bias"]
+    assert module.inner_rates.names == ["4.weight", "4.bias"]
     fit(module, Sinusoid().sample(4, torch.Generator()), 3)
     assert all(not torch.equal(p, before[n]) for n, p in module.network.named_parameters())
 

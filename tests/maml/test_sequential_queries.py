@@ -56,13 +56,13 @@ def test_the_gradients_losses_and_outputs_are_those_of_one_task_after_another(
 def test_large_query_sets_on_a_cpu_go_apart_unless_somebody_differentiates_what_comes_of_them():
     small, large = problem(), problem(queries=2**15)
     constant = {name: value.detach() for name, value in large.params.items()}
-    assert apart.pays(constant, large.query) and not apart.pays(constant, small.query)
-    assert not apart.pays(large.params, large.query)
+    assert apart.is_worthwhile(constant, large.query) and not apart.is_worthwhile(constant, small.query)
+    assert not apart.is_worthwhile(large.params, large.query)
     with torch.no_grad():
-        assert apart.pays(large.params, large.query)
-    assert not apart.pays(constant, tuple(each.to("meta") for each in large.query))
+        assert apart.is_worthwhile(large.params, large.query)
+    assert not apart.is_worthwhile(constant, tuple(each.to("meta") for each in large.query))
     seen = []
-    torch.func.vmap(lambda each: seen.append(apart.pays(constant, (each,))) or each)(large.query[0])
+    torch.func.vmap(lambda each: seen.append(apart.is_worthwhile(constant, (each,))) or each)(large.query[0])
     assert seen == [False]
 
 

@@ -4,58 +4,58 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR
 
-from lightning_maml_guard.optim.lr_cap import RateGovernor, scheduled_rate
+from lightning_maml_guard.optim.lr_cap import LRCap, scheduled_rate
 
 
 def test_a_tensor_rate_stays_the_same_object():
     weight = nn.Parameter(torch.ones(1))
     optimizer = Adam([weight], lr=torch.tensor(1.0), capturable=False, foreach=False)
     rate = optimizer.param_groups[0]["lr"]
-    governor = RateGovernor([optimizer], 0.25)
+    cap = LRCap([optimizer], 0.25)
     weight.grad = torch.ones(1)
     optimizer.step()
     assert optimizer.param_groups[0]["lr"] is rate and float(rate) == 1.0
     assert float(1 - weight) == pytest.approx(0.25, rel=1e-4)
-    governor.remove()
+    cap.remove()
 
 
 def test_one_factor_scales_all_groups():
     a, b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     optimizer = SGD([{"params": [a], "lr": 1.0}, {"params": [b], "lr": 0.1}], lr=1.0)
     assert scheduled_rate(optimizer) == 1.0
-    governor = RateGovernor([optimizer], 0.5)
+    cap = LRCap([optimizer], 0.5)
     a.grad, b.grad = torch.ones(1), torch.ones(1)
     optimizer.step()
     assert (float(1 - a), float(1 - b)) == pytest.approx((0.5, 0.05))
     assert [group["lr"] for group in optimizer.param_groups] == [1.0, 0.1]
-    governor.remove()
+    cap.remove()
 
 
 def test_a_step_that_raises_leaves_no_cap_behind():
     weight = nn.Parameter(torch.ones(1))
     optimizer = SGD([weight], lr=1.0)
-    governor = RateGovernor([optimizer], 0.5)
+    cap = LRCap([optimizer], 0.5)
 
     def closure():
         raise RuntimeError("the user's own")
 
     with pytest.raises(RuntimeError, match="the user's own"):
         optimizer.step(closure)
-    governor.remove()
+    cap.remove()
     assert optimizer.param_groups[0]["lr"] == 1.0
 
 
 def test_remove_takes_every_hook_out():
     weight = nn.Parameter(torch.ones(1))
     optimizer = SGD([weight], lr=1.0)
-    RateGovernor([optimizer], 0.5).remove()
+    LRCap([optimizer], 0.5).remove()
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
 
 
-def test_two_governors_apply_the_lower_cap_and_leave_the_schedule():
+def test_two_caps_apply_the_lower_cap_and_leave_the_schedule():
     weight = nn.Parameter(torch.ones(1))
     optimizer = SGD([weight], lr=1.0)
-    governors = [RateGovernor([optimizer], 0.5), RateGovernor([optimizer], 0.25)]
+    caps = [LRCap([optimizer], 0.5), LRCap([optimizer], 0.25)]
     for _ in range(3):
         before = weight.detach().clone()
         weight.grad = torch.ones(1)
@@ -66,8 +66,8 @@ def test_two_governors_apply_the_lower_cap_and_leave_the_schedule():
         optimizer.step(lambda: 1 / 0)
     optimizer.step()
     assert optimizer.param_groups[0]["lr"] == 1.0
-    for governor in governors:
-        governor.remove()
+    for cap in caps:
+        cap.remove()
 
 
 class Recording(SGD):
@@ -85,19 +85,19 @@ def test_the_cap_holds_through_the_whole_step_of_a_subclass(closed):
     SGD([nn.Parameter(torch.ones(1))])  # from the first SGD on, torch calls hooks in SGD.step too
     weight = nn.Parameter(torch.ones(1))
     optimizer = Recording([weight], lr=1.0)
-    governors = [RateGovernor([optimizer], 0.5), RateGovernor([optimizer], 0.25)]
+    caps = [LRCap([optimizer], 0.5), LRCap([optimizer], 0.25)]
     weight.grad = torch.ones(1)
     for _ in range(2):
         optimizer.step((lambda: weight.sum()) if closed else None)
         assert optimizer.rates == [0.25, 0.25] and optimizer.param_groups[0]["lr"] == 1.0
-    for governor in governors:
-        governor.remove()
+    for cap in caps:
+        cap.remove()
 
 
 def test_what_a_closure_reads_and_writes_is_the_schedule():
     weight = nn.Parameter(torch.ones(1))
     optimizer = SGD([weight], lr=1.0)
-    governors = [RateGovernor([optimizer], 0.5), RateGovernor([optimizer], 0.4)]
+    caps = [LRCap([optimizer], 0.5), LRCap([optimizer], 0.4)]
     read = []
 
     def closure(rate):
@@ -110,8 +110,8 @@ def test_what_a_closure_reads_and_writes_is_the_schedule():
         optimizer.step(closure=lambda rate=rate: closure(rate))
         assert before - weight.item() == pytest.approx(applied) and optimizer.param_groups[0]["lr"] == rate
     assert read == [1.0, 2.0, 0.25]
-    for governor in governors:
-        governor.remove()
+    for cap in caps:
+        cap.remove()
 
 
 def fused(rate):
@@ -126,7 +126,7 @@ def test_groups_that_share_a_tensor_rate_are_capped_once():
     expected, reference = fused(0.3)
     rate = optimizer.param_groups[0]["lr"]
     assert rate is optimizer.param_groups[1]["lr"]
-    governor = RateGovernor([optimizer], 0.3)
+    cap = LRCap([optimizer], 0.3)
     schedule = ExponentialLR(optimizer, 0.9)
     for step in range(4):
         for weight in [*weights, *expected]:
@@ -136,7 +136,7 @@ def test_groups_that_share_a_tensor_rate_are_capped_once():
         schedule.step()
     assert all(map(torch.equal, weights, expected))
     assert all(group["lr"] is rate for group in optimizer.param_groups)
-    governor.remove()
+    cap.remove()
     free = fused(0.8)[1]
     schedule = ExponentialLR(free, 0.9)
     for _ in range(4):
@@ -148,7 +148,7 @@ def test_groups_that_share_a_tensor_rate_are_capped_once():
 def test_a_step_that_a_scaler_skips_touches_no_rate():
     weight = nn.Parameter(torch.ones(1))
     optimizer = SGD([weight], lr=1.0)
-    governor, scaler = RateGovernor([optimizer], 0.25), torch.amp.GradScaler("cpu", init_scale=2.0)
+    cap, scaler = LRCap([optimizer], 0.25), torch.amp.GradScaler("cpu", init_scale=2.0)
     schedule, moved = LambdaLR(optimizer, lambda step: 1 / (1 + step)), []
     for factor in (1.0, torch.inf, 1.0):
         before = weight.item()
@@ -159,4 +159,4 @@ def test_a_step_that_a_scaler_skips_touches_no_rate():
         moved.append(before - weight.item())
         schedule.step()
     assert moved == [0.25, 0.0, 0.25] and optimizer.param_groups[0]["lr"] == 0.25
-    governor.remove()
+    cap.remove()

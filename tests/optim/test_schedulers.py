@@ -74,9 +74,7 @@ class Steps(LightningModule):
 def capping(**options):
     """A guard by whose measurement SGD is stable up to CAP at every step."""
     return ConvergenceGuard(
-        **grouped(
-            every_n_steps=1, action="rescale", trial_steps=0, estimator=lambda product, start: [2 / CAP], **options
-        )
+        **grouped(every_n_steps=1, action="rescale", steps=0, estimator=lambda product, start: [2 / CAP], **options)
     )
 
 

@@ -1,5 +1,4 @@
 import builtins
-import dataclasses
 import math
 
 import matplotlib
@@ -9,6 +8,7 @@ import torch
 from torch.optim import SGD
 
 from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, measure
+from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.plots import phase_diagram, safe_region, spectrum
 from tests.helpers import linear_module, quadratic_batch
 
@@ -44,6 +44,12 @@ def test_the_border_is_beta_c_up_to_alpha_c():
     matplotlib.pyplot.close(figure)
 
 
+def test_the_caller_names_the_report_that_is_filled():
+    figure, ax = safe_region(reports(), which="smallest")
+    assert ax.get_legend().get_texts()[0].get_text() == "safe region, smallest"
+    matplotlib.pyplot.close(figure)
+
+
 def test_a_single_check_needs_no_colour_bar_and_several_have_one():
     figure, ax = safe_region(reports()[:1])
     assert len(figure.axes) == 1 and ax.get_title() == "Safe region of the learning rates, step 0"
@@ -53,7 +59,7 @@ def test_a_single_check_needs_no_colour_bar_and_several_have_one():
 
 
 def test_capped_rates_are_joined_to_the_configured_ones():
-    capped = [dataclasses.replace(r, alpha_applied=0.02, beta_applied=0.05) for r in reports()]
+    capped = [CheckReport.of(r, findings=(), alpha_applied=0.02, beta_applied=0.05) for r in reports()]
     figure, ax = safe_region(capped)
     assert "applied rates" in [text.get_text() for text in ax.get_legend().get_texts()]
     matplotlib.pyplot.close(figure)
@@ -76,7 +82,7 @@ def test_the_curve_passes_through_the_measured_beta_c_of_the_optimizer():
 
 def test_it_draws_on_given_axes_and_through_the_guard():
     guard = ConvergenceGuard()
-    guard._run.history = reports()
+    guard._run.state.history = reports()
     figure, ax = matplotlib.pyplot.subplots()
     assert safe_region(guard.history, ax=ax) == (figure, ax)
     other, _ = guard.plot()
@@ -127,14 +133,14 @@ def test_the_heat_map_holds_every_cell_curve_and_mark():
     found = np.array([[0.01, 0.21], [0.1, 0.29]])
     figure, ax = phase_diagram(diagram(), found=found)
     cells = ax.collections[0].get_array()
-    expected = np.array([[0.1, 0.2, 0.3, 9], [0.5, 9, 0.4, 9], [9, 9, 9, 9]])  # rows are meta rates
+    expected = np.array([[0.1, 0.2, 0.3, 9], [0.5, 9, 0.4, 9], [9, 9, 9, 9]])  # rows are outer rates
     assert np.array_equal(np.ma.filled(cells.reshape(3, 4), 9), expected)
     crosses = ax.collections[1].get_offsets()
     assert {tuple(point) for point in crosses.tolist()} == {(0.01, 10), (0.1, 10), (10, 0.1), (10, 1), (10, 10)}
-    line, poster, exact = (each.get_xydata() for each in ax.lines)
+    line, simplified, exact = (each.get_xydata() for each in ax.lines)
     assert (line[:, 0] == 2.0).all()
-    assert poster.tolist() == [[0.01, 0.2], [0.1, 0.3], [1.0, 0.9]]  # no meta rate is stable in the last column
-    assert exact[:, 1] == pytest.approx(2 * poster[:, 1])
+    assert simplified.tolist() == [[0.01, 0.2], [0.1, 0.3], [1.0, 0.9]]  # no outer rate is stable in the last column
+    assert exact[:, 1] == pytest.approx(2 * simplified[:, 1])
     assert np.array_equal(ax.collections[2].get_offsets(), found)
     assert ax.get_xscale() == ax.get_yscale() == "log"
     labels = [text.get_text() for text in figure.legends[0].get_texts()]

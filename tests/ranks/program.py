@@ -19,7 +19,7 @@ STEPS = 24
 # (guard options, outer rate, step at which a check fails on rank 1)
 CASES = {
     "log": ({"action": "log"}, 0.05, None),
-    "poster": ({"action": "log", "criterion": "simplified", "tasks": "worst"}, 0.05, None),
+    "simplified": ({"action": "log", "criterion": "simplified", "tasks": "worst"}, 0.05, None),
     "rescale": ({"action": "rescale"}, 3.0, None),
     "rollback": ({"action": "rescale", "rollback": True}, 3.0, None),
     "failing": ({"action": "rescale"}, 0.05, 6),

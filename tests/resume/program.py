@@ -19,25 +19,25 @@ from lightning_maml_guard.utils.lightning_compat import Trainer
 from tests.helpers import grouped
 
 STEPS = 60
-# (guard options, optimizer, factor by which one step loses the parameters)
+# (guard options, optimizer, factor by which one step takes the parameters away)
 CASES = {
     "rescale": ({"criterion": "simplified"}, lambda p: SGD(p, lr=1.0, momentum=0.5), 1.0),
-    "rollback": ({"rollback": True, "replay": 3}, lambda p: Adam(p, lr=0.2), 30.0),
+    "rollback": ({"rollback": True, "batches": 3}, lambda p: Adam(p, lr=0.2), 30.0),
 }
 
 
 class Killed(MetaLearningModule):
-    """Kills its process in a training step, and loses its loss in another."""
+    """Kills its process in a training step, and makes its loss diverge in another."""
 
     kill_at: int
     factor: float
-    lost_at = 31
+    diverges_at = 31
 
     def training_step(self, batch, batch_idx):
         if self.trainer.global_step == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         loss = super().training_step(batch, batch_idx)
-        if self.trainer.global_step == self.lost_at:
+        if self.trainer.global_step == self.diverges_at:
             with torch.no_grad():
                 for parameter in self.network.parameters():
                     parameter.mul_(self.factor)

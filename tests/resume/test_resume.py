@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_maml_guard import ConvergenceGuard
-from lightning_maml_guard.guard.replay_buffer import Replay
+from lightning_maml_guard.guard.replay_buffer import ReplayBuffer
 from tests.resume.program import CASES, STEPS, train
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +35,7 @@ def test_a_run_killed_twice_ends_as_if_it_had_not_been(tmp_path, case):
     assert told(resumed) == told(whole)
     state = whole.state_dict()
     assert (state["rollbacks"] > 0) == (case == "rollback")
-    for key in ("alpha_cap", "beta_cap", "rollbacks", "last_step", "range", "triggered", "watches", "said"):
+    for key in ("caps", "rollbacks", "schedule", "statistics", "watches", "announced"):
         assert repr(resumed.state_dict()[key]) == repr(state[key]), key
     for name, value in module.network.named_parameters():
         assert bool(torch.isfinite(value).all()) and torch.equal(value, again.network.get_parameter(name)), name
@@ -47,7 +47,7 @@ def test_checkpoints_of_an_older_guard_load():
     guard.load_state_dict(state)
     assert [report.step for report in guard.history] == [0, 5]
     assert guard.history[0].beta_c == pytest.approx(state["history"][0]["beta_c"])
-    assert guard.state_dict()["beta_cap"] == state["beta_cap"]
+    assert guard.state_dict()["caps"]["beta"] == state["beta_cap"]
     assert "beta = 20, 32 of beta_c = 0.625 (0.625 to 0.625); applied 0.625\n" in str(guard.history[0])
     empty = ConvergenceGuard()
     empty.load_state_dict({})
@@ -59,14 +59,14 @@ class Strange:
 
 
 def test_batches_survive_as_tensors_and_come_back_as_the_batch_they_were():
-    replay = Replay(3)
+    replay = ReplayBuffer(3)
     storage = torch.arange(1000.0)
     for index in range(4):
         replay.add({"x": storage[index : index + 2], "n": [index, "name", None]}, index)
     assert [index for _, index in replay.earlier()] == [2, 1]
     state = replay.state()
     assert all(leaf.untyped_storage().nbytes() == 8 for leaves, _ in state for leaf in leaves if torch.is_tensor(leaf))
-    again = Replay(3)
+    again = ReplayBuffer(3)
     again.load(state)
     assert repr(again.state()) == repr(state)  # a checkpoint before the first batch loses nothing
     again.add({"x": torch.zeros(2), "n": [9, "name", None]}, 4)
@@ -75,12 +75,12 @@ def test_batches_survive_as_tensors_and_come_back_as_the_batch_they_were():
 
 
 def test_batches_of_another_kind_are_left_out():
-    replay = Replay(3)
+    replay = ReplayBuffer(3)
     replay.add(Strange(), 0)
     replay.add((torch.ones(1), np.float64(1)), 2)  # a float that weights_only refuses
     replay.add(torch.ones(1), 1)
     assert [index for _, index in replay.state()] == [1]
-    again = Replay(3)
+    again = ReplayBuffer(3)
     again.load(replay.state())
     again.add((torch.ones(1), torch.ones(1)), 2)
     assert again.earlier() == []

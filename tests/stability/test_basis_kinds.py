@@ -99,9 +99,9 @@ def test_a_rate_within_the_rounded_interval_is_not_judged():
 def test_the_guard_and_suggest_rates_measure_with_it(monkeypatch):
     seen, init = [], Measurement.__init__
 
-    def watched(self, subject, optimizer, beta, options, memory):
+    def watched(self, objective, optimizer, beta, options, cache, **more):
         seen.append(options.krylov.basis)
-        init(self, subject, optimizer, beta, options, memory)
+        init(self, objective, optimizer, beta, options, cache, **more)
 
     monkeypatch.setattr(Measurement, "__init__", watched)
     module, batch = linear_module(4, 0.1, inner_lr=0.05), quadratic_batch([0.3, 1.0, 2.0, 4.0])

@@ -47,11 +47,11 @@ def test_exact_beta_c_is_the_theorys(order, inner_steps):
     assert low <= TABLE[order, inner_steps] * (1 + 1e-4) and TABLE[order, inner_steps] * (1 - 1e-4) <= high
 
 
-def test_the_poster_forbids_what_exact_maml_survives():
+def test_the_simplified_criterion_forbids_what_exact_maml_survives():
     """THEORY: alpha = .3 > alpha_c = .25 has no stable beta for simplified MAML; exact MAML's is 4.08."""
-    poster = measure(quadratic("exact", alpha=0.3), beta=1.0, curvature=CurvatureOptions(criterion="simplified"))
-    assert poster.status == "unsafe" and poster.beta_c == 0 and poster.alpha_c == pytest.approx(0.25)
-    assert "criterion='exact' judges that update" in poster.reasons[0]
+    simplified = measure(quadratic("exact", alpha=0.3), beta=1.0, curvature=CurvatureOptions(criterion="simplified"))
+    assert simplified.status == "unsafe" and simplified.beta_c == 0 and simplified.alpha_c == pytest.approx(0.25)
+    assert "criterion='exact' judges that update" in simplified.reasons[0]
     report = measure(quadratic("exact", alpha=0.3), beta=1.0)
     assert report.status == "safe" and report.alpha_c == pytest.approx(0.5)
     assert report.beta_c == report.exact_beta_c == pytest.approx(4.08, abs=5e-3)

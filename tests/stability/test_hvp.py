@@ -5,7 +5,6 @@ import pytest
 import scipy.sparse.linalg
 import torch
 import torch.nn.functional as F
-from lightning_maml_guard.stability.plain import PlainProblem
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -14,8 +13,9 @@ from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, GuardWarnin
 from lightning_maml_guard.linalg.operators import FiniteDifference, Jacobian, gradient_of
 from lightning_maml_guard.linalg.pyhessian import largest_eigenvalue
 from lightning_maml_guard.networks import mlp
-from lightning_maml_guard.stability.hvp import Memory
+from lightning_maml_guard.stability.hvp import MeasurementCache, NetworkFacts
 from lightning_maml_guard.stability.krylov_stopping import Krylov, run_lanczos
+from lightning_maml_guard.stability.problems import PlainProblem
 from lightning_maml_guard.tasks.regression import Sinusoid
 from lightning_maml_guard.theory.ritz import rates_from_lanczos
 from tests.helpers import dense_by_differences, one_line, symmetric_top
@@ -66,17 +66,17 @@ def ctc_problem():
 
 @pytest.mark.parametrize("make", [bag_problem, ctc_problem])
 def test_finite_differences_step_in_where_there_is_no_double_backward(make):
-    problem, memory = make(), Memory()
+    problem, cache = make(), MeasurementCache()
     report = measure(
-        problem, beta=0.1, cache=memory, curvature=CurvatureOptions(criterion="simplified", tol=1e-4, max_iter=40)
+        problem, beta=0.1, cache=cache, curvature=CurvatureOptions(criterion="simplified", tol=1e-4, max_iter=40)
     )
     true = true_top(problem)
     assert report.lambda_max == pytest.approx(true, rel=1e-5)
     assert any("no second derivative by double backward" in notice for notice in report.notices)
-    assert set(memory.finite) == {"Hessian"}
+    assert set(cache.facts.finite) == {"Hessian"}
     assert (
         measure(
-            problem, beta=0.1, cache=memory, curvature=CurvatureOptions(criterion="simplified", tol=1e-4, max_iter=40)
+            problem, beta=0.1, cache=cache, curvature=CurvatureOptions(criterion="simplified", tol=1e-4, max_iter=40)
         ).lambda_max
         == report.lambda_max
     )
@@ -117,7 +117,7 @@ def test_an_operator_that_changes_between_products_is_named():
     report = measure(
         plain(network, forgetful),
         beta=0.1,
-        cache=Memory(checked={"Hessian"}),
+        cache=MeasurementCache(NetworkFacts(checked={"Hessian"})),
         curvature=CurvatureOptions(criterion="simplified"),
     )
     assert report.status == "unresolved"

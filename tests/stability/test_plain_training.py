@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning_maml_guard.guard.isolation import isolated
-from lightning_maml_guard.stability.plain import PlainProblem, training_step_problem
 from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, LookaheadOptions, measure
+from lightning_maml_guard.stability.problems import PlainProblem, training_step_problem
+from lightning_maml_guard.utils.isolation import isolated
 from lightning_maml_guard.utils.lightning_compat import LightningModule, Trainer, seed_everything
 from tests.helpers import QUIET, dense_by_differences, dense_hessian, guard_warns, symmetric_top
 

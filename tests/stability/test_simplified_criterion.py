@@ -1,4 +1,4 @@
-"""The poster's theorem against real training runs: Trainer, MetaLearningModule, torch.optim.SGD."""
+"""The theorem of Takagi et al. against real training runs: Trainer, MetaLearningModule, torch.optim.SGD."""
 
 import pytest
 import torch

@@ -98,7 +98,7 @@ def test_it_is_decoded_once_beside_the_data_and_anew_when_the_source_changes(min
     family(mini).setup()
     (first,) = caches(beside)
     assert not list(beside.glob("*.part"))
-    monkeypatch.setattr("lightning_maml_guard.tasks.cache.decode", lambda *_: pytest.fail("decoded twice"))
+    monkeypatch.setattr("lightning_maml_guard.tasks.image_cache.decode", lambda *_: pytest.fail("decoded twice"))
     family(mini).setup()
     monkeypatch.undo()
     victim = mini / "images" / "n00000000.jpg"

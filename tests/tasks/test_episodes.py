@@ -61,7 +61,7 @@ def test_rotations_are_classes_of_their_own():
     ("arguments", "message"),
     [
         ((6, 1, 1, 5, 20), "n_way=6 classes but this split has 5"),
-        ((5, 10, 11, 5, 20), "k_shot=10 . queries=11 different images a class but there are 20"),
+        ((5, 10, 11, 5, 20), "k_shot=10 . queries=11 different images per class but there are 20"),
         ((0, 1, 1, 5, 20), "`n_way` to be an integer of at least 1 but got 0"),
     ],
 )

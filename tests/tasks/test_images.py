@@ -159,5 +159,5 @@ def test_the_folder_comes_from_the_argument_then_the_environment(monkeypatch):
 def test_an_episode_larger_than_the_split_is_refused(folders):
     with pytest.raises(ValueError, match="n_way=5 classes but this split has 3"):
         Omniglot(root=str(folders), n_way=5).setup()
-    with pytest.raises(ValueError, match="different images a class but there are 20"):
+    with pytest.raises(ValueError, match="different images per class but there are 20"):
         Omniglot(k_shot=15, queries=15)

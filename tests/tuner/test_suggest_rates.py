@@ -65,7 +65,7 @@ def test_limits_are_those_of_the_closed_form(criterion, order, alpha_c, curvatur
     assert found.alpha_c == pytest.approx(alpha_c, rel=1e-6) and found.beta_c == pytest.approx(beta_c, rel=1e-6)
     assert found.suggestion() == pytest.approx((0.6 * alpha_c, 0.6 * beta_c), rel=1e-6)
     assert (found.configured_alpha, found.configured_beta, found.status) == (0.1, 0.1, "safe")
-    assert found.trial[1] < found.trial[0] and not found.reasons and not found.notes
+    assert found.lookahead[1] < found.lookahead[0] and not found.reasons and not found.notices
 
 
 def test_the_smallest_limits_over_the_batches_count():
@@ -102,20 +102,20 @@ class Wells(LightningModule):
         return SGD(self.parameters(), lr=0.01)
 
 
-def test_a_meta_rate_whose_trial_dies_is_halved_and_said_so():
+def test_a_meta_rate_whose_lookahead_diverges_is_halved_and_said_so():
     found = suggest_rates(Wells(), loader(torch.zeros(1)))
     assert found.beta_c == pytest.approx(2 / (12 * 0.36 - 4), rel=1e-3)
-    assert "of its critical value, does not survive the coming steps: it was halved 3 times" in found.notes[0]
-    assert found.beta == 0.5 * found.beta_c / 8 and found.trial[1] < 3 * found.trial[0]
+    assert "of its critical value, does not survive the lookahead: it was halved 3 times" in found.notices[0]
+    assert found.beta == 0.5 * found.beta_c / 8 and found.lookahead[1] < 3 * found.lookahead[0]
     assert (
         suggest_rates(Wells(), loader(torch.zeros(1)), lookahead=LookaheadOptions(steps=0)).beta == 0.5 * found.beta_c
     )
 
 
 @pytest.mark.parametrize("algorithm", [None, "value"])
-def test_the_trial_clips_as_the_run_does(algorithm):
+def test_the_lookahead_clips_as_the_run_does(algorithm):
     found = suggest_rates(Wells(), loader(torch.zeros(1)), gradient_clip_val=0.01, gradient_clip_algorithm=algorithm)
-    assert not found.notes and found.beta == 0.5 * found.beta_c
+    assert not found.notices and found.beta == 0.5 * found.beta_c
 
 
 def test_the_runs_precision_is_kept():
@@ -129,7 +129,7 @@ def test_unsafe_rates_get_the_guards_own_verdict():
     module = on_quadratic(beta=3.0)
     found = suggest_rates(module, loader(quadratic_batch(list(VALUES))))
     assert found.status == "unsafe" and found.reasons[0].startswith("beta = 3 exceeds beta_c = 1.39")
-    assert "The coming 10 steps, tried on copies at alpha = 0.1 and beta = 3" in found.reasons[1]
+    assert "The next 10 steps, tried on copies at alpha = 0.1 and beta = 3" in found.reasons[1]
     guard = ConvergenceGuard(action="log")
     fit(module, quadratic_batch(list(VALUES)), 1, [guard])
     assert guard.history[0].status == "unsafe" and guard.history[0].beta_c == found.reports[0].beta_c
@@ -141,8 +141,8 @@ def test_adam_gets_no_invented_meta_rate():
         module, TaskDataModule(Sinusoid(shots=5), meta_batch_size=3), batches=2, lookahead=LookaheadOptions(steps=3)
     )
     assert math.isnan(found.beta) and math.isnan(found.beta_c) and found.status == "unresolved"
-    assert found.alpha == 0.5 * found.alpha_c and found.trial[1] < 3 * found.trial[0]
-    assert found.notes == (
+    assert found.alpha == 0.5 * found.alpha_c and found.lookahead[1] < 3 * found.lookahead[0]
+    assert found.notices == (
         "No meta rate is suggested: Adam has no second moment before its first step, so its preconditioner is not "
         "known yet.",
     )
@@ -150,7 +150,7 @@ def test_adam_gets_no_invented_meta_rate():
     assert "configured 0.001, beta_c not known at the suggested alpha, none suggested" in said
     assert "3 steps tried on copies at alpha" in said
     last = "\n".join(said.splitlines()[4:])
-    assert " ".join(last.split()) == f"The configured rates could not be judged in full. {found.notes[0]}"
+    assert " ".join(last.split()) == f"The configured rates could not be judged in full. {found.notices[0]}"
     matplotlib.use("Agg")
     figure, ax = found.plot()
     assert "suggested alpha, configured beta" in [text.get_text() for text in ax.get_legend().get_texts()]
@@ -173,7 +173,7 @@ def test_what_is_printed_and_drawn():
     assert "\nThe configured rates are at the edge. beta = 1.5 exceeds" in at_edge
     figure, ax = found.plot()
     said = {text.get_text() for text in ax.get_legend().get_texts()}
-    beyond = "poster's curve beyond the measured $\\alpha$"
+    beyond = "simplified curve beyond the measured $\\alpha$"
     assert said == {"safe region, smallest", beyond, "configured rates", "suggested rates"}
     (filled,) = [part for part in ax.collections if part.get_label() == "safe region, smallest"]
     reached = filled.get_paths()[0].get_extents()
@@ -292,15 +292,17 @@ def test_a_part_that_adapts_keeps_its_rates_in_proportion():
 def test_an_optimizer_that_needs_a_closure_is_not_tried():
     module = on_quadratic(optimizer=lambda parameters: LBFGS(parameters, lr=0.1))
     found = suggest_rates(module, loader(quadratic_batch(list(VALUES))))
-    assert math.isnan(found.trial[0]) and math.isnan(found.beta)
-    assert found.notes[0].startswith("The coming steps cannot be tried.")
-    assert found.notes[1].startswith("No meta rate is suggested: ")
+    assert math.isnan(found.lookahead[0]) and math.isnan(found.beta)
+    assert found.notices[0].startswith("The next steps cannot be tried.")
+    assert found.notices[1].startswith("No meta rate is suggested: ")
 
 
 def test_no_curvature_no_suggestion():
     found = suggest_rates(on_quadratic(), loader(quadratic_batch([0.0] * 4)))
     assert math.isnan(found.beta) and found.alpha == 0.1
-    assert "No finite alpha_c was measured" in found.notes[0] and found.notes[1].startswith("No meta rate is suggested")
+    assert "No finite alpha_c was measured" in found.notices[0] and found.notices[1].startswith(
+        "No meta rate is suggested"
+    )
 
 
 def test_an_error_in_the_users_code_is_the_users_to_see():
@@ -322,8 +324,8 @@ def test_an_error_in_the_users_code_is_the_users_to_see():
         ({"datamodule": []}, ValueError, "at least one training batch but got none. Check the length"),
         ({"batches": 0}, ValueError, "`batches` to be an integer of at least 1 but got 0"),
         ({"margin": 1.0}, ValueError, "`margin` to be a number between 0 and 1 but got 1.0"),
-        ({"alarm": 1}, ValueError, "`alarm` to be a finite number above 1 but got 1"),
-        ({"trial_steps": -1}, ValueError, "`trial_steps` to be an integer of at least 0 but got -1"),
+        ({"divergence_ratio": 1}, ValueError, "`divergence_ratio` to be a finite number above 1 but got 1"),
+        ({"steps": -1}, ValueError, "`steps` to be an integer of at least 0 but got -1"),
         ({"criterion": "best"}, ValueError, "`criterion` to be one of"),
         ({"problem": 3}, ValueError, "`problem` to be a function .module, batch. -> MetaProblem but got 3"),
         ({"module": Foreign()}, ValueError, "Expected Foreign to state its problem, for with manual optimisation"),

@@ -1,4 +1,4 @@
-"""Images decoded once into a memory-mapped array, kept until their source changes."""
+"""Images that are decoded once into a memory-mapped array, which is kept until their files change."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lightning_maml_guard.tasks.sources import Source, decode
+from lightning_maml_guard.tasks.image_files import Source, decode
 from lightning_maml_guard.utils.io import fingerprint, replacing, user_cache
 from lightning_maml_guard.utils.warnings import GuardWarning
 
-# Raised when decoding changes, so that no older cache is taken for a new one.
+# Increased when decoding changes, so that older caches are not used.
 _VERSION = 1
 
 
@@ -28,27 +28,27 @@ def cached_images(
     channels: int = 3,
     progress: bool = True,
 ) -> np.ndarray:
-    """Decode images once, and map the result into memory from then on.
+    """Decode images once; map the result into memory from then on.
 
-    The array lies in ``.lmg_cache`` beside the source or, where nothing can be written there, in
-    ``$XDG_CACHE_HOME/lightning_maml_guard`` (``~/.cache``). Its name carries a fingerprint of the files' names, sizes
-    and times or checksums; an array of another fingerprint is decoded anew and the old one removed. It is written to
-    a temporary file and renamed, so that a reader never sees half of one.
+    The array lies in ``.lmg_cache`` beside the source or, if that cannot be written, in
+    ``$XDG_CACHE_HOME/lightning_maml_guard`` (``~/.cache``). Its name contains a fingerprint of the files' names, sizes
+    and times or checksums. If the fingerprint changes, the images are decoded again and the old array is removed. The
+    array is written to a temporary file and renamed, so that no reader sees half of it.
 
     Args:
-        source: Where the images lie.
+        source: Where the images are read from.
         names: Their names, in the order of the array.
-        stamps: What ``source.stamps()`` lists.
+        stamps: What ``source.stamps()`` returns.
         size: Height and width to scale to, in pixels.
         channels: 3 for colours, 1 for grey.
         progress: Show a progress bar while decoding.
 
     Returns:
-        Shape ``(images, channels, size, size)``, uint8, memory-mapped; writes to it do not reach the file.
+        Shape ``(images, channels, size, size)``, uint8, memory-mapped; writing to it does not change the file.
 
     Raises:
         DatasetError: If an image is damaged; the message names it.
-        PermissionError: If neither folder can be written to.
+        PermissionError: If neither folder can be written.
     """
     content = fingerprint(json.dumps([_VERSION, [[name, *stamps[name]] for name in names]]))[:24]
     place = fingerprint(str(source.path.resolve()))[:8]
@@ -85,7 +85,7 @@ def cached_images(
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    # "c": a private copy on write, since torch refuses to share memory it must not write to.
+    # "c": a private copy on write; torch does not share read-only memory.
     try:
         array = np.load(path, mmap_mode="c", allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -101,10 +101,10 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 def _writable(folder: Path) -> bool:
     present = next(each for each in (folder, *folder.parents) if each.is_dir())
     if not present.stat().st_mode & 0o222:
-        return False  # root could write there all the same, but whoever marked it read-only meant it
+        return False  # root could still write there, but the folder was made read-only on purpose
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return True
-    except OSError:  # no right to write, a read-only file system, a file in the folder's place: the answer is no
+    except OSError:  # no permission, a read-only file system, or a file in the place of the folder
         return False

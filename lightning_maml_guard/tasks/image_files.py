@@ -1,4 +1,4 @@
-"""Where image files come from: a folder or a zip archive, read in place, never unpacked."""
+"""Where image files are read from: a folder or a zip archive, read in place and never unpacked."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ IMAGES = (".png", ".jpg", ".jpeg")
 
 
 class DatasetError(FileNotFoundError):
-    """A data set is missing or damaged; the message says where to put what."""
+    """A data set is missing or damaged; the message says what to put where."""
 
 
 def data_root(root: str | os.PathLike[str] | None) -> Path:
-    """Find the folder the data sets lie in.
+    """Return the folder of the data sets.
 
     Args:
         root: The folder, or None for the environment variable ``LMG_DATA``, then ``./data``.
@@ -33,7 +33,7 @@ def data_root(root: str | os.PathLike[str] | None) -> Path:
 
 
 class Source(ABC):
-    """Files by relative name (with ``/``), wherever they lie.
+    """Files by relative name (with ``/``), in a folder or an archive.
 
     Attributes:
         path: The folder or archive.
@@ -72,7 +72,7 @@ class FolderSource(Source):
         self.path = path
 
     def stamps(self) -> dict[str, tuple[int, int]]:
-        """List the files by size and time of change.
+        """List the files with their size and modification time.
 
         Returns:
             Size in bytes and modification time in ns, by name.
@@ -81,7 +81,7 @@ class FolderSource(Source):
         seen: set[str] = set()
         for folder, folders, files in os.walk(self.path, followlinks=True):
             seen.add(os.path.realpath(folder))
-            # Hidden folders hold no data; a link back to where the walk has been would never end.
+            # Hidden folders hold no data; a link to a folder visited before would make an endless walk.
             folders[:] = [
                 each
                 for each in folders
@@ -123,7 +123,7 @@ class ZipSource(Source):
             raise DatasetError(f"{path} is damaged ({error}). Download or copy it again.") from error
 
     def stamps(self) -> dict[str, tuple[int, int]]:
-        """List the members by size and checksum, without what a Mac adds.
+        """List the members with their size and checksum, without those that macOS adds.
 
         Returns:
             Size in bytes and CRC, by name.
@@ -150,14 +150,24 @@ class ZipSource(Source):
             raise DatasetError(f"{name} in {self.path} is damaged ({error}). Download or copy it again.") from error
 
 
-def decode(data: bytes, name: str, size: int, channels: int = 3) -> np.ndarray:
+def decode(
+    data: bytes,
+    name: str,
+    size: int,
+    channels: int = 3,
+    *,
+    formats: tuple[str, ...] = ("PNG", "JPEG"),
+    box: bool = False,
+) -> np.ndarray:
     """Decode an image.
 
     Args:
-        data: The file's bytes.
-        name: What the error calls it.
-        size: Height and width to scale it to, in pixels; one that has them is left as it is.
+        data: The bytes of the file.
+        name: Name of the file, for the error.
+        size: Height and width to scale to, in pixels; an image of this size is left as it is.
         channels: 3 for colours, 1 for grey.
+        formats: Formats that are read.
+        box: Average over boxes of pixels when scaling, instead of interpolating.
 
     Returns:
         Shape ``(channels, size, size)``, uint8.
@@ -168,11 +178,11 @@ def decode(data: bytes, name: str, size: int, channels: int = 3) -> np.ndarray:
     from PIL import Image
 
     try:
-        # The formats by name: asked to guess, Pillow hands an EPS file to Ghostscript, which runs it.
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+        # The formats are named: to guess one, Pillow hands an EPS file to Ghostscript, which runs it.
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             whole = image.convert("RGB" if channels == 3 else "L")
             if whole.size != (size, size):
-                whole = whole.resize((size, size), Image.Resampling.BILINEAR)
+                whole = whole.resize((size, size), Image.Resampling.BOX if box else Image.Resampling.BILINEAR)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
         raise DatasetError(f"The image {name} is damaged ({error}). Unpack or copy it again.") from error
     pixels = np.asarray(whole, dtype=np.uint8)
@@ -183,16 +193,16 @@ def read_split(source: Source, name: str, folder: str, known: Container[str]) ->
     """Read a split file, a csv with the columns ``filename`` and ``label``.
 
     Args:
-        source: Where it lies.
+        source: Where it is read from.
         name: Its name there.
-        folder: Prefix of the images' names, ``"images/"`` say.
-        known: The names there are.
+        folder: Prefix of the names of the images, for example ``"images/"``.
+        known: All names in the source.
 
     Returns:
         Names of the images by label, both in sorted order.
 
     Raises:
-        DatasetError: If it is no such file, or if it names a file that is not there or lies outside the folder.
+        DatasetError: If it is not such a file, or if it names a file that does not exist or lies outside the folder.
     """
     where = f"{name} of {source.path}"
     try:

@@ -1,4 +1,4 @@
-"""The outer optimizer and its schedule, from the functions that users give."""
+"""The outer optimizer and its learning-rate schedule, made by the functions that users pass."""
 
 from __future__ import annotations
 
@@ -17,15 +17,7 @@ SchedulerFactory = Callable[[Optimizer], Any]
 
 
 def check_factories(optimizer: OptimizerFactory | None, lr_scheduler: SchedulerFactory | None) -> None:
-    """Refuse what can't be called to make an optimizer or a scheduler.
-
-    Args:
-        optimizer: ``parameters -> optimizer``, or None.
-        lr_scheduler: ``optimizer -> scheduler``, or None.
-
-    Raises:
-        TypeError: If one is not callable.
-    """
+    """Raise if one of them cannot be called to make an optimizer or a scheduler."""
     if optimizer is not None:
         check_function("optimizer", optimizer, "parameters -> optimizer", "lambda params: SGD(params, lr=0.1)")
     if lr_scheduler is not None:
@@ -41,20 +33,9 @@ def make_optimizer(
     lr_scheduler: SchedulerFactory | None,
     precision: str = "",
 ) -> Any:
-    """Make the optimizer of a module.
+    """Return the optimizer, or what Lightning takes for an optimizer with a scheduler.
 
-    Args:
-        named: The module's parameters by name; those that require a gradient go to the optimizer.
-        trained: Those that the meta-gradient moves.
-        optimizer: ``parameters -> optimizer``; None: Adam with lr 1e-3.
-        lr_scheduler: ``optimizer -> scheduler``, or None.
-        precision: The Trainer's.
-
-    Returns:
-        The optimizer, or what Lightning takes for an optimizer with a scheduler.
-
-    Raises:
-        TypeError: If one of the functions returned something else.
+    The optimizer gets all ``named`` parameters that require a gradient; the meta-gradient moves only the ``trained``.
     """
     known = {id(value) for value in trained}
     parameters = [value for value in named.values() if value.requires_grad]
@@ -67,8 +48,8 @@ def make_optimizer(
             stacklevel=3,
         )
     if optimizer is None:
-        # One kernel a step instead of a dozen a parameter: a fifth of a small network's step. In mixed precision
-        # Lightning refuses to clip the gradients of an optimizer that unscales them itself, as a fused one would.
+        # One kernel per step instead of a dozen per parameter: a fifth of a small network's step. In mixed precision
+        # Lightning does not clip the gradients of an optimizer that unscales them itself, as a fused one would.
         fused = "mixed" not in precision and all(
             each.device.type in {"cpu", "cuda"} and each.is_floating_point() for each in parameters
         )

@@ -1,0 +1,329 @@
+"""Every reason has words, in full; and nothing reads them back."""
+
+import ast
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy, of_error
+from lightning_maml_guard.messages.sentences import (
+    IN_PYTHON,
+    announced,
+    cause,
+    left_safe_region,
+    rates,
+    remedy,
+    returned,
+    sentence,
+    sentences,
+)
+
+PACKAGE = Path(__file__).parents[2] / "lightning_maml_guard"
+MEASURED = {"interval": (0.6, 0.65), "hvps": 12, "step": 3}
+FAILED = {"error": "OSError", "detail": "disk full", "where": "data.py, line 3, in load"}
+nan = math.nan
+
+# An example of each kind.
+EXAMPLES = [
+    (
+        Reason(
+            Kind.ABOVE_LIMIT,
+            rate="beta",
+            value=1.5,
+            limit=0.625,
+            margin=0.9,
+            effect="grows",
+            growth=3.8,
+            remedy=Remedy.LOWER_BETA,
+            **MEASURED,
+        ),
+        "beta = 1.5 exceeds 0.9 * beta_c = 0.562 (interval 0.6 to 0.65, 12 Hessian-vector products, step"
+        " 3): the meta update grows along the sharpest direction by 3.8 per step. Lower the optimizer's "
+        "lr below 0.562.",
+    ),
+    (
+        Reason(Kind.TOO_CLOSE, rate="alpha", value=0.24, limit=0.25, remedy=Remedy.MEASURE_SHARPER, **MEASURED),
+        "alpha = 0.24 is too close to alpha_c = 0.25 (interval 0.6 to 0.65, 12 Hessian-vector products, "
+        "step 3) to be called safe or unsafe. Raise max_iter or lower tol for a sharper answer.",
+    ),
+    (
+        Reason(Kind.NOT_JUDGED, rate="beta", detail="Adamax is not known."),
+        "beta is not judged: Adamax is not known.",
+    ),
+    (
+        Reason(Kind.NO_CURVATURE, hvps=2, step=0),
+        "The loss has no curvature at these parameters and this batch (2 Hessian-vector products, step "
+        "0), so no limit follows; that is not the same as safe. ReLU networks with dead units and losses"
+        " that are linear look like this.",
+    ),
+    (
+        Reason(Kind.NOT_MEASURED, detail="The task loss is nan."),
+        "The curvature could not be measured: The task loss is nan.",
+    ),
+    (
+        Reason(Kind.NO_EXACT_LIMIT, error="RuntimeError", detail="no second derivative"),
+        "exact_beta_c could not be measured (RuntimeError: no second derivative); the simplified "
+        "criterion is still checked.",
+    ),
+    (
+        Reason(Kind.NO_DOUBLE_BACKWARD, what="Hessian", detail="not implemented"),
+        "Hessian: this network has no second derivative by double backward (not implemented), so its "
+        "curvature is measured by finite differences of gradients (less sharp, two gradients per "
+        "product).",
+    ),
+    (
+        Reason(Kind.WRONG_DOUBLE_BACKWARD, what="meta-update", value=0.25),
+        "meta-update: the second derivative by double backward disagrees with finite differences by "
+        "25.0%: a layer's double backward is wrong (a custom autograd Function without one, a reentrant "
+        "checkpoint). The curvature is measured by finite differences of gradients instead.",
+    ),
+    (
+        Reason(
+            Kind.LOOKAHEAD_DIVERGES,
+            losses=(2.0, 1234.5, 1.0),
+            steps=10,
+            alpha=0.05,
+            beta=1.5,
+            remedy=Remedy.LOWER_BETA_UNSPECIFIED,
+        ),
+        "The next 10 steps, tried on copies at alpha = 0.05 and beta = 1.5, take the loss from 2 to "
+        "1.23e+03 (training started from 1). The curvature at this point alone does not explain it: it "
+        "changes along the way. Lower the optimizer's lr.",
+    ),
+    (
+        Reason(Kind.LOSS_NOT_FINITE, losses=(nan, nan, 1.0), remedy=Remedy.START_AGAIN),
+        "The loss is nan already, so no rate brings this run back; ConvergenceGuard(action='rescale', "
+        "rollback=True) returns a run to the last parameters measured safe. Start again with lower "
+        "rates.",
+    ),
+    (
+        Reason(Kind.CHECK_FAILED, step=6, **FAILED),
+        "the check at step 6 failed; training goes on without it.\n"
+        "Cause: OSError: disk full (data.py, line 3, in load).\n"
+        "To do: If it comes from code of yours (the problem, the loss, a logger), fix it there. This is "
+        "said once for each cause.",
+    ),
+    (
+        Reason(Kind.TASK_FAILED, what="roll the last step back", error="OSError", detail="disk full"),
+        "could not roll the last step back; training goes on.\nCause: OSError: disk full",
+    ),
+    (
+        Reason(Kind.NO_LOOKAHEAD, detail="LBFGS needs a closure."),
+        "judging by curvature alone, for the next steps cannot be tried. LBFGS needs a closure.",
+    ),
+    (
+        Reason(Kind.NO_GRADIENT_NORM, error="OSError", detail="disk full"),
+        "between checks it looks when the loss jumps, but not when the gradient norm does: the norm "
+        "could not be computed.\n"
+        "Cause: OSError: disk full",
+    ),
+    (
+        Reason(Kind.NO_SNAPSHOT, step=20, steps=10, error="MemoryError", detail="no room"),
+        "parameters and optimizer state could not be copied at step 20, so a rollback goes to step 10. "
+        "snapshot_device='cpu' keeps the copy off the device.\n"
+        "Cause: MemoryError: no room",
+    ),
+    (
+        Reason(Kind.NETWORK_COLLAPSED, step=15, value=0.5, limit=10.0, losses=(nan, 0.98, 1.0)),
+        "step 15 is stable, but the run may have lost its network.\n"
+        "Why: lambda_max = 0.5 is 0.05 of what it was, while the loss (0.98) is near where training "
+        "started (1): this happens when ReLUs have died, and no rate brings them back.\n"
+        "To do: Start again with lower rates (ConvergenceGuard(action='rescale', margin=0.5) keeps them "
+        "lower), or with another activation.",
+    ),
+    (
+        Reason(Kind.BAREBONES),
+        "nothing is done in this run: Trainer(barebones=True) asks for no logging and no extra work.",
+    ),
+    (
+        Reason(Kind.ROLLED_BACK, step=15, steps=10, losses=(nan, nan, nan), counts=(1, 10), alpha=0.05, beta=0.05),
+        "the loss was nan at step 15, so parameters and optimizer state were rolled back to step 10 and "
+        "the batches since are skipped (rollback 1 of at most 10).\n"
+        "Applied from now on: alpha = 0.05, beta = 0.05.",
+    ),
+    (
+        Reason(Kind.ROLLED_BACK_AT_END, step=20, steps=10, losses=(nan, 1e4, 1.0)),
+        "after the last step the loss was 1e+04 (training started at 1), so parameters and optimizer "
+        "state were rolled back to step 10.",
+    ),
+    (
+        Reason(Kind.TOO_MANY_ROLLBACKS, step=15, losses=(nan, nan, nan), counts=(2, 2)),
+        "The loss was nan at step 15 after 2 rollbacks (max_rollbacks), each with lower rates: the rates"
+        " are not what is wrong here. Look at the data, the loss and the precision.",
+    ),
+    (
+        Reason(Kind.NO_ALPHA_LIMIT),
+        "No finite alpha_c was measured, so the configured inner rate stays.",
+    ),
+    (
+        Reason(Kind.NO_BETA_SUGGESTED, because=Reason(Kind.NOT_JUDGED, rate="beta", detail="Adamax is not known.")),
+        "No meta rate is suggested: Adamax is not known.",
+    ),
+    (
+        Reason(Kind.BETA_HALVED, beta=0.5, margin=0.9, steps=3),
+        "beta = 0.5, 0.9 of its critical value, does not survive the lookahead: it was halved 3 times.",
+    ),
+    (
+        Reason(Kind.NO_BETA_SURVIVES, value=0.5, beta=0.001),
+        "No beta from 0.5 down to 0.001 survives the lookahead.",
+    ),
+    (
+        Reason(Kind.TEXT, detail="Said by an older version."),
+        "Said by an older version.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("reason", "words"), EXAMPLES, ids=[reason.kind.name for reason, _ in EXAMPLES])
+def test_a_reason_is_worded(reason, words):
+    assert sentence(reason) == words
+
+
+def test_every_kind_has_an_example_and_words_for_a_reason_that_knows_nothing_more():
+    assert {reason.kind for reason, _ in EXAMPLES} == set(Kind)
+    for kind in Kind:
+        for reason in (Reason(kind), Reason(kind, rate="beta", detail="x", step=1, because=Reason(kind, detail="x"))):
+            assert announced(reason).startswith("ConvergenceGuard: ")
+            assert cause(reason) or (kind is Kind.TEXT and not reason.detail)
+
+
+REMEDIES = {
+    Remedy.NONE: "",
+    Remedy.LOWER_ALPHA: "Lower the inner rate (inner_lr) below 0.225.",
+    Remedy.LOWER_ALPHA_FIRST: "Lower the inner rate first.",
+    Remedy.LOWER_BETA: "Lower the optimizer's lr below 0.225.",
+    Remedy.LOWER_BETA_IF_STILL_ABOVE: "Lower the optimizer's lr only if it exceeds beta_c at the lowered inner rate too: "
+    "beta_c moves with alpha.",
+    Remedy.LOWER_BETA_UNSPECIFIED: "Lower the optimizer's lr.",
+    Remedy.MEASURE_SHARPER: "Raise max_iter or lower tol for a sharper answer.",
+    Remedy.START_AGAIN: "Start again with lower rates.",
+}
+
+
+@pytest.mark.parametrize("what", Remedy, ids=lambda each: each.name)
+def test_every_remedy_has_words(what):
+    assert remedy(Reason(Kind.TEXT, limit=0.25, margin=0.9, remedy=what)) == REMEDIES[what]
+
+
+BETA = next(reason for reason, _ in EXAMPLES if reason.kind is Kind.ABOVE_LIMIT)
+ALPHA = Reason(Kind.ABOVE_LIMIT, rate="alpha", value=0.4, limit=0.25, interval=(0.2, 0.3), remedy=Remedy.LOWER_ALPHA)
+
+
+@pytest.mark.parametrize(
+    ("reason", "ending"),
+    [
+        (replace(BETA, growth=nan), "the meta update grows along the sharpest direction."),
+        (replace(BETA, effect="no stable rate"), "no positive meta rate is stable while alpha exceeds alpha_c."),
+        (replace(BETA, effect="within the margin"), "the meta update is nearer to its limit than the margin allows."),
+        (
+            replace(ALPHA, effect="inner loop"),
+            "the inner loop itself diverges: along the sharpest direction each inner step multiplies the error by "
+            "|1 - alpha*lambda_max| > 1.",
+        ),
+        (
+            replace(ALPHA, effect="first order"),
+            "first-order MAML's update, lambda*(1 - alpha*lambda)^K, turns against the sharpest direction, so no meta "
+            "rate brings it to a minimum.",
+        ),
+        (
+            replace(ALPHA, effect="simplified", order="first"),
+            "simplified MAML's objective, lambda - alpha*lambda^2, curves downwards along the sharpest direction, so no "
+            "meta rate brings it to a minimum. (This is the simplified criterion; it holds for first-order MAML with one "
+            "inner step.)",
+        ),
+    ],
+)
+def test_an_effect_of_a_rate_above_its_limit_is_worded(reason, ending):
+    assert cause(reason).endswith(f": {ending}")
+
+
+def test_where_only_a_part_is_known_the_rest_is_left_out():
+    known = Reason(Kind.LOOKAHEAD_DIVERGES, losses=(2.0, 99.0, 1.0), steps=10, beta=1.5)
+    assert sentence(known) == (
+        "The next 10 steps, tried on copies at beta = 1.5, take the loss from 2 to 99 (training started from 1)."
+    )
+    assert "so there is nothing to roll back to." in sentence(Reason(Kind.NO_SNAPSHOT, step=0, steps=-1, **FAILED))
+    assert sentence(Reason(Kind.ROLLED_BACK_AT_END, steps=10)) == (
+        "the last step made parameters non-finite, so parameters and optimizer state were rolled back to step 10."
+    )
+    halved = Reason(Kind.ROLLED_BACK, step=15, steps=10, counts=(1, 10), beta=0.05, effect="halved")
+    assert sentence(halved).endswith(
+        "The curvature there could not be measured, so the meta rate is halved: beta = 0.05."
+    )
+    for effect, why in {"none is stable": "none is stable at this inner rate.", "": "it is not known."}.items():
+        assert sentence(Reason(Kind.NO_BETA_SUGGESTED, effect=effect)) == f"No meta rate is suggested: {why}"
+    assert rates(nan, 0.5) == "beta = 0.5" and rates(0.1, 0.5) == "alpha = 0.1, beta = 0.5"
+
+
+def test_a_message_of_unsafe_rates_has_a_line_for_each_cause_and_each_remedy_once():
+    said = left_safe_region(7, [ALPHA, BETA, BETA], ["Training stops."], IN_PYTHON).splitlines()
+    assert said[0] == "ConvergenceGuard: the learning rates left the safe region at step 7."
+    assert said[1:4] == [f"Why: {cause(each)}" for each in (ALPHA, BETA, BETA)]
+    assert said[4:] == [f"To do: {remedy(ALPHA)}", f"To do: {remedy(BETA)}", "Training stops."]
+
+
+def test_of_a_return_what_is_true_is_said():
+    start = "ConvergenceGuard: step 8: "
+    assert returned(8, safe=True, applied=0.1, configured=1.5) == f"{start}the rates are back in the safe region."
+    assert returned(8, safe=False, applied=0.1, configured=1.5) == (
+        f"{start}the next steps survive at the applied beta = 0.1 (configured: 1.5)."
+    )
+    assert returned(8, safe=False, applied=1.5, configured=1.5) == (
+        f"{start}the next steps survive again, at the edge of stability."
+    )
+
+
+def test_an_announcement_names_the_step_once():
+    assert announced(BETA).startswith("ConvergenceGuard: step 3: beta = 1.5 exceeds")
+    failed = Reason(Kind.CHECK_FAILED, step=6, **FAILED)
+    assert announced(failed).startswith("ConvergenceGuard: the check at step 6 failed")
+    assert sentences([BETA, failed]) == (sentence(BETA), sentence(failed))
+
+
+def test_an_exception_becomes_a_reason_with_the_place_it_came_from():
+    try:
+        {}["gone"]
+    except KeyError as error:
+        reason = of_error(Kind.CHECK_FAILED, error, step=2)
+    assert (reason.error, reason.detail, reason.step) == ("KeyError", "'gone'", 2)
+    assert reason.where.startswith("test_sentences.py, line ") and reason.where.endswith(
+        "in test_an_exception_becomes_a_reason_with_the_place_it_came_from"
+    )
+    assert of_error(Kind.CHECK_FAILED, ValueError("x")).where == ""
+
+
+def test_reasons_are_the_same_if_they_differ_in_numbers_alone():
+    assert BETA.key == replace(BETA, value=2.0, limit=0.5, step=90, growth=nan).key
+    assert len({BETA.key, ALPHA.key, Reason(Kind.TOO_CLOSE, rate="beta").key}) == 3
+    failed = Reason(Kind.CHECK_FAILED, where="a.py, line 3", error="OSError", detail="byte 17")
+    assert failed.key == replace(failed, detail="byte 18").key != replace(failed, where="a.py, line 4").key
+    note = Reason(Kind.NOT_JUDGED, rate="beta", detail="Adamax is not known.")
+    assert note.key != replace(note, detail="Rprop is not known.").key
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+@pytest.mark.parametrize("room", ["guard", "stability", "tuner"])
+def test_no_sentence_is_parsed(room):
+    """What holds the data reads the data: no regular expression, and no word of a sentence looked for in one."""
+    paths = sorted((PACKAGE / room).glob("*.py"))
+    assert len(paths) > 2
+    assert not [path.name for path in paths if {"re", "regex"} & set(imported(path))]
+    texts = ("Lower the", "Raise max_iter", "Start again", "exceeds", "is not judged", "left the safe region")
+    found = [
+        (path.name, node.lineno)
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Compare | ast.Call)
+        for part in (node.left if isinstance(node, ast.Compare) else node, *getattr(node, "args", ()))
+        if isinstance(part, ast.Constant) and isinstance(part.value, str) and part.value.strip().startswith(texts)
+    ]
+    assert not found
