@@ -15,7 +15,7 @@ from lightning_maml_guard.cli.errors import (
     wrong_option,
 )
 from lightning_maml_guard.guard.convergence_guard import ConvergenceGuard
-from lightning_maml_guard.messages.sentences import Spelling
+from lightning_maml_guard.messages.spelling import Spelling
 from lightning_maml_guard.tuner.suggestion import RateSuggestion
 from lightning_maml_guard.utils.lightning_compat import (
     Callback,

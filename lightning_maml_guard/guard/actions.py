@@ -8,10 +8,10 @@ from typing import ClassVar
 from lightning_maml_guard.guard.lookahead import Caps, Lookahead, LookaheadResult
 from lightning_maml_guard.guard.rescale import at_limits, lowered, raised
 from lightning_maml_guard.guard.state_machine import Transition
-from lightning_maml_guard.messages.sentences import Spelling, rates
+from lightning_maml_guard.messages.sentences import rates
+from lightning_maml_guard.messages.spelling import Spelling
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import UNSAFE
-from lightning_maml_guard.utils.checks import check_choice
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,3 @@ class Stop(Action):
 
 # A new action is a class above and a row here.
 ACTIONS: dict[str, Action] = {"log": Log(), "warn": Warn(), "rescale": Rescale(), "stop": Stop()}
-
-
-def check_action(name: str) -> None:
-    """Raise a ValueError if there is no action of that name."""
-    check_choice("action", name, tuple(ACTIONS))

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from lightning_maml_guard.guard.actions import ACTIONS, Action, check_action
+from lightning_maml_guard.guard.actions import ACTIONS, Action
 from lightning_maml_guard.guard.check import Check
-from lightning_maml_guard.guard.divergence import gradient_norm
-from lightning_maml_guard.guard.loggers import logger_step
-from lightning_maml_guard.guard.lookahead import LookaheadOptions, check_lookahead
+from lightning_maml_guard.guard.loggers import logger_step, takes_no_steps
+from lightning_maml_guard.guard.lookahead import LookaheadOptions
 from lightning_maml_guard.guard.report import CheckReport, frame
-from lightning_maml_guard.guard.run import GuardedRun
+from lightning_maml_guard.guard.run import GuardedRun, check_settings, check_watchable
 from lightning_maml_guard.guard.schedule import SCHEDULED
 from lightning_maml_guard.guard.state import Event, from_checkpoint, to_checkpoint
-from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
-from lightning_maml_guard.messages.sentences import IN_PYTHON, Spelling, sentences
-from lightning_maml_guard.stability.options import CurvatureOptions, check_curvature
-from lightning_maml_guard.stability.problems import ProblemSource, has_meta_problem
-from lightning_maml_guard.theory.limits import check_margin
-from lightning_maml_guard.utils.checks import check_count, check_device, check_flag, check_number
+from lightning_maml_guard.messages.reasons import Kind, Reason
+from lightning_maml_guard.messages.sentences import sentences
+from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling
+from lightning_maml_guard.stability.options import CurvatureOptions
+from lightning_maml_guard.stability.problems import ProblemSource
 from lightning_maml_guard.utils.lightning_compat import (
     Callback,
-    MisconfigurationException,
     check_strategy,
     ranks_of,
 )
@@ -40,8 +34,8 @@ if TYPE_CHECKING:
 class ConvergenceGuard(Callback):
     """Watches whether a MAML run's learning rates can converge, and acts when they cannot.
 
-    A check comes before a step and uses the batch the step will use. It does two things. It estimates the task loss's
-    Hessian eigenvalues and compares the inner rate with ``alpha_c = 1/lambda_max`` and the meta rate with
+    A check comes before a step and uses the batch the step will use. It estimates the task loss's Hessian eigenvalues
+    and compares the inner rate with ``alpha_c = 1/lambda_max`` and the meta rate with
     ``beta_c = min_i 2/(lambda_i - alpha*lambda_i^2)`` (Takagi et al.) or with the limits of the update as configured,
     for the optimizer as it runs. And it *looks ahead*: it tries the next steps on copies of parameters and optimizer
     state; a lookahead that does not pass is repeated from two other batches, and the median counts. A ratio above 1
@@ -49,10 +43,9 @@ class ConvergenceGuard(Callback):
     the loss to ``divergence_ratio`` times the one training started from; a rate beyond its critical value whose
     lookahead survives is at the ``edge``, which is logged and not warned about. Without a lookahead the ratios decide.
 
-    Checks come every ``every_n_steps`` steps, and between them when the loss or the gradient norm of a step leaves its
-    running range: then the lookahead goes first, and the curvature is measured only if it fails. A check leaves random
-    states, buffers, gradients and logged values as they were; if it fails, training goes on with one warning that says
-    why.
+    Between scheduled checks a jump of the loss or the gradient norm calls one: then the lookahead goes first, and the
+    curvature is measured only if it fails. A check leaves random states, buffers, gradients and logged values as they
+    were; if it fails, training goes on with one warning that says why.
 
     ===========  ================================================================================
     action       effect when the rates are unsafe
@@ -60,11 +53,9 @@ class ConvergenceGuard(Callback):
     ``log``      none: the numbers are logged
     ``warn``     one warning each time the state changes to unsafe
     ``rescale``  the applied rates are capped at ``margin`` times their critical values, or lower
-                 if the lookahead does not survive there or ends lower below; later checks release
-                 them by half as much again and to the critical values at most. The schedule is
-                 never touched
-    ``stop``     the Trainer is asked to stop (after the step at hand; with ``min_steps`` it goes on
-                 until then); ``stopped_step`` and ``stopping_reason`` say when and why
+                 if the lookahead does not survive there; later checks release them. The schedule
+                 is never touched
+    ``stop``     the Trainer is asked to stop (``stopped_step``, ``stopping_reason``)
     ===========  ================================================================================
 
     The defaults were chosen on GuardBench's tuning set; its figures are in ``docs/benchmarks.md``.
@@ -88,12 +79,9 @@ class ConvergenceGuard(Callback):
         snapshot_device: Where that copy is kept (``"cpu"``); None: beside the parameters.
         max_cost: Without ``every_n_steps``: share of the training's work that checks may take, counted in gradients
             and matrix-vector products, so that the same run checks at the same steps. A check is left out until the
-            steps taken pay for it. The first one comes at any cost, the second too if the first could not judge the
-            meta rate (Adam before its first step), and one of a loss beyond ``divergence_ratio``; a jump of the loss
-            or the gradient has a few on credit, each after twice the wait of the last.
-        figures: Whether TensorBoard, Weights & Biases and MLflow get the spectrum's histogram with every check, and
-            the pictures of safe region and spectrum when the state changes and at the end. Other loggers get numbers
-            alone.
+            steps taken pay for it, but for the first ones and that of a diverged loss (``docs/guide.md``).
+        figures: Whether TensorBoard, Weights & Biases and MLflow get pictures of the safe region and the spectrum
+            beside the numbers.
         history_size: Checks that ``history`` and ``severities`` keep, the latest ones. Loggers get all of them.
         allow_untested: Whether to go on under a strategy the guard was not tested with (FSDP, DeepSpeed and others
             that split a module). A check that fails there is one warning, as ever.
@@ -141,39 +129,16 @@ class ConvergenceGuard(Callback):
         allow_untested: bool = False,
     ) -> None:
         super().__init__()
-        check_number("max_cost", max_cost, above=0, below=1)
         # A number of steps is taken at its word.
-        self.max_cost = float(max_cost) if every_n_steps is None else None
         self.every_n_steps = 100 if every_n_steps is None else every_n_steps
-        for name, number in (
-            ("every_n_steps", self.every_n_steps),
-            ("patience", patience),
-            ("max_rollbacks", max_rollbacks),
-            ("history_size", history_size),
-        ):
-            check_count(name, number)
-        check_action(action)
-        for name, flag in (("rollback", rollback), ("figures", figures), ("allow_untested", allow_untested)):
-            check_flag(name, flag)
-        check_device("snapshot_device", snapshot_device)
-        if problem is not None and not callable(problem):
-            raise ValueError(
-                f"Expected argument `problem` to be a function (pl_module, batch) -> MetaProblem but got {problem!r}. "
-                "Pass such a function, or None for the module's own `meta_problem`."
-            )
-        check_margin(margin)
-        check_curvature(curvature)
-        check_lookahead(lookahead)
-        if rollback and not (ACTIONS[action].caps_rates and lookahead.steps):
-            raise ValueError(
-                "rollback=True rolls a run back and lowers its rates until a lookahead survives, so it needs "
-                f"action='rescale' and lookahead steps of at least 1 but got {action!r} and {lookahead.steps}. Set "
-                "both, or leave `rollback` out."
-            )
-        self.action, self.margin, self.patience = action, float(margin), patience
+        self.max_cost: float | None = max_cost
+        self.action, self.margin, self.patience = action, margin, patience
         self.curvature, self.lookahead, self.problem = curvature, lookahead, problem
         self.rollback, self.max_rollbacks, self.snapshot_device = rollback, max_rollbacks, snapshot_device
         self.figures, self.history_size, self.allow_untested = figures, history_size, allow_untested
+        check_settings(self)
+        self.margin = float(margin)
+        self.max_cost = float(max_cost) if every_n_steps is None else None
         self._inert = False
         self._run = GuardedRun(self)
 
@@ -271,17 +236,7 @@ class ConvergenceGuard(Callback):
         """Check that there is something to measure, and start anew (a resumed run restores its state next)."""
         if stage != "fit":
             return
-        if self.problem is None and not has_meta_problem(pl_module) and not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"ConvergenceGuard cannot watch the training_step of {type(pl_module).__name__}: with manual "
-                "optimisation it takes optimizer steps of its own. Give the module a method meta_problem(batch) -> "
-                "MetaProblem, or pass ConvergenceGuard(problem=lambda module, batch: MetaProblem(...))."
-            )
-        if trainer.world_size > 1 and self.curvature.estimator == "pyhessian":
-            raise MisconfigurationException(
-                f"ConvergenceGuard(estimator='pyhessian') measures one process's loss, but {trainer.world_size} train "
-                "together. Use estimator='lanczos', whose products are averaged over them."
-            )
+        check_watchable(self, trainer, pl_module)
         check_strategy(trainer, self.allow_untested)
         self._inert = bool(getattr(trainer, "barebones", False))
         self._run = GuardedRun(self, inert=self._inert, ranks=ranks_of(trainer))
@@ -298,7 +253,7 @@ class ConvergenceGuard(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Check, if it is time or the last step was out of its range, before the batch is used."""
-        if self._inert or _takes_no_steps(trainer):
+        if self._inert or takes_no_steps(trainer):
             return
         run = self._run
         if self.lookahead.steps:
@@ -319,34 +274,13 @@ class ConvergenceGuard(Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Keep the norm of the gradient at hand."""
-        if not self.lookahead.triggers or not self.lookahead.steps or self._inert:
-            return
-        try:
-            self._run.norm = gradient_norm(optimizer)
-        except Exception as error:
-            self._run.announce(of_error(Kind.NO_GRADIENT_NORM, error))
+        if self.lookahead.triggers and self.lookahead.steps and not self._inert:
+            self._run.take_gradient(optimizer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Compare the step's loss and gradient norm with those of the steps before."""
-        loss: Any = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if self._inert or _takes_no_steps(trainer) or not self.lookahead.steps:
-            return
-        run = self._run
-        known = isinstance(loss, torch.Tensor) and loss.numel() == 1
-        value = float(loss.item()) if known else math.nan
-        norm = math.nan if run.norm is None else float(run.norm)
-        run.norm = None
-        if run.cache.ranks.size > 1:
-            # On every rank, whatever it has: one that stayed away would leave the others waiting.
-            had = torch.tensor([float(known), value, norm], device=trainer.strategy.root_device)
-            share, value, norm = trainer.strategy.reduce(had, reduce_op="mean").tolist()
-            known = share == 1
-        if not known:
-            return
-        value *= trainer.accumulate_grad_batches
-        told = run.machine.unsafe and not self.acting.caps_rates
-        if run.state.statistics.update(value, norm) and self.lookahead.triggers and not told:
-            run.schedule.spike(diverged=run.state.statistics.diverged(value, self.lookahead.divergence_ratio))
+        if not self._inert and not takes_no_steps(trainer) and self.lookahead.steps:
+            self._run.take_step(outputs.get("loss") if isinstance(outputs, dict) else outputs, trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Roll back a last step that made the run diverge, and send the last pictures."""
@@ -384,8 +318,3 @@ class ConvergenceGuard(Callback):
         before = self._run
         self._run = GuardedRun(self, state, inert=self._inert, ranks=before.cache.ranks)
         self._run.take_over(before)
-
-
-def _takes_no_steps(trainer: Any) -> bool:
-    """Whether the epoch at hand only runs forward, as StochasticWeightAveraging's pass for batch norm does."""
-    return bool(getattr(getattr(trainer, "fit_loop", None), "_skip_backward", False))

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Protocol
 from lightning_maml_guard.guard.lookahead import LookaheadOptions
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.state import Event
-from lightning_maml_guard.messages.sentences import Spelling, cause, sentence, sentences
+from lightning_maml_guard.messages.sentences import cause, sentence, sentences
+from lightning_maml_guard.messages.spelling import Spelling
 
 _SHOWN = 200  # rows of a table; a run whose state changes often would otherwise fill the page
 _PACKAGES = ("lightning-maml-guard", "torch", "pytorch-lightning", "lightning", "numpy", "matplotlib")

@@ -10,7 +10,7 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_maml_guard.guard.report import CheckReport
-from lightning_maml_guard.messages.sentences import block
+from lightning_maml_guard.messages.spelling import block
 from lightning_maml_guard.plots.region import safe_region
 from lightning_maml_guard.plots.spectrum import histogram, ritz_values
 from lightning_maml_guard.plots.style import new_figure
@@ -75,6 +75,11 @@ def logger_step(trainer: Any) -> int:
     loop = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
     stepped = getattr(loop, "_batches_that_stepped", None)
     return int(trainer.global_step if stepped is None else stepped)
+
+
+def takes_no_steps(trainer: Any) -> bool:
+    """Return True if the epoch only runs forward, as StochasticWeightAveraging's pass for batch norm does."""
+    return bool(getattr(getattr(trainer, "fit_loop", None), "_skip_backward", False))
 
 
 # A run whose state changes often would otherwise spend its time on drawing.

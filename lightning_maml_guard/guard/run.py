@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from lightning_maml_guard.guard.actions import Action
+from lightning_maml_guard.guard.actions import ACTIONS, Action
+from lightning_maml_guard.guard.divergence import gradient_norm
 from lightning_maml_guard.guard.loggers import Figures, warn
-from lightning_maml_guard.guard.lookahead import LookaheadOptions
+from lightning_maml_guard.guard.lookahead import LookaheadOptions, check_lookahead
 from lightning_maml_guard.guard.replay_buffer import ReplayBuffer
 from lightning_maml_guard.guard.rescale import AppliedCaps
 from lightning_maml_guard.guard.schedule import Schedule
 from lightning_maml_guard.guard.state import GuardState
 from lightning_maml_guard.guard.state_machine import StateMachine
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
-from lightning_maml_guard.messages.sentences import Spelling, announced
+from lightning_maml_guard.messages.sentences import announced
+from lightning_maml_guard.messages.spelling import Spelling
 from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.stability.hvp import MeasurementCache
-from lightning_maml_guard.stability.options import CurvatureOptions
-from lightning_maml_guard.stability.problems import ProblemSource
+from lightning_maml_guard.stability.options import CurvatureOptions, check_curvature
+from lightning_maml_guard.stability.problems import ProblemSource, has_meta_problem
+from lightning_maml_guard.theory.limits import check_margin
+from lightning_maml_guard.utils.checks import check_choice, check_count, check_device, check_flag, check_number
 from lightning_maml_guard.utils.distributed import Ranks
+from lightning_maml_guard.utils.lightning_compat import MisconfigurationException
 from lightning_maml_guard.utils.warnings import GuardWarning
 
 
@@ -69,6 +77,32 @@ class GuardedRun:
         self.figures = Figures(settings.figures)
         # Gradient norm of the step at hand, maybe on the device; None if it is not known.
         self.norm: Tensor | float | None = None
+
+    def take_gradient(self, optimizer: Optimizer) -> None:
+        """Keep the norm of the gradient at hand; a failure costs one warning."""
+        try:
+            self.norm = gradient_norm(optimizer)
+        except Exception as error:
+            self.announce(of_error(Kind.NO_GRADIENT_NORM, error))
+
+    def take_step(self, loss: Any, trainer: Any) -> None:
+        """Compare a step's loss and gradient norm with those of the steps before; a spike calls a check."""
+        known = isinstance(loss, Tensor) and loss.numel() == 1
+        value = float(loss.item()) if known else math.nan
+        norm = math.nan if self.norm is None else float(self.norm)
+        self.norm = None
+        if self.cache.ranks.size > 1:
+            # On every rank, whatever it has: one that stayed away would leave the others waiting.
+            had = torch.tensor([float(known), value, norm], device=trainer.strategy.root_device)
+            share, value, norm = trainer.strategy.reduce(had, reduce_op="mean").tolist()
+            known = share == 1
+        if not known:
+            return
+        value *= trainer.accumulate_grad_batches
+        statistics, lookahead = self.state.statistics, self.settings.lookahead
+        told = self.machine.unsafe and not self.settings.acting.caps_rates
+        if statistics.update(value, norm) and lookahead.triggers and not told:
+            self.schedule.spike(diverged=statistics.diverged(value, lookahead.divergence_ratio))
 
     def take_over(self, before: GuardedRun) -> None:
         """Go on with the hooks, batches and pictures of a run whose state is replaced while it trains."""
@@ -120,3 +154,43 @@ class GuardedRun:
     def note_severity(self, step: int, severe: float) -> None:
         """Keep what a lookahead said."""
         self.state.severities = [*self.state.severities, (step, severe)][-self.settings.history_size :]
+
+
+def check_settings(guard: Any) -> None:
+    """Raise a ValueError or TypeError if an argument of a guard is not allowed, or if two do not go together."""
+    for name in ("every_n_steps", "patience", "max_rollbacks", "history_size"):
+        check_count(name, getattr(guard, name))
+    check_number("max_cost", guard.max_cost, above=0, below=1)
+    check_choice("action", guard.action, tuple(ACTIONS))
+    for name in ("rollback", "figures", "allow_untested"):
+        check_flag(name, getattr(guard, name))
+    check_device("snapshot_device", guard.snapshot_device)
+    if guard.problem is not None and not callable(guard.problem):
+        raise ValueError(
+            "Expected argument `problem` to be a function (pl_module, batch) -> MetaProblem but got "
+            f"{guard.problem!r}. Pass such a function, or None for the module's own `meta_problem`."
+        )
+    check_margin(guard.margin)
+    check_curvature(guard.curvature)
+    check_lookahead(guard.lookahead)
+    if guard.rollback and not (guard.acting.caps_rates and guard.lookahead.steps):
+        raise ValueError(
+            "rollback=True rolls a run back and lowers its rates until a lookahead survives, so it needs "
+            f"action='rescale' and lookahead steps of at least 1 but got {guard.action!r} and {guard.lookahead.steps}. "
+            "Set both, or leave `rollback` out."
+        )
+
+
+def check_watchable(settings: Settings, trainer: Any, pl_module: Any) -> None:
+    """Raise a MisconfigurationException if there is nothing a guard could measure in a run."""
+    if settings.problem is None and not has_meta_problem(pl_module) and not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"ConvergenceGuard cannot watch the training_step of {type(pl_module).__name__}: with manual "
+            "optimisation it takes optimizer steps of its own. Give the module a method meta_problem(batch) -> "
+            "MetaProblem, or pass ConvergenceGuard(problem=lambda module, batch: MetaProblem(...))."
+        )
+    if trainer.world_size > 1 and settings.curvature.estimator == "pyhessian":
+        raise MisconfigurationException(
+            f"ConvergenceGuard(estimator='pyhessian') measures one process's loss, but {trainer.world_size} train "
+            "together. Use estimator='lanczos', whose products are averaged over them."
+        )

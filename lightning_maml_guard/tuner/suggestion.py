@@ -8,7 +8,8 @@ from typing import Any
 
 from lightning_maml_guard import plots
 from lightning_maml_guard.messages.reasons import Reason
-from lightning_maml_guard.messages.sentences import block, sentences
+from lightning_maml_guard.messages.sentences import sentences
+from lightning_maml_guard.messages.spelling import block
 from lightning_maml_guard.plots.style import LIMIT_COLOUR, MARKER_COLOUR, MARKER_EDGE
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import EDGE, UNRESOLVED

@@ -12,7 +12,7 @@ import pytest
 from lightning_maml_guard import ConvergenceGuard
 from lightning_maml_guard.guard.html_report import happened
 from lightning_maml_guard.messages.reasons import Kind, Reason
-from lightning_maml_guard.messages.sentences import IN_PYTHON
+from lightning_maml_guard.messages.spelling import IN_PYTHON
 from lightning_maml_guard.stability.estimators import Spectrum
 from tests.helpers import fit, guard_warns, linear_module, quadratic_batch
 

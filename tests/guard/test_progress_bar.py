@@ -7,7 +7,7 @@ from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
 from pytorch_lightning.callbacks.progress.rich_progress import RichProgressBarTheme
 
 from lightning_maml_guard import ConvergenceGuard, GuardWarning
-from lightning_maml_guard.messages.sentences import block
+from lightning_maml_guard.messages.spelling import block
 from tests.helpers import fit, linear_module, quadratic_batch
 
 BATCH = quadratic_batch([0.3, 1.0, 2.0, 4.0], target=1.0)

@@ -22,7 +22,8 @@ from lightning_maml_guard.guard.state_machine import Watch
 from lightning_maml_guard.linalg.lanczos import Tridiagonal
 from lightning_maml_guard.linalg.pyhessian import PowerIteration
 from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy
-from lightning_maml_guard.messages.sentences import IN_PYTHON, sentences
+from lightning_maml_guard.messages.sentences import sentences
+from lightning_maml_guard.messages.spelling import IN_PYTHON
 from lightning_maml_guard.stability.estimators import Spectrum
 from lightning_maml_guard.stability.hvp import NetworkFacts
 from lightning_maml_guard.utils.lightning_compat import Callback

@@ -9,7 +9,6 @@ import pytest
 
 from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy, of_error
 from lightning_maml_guard.messages.sentences import (
-    IN_PYTHON,
     announced,
     cause,
     left_safe_region,
@@ -19,6 +18,7 @@ from lightning_maml_guard.messages.sentences import (
     sentence,
     sentences,
 )
+from lightning_maml_guard.messages.spelling import IN_PYTHON
 
 PACKAGE = Path(__file__).parents[2] / "lightning_maml_guard"
 MEASURED = {"interval": (0.6, 0.65), "hvps": 12, "step": 3}
@@ -197,8 +197,8 @@ REMEDIES = {
     "beta_c moves with alpha.",
     Remedy.LOWER_BETA_UNSPECIFIED: "Lower the optimizer's lr.",
     Remedy.MEASURE_SHARPER: "Raise max_iter or lower tol for a sharper answer.",
-    Remedy.START_AGAIN: "Start again with lower rates; ConvergenceGuard(action='rescale', rollback=True) rolls a run back "
-    "to the last parameters measured safe.",
+    Remedy.START_AGAIN: "Start again with lower rates; ConvergenceGuard(action='rescale', rollback=True) rolls a run "
+    "back to the last parameters measured safe.",
 }
 
 
