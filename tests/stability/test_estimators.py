@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_maml_guard import CurvatureOptions, measure
-from lightning_maml_guard.stability.estimators import ESTIMATORS, Spectrum, RegisteredEstimator
+from lightning_maml_guard.stability.estimators import ESTIMATORS, RegisteredEstimator, Spectrum
 from tests.helpers import linear_module, quadratic_batch
 
 VALUES = [0.3, 1.0, 2.0, 4.0]
