@@ -93,7 +93,8 @@ def rates_from_lanczos(
     projected = tridiagonal.copy()
     if f.rate > 0:
         # Where the square overflows, the rate is beyond alpha_c by far, and nothing else is known.
-        if max(f.rate, 1.0) * radius * radius > sys.float_info.max:
+        reach = max(radius, 1.0)
+        if 4 * max(f.rate, 1.0) * reach * reach > sys.float_info.max:
             return assemble(f, alpha, **spectrum, curvature=0.0, curvature_interval=(0.0, math.inf))
         projected -= f.rate * (tridiagonal @ tridiagonal)
         projected[-1, -1] -= f.rate * last**2
