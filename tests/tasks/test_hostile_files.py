@@ -290,7 +290,8 @@ def test_where_the_disk_is_full_the_next_folder_takes_the_images(small_disk, cac
 def test_what_the_other_folder_holds_is_what_was_decoded(small_disk, cache_home):
     root = classes(small_disk / "set", size=128)
     family = folders(root, image_size=128)
-    family.setup()
+    assert outcome(family) == "loaded"
+    family.setup()  # maps what that process decoded
     assert family._images.shape == (8, 3, 128, 128)
     reds = family._images[:, 0].flatten(1)
     assert bool((reds == reds[:, :1]).all()) and sorted(reds[:, 0].tolist()) == [30 * index for index in range(8)]
