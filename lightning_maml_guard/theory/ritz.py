@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -77,14 +80,26 @@ def rates_from_lanczos(
     f = multiplier(alpha, "simplified", inner_steps)
     tridiagonal = _tridiagonal(diagonal, off_diagonal)
     last = float(off_diagonal[-1])
-    projected = tridiagonal - f.rate * (tridiagonal @ tridiagonal)
-    projected[-1, -1] -= f.rate * last**2
-    curvatures, vectors = np.linalg.eigh(projected)
-    curvature, vector = float(curvatures[-1]), vectors[:, -1]
     radius = float(max(abs(values[0]), abs(values[-1])) + last)
     noise = rounding * radius
     hidden = resolution * float(max(abs(values[0]), abs(values[-1]))) if last > 0 else 0.0
     residual = max(float(residuals[-1]), hidden) + noise
+    spectrum: dict[str, Any] = {
+        "lambda_max": float(values[-1]),
+        "lambda_min": float(values[0]),
+        "lambda_interval": (float(values[-1]) - noise, float(values[-1]) + residual),
+        "negative": int((values < -residuals - noise).sum()),
+    }
+    projected = tridiagonal.copy()
+    if f.rate > 0:
+        # Where the square overflows, the rate is beyond alpha_c by far, and nothing else is known.
+        reach = max(radius, 1.0)
+        if 4 * max(f.rate, 1.0) * reach * reach > sys.float_info.max:
+            return assemble(f, alpha, **spectrum, curvature=0.0, curvature_interval=(0.0, math.inf))
+        projected -= f.rate * (tridiagonal @ tridiagonal)
+        projected[-1, -1] -= f.rate * last**2
+    curvatures, vectors = np.linalg.eigh(projected)
+    curvature, vector = float(curvatures[-1]), vectors[:, -1]
     # (H - a*H^2) V y = V P y + r, |r| <= b|y_m| + a*b*(|(T y)_m| + |H| |y_m|): H leaves the Krylov space
     # through the last basis vector alone.
     leak = last * (abs(vector[-1]) + f.rate * (abs(tridiagonal[-1] @ vector) + radius * abs(vector[-1])))
@@ -95,12 +110,9 @@ def rates_from_lanczos(
     return assemble(
         f,
         alpha,
-        lambda_max=float(values[-1]),
-        lambda_min=float(values[0]),
-        lambda_interval=(float(values[-1]) - noise, float(values[-1]) + residual),
+        **spectrum,
         curvature=max(curvature, 0.0),
         curvature_interval=(max(curvature - error, 0.0), max(curvature + leak, 0.0)),
-        negative=int((values < -residuals - noise).sum()),
     )
 
 
