@@ -129,9 +129,9 @@ def exact_truth(case: Case, jacobian: np.ndarray) -> float:
     root = np.sqrt(diagonal)
     scaled = jacobian * np.multiply.outer(root, root) if isinstance(root, np.ndarray) else jacobian * diagonal
     if case.problem.order == "exact":
-        values = np.linalg.eigvalsh((scaled + scaled.T) / 2).astype(complex)
-    else:
-        values = np.linalg.eigvals(scaled)
+        top = float(np.linalg.eigvalsh((scaled + scaled.T) / 2)[-1])
+        return largest_rate(complex(top), momentum, gain) if top > 0 else math.inf
+    values = np.linalg.eigvals(scaled)
     floor = FLOOR * np.abs(values).max()
     known = [complex(mu) for mu in values if mu.real > 0 and abs(mu) > floor]
     return min((largest_rate(mu, momentum, gain) for mu in known), default=math.inf)
@@ -168,7 +168,7 @@ class Outcome:
     @property
     def resolved(self) -> bool:
         low, high = self.interval
-        return low == high == math.inf or (low > 0 and high - low <= RESOLVED * high)
+        return low == high or (low > 0 and high - low <= RESOLVED * high)
 
 
 def outcomes(case: Case, curvature: CurvatureOptions) -> tuple[list[Outcome], StabilityReport]:

@@ -23,7 +23,7 @@ from lightning_maml_guard.theory.ritz import STOP_FRACTION
 _ANGLES = np.radians([*range(0, 88, 2), 88, 89, 89.5, 89.8, 89.95, 90])
 # Largest imaginary part of an eigenvalue that was not found, in units of the skewness of a sample of what is beside the
 # ones that were: the skewness of all of it bounds it (Bendixson). No estimate from fewer directions than that.
-_SKEWNESS, _SAMPLE = 2.0, 2
+_SKEWNESS, _SAMPLE = 1.5, 3
 
 
 @dataclass(frozen=True)
