@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import ParameterDict
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
@@ -85,6 +86,8 @@ class MetaProblem:
             "lambda params, data: loss(functional_call(network, params, (data[0],)), data[1])",
         )
         check_order(self.order, self.inner_steps)
+        if isinstance(self.inner_lr, ParameterDict):  # in which learned rates are often held
+            object.__setattr__(self, "inner_lr", dict(self.inner_lr.items()))
         object.__setattr__(self, "per_step", is_per_step(self.inner_lr, self.params, self.inner_steps))
         self._check_update()
         TaskMap(self.task_chunk_size)

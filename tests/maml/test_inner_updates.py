@@ -145,6 +145,13 @@ def test_rates_that_are_none_of_the_forms_are_named(rate, steps, message):
         MetaProblem(dict(net.named_parameters()), loss_of(net), SUPPORT, QUERY, rate, steps)
 
 
+def test_learned_rates_may_come_in_a_parameter_dict():
+    net = nn.Linear(2, 1).double()
+    rates = nn.ParameterDict({n: nn.Parameter(torch.full((K,), 0.1).double()) for n, _ in net.named_parameters()})
+    problem = MetaProblem(dict(net.named_parameters()), loss_of(net), SUPPORT, QUERY, rates, K)
+    assert problem.per_step and problem.alpha == pytest.approx(0.1)
+
+
 def test_module_arguments_are_checked():
     with pytest.raises(ValueError, match="one for each of the 3 inner steps, but got 2"):
         MetaLearningModule(network(), inner_lr=[0.1, 0.2], inner_steps=3)
@@ -182,7 +189,7 @@ def test_the_updates_are_those_of_torch(name):
         optimizer.zero_grad()
         loss_of(net)(params, support).backward()
         optimizer.step()
-    assert float(found.losses) == pytest.approx(float(loss_of(net)(params, query)), rel=1e-12)
+    assert float(found.losses) == pytest.approx(float(loss_of(net)(params, query).detach()), rel=1e-12)
     expected = slopes(loss_of(net)(params, query), params)
     for key in params:
         torch.testing.assert_close(found.gradients[key], expected[key].detach(), rtol=1e-9, atol=1e-12)
