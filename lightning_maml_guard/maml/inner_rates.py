@@ -98,13 +98,14 @@ def _wide(rates: Tensor, parameter: Tensor) -> Tensor:
 
 def checked_rate(inner_lr: Any, inner_steps: int, learn: Any) -> float | list[float]:
     """Return the module's ``inner_lr`` as plain numbers, which a checkpoint can hold: one, or one for each step."""
-    if not isinstance(learn, bool) and learn != "per_step":
+    if not isinstance(learn, bool) and not (isinstance(learn, str) and learn == "per_step"):
         raise ValueError(
-            f"Expected argument `learn_inner_lr` to be True, False or 'per_step' but got {shown(learn)}. True learns "
-            "one rate per parameter entry (Meta-SGD), 'per_step' one per parameter and inner step (MAML++)."
+            "Expected argument `learn_inner_lr` to be True or False (one learned rate per parameter entry, Meta-SGD), or "
+            f"'per_step' (one per parameter and inner step, MAML++), but got {shown(learn)}. Pass the boolean itself: "
+            "learn_inner_lr=True or learn_inner_lr=False."
         )
-    values = inner_lr.tolist() if isinstance(inner_lr, (Tensor, np.ndarray)) and inner_lr.ndim else inner_lr
-    if not isinstance(values, (list, tuple)):
+    values = inner_lr.tolist() if isinstance(inner_lr, (Tensor, np.ndarray)) and inner_lr.ndim == 1 else inner_lr
+    if not isinstance(values, (list, tuple)) or inner_steps == 1:
         check_rate(inner_lr, "inner_lr")
         return float(inner_lr)
     for index, rate in enumerate(values):
