@@ -100,8 +100,8 @@ def checked_rate(inner_lr: Any, inner_steps: int, learn: Any) -> float | list[fl
     """Return the module's ``inner_lr`` as plain numbers, which a checkpoint can hold: one, or one for each step."""
     if not isinstance(learn, bool) and not (isinstance(learn, str) and learn == "per_step"):
         raise ValueError(
-            "Expected argument `learn_inner_lr` to be True or False (one learned rate per parameter entry, Meta-SGD), or "
-            f"'per_step' (one per parameter and inner step, MAML++), but got {shown(learn)}. Pass the boolean itself: "
+            "Expected argument `learn_inner_lr` to be True or False (one learned rate per entry, Meta-SGD) or "
+            f"'per_step' (one per parameter and inner step, MAML++) but got {shown(learn)}. Pass the boolean itself: "
             "learn_inner_lr=True or learn_inner_lr=False."
         )
     values = inner_lr.tolist() if isinstance(inner_lr, (Tensor, np.ndarray)) and inner_lr.ndim == 1 else inner_lr

@@ -114,6 +114,12 @@ def test_a_module_trains_validates_and_is_guarded_on_lists():
     assert found["val/meansquarederror"] == pytest.approx(after, rel=1e-5)
 
 
+def test_labels_of_listed_tasks_are_checked():
+    batch = [(torch.ones(n, 2), torch.arange(n)) for n in (2, 4)]
+    with pytest.raises(ValueError, match="class labels between 0 and 2, .* labels from 0 to 3"):
+        fit(MetaLearningModule(nn.Linear(2, 3)), (batch, batch), 1)
+
+
 def test_nested_tuples_that_share_a_leading_dimension_are_read_as_before():
     pair = (torch.ones(4, 3, 1), torch.ones(4, 3, 2))
     problem = MetaProblem({"w": torch.ones(1)}, lambda p, d: p["w"].sum(), (pair, pair), (pair, pair), 0.1)
