@@ -24,6 +24,7 @@ class Kind(str, Enum):
     # A measurement.
     NO_CURVATURE = "no curvature"
     NOT_MEASURED = "not measured"
+    NAN_IN_DATA = "nan in data"
     NO_EXACT_LIMIT = "no exact limit"
     NO_DOUBLE_BACKWARD = "no double backward"
     WRONG_DOUBLE_BACKWARD = "wrong double backward"

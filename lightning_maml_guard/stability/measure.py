@@ -8,7 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_maml_guard.linalg.lanczos import NonFiniteProductError
-from lightning_maml_guard.maml.batch_errors import explained
+from lightning_maml_guard.maml.batch_errors import explained, has_nan
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.stability.hvp import MeasurementCache
 from lightning_maml_guard.stability.krylov_stopping import ChangingOperatorError
@@ -87,6 +87,11 @@ def measure(
             "MetaProblem(params, task_loss, support, query), or module.meta_problem(batch) of a MetaLearningModule."
         )
     check_curvature(curvature)
+    if curvature.criterion == "simplified" and getattr(problem, "inner_update", None) is not None:
+        raise ValueError(
+            "criterion='simplified' is about an inner loop of gradient descent, but the problem has an `inner_update`. "
+            "Leave criterion at 'exact'."
+        )
     check_margin(margin)
     if beta is not None:
         check_rate(beta, "beta")
@@ -117,4 +122,5 @@ def measure(
             with explained(problem) if isinstance(problem, MetaProblem) else nullcontext():
                 return measurement.report()
         except (NonFiniteProductError, ChangingOperatorError) as error:
-            return measurement.failed(error)
+            padded = isinstance(error, NonFiniteProductError) and isinstance(problem, MetaProblem) and has_nan(problem)
+            return measurement.failed(error, padded=padded)

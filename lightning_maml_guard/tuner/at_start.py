@@ -174,8 +174,10 @@ def _same(one: Problem, other: Problem) -> bool:
     """Whether two batches hold the same tasks, as they do where tasks are not resampled."""
     if not isinstance(one, MetaProblem) or not isinstance(other, MetaProblem):
         return False
-    pairs = zip(tree_leaves((one.support, one.query)), tree_leaves((other.support, other.query)), strict=True)
-    return all(torch.equal(_comparable(a), _comparable(b)) for a, b in pairs)
+    own, others = (tree_leaves((each.support, each.query)) for each in (one, other))
+    return len(own) == len(others) and all(
+        torch.equal(_comparable(a), _comparable(b)) for a, b in zip(own, others, strict=True)
+    )
 
 
 def _comparable(values: Tensor) -> Tensor:
@@ -190,7 +192,7 @@ def _ratio(report: StabilityReport) -> float:
 def _at(problem: Problem, alpha: float) -> Problem:
     if not isinstance(problem, MetaProblem):
         return problem
-    if not isinstance(problem.inner_lr, dict):
+    if problem.uniform:
         return replace(problem, inner_lr=alpha)
     return problem.at_factor(alpha / problem.alpha if problem.alpha > 0 else 1.0)
 
