@@ -25,7 +25,7 @@ def _batch_not_copied(reason: Reason, spelling: Spelling) -> str:
 
 
 def _state_not_read(reason: Reason, spelling: Spelling) -> str:
-    return f"the guard's state in the checkpoint was not read; it starts anew.\nCause: {reason.detail}"
+    return f"guard state not read, starting anew: the checkpoint holds something else.\nCause: {reason.detail}"
 
 
 NOTICES: dict[Kind, Callable[[Reason, Spelling], str]] = {

@@ -46,9 +46,7 @@ def test_training_and_verdicts_are_those_of_a_step_that_leaves_its_batch_alone(k
             warnings.simplefilter("error", GuardWarning)
             losses = trained(module, [guard], kind)
         found.append(([replace(each, seconds=0.0) for each in guard.history], guard.severities, losses))
-    assert repr(found[0]) == repr(found[1]) and len(found[0][0]) == 5
-    assert found[0][2][:1] == plain[:1] if not manual else True
-    assert all(loss < 5 for loss in plain)  # what was standardised twice, or not at all, is another loss
+    assert repr(found[0]) == repr(found[1]) and len(found[0][0]) == 5 and found[0][2] == plain
     weights = []
     for guards in ([], [watching(**options)]):
         module = Changing(kind, manual=manual)
