@@ -26,6 +26,7 @@ from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.stability.problems import Problem, owners, state_problem
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import SAFE, UNRESOLVED, UNSAFE
+from lightning_maml_guard.utils.batch_copy import BatchCopyError
 from lightning_maml_guard.utils.distributed import SharedError
 from lightning_maml_guard.utils.isolation import undisturbed
 from lightning_maml_guard.utils.warnings import GuardWarning
@@ -49,6 +50,8 @@ class Check:
         """Check once, on the batch of the coming step; a triggered check that finds nothing ends early."""
         run, watches = self.run, self.run.machine.watches
         try:
+            if self.settings.rollback and step == 0 and run.snapshot is None and not self.trainer.fast_dev_run:
+                self.rollback.keep(step)  # first, as the check may fail; later only states whose lookahead passes
             with run.cache.ranks.together():
                 self._check(batch, batch_idx, step, scheduled)
         except GuardWarning:
@@ -148,7 +151,7 @@ class Check:
             if rolled_back and present is not None:
                 self.rollback.report(present.begin, report.alpha, report.beta, step)
                 self._rolled_back = None  # its rates are lowered
-            if settings.rollback and (run.snapshot is None or passes(severe, ratio)):
+            if settings.rollback and passes(severe, ratio):
                 self.rollback.keep(step)
         self._warn_of_collapse(report, step)
         # 5. Keep and log what was found.
@@ -180,6 +183,7 @@ class Check:
         if not steps or self.trainer.fast_dev_run:
             return None
         older = [state_problem(self.settings.problem, self.module, *each) for each in run.replay.earlier()]
+        older = older[: min(run.cache.ranks.gather(len(older)))]  # as many on every rank
         try:
             return lookahead_of([problem, *older], optimizer, steps, self.trainer, run.cache)
         except ClosureError as error:
@@ -237,6 +241,8 @@ def lookahead_reason(result: LookaheadResult, start: float, alpha: float, beta: 
 
 
 def _failure(error: Exception, step: int) -> Reason:
+    if isinstance(error, BatchCopyError):
+        return Reason(Kind.BATCH_NOT_COPIED, what=error.kind, error=type(error).__name__, detail=error.cause, step=step)
     reason = of_error(Kind.CHECK_FAILED, error, step=step)
     if isinstance(error, torch.OutOfMemoryError):
         return replace(reason, effect="out of memory")

@@ -35,8 +35,9 @@ class LookaheadOptions:
 
     Args:
         steps: Steps to try, each about the cost of a training step; 0 judges by the critical rates alone.
-        batches: Batches they go through, the coming one and those before it, kept by reference on the device. With
-            fewer than 8, GuardBench loses most of its recall where tasks are resampled.
+        batches: Batches they go through, the coming one and those before it, kept on the device: by reference, or as
+            copies where a training step changes its batch. With fewer than 8, GuardBench loses most of its recall where
+            tasks are resampled.
         divergence_ratio: Factor over the loss that training started from at which a run counts as diverging, above 1.
         triggers: Whether a loss above twice its running mean, or a gradient norm above four times its own, calls a
             check between the scheduled ones. Reads one number per step from the device.

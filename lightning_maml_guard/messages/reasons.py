@@ -34,6 +34,8 @@ class Kind(str, Enum):
     # What a guard has to say once.
     CHECK_FAILED = "check failed"
     TASK_FAILED = "task failed"
+    BATCH_NOT_COPIED = "batch not copied"
+    STATE_NOT_READ = "state not read"
     NO_LOOKAHEAD = "no lookahead"
     NO_GRADIENT_NORM = "no gradient norm"
     NO_SNAPSHOT = "no snapshot"

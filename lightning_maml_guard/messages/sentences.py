@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from lightning_maml_guard.messages.effects import EFFECTS, ORDERS
+from lightning_maml_guard.messages.notices import NOTICES
 from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy
 from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling
 
@@ -266,6 +267,7 @@ _MEASURED: dict[Kind, Callable[[Reason, Spelling], str]] = {
     Kind.TEXT: lambda reason, spelling: reason.detail,
 }
 _CAUSES = _MEASURED | {
+    **NOTICES,
     Kind.LOOKAHEAD_DIVERGES: _lookahead_diverges,
     Kind.LOSS_NOT_FINITE: _loss_not_finite,
     Kind.CHECK_FAILED: _check_failed,

@@ -114,6 +114,20 @@ EXAMPLES = [
         "could not roll the last step back; training goes on.\nCause: OSError: disk full",
     ),
     (
+        Reason(
+            Kind.BATCH_NOT_COPIED, step=4, what="lock", error="BatchCopyError", detail="cannot pickle 'lock' object"
+        ),
+        "the batch at step 4 cannot be copied (lock), so it is not checked; training goes on. A check works on a copy, "
+        "so that training is given the batch as it was.\n"
+        "Cause: cannot pickle 'lock' object\n"
+        "To do: Leave out of the batch what cannot be copied, or give lock a method clone().",
+    ),
+    (
+        Reason(Kind.STATE_NOT_READ, detail="`caps.beta` is out of its range (-5)"),
+        "guard state not read, starting anew: the checkpoint holds something else.\n"
+        "Cause: `caps.beta` is out of its range (-5)",
+    ),
+    (
         Reason(Kind.NO_LOOKAHEAD, detail="LBFGS needs a closure."),
         "judging by curvature alone, for the next steps cannot be tried. LBFGS needs a closure.",
     ),
