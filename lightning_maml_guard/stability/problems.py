@@ -14,8 +14,10 @@ from torch.utils._pytree import tree_map
 
 from lightning_maml_guard.linalg.layout import Params
 from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.utils.activations import DeadUnits, ReluUnits
 from lightning_maml_guard.utils.checks import shown
-from lightning_maml_guard.utils.task_map import as_float32
+from lightning_maml_guard.utils.double_backward import double_backward
+from lightning_maml_guard.utils.task_map import TaskMap, as_float32
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,29 @@ def owners(problem: Problem, optimizers: Sequence[Optimizer]) -> list[int]:
         if any(id(parameter) in moved for group in optimizer.param_groups for parameter in group["params"])
     ]
     return found or list(range(len(optimizers)))
+
+
+def dead_units(problem: Problem) -> DeadUnits:
+    """Count the units of ReLU-like activations that are 0 on all of a problem's data, one task after another."""
+    params: Params = {
+        name: as_float32(value.detach()).requires_grad_(value.requires_grad) for name, value in problem.params.items()
+    }
+    watch = ReluUnits()
+
+    def task(params: Params, *sets: Any) -> Tensor:
+        losses = []
+        for each in sets:
+            watch.restart()
+            losses.append(problem.loss(params, each).detach())
+        return torch.stack(losses)
+
+    with double_backward(), watch:
+        if isinstance(problem, PlainProblem):
+            problem.loss(params)
+        else:
+            sets = as_float32((problem.support, problem.query))
+            TaskMap(looped=True)(task, params, *sets, in_dims=(None, 0, 0))
+    return watch.count()
 
 
 class _TrainingStep(nn.Module):
