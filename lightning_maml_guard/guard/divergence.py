@@ -19,7 +19,7 @@ _MEMORY = 0.9
 # What a loss that may be negative is compared with, in units of its mean step-to-step change: about 4.5 standard
 # deviations of independent noise. No single change counts for more than `_LARGEST_CHANGE` times that mean.
 _SPREADS, _LARGEST_CHANGE = 4.0, 4.0
-# Differences below this share of a loss are rounding (float32).
+# Differences from the mean below this share of a loss are rounding (float32).
 _ROUNDING = 1e-6
 
 
@@ -82,7 +82,7 @@ class Scale:
             return replace(self, start=start)
         # The median change: that of a lookahead that diverges is small beside its end.
         least = start if self.unit is None else self.unit
-        return replace(self, start=start, unit=max(least, _SPREADS * _typical_change(known), _ROUNDING * abs(start)))
+        return replace(self, start=start, unit=max(least, _SPREADS * _typical_change(known)))
 
 
 @dataclass
@@ -119,7 +119,7 @@ class RunningStatistics:
         settled = len(self.first) == FIRST_LOSSES
         if self._lowest > 0:
             return Scale(start, None, settled)
-        return Scale(start, max(start - self._lowest, self._noise, _ROUNDING * abs(start)), settled)
+        return Scale(start, max(start - self._lowest, self._noise), settled)
 
     @property
     def _lowest(self) -> float:

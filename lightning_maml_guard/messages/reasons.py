@@ -130,13 +130,14 @@ def of_error(kind: Kind, error: BaseException, *, what: str = "", step: int | No
 
 
 def _place(error: BaseException) -> str:
-    """Name the innermost frame in a file of the user's, of the error or of what caused it; else the innermost one."""
-    cause: BaseException | None = error
-    while cause is not None:
-        for frame in reversed(traceback.extract_tb(cause.__traceback__)):
+    """Name the innermost frame in a file of the user's, of what an error was raised from or its own; else its last."""
+    errors = [error]
+    while errors[0].__cause__ is not None:
+        errors.insert(0, errors[0].__cause__)
+    for each in errors:
+        for frame in reversed(traceback.extract_tb(each.__traceback__)):
             if _is_users(frame.filename):
                 return _named(frame)
-        cause = cause.__cause__ or cause.__context__
     trace = traceback.extract_tb(error.__traceback__)
     return _named(trace[-1]) if trace else ""
 

@@ -167,6 +167,13 @@ def test_a_noisy_loss_calls_few_checks_on_credit_where_they_are_to_be_paid_for(s
     assert checks <= len(found) <= 2 * checks
 
 
+@given(st.integers(1, 60), st.sampled_from([3.0, 1e9]))
+def test_a_number_of_steps_is_kept_whatever_a_noisy_loss_calls_in_between(every, ratio):
+    found = list(noisy(Schedule(every), 600, ratio=ratio))
+    assert [step for step, kind in found if kind == SCHEDULED] == list(range(0, 600, every))
+    assert len(found) <= 2 * 600 / every + 12  # and what is called stays as rare as it was
+
+
 @given(st.floats(0.005, 0.5), st.integers(1, 60), st.integers(4, 200))
 def test_a_noisy_loss_spends_its_share_and_a_bounded_credit(share, cost, every):
     on_credit = sum(2**power <= max(every // 2, 2) for power in range(1, 20))
