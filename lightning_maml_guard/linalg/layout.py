@@ -50,7 +50,7 @@ def real_pairs(params: Params) -> Params:
 
 def unpaired(pairs: Params, like: Params) -> Params:
     """Undo :func:`real_pairs` where ``like`` is complex; gradients by real pairs become torch's complex gradients."""
+    # Not view_as_complex: a pair may lie at any offset of a flat vector.
     return {
-        name: torch.view_as_complex(value.contiguous()) if like[name].is_complex() else value
-        for name, value in pairs.items()
+        name: torch.complex(*value.unbind(-1)) if like[name].is_complex() else value for name, value in pairs.items()
     }

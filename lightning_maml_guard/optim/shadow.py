@@ -122,4 +122,7 @@ def _copied(leaf: Any, replicas: dict[int, Tensor]) -> Any:
 
 
 def _cloned(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
+    if not isinstance(value, Tensor):
+        return copy.copy(value)
+    # The momentum of sparse gradients is sparse; those of a shadow are dense.
+    return value.detach().to_dense() if value.is_sparse else value.detach().clone()
