@@ -61,8 +61,10 @@ class Schedule:
         if not scheduled and not self._called(since, paid, at_once_if_diverged):
             return None
         if self.share is None:
-            # Closely after a triggered check the loss is as noisy as it was.
-            state.gap = min(2 * state.gap, self._longest) if not scheduled else state.gap if close else 2
+            if not scheduled:
+                state.gap = min(2 * state.gap, self._longest)
+            elif not close and not state.spiked:  # else the loss is as noisy as it was
+                state.gap = 2
         elif not paid:
             state.gap *= 2
         state.last, state.spiked, state.diverged = step, False, False
