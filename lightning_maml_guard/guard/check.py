@@ -227,9 +227,9 @@ class Check:
                 raise
             run.announce(replace(_failure(error, step), kind=Kind.NO_CURVATURE_MEASURED))
             reason = Reason(Kind.NOT_MEASURED, detail=f"{type(error).__name__}: {error}", step=step)
-            alpha, criterion = getattr(problem, "alpha", math.nan), settings.curvature.criterion
-            known = {"alpha": alpha, "beta": scheduled_rate(optimizer), "criterion": criterion, "step": step}
-            return StabilityReport.unmeasured(reason, **known), False
+            alpha, beta = getattr(problem, "alpha", math.nan), scheduled_rate(optimizer)
+            criterion = settings.curvature.criterion
+            return StabilityReport.unmeasured(reason, alpha=alpha, beta=beta, criterion=criterion, step=step), False
 
     def _judge_last_loss(self, step: int) -> None:
         """Act on the loss of the last step where no step could be tried: a run that has diverged is not left alone."""
@@ -263,8 +263,8 @@ class Check:
         collapsed = report.lambda_max < _COLLAPSED * state.sharpest and low < loss <= high
         if not collapsed or status != SAFE or not self.settings.acting.speaks:
             return
-        values = {"value": report.lambda_max, "limit": state.sharpest, "losses": (math.nan, loss, scale.start)}
-        reason = Reason(Kind.NETWORK_COLLAPSED, step=step, **values)
+        now, losses = report.lambda_max, (math.nan, loss, scale.start)
+        reason = Reason(Kind.NETWORK_COLLAPSED, value=now, limit=state.sharpest, losses=losses, step=step)
         if reason.key in state.announced:
             return
         with undisturbed(self.trainer, self.module):

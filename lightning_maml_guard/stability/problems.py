@@ -74,19 +74,18 @@ def dead_units(problem: Problem) -> DeadUnits:
     }
     watch = ReluUnits()
 
-    def task(params: Params, *sets: Any) -> Tensor:
-        losses = []
-        for each in sets:
-            watch.restart()
-            losses.append(problem.loss(params, each).detach())
-        return torch.stack(losses)
-
     with double_backward(), watch:
         if isinstance(problem, PlainProblem):
             problem.loss(params)
-        else:
-            sets = as_float32((problem.support, problem.query))
-            TaskMap(looped=True)(task, params, *sets, in_dims=(None, 0, 0))
+            return watch.count()
+        loss = problem.loss
+
+        def of_task(params: Params, data: Any) -> Tensor:
+            watch.restart()
+            return loss(params, data).detach()
+
+        for data in (problem.support, problem.query):
+            TaskMap(looped=True)(of_task, params, as_float32(data), in_dims=(None, 0))
     return watch.count()
 
 
