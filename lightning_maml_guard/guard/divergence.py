@@ -39,7 +39,8 @@ def severity(end: float, start: float, unit: float | None = None) -> float:
         return math.log1p(far) if far > -1 else -math.inf
     if math.isnan(start) or start <= 0:
         return math.nan
-    return math.log(end / start) if end > 0 else -math.inf
+    ratio = end / start  # which may underflow
+    return math.log(ratio) if ratio > 0 else -math.inf
 
 
 @dataclass(frozen=True)
