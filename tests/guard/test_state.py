@@ -271,6 +271,7 @@ def test_a_flat_state_of_before_the_tree_loads_into_the_same_values():
         full(),
         history=[report, replace(report, spectrum=POWER.spectrum)],
         severities=[(0, 2.5), (3, inf)],
+        statistics=RunningStatistics(first=(1.0, 1.5), loss=1.25, norm=0.5),
         stopping=[*words],
         announced={"ConvergenceGuard: step #: Adamax is not known."},
         events=[
