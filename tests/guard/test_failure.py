@@ -286,7 +286,7 @@ def test_a_run_whose_curvature_cannot_be_measured_is_judged_by_its_next_steps(ac
         assert "Why: The curvature could not be measured: NotImplementedError: no derivative here" in said[1]
 
 
-def test_without_curvature_a_guard_still_stops_lowers_and_rolls_back(monkeypatch):
+def test_without_curvature_a_guard_still_stops_and_lowers(monkeypatch):
     no_curvature(monkeypatch)
     stopped = ConvergenceGuard(every_n_steps=2, action="stop")
     with guard_warns("failed to measure the curvature"):
