@@ -37,6 +37,10 @@ _REMEDIES = (
         "Give the inputs the parameters' dtype, as in x.float() (for bytes of an image x.float() / 255).",
     ),
     (
+        r"at least 1D",
+        "A task's x is a single number here: give x the shape (tasks, examples, features), as in x.reshape(-1, 1, 1).",
+    ),
+    (
         r"shape|size|dimension|channels",
         "Support and query go through one network: give both the shape its first layer takes.",
     ),

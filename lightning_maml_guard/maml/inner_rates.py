@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_maml_guard.maml.inner_loop import Params
-from lightning_maml_guard.utils.checks import shown
+from lightning_maml_guard.utils.checks import check_holds_rate, shown
 
 
 class InnerRates:
@@ -19,6 +19,7 @@ class InnerRates:
         self, parameters: Params, alpha: float, patterns: str | Sequence[str] | None = None, learn: bool = False
     ) -> None:
         self.names = select(parameters, patterns)
+        check_holds_rate("inner_lr", alpha, (parameters[name] for name in self.names))
         self.partial = patterns is not None and len(self.names) < len(parameters)
         self.learned: nn.ParameterList | None = None
         if learn:

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_maml_guard.theory.multiplier import check_order, check_rate
-from lightning_maml_guard.utils.checks import check_function, shown
+from lightning_maml_guard.utils.checks import check_function, check_holds_rate, shown
 from lightning_maml_guard.utils.task_map import TaskMap, task_count
 
 
@@ -78,6 +78,7 @@ class MetaProblem:
             _check_rates(self.inner_lr, self.params)
         else:
             check_rate(self.inner_lr, "inner_lr")
+            check_holds_rate("inner_lr", self.inner_lr, self.params.values())
         TaskMap(self.task_chunk_size)
         sets = {"support": tree_leaves(self.support), "query": tree_leaves(self.query)}
         counts = [task_count(leaves, name) for name, leaves in sets.items()]

@@ -9,6 +9,7 @@ from enum import Enum
 from pathlib import Path
 
 from lightning_maml_guard.theory.multiplier import Interval
+from lightning_maml_guard.utils.checks import encodable
 
 UNKNOWN_INTERVAL: Interval = (math.nan, math.nan)
 
@@ -126,7 +127,8 @@ class Reason:
 
 def of_error(kind: Kind, error: BaseException, *, what: str = "", step: int | None = None) -> Reason:
     """State a failure as a reason: its type, its text, and the place in the user's code that it came from."""
-    return Reason(kind, what=what, error=type(error).__name__, detail=str(error), where=_place(error), step=step)
+    detail = encodable(str(error))
+    return Reason(kind, what=what, error=type(error).__name__, detail=detail, where=_place(error), step=step)
 
 
 def _place(error: BaseException) -> str:

@@ -142,7 +142,9 @@ def _limit_by_arnoldi(
     responses = (optimizer.response,)
 
     def resolved(hessenberg: np.ndarray, residual: float) -> bool:
-        return arnoldi_resolved(hessenberg, residual, responses, tol=tol, needs_finite_limit=False)
+        return arnoldi_resolved(
+            hessenberg, residual, responses, tol=tol, needs_finite_limit=False, size=jacobian.layout.size
+        )
 
     start = start_vector((jacobian.layout.size,), like)
     try:

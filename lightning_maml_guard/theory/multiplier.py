@@ -15,6 +15,7 @@ exact          lambda * (1 - alpha*lambda)^(2K)    2 / lambda_max (the inner loo
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +52,7 @@ class Multiplier:
 def multiplier(alpha: float, order: str, inner_steps: int) -> Multiplier:
     """Return the multiplier of an order; see the table of this module."""
     if order == "simplified":
-        return Multiplier(alpha * inner_steps, 1, 1.0 / inner_steps)
+        return Multiplier(min(alpha * inner_steps, sys.float_info.max), 1, 1.0 / inner_steps)
     if order == "first":
         return Multiplier(alpha, inner_steps, 1.0 if inner_steps % 2 else 2.0)
     return Multiplier(alpha, 2 * inner_steps, 2.0)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
@@ -175,7 +176,12 @@ def _same(one: Problem, other: Problem) -> bool:
     if not isinstance(one, MetaProblem) or not isinstance(other, MetaProblem):
         return False
     pairs = zip(tree_leaves((one.support, one.query)), tree_leaves((other.support, other.query)), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
+    return all(torch.equal(_comparable(a), _comparable(b)) for a, b in pairs)
+
+
+def _comparable(values: Tensor) -> Tensor:
+    """Return 8-bit floats, which torch does not compare, as the integers of the same bits."""
+    return values.view(torch.uint8) if values.is_floating_point() and values.element_size() == 1 else values
 
 
 def _ratio(report: StabilityReport) -> float:

@@ -103,6 +103,10 @@ OBJECTS = [
         (lambda given=given: safe_region(given), TypeError, "reports", type(given).__name__, "a list of StabilityReport", "Pass guard.history")
         for given in (None, 3, "abc", [3], [None])
     ),
+    *(
+        (lambda given=given: ConvergenceGuard().report(given), TypeError, "path", repr(given), "the path of a file", "Pass a string or a pathlib.Path")
+        for given in (3, None, b"run.html", ["run.html"])
+    ),
     (lambda: problem(params=[X]), TypeError, "params", "list", "a dict from names to tensors", "Pass dict(module.named_parameters())"),
     (lambda: problem(params={3: X}), TypeError, "params", "{3: tensor(", "a dict from names to tensors", "Pass dict(module.named_parameters())"),
     (lambda: problem(params={"w": X.long()}), ValueError, "params", "{'w': torch.int64}", "real floating-point tensors", "Pass the parameters that train"),
