@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lightning_maml_guard.guard.divergence import Scale
 from lightning_maml_guard.guard.lookahead import Caps, Lookahead, LookaheadResult
-from lightning_maml_guard.guard.rescale import at_limits, lowered, raised
+from lightning_maml_guard.guard.rescale import BY_RATIO, at_limits, lowered, raised
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.messages.sentences import rates
 from lightning_maml_guard.messages.spelling import Spelling
@@ -28,6 +29,7 @@ class Situation:
         rolled_back: Whether the run was rolled back before the measurement.
         present: The lookahead under the caps so far; None without one.
         lookahead: Looks ahead; None where it cannot.
+        scale: How losses are compared.
     """
 
     report: StabilityReport
@@ -39,6 +41,7 @@ class Situation:
     rolled_back: bool
     present: LookaheadResult | None
     lookahead: Lookahead | None
+    scale: Scale = BY_RATIO
 
 
 class Action:
@@ -96,8 +99,17 @@ class Rescale(Action):
         rolled_back = situation.rolled_back
         if rolled_back or (situation.fails and situation.transition.state == UNSAFE):
             loss = look.under(caps).begin if rolled_back else present.begin
-            return lowered(report, caps, margin, look.under, loss=loss, reach_alpha=reach, at_least_halve=rolled_back)
-        return caps if situation.fails else raised(report, caps, margin, present, look.under)
+            return lowered(
+                report,
+                caps,
+                margin,
+                look.under,
+                loss=loss,
+                reach_alpha=reach,
+                at_least_halve=rolled_back,
+                scale=situation.scale,
+            )
+        return caps if situation.fails else raised(report, caps, margin, present, look.under, situation.scale)
 
     def effect(self, spelling: Spelling, alpha: float, beta: float) -> list[str]:
         """Name the rates that are applied."""

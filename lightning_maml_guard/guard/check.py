@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_maml_guard.guard.actions import Situation
-from lightning_maml_guard.guard.divergence import fails, passes
+from lightning_maml_guard.guard.divergence import Scale, fails, passes
 from lightning_maml_guard.guard.loggers import inform, log_values, metrics, warn
 from lightning_maml_guard.guard.lookahead import Caps, Lookahead, LookaheadResult, lookahead_of
 from lightning_maml_guard.guard.report import CheckReport
@@ -23,7 +23,7 @@ from lightning_maml_guard.messages.sentences import left_safe_region, returned
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.shadow import ClosureError
 from lightning_maml_guard.stability.measure import measure
-from lightning_maml_guard.stability.problems import Problem, owners, state_problem
+from lightning_maml_guard.stability.problems import Problem, dead_units, owners, state_problem
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import SAFE, UNRESOLVED, UNSAFE
 from lightning_maml_guard.utils.batch_copy import BatchCopyError
@@ -32,8 +32,8 @@ from lightning_maml_guard.utils.isolation import undisturbed
 from lightning_maml_guard.utils.warnings import GuardWarning
 
 # Shares of the largest curvature so far and of the loss at the start: a collapsed network has hardly any of the first
-# left, and is not below the second.
-_COLLAPSED, _UNLEARNED = 0.15, 0.8
+# left, and is back at the second.
+_COLLAPSED, _UNLEARNED = 0.15, (0.8, 1.5)
 
 
 class Check:
@@ -45,6 +45,7 @@ class Check:
         # Where the run was rolled back by this check: what lowers its rates if the rest of the check fails.
         self._rolled_back: tuple[Optimizer, LookaheadResult] | None = None
         self._acted = False
+        self._looked = False
 
     def check(self, batch: Any, batch_idx: int, step: int, *, scheduled: bool) -> None:
         """Check once, on the batch of the coming step; a triggered check that finds nothing ends early."""
@@ -65,6 +66,9 @@ class Check:
             if self._rolled_back is not None:
                 optimizer, present = self._rolled_back
                 self.rollback.halve(present.begin, scheduled_rate(optimizer), step)
+            elif not self._looked:
+                with run.only_told("judge the run by its last loss"):
+                    self._judge_last_loss(step)
 
     def cap(self, owned: list[int]) -> None:
         """Hold the optimizers that move the problem's parameters at the caps."""
@@ -93,13 +97,14 @@ class Check:
     def _check(self, batch: Any, batch_idx: int, step: int, scheduled: bool) -> None:
         settings, run, trainer, module = self.settings, self.run, self.trainer, self.module
         ratio, statistics = settings.lookahead.divergence_ratio, run.state.statistics
-        present, failing, severe, start = None, False, math.nan, math.nan
+        present, failing, severe, scale = None, False, math.nan, Scale()
         # 1. Look ahead.
         with undisturbed(trainer, module):
             problem, owned, optimizer = self._stated(batch, batch_idx)
             lookahead = self._lookahead(problem, optimizer)
             if lookahead is not None:
-                present, start, severe = lookahead.judged(run.caps.caps, statistics.start, ratio)
+                present, scale, severe = lookahead.judged(run.caps.caps, statistics.scale, ratio)
+                self._looked = True
         if present is not None:
             failing = fails(severe, ratio)
             run.note_severity(step, severe)
@@ -108,26 +113,19 @@ class Check:
                 log_values(trainer, module, {"guard/severity": severe}, step)
                 return
             # 2. Roll back a run that has diverged already.
-            if settings.rollback and failing and not present.begin <= ratio * start:
+            if settings.rollback and failing and scale.diverged(present.begin, ratio):
                 if not self.rollback.go_back(present.begin, step):
                     return
                 self._rolled_back = optimizer, present
         rolled_back = self._rolled_back is not None
         # 3. Measure the curvature, advance the state, and decide on the rates.
         with undisturbed(trainer, module):
-            report = measure(
-                problem,
-                optimizer=optimizer,
-                curvature=settings.curvature,
-                margin=settings.margin,
-                step=step,
-                cache=run.cache,
-            )
+            report, measured = self._measured(problem, optimizer, step)
             findings = report.findings
             if failing and present is not None:
                 tried = run.caps.caps.applied(report.alpha, report.beta)
                 explained = report.status == UNSAFE
-                findings = (*findings, lookahead_reason(present, start, *tried, explained=explained))
+                findings = (*findings, lookahead_reason(present, scale.start, *tried, explained=explained))
             transition = run.machine.take(report, severe)
             caps = settings.acting.decide(
                 Situation(
@@ -140,6 +138,7 @@ class Check:
                     rolled_back=rolled_back,
                     present=present,
                     lookahead=lookahead,
+                    scale=scale,
                 )
             )
         if run.state.capped != owned:
@@ -147,13 +146,14 @@ class Check:
         # 4. Act.
         if not trainer.fast_dev_run:
             self._acted = True
+            halved = not measured and caps.beta == run.caps.caps.applied(report.alpha, report.beta)[1] / 2
             self._act(report, findings, transition, caps, step)
             if rolled_back and present is not None:
-                self.rollback.report(present.begin, report.alpha, report.beta, step)
+                self.rollback.report(present.begin, report.alpha, report.beta, step, halved=halved)
                 self._rolled_back = None  # its rates are lowered
             if settings.rollback and passes(severe, ratio):
                 self.rollback.keep(step)
-        self._warn_of_collapse(report, step)
+        self._warn_of_collapse(problem, report, transition.state, step)
         # 5. Keep and log what was found.
         self._charge(lookahead, report.cost)
         run.schedule.state.unjudged = not run.state.history and report.beta_status == UNRESOLVED
@@ -210,15 +210,71 @@ class Check:
                 told = transition.entered and note in findings
                 run.announce(replace(note, step=step), just_said=told)
 
-    def _warn_of_collapse(self, report: StabilityReport, step: int) -> None:
-        """Warn where nearly all curvature is gone, and not because the run has learned."""
-        state, loss, start = self.run.state, self.run.state.statistics.loss, self.run.state.statistics.start
+    def _measured(self, problem: Problem, optimizer: Optimizer, step: int) -> tuple[StabilityReport, bool]:
+        """Measure the curvature; where that fails and the next steps were tried, they alone decide."""
+        run, settings = self.run, self.settings
+        try:
+            with run.cache.ranks.together():
+                report = measure(
+                    problem,
+                    optimizer=optimizer,
+                    curvature=settings.curvature,
+                    margin=settings.margin,
+                    step=step,
+                    cache=run.cache,
+                )
+            return report, True
+        except GuardWarning:
+            raise
+        except Exception as error:
+            if not self._looked:
+                raise
+            run.announce(replace(_failure(error, step), kind=Kind.NO_CURVATURE_MEASURED))
+            reason = Reason(Kind.NOT_MEASURED, detail=f"{type(error).__name__}: {error}", step=step)
+            alpha, beta = getattr(problem, "alpha", math.nan), scheduled_rate(optimizer)
+            criterion = settings.curvature.criterion
+            return StabilityReport.unmeasured(reason, alpha=alpha, beta=beta, criterion=criterion, step=step), False
+
+    def _judge_last_loss(self, step: int) -> None:
+        """Act on the loss of the last step where no step could be tried: a run that has diverged is not left alone."""
+        run, statistics, ratio = self.run, self.run.state.statistics, self.settings.lookahead.divergence_ratio
+        loss, scale = statistics.last, statistics.scale
+        if loss is None or not scale.diverged(loss, ratio) or self.trainer.fast_dev_run:
+            return
+        beta = max(scheduled_rate(each) for each in self.trainer.optimizers)
+        if self.settings.rollback and run.snapshot is not None:
+            if self.rollback.go_back(loss, step):
+                self.rollback.halve(loss, beta, step)
+            return
+        losses, bad = (loss, math.nan, scale.start), not math.isfinite(loss)
+        reason = Reason(Kind.LOSS_DIVERGED, losses=losses, remedy=Remedy.LOWER_BETA_UNSPECIFIED)
+        if bad:
+            reason = Reason(Kind.LOSS_NOT_FINITE, losses=losses, remedy=Remedy.START_AGAIN)
+        report = StabilityReport.unmeasured(reason, alpha=math.nan, beta=beta, step=step)
+        severe = scale.severity(loss)
+        run.note_severity(step, severe)
+        transition = run.machine.take(report, severe)
+        caps = run.caps.caps
+        if self.settings.acting.caps_rates and transition.state == UNSAFE and not bad:
+            caps = Caps(caps.alpha, caps.applied(math.nan, beta)[1] / 2)
+        self._act(report, report.findings, transition, caps, step)
+
+    def _warn_of_collapse(self, problem: Problem, report: StabilityReport, status: str, step: int) -> None:
+        """Warn where nearly all curvature is gone and the loss is where it began, because the network's units died."""
+        state, loss, scale = self.run.state, self.run.state.statistics.loss, self.run.state.statistics.scale
         state.sharpest = max(state.sharpest, report.lambda_max)
-        collapsed = report.lambda_max < _COLLAPSED * state.sharpest and loss > _UNLEARNED * start
-        if collapsed and self.settings.acting.speaks:
-            losses = (math.nan, loss, start)
-            now, sharpest = report.lambda_max, state.sharpest
-            self.run.announce(Reason(Kind.NETWORK_COLLAPSED, value=now, limit=sharpest, losses=losses, step=step))
+        low, high = (scale.times(share, scale.start) for share in _UNLEARNED)
+        collapsed = report.lambda_max < _COLLAPSED * state.sharpest and low < loss <= high
+        if not collapsed or status != SAFE or not self.settings.acting.speaks:
+            return
+        now, losses = report.lambda_max, (math.nan, loss, scale.start)
+        reason = Reason(Kind.NETWORK_COLLAPSED, value=now, limit=state.sharpest, losses=losses, step=step)
+        if reason.key in state.announced:
+            return
+        with undisturbed(self.trainer, self.module):
+            found = dead_units(problem)
+        if found.most:
+            self.run.announce(replace(reason, counts=(found.dead, found.units)))
 
     def _charge(self, lookahead: Lookahead | None, measured: float) -> None:
         gradients = 0 if lookahead is None else lookahead.gradients

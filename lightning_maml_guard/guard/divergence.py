@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from statistics import median
 
 import torch
@@ -14,6 +16,74 @@ from torch.optim import Optimizer
 FIRST_LOSSES = 8
 _LOSS_SPIKE, _NORM_SPIKE = 2.0, 4.0
 _MEMORY = 0.9
+# What a loss that may be negative is compared with, in units of its mean step-to-step change: about 4.5 standard
+# deviations of independent noise. No single change counts for more than `_LARGEST_CHANGE` times that mean.
+_SPREADS, _LARGEST_CHANGE = 4.0, 4.0
+# Differences from the mean below this share of a loss are rounding (float32).
+_ROUNDING = 1e-6
+
+
+def severity(end: float, start: float, unit: float | None = None) -> float:
+    """Measure how far a lookahead takes the loss: ``log(end / start)``, with the loss that training started from.
+
+    With a unit (:class:`Scale`) it is ``log(1 + (end - start) / unit)``, the same number where the unit is the start.
+    ``inf`` where the loss is not finite, ``nan`` where there is nothing to compare with (a start at or below 0 and no
+    unit).
+    """
+    if not math.isfinite(end):
+        return math.inf
+    if unit is not None:
+        if math.isnan(start) or not unit > 0:
+            return math.nan
+        far = (end - start) / unit
+        return math.log1p(far) if far > -1 else -math.inf
+    if math.isnan(start) or start <= 0:
+        return math.nan
+    ratio = end / start  # which may underflow
+    return math.log(ratio) if ratio > 0 else -math.inf
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How losses are compared: by their ratio while all of them are positive, by their distance as soon as one is not.
+
+    A ratio says nothing of losses that may be negative (log-likelihoods, surrogates of reinforcement learning). Where a
+    positive loss has ``start`` to fall, these have fallen from the start to the lowest loss seen, or are moved by noise
+    alone: the unit is the larger of the two. A constant added to every loss then changes nothing.
+
+    Attributes:
+        start: Loss that training started from; ``nan`` before the first step.
+        unit: What distances are measured in; None while every loss was positive.
+        settled: Whether there were enough losses to tell; else a lookahead's own are taken in.
+    """
+
+    start: float = math.nan
+    unit: float | None = None
+    settled: bool = False
+
+    def times(self, factor: float, loss: float) -> float:
+        """``factor`` times a loss; with a unit, as much above it as that is above the start of positive losses."""
+        return factor * loss if self.unit is None else loss + (factor - 1) * self.unit
+
+    def severity(self, end: float) -> float:
+        """Measure how far the loss is from the start; see :func:`severity`."""
+        return severity(end, self.start, self.unit)
+
+    def diverged(self, loss: float, ratio: float) -> bool:
+        """Return True if a loss is not finite, or above ``ratio`` times the one that training started from."""
+        return not math.isfinite(loss) or loss > self.times(ratio, self.start)
+
+    def over(self, losses: Sequence[float]) -> Scale:
+        """Take in the losses of a lookahead where a run had too few of its own."""
+        if self.settled:
+            return self
+        start = losses[0] if math.isnan(self.start) else self.start
+        known = [loss for loss in losses if math.isfinite(loss)]
+        if self.unit is None and all(loss > 0 for loss in known) and not start <= 0:
+            return replace(self, start=start)
+        # The median change: that of a lookahead that diverges is small beside its end.
+        least = start if self.unit is None else self.unit
+        return replace(self, start=start, unit=max(least, _SPREADS * _typical_change(known)))
 
 
 @dataclass
@@ -24,28 +94,59 @@ class RunningStatistics:
         first: The first losses.
         loss: Running mean of the loss.
         norm: Running mean of the gradient norm.
+        last: The latest loss; None before the first.
+        lowest: The lowest loss.
+        spread: Running mean of the loss's change from step to step.
     """
 
     first: tuple[float, ...] = ()
     loss: float = math.nan
     norm: float = math.nan
+    last: float | None = None
+    lowest: float = math.inf
+    spread: float = math.nan
 
     @property
     def start(self) -> float:
         """Loss that training started from; ``nan`` before the first step."""
         return median(self.first) if self.first else math.nan
 
+    @property
+    def scale(self) -> Scale:
+        """How losses are compared."""
+        return self._scale(self.start)
+
+    def _scale(self, start: float) -> Scale:
+        settled = len(self.first) == FIRST_LOSSES
+        if self._lowest > 0:
+            return Scale(start, None, settled)
+        return Scale(start, max(start - self._lowest, self._noise), settled)
+
+    @property
+    def _lowest(self) -> float:
+        # A checkpoint of an older version holds no lowest loss.
+        return min(self.lowest, *self.first, math.inf)
+
+    @property
+    def _noise(self) -> float:
+        return 0.0 if math.isnan(self.spread) else _SPREADS * self.spread
+
     def update(self, loss: float, norm: float = math.nan) -> bool:
         """Take a step in, and return True if its loss or its norm spiked or is not finite."""
+        finite = math.isfinite(loss)
+        if finite:
+            self._take_spread(loss)
+            self.lowest = min(self.lowest, loss)
+        self.last = loss
         # A run that diverges within its first steps must not move its start.
         if (
-            math.isfinite(loss)
+            finite
             and len(self.first) < FIRST_LOSSES
-            and (not self.first or loss <= _LOSS_SPIKE * self.first[0])
+            and (not self.first or loss <= self._scale(self.first[0]).times(_LOSS_SPIKE, self.first[0]))
         ):
             self.first = (*self.first, loss)
-        spiked = not math.isfinite(loss) or loss > _LOSS_SPIKE * self.loss or norm > _NORM_SPIKE * self.norm
-        if math.isfinite(loss):
+        spiked = not finite or self._is_above_mean(loss) or norm > _NORM_SPIKE * self.norm
+        if finite:
             self.loss = loss if math.isnan(self.loss) else _MEMORY * self.loss + (1 - _MEMORY) * loss
         if math.isfinite(norm):
             self.norm = norm if math.isnan(self.norm) else _MEMORY * self.norm + (1 - _MEMORY) * norm
@@ -53,19 +154,31 @@ class RunningStatistics:
 
     def diverged(self, loss: float, ratio: float) -> bool:
         """Return True if a loss is not finite, or above ``ratio`` times the one that training started from."""
-        return not math.isfinite(loss) or loss > ratio * self.start
+        return self.scale.diverged(loss, ratio)
+
+    def _is_above_mean(self, loss: float) -> bool:
+        """Whether a loss is twice the mean, or above it by more than noise and half of what was learned."""
+        scale = self.scale
+        if scale.unit is None:
+            return loss > _LOSS_SPIKE * self.loss
+        return loss - self.loss > max((scale.start - self._lowest) / 2, self._noise, _ROUNDING * abs(loss))
+
+    def _take_spread(self, loss: float) -> None:
+        """Take a change in; of the first losses the median, so that a run that leaves at once does not raise it."""
+        if self.last is None or not math.isfinite(self.last):
+            return
+        change = abs(loss - self.last)
+        if len(self.first) < FIRST_LOSSES:
+            self.spread = _typical_change((*self.first, loss))
+        elif not self.spread > 0:
+            self.spread = change
+        else:
+            self.spread = _MEMORY * self.spread + (1 - _MEMORY) * min(change, _LARGEST_CHANGE * self.spread)
 
 
-def severity(end: float, start: float) -> float:
-    """Measure how far a lookahead takes the loss: ``log(end / start)``, with the loss that training started from.
-
-    ``inf`` where the loss is not finite, ``nan`` where there is nothing to compare with (a start at or below 0).
-    """
-    if math.isnan(start) or start <= 0:
-        return math.nan if math.isfinite(end) else math.inf
-    if not math.isfinite(end):
-        return math.inf
-    return math.log(end / start) if end > 0 else -math.inf
+def _typical_change(losses: Sequence[float]) -> float:
+    """Median change from one loss to the next; 0 of a single one."""
+    return median([abs(after - before) for before, after in pairwise(losses)] or [0.0])
 
 
 def fails(severe: float, ratio: float) -> bool:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from lightning_maml_guard.guard.divergence import passes, severity
-from lightning_maml_guard.linalg.layout import Layout, Params
+from lightning_maml_guard.guard.divergence import Scale, passes
+from lightning_maml_guard.linalg.layout import Layout, Params, real_pairs, unpaired
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.shadow import Clip, ShadowOptimizer, check_no_closure
 from lightning_maml_guard.stability.hvp import MeasurementCache
@@ -160,21 +160,21 @@ class Lookahead:
             alpha / self.alpha if self.alpha > 0 else 1.0, beta / self.beta if self.beta > 0 else 1.0, first
         )
 
-    def judged(self, caps: Caps, start: float, ratio: float) -> tuple[LookaheadResult, float, float]:
+    def judged(self, caps: Caps, scale: Scale, ratio: float) -> tuple[LookaheadResult, Scale, float]:
         """Try the steps; if they do not pass, twice more from other batches on: one odd batch is no divergence.
 
         Returns:
-            The result of the median severity, the loss that training started from (``start``, or the loss at hand where
-            that is ``nan``), and the severity.
+            The result of the median severity, how its losses are compared (with the loss that training started from,
+            or the loss at hand where that is not known), and the severity.
         """
         result = self.under(caps)
-        start = result.begin if math.isnan(start) else start
+        scale = scale.over(result.losses)
         found = [result]
-        if not passes(severity(result.end, start), ratio) and self.batches > 1:
+        if not passes(scale.severity(result.end), ratio) and self.batches > 1:
             found += [self.under(caps, (self.batches * share) // 3) for share in (1, 2)]
-        found.sort(key=lambda each: severity(each.end, start))
+        found.sort(key=lambda each: scale.severity(each.end))
         median = found[len(found) // 2]
-        return median, start, severity(median.end, start)
+        return median, scale, scale.severity(median.end)
 
     def run(self, alpha_factor: float = 1.0, beta_factor: float = 1.0, first: int = 0) -> LookaheadResult:
         """Try the steps with factors on the inner rates and on the optimizer's."""
@@ -196,14 +196,15 @@ class Lookahead:
     def _evaluate(self, params: Params, index: int, factor: float) -> tuple[Tensor, Params]:
         objective = self._objectives[index % len(self._objectives)]
         target = objective.update(factor) if isinstance(objective, MamlObjective) else objective.curvature(False)
-        leaves = {name: value.detach().requires_grad_() for name, value in as_float32(params).items()}
+        leaves = {name: value.detach().requires_grad_() for name, value in real_pairs(as_float32(params)).items()}
         value, gradients = target[0](leaves, False)
         known = {name: gradients[name] for name in leaves}
         filled = {n: torch.zeros_like(leaves[n]) if g is None else g.detach() for n, g in known.items()}
         if self._ranks.size == 1:
-            return value.detach().float(), filled
+            return value.detach().float(), unpaired(filled, params)
         layout = Layout(filled)
-        return self._ranks.mean(value.float()), layout.split(self._ranks.mean(layout.flatten(filled)))
+        mean = layout.split(self._ranks.mean(layout.flatten(filled)))
+        return self._ranks.mean(value.float()), unpaired(mean, params)
 
 
 def lookahead_of(

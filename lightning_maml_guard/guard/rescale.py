@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from lightning_maml_guard.guard.divergence import Scale
 from lightning_maml_guard.guard.lookahead import Caps, LookaheadResult
 from lightning_maml_guard.optim.lr_cap import LRCap
 from lightning_maml_guard.stability.report import StabilityReport
@@ -35,6 +36,7 @@ LADDER: tuple[tuple[float | None, float], ...] = (
 RELEASE = 1.5
 
 LookUnder = Callable[[Caps], LookaheadResult]
+BY_RATIO = Scale()
 
 
 def lowered(
@@ -46,6 +48,7 @@ def lowered(
     loss: float = math.inf,
     reach_alpha: bool,
     at_least_halve: bool = False,
+    scale: Scale = BY_RATIO,
 ) -> Caps:
     """Lower the rates of a diverging run: to ``margin`` times their limits, and further until a lookahead is calm.
 
@@ -60,6 +63,7 @@ def lowered(
         loss: Loss where the run is; ``inf`` if it is not known.
         reach_alpha: Whether the inner rate can be capped.
         at_least_halve: Whether the meta rate must fall to half whatever the lookahead says.
+        scale: How losses are compared.
 
     Returns:
         The caps to apply: the first whose lookahead is calm, or lower ones that bring the loss further down; if none
@@ -85,15 +89,22 @@ def lowered(
             continue
         found = tried[candidate] = look(candidate)
         if best is not None:
-            best, worse = (candidate, 0) if found.end < BETTER * tried[best].end else (best, worse + 1)
+            best, worse = (candidate, 0) if found.end < scale.times(BETTER, tried[best].end) else (best, worse + 1)
             if worse == PATIENCE:
                 return best
-        elif found.end <= CALM * min(found.begin, loss):
+        elif found.end <= scale.times(CALM, min(found.begin, loss)):
             best = candidate
     return best or min(tried, key=lambda each: tried[each].end)
 
 
-def raised(report: StabilityReport, caps: Caps, margin: float, present: LookaheadResult, look: LookUnder) -> Caps:
+def raised(
+    report: StabilityReport,
+    caps: Caps,
+    margin: float,
+    present: LookaheadResult,
+    look: LookUnder,
+    scale: Scale = BY_RATIO,
+) -> Caps:
     """Release capped rates by ``RELEASE`` per check, up to ``margin`` times their limits.
 
     Higher rates are taken if their lookahead ends no worse than ``present``, the one under the caps so far.
@@ -109,7 +120,7 @@ def raised(report: StabilityReport, caps: Caps, margin: float, present: Lookahea
         if candidate == caps:
             continue
         found = look(candidate)
-        if found.end <= CALM * found.begin and found.end <= CALM * present.end:
+        if all(found.end <= scale.times(CALM, loss) for loss in (found.begin, present.end)):
             return candidate
     return caps
 

@@ -50,11 +50,12 @@ class Rollback:
         run.state.rollbacks += 1
         return True
 
-    def report(self, loss: float, alpha: float, beta: float, step: int) -> None:
+    def report(self, loss: float, alpha: float, beta: float, step: int, *, halved: bool = False) -> None:
         """Say that the run was rolled back because of a loss, and which rates are applied from now on."""
         if self.run.snapshot is not None:
             applied = self.run.caps.caps.applied(alpha, beta)
-            self._tell(self._reason(Kind.ROLLED_BACK, loss, step, alpha=applied[0], beta=applied[1]))
+            effect = "halved" if halved else ""
+            self._tell(self._reason(Kind.ROLLED_BACK, loss, step, alpha=applied[0], beta=applied[1], effect=effect))
 
     def halve(self, loss: float, scheduled: float, step: int) -> None:
         """Halve the meta rate of a run that was rolled back to where nothing could be measured, and say so."""

@@ -37,9 +37,10 @@ class ScheduleState:
 class Schedule:
     """Decides at which steps to check.
 
-    A triggered check waits after each one before it twice as long as the last time, up to half of ``every_n_steps``;
-    with a budget (``share`` of the training's work; None: none), those that would have to wait longer wait until they
-    are paid for. A check of a diverged loss waits no longer than that half, and for no payment.
+    Without a budget (``share`` of the training's work; None: none) a check comes at every N-th step, whatever was
+    triggered in between. A triggered check waits after each one before it twice as long as the last time, up to half of
+    ``every_n_steps``; with a budget, those that would have to wait longer wait until they are paid for. A check of a
+    diverged loss waits no longer than that half, and for no payment.
     """
 
     def __init__(self, every_n_steps: int, share: float | None = None, state: ScheduleState | None = None) -> None:
@@ -53,12 +54,17 @@ class Schedule:
             return None
         since = math.inf if state.last is None else step - state.last
         paid = self._paid(step)
-        # A triggered check stands for the scheduled one that would follow it closely.
-        scheduled = step % self.every_n_steps == 0 and since >= self.every_n_steps / 2 and (paid or state.unjudged)
+        # With a budget a triggered check stands for the scheduled one that would follow it closely.
+        close = since < self.every_n_steps / 2
+        on_time = step % self.every_n_steps == 0 and not (close and self.share is not None)
+        scheduled = on_time and (paid or state.unjudged)
         if not scheduled and not self._called(since, paid, at_once_if_diverged):
             return None
         if self.share is None:
-            state.gap = 2 if scheduled else min(2 * state.gap, self._longest)
+            if not scheduled:
+                state.gap = min(2 * state.gap, self._longest)
+            elif not close and not state.spiked:  # else the loss is as noisy as it was
+                state.gap = 2
         elif not paid:
             state.gap *= 2
         state.last, state.spiked, state.diverged = step, False, False

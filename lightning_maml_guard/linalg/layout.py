@@ -41,3 +41,16 @@ class Layout:
             name: piece.reshape(leading + shape)
             for piece, (name, shape) in zip(pieces, self.shapes.items(), strict=True)
         }
+
+
+def real_pairs(params: Params) -> Params:
+    """View complex tensors as real ones with a last dimension of 2: what an optimizer steps and a spectrum is of."""
+    return {name: torch.view_as_real(value) if value.is_complex() else value for name, value in params.items()}
+
+
+def unpaired(pairs: Params, like: Params) -> Params:
+    """Undo :func:`real_pairs` where ``like`` is complex; gradients by real pairs become torch's complex gradients."""
+    # Not view_as_complex: a pair may lie at any offset of a flat vector.
+    return {
+        name: torch.complex(*value.unbind(-1)) if like[name].is_complex() else value for name, value in pairs.items()
+    }

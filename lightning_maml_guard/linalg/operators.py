@@ -56,7 +56,8 @@ def gradient_of(loss: Callable[[Params], Tensor]) -> Field:
                 "The loss does not depend on the `params` it is given: compute it from them "
                 "(torch.func.functional_call), not from the module's own parameters."
             )
-        return FieldValue(value.detach(), dict(zip(params, gradients, strict=True)))
+        dense = [each.to_dense() if each is not None and each.is_sparse else each for each in gradients]
+        return FieldValue(value.detach(), dict(zip(params, dense, strict=True)))
 
     return field
 

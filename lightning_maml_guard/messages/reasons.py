@@ -31,8 +31,10 @@ class Kind(str, Enum):
     # A lookahead.
     LOOKAHEAD_DIVERGES = "lookahead diverges"
     LOSS_NOT_FINITE = "loss not finite"
+    LOSS_DIVERGED = "loss diverged"
     # What a guard has to say once.
     CHECK_FAILED = "check failed"
+    NO_CURVATURE_MEASURED = "no curvature measured"
     TASK_FAILED = "task failed"
     BATCH_NOT_COPIED = "batch not copied"
     STATE_NOT_READ = "state not read"
@@ -88,7 +90,7 @@ class Reason:
         beta: Meta rate that was tried or is applied.
         losses: Loss before, loss after, and the loss that training started from.
         steps: Number of steps a lookahead took; of rollbacks the step returned to.
-        counts: Rollbacks so far, and at most.
+        counts: How many of how many: rollbacks so far and at most, or units that are dead.
         what: What it is about in the code: an operator's name, or what could not be done.
         error: Type of an exception.
         detail: Text that came from elsewhere: an exception's, or an optimizer's.
@@ -127,7 +129,33 @@ class Reason:
 
 
 def of_error(kind: Kind, error: BaseException, *, what: str = "", step: int | None = None) -> Reason:
-    """State a failure as a reason: its type, its text, and the place it came from."""
+    """State a failure as a reason: its type, its text, and the place in the user's code that it came from."""
+    detail = encodable(str(error))
+    return Reason(kind, what=what, error=type(error).__name__, detail=detail, where=_place(error), step=step)
+
+
+def _place(error: BaseException) -> str:
+    """Name the innermost frame in a file of the user's, of what an error was raised from or its own; else its last."""
+    errors = [error]
+    while errors[0].__cause__ is not None:
+        errors.insert(0, errors[0].__cause__)
+    for each in errors:
+        for frame in reversed(traceback.extract_tb(each.__traceback__)):
+            if _is_users(frame.filename):
+                return _named(frame)
     trace = traceback.extract_tb(error.__traceback__)
-    where = f"{Path(trace[-1].filename).name}, line {trace[-1].lineno}, in {trace[-1].name}" if trace else ""
-    return Reason(kind, what=what, error=type(error).__name__, detail=encodable(str(error)), where=where, step=step)
+    return _named(trace[-1]) if trace else ""
+
+
+def _is_users(filename: str) -> bool:
+    path = Path(filename)
+    installed = {"site-packages", "dist-packages"} & set(path.parts)
+    return not installed and not filename.startswith("<frozen") and not set(_NOT_THE_USERS) & set(path.parents)
+
+
+def _named(frame: traceback.FrameSummary) -> str:
+    return f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}"
+
+
+# This package and Python's own library.
+_NOT_THE_USERS = (Path(__file__).parents[1], Path(traceback.__file__).parent)

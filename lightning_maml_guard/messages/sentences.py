@@ -125,10 +125,8 @@ def _nan_in_data(reason: Reason, spelling: Spelling) -> str:
 
 
 def _no_exact_limit(reason: Reason, spelling: Spelling) -> str:
-    return (
-        f"exact_beta_c could not be measured ({reason.error}: {reason.detail}); the simplified criterion is still "
-        "checked."
-    )
+    why = f"{reason.error}: {reason.detail}"
+    return f"exact_beta_c could not be measured ({why}); the simplified criterion is still checked."
 
 
 def _no_double_backward(reason: Reason, spelling: Spelling) -> str:
@@ -168,9 +166,11 @@ def _check_failed(reason: Reason, spelling: Spelling) -> str:
         "(curvature options), or steps=0 or batches=1 (lookahead options).",
         "other rank": "Look at that rank; the others are well.",
     }.get(reason.effect, "If it comes from code of yours (the problem, the loss, a logger), fix it there.")
+    alone = reason.kind is Kind.NO_CURVATURE_MEASURED
+    but = " to measure the curvature; it judges by the next steps alone" if alone else "; training goes on without it"
     return (
-        f"the check at step {reason.step} failed; training goes on without it.\nCause: {reason.error}: {reason.detail}"
-        f"{where}.\nTo do: {to_do} This is said once for each cause."
+        f"the check at step {reason.step} failed{but}.\nCause: {reason.error}: {reason.detail}{where}.\nTo do: {to_do} "
+        "This is said once for each cause."
     )
 
 
@@ -197,12 +197,13 @@ def _no_snapshot(reason: Reason, spelling: Spelling) -> str:
 
 def _network_collapsed(reason: Reason, spelling: Spelling) -> str:
     _, loss, start = reason.losses
+    counted = f"{reason.counts[0]} of {reason.counts[1]} ReLU units are 0 on the whole batch"
+    dead = counted if reason.counts[1] else "this happens when ReLUs have died"  # not counted by older versions
     return (
         f"step {reason.step} is stable, but the run may have lost its network.\nWhy: lambda_max = {reason.value:.3g} "
         f"is {reason.value / reason.limit:.2g} of what it was, while the loss ({loss:.3g}) is near where training "
-        f"started ({start:.3g}): this happens when ReLUs have died, and no rate brings them back.\nTo do: Start again "
-        f"with lower rates ({spelling.guard(action='rescale', margin=0.5)} keeps them lower), or with another "
-        "activation."
+        f"started ({start:.3g}): {dead}, and no rate brings them back.\nTo do: Start again with lower rates "
+        f"({spelling.guard(action='rescale', margin=0.5)} keeps them lower), or with another activation."
     )
 
 
@@ -213,9 +214,8 @@ def _rolled_back(reason: Reason, spelling: Spelling) -> str:
         f"{reason.counts[1]})."
     )
     if reason.effect == "halved":
-        return (
-            f"{said} The curvature there could not be measured, so the meta rate is halved: beta = {reason.beta:.3g}."
-        )
+        why = "The curvature there could not be measured, so the meta rate is halved"
+        return f"{said} {why}: beta = {reason.beta:.3g}."
     return f"{said}\nApplied from now on: {rates(reason.alpha, reason.beta)}."
 
 
@@ -270,7 +270,9 @@ _CAUSES = _MEASURED | {
     **NOTICES,
     Kind.LOOKAHEAD_DIVERGES: _lookahead_diverges,
     Kind.LOSS_NOT_FINITE: _loss_not_finite,
+    Kind.LOSS_DIVERGED: lambda reason, _: f"The last loss is {reason.losses[0]:.3g}, the first {reason.losses[2]:.3g}.",
     Kind.CHECK_FAILED: _check_failed,
+    Kind.NO_CURVATURE_MEASURED: _check_failed,
     Kind.TASK_FAILED: lambda reason, spelling: (
         f"could not {reason.what}; training goes on.\nCause: {reason.error}: {reason.detail}"
     ),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_maml_guard.linalg.layout import Params
+from lightning_maml_guard.linalg.layout import Params, real_pairs
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.stability_limits import (
     UnknownOptimizerError,
@@ -106,10 +106,11 @@ def linearized_step(optimizer: Optimizer | None, params: Params) -> LinearizedSt
     diagonal = preconditioner(optimizer)
     scale: Params = {}
     seen = False
+    pairs = real_pairs(params)
     for (name, value), group in zip(params.items(), groups, strict=True):
         entry = None if group is None else diagonal[value]
         if entry is None:
-            scale[name] = torch.zeros_like(value)  # the optimizer does not move it, or has not yet
+            scale[name] = torch.zeros_like(pairs[name])  # the optimizer does not move it, or has not yet
         else:
             seen = True
             scale[name] = float(group["lr"]) / highest / entry.detach() if group is not None else entry
@@ -118,5 +119,5 @@ def linearized_step(optimizer: Optimizer | None, params: Params) -> LinearizedSt
             note=f"{type(optimizer).__name__} has no second moment before its first step, so its preconditioner is "
             "not known yet."
         )
-    shift = {name: torch.full_like(value, decay) for (name, value), decay in zip(params.items(), coupled, strict=True)}
+    shift = {name: torch.full_like(value, decay) for (name, value), decay in zip(pairs.items(), coupled, strict=True)}
     return LinearizedStep(answers, scale, shift, decoupled)

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Optimizer, SparseAdam
 from torch.utils._pytree import tree_map
 
-from lightning_maml_guard.linalg.layout import Params
+from lightning_maml_guard.linalg.layout import Params, real_pairs, unpaired
 from lightning_maml_guard.linalg.operators import Operator
 from lightning_maml_guard.optim.stability_limits import unwrap
 
@@ -61,7 +61,8 @@ class ShadowOptimizer:
     def step(self, gradient: Params, clip: Clip | None = None) -> None:
         """Step along a gradient, by name; ``clip`` clips the parameters' ``.grad`` in place, as the run does."""
         for name, replica in self._moved.items():
-            replica.grad = gradient[name].to(replica.dtype).clone()
+            dense = gradient[name].to(replica.dtype).clone()
+            replica.grad = dense.to_sparse(1) if isinstance(self._optimizer, SparseAdam) else dense
         if clip is not None:
             clip(list(self._moved.values()))
         type(self._optimizer).step(self._optimizer)
@@ -104,10 +105,10 @@ def predicted_change(
     gradient = jacobian.gradient
     update: Tensor = beta * gradient
     if optimizer is not None:
-        found = next_update(optimizer, params, jacobian.layout.split(gradient))
+        found = next_update(optimizer, params, unpaired(jacobian.layout.split(gradient), params))
         if found is None:
             return None
-        update = jacobian.layout.flatten(found).to(gradient)
+        update = jacobian.layout.flatten(real_pairs(found)).to(gradient)
     return -(gradient @ update) + 0.5 * (update @ jacobian(update))
 
 
@@ -121,4 +122,7 @@ def _copied(leaf: Any, replicas: dict[int, Tensor]) -> Any:
 
 
 def _cloned(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
+    if not isinstance(value, Tensor):
+        return copy.copy(value)
+    # The momentum of sparse gradients is sparse; those of a shadow are dense.
+    return value.detach().to_dense() if value.is_sparse else value.detach().clone()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 
+from lightning_maml_guard.linalg.layout import real_pairs
 from lightning_maml_guard.theory.linear_response import Response
 from lightning_maml_guard.utils.checks import shown
 
@@ -194,12 +195,15 @@ def preconditioner(optimizer: Optimizer) -> dict[Tensor, Tensor | None]:
     optimizer = unwrap(optimizer)
     limit = _limit_of(optimizer)
     found: dict[Tensor, Tensor | None] = {}
+    # torch's optimizers step the real and imaginary parts of complex parameters like real ones.
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if limit.preconditioner is None:
-                found[parameter] = torch.ones_like(parameter)
+                found[parameter] = torch.ones_like(real_pairs({"": parameter})[""])
             else:
-                found[parameter] = limit.preconditioner(group, optimizer.state.get(parameter, {}))
+                state = optimizer.state.get(parameter, {})
+                pairs = real_pairs({key: value for key, value in state.items() if isinstance(value, Tensor)})
+                found[parameter] = limit.preconditioner(group, {**state, **pairs})
     return found
 
 

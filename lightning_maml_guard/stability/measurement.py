@@ -36,7 +36,7 @@ from lightning_maml_guard.stability.objective import MamlObjective, Objective
 from lightning_maml_guard.stability.options import CurvatureOptions
 from lightning_maml_guard.stability.reasons import Basis, judge, no_curvature
 from lightning_maml_guard.stability.report import StabilityReport
-from lightning_maml_guard.theory.limits import UNRESOLVED, Limit
+from lightning_maml_guard.theory.limits import Limit
 
 
 @dataclass(frozen=True)
@@ -178,26 +178,7 @@ class Measurement:
         """Report a measurement that failed: unresolved. ``padded``: the data holds nan."""
         reason = of_error(Kind.NAN_IN_DATA if padded else Kind.NOT_MEASURED, error, step=self._at_step)
         self._notes = [*self._operators.cache.facts.finite.values(), reason]
-        return StabilityReport(
-            **self._head(),
-            alpha_c=math.nan,
-            beta_c=math.nan,
-            sgd_beta_c=math.nan,
-            exact_beta_c=math.nan,
-            lambda_max=math.nan,
-            lambda_min=math.nan,
-            status=UNRESOLVED,
-            findings=(reason,),
-            alpha_status=UNRESOLVED,
-            beta_status=UNRESOLVED,
-            safe_alpha=self._objective.alpha,
-            safe_beta=self._beta,
-            safe_beta_c=math.nan,
-            lambda_max_interval=UNKNOWN_INTERVAL,
-            alpha_c_interval=UNKNOWN_INTERVAL,
-            beta_c_interval=UNKNOWN_INTERVAL,
-            spectrum=Spectrum(),
-        )
+        return StabilityReport.unmeasured(reason, **self._head())
 
     def _head(self) -> dict[str, Any]:
         return {

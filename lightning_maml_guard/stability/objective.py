@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_maml_guard.linalg.layout import Layout, Params
+from lightning_maml_guard.linalg.layout import Layout, Params, real_pairs, unpaired
 from lightning_maml_guard.linalg.operators import Field, gradient_of, task_gradient
 from lightning_maml_guard.maml.jacobian import curvature_by_task, is_symmetric, meta_field
 from lightning_maml_guard.maml.problem import MetaProblem
@@ -30,8 +30,8 @@ class PlainObjective:
 
     def __init__(self, problem: PlainProblem) -> None:
         self.live = problem.params
-        self.params: Params = as_float32({name: value.detach() for name, value in problem.params.items()})
-        self.mean_loss: Callable[[Params], Tensor] = problem.loss
+        self.params: Params = real_pairs(as_float32({name: value.detach() for name, value in problem.params.items()}))
+        self.mean_loss: Callable[[Params], Tensor] = lambda pairs: problem.loss(unpaired(pairs, problem.params))
 
     def curvature(self, per_task: bool) -> Target:
         """Make the gradient field whose Jacobian is ``H``: of the mean task loss, or one block per task."""

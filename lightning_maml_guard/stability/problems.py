@@ -13,9 +13,11 @@ from torch.optim import Optimizer
 
 from lightning_maml_guard.linalg.layout import Params
 from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.utils.activations import DeadUnits, ReluUnits
 from lightning_maml_guard.utils.batch_copy import copied
 from lightning_maml_guard.utils.checks import shown
-from lightning_maml_guard.utils.task_map import as_float32
+from lightning_maml_guard.utils.double_backward import double_backward
+from lightning_maml_guard.utils.task_map import TaskMap, as_float32
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,28 @@ def owners(problem: Problem, optimizers: Sequence[Optimizer]) -> list[int]:
         if any(id(parameter) in moved for group in optimizer.param_groups for parameter in group["params"])
     ]
     return found or list(range(len(optimizers)))
+
+
+def dead_units(problem: Problem) -> DeadUnits:
+    """Count the units of ReLU-like activations that are 0 on all of a problem's data, one task after another."""
+    params: Params = {
+        name: as_float32(value.detach()).requires_grad_(value.requires_grad) for name, value in problem.params.items()
+    }
+    watch = ReluUnits()
+
+    with double_backward(), watch:
+        if isinstance(problem, PlainProblem):
+            problem.loss(params)
+            return watch.count()
+        loss = problem.loss
+
+        def of_task(params: Params, data: Any) -> Tensor:
+            watch.restart()
+            return loss(params, data).detach()
+
+        for data in (problem.support, problem.query):
+            TaskMap(looped=True)(of_task, params, as_float32(data), in_dims=(None, 0))
+    return watch.count()
 
 
 class _TrainingStep(nn.Module):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_maml_guard.messages.reasons import UNKNOWN_INTERVAL, Reason
 from lightning_maml_guard.messages.sentences import sentences
 from lightning_maml_guard.stability.estimators import Spectrum
-from lightning_maml_guard.theory.limits import Limit
+from lightning_maml_guard.theory.limits import UNRESOLVED, Limit
 from lightning_maml_guard.theory.multiplier import Interval
 from lightning_maml_guard.theory.ritz import ritz_pairs
 
@@ -83,6 +84,27 @@ class StabilityReport:
     notes: tuple[Reason, ...] = ()
     step: int | None = None
     cost: float = math.nan
+
+    @classmethod
+    def unmeasured(cls, reason: Reason, *, alpha: float, beta: float, **known: Any) -> StabilityReport:
+        """Make the report of a measurement that failed: unresolved, for that reason.
+
+        Args:
+            reason: Why there are no critical values.
+            alpha: Inner rate as configured.
+            beta: Meta rate as configured.
+            known: Other fields that are known.
+
+        Returns:
+            The report; what is not known is ``nan``.
+        """
+        unknown = ("alpha_c", "beta_c", "sgd_beta_c", "exact_beta_c", "lambda_max", "lambda_min", "safe_beta_c")
+        values: dict[str, Any] = dict.fromkeys(unknown, math.nan)
+        values |= dict.fromkeys(("lambda_max_interval", "alpha_c_interval", "beta_c_interval"), UNKNOWN_INTERVAL)
+        values |= dict.fromkeys(("status", "alpha_status", "beta_status"), UNRESOLVED)
+        values |= {"alpha": alpha, "beta": beta, "safe_alpha": alpha, "safe_beta": beta, "findings": (reason,)}
+        values |= {"spectrum": Spectrum(), "inner_steps": 1, "hvps": 0, "seconds": 0.0, "cost": 0.0}
+        return cls(**(values | known))
 
     def __str__(self) -> str:
         """Sum the report up in a few lines; ``repr`` has every field."""

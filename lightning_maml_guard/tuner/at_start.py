@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from lightning_maml_guard.guard.check import lookahead_reason
-from lightning_maml_guard.guard.divergence import fails, severity
+from lightning_maml_guard.guard.divergence import Scale, fails
 from lightning_maml_guard.guard.lookahead import Caps, Lookahead, LookaheadOptions, lookahead_of
 from lightning_maml_guard.guard.state_machine import Watch, advance
 from lightning_maml_guard.maml.problem import MetaProblem
@@ -85,11 +85,11 @@ class MeasureAtStart(Callback):
         status, findings = judged.status, judged.findings
         ratio = self.lookahead.divergence_ratio
         if lookahead is not None:
-            present, start, severe = lookahead.judged(Caps(), math.nan, ratio)
+            present, scale, severe = lookahead.judged(Caps(), Scale(), ratio)
             status = advance(Watch(), judged.status, severe, ratio=ratio).state
             if fails(severe, ratio):
                 explained = judged.status == UNSAFE
-                seen = lookahead_reason(present, start, judged.alpha, judged.beta, explained=explained)
+                seen = lookahead_reason(present, scale.start, judged.alpha, judged.beta, explained=explained)
                 findings = (*findings, seen)
         alpha_c = _smallest(report.alpha_c for report in reports)
         alpha = self._alpha(judged.alpha, alpha_c, notes)
@@ -154,7 +154,8 @@ class MeasureAtStart(Callback):
         for halved in range(tries):
             factor = given * 0.5**halved / lookahead.beta if lookahead.beta > 0 else 1.0
             result = lookahead.run(inner, factor)
-            if not fails(severity(result.end, result.begin), self.lookahead.divergence_ratio):
+            severe = Scale().over(result.losses).severity(result.end)
+            if not fails(severe, self.lookahead.divergence_ratio):
                 break
         else:
             if not math.isnan(beta):

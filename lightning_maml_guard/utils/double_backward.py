@@ -85,25 +85,39 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g * torch.rsqrt((v * v).sum(others, keepdim=True)))
 
 
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    # A sparse gradient cannot be differentiated again.
+    return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse=False)
+
+
 class PrimitiveNorms(TorchFunctionMode):
     """Computes batch, layer, instance and weight norm from primitives while the mode is on.
 
     The derivatives of the native kernels are silently wrong beyond the second order and under some transforms, those of
     weight norm already at the second (torch 2.13, CPU). Mean, product and ``rsqrt`` are right at every order. Running
-    statistics are read where the layer would read them, and never written.
+    statistics are read where the layer would read them, and never written. Embeddings get dense gradients.
     """
 
-    _norms: ClassVar[dict[Any, Callable[..., Any]]] = {
+    _layers: ClassVar[dict[Any, Callable[..., Any]]] = {
         F.batch_norm: _batch_norm,
         F.layer_norm: _layer_norm,
         F.instance_norm: _instance_norm,
         torch._weight_norm: _weight_norm,
+        F.embedding: _embedding,
     }
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        return self._norms.get(func, func)(*args, **(kwargs or {}))
+        return self._layers.get(func, func)(*args, **(kwargs or {}))
 
 
 class BatchStatistics(TorchFunctionMode):
@@ -143,7 +157,8 @@ def double_backward() -> Iterator[None]:
     """Make gradients that can be differentiated again.
 
     Gradients are on (also under ``no_grad`` and inference mode), attention uses its differentiable kernel, compiled
-    code runs eagerly, cuDNN's RNN kernels and autocast are off, and norm layers are computed from primitives.
+    code runs eagerly, cuDNN's RNN kernels and autocast are off, norm layers are computed from primitives, and
+    embeddings have dense gradients.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

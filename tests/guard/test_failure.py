@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning import LightningModule
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -248,6 +249,102 @@ def test_a_failed_check_says_where_why_and_what_to_do(error, remedy):
     assert len([each for each in caught if each.category is GuardWarning]) == 1
     assert [report.step for report in guard.history] == [0, 1, 3, 4, 5]
     assert torch.equal(plain.network.weight, module.network.weight)
+
+
+def no_curvature(monkeypatch, steps=None):
+    """The measurement fails, at some steps or at all: a layer without a second derivative, a library that is gone."""
+    from lightning_maml_guard.guard import check
+
+    measure = check.measure
+
+    def fails(problem, *, step, **arguments):
+        if steps is None or step in steps:
+            raise NotImplementedError("no derivative here")
+        return measure(problem, step=step, **arguments)
+
+    monkeypatch.setattr(check, "measure", fails)
+
+
+@pytest.mark.parametrize("action", ["log", "warn"])
+def test_a_run_whose_curvature_cannot_be_measured_is_judged_by_its_next_steps(action, monkeypatch):
+    no_curvature(monkeypatch)
+    healthy = ConvergenceGuard(every_n_steps=2, action=action)
+    with pytest.warns(GuardWarning) as caught:
+        fit(linear_module(3, 0.1), QUADRATIC, 6, [healthy])
+    said = [one_line(each.message) for each in caught if each.category is GuardWarning]
+    assert len(said) == 1 and "failed to measure the curvature" in said[0]
+    assert "NotImplementedError: no derivative here (test_failure.py, line" in said[0]
+    assert [(report.step, report.status) for report in healthy.history] == [(at, "unresolved") for at in (0, 2, 4)]
+    assert all(report.severity < 0 for report in healthy.history)
+    diverging = ConvergenceGuard(every_n_steps=2, action=action)
+    with pytest.warns(GuardWarning) as caught:
+        fit(linear_module(3, 3.0), QUADRATIC, 6, [diverging])
+    said = [one_line(each.message) for each in caught if each.category is GuardWarning]
+    assert diverging.history[0].status == "unsafe" and len(said) == (2 if action == "warn" else 1)
+    if action == "warn":
+        assert "left the safe region at step 0" in said[1] and "take the loss from" in said[1]
+        assert "Why: The curvature could not be measured: NotImplementedError: no derivative here" in said[1]
+
+
+def test_without_curvature_a_guard_still_stops_and_lowers(monkeypatch):
+    no_curvature(monkeypatch)
+    stopped = ConvergenceGuard(every_n_steps=2, action="stop")
+    with guard_warns("failed to measure the curvature"):
+        fit(linear_module(3, 3.0), QUADRATIC, 6, [stopped])
+    assert stopped.stopped_step == 0
+    lowered = ConvergenceGuard(every_n_steps=2, action="rescale")
+    module = linear_module(3, 0.6)
+    start = float(torch.linalg.vector_norm(module.network.weight.detach()))
+    with guard_warns("failed to measure the curvature"):
+        fit(module, QUADRATIC, 40, [lowered])
+    assert lowered.history[0].beta_applied == 0.3  # half of it, for no limit is known
+    assert float(torch.linalg.vector_norm(module.network.weight.detach())) < 0.1 * start
+
+
+class Ragged(LightningModule):
+    """A hand-written MAML on lists of tasks; what it hands to the guard cannot be stacked."""
+
+    def __init__(self, lr):
+        super().__init__()
+        self.weight, self.lr = nn.Parameter(torch.ones(1)), lr
+
+    def training_step(self, batch, batch_idx):
+        return torch.stack([((x * self.weight) ** 2).mean() for x in batch]).mean()
+
+    def meta_problem(self, batch):
+        return torch.stack(batch)
+
+    def configure_optimizers(self):
+        return SGD(self.parameters(), lr=self.lr)
+
+
+RAGGED = [torch.ones(2), torch.ones(3)]
+
+
+@pytest.mark.parametrize("action", ["warn", "stop", "rescale"])
+def test_a_problem_that_cannot_be_stated_names_the_users_line_and_the_guard_is_loud_when_the_loss_leaves(action):
+    guard = ConvergenceGuard(every_n_steps=4, action=action)
+    module = Ragged(1e6)
+    with pytest.warns(GuardWarning) as caught:
+        trainer = fit(module, RAGGED, 20, [guard])
+    said = [one_line(each.message) for each in caught if each.category is GuardWarning]
+    assert "the check at step 0 failed" in said[0] and "(test_failure.py, line" in said[0]
+    assert "in meta_problem)" in said[0] and "left the safe region at step" in said[1] and "The last loss is" in said[1]
+    assert len(said) == 2 and not guard.history and guard.severities[0][1] > 1
+    assert (guard.stopped_step is not None) == (action == "stop") and (trainer.global_step < 20) == (action == "stop")
+    if action == "rescale":
+        assert guard._run.caps.caps.beta <= 5e5
+
+
+def test_a_loss_that_becomes_nan_is_told_where_no_check_could_be_made():
+    class Struck(Ragged):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 9:
+                with torch.no_grad():
+                    self.weight.fill_(float("nan"))
+
+    with guard_warns("left the safe region at step 10.*The loss is nan already"):
+        fit(Struck(0.1), RAGGED, 20, [ConvergenceGuard(every_n_steps=4)])
 
 
 def test_products_that_are_not_finite_are_named_and_training_goes_on():

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import LBFGS, SGD, Adam
 
 from lightning_maml_guard import MetaLearningModule
+from lightning_maml_guard.guard.divergence import Scale
 from lightning_maml_guard.guard.lookahead import Caps, Lookahead, LookaheadResult, lookahead_of
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
 from lightning_maml_guard.networks import mlp
@@ -76,10 +77,10 @@ def test_one_odd_batch_is_not_a_diverging_run(sharpness, fails):
     problems = [PlainProblem({"w": weight}, lambda p, c=c: 0.5 * c * (p["w"] ** 2).sum()) for c in sharpness]
     trainer = SimpleNamespace(gradient_clip_val=None)
     lookahead = lookahead_of(problems, SGD([weight], lr=0.1), 2, trainer, MeasurementCache())
-    found, reference, severe = lookahead.judged(Caps(), 1.0, 3.0)
+    found, reference, severe = lookahead.judged(Caps(), Scale(1.0), 3.0)
     # One step on the odd batch multiplies the weight by 1 - 0.1 * 40 = -3, one on the others by 0.9.
     end = 20 * 3**4 if fails else 0.5 * 0.9**4
-    assert reference == 1.0 and found.end == pytest.approx(end) and severe == pytest.approx(math.log(end))
+    assert reference.start == 1.0 and found.end == pytest.approx(end) and severe == pytest.approx(math.log(end))
     assert lookahead.runs == (1 if len(sharpness) == 1 else 3)
 
 
@@ -89,7 +90,7 @@ def test_without_a_start_the_loss_at_hand_is_the_reference():
     lookahead = lookahead_of(
         [problem], SGD([weight], lr=0.25), 2, SimpleNamespace(gradient_clip_val=None), MeasurementCache()
     )
-    assert lookahead.judged(Caps(), math.nan, 3.0)[1:] == (1.0, pytest.approx(math.log(1 / 16)))
+    assert lookahead.judged(Caps(), Scale(), 3.0)[1:] == (Scale(1.0), pytest.approx(math.log(1 / 16)))
 
 
 def test_lower_rates_are_those_of_a_run_configured_with_them():

@@ -2,8 +2,11 @@
 
 import copy
 import math
+import re
 import warnings
+from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +15,12 @@ from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader
 
 from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, GuardWarning, LookaheadOptions, MetaLearningModule
+from lightning_maml_guard.guard.check import Check
 from lightning_maml_guard.guard.divergence import FIRST_LOSSES, RunningStatistics, gradient_norm
 from lightning_maml_guard.guard.state import GuardState, from_checkpoint, to_checkpoint
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.optim.snapshot import Snapshot
+from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.tasks.regression import Sinusoid
 from lightning_maml_guard.utils.lightning_compat import Callback, Trainer
 from tests.helpers import fit, grouped, guard_warns, linear_module, one_line, quadratic_batch
@@ -282,11 +287,11 @@ def test_a_spike_between_checks_calls_one():
     assert [report.step for report in quiet.history] == [0]
 
 
-def test_a_triggered_check_stands_for_the_scheduled_one_after_it():
+def test_a_triggered_check_stands_for_no_scheduled_one():
     guard = ConvergenceGuard(every_n_steps=10, action="log")
     fit(Struck(far_away, at={27}), BATCH, 45, [guard])
     steps = [report.step for report in guard.history]
-    assert 28 in steps and 30 not in steps and 40 in steps
+    assert 28 in steps and 30 in steps and 40 in steps
 
 
 def test_the_edge_is_logged_and_not_warned_about():
@@ -380,7 +385,56 @@ def test_a_network_that_collapsed_is_not_just_called_stable(killed, action):
         first, then = (guard.history[at].lambda_max for at in (0, 1))
         assert said[0].startswith("ConvergenceGuard: step 15 is stable, but")
         assert f"lambda_max = {then:.3g} is {then / first:.2g} of what it was, while the loss" in said[0]
+        assert "8 of 8 ReLU units are 0 on the whole batch" in said[0]
         assert "Start again with lower rates" in said[0]
     again = ConvergenceGuard()
     again.load_state_dict(guard.state_dict())
     assert again._run.state.sharpest == guard._run.state.sharpest == guard.history[0].lambda_max
+
+
+class Saturated(MetaLearningModule):
+    """Its first layer's units are driven out of reach before a step."""
+
+    def __init__(self, activation):
+        super().__init__(mlp(activation=activation), inner_lr=0.01, optimizer=lambda p: SGD(p, lr=1e-4))
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == 10:
+            with torch.no_grad():
+                self.network[0].bias.fill_(-1e3)
+
+
+@pytest.mark.parametrize(("activation", "said"), [("relu", True), ("tanh", False)])
+def test_a_lost_network_is_one_whose_units_died(activation, said):
+    """A tanh network is as flat then, but nothing in it has died."""
+    guard = ConvergenceGuard(every_n_steps=15)
+    batch = Sinusoid().sample(4, torch.Generator().manual_seed(0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", GuardWarning)
+        fit(Saturated(activation), batch, 31, [guard])
+    lost = [text for text in (one_line(each.message) for each in caught) if "may have lost its network" in text]
+    assert len(lost) == said and all(re.search(r"[4-7]\d of 80 ReLU units are 0", text) for text in lost)
+
+
+@pytest.mark.parametrize(("dead", "said"), [(1, False), (39, True)])
+@pytest.mark.parametrize(("status", "loss"), [("safe", 57.0), ("edge", 57.0), ("safe", 1.95e11), ("safe", 20.0)])
+def test_a_network_is_called_lost_only_where_it_is_safe_and_back_where_it_began(dead, said, status, loss):
+    """Curvature may be gone for another reason, such as a sharp start: most units are alive then."""
+    torch.manual_seed(0)
+    module = MetaLearningModule(mlp(hidden=(40,)), inner_lr=0.01)
+    with torch.no_grad():
+        module.network[0].bias[:] = 20.0
+        module.network[0].bias[:dead] = -1e3
+    problem = module.meta_problem(Sinusoid().sample(4, torch.Generator().manual_seed(0)))
+    guard = ConvergenceGuard()
+    run, trainer = guard._run, SimpleNamespace(loggers=[])
+    for _ in range(8):
+        run.state.statistics.update(57.6)
+    run.state.statistics.loss, run.state.sharpest = loss, 100.0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", GuardWarning)
+        report = measure(problem, beta=1e-4)
+        Check(run, trainer, module)._warn_of_collapse(problem, replace(report, lambda_max=1.0), status, 100)
+    assert any(f"{dead} of 40 ReLU units" in one_line(each.message) for each in caught) == (
+        said and status == "safe" and loss == 57.0
+    )

@@ -167,6 +167,27 @@ def test_a_noisy_loss_calls_few_checks_on_credit_where_they_are_to_be_paid_for(s
     assert checks <= len(found) <= 2 * checks
 
 
+@given(st.integers(1, 60), st.sampled_from([3.0, 1e9]))
+def test_a_number_of_steps_is_kept_whatever_a_noisy_loss_calls_in_between(every, ratio):
+    found = list(noisy(Schedule(every), 600, ratio=ratio))
+    assert [step for step, kind in found if kind == SCHEDULED] == list(range(0, 600, every))
+    assert len(found) <= 600 / every + 600 / max(every // 2, 2) + 12  # and what is called stays as rare as it was
+
+
+def test_a_noisy_run_is_measured_at_every_nth_step():
+    """One task of one shot per step: the loss jumps all the time."""
+    torch.manual_seed(0)
+    guard = ConvergenceGuard(
+        every_n_steps=10, action="log", curvature=CurvatureOptions(max_iter=2), lookahead=LookaheadOptions(steps=1)
+    )
+    module = MetaLearningModule(mlp(hidden=(4,)), inner_lr=0.01)
+    data = TaskDataModule(Sinusoid(shots=1), meta_batch_size=1)
+    Trainer(max_steps=101, callbacks=[guard], **QUIET).fit(module, data)
+    looks = {step for step, _ in guard.severities}
+    assert set(range(0, 101, 10)) <= {report.step for report in guard.history}
+    assert len(looks - set(range(0, 101, 10))) > 5  # quick looks in between, most of which find nothing
+
+
 @given(st.floats(0.005, 0.5), st.integers(1, 60), st.integers(4, 200))
 def test_a_noisy_loss_spends_its_share_and_a_bounded_credit(share, cost, every):
     on_credit = sum(2**power <= max(every // 2, 2) for power in range(1, 20))

@@ -121,7 +121,7 @@ def full():
         ],
         announced={BEHIND.key, "another"},
         schedule=ScheduleState(last=4, spiked=True, diverged=True, gap=8, unjudged=True, spent=40.5, latest=20.25),
-        statistics=RunningStatistics(first=(1.0, 1.5), loss=1.25, norm=0.5),
+        statistics=RunningStatistics(first=(1.0, 1.5), loss=1.25, norm=0.5, last=1.5, lowest=-0.5, spread=0.25),
         watches={"run": Watch("unsafe", 2), "alpha": Watch("edge", 1)},
         sharpest=4.5,
         caps=Caps(0.045, 0.5),
@@ -271,6 +271,7 @@ def test_a_flat_state_of_before_the_tree_loads_into_the_same_values():
         full(),
         history=[report, replace(report, spectrum=POWER.spectrum)],
         severities=[(0, 2.5), (3, inf)],
+        statistics=RunningStatistics(first=(1.0, 1.5), loss=1.25, norm=0.5),
         stopping=[*words],
         announced={"ConvergenceGuard: step #: Adamax is not known."},
         events=[

@@ -1,12 +1,16 @@
 """Every reason has words, in full; and nothing reads them back."""
 
 import ast
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from lightning_maml_guard import MetaProblem
+from lightning_maml_guard.maml.batch_errors import explained
 from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy, of_error
 from lightning_maml_guard.messages.sentences import (
     announced,
@@ -19,6 +23,7 @@ from lightning_maml_guard.messages.sentences import (
     sentences,
 )
 from lightning_maml_guard.messages.spelling import IN_PYTHON
+from lightning_maml_guard.utils.checks import check_count
 
 PACKAGE = Path(__file__).parents[2] / "lightning_maml_guard"
 MEASURED = {"interval": (0.6, 0.65), "hvps": 12, "step": 3}
@@ -110,6 +115,17 @@ EXAMPLES = [
         "said once for each cause.",
     ),
     (
+        Reason(Kind.NO_CURVATURE_MEASURED, step=6, **FAILED),
+        "the check at step 6 failed to measure the curvature; it judges by the next steps alone.\n"
+        "Cause: OSError: disk full (data.py, line 3, in load).\n"
+        "To do: If it comes from code of yours (the problem, the loss, a logger), fix it there. This is "
+        "said once for each cause.",
+    ),
+    (
+        Reason(Kind.LOSS_DIVERGED, losses=(1234.5, nan, 1.5), remedy=Remedy.LOWER_BETA_UNSPECIFIED),
+        "The last loss is 1.23e+03, the first 1.5. Lower the optimizer's lr.",
+    ),
+    (
         Reason(Kind.TASK_FAILED, what="roll the last step back", error="OSError", detail="disk full"),
         "could not roll the last step back; training goes on.\nCause: OSError: disk full",
     ),
@@ -148,6 +164,14 @@ EXAMPLES = [
         "step 15 is stable, but the run may have lost its network.\n"
         "Why: lambda_max = 0.5 is 0.05 of what it was, while the loss (0.98) is near where training "
         "started (1): this happens when ReLUs have died, and no rate brings them back.\n"
+        "To do: Start again with lower rates (ConvergenceGuard(action='rescale', margin=0.5) keeps them "
+        "lower), or with another activation.",
+    ),
+    (
+        Reason(Kind.NETWORK_COLLAPSED, step=15, value=0.5, limit=10.0, losses=(nan, 0.98, 1.0), counts=(37, 40)),
+        "step 15 is stable, but the run may have lost its network.\n"
+        "Why: lambda_max = 0.5 is 0.05 of what it was, while the loss (0.98) is near where training "
+        "started (1): 37 of 40 ReLU units are 0 on the whole batch, and no rate brings them back.\n"
         "To do: Start again with lower rates (ConvergenceGuard(action='rescale', margin=0.5) keeps them "
         "lower), or with another activation.",
     ),
@@ -311,6 +335,37 @@ def test_an_exception_becomes_a_reason_with_the_place_it_came_from():
         "in test_an_exception_becomes_a_reason_with_the_place_it_came_from"
     )
     assert of_error(Kind.CHECK_FAILED, ValueError("x")).where == ""
+
+
+def test_the_place_is_in_the_users_own_file_whoever_raised():
+    def task_loss(params, data):
+        return torch.ones(2) @ torch.ones(3)
+
+    def by_torch():
+        task_loss(None, None)
+
+    def by_this_package():
+        check_count("shots", 0)
+
+    def by_this_package_because_of_torch():
+        with explained(problem):
+            problem.loss(problem.params, None)
+
+    def by_the_standard_library():
+        json.loads("[1, ")
+
+    problem = MetaProblem({"w": torch.ones(1)}, task_loss, torch.ones(1, 1), torch.ones(1, 1))
+    raisers = {
+        by_torch: "task_loss",
+        by_this_package: "by_this_package",
+        by_this_package_because_of_torch: "task_loss",
+        by_the_standard_library: "by_the_standard_library",
+    }
+    for raises, name in raisers.items():
+        with pytest.raises((RuntimeError, ValueError)) as caught:
+            raises()
+        where = of_error(Kind.CHECK_FAILED, caught.value).where
+        assert where.startswith("test_sentences.py, line ") and where.endswith(f"in {name}")
 
 
 def test_reasons_are_the_same_if_they_differ_in_numbers_alone():
