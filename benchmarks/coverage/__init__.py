@@ -6,6 +6,6 @@ or Adam as the meta-optimizer. ``lambda_max``, ``beta_c`` of the simplified crit
 with the eigenvalues of dense matrices, made here from a forward pass and meta-gradients written anew. As in the guard,
 an eigenvalue smaller than ``tol`` times the largest, or with a real part that is not positive, limits no rate.
 
-Printed are, by order: how many values lie inside their intervals, how many are resolved (the interval is
-narrower than 10 %), and each value outside with its problem. A ReLU that sits exactly on its kink is named as such.
+Printed are, by order: how many values lie inside their intervals, how many are resolved (the interval is narrower than
+10 %), and each value outside with its problem. A ReLU that sits exactly on its kink is named as such.
 """
