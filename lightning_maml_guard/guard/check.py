@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_maml_guard.guard.actions import Situation
-from lightning_maml_guard.guard.divergence import fails, passes
+from lightning_maml_guard.guard.divergence import fails, passes, undecided
 from lightning_maml_guard.guard.loggers import inform, log_values, metrics, warn
 from lightning_maml_guard.guard.lookahead import Caps, Lookahead, LookaheadResult, lookahead_of
 from lightning_maml_guard.guard.report import CheckReport
@@ -18,13 +18,16 @@ from lightning_maml_guard.guard.rescale import reaches_alpha
 from lightning_maml_guard.guard.rollback import Rollback, finite
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.state_machine import Transition
+from lightning_maml_guard.maml.meta_learning import MetaLearning
 from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy, of_error
 from lightning_maml_guard.messages.sentences import left_safe_region, returned
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.shadow import ClosureError
 from lightning_maml_guard.stability.measure import measure
-from lightning_maml_guard.stability.problems import Problem, owners, state_problem
+from lightning_maml_guard.stability.objective import objective_of
+from lightning_maml_guard.stability.problems import Problem, accumulated, has_meta_problem, owners, state_problem
 from lightning_maml_guard.stability.report import StabilityReport
+from lightning_maml_guard.stability.training_match import TrainingMatch
 from lightning_maml_guard.theory.limits import SAFE, UNRESOLVED, UNSAFE
 from lightning_maml_guard.utils.distributed import SharedError
 from lightning_maml_guard.utils.isolation import undisturbed
@@ -42,7 +45,7 @@ class Check:
         self.settings, self.run, self.trainer, self.module = run.settings, run, trainer, module
         self.rollback = Rollback(run, trainer, module)
         # Where the run was rolled back by this check: what lowers its rates if the rest of the check fails.
-        self._rolled_back: tuple[Optimizer, LookaheadResult] | None = None
+        self._rolled_back: tuple[list[Optimizer], LookaheadResult] | None = None
         self._acted = False
 
     def check(self, batch: Any, batch_idx: int, step: int, *, scheduled: bool) -> None:
@@ -60,8 +63,8 @@ class Check:
                 run.machine.watches = watches
             run.announce(_failure(error, step))
             if self._rolled_back is not None:
-                optimizer, present = self._rolled_back
-                self.rollback.halve(present.begin, scheduled_rate(optimizer), step)
+                optimizers, present = self._rolled_back
+                self.rollback.halve(present.begin, scheduled_rate(optimizers), step)
 
     def cap(self, owned: list[int]) -> None:
         """Hold the optimizers that move the problem's parameters at the caps."""
@@ -80,10 +83,10 @@ class Check:
             return
         if not finite(self.module):
             self.rollback.at_end(run.snapshot, math.nan, math.nan)
-        elif run.schedule.state.spiked:
+        elif run.schedule.state.spiked or not statistics.first:  # without losses, nothing else tells
             with run.cache.ranks.together(), undisturbed(self.trainer, self.module):
-                problem, _, optimizer = self._stated(*run.replay.latest())
-                loss = lookahead_of([problem], optimizer, 0, self.trainer, run.cache).under(run.caps.caps).begin
+                problem, _, optimizers = self._stated(*run.replay.latest())
+                loss = lookahead_of([problem], optimizers, 0, self.trainer, run.cache).under(run.caps.caps).begin
             if statistics.diverged(loss, ratio):
                 self.rollback.at_end(run.snapshot, loss, statistics.start)
 
@@ -93,10 +96,15 @@ class Check:
         present, failing, severe, start = None, False, math.nan, math.nan
         # 1. Look ahead.
         with undisturbed(trainer, module):
-            problem, owned, optimizer = self._stated(batch, batch_idx)
-            lookahead = self._lookahead(problem, optimizer)
+            problem, owned, optimizers = self._stated(batch, batch_idx)
+            run.turns.watch(optimizers)
+            lookahead = self._lookahead(problem, optimizers)
             if lookahead is not None:
                 present, start, severe = lookahead.judged(run.caps.caps, statistics.start, ratio)
+                statistics.look(present.begin)
+                if lookahead.clipping_failure is not None:
+                    run.announce(of_error(Kind.CLIPPING_FAILED, lookahead.clipping_failure))
+            self._match(batch, batch_idx, optimizers)
         if present is not None:
             failing = fails(severe, ratio)
             run.note_severity(step, severe)
@@ -108,24 +116,27 @@ class Check:
             if settings.rollback and failing and not present.begin <= ratio * start:
                 if not self.rollback.go_back(present.begin, step):
                     return
-                self._rolled_back = optimizer, present
+                self._rolled_back = optimizers, present
         rolled_back = self._rolled_back is not None
         # 3. Measure the curvature, advance the state, and decide on the rates.
         with undisturbed(trainer, module):
             report = measure(
                 problem,
-                optimizer=optimizer,
+                optimizer=optimizers,
                 curvature=settings.curvature,
                 margin=settings.margin,
                 step=step,
                 cache=run.cache,
             )
-            findings = report.findings
+            findings, judged = report.findings, severe
+            if failing and report.status != UNSAFE and self._may_be_clipped(lookahead, present, start):
+                run.announce(Reason(Kind.CLIPPING_NOT_SEEN, step=step))
+                failing, judged = False, undecided(ratio)
             if failing and present is not None:
                 tried = run.caps.caps.applied(report.alpha, report.beta)
                 explained = report.status == UNSAFE
                 findings = (*findings, lookahead_reason(present, start, *tried, explained=explained))
-            transition = run.machine.take(report, severe)
+            transition = run.machine.take(report, judged)
             caps = settings.acting.decide(
                 Situation(
                     report=report,
@@ -169,22 +180,56 @@ class Check:
         run.state.history = [*run.state.history, found][-settings.history_size :]
         log_values(trainer, module, metrics(found), step)
 
-    def _stated(self, batch: Any, batch_idx: int) -> tuple[Problem, list[int], Optimizer]:
-        """A step's problem, the indices of the optimizers that move it, and the fastest of these."""
-        problem = state_problem(self.settings.problem, self.module, batch, batch_idx)
-        owned = owners(problem, self.trainer.optimizers)
-        return problem, owned, max((self.trainer.optimizers[index] for index in owned), key=scheduled_rate)
+    def _stated(self, batch: Any, batch_idx: int) -> tuple[Problem, list[int], list[Optimizer]]:
+        """A step's problem, and the optimizers that move it with their indices.
 
-    def _lookahead(self, problem: Problem, optimizer: Optimizer) -> Lookahead | None:
-        steps, run = self.settings.lookahead.steps, self.run
+        A step accumulates batches of which the first is at hand: those before it stand for the others.
+        """
+        more = self.trainer.accumulate_grad_batches - 1
+        batches = [(batch, batch_idx), *(self.run.replay.earlier()[:more] if more else [])]
+        problem = accumulated([state_problem(self.settings.problem, self.module, *each) for each in batches])
+        owned = owners(problem, self.trainer.optimizers)
+        return problem, owned, [self.trainer.optimizers[index] for index in owned]
+
+    def _lookahead(self, problem: Problem, optimizers: list[Optimizer]) -> Lookahead | None:
+        steps, run, size = self.settings.lookahead.steps, self.run, self.trainer.accumulate_grad_batches
         if not steps or self.trainer.fast_dev_run:
             return None
-        older = [state_problem(self.settings.problem, self.module, *each) for each in run.replay.earlier()]
+        earlier = run.replay.earlier()[size - 1 :]
+        older = [state_problem(self.settings.problem, self.module, *each) for each in earlier]
+        groups = [older[first : first + size] for first in range(0, len(older) - size + 1, size)]
         try:
-            return lookahead_of([problem, *older], optimizer, steps, self.trainer, run.cache)
+            problems = [problem, *map(accumulated, groups)]
+            return lookahead_of(problems, optimizers, steps, self.trainer, run.cache, run.state.clipped_to)
         except ClosureError as error:
             run.announce(Reason(Kind.NO_LOOKAHEAD, detail=str(error)))
             return None
+
+    def _match(self, batch: Any, batch_idx: int, optimizers: list[Optimizer]) -> None:
+        """Begin to compare a problem that was stated for the run with the step to come; once."""
+        run, source = self.run, self.settings.problem
+        if run.matched or (
+            source is None and (isinstance(self.module, MetaLearning) or not has_meta_problem(self.module))
+        ):
+            return
+        run.matched, trainer = True, self.trainer
+        problem = state_problem(source, self.module, batch, batch_idx)
+        tasks = run.cache.map_for(getattr(problem, "task_chunk_size", None), getattr(problem, "looped", False))
+        run.match = TrainingMatch(
+            problem,
+            objective_of(problem, "support", tasks),
+            optimizers,
+            trainer.optimizers,
+            accumulated=trainer.accumulate_grad_batches,
+            half=str(trainer.precision).partition("-")[0] not in {"32", "64"},
+            ranks=run.cache.ranks,
+        )
+
+    def _may_be_clipped(self, lookahead: Lookahead | None, present: LookaheadResult | None, start: float) -> bool:
+        """Whether the run may survive what the lookahead does not, because it clips out of sight."""
+        if lookahead is None or present is None or lookahead.sees_clipping:
+            return False
+        return present.begin <= self.settings.lookahead.divergence_ratio * start
 
     def _act(
         self, report: StabilityReport, findings: tuple[Reason, ...], transition: Transition, caps: Caps, step: int

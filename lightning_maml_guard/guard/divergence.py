@@ -24,16 +24,23 @@ class RunningStatistics:
         first: The first losses.
         loss: Running mean of the loss.
         norm: Running mean of the gradient norm.
+        looked: Loss at the first lookahead, which stands for the start while no step has told its loss.
     """
 
     first: tuple[float, ...] = ()
     loss: float = math.nan
     norm: float = math.nan
+    looked: float = math.nan
 
     @property
     def start(self) -> float:
-        """Loss that training started from; ``nan`` before the first step."""
-        return median(self.first) if self.first else math.nan
+        """Loss that training started from; ``nan`` before the first lookahead or step."""
+        return median(self.first) if self.first else self.looked
+
+    def look(self, loss: float) -> None:
+        """Take the loss of a lookahead in."""
+        if math.isnan(self.looked) and math.isfinite(loss):
+            self.looked = loss
 
     def update(self, loss: float, norm: float = math.nan) -> bool:
         """Take a step in, and return True if its loss or its norm spiked or is not finite."""
@@ -76,6 +83,11 @@ def fails(severe: float, ratio: float) -> bool:
 def passes(severe: float, ratio: float) -> bool:
     """Return True if a lookahead passes: half of ``log(ratio)`` or less. Between the two nothing is decided."""
     return severe <= 0.5 * math.log(ratio)
+
+
+def undecided(ratio: float) -> float:
+    """Return a severity at which nothing is decided."""
+    return 0.75 * math.log(ratio)
 
 
 def gradient_norm(optimizer: Optimizer) -> torch.Tensor | float | None:

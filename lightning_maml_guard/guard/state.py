@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -49,6 +50,7 @@ class GuardState:
         stopped_step: Step at which the guard stopped the run; None if it did not.
         stopping: Why.
         facts: What is known of the network.
+        clipped_to: Length to which training_step was seen to clip a gradient by itself; ``nan`` where it was not.
         batches: The lookahead's batches, on the host.
         snapshot: The state to roll back to.
         version: Of this layout.
@@ -68,6 +70,7 @@ class GuardState:
     stopped_step: int | None = None
     stopping: list[Reason] = field(default_factory=list)
     facts: NetworkFacts = field(default_factory=NetworkFacts)
+    clipped_to: float = math.nan
     batches: list[Any] = field(default_factory=list)
     snapshot: dict[str, Any] | None = None
     version: int = VERSION

@@ -31,7 +31,43 @@ class PlainProblem:
     loss: Callable[[Params], Tensor]
 
 
-Problem = MetaProblem | PlainProblem
+@dataclass(frozen=True)
+class AccumulatedProblem:
+    """The batches whose gradients one optimizer step averages (``accumulate_grad_batches``), each a MetaProblem."""
+
+    parts: tuple[MetaProblem, ...]
+
+    @property
+    def first(self) -> MetaProblem:
+        """The first batch: parameters, rates and order are those of all."""
+        return self.parts[0]
+
+    @property
+    def params(self) -> Params:
+        """The parameters."""
+        return self.first.params
+
+    @property
+    def alpha(self) -> float:
+        """The inner rate."""
+        return self.first.alpha
+
+    @property
+    def tasks(self) -> int:
+        """Number of tasks over all batches."""
+        return sum(each.tasks for each in self.parts)
+
+    def part(self, tasks: int) -> AccumulatedProblem:
+        """Return the problem with the first tasks only."""
+        kept: list[MetaProblem] = []
+        for each in self.parts:
+            if tasks > 0:
+                kept.append(each.part(tasks))
+                tasks -= kept[-1].tasks
+        return AccumulatedProblem(tuple(kept))
+
+
+Problem = MetaProblem | PlainProblem | AccumulatedProblem
 ProblemSource = Callable[[Any, Any], MetaProblem]
 
 
@@ -52,6 +88,15 @@ def state_problem(source: ProblemSource | None, pl_module: Any, batch: Any, batc
             "support, query)."
         )
     return found
+
+
+def accumulated(problems: Sequence[Problem]) -> Problem:
+    """Average the problems of the batches that one optimizer step accumulates; of a single one, itself."""
+    plain = [each for each in problems if isinstance(each, PlainProblem)]
+    meta = [each for each in problems if isinstance(each, MetaProblem)]
+    if len(plain) == len(problems) > 1:
+        return PlainProblem(plain[0].params, lambda at: torch.stack([each.loss(at) for each in plain]).mean())
+    return AccumulatedProblem(tuple(meta)) if len(meta) == len(problems) > 1 else problems[0]
 
 
 def owners(problem: Problem, optimizers: Sequence[Optimizer]) -> list[int]:
