@@ -273,33 +273,26 @@ _MEASURED: dict[Kind, Callable[[Reason, Spelling], str]] = {
     Kind.WRONG_DOUBLE_BACKWARD: _wrong_double_backward,
     Kind.TEXT: lambda reason, spelling: reason.detail,
 }
-_CAUSES = (
-    _MEASURED
-    | TRAINING
-    | {
-        Kind.LOOKAHEAD_DIVERGES: _lookahead_diverges,
-        Kind.LOSS_NOT_FINITE: _loss_not_finite,
-        Kind.CHECK_FAILED: _check_failed,
-        Kind.TASK_FAILED: lambda reason, spelling: (
-            f"could not {reason.what}; training goes on.\nCause: {reason.error}: {reason.detail}"
-        ),
-        Kind.NO_LOOKAHEAD: _no_lookahead,
-        Kind.NO_GRADIENT_NORM: _no_gradient_norm,
-        Kind.NO_SNAPSHOT: _no_snapshot,
-        Kind.NETWORK_COLLAPSED: _network_collapsed,
-        Kind.BAREBONES: lambda reason, spelling: (
-            "nothing is done in this run: Trainer(barebones=True) asks for no logging and no extra work."
-        ),
-        Kind.ROLLED_BACK: _rolled_back,
-        Kind.ROLLED_BACK_AT_END: _rolled_back_at_end,
-        Kind.TOO_MANY_ROLLBACKS: _too_many_rollbacks,
-        Kind.NO_ALPHA_LIMIT: lambda reason, spelling: (
-            "No finite alpha_c was measured, so the configured inner rate stays."
-        ),
-        Kind.NO_BETA_SUGGESTED: _no_beta_suggested,
-        Kind.BETA_HALVED: _beta_halved,
-        Kind.NO_BETA_SURVIVES: lambda reason, spelling: (
-            f"No beta from {reason.value:.3g} down to {reason.beta:.3g} survives the lookahead."
-        ),
-    }
-)
+_CAUSES: dict[Kind, Callable[[Reason, Spelling], str]] = {
+    **_MEASURED,
+    **TRAINING,
+    Kind.LOOKAHEAD_DIVERGES: _lookahead_diverges,
+    Kind.LOSS_NOT_FINITE: _loss_not_finite,
+    Kind.CHECK_FAILED: _check_failed,
+    Kind.TASK_FAILED: lambda reason, spelling: (
+        f"could not {reason.what}; training goes on.\nCause: {reason.error}: {reason.detail}"
+    ),
+    Kind.NO_LOOKAHEAD: _no_lookahead,
+    Kind.NO_GRADIENT_NORM: _no_gradient_norm,
+    Kind.NO_SNAPSHOT: _no_snapshot,
+    Kind.NETWORK_COLLAPSED: _network_collapsed,
+    Kind.ROLLED_BACK: _rolled_back,
+    Kind.ROLLED_BACK_AT_END: _rolled_back_at_end,
+    Kind.TOO_MANY_ROLLBACKS: _too_many_rollbacks,
+    Kind.NO_ALPHA_LIMIT: lambda reason, spelling: "No finite alpha_c was measured, so the configured inner rate stays.",
+    Kind.NO_BETA_SUGGESTED: _no_beta_suggested,
+    Kind.BETA_HALVED: _beta_halved,
+    Kind.NO_BETA_SURVIVES: lambda reason, spelling: (
+        f"No beta from {reason.value:.3g} down to {reason.beta:.3g} survives the lookahead."
+    ),
+}

@@ -76,6 +76,9 @@ def _problem_differs(reason: Reason, spelling: Spelling) -> str:
 
 TRAINING: dict[Kind, Callable[[Reason, Spelling], str]] = {
     Kind.PROBLEM_DIFFERS: _problem_differs,
+    Kind.BAREBONES: lambda reason, spelling: (
+        "nothing is done in this run: Trainer(barebones=True) asks for no logging and no extra work."
+    ),
     Kind.NO_STEP_LOSS: lambda reason, spelling: (
         "training_step returns no loss, so nothing calls a check between the scheduled ones, a diverged run is rolled "
         "back only at a check, and the loss at the first check is where training started from. Return the loss from "
