@@ -115,7 +115,7 @@ def _pyhessian(wanted: HessianRequest) -> Spectrum:
 
 
 @dataclass(frozen=True)
-class _Row:
+class RegisteredEstimator:
     """An estimator, whether it treats one block per task, and whether its products are counted by the operator."""
 
     estimate: Callable[[HessianRequest], Spectrum]
@@ -124,10 +124,10 @@ class _Row:
 
 
 # A new estimator is a function from a request to a Spectrum, and a row here.
-ESTIMATORS: dict[str, _Row] = {
-    "lanczos": _Row(_lanczos, per_task=True),
+ESTIMATORS: dict[str, RegisteredEstimator] = {
+    "lanczos": RegisteredEstimator(_lanczos, per_task=True),
     # On copies of its own, so that the operator does not see its products.
-    "pyhessian": _Row(_pyhessian, counts_itself=True),
+    "pyhessian": RegisteredEstimator(_pyhessian, counts_itself=True),
 }
 
 

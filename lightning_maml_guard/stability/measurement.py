@@ -113,11 +113,12 @@ class Measurement:
         if self._exact and exact_beta.beta_c == 0 and not alpha_limit.ratio > 1:
             alpha_limit = alpha_c.sharpest(alpha_limit)
         beta = simplified or self._exact_limits(alpha_limit, exact_beta)
-        predicted, noise_limit = math.nan if change is None else float(change), math.nan
         direction = None if self._tasks < 2 or self._update.decoupled else exact_beta.direction
         if self._maml is not None and direction is not None:
             found = mean_square_limit(self._maml, operators, self._update, direction, self._tasks, change)
-            predicted, noise_limit = found
+        else:  # read from the device only where mean_square_limit does not bring it along
+            found = math.nan if change is None else float(change), math.nan
+        predicted, noise_limit = found
         basis = Basis(
             margin=self._margin,
             hvps=operators.hvps,

@@ -1,5 +1,6 @@
 """GuardBench's definition of divergence, its figures, and its vmapped runs against the Trainer's."""
 
+import logging
 import math
 
 import pytest
@@ -12,6 +13,16 @@ from lightning_maml_guard import CurvatureOptions, LookaheadOptions
 
 NO_LOOKAHEAD = LookaheadOptions(steps=0, triggers=False)
 COLUMN = Column("linear", "first", 1, "sgd", True, 0, 0)
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_they_were():
+    """The benchmark silences Lightning in its process; the tests after these read what it says."""
+    names = ("pytorch_lightning", "lightning.pytorch", "lightning_maml_guard", "pytorch_lightning.utilities.rank_zero")
+    levels = {name: logging.getLogger(name).level for name in names}
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ class Noisy(Adam):
         return loss
 
 
-def test_an_optimizers_own_attributes_are_left_alone_by_trials(tmp_path):
+def test_an_optimizers_own_attributes_are_left_alone_by_lookaheads(tmp_path):
     optimizers = []
 
     class Own(Plain):

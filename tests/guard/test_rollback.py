@@ -158,7 +158,7 @@ def test_a_gradient_norm_that_fails_costs_one_warning(monkeypatch):
     def fails(_):
         raise NotImplementedError("odd layout")
 
-    monkeypatch.setattr("lightning_maml_guard.guard.convergence_guard.gradient_norm", fails)
+    monkeypatch.setattr("lightning_maml_guard.guard.run.gradient_norm", fails)
     with guard_warns("not when the gradient norm does.*NotImplementedError: odd layout") as caught:
         trainer = fit(linear_module(4, 0.1), BATCH, 30, [ConvergenceGuard()])
     assert trainer.global_step == 30 and len([each for each in caught if each.category is GuardWarning]) == 1
@@ -171,7 +171,7 @@ def test_a_jump_of_the_gradient_norm_alone_calls_a_check_at_the_next_step(monkey
         seen.append(optimizer)
         return 10.0 if len(seen) == 14 else 1.0  # the loss does not jump
 
-    monkeypatch.setattr("lightning_maml_guard.guard.convergence_guard.gradient_norm", norm)
+    monkeypatch.setattr("lightning_maml_guard.guard.run.gradient_norm", norm)
     guard = ConvergenceGuard(every_n_steps=1000, action="log")
     fit(linear_module(4, 0.01), BATCH, 18, [guard], accumulate_grad_batches=2)
     assert len(seen) == 18 and [step for step, _ in guard.severities] == [0, 14]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_maml_guard import CurvatureOptions, measure
-from lightning_maml_guard.stability.estimators import ESTIMATORS, Spectrum, _Row
+from lightning_maml_guard.stability.estimators import ESTIMATORS, RegisteredEstimator, Spectrum
 from tests.helpers import linear_module, quadratic_batch
 
 VALUES = [0.3, 1.0, 2.0, 4.0]
@@ -26,7 +26,7 @@ def test_an_estimator_that_is_registered_measures_by_its_name(problem, monkeypat
     with pytest.raises(ValueError, match="`estimator` to be 'lanczos', 'pyhessian' or a callable .* got 'mine'"):
         CurvatureOptions(estimator="mine")
     asked = []
-    monkeypatch.setitem(ESTIMATORS, "mine", _Row(lambda wanted: asked.append(wanted) or dense(wanted)))
+    monkeypatch.setitem(ESTIMATORS, "mine", RegisteredEstimator(lambda wanted: asked.append(wanted) or dense(wanted)))
     mine, lanczos = (
         measure(problem, beta=0.1, curvature=CurvatureOptions(criterion=criterion, estimator=estimator))
         for estimator in ("mine", "lanczos")
@@ -39,10 +39,10 @@ def test_an_estimator_that_is_registered_measures_by_its_name(problem, monkeypat
 
 
 def test_a_row_says_whether_the_estimator_treats_each_task_by_itself(problem, monkeypatch):
-    monkeypatch.setitem(ESTIMATORS, "mine", _Row(dense))
+    monkeypatch.setitem(ESTIMATORS, "mine", RegisteredEstimator(dense))
     with pytest.raises(ValueError, match="tasks='worst' needs estimator='lanczos' but got 'mine'"):
         CurvatureOptions(estimator="mine", tasks="worst")
-    monkeypatch.setitem(ESTIMATORS, "mine", _Row(ESTIMATORS["lanczos"].estimate, per_task=True))
+    monkeypatch.setitem(ESTIMATORS, "mine", RegisteredEstimator(ESTIMATORS["lanczos"].estimate, per_task=True))
     report = measure(problem, beta=0.1, curvature=CurvatureOptions(estimator="mine", tasks="worst"))
     assert report.lambda_max == pytest.approx(4.0, rel=1e-6)
     with pytest.raises(ValueError, match="'lanczos', 'pyhessian', 'mine' or a callable"):
@@ -52,6 +52,6 @@ def test_a_row_says_whether_the_estimator_treats_each_task_by_itself(problem, mo
 def test_products_that_the_operator_does_not_see_are_counted(problem, monkeypatch):
     hvps = []
     for counts_itself in (False, True):
-        monkeypatch.setitem(ESTIMATORS, "mine", _Row(dense, counts_itself=counts_itself))
+        monkeypatch.setitem(ESTIMATORS, "mine", RegisteredEstimator(dense, counts_itself=counts_itself))
         hvps.append(measure(problem, beta=0.1, curvature=CurvatureOptions(estimator="mine")).hvps)
     assert hvps[1] == hvps[0] + len(VALUES)
