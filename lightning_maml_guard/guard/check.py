@@ -83,7 +83,9 @@ class Check:
             return
         if not finite(self.module):
             self.rollback.at_end(run.snapshot, math.nan, math.nan)
-        elif run.schedule.state.spiked or not statistics.first:  # without losses, nothing else tells
+        elif len(run.replay) and (
+            run.schedule.state.spiked or not statistics.first
+        ):  # nothing else tells without losses
             with run.cache.ranks.together(), undisturbed(self.trainer, self.module):
                 problem, _, optimizers = self._stated(*run.replay.latest())
                 loss = lookahead_of([problem], optimizers, 0, self.trainer, run.cache).under(run.caps.caps).begin

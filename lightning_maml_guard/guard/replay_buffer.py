@@ -19,6 +19,9 @@ class ReplayBuffer:
         # Of a restored run: tensors alone, until a batch shows their structure and device.
         self.restored: list[tuple[list[Any], int]] = []
 
+    def __len__(self) -> int:
+        return len(self._batches)
+
     def hold(self, size: int) -> None:
         """Hold so many batches from now on."""
         if size != self._batches.maxlen:

@@ -110,6 +110,7 @@ class GuardedRun:
         if self.turns.taken():
             self.announce(Reason(Kind.OPTIMIZERS_TAKE_TURNS))
             self.caps.release()
+            self.snapshot = None
         if not self.settings.lookahead.steps:
             known = isinstance(loss, Tensor) and loss.numel() == 1 and self.cache.ranks.size == 1
             self._finish_match(float(loss.item()) * trainer.accumulate_grad_batches if known else math.nan)

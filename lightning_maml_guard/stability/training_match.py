@@ -81,7 +81,7 @@ class TrainingMatch:
         self._accumulated, self._half = accumulated, half
         rates = problem.inner_lr if isinstance(problem, MetaProblem) and isinstance(problem.inner_lr, dict) else {}
         # Learned inner rates are moved too, and are no parameters of the update that is linearized.
-        self._learns_rates = any(rate.requires_grad for rate in rates.values())
+        self._learns_rates = bool(rates)
         self._evaluate(objective)
         self._random = RandomStates()
         self._gap, self._size, self._own_size, self._along = 0.0, 0.0, 0.0, 0.0
@@ -95,13 +95,13 @@ class TrainingMatch:
         names = {id(value): name for name, value in self._params.items()}
         for parameter in (each for group in optimizer.param_groups for each in group["params"]):
             gradient, name = parameter.grad, names.get(id(parameter))
-            if gradient is None or gradient.layout != torch.strided or name in self._seen:
+            if name in self._seen or (gradient is not None and gradient.layout != torch.strided):
                 continue
-            gradient = gradient.detach().double()
             if name is None:
-                self._lacking = self._lacking or bool(gradient.any())
+                self._lacking = self._lacking or (gradient is not None and bool(gradient.any()))
                 continue
             own = self._gradient[name].double()
+            gradient = torch.zeros_like(own) if gradient is None else gradient.detach().double()
             products = torch.stack([(own * gradient).sum(), (gradient**2).sum(), (own**2).sum()])
             along, size, own_size = products.tolist()
             self._along, self._size, self._own_size = self._along + along, self._size + size, self._own_size + own_size
