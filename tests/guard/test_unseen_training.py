@@ -23,7 +23,7 @@ from lightning_maml_guard.guard import check as of_guard
 from lightning_maml_guard.optim.linearized_step import linearized_step
 from lightning_maml_guard.optim.lr_cap import LRCap
 from lightning_maml_guard.optim.shadow import ShadowOptimizer, next_update
-from lightning_maml_guard.stability.problems import AccumulatedProblem
+from lightning_maml_guard.stability.problems import AccumulatedProblem, PlainProblem
 from lightning_maml_guard.utils.lightning_compat import LightningModule, MisconfigurationException
 from tests.helpers import QUIET, Trainer, dense_hessian, one_line
 
@@ -229,6 +229,57 @@ def test_optimizers_that_take_turns_end_the_checks_with_what_to_do():
     (said,) = [each for each in told if "take turns" in each]
     assert "a ConvergenceGuard(problem=...) for each" in said and "PlainProblem(params, loss)" in said
     assert len(guard.history) == 1
+
+
+class Gan(LightningModule):
+    """Generator and discriminator in turns, as Lightning's example has them; the step returns nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        torch.manual_seed(0)
+        self.generator, self.discriminator = nn.Linear(3, 2), nn.Linear(2, 1)
+
+    def loss(self, which, params, batch):
+        if which == "generator":
+            made = functional_call(self.generator, params, (torch.randn(16, 3),))
+            return F.softplus(-self.discriminator(made)).mean()
+        scores = [
+            functional_call(self.discriminator, params, (x,)) for x in (batch, self.generator(torch.randn(16, 3)))
+        ]
+        return F.softplus(-scores[0]).mean() + F.softplus(scores[1]).mean()
+
+    def training_step(self, batch, batch_idx):
+        for optimizer, which in zip(self.optimizers(), ("generator", "discriminator"), strict=True):
+            self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(which, dict(getattr(self, which).named_parameters()), batch))
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self):
+        return SGD(self.generator.parameters(), lr=0.01), SGD(self.discriminator.parameters(), lr=0.02)
+
+
+def of_generator(module, batch):
+    params = dict(module.generator.named_parameters())
+    return PlainProblem(params, lambda at: module.loss("generator", at, batch))
+
+
+def of_discriminator(module, batch):
+    params = dict(module.discriminator.named_parameters())
+    return PlainProblem(params, lambda at: module.loss("discriminator", at, batch))
+
+
+def test_what_the_refusal_says_works():
+    guards = [
+        ConvergenceGuard(every_n_steps=4, action="log", problem=each) for each in (of_generator, of_discriminator)
+    ]
+    module = Gan()
+    trainer = Trainer(max_steps=20, callbacks=guards, **QUIET)
+    trainer.fit(module, DataLoader(torch.randn(10, 16, 2), batch_size=None))  # GuardWarnings are errors here
+    assert [guard.history[0].beta for guard in guards] == [0.01, 0.02]
+    assert all(len(guard.history) > 1 for guard in guards)
 
 
 def test_manual_optimisation_without_a_problem_names_one_per_optimizer():
