@@ -83,7 +83,7 @@ def _parsed(words: Sequence[str] | None, prog: str) -> argparse.Namespace:
         ("threads", 1, "CPU threads (default: torch's)"),
     ):
         parser.add_argument(f"--{name}", type=checked(int, partial(check_count, name, least=least)), help=text)
-    seed = checked(int, partial(check_count, "seed", least=0))
+    seed = checked(int, partial(check_count, "seed", least=0, most=2**64 - 1))
     parser.add_argument("--seed", type=seed, default=0, help="of the network and the tasks (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/phase_diagram"), help="folder (default: %(default)s)")
     given, unknown = parser.parse_known_args(words)

@@ -15,6 +15,7 @@ from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.state import Event
 from lightning_maml_guard.messages.sentences import cause, sentence, sentences
 from lightning_maml_guard.messages.spelling import Spelling
+from lightning_maml_guard.utils.checks import check_file, encodable
 
 _SHOWN = 200  # rows of a table; a run whose state changes often would otherwise fill the page
 _PACKAGES = ("lightning-maml-guard", "torch", "pytorch-lightning", "lightning", "numpy", "matplotlib")
@@ -60,13 +61,14 @@ class Reported(Protocol):
 
 def write(guard: Reported, path: str | Path) -> Path:
     """Write the report; the folder must exist."""
+    check_file("path", path)
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(
             f"Expected argument `path` to lie in a folder that exists but got {str(path)!r}: there is no folder "
             f"{str(path.parent)!r}. Make it first, or write elsewhere."
         )
-    path.write_text(page(guard), encoding="utf-8")
+    path.write_text(encodable(page(guard)), encoding="utf-8")
     return path
 
 

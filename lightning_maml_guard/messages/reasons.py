@@ -9,6 +9,7 @@ from enum import Enum
 from pathlib import Path
 
 from lightning_maml_guard.theory.multiplier import Interval
+from lightning_maml_guard.utils.checks import encodable
 
 UNKNOWN_INTERVAL: Interval = (math.nan, math.nan)
 
@@ -23,6 +24,7 @@ class Kind(str, Enum):
     # A measurement.
     NO_CURVATURE = "no curvature"
     NOT_MEASURED = "not measured"
+    NAN_IN_DATA = "nan in data"
     NO_EXACT_LIMIT = "no exact limit"
     NO_DOUBLE_BACKWARD = "no double backward"
     WRONG_DOUBLE_BACKWARD = "wrong double backward"
@@ -132,4 +134,4 @@ def of_error(kind: Kind, error: BaseException, *, what: str = "", step: int | No
     """State a failure as a reason: its type, its text, and the place it came from."""
     trace = traceback.extract_tb(error.__traceback__)
     where = f"{Path(trace[-1].filename).name}, line {trace[-1].lineno}, in {trace[-1].name}" if trace else ""
-    return Reason(kind, what=what, error=type(error).__name__, detail=str(error), where=where, step=step)
+    return Reason(kind, what=what, error=type(error).__name__, detail=encodable(str(error)), where=where, step=step)

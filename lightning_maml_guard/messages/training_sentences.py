@@ -65,7 +65,8 @@ def _problem_differs(reason: Reason, spelling: Spelling) -> str:
     }.get(
         reason.effect,
         (
-            f"It is another loss. The problem has {reason.steps} tasks (the first dimension of `support` and `query`); "
+            f"It is another loss. The problem has {reason.steps} task{'s' if reason.steps != 1 else ''} (the first "
+            "dimension of `support` and `query`); "
             "usual causes are another inner_lr, number of inner steps or inner optimizer, support for query, shots "
             "taken for tasks, or a term of the loss left out.",
             "Make the problem's loss that of training_step.",

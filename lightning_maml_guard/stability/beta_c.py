@@ -112,7 +112,7 @@ def exact_limit(
     run = run_lanczos(operator, layout.size, like, None, krylov=krylov, value=value)
     check_symmetry(run, noise)
     (single,) = run.runs
-    top = rates_from_lanczos(*single, 0.0, rounding=noise + run.rounding, resolution=krylov.tol)
+    top = rates_from_lanczos(*single, 0.0, rounding=noise + run.rounding, resolution=krylov.tol, size=layout.size)
     limit = _from_top(top.lambda_max, top.lambda_max_interval, step)
     (values, residuals), vectors = ritz_values(*single), ritz_pairs(*single)[1]
     negative = values[0] + residuals[0] < -(krylov.tol + run.rounding) * abs(values).max()
@@ -128,7 +128,7 @@ def _nonsymmetric(
     operator: Matvec, size: int, step: LinearizedStep, like: Tensor, krylov: Krylov, noise: float, value: Watched
 ) -> MetaRateLimit:
     run = run_arnoldi(operator, size, like, step, krylov=krylov, noise=noise, value=value)
-    ritz = complex_ritz(run.hessenberg, run.residual, noise, run.spill)
+    ritz = complex_ritz(run.hessenberg, run.residual, noise, run.spill, size)
     limit = complex_limit(ritz, step.responses, tol=krylov.tol, decay=step.decoupled)
     lowest = int(ritz.values.real.argmin())
     negative = ritz.values[lowest].real + ritz.bounds[lowest] < -krylov.tol * ritz.radius

@@ -31,6 +31,7 @@ class Spectrum:
         rounding: Relative rounding error of a product.
         matvecs: Products used.
         resolution: Relative width in which a cluster may hide its true top.
+        size: Number of rows of a block; None where it is not known.
     """
 
     runs: tuple[Tridiagonal, ...] = ()
@@ -39,6 +40,7 @@ class Spectrum:
     rounding: float = 0.0
     matvecs: int = 0
     resolution: float = 0.0
+    size: int | None = None
 
     def rates(self, alpha: float, inner_steps: int = 1) -> CriticalRates:
         """Compute the simplified criterion's critical rates; over several blocks, those that hold for all."""
@@ -50,7 +52,12 @@ class Spectrum:
         return worst_of(
             [
                 rates_from_lanczos(
-                    *run, alpha, inner_steps=inner_steps, rounding=self.rounding, resolution=self.resolution
+                    *run,
+                    alpha,
+                    inner_steps=inner_steps,
+                    rounding=self.rounding,
+                    resolution=self.resolution,
+                    size=self.size,
                 )
                 for run in self.runs
             ]
@@ -64,6 +71,7 @@ def merged(spectra: Sequence[Spectrum]) -> Spectrum:
         rounding=max(spectrum.rounding for spectrum in spectra),
         matvecs=max(spectrum.matvecs for spectrum in spectra),
         resolution=spectra[0].resolution,
+        size=spectra[0].size,
     )
 
 
@@ -105,7 +113,13 @@ def _lanczos(wanted: HessianRequest) -> Spectrum:
     )
     check_symmetry(run, wanted.noise)
     rounding = max(wanted.noise, run.asymmetry) + run.rounding
-    return Spectrum(runs=tuple(run.runs), rounding=rounding, matvecs=run.matvecs, resolution=wanted.krylov.tol)
+    return Spectrum(
+        runs=tuple(run.runs),
+        rounding=rounding,
+        matvecs=run.matvecs,
+        resolution=wanted.krylov.tol,
+        size=wanted.hessian.layout.size,
+    )
 
 
 def _pyhessian(wanted: HessianRequest) -> Spectrum:

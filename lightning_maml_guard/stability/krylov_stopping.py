@@ -43,7 +43,7 @@ def top_eigenvalue(
     """Find the largest eigenvalue of a symmetric operator, over all of its blocks, and its interval."""
     run = run_lanczos(matvec, size, like, blocks, krylov=krylov)
     error = rounding(like) + run.rounding
-    tops = [rates_from_lanczos(*each, 0.0, rounding=error, resolution=krylov.tol) for each in run.runs]
+    tops = [rates_from_lanczos(*each, 0.0, rounding=error, resolution=krylov.tol, size=size) for each in run.runs]
     top = max(tops, key=lambda each: each.lambda_max)
     return top.lambda_max, top.lambda_max_interval
 
@@ -98,7 +98,9 @@ def run_arnoldi(
 
     def resolved(hessenberg: np.ndarray, residual: float) -> bool:
         settled = step.responses[:1]
-        return arnoldi_resolved(hessenberg, residual, settled, tol=krylov.tol, rounding=noise, decay=step.decoupled)
+        return arnoldi_resolved(
+            hessenberg, residual, settled, tol=krylov.tol, rounding=noise, decay=step.decoupled, size=size
+        )
 
     start = start_vector((size,), like)
     return arnoldi(matvec, start, max_iter=krylov.max_iter, stop=resolved, basis=krylov.basis, value=value)

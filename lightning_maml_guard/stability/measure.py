@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_maml_guard.linalg.lanczos import NonFiniteProductError
-from lightning_maml_guard.maml.batch_errors import explained
+from lightning_maml_guard.maml.batch_errors import explained, has_nan
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.messages.reasons import Reason
 from lightning_maml_guard.optim.stability_limits import Optimizers, listed
@@ -94,6 +94,12 @@ def measure(
             "MetaProblem(params, task_loss, support, query), or module.meta_problem(batch) of a MetaLearningModule."
         )
     check_curvature(curvature)
+    one = problem.first if isinstance(problem, AccumulatedProblem) else problem
+    if curvature.criterion == "simplified" and getattr(one, "inner_update", None) is not None:
+        raise ValueError(
+            "criterion='simplified' is about an inner loop of gradient descent, but the problem has an `inner_update`. "
+            "Leave criterion at 'exact'."
+        )
     check_margin(margin)
     if beta is not None:
         check_rate(beta, "beta")
@@ -115,7 +121,6 @@ def measure(
         problem, share = part, part.tasks / problem.tasks
     with preserved_randomness(), double_backward():
         torch.manual_seed(0)  # the same dropout masks in every check, so that their numbers can be compared
-        one = problem.first if isinstance(problem, AccumulatedProblem) else problem
         task_map = cache.map_for(getattr(one, "task_chunk_size", None), getattr(one, "looped", False))
         objective = objective_of(problem, curvature.data, task_map)
         differs: Reason | None = None
@@ -138,4 +143,5 @@ def measure(
             with explained(one) if isinstance(one, MetaProblem) else nullcontext():
                 return measurement.report()
         except (NonFiniteProductError, ChangingOperatorError) as error:
-            return measurement.failed(error)
+            padded = isinstance(error, NonFiniteProductError) and isinstance(one, MetaProblem) and has_nan(one)
+            return measurement.failed(error, padded=padded)

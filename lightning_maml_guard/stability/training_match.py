@@ -79,9 +79,8 @@ class TrainingMatch:
         self._optimizers, self._others = list(optimizers), list(others) or list(optimizers)
         self._tasks: int = getattr(problem, "tasks", 1)
         self._accumulated, self._half = accumulated, half
-        rates = problem.inner_lr if isinstance(problem, MetaProblem) and isinstance(problem.inner_lr, dict) else {}
         # Learned inner rates are moved too, and are no parameters of the update that is linearized.
-        self._learns_rates = bool(rates)
+        self._learns_rates = isinstance(problem, MetaProblem) and not isinstance(problem.inner_lr, (int, float))
         self._evaluate(objective)
         self._random = RandomStates()
         self._gap, self._size, self._own_size, self._along = 0.0, 0.0, 0.0, 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -157,9 +158,9 @@ class TaskDataModule(LightningDataModule):
             ("val_episodes", val_episodes, 0),
             ("test_episodes", test_episodes, 1),
             ("num_workers", num_workers, 0),
-            ("seed", seed, 0),
         ):
             check_count(name, number, least)
+        check_count("seed", seed, 0, math.inf)
         check_flag("resample", resample)
         self.tasks, self.meta_batch_size, self.steps_per_epoch = tasks, meta_batch_size, steps_per_epoch
         self.val_episodes, self.test_episodes = val_episodes, test_episodes

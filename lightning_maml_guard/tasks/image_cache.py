@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lightning_maml_guard.tasks.image_files import Source, decode
-from lightning_maml_guard.utils.io import fingerprint, replacing, user_cache
+from lightning_maml_guard.utils.io import fingerprint, out_of_room, replacing, reserve, user_cache
 from lightning_maml_guard.utils.warnings import GuardWarning
 
 # Increased when decoding changes, so that older caches are not used.
@@ -33,7 +34,8 @@ def cached_images(
     The array lies in ``.lmg_cache`` beside the source or, if that cannot be written, in
     ``$XDG_CACHE_HOME/lightning_maml_guard`` (``~/.cache``). Its name contains a fingerprint of the files' names, sizes
     and times or checksums. If the fingerprint changes, the images are decoded again and the old array is removed. The
-    array is written to a temporary file and renamed, so that no reader sees half of it.
+    array is written to a temporary file and renamed, so that no reader sees half of it. Its space on the disk is
+    reserved before the first image is decoded; where there is too little, the other folder is tried.
 
     Args:
         source: Where the images are read from.
@@ -49,6 +51,7 @@ def cached_images(
     Raises:
         DatasetError: If an image is damaged; the message names it.
         PermissionError: If neither folder can be written.
+        OSError: If neither folder has room for the array (of one, the other cannot be written).
     """
     content = fingerprint(json.dumps([_VERSION, [[name, *stamps[name]] for name in names]]))[:24]
     place = fingerprint(str(source.path.resolve()))[:8]
@@ -61,27 +64,41 @@ def cached_images(
             found = _mapped(path, shape)
             if found is not None:
                 return found
-    writable = [each for each in folders if _writable(each)]
-    if not writable:
-        raise PermissionError(
-            f"The decoded images of {source.path} can be written neither to {folders[0]} nor to {folders[1]}. Let "
-            "XDG_CACHE_HOME name a folder that can be written to."
-        )
-    folder = writable[0]
-    path = folder / f"{stem}-{content}.npy"
-    with replacing(path, mode=0o644) as temporary:  # readable by all: the cache may be shared
-        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+    full = []
+    for folder in folders:
+        path = folder / f"{stem}-{content}.npy"
+        try:
+            if not _writable(folder):
+                continue
+            _decode(source, names, path, shape, progress)
+        except OSError as error:
+            if not out_of_room(error):
+                raise
+            full.append(folder)
+            continue
+        for older in folder.glob(f"{stem}-*.npy"):
+            if older != path:
+                older.unlink(missing_ok=True)
+        mapped = _mapped(path, shape)
+        assert mapped is not None
+        return mapped
+    needed = f"{math.prod(shape) / 1e6:.1f} MB"
+    places = [f"{folder} (no room for {needed})" if folder in full else str(folder) for folder in folders]
+    text = f"The decoded images of {source.path} can be written neither to {places[0]} nor to {places[1]}. "
+    if full:
+        raise OSError(f"{text}Let XDG_CACHE_HOME name a folder that can be written to, with {needed} free.")
+    raise PermissionError(f"{text}Let XDG_CACHE_HOME name a folder that can be written to.")
+
+
+def _decode(source: Source, names: Sequence[str], path: Path, shape: tuple[int, ...], progress: bool) -> None:
+    _, channels, size, _ = shape
+    # Written, not mapped: on a full disk a write is an error, and a store into mapped memory ends Python.
+    with replacing(path, mode=0o644) as temporary, temporary.open("wb") as stream:  # readable by all: it may be shared
+        np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        reserve(stream, math.prod(shape))
         label = f"decoding {source.path.name}"
-        for index, name in enumerate(tqdm(names, desc=label, unit="image", disable=not progress)):
-            array[index] = decode(source.read(name), f"{name} of {source.path}", size, channels)
-        array.flush()
-        del array
-    for older in folder.glob(f"{stem}-*.npy"):
-        if older != path:
-            older.unlink(missing_ok=True)
-    mapped = _mapped(path, shape)
-    assert mapped is not None
-    return mapped
+        for name in tqdm(names, desc=label, unit="image", disable=not progress):
+            stream.write(decode(source.read(name), f"{name} of {source.path}", size, channels).tobytes())
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -106,5 +123,7 @@ def _writable(folder: Path) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return True
-    except OSError:  # no permission, a read-only file system, or a file in the place of the folder
-        return False
+    except OSError as error:
+        if out_of_room(error):
+            raise
+        return False  # no permission, a read-only file system, or a file in the place of the folder

@@ -5,15 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import os
+import stat
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 IMAGES = (".png", ".jpg", ".jpeg")
+# Largest file that is read, in bytes: no image or split file of a data set is larger.
+LARGEST = 1 << 27
 
 
 class DatasetError(FileNotFoundError):
@@ -72,10 +76,13 @@ class FolderSource(Source):
         self.path = path
 
     def stamps(self) -> dict[str, tuple[int, int]]:
-        """List the files with their size and modification time.
+        """List the regular files with their size and modification time.
 
         Returns:
             Size in bytes and modification time in ns, by name.
+
+        Raises:
+            DatasetError: If something else (a FIFO, a link that leads nowhere) has the name of an image.
         """
         found = {}
         seen: set[str] = set()
@@ -88,9 +95,15 @@ class FolderSource(Source):
                 if not each.startswith(".") and os.path.realpath(os.path.join(folder, each)) not in seen
             ]
             for file in files:
-                status = os.stat(os.path.join(folder, file))
                 name = Path(folder, file).relative_to(self.path).as_posix()
-                found[name] = status.st_size, status.st_mtime_ns
+                status = _regular(os.path.join(folder, file))
+                if status is not None:
+                    found[name] = status.st_size, status.st_mtime_ns
+                elif name.lower().endswith(IMAGES) and not file.startswith("."):
+                    raise DatasetError(
+                        f"{name} in {self.path} is no regular file (a link that leads nowhere, a pipe or a device). "
+                        "Remove it, or put the image in its place."
+                    )
         return dict(sorted(found.items()))
 
     def read(self, name: str) -> bytes:
@@ -101,8 +114,18 @@ class FolderSource(Source):
 
         Returns:
             Its bytes.
+
+        Raises:
+            DatasetError: If it cannot be read, or is larger than any image.
         """
-        return (self.path / name).read_bytes()
+        try:
+            with (self.path / name).open("rb") as stream:
+                size = os.fstat(stream.fileno()).st_size
+                data = stream.read() if size <= LARGEST else b""
+        except OSError as error:
+            raise DatasetError(f"{name} in {self.path} cannot be read ({error}). Copy it again.") from error
+        check_size(size, name, self.path)
+        return data
 
 
 class ZipSource(Source):
@@ -142,12 +165,32 @@ class ZipSource(Source):
             Its bytes.
 
         Raises:
-            DatasetError: If it is damaged.
+            DatasetError: If it is damaged, or larger than any image.
         """
+        # Of a member no more is unpacked than the archive states as its size.
+        check_size(self._archive.getinfo(name).file_size, name, self.path)
         try:
             return self._archive.read(name)
         except (zipfile.BadZipFile, OSError, EOFError, zlib.error, RuntimeError) as error:
             raise DatasetError(f"{name} in {self.path} is damaged ({error}). Download or copy it again.") from error
+
+
+def _regular(path: str) -> os.stat_result | None:
+    """The status of a regular file; None for anything else, and for a link that leads nowhere."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
+
+
+def check_size(size: int, name: str, where: Path) -> None:
+    """Raise a DatasetError if a file is larger than any image, before it is read."""
+    if size > LARGEST:
+        raise DatasetError(
+            f"{name} in {where} holds {size / 1e6:.0f} MB, and files of more than {LARGEST / 1e6:.0f} MB are not "
+            "read: no image is as large. Remove it, or put a smaller image in its place."
+        )
 
 
 def decode(
@@ -189,7 +232,17 @@ def decode(
     return pixels.transpose(2, 0, 1) if channels == 3 else pixels[None]
 
 
-def read_split(source: Source, name: str, folder: str, known: Container[str]) -> dict[str, list[str]]:
+class Line(NamedTuple):
+    """A line of a split file that names an image."""
+
+    split: str
+    number: int
+    label: str
+
+
+def read_split(
+    source: Source, name: str, folder: str, known: Container[str], taken: dict[str, Line]
+) -> dict[str, list[str]]:
     """Read a split file, a csv with the columns ``filename`` and ``label``.
 
     Args:
@@ -197,23 +250,18 @@ def read_split(source: Source, name: str, folder: str, known: Container[str]) ->
         name: Its name there.
         folder: Prefix of the names of the images, for example ``"images/"``.
         known: All names in the source.
+        taken: The lines that named images before, of this split and others; those of this file are added.
 
     Returns:
         Names of the images by label, both in sorted order.
 
     Raises:
-        DatasetError: If it is not such a file, or if it names a file that does not exist or lies outside the folder.
+        DatasetError: If it is not such a file, or if it names a file that does not exist, lies outside the folder, or
+            was named before.
     """
     where = f"{name} of {source.path}"
-    try:
-        rows = list(csv.DictReader(io.StringIO(source.read(name).decode("utf-8"))))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{where} is damaged ({error}). Copy it anew.") from error
-    if not rows or not {"filename", "label"} <= set(rows[0]):
-        raise DatasetError(f"{where} holds no rows with the columns filename and label. Copy it anew.")
     found: dict[str, list[str]] = {}
-    for number, row in enumerate(rows, start=2):
-        file, label = row["filename"], row["label"]
+    for number, file, label in _rows(source, name, where):
         if not file or not label:
             raise DatasetError(f"Line {number} of {where} lacks its filename or label. Copy it anew.")
         if file in {".", ".."} or any(mark in file for mark in ("/", "\\", ":", "\0")):
@@ -226,5 +274,27 @@ def read_split(source: Source, name: str, folder: str, known: Container[str]) ->
                 f"Line {number} of {where} names {file!r}, which is not in its folder {folder}. Unpack or copy the "
                 "images again."
             )
+        # Twice in a class, an image would be in the support and in the query set of one episode. (The same class in
+        # two splits is an error of its own.)
+        before = taken.setdefault(file, Line(name, number, label))
+        if before != (name, number, label) and (before.split == name or before.label != label):
+            raise DatasetError(
+                f"Line {number} of {where} names {file!r} with the label {label!r}, which line {before.number} of "
+                f"{before.split} named with {before.label!r}. Each image stands once: remove one of the two lines."
+            )
         found.setdefault(label, []).append(folder + file)
+    if not found:
+        raise DatasetError(f"{where} holds no rows with the columns filename and label. Copy it anew.")
     return {label: sorted(found[label]) for label in sorted(found)}
+
+
+def _rows(source: Source, name: str, where: str) -> Iterator[tuple[int, str | None, str | None]]:
+    """The lines of a split file one by one: number, filename, label."""
+    try:
+        reader = csv.DictReader(io.StringIO(source.read(name).decode("utf-8-sig")))
+        if not {"filename", "label"} <= set(reader.fieldnames or ()):
+            return
+        for row in reader:
+            yield reader.line_num, row["filename"], row["label"]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"{where} is damaged ({error}). Copy it anew.") from error

@@ -16,6 +16,7 @@ from lightning_maml_guard.tasks.image_files import (
     IMAGES,
     DatasetError,
     FolderSource,
+    Line,
     Source,
     ZipSource,
     data_root,
@@ -60,7 +61,7 @@ class Omniglot(ImageFamily):
         check_folder("root", root)
         check_episode(n_way, k_shot, queries, 1623, DRAWERS)
         check_flag("rotations", rotations)
-        check_count("split_seed", split_seed, 0)
+        check_count("split_seed", split_seed, 0, math.inf)
         super().__init__(n_way, k_shot, queries, rotations)
         self.root, self.split_seed = root, split_seed
 
@@ -120,7 +121,8 @@ class MiniImageNet(ImageFamily):
         missing = [f"{split}.csv" for split in SPLITS if f"{top}{split}.csv" not in stamps]
         if missing:
             raise DatasetError(f"{source.path} lacks {', '.join(missing)} of miniImageNet. {_WANTED}")
-        splits = {split: read_split(source, f"{top}{split}.csv", f"{top}images/", stamps) for split in SPLITS}
+        taken: dict[str, Line] = {}
+        splits = {split: read_split(source, f"{top}{split}.csv", f"{top}images/", stamps, taken) for split in SPLITS}
         return decoded(source, stamps, splits, self.image_size, 3)
 
 
@@ -170,7 +172,7 @@ class ClassFolders(ImageFamily):
                 f"Expected argument `shares` to be 3 finite numbers of at least 0, one above, but got {shown(shares)}. "
                 "Pass the shares of training, validation and test, such as (0.64, 0.16, 0.2)."
             )
-        check_count("split_seed", split_seed, 0)
+        check_count("split_seed", split_seed, 0, math.inf)
         super().__init__(n_way, k_shot, queries)
         self.root, self.image_size, self.channels = root, image_size, channels
         self.shares, self.split_seed = tuple(shares), split_seed
@@ -229,7 +231,8 @@ def _mini_imagenet(root: Path) -> Source:
     for each in entries:
         if each.is_dir() and each.name.lower().replace("-", "") == "miniimagenet":
             return FolderSource(each)
-    archives = [e for e in entries if e.name.lower().replace("-", "").startswith("miniimagenet") and e.suffix == ".zip"]
+    named = [e for e in entries if e.name.lower().replace("-", "").startswith("miniimagenet") and e.suffix == ".zip"]
+    archives = [e for e in named if e.is_file()]
     if len(archives) > 1:
         raise DatasetError(
             f"Several archives of miniImageNet lie in {root.resolve()}: {', '.join(e.name for e in archives)}. Name "

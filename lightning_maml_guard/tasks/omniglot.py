@@ -8,7 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from lightning_maml_guard.tasks.image_files import DatasetError, FolderSource, Source, ZipSource, decode
+from lightning_maml_guard.tasks.image_files import (
+    DatasetError,
+    FolderSource,
+    Source,
+    ZipSource,
+    check_size,
+    decode,
+)
 
 _PARTS = ("images_background", "images_evaluation")
 DRAWERS = 20
@@ -61,7 +68,10 @@ def load_omniglot(root: Path) -> np.ndarray:
 def _from_npz(path: Path) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as archive:
+            check_size(archive.zip.getinfo("images.npy").file_size, "images.npy", path)
             images = archive["images"]
+    except DatasetError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise DatasetError(
             f"{path} is damaged ({error}). Copy it anew, or remove it to use the image archives."

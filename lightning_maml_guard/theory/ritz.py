@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from lightning_maml_guard.theory.critical_rates import CriticalRates, assemble, critical_rates
+from lightning_maml_guard.theory.inclusion import inclusion_level, is_informative, largest_hidden
 from lightning_maml_guard.theory.multiplier import check_order, check_rate, multiplier
 
 # A run stops at this fraction of the residual asked for: at the residual itself it may still sit on an eigenvalue below
 # the top. With 1/16, none of 1000 random spectra misses its interval.
-_STOP_FRACTION = 1 / 16
+STOP_FRACTION = 1 / 16
 
 
 def ritz_values(diagonal: Sequence[float], off_diagonal: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -38,7 +42,7 @@ def lanczos_resolved(
     needs_positive_top: bool = True,
 ) -> bool:
     """Return True if a Lanczos run knows its top eigenvalue, and ``beta_c`` for ``alpha > 0``, to ``tol``."""
-    tol = tol * _STOP_FRACTION
+    tol = tol * STOP_FRACTION
     values, residuals = ritz_values(diagonal, off_diagonal)
     # The few directions seen so far cannot show that no direction curves upwards.
     if needs_positive_top and values[-1] <= 0:
@@ -60,6 +64,7 @@ def rates_from_lanczos(
     inner_steps: int = 1,
     rounding: float = 0.0,
     resolution: float = 0.0,
+    size: int | None = None,
 ) -> CriticalRates:
     """Compute the critical rates of simplified MAML (Takagi et al.) from one Lanczos run on ``H``.
 
@@ -69,7 +74,9 @@ def rates_from_lanczos(
 
     ``rounding`` is the relative rounding error of a product, added to every residual bound. ``resolution`` is the
     relative width in which a cluster may hide its true top: a residual says that *an* eigenvalue is near, not that none
-    lies above. It widens the intervals of a run that has not exhausted its space.
+    lies above. It widens the intervals of a run that has not exhausted its space. ``size`` is that of ``H``: a run of
+    so few steps that it found the top by chance alone, and that has not resolved it, also allows for what
+    ``theory.inclusion`` says it may have missed.
     """
     check_rate(alpha)
     check_order("simplified", inner_steps)
@@ -77,30 +84,47 @@ def rates_from_lanczos(
     f = multiplier(alpha, "simplified", inner_steps)
     tridiagonal = _tridiagonal(diagonal, off_diagonal)
     last = float(off_diagonal[-1])
-    projected = tridiagonal - f.rate * (tridiagonal @ tridiagonal)
-    projected[-1, -1] -= f.rate * last**2
-    curvatures, vectors = np.linalg.eigh(projected)
-    curvature, vector = float(curvatures[-1]), vectors[:, -1]
     radius = float(max(abs(values[0]), abs(values[-1])) + last)
     noise = rounding * radius
     hidden = resolution * float(max(abs(values[0]), abs(values[-1]))) if last > 0 else 0.0
     residual = max(float(residuals[-1]), hidden) + noise
+    few = size is not None and last > 0 and not is_informative(len(values), size)
+    resolved = STOP_FRACTION * resolution
+    missed = few and float(residuals[-1]) > resolved * float(max(abs(values[0]), abs(values[-1])))
+    if missed:
+        level = inclusion_level(np.asarray(off_diagonal) + noise, size or len(values))
+        residual = max(residual, largest_hidden(values, level) - float(values[-1]))
+    spectrum: dict[str, Any] = {
+        "lambda_max": float(values[-1]),
+        "lambda_min": float(values[0]),
+        "lambda_interval": (float(values[-1]) - noise, float(values[-1]) + residual),
+        "negative": int((values < -residuals - noise).sum()),
+    }
+    projected = tridiagonal.copy()
+    if f.rate > 0:
+        # Where the square overflows, the rate is beyond alpha_c by far, and nothing else is known.
+        reach = max(radius, 1.0)
+        if 4 * max(f.rate, 1.0) * reach * reach > sys.float_info.max:
+            return assemble(f, alpha, **spectrum, curvature=0.0, curvature_interval=(0.0, math.inf))
+        projected -= f.rate * (tridiagonal @ tridiagonal)
+        projected[-1, -1] -= f.rate * last**2
+    curvatures, vectors = np.linalg.eigh(projected)
+    curvature, vector = float(curvatures[-1]), vectors[:, -1]
     # (H - a*H^2) V y = V P y + r, |r| <= b|y_m| + a*b*(|(T y)_m| + |H| |y_m|): H leaves the Krylov space
     # through the last basis vector alone.
     leak = last * (abs(vector[-1]) + f.rate * (abs(tridiagonal[-1] @ vector) + radius * abs(vector[-1])))
     hidden = resolution * abs(curvature) if last > 0 else 0.0
     # An error of `noise` in H enters H - a*H^2 once by itself and twice by the square.
     error = noise * (1 + 2 * f.rate * radius)
-    leak = max(float(leak), hidden) + error
+    # After a few steps any eigenvalue up to the top may bind.
+    missed = missed or (few and leak > resolved * abs(curvature))
+    leak = math.inf if missed else max(float(leak), hidden) + error
     return assemble(
         f,
         alpha,
-        lambda_max=float(values[-1]),
-        lambda_min=float(values[0]),
-        lambda_interval=(float(values[-1]) - noise, float(values[-1]) + residual),
+        **spectrum,
         curvature=max(curvature, 0.0),
         curvature_interval=(max(curvature - error, 0.0), max(curvature + leak, 0.0)),
-        negative=int((values < -residuals - noise).sum()),
     )
 
 

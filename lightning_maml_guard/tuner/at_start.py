@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
@@ -171,8 +172,15 @@ def _same(one: Problem, other: Problem) -> bool:
     """Whether two batches hold the same tasks, as they do where tasks are not resampled."""
     if not isinstance(one, MetaProblem) or not isinstance(other, MetaProblem):
         return False
-    pairs = zip(tree_leaves((one.support, one.query)), tree_leaves((other.support, other.query)), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
+    own, others = (tree_leaves((each.support, each.query)) for each in (one, other))
+    return len(own) == len(others) and all(
+        torch.equal(_comparable(a), _comparable(b)) for a, b in zip(own, others, strict=True)
+    )
+
+
+def _comparable(values: Tensor) -> Tensor:
+    """Return 8-bit floats, which torch does not compare, as the integers of the same bits."""
+    return values.view(torch.uint8) if values.is_floating_point() and values.element_size() == 1 else values
 
 
 def _ratio(report: StabilityReport) -> float:
@@ -182,7 +190,7 @@ def _ratio(report: StabilityReport) -> float:
 def _at(problem: Problem, alpha: float) -> Problem:
     if not isinstance(problem, MetaProblem):
         return problem
-    if not isinstance(problem.inner_lr, dict):
+    if problem.uniform:
         return replace(problem, inner_lr=alpha)
     return problem.at_factor(alpha / problem.alpha if problem.alpha > 0 else 1.0)
 

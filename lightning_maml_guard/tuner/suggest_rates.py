@@ -128,8 +128,18 @@ def suggest_rates(
 def _batches(trainer: Any, combined_loader: Any, count: int) -> Iterator[Any]:
     loaders = combined_loader(trainer.train_dataloader, "max_size_cycle")
     for batch, _, _ in itertools.islice(iter(loaders), count):
+        _check_values(batch)
         yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
     loaders.reset()
+
+
+def _check_values(batch: Any) -> None:
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, torch.Tensor) and leaf.device.type == "meta":
+            raise ValueError(
+                "Expected argument `datamodule` to give batches that hold values but got a tensor of shape "
+                f"{tuple(leaf.shape)} on the meta device. Build the data on a device such as 'cpu'."
+            )
 
 
 def _copied(module: Any) -> Any:

@@ -5,30 +5,41 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
 
 
+def encodable(text: str) -> str:
+    """Escape lone surrogates, which UTF-8 cannot hold: a file's name that is not UTF-8 has them."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def shown(value: Any) -> str:
     """Return the repr of a value in one line, cut to 100 characters."""
-    text = " ".join(repr(value).split())
+    text = encodable(" ".join(repr(value).split()))
     return text if len(text) <= 100 else text[:97] + "..."
 
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or the name of its type without one."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return encodable((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Raise a ValueError if a count is not an integer of at least ``least``."""
+def check_count(name: str, value: Any, least: int = 1, most: float = sys.maxsize) -> None:
+    """Raise a ValueError if a count is not an integer from ``least`` to ``most``, by default what a container holds."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(
             f"Expected argument `{name}` to be an integer of at least {least} but got {shown(value)}. Pass a Python "
             f"integer such as {max(least, 1)}; int(x) makes one of a NumPy or torch number."
+        )
+    if value > most:
+        raise ValueError(
+            f"Expected argument `{name}` to be an integer of at most {most} but got {shown(value)}. Choose a smaller "
+            "one."
         )
 
 
@@ -89,6 +100,28 @@ def check_folder(name: str, value: Any) -> None:
             f"Expected argument `{name}` to be the path of a folder or None but got {shown(value)}. Pass a string or "
             "a pathlib.Path, or None for the default."
         )
+
+
+def check_file(name: str, value: Any) -> None:
+    """Raise a TypeError if a value is not a path."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(
+            f"Expected argument `{name}` to be the path of a file but got {shown(value)}. Pass a string or a "
+            "pathlib.Path, such as 'run.html'."
+        )
+
+
+def check_holds_rate(name: str, rate: float, values: Iterable[Any]) -> None:
+    """Raise a ValueError if the type of a tensor among the parameters that a rate is to move cannot hold it."""
+    import torch  # here, so that `theory` can be imported without torch
+
+    for dtype in {value.dtype for value in values}:
+        most = torch.finfo(dtype).max
+        if rate > most:
+            raise ValueError(
+                f"Expected argument `{name}` to be a number that the parameters' type {dtype} holds, {most:.3g} at "
+                f"most, but got {shown(rate)}. Choose a smaller rate, or convert the network with double()."
+            )
 
 
 def check_device(name: str, value: Any) -> None:

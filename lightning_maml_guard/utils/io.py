@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tempfile
@@ -43,7 +44,33 @@ def write_atomically(
         if callable(content):
             content(stream)
         else:
-            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+
+
+def reserve(stream: IO[bytes], size: int) -> None:
+    """Take ``size`` bytes of the disk from the stream's position on, which stays; raises an OSError without room.
+
+    A file that only has that size (a sparse one) takes its room as it is written: hours later, or, mapped into memory,
+    with a signal that ends Python.
+    """
+    stream.flush()
+    start, block = stream.tell(), bytes(1 << 20)
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        try:
+            os.posix_fallocate(stream.fileno(), start, size)
+            return
+        except OSError as error:  # nor on every file system
+            if out_of_room(error):
+                raise
+    for written in range(0, size, len(block)):
+        stream.write(block[: size - written])
+    stream.flush()
+    stream.seek(start)
+
+
+def out_of_room(error: OSError) -> bool:
+    """Return True for a full disk, a full quota or a limit on the size of a file."""
+    return error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def fingerprint(*parts: Any) -> str:

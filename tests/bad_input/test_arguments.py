@@ -140,6 +140,36 @@ def test_what_is_neither_none_nor_a_count_is_refused_by_name(row, draw):
     )
 
 
+@named([row for row in COUNTS + OPTIONAL_COUNTS if "seed" not in row[1]])
+def test_a_count_that_no_container_holds_is_refused_by_name(row):
+    make, name, _ = row
+    refused(lambda: make(**{name: 2**63}), name, str(2**63), f"an integer of at most {2**63 - 1}", "Choose a smaller")
+
+
+def test_a_seed_may_be_any_integer():
+    assert data(seed=2**70).seed == Omniglot(split_seed=2**70).split_seed == 2**70
+
+
+@named([(module, "inner_lr"), (problem, "inner_lr"), (lambda **rate: module(learn_inner_lr=True, **rate), "inner_lr")])
+def test_a_rate_that_the_parameters_type_does_not_hold_is_refused(row):
+    make, name = row
+    for value in (1e200, 3.5e38):
+        refused(lambda value=value: make(**{name: value}), name, str(value), "torch.float32 holds, 3.4e+38", "Choose")
+    make(**{name: 3.4e38})
+
+
+@pytest.mark.parametrize("order", ["exact", "first", "simplified"])
+@pytest.mark.parametrize("rate", [1e200, 1e308])
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_rate_whose_square_overflows_is_unsafe(order, rate):
+    wide = {"w": torch.ones(2, dtype=torch.float64)}
+    batch = (torch.ones(3, 2, dtype=torch.float64),)
+    found = {"params": wide, "support": batch, "query": batch, "inner_lr": rate, "inner_steps": 2, "order": order}
+    report = measure(problem(**found), beta=0.1, curvature=CurvatureOptions(criterion="simplified"))
+    assert report.status == "unsafe" and report.beta_c == 0
+    assert report.alpha_c == pytest.approx(0.5 if order == "simplified" else 1.0)  # 1 / (steps * curvature 1)
+
+
 @named(RATES)
 @FEW
 @given(value=not_rates())

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_maml_guard import (
     ConvergenceGuard,
@@ -13,6 +14,7 @@ from lightning_maml_guard import (
     MetaLearningModule,
     MetaProblem,
     measure,
+    suggest_rates,
 )
 from lightning_maml_guard.maml.batch_errors import BatchError
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
@@ -84,6 +86,7 @@ CASES = {
     "double inputs": (regressor, both(X.double(), Y), ["`support` holds torch.float64", "parameters are torch.float32 on cpu", "x.float()"]),
     "a double query": (regressor, episodes(query=(X.double(), Y.double())), ["`support` holds torch.float32", "`query` holds torch.float64", "x.float()"]),
     "a query of other features": (regressor, episodes(query=(torch.ones(2, 5, 3), Y)), ["`query` holds torch.float32 (2, 5, 3)", "Support and query go through one network"]),
+    "a number for a task": (regressor, both(X[:, 0, 0], Y), ["`support` holds torch.float32 (2,) on cpu, torch.float32 (2, 5, 1)", "give x the shape (tasks, examples, features)"]),
     "images of other channels": (small_conv, both(torch.zeros(2, 5, 3, 28, 28), LABELS), ["torch.float32 (2, 5, 3, 28, 28)", "the shape its first layer takes"]),
     "fewer targets than inputs": (regressor, both(X, Y[:, :3]), ["prediction has shape (5, 1) and the target (3, 1)", "Reshape the targets"]),
     "an empty support set": (regressor, episodes(support=(X[:, :0], Y[:, :0])), ["`support` to hold at least one example per task", "[(2, 0, 1), (2, 0, 1)]", "Draw at least one shot"]),
@@ -158,6 +161,49 @@ def test_data_on_another_device_are_named_with_theirs(part):
         said = str(caught.value)
         assert f"`{part}` holds torch.float32 (2, 5, 1) on meta" in said, said
         assert "parameters are torch.float32 on cpu" in said and "Put all of them on one device" in said
+
+
+def suggested(batch, module):
+    return suggest_rates(module, DataLoader([batch] * 4, batch_size=None), batches=2, accelerator="cpu")
+
+
+def test_rates_are_not_suggested_from_batches_without_values():
+    for batch in (both(X.to("meta"), Y), both(X, Y.to("meta"))):
+        with pytest.raises(ValueError, match=r"`datamodule` to give batches that hold values but got .*Build the data"):
+            suggested(batch, regressor())
+    with pytest.raises(BatchError, match=r"`support` holds torch.float32 \(2,\).*give x the shape \(tasks, examples"):
+        suggested(both(X[:, 0, 0], Y), regressor())
+
+
+def test_rates_are_suggested_from_batches_of_8_bit_floats():
+    class Widened(MetaLearningModule):
+        def predict(self, params, x):
+            return super().predict(params, x.float())
+
+        def task_loss(self, params, data):
+            return super().task_loss(params, (data[0], data[1].float()))
+
+    x = torch.linspace(-1, 1, 10).reshape(2, 5, 1)
+    narrow = torch.float8_e4m3fn
+    found = suggested(both(x.to(narrow), (2 * x).to(narrow)), Widened(mlp(hidden=(3,))))
+    torch.manual_seed(0)
+    wide = suggested(both(x.to(narrow).float(), (2 * x).to(narrow).float()), Widened(mlp(hidden=(3,))))
+    assert math.isfinite(found.alpha) and found.notes == wide.notes
+    with pytest.raises(BatchError, match=r"holds torch.float8_e4m3fn .*Give the inputs the parameters' dtype"):
+        suggested(both(x.to(narrow), x.to(narrow)), regressor())
+
+
+def test_an_error_that_utf_8_cannot_hold_is_reported(tmp_path):
+    """As the name of a file that is not UTF-8 in an error's text."""
+
+    def own(module, batch):
+        raise ValueError("no file caf\udce9.png")
+
+    guard = ConvergenceGuard(problem=own, lookahead=LookaheadOptions(steps=0))
+    with guard_warns(r"no file caf\\udce9\.png"):
+        fit(regressor(), both(X, Y), 1, [guard])
+    page = guard.report(tmp_path / "run.html").read_text(encoding="utf-8")
+    assert "no file caf\\udce9.png" in page and "\udce9" not in page
 
 
 def regressor_step(found: MetaProblem) -> None:

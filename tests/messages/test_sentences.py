@@ -53,6 +53,11 @@ EXAMPLES = [
         "beta is not judged: Adamax is not known.",
     ),
     (
+        Reason(Kind.NAN_IN_DATA, detail="The task loss is nan."),
+        "The curvature could not be measured: The task loss is nan. The data holds nan. If it pads tasks to one size, "
+        "list the tasks instead, each of its own size: support=[(x_1, y_1), (x_2, y_2), ...].",
+    ),
+    (
         Reason(Kind.NO_CURVATURE, hvps=2, step=0),
         "The loss has no curvature at these parameters and this batch (2 Hessian-vector products, step "
         "0), so no limit follows; that is not the same as safe. ReLU networks with dead units and losses"

@@ -2,9 +2,13 @@
 
 import ast
 import io
+import multiprocessing
+import os
 import pickle
+import resource
 import stat
 import struct
+import subprocess
 import zipfile
 import zlib
 from pathlib import Path
@@ -18,7 +22,8 @@ import lightning_maml_guard
 from lightning_maml_guard import ConvergenceGuard, LookaheadOptions, MetaLearningModule
 from lightning_maml_guard.cli.main import main
 from lightning_maml_guard.networks import mlp
-from lightning_maml_guard.tasks.images import DatasetError, Omniglot, load_omniglot
+from lightning_maml_guard.tasks.image_files import LARGEST
+from lightning_maml_guard.tasks.images import ClassFolders, DatasetError, MiniImageNet, Omniglot, load_omniglot
 from lightning_maml_guard.utils.lightning_compat import Trainer
 from tests.helpers import fit
 
@@ -205,6 +210,206 @@ def test_a_configuration_with_code_is_refused(tmp_path, crater):
     )
     with pytest.raises(SystemExit):
         main(["--config", str(path)])
+
+
+def classes(root, size=2):
+    """Folders of four classes of two images."""
+    for index in range(8):
+        path = root / f"c{index // 2}" / f"{index % 2}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (size, size), (30 * index, 0, 0)).save(path)
+    return root
+
+
+def folders(root, **arguments):
+    shares = (0.5, 0.25, 0.25)
+    return ClassFolders(str(root), **{"n_way": 1, "k_shot": 1, "queries": 1, "shares": shares, **arguments})
+
+
+def outcome(family, limit=None, seconds=10):
+    """What loading says, in a process of its own: what a signal ends, or what hangs, fails the test alone."""
+
+    def load(said):
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            family.setup()
+            said.send("loaded")
+        except Exception as error:
+            said.send(f"{type(error).__name__}: {error}")
+
+    context = multiprocessing.get_context("fork")
+    heard, said = context.Pipe(duplex=False)
+    process = context.Process(target=load, args=(said,))
+    process.start()
+    process.join(seconds)
+    hangs = process.is_alive()
+    if hangs:
+        process.kill()
+        process.join()
+    assert not hangs, "it hangs"
+    assert process.exitcode == 0, f"a signal ended Python: {process.exitcode}"
+    return heard.recv()
+
+
+@pytest.fixture
+def cache_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "lightning_maml_guard"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 256 kB."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no disk can be mounted here: {mounted.stderr.decode()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def files_of(folder):
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("reserves", [True, False])
+def test_where_the_disk_is_full_the_next_folder_takes_the_images(small_disk, cache_home, monkeypatch, reserves):
+    if not reserves:  # as on macOS
+        monkeypatch.delattr(os, "posix_fallocate")
+    root = classes(small_disk / "set")
+    assert outcome(folders(root, image_size=128)) == "loaded"  # 8 * 3 * 128^2 bytes = 393 kB
+    assert files_of(small_disk / ".lmg_cache") == [] and len(files_of(cache_home)) == 1
+    assert outcome(folders(root, image_size=64)) == "loaded"  # 98 kB
+    assert len(files_of(small_disk / ".lmg_cache")) == 1 and len(files_of(cache_home)) == 1
+
+
+def test_what_the_other_folder_holds_is_what_was_decoded(small_disk, cache_home):
+    root = classes(small_disk / "set", size=128)
+    family = folders(root, image_size=128)
+    assert outcome(family) == "loaded"
+    family.setup()  # maps what that process decoded
+    assert family._images.shape == (8, 3, 128, 128)
+    reds = family._images[:, 0].flatten(1)
+    assert bool((reds == reds[:, :1]).all()) and sorted(reds[:, 0].tolist()) == [30 * index for index in range(8)]
+
+
+def test_a_disk_that_fills_up_meanwhile_is_a_full_one(small_disk, cache_home, monkeypatch):
+    monkeypatch.setattr("lightning_maml_guard.tasks.image_cache.reserve", lambda stream, size: None)
+    assert outcome(folders(classes(small_disk / "set"), image_size=128)) == "loaded"
+    assert files_of(small_disk / ".lmg_cache") == [] and len(files_of(cache_home)) == 1
+
+
+def test_no_room_anywhere_is_said_in_one_line(tmp_path, cache_home):
+    root = classes(tmp_path / "set")
+    said = outcome(folders(root, image_size=256), limit=1_000_000)
+    assert said == (
+        f"OSError: The decoded images of {root} can be written neither to {tmp_path / '.lmg_cache'} (no room for "
+        f"1.6 MB) nor to {cache_home} (no room for 1.6 MB). Let XDG_CACHE_HOME name a folder that can be written to, "
+        "with 1.6 MB free."
+    )
+    assert files_of(tmp_path / ".lmg_cache") == files_of(cache_home) == []
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("nowhere.png"), lambda p: p.symlink_to(p)])
+def test_what_is_no_regular_file_is_no_image(tmp_path, cache_home, make):
+    root = classes(tmp_path / "set")
+    for name in ("notes.txt", ".#0.png"):  # an editor's lock is a link that leads nowhere
+        make(root / "c0" / name)
+    (root / "c0" / "2.png").symlink_to(root / "c0" / "1.png")  # a link to a file is one
+    assert outcome(folders(root)) == "loaded"
+    make(root / "c0" / "3.png")
+    said = outcome(folders(root))
+    assert said.startswith(f"DatasetError: c0/3.png in {root} is no regular file") and "Remove it" in said
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_regular_file_is_no_archive(tmp_path, make):
+    make(tmp_path / "miniimagenet.zip")
+    assert outcome(MiniImageNet(str(tmp_path))).startswith("DatasetError: miniImageNet was not found in")
+
+
+def test_a_member_that_would_fill_the_memory_is_not_unpacked(tmp_path, cache_home, monkeypatch):
+    zeros = bytes(1 << 20)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w", zipfile.ZIP_DEFLATED) as target:
+        with target.open("c0/0.png", "w") as member:
+            for _ in range(LARGEST // len(zeros) + 1):
+                member.write(zeros)
+        target.writestr("c1/0.png", png())
+    assert (tmp_path / "set.zip").stat().st_size < 1_000_000
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("it was unpacked"))
+    with pytest.raises(DatasetError, match=r"c0/0\.png in .*set\.zip holds 135 MB, .* more than 134 MB are not read"):
+        folders(tmp_path / "set.zip", queries=1, k_shot=1).setup()
+
+
+def test_a_file_that_would_fill_the_memory_is_not_read(tmp_path, cache_home):
+    root = classes(tmp_path / "set")
+    with (root / "c0" / "0.png").open("wb") as stream:
+        stream.truncate(10**12)  # takes no room on the disk
+    with pytest.raises(DatasetError, match=r"c0/0\.png in .*set holds 1000000 MB, .*Remove it"):
+        folders(root).setup()
+
+
+def test_an_npz_that_would_fill_the_memory_is_not_read(root):
+    header = {"descr": "|u1", "fortran_order": False, "shape": (8600, 20, 28, 28)}
+    with (
+        zipfile.ZipFile(root / "omniglot.npz", "w", zipfile.ZIP_DEFLATED) as target,
+        target.open("images.npy", "w") as member,
+    ):
+        np.lib.format.write_array_header_1_0(member, header)
+        for _ in range(8600):
+            member.write(bytes(20 * 28 * 28))
+    with pytest.raises(DatasetError, match=r"^images\.npy in .*omniglot\.npz holds 135 MB"):
+        load_omniglot(root)
+
+
+def split_files(root, **rows):
+    """A miniImageNet of 12 images, four of each split in two classes, with other rows where they are given."""
+    (root / "images").mkdir()
+    for number, split in enumerate(("train", "val", "test")):
+        names = [f"{4 * number + index:02d}.png" for index in range(4)]
+        for index, name in enumerate(names):
+            Image.new("RGB", (2, 2), (20 * (4 * number + index), 0, 0)).save(root / "images" / name)
+        own = "".join(f"{name},{split}{index % 2}\n" for index, name in enumerate(names))
+        (root / f"{split}.csv").write_text("filename,label\n" + own + rows.get(split, ""))
+    return MiniImageNet(str(root), n_way=2, k_shot=1, queries=1, image_size=2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"train": "01.png,train1\n"}, "Line 6 of train.csv of {root} names '01.png' with the label 'train1', which line 3 of train.csv named with 'train1'."),
+        ({"train": "\n\n01.png,train0\n"}, "Line 8 of train.csv of {root} names '01.png' with the label 'train0', which line 3 of train.csv named with 'train1'."),
+        ({"test": "07.png,test0\n"}, "Line 6 of test.csv of {root} names '07.png' with the label 'test0', which line 5 of val.csv named with 'val1'."),
+    ],
+)  # fmt: skip
+def test_an_image_named_twice_is_refused_with_both_lines(tmp_path, cache_home, rows, message):
+    """It would be in the support and in the query set of one episode, or in training and in test."""
+    with pytest.raises(DatasetError) as caught:
+        split_files(tmp_path, **rows).setup()
+    assert str(caught.value).startswith(message.format(root=tmp_path)) and "remove one" in str(caught.value)
+
+
+def test_three_million_lines_of_one_image_are_not_decoded(tmp_path, cache_home, monkeypatch):
+    monkeypatch.setattr("lightning_maml_guard.tasks.image_cache.decode", lambda *_: pytest.fail("decoded"))
+    family = split_files(tmp_path, train="00.png,train0\n" * 3_000_000)
+    with pytest.raises(DatasetError, match=r"Line 6 of train\.csv .* line 2 of train\.csv"):
+        family.setup()
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path, cache_home):
+    family = split_files(tmp_path)
+    for split in ("train", "val", "test"):
+        path = tmp_path / f"{split}.csv"
+        path.write_text(path.read_text(), encoding="utf-8-sig")
+    family.setup()
+    assert family._images[:, 0, 0, 0].tolist() == [20 * i for i in (0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11)]
+    assert {split: found.tolist() for split, found in family._classes.items()} == {
+        "train": [0, 1], "val": [2, 3], "test": [4, 5],
+    }  # fmt: skip
 
 
 FORBIDDEN = {"eval", "exec", "extract", "extractall", "unpack_archive", "unsafe_load", "full_load", "read_pickle"}

@@ -1,0 +1,99 @@
+"""Where eigenvalues that a Krylov run has not found may still lie, if its start vector was random.
+
+A residual says that *an* eigenvalue is near a Ritz value, not that there is none elsewhere. After ``m`` steps with
+norms ``b_1 .. b_m`` the characteristic polynomial ``p`` of the projection has ``|p(A) v_1| = b_1 * .. * b_m``. For an
+eigenvalue ``mu`` with left eigenvector ``w`` of length 1, ``w.p(A) v_1 = p(mu) w.v_1``. Of a start that is uniform on
+the sphere, ``|w.v_1|`` is below ``delta/sqrt(n)`` with a probability of at most ``delta``, and else
+
+    |p(mu)| <= b_1 * .. * b_m * sqrt(n) / delta,
+
+a region around the Ritz values that is a few points where they have converged, and empty in between (van Dorsselaer,
+Hochstenbach and van der Vorst, "Computing probabilistic bounds for extreme eigenvalues of symmetric matrices with the
+Lanczos method", SIAM J. Matrix Anal. Appl. 22, 2001; the argument needs no symmetry). Levels are logarithms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+# Probability with which a start vector may have missed an eigenvector.
+_MISSED = 0.05
+# Up to so large a relative error allowed by chance alone, a run has told enough to be taken at its residuals.
+_INFORMATIVE = 0.25
+# So many distances are multiplied before a logarithm is taken: few enough not to underflow.
+_FACTORS = 8
+
+
+def inclusion_level(norms: Sequence[float] | np.ndarray, size: int) -> float:
+    """Logarithm of the largest ``|p(mu)|`` that a run with these norms allows; ``-inf`` if its space is exhausted."""
+    with np.errstate(divide="ignore"):
+        return float(np.log(np.abs(norms)).sum()) + math.log(math.sqrt(size) / _MISSED)
+
+
+def is_informative(steps: int, size: int) -> bool:
+    """Return True if so many Lanczos steps suffice to find the largest eigenvalue to within a quarter of the spread.
+
+    A random start fails to find it to within ``eps`` with a probability of at most ``1.648 sqrt(n) exp(-sqrt(eps) (2m -
+    1))`` (Kuczynski and Wozniakowski, SIAM J. Matrix Anal. Appl. 13, 1992), whatever the spectrum. Without that a Ritz
+    value is hardly more than a random Rayleigh quotient.
+    """
+    return math.log(1.648 * math.sqrt(size) / _MISSED) <= math.sqrt(_INFORMATIVE) * (2 * steps - 1)
+
+
+def largest_hidden(values: np.ndarray, level: float) -> float:
+    """Largest real number that the region around real Ritz values allows as an eigenvalue."""
+    top = float(values.max())
+    if level == -math.inf:
+        return top
+    low, high = 0.0, math.exp(min(level / len(values), 700.0)) + float(np.ptp(values))
+    for _ in range(60):
+        middle = (low + high) / 2
+        with np.errstate(divide="ignore"):
+            inside = np.log(top + middle - values).sum() <= level
+        low, high = (middle, high) if inside else (low, middle)
+    return top + high
+
+
+def hidden_radii(values: np.ndarray, level: float) -> np.ndarray:
+    """How far from each Ritz value the region reaches, where it is an island; shape ``(m,)``."""
+    gaps = np.sort(np.abs(values[:, None] - values), axis=1)
+    with np.errstate(divide="ignore"):
+        logs = np.log(gaps[:, 1:])
+    # The s nearest are at the distance r itself: r^s times the distances of the others is the level.
+    rest = np.concatenate([np.cumsum(logs[:, ::-1], axis=1)[:, ::-1], np.zeros((len(values), 1))], axis=1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        radii = np.exp((level - rest) / np.arange(1, len(values) + 1))
+    return np.nan_to_num(radii, nan=np.inf).min(axis=1)
+
+
+def outermost(values: np.ndarray, level: float, angles: np.ndarray, least: float) -> np.ndarray:
+    """Largest modulus of at least ``least`` that the region allows in each direction; 0 where there is none."""
+    if level == -math.inf:
+        return np.zeros(len(angles))
+    directions = np.exp(1j * angles)
+    farthest = 1.01 * (float(np.abs(values).max()) + math.exp(min(level / len(values), 700.0)))
+
+    def inside(moduli: np.ndarray) -> np.ndarray:
+        points, found = moduli / farthest * directions, np.zeros(moduli.shape)
+        with np.errstate(divide="ignore"):
+            for start in range(0, len(values), _FACTORS):
+                factors = np.ones(moduli.shape)
+                for value in values[start : start + _FACTORS] / farthest:
+                    factors *= np.abs(points - value)
+                found += np.log(factors)
+        return found <= level - len(values) * math.log(farthest)
+
+    coarse = np.geomspace(least, farthest, 1 + max(int(math.log(farthest / least) / 0.03), 1))
+    # The Ritz values themselves, so that no island around one lies between two steps.
+    steps = np.unique(np.concatenate([coarse, np.clip(np.abs(values), least, farthest)]))
+    allowed = inside(np.broadcast_to(steps[:, None], (len(steps), len(angles))))
+    last = len(steps) - 1 - allowed[::-1].argmax(axis=0)
+    low, high = steps[last], steps[np.minimum(last + 1, len(steps) - 1)]
+    for _ in range(20):
+        middle = (low + high) / 2
+        reached = inside(middle)
+        low, high = np.where(reached, middle, low), np.where(reached, high, middle)
+    return np.where(allowed.any(axis=0), high, 0.0)
