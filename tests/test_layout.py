@@ -29,7 +29,7 @@ LAYERS = {
     "stability": (
         ("cost", "inner_limit", "krylov_stopping", "problems", "reasons"),
         ("estimators", "objective"),
-        ("hvp", "options", "report"),
+        ("hvp", "options", "report", "training_match"),
         ("alpha_c", "beta_c"),
         ("measurement",),
         ("measure",),

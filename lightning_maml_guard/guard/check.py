@@ -6,34 +6,33 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
 from lightning_maml_guard.guard.actions import Situation
-from lightning_maml_guard.guard.divergence import Scale, fails, passes
+from lightning_maml_guard.guard.divergence import Scale, fails, passes, undecided
 from lightning_maml_guard.guard.loggers import inform, log_values, metrics, warn
-from lightning_maml_guard.guard.lookahead import Caps, Lookahead, LookaheadResult, lookahead_of
+from lightning_maml_guard.guard.lookahead import Caps, Lookahead, LookaheadResult, lookahead_of, lookahead_reason
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.rescale import reaches_alpha
 from lightning_maml_guard.guard.rollback import Rollback, finite
-from lightning_maml_guard.guard.run import GuardedRun
+from lightning_maml_guard.guard.run import GuardedRun, failure_reason
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy, of_error
 from lightning_maml_guard.messages.sentences import left_safe_region, returned
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.shadow import ClosureError
 from lightning_maml_guard.stability.measure import measure
-from lightning_maml_guard.stability.problems import Problem, dead_units, owners, state_problem
+from lightning_maml_guard.stability.problems import (
+    Problem,
+    accumulated,
+    dead_units,
+    owners,
+    state_problem,
+)
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import SAFE, UNRESOLVED, UNSAFE
-from lightning_maml_guard.utils.batch_copy import BatchCopyError
-from lightning_maml_guard.utils.distributed import SharedError
 from lightning_maml_guard.utils.isolation import undisturbed
 from lightning_maml_guard.utils.warnings import GuardWarning
-
-# Shares of the largest curvature so far and of the loss at the start: a collapsed network has hardly any of the first
-# left, and is back at the second.
-_COLLAPSED, _UNLEARNED = 0.15, (0.8, 1.5)
 
 
 class Check:
@@ -43,7 +42,7 @@ class Check:
         self.settings, self.run, self.trainer, self.module = run.settings, run, trainer, module
         self.rollback = Rollback(run, trainer, module)
         # Where the run was rolled back by this check: what lowers its rates if the rest of the check fails.
-        self._rolled_back: tuple[Optimizer, LookaheadResult] | None = None
+        self._rolled_back: tuple[list[Optimizer], LookaheadResult] | None = None
         self._acted = False
         self._looked = False
 
@@ -62,10 +61,10 @@ class Check:
             # without acting on it is changed again by the next.
             if not self._acted:
                 run.machine.watches = watches
-            run.announce(_failure(error, step))
+            run.announce(failure_reason(error, step))
             if self._rolled_back is not None:
-                optimizer, present = self._rolled_back
-                self.rollback.halve(present.begin, scheduled_rate(optimizer), step)
+                optimizers, present = self._rolled_back
+                self.rollback.halve(present.begin, scheduled_rate(optimizers), step)
             elif not self._looked:
                 with run.only_told("judge the run by its last loss"):
                     self._judge_last_loss(step)
@@ -87,10 +86,12 @@ class Check:
             return
         if not finite(self.module):
             self.rollback.at_end(run.snapshot, math.nan, math.nan)
-        elif run.schedule.state.spiked:
+        elif len(run.replay) and (
+            run.schedule.state.spiked or not statistics.first
+        ):  # nothing else tells without losses
             with run.cache.ranks.together(), undisturbed(self.trainer, self.module):
-                problem, _, optimizer = self._stated(*run.replay.latest())
-                loss = lookahead_of([problem], optimizer, 0, self.trainer, run.cache).under(run.caps.caps).begin
+                problem, _, optimizers = self._stated(*run.replay.latest())
+                loss = lookahead_of([problem], optimizers, 0, self.trainer, run.cache).under(run.caps.caps).begin
             if statistics.diverged(loss, ratio):
                 self.rollback.at_end(run.snapshot, loss, statistics.start)
 
@@ -100,11 +101,16 @@ class Check:
         present, failing, severe, scale = None, False, math.nan, Scale()
         # 1. Look ahead.
         with undisturbed(trainer, module):
-            problem, owned, optimizer = self._stated(batch, batch_idx)
-            lookahead = self._lookahead(problem, optimizer)
+            problem, owned, optimizers = self._stated(batch, batch_idx)
+            run.turns.watch(optimizers)
+            lookahead = self._lookahead(problem, optimizers)
             if lookahead is not None:
                 present, scale, severe = lookahead.judged(run.caps.caps, statistics.scale, ratio)
                 self._looked = True
+                statistics.look(present.begin)
+                if lookahead.clipping_failure is not None:
+                    run.announce(of_error(Kind.CLIPPING_FAILED, lookahead.clipping_failure))
+            run.begin_match(self.trainer, module, batch, batch_idx, optimizers)
         if present is not None:
             failing = fails(severe, ratio)
             run.note_severity(step, severe)
@@ -116,17 +122,21 @@ class Check:
             if settings.rollback and failing and scale.diverged(present.begin, ratio):
                 if not self.rollback.go_back(present.begin, step):
                     return
-                self._rolled_back = optimizer, present
+                self._rolled_back = optimizers, present
         rolled_back = self._rolled_back is not None
         # 3. Measure the curvature, advance the state, and decide on the rates.
         with undisturbed(trainer, module):
-            report, measured = self._measured(problem, optimizer, step)
-            findings = report.findings
+            report, measured = self._measured(problem, optimizers, step)
+            findings, judged = report.findings, severe
+            tried_well = lookahead is None or present is None or not lookahead.may_miss_clipping(present, scale, ratio)
+            if failing and report.status != UNSAFE and not tried_well:
+                run.announce(Reason(Kind.CLIPPING_NOT_SEEN, step=step))
+                failing, judged = False, undecided(ratio)
             if failing and present is not None:
                 tried = run.caps.caps.applied(report.alpha, report.beta)
                 explained = report.status == UNSAFE
                 findings = (*findings, lookahead_reason(present, scale.start, *tried, explained=explained))
-            transition = run.machine.take(report, severe)
+            transition = run.machine.take(report, judged)
             caps = settings.acting.decide(
                 Situation(
                     report=report,
@@ -172,20 +182,28 @@ class Check:
         run.state.history = [*run.state.history, found][-settings.history_size :]
         log_values(trainer, module, metrics(found), step)
 
-    def _stated(self, batch: Any, batch_idx: int) -> tuple[Problem, list[int], Optimizer]:
-        """A step's problem, the indices of the optimizers that move it, and the fastest of these."""
-        problem = state_problem(self.settings.problem, self.module, batch, batch_idx)
-        owned = owners(problem, self.trainer.optimizers)
-        return problem, owned, max((self.trainer.optimizers[index] for index in owned), key=scheduled_rate)
+    def _stated(self, batch: Any, batch_idx: int) -> tuple[Problem, list[int], list[Optimizer]]:
+        """A step's problem, and the optimizers that move it with their indices.
 
-    def _lookahead(self, problem: Problem, optimizer: Optimizer) -> Lookahead | None:
-        steps, run = self.settings.lookahead.steps, self.run
+        A step accumulates batches of which the first is at hand: those before it stand for the others.
+        """
+        more = self.trainer.accumulate_grad_batches - 1
+        batches = [(batch, batch_idx), *(self.run.replay.earlier()[:more] if more else [])]
+        problem = accumulated([state_problem(self.settings.problem, self.module, *each) for each in batches])
+        owned = owners(problem, self.trainer.optimizers)
+        return problem, owned, [self.trainer.optimizers[index] for index in owned]
+
+    def _lookahead(self, problem: Problem, optimizers: list[Optimizer]) -> Lookahead | None:
+        steps, run, size = self.settings.lookahead.steps, self.run, self.trainer.accumulate_grad_batches
         if not steps or self.trainer.fast_dev_run:
             return None
-        older = [state_problem(self.settings.problem, self.module, *each) for each in run.replay.earlier()]
+        earlier = run.replay.earlier()[size - 1 :]
+        older = [state_problem(self.settings.problem, self.module, *each) for each in earlier]
         older = older[: min(run.cache.ranks.gather(len(older)))]  # as many on every rank
+        groups = [older[first : first + size] for first in range(0, len(older) - size + 1, size)]
         try:
-            return lookahead_of([problem, *older], optimizer, steps, self.trainer, run.cache)
+            problems = [problem, *map(accumulated, groups)]
+            return lookahead_of(problems, optimizers, steps, self.trainer, run.cache, run.state.clipped_to)
         except ClosureError as error:
             run.announce(Reason(Kind.NO_LOOKAHEAD, detail=str(error)))
             return None
@@ -210,14 +228,14 @@ class Check:
                 told = transition.entered and note in findings
                 run.announce(replace(note, step=step), just_said=told)
 
-    def _measured(self, problem: Problem, optimizer: Optimizer, step: int) -> tuple[StabilityReport, bool]:
+    def _measured(self, problem: Problem, optimizers: list[Optimizer], step: int) -> tuple[StabilityReport, bool]:
         """Measure the curvature; where that fails and the next steps were tried, they alone decide."""
         run, settings = self.run, self.settings
         try:
             with run.cache.ranks.together():
                 report = measure(
                     problem,
-                    optimizer=optimizer,
+                    optimizer=optimizers,
                     curvature=settings.curvature,
                     margin=settings.margin,
                     step=step,
@@ -229,9 +247,9 @@ class Check:
         except Exception as error:
             if not self._looked:
                 raise
-            run.announce(replace(_failure(error, step), kind=Kind.NO_CURVATURE_MEASURED))
+            run.announce(replace(failure_reason(error, step), kind=Kind.NO_CURVATURE_MEASURED))
             reason = Reason(Kind.NOT_MEASURED, detail=f"{type(error).__name__}: {error}", step=step)
-            alpha, beta = getattr(problem, "alpha", math.nan), scheduled_rate(optimizer)
+            alpha, beta = getattr(problem, "alpha", math.nan), scheduled_rate(optimizers)
             criterion = settings.curvature.criterion
             return StabilityReport.unmeasured(reason, alpha=alpha, beta=beta, criterion=criterion, step=step), False
 
@@ -261,15 +279,8 @@ class Check:
 
     def _warn_of_collapse(self, problem: Problem, report: StabilityReport, status: str, step: int) -> None:
         """Warn where nearly all curvature is gone and the loss is where it began, because the network's units died."""
-        state, loss, scale = self.run.state, self.run.state.statistics.loss, self.run.state.statistics.scale
-        state.sharpest = max(state.sharpest, report.lambda_max)
-        low, high = (scale.times(share, scale.start) for share in _UNLEARNED)
-        collapsed = report.lambda_max < _COLLAPSED * state.sharpest and low < loss <= high
-        if not collapsed or status != SAFE or not self.settings.acting.speaks:
-            return
-        now, losses = report.lambda_max, (math.nan, loss, scale.start)
-        reason = Reason(Kind.NETWORK_COLLAPSED, value=now, limit=state.sharpest, losses=losses, step=step)
-        if reason.key in state.announced:
+        reason = self.run.state.collapse(report.lambda_max, step)
+        if reason is None or status != SAFE or not self.settings.acting.speaks:
             return
         with undisturbed(self.trainer, self.module):
             found = dead_units(problem)
@@ -279,27 +290,3 @@ class Check:
     def _charge(self, lookahead: Lookahead | None, measured: float) -> None:
         gradients = 0 if lookahead is None else lookahead.gradients
         self.run.schedule.charge(lookahead_gradients=gradients, measured=measured)
-
-
-def lookahead_reason(result: LookaheadResult, start: float, alpha: float, beta: float, *, explained: bool) -> Reason:
-    """State what a lookahead that diverges saw at these rates; ``explained``: the critical values say why."""
-    losses = (result.begin, result.end, start)
-    if not math.isfinite(result.begin):
-        return Reason(Kind.LOSS_NOT_FINITE, losses=losses, remedy=Remedy.START_AGAIN)
-    return Reason(
-        Kind.LOOKAHEAD_DIVERGES,
-        losses=losses,
-        steps=len(result.losses) - 1,
-        alpha=alpha,
-        beta=beta,
-        remedy=Remedy.NONE if explained else Remedy.LOWER_BETA_UNSPECIFIED,
-    )
-
-
-def _failure(error: Exception, step: int) -> Reason:
-    if isinstance(error, BatchCopyError):
-        return Reason(Kind.BATCH_NOT_COPIED, what=error.kind, error=type(error).__name__, detail=error.cause, step=step)
-    reason = of_error(Kind.CHECK_FAILED, error, step=step)
-    if isinstance(error, torch.OutOfMemoryError):
-        return replace(reason, effect="out of memory")
-    return replace(reason, effect="other rank", where="") if isinstance(error, SharedError) else reason

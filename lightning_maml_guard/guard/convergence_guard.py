@@ -257,11 +257,12 @@ class ConvergenceGuard(Callback):
         if self._inert or takes_no_steps(trainer):
             return
         run = self._run
-        if self.lookahead.steps:
+        if self.lookahead.steps or trainer.accumulate_grad_batches > 1:
             what = "take up the batches that the checkpoint holds" if run.replay.restored else "keep a batch"
             with run.only_told(what):
-                run.replay.add(batch, batch_idx)
-        if batch_idx % trainer.accumulate_grad_batches:
+                run.take_batch(batch, batch_idx, trainer.accumulate_grad_batches)
+        run.turns.begin()
+        if batch_idx % trainer.accumulate_grad_batches or run.turns.found:
             return  # gradients of a step that is half done must not outlive a rollback
         step = logger_step(trainer)
         due = run.schedule.due(step, at_once_if_diverged=self.rollback)
@@ -275,13 +276,17 @@ class ConvergenceGuard(Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Keep the norm of the gradient at hand."""
-        if self.lookahead.triggers and self.lookahead.steps and not self._inert:
+        if not self._inert:
             self._run.take_gradient(optimizer)
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        """Note that a gradient was computed: optimizers with one each take turns."""
+        self._run.turns.backward()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Compare the step's loss and gradient norm with those of the steps before."""
-        if not self._inert and not takes_no_steps(trainer) and self.lookahead.steps:
-            self._run.take_step(outputs.get("loss") if isinstance(outputs, dict) else outputs, trainer)
+        if not self._inert and not takes_no_steps(trainer):
+            self._run.take_step(outputs.get("loss") if isinstance(outputs, dict) else outputs, trainer, batch_idx)
             with self._run.only_told("compare a batch with what it was before its step"):
                 self._run.replay.after_step()
 

@@ -97,6 +97,7 @@ class RunningStatistics:
         last: The latest loss; None before the first.
         lowest: The lowest loss.
         spread: Running mean of the loss's change from step to step.
+        looked: Loss at the first lookahead, which stands for the start while no step has told its loss.
     """
 
     first: tuple[float, ...] = ()
@@ -105,11 +106,17 @@ class RunningStatistics:
     last: float | None = None
     lowest: float = math.inf
     spread: float = math.nan
+    looked: float = math.nan
 
     @property
     def start(self) -> float:
-        """Loss that training started from; ``nan`` before the first step."""
-        return median(self.first) if self.first else math.nan
+        """Loss that training started from; ``nan`` before the first lookahead or step."""
+        return median(self.first) if self.first else self.looked
+
+    def look(self, loss: float) -> None:
+        """Take the loss of a lookahead in."""
+        if math.isnan(self.looked) and math.isfinite(loss):
+            self.looked = loss
 
     @property
     def scale(self) -> Scale:
@@ -189,6 +196,11 @@ def fails(severe: float, ratio: float) -> bool:
 def passes(severe: float, ratio: float) -> bool:
     """Return True if a lookahead passes: half of ``log(ratio)`` or less. Between the two nothing is decided."""
     return severe <= 0.5 * math.log(ratio)
+
+
+def undecided(ratio: float) -> float:
+    """Return a severity at which nothing is decided."""
+    return 0.75 * math.log(ratio)
 
 
 def gradient_norm(optimizer: Optimizer) -> torch.Tensor | float | None:

@@ -7,21 +7,24 @@ tells a diverging run is that the loss itself leaves, so the guard takes the nex
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from lightning_maml_guard.guard.divergence import Scale, passes
 from lightning_maml_guard.linalg.layout import Layout, Params, real_pairs, unpaired
+from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy
+from lightning_maml_guard.optim.clipping import ModuleClipping, run_clipping
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.shadow import Clip, ShadowOptimizer, check_no_closure
+from lightning_maml_guard.optim.stability_limits import Optimizers, listed
 from lightning_maml_guard.stability.hvp import MeasurementCache
 from lightning_maml_guard.stability.objective import MamlObjective, Objective, objective_of
-from lightning_maml_guard.stability.problems import Problem
+from lightning_maml_guard.stability.problems import AccumulatedProblem, Problem
 from lightning_maml_guard.utils.checks import check_count, check_flag, check_number
 from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.double_backward import double_backward
@@ -119,34 +122,54 @@ class LookaheadResult:
 class Lookahead:
     """Tries the next steps, as configured or under caps.
 
-    The batches come in the given order, round and round. Learned inner rates stay as they are, and every step uses one
-    batch, also under gradient accumulation. Raises a ClosureError if the optimizer needs a closure.
+    The batches come in the given order, round and round; under gradient accumulation a problem is that of all batches
+    of a step. Learned inner rates stay as they are. Several optimizers step together. Raises a ClosureError if one
+    needs a closure. ``hook`` clips as the module does; ``sees_clipping`` is False where clipping is out of sight.
     """
 
     def __init__(
         self,
         problems: Sequence[Problem],
-        optimizer: Optimizer | float,
+        optimizers: Optimizers | float,
         steps: int,
         task_map: TaskMap | None = None,
         clip: Clip | None = None,
         ranks: Ranks | None = None,
+        *,
+        hook: ModuleClipping | None = None,
+        sees_clipping: bool = True,
     ) -> None:
         self._ranks = ranks or Ranks()
         tasks = task_map or TaskMap()
         self._objectives: list[Objective] = [objective_of(each, "support", tasks) for each in problems]
         self._live = problems[0].params
-        self._owned = isinstance(optimizer, Optimizer)
-        if isinstance(optimizer, Optimizer):
-            self._optimizer = optimizer
+        self._owned = not isinstance(optimizers, (int, float))
+        self._optimizers: list[Optimizer]
+        if isinstance(optimizers, (int, float)):
+            self._optimizers = [SGD([value.detach().requires_grad_() for value in self._live.values()], lr=optimizers)]
         else:
-            self._optimizer = SGD([value.detach().requires_grad_() for value in self._live.values()], lr=optimizer)
-        check_no_closure(self._optimizer)
-        self._steps, self._clip = steps, clip
+            self._optimizers = listed(optimizers)
+        for each in self._optimizers:
+            check_no_closure(each)
+        self._steps, self._clip, self._hook, self._sees_clipping = steps, clip, hook, sees_clipping
         self.alpha: float = getattr(problems[0], "alpha", math.nan)
-        self.beta = scheduled_rate(self._optimizer)
+        self.beta = scheduled_rate(self._optimizers)
         self.batches = len(problems)
         self.runs = 0
+
+    @property
+    def clipping_failure(self) -> Exception | None:
+        """Why the module's own clipping could not be done on a copy; None if it could."""
+        return None if self._hook is None else self._hook.failure
+
+    @property
+    def sees_clipping(self) -> bool:
+        """Whether gradients are clipped here as they are in the run."""
+        return self._sees_clipping and self.clipping_failure is None
+
+    def may_miss_clipping(self, result: LookaheadResult, scale: Scale, ratio: float) -> bool:
+        """Return True if the run may survive what this lookahead did not, because it clips out of sight."""
+        return not self.sees_clipping and not scale.diverged(result.begin, ratio)
 
     @property
     def gradients(self) -> int:
@@ -181,15 +204,15 @@ class Lookahead:
         self.runs += 1
         live = self._live
         if not self._owned:
-            live = dict(zip(self._live, self._optimizer.param_groups[0]["params"], strict=True))
+            live = dict(zip(self._live, self._optimizers[0].param_groups[0]["params"], strict=True))
         with preserved_randomness(), double_backward():
             torch.manual_seed(0)  # the same dropout masks at every rate, so that results can be compared
-            shadow = ShadowOptimizer(self._optimizer, live, beta_factor)
+            shadow = ShadowOptimizer(self._optimizers, live, beta_factor)
             losses = []
             for step in range(self._steps):
                 value, gradient = self._evaluate(shadow.params, first + step, alpha_factor)
                 losses.append(value)
-                shadow.step(gradient, self._clip)
+                shadow.step(gradient, self._clip, self._hook)
             losses.append(self._evaluate(shadow.params, first, alpha_factor)[0])
             return LookaheadResult(tuple(torch.stack(losses).tolist()))
 
@@ -208,21 +231,33 @@ class Lookahead:
 
 
 def lookahead_of(
-    problems: Sequence[Problem], optimizer: Optimizer, steps: int, trainer: Any, cache: MeasurementCache
+    problems: Sequence[Problem],
+    optimizers: Optimizers,
+    steps: int,
+    trainer: Any,
+    cache: MeasurementCache,
+    clipped_to: float = math.nan,
 ) -> Lookahead:
-    """Make the lookahead of a run: its clipping, its way to go over tasks, its processes."""
-    tasks = cache.map_for(getattr(problems[0], "task_chunk_size", None), getattr(problems[0], "looped", False))
-    return Lookahead(problems, optimizer, steps, tasks, _clipping(trainer), cache.ranks)
+    """Make the lookahead of a run: its clipping, its way to go over tasks, its processes.
+
+    ``clipped_to`` is the norm to which a training step was seen to clip by itself.
+    """
+    first = problems[0].first if isinstance(problems[0], AccumulatedProblem) else problems[0]
+    tasks = cache.map_for(getattr(first, "task_chunk_size", None), getattr(first, "looped", False))
+    clip, hook, seen = run_clipping(trainer, clipped_to)
+    return Lookahead(problems, optimizers, steps, tasks, clip, cache.ranks, hook=hook, sees_clipping=seen)
 
 
-def _clipping(trainer: Any) -> Callable[[list[nn.Parameter]], None] | None:
-    value = trainer.gradient_clip_val
-    if not value:
-        return None
-    if trainer.gradient_clip_algorithm == "value":
-        return lambda parameters: nn.utils.clip_grad_value_(parameters, value)
-
-    def clip_norm(parameters: list[nn.Parameter]) -> None:
-        nn.utils.clip_grad_norm_(parameters, value)
-
-    return clip_norm
+def lookahead_reason(result: LookaheadResult, start: float, alpha: float, beta: float, *, explained: bool) -> Reason:
+    """State what a lookahead that diverges saw at these rates; ``explained``: the critical values say why."""
+    losses = (result.begin, result.end, start)
+    if not math.isfinite(result.begin):
+        return Reason(Kind.LOSS_NOT_FINITE, losses=losses, remedy=Remedy.START_AGAIN)
+    return Reason(
+        Kind.LOOKAHEAD_DIVERGES,
+        losses=losses,
+        steps=len(result.losses) - 1,
+        alpha=alpha,
+        beta=beta,
+        remedy=Remedy.NONE if explained else Remedy.LOWER_BETA_UNSPECIFIED,
+    )

@@ -29,6 +29,14 @@ class ReplayBuffer:
         # Of a restored run: tensors alone, until a batch shows their structure and device.
         self.restored: list[tuple[list[Any], int]] = []
 
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def hold(self, size: int) -> None:
+        """Hold so many batches from now on."""
+        if size != self._batches.maxlen:
+            self._batches = deque(list(self._batches)[:size], maxlen=size)
+
     def add(self, batch: Any, batch_idx: int) -> None:
         """Take in the batch of the coming step; one that cannot be copied is left out."""
         self._given, self._before = batch, trace(batch)

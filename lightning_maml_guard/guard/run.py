@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
@@ -21,16 +21,22 @@ from lightning_maml_guard.guard.rescale import AppliedCaps
 from lightning_maml_guard.guard.schedule import Schedule
 from lightning_maml_guard.guard.state import GuardState, StateError, from_checkpoint
 from lightning_maml_guard.guard.state_machine import StateMachine
+from lightning_maml_guard.maml.meta_learning import MetaLearning
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced
 from lightning_maml_guard.messages.spelling import Spelling
+from lightning_maml_guard.messages.training_sentences import take_turns
 from lightning_maml_guard.optim.snapshot import Snapshot
+from lightning_maml_guard.optim.turns import Turns
 from lightning_maml_guard.stability.hvp import MeasurementCache
+from lightning_maml_guard.stability.objective import objective_of
 from lightning_maml_guard.stability.options import CurvatureOptions, check_curvature
-from lightning_maml_guard.stability.problems import ProblemSource, has_meta_problem
+from lightning_maml_guard.stability.problems import ProblemSource, has_meta_problem, state_problem
+from lightning_maml_guard.stability.training_match import TrainingMatch
 from lightning_maml_guard.theory.limits import check_margin
+from lightning_maml_guard.utils.batch_copy import BatchCopyError
 from lightning_maml_guard.utils.checks import check_choice, check_count, check_device, check_flag, check_number
-from lightning_maml_guard.utils.distributed import Ranks
+from lightning_maml_guard.utils.distributed import Ranks, SharedError
 from lightning_maml_guard.utils.lightning_compat import MisconfigurationException
 from lightning_maml_guard.utils.warnings import GuardWarning
 
@@ -77,16 +83,41 @@ class GuardedRun:
         self.figures = Figures(settings.figures)
         # Gradient norm of the step at hand, maybe on the device; None if it is not known.
         self.norm: Tensor | float | None = None
+        self._losses: list[float] = []  # of the batches that the step at hand accumulates so far
+        # The problem beside the step at hand, if that is to be compared; and whether it was.
+        self.match: TrainingMatch | None = None
+        self.matched = False
+        self.turns = Turns()
 
     def take_gradient(self, optimizer: Optimizer) -> None:
-        """Keep the norm of the gradient at hand; a failure costs one warning."""
+        """Compare the gradient at hand with the problem's, and keep its norm; a failure costs one warning."""
+        self.turns.step(optimizer)
+        if self.match is not None:
+            with self.only_told("compare the gradient with the problem's"):
+                self.match.take_gradient(optimizer)
+        if not (self.settings.lookahead.triggers and self.settings.lookahead.steps):
+            return
         try:
             self.norm = gradient_norm(optimizer)
         except Exception as error:
             self.announce(of_error(Kind.NO_GRADIENT_NORM, error))
 
-    def take_step(self, loss: Any, trainer: Any) -> None:
+    def take_batch(self, batch: Any, batch_idx: int, accumulated: int) -> None:
+        """Keep the batch of the coming step: for the lookaheads, and for the curvature of an accumulated batch."""
+        looked = self.settings.lookahead.batches if self.settings.lookahead.steps else 1
+        self.replay.hold(looked * accumulated)
+        self.replay.add(batch, batch_idx)
+
+    def take_step(self, loss: Any, trainer: Any, batch_idx: int) -> None:
         """Compare a step's loss and gradient norm with those of the steps before; a spike calls a check."""
+        if self.turns.taken():
+            self.announce(Reason(Kind.OPTIMIZERS_TAKE_TURNS))
+            self.caps.release()
+            self.snapshot = None
+        if not self.settings.lookahead.steps:
+            known = isinstance(loss, Tensor) and loss.numel() == 1 and self.cache.ranks.size == 1
+            self._finish_match(float(loss.item()) * trainer.accumulate_grad_batches if known else math.nan)
+            return
         known = isinstance(loss, Tensor) and loss.numel() == 1
         value = float(loss.item()) if known else math.nan
         norm = math.nan if self.norm is None else float(self.norm)
@@ -96,13 +127,52 @@ class GuardedRun:
             had = torch.tensor([float(known), value, norm], device=trainer.strategy.root_device)
             share, value, norm = trainer.strategy.reduce(had, reduce_op="mean").tolist()
             known = share == 1
-        if not known:
-            return
         value *= trainer.accumulate_grad_batches
+        self._finish_match(value if known else math.nan)
+        if known:
+            self._losses.append(value)
+        elif not trainer.lightning_module.automatic_optimization and self.settings.acting.speaks:
+            self.announce(Reason(Kind.NO_STEP_LOSS))
+        # One batch after another is accumulated: the step's loss is their mean.
+        if not self._losses or ((batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch):
+            return
+        value, self._losses = sum(self._losses) / len(self._losses), []
         statistics, lookahead = self.state.statistics, self.settings.lookahead
         told = self.machine.unsafe and not self.settings.acting.caps_rates
         if statistics.update(value, norm) and lookahead.triggers and not told:
             self.schedule.spike(diverged=statistics.diverged(value, lookahead.divergence_ratio))
+
+    def begin_match(
+        self, trainer: Any, module: Any, batch: Any, batch_idx: int, optimizers: Sequence[Optimizer]
+    ) -> None:
+        """Begin to compare a problem that was stated for the run with the step to come; once."""
+        source = self.settings.problem
+        own = isinstance(module, MetaLearning) or not has_meta_problem(module)
+        if self.matched or (source is None and own):
+            return
+        self.matched = True
+        problem = state_problem(source, module, batch, batch_idx)
+        tasks = self.cache.map_for(getattr(problem, "task_chunk_size", None), getattr(problem, "looped", False))
+        self.match = TrainingMatch(
+            problem,
+            objective_of(problem, "support", tasks),
+            optimizers,
+            trainer.optimizers,
+            accumulated=trainer.accumulate_grad_batches,
+            half=str(trainer.precision).partition("-")[0] not in {"32", "64"},
+            ranks=self.cache.ranks,
+        )
+
+    def _finish_match(self, loss: float) -> None:
+        """End the comparison of the problem with training, and say what does not match."""
+        match, self.match = self.match, None
+        if match is not None:
+            with self.only_told("compare the loss with the problem's"):
+                differs = match.finish(loss)
+                if not math.isnan(match.clipped_to):
+                    self.state.clipped_to = match.clipped_to
+                if differs is not None:
+                    self.announce(differs)
 
     def take_over(self, before: GuardedRun) -> None:
         """Go on with the hooks, batches and pictures of a run whose state is replaced while it trains."""
@@ -202,10 +272,21 @@ def check_watchable(settings: Settings, trainer: Any, pl_module: Any) -> None:
         raise MisconfigurationException(
             f"ConvergenceGuard cannot watch the training_step of {type(pl_module).__name__}: with manual "
             "optimisation it takes optimizer steps of its own. Give the module a method meta_problem(batch) -> "
-            "MetaProblem, or pass ConvergenceGuard(problem=lambda module, batch: MetaProblem(...))."
+            "MetaProblem, or pass ConvergenceGuard(problem=lambda module, batch: MetaProblem(...)). "
+            f"{take_turns()}"
         )
     if trainer.world_size > 1 and settings.curvature.estimator == "pyhessian":
         raise MisconfigurationException(
             f"ConvergenceGuard(estimator='pyhessian') measures one process's loss, but {trainer.world_size} train "
             "together. Use estimator='lanczos', whose products are averaged over them."
         )
+
+
+def failure_reason(error: Exception, step: int) -> Reason:
+    """State why a check failed, and what kind of failure it was."""
+    if isinstance(error, BatchCopyError):
+        return Reason(Kind.BATCH_NOT_COPIED, what=error.kind, error=type(error).__name__, detail=error.cause, step=step)
+    reason = of_error(Kind.CHECK_FAILED, error, step=step)
+    if isinstance(error, torch.OutOfMemoryError):
+        return replace(reason, effect="out of memory")
+    return replace(reason, effect="other rank", where="") if isinstance(error, SharedError) else reason

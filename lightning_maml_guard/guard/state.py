@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -22,6 +23,10 @@ from lightning_maml_guard.theory.limits import EDGE, SAFE, UNRESOLVED, UNSAFE
 
 VERSION = 1
 _EVENTS = 1000  # kept at most
+
+# Shares of the largest curvature so far and of the loss at the start: a collapsed network has hardly any of the first
+# left, and is back at the second.
+_COLLAPSED, _UNLEARNED = 0.15, (0.8, 1.5)
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class GuardState:
         stopped_step: Step at which the guard stopped the run; None if it did not.
         stopping: Why.
         facts: What is known of the network.
+        clipped_to: Length to which training_step was seen to clip a gradient by itself; ``nan`` where it was not.
         batches: The lookahead's batches, on the host.
         snapshot: The state to roll back to.
         version: Of this layout.
@@ -71,9 +77,21 @@ class GuardState:
     stopped_step: int | None = None
     stopping: list[Reason] = field(default_factory=list)
     facts: NetworkFacts = field(default_factory=NetworkFacts)
+    clipped_to: float = math.nan
     batches: list[Any] = field(default_factory=list)
     snapshot: dict[str, Any] | None = None
     version: int = VERSION
+
+    def collapse(self, lambda_max: float, step: int) -> Reason | None:
+        """Take a check's curvature in; a reason where nearly all of it is gone and the loss is where it began."""
+        loss, scale = self.statistics.loss, self.statistics.scale
+        self.sharpest = max(self.sharpest, lambda_max)
+        low, high = (scale.times(share, scale.start) for share in _UNLEARNED)
+        if not (lambda_max < _COLLAPSED * self.sharpest and low < loss <= high):
+            return None
+        losses = (math.nan, loss, scale.start)
+        reason = Reason(Kind.NETWORK_COLLAPSED, value=lambda_max, limit=self.sharpest, losses=losses, step=step)
+        return None if reason.key in self.announced else reason
 
     def note(self, kind: str, *reasons: Reason, step: int | None) -> None:
         """Keep an event, for the run's report."""

@@ -43,6 +43,12 @@ class Kind(str, Enum):
     NO_SNAPSHOT = "no snapshot"
     NETWORK_COLLAPSED = "network collapsed"
     BAREBONES = "barebones"
+    # What a guard cannot see of training, and a problem that is not training's.
+    PROBLEM_DIFFERS = "problem differs from training"
+    NO_STEP_LOSS = "no loss per step"
+    OPTIMIZERS_TAKE_TURNS = "optimizers take turns"
+    CLIPPING_NOT_SEEN = "clipping not seen"
+    CLIPPING_FAILED = "clipping failed"
     # What a guard did.
     ROLLED_BACK = "rolled back"
     ROLLED_BACK_AT_END = "rolled back at the end"

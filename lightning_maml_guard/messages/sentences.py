@@ -9,6 +9,7 @@ from lightning_maml_guard.messages.effects import EFFECTS, ORDERS
 from lightning_maml_guard.messages.notices import NOTICES
 from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy
 from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling
+from lightning_maml_guard.messages.training_sentences import TRAINING
 
 
 def sentence(reason: Reason, spelling: Spelling = IN_PYTHON) -> str:
@@ -266,8 +267,10 @@ _MEASURED: dict[Kind, Callable[[Reason, Spelling], str]] = {
     Kind.WRONG_DOUBLE_BACKWARD: _wrong_double_backward,
     Kind.TEXT: lambda reason, spelling: reason.detail,
 }
-_CAUSES = _MEASURED | {
+_CAUSES: dict[Kind, Callable[[Reason, Spelling], str]] = {
+    **_MEASURED,
     **NOTICES,
+    **TRAINING,
     Kind.LOOKAHEAD_DIVERGES: _lookahead_diverges,
     Kind.LOSS_NOT_FINITE: _loss_not_finite,
     Kind.LOSS_DIVERGED: lambda reason, _: f"The last loss is {reason.losses[0]:.3g}, the first {reason.losses[2]:.3g}.",
@@ -280,9 +283,6 @@ _CAUSES = _MEASURED | {
     Kind.NO_GRADIENT_NORM: _no_gradient_norm,
     Kind.NO_SNAPSHOT: _no_snapshot,
     Kind.NETWORK_COLLAPSED: _network_collapsed,
-    Kind.BAREBONES: lambda reason, spelling: (
-        "nothing is done in this run: Trainer(barebones=True) asks for no logging and no extra work."
-    ),
     Kind.ROLLED_BACK: _rolled_back,
     Kind.ROLLED_BACK_AT_END: _rolled_back_at_end,
     Kind.TOO_MANY_ROLLBACKS: _too_many_rollbacks,

@@ -1,4 +1,4 @@
-"""A live optimizer as a linear map: how it turns a meta-gradient into a step, which decides stability."""
+"""Live optimizers as a linear map: how it turns a meta-gradient into a step, which decides stability."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from torch.optim import Optimizer
 from lightning_maml_guard.linalg.layout import Params, real_pairs
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.stability_limits import (
+    Group,
+    Optimizers,
     UnknownOptimizerError,
     decoupled_decay,
     is_preconditioned,
+    listed,
     preconditioner,
     responses,
     stability_limit,
-    unwrap,
 )
 from lightning_maml_guard.theory.linear_response import Response
 
@@ -68,55 +70,63 @@ def _flat(values: Params) -> Tensor:
     return torch.cat([value.flatten() for value in values.values()])
 
 
-def linearized_step(optimizer: Optimizer | None, params: Params) -> LinearizedStep:
-    """Read a live optimizer; None is plain SGD. ``params`` are the very tensors the optimizer holds.
+def linearized_step(optimizers: Optimizers | None, params: Params) -> LinearizedStep:
+    """Read a live optimizer, or several that step together; None is plain SGD.
 
-    Raises a TypeError if it is no optimizer, a ValueError if it holds none of the parameters.
+    ``params`` are the very tensors they hold. Several are one diagonal ``D`` over all parameters, relative to the
+    largest rate; of their responses the strictest decides. Raises a TypeError if one is no optimizer, a ValueError if
+    they hold none of the parameters.
     """
-    if optimizer is None:
+    if optimizers is None:
         return LinearizedStep()
-    optimizer = unwrap(optimizer)
-    if not isinstance(optimizer, Optimizer):
+    each = listed(optimizers)
+    strangers = [type(one).__name__ for one in each if not isinstance(one, Optimizer)]
+    if strangers or not each:
         raise TypeError(
-            f"Expected argument `optimizer` to be a torch.optim.Optimizer but got {type(optimizer).__name__}. Pass the "
-            "one that trains `params`, or `beta` for plain SGD."
+            "Expected argument `optimizer` to be a torch.optim.Optimizer but got "
+            f"{strangers[0] if strangers else 'an empty list'}. Pass the one that trains `params`, or `beta` for plain "
+            "SGD."
         )
-    owners = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    if not any(id(value) in owners for value in params.values()):
+    owners: dict[int, tuple[Optimizer, Group]] = {
+        id(parameter): (one, group) for one in each for group in one.param_groups for parameter in group["params"]
+    }
+    found = [owners.get(id(value)) for value in params.values()]
+    if not any(found):
         raise ValueError(
             "The optimizer holds none of the problem's `params`. Pass the module's own parameters "
             "(dict(module.named_parameters())), not copies."
         )
     try:
-        stability_limit(optimizer)  # refuses what the table does not hold
-        answers = responses(optimizer)
+        for one in each:
+            stability_limit(one)  # refuses what the table does not hold
+        answers = responses(each)
     except UnknownOptimizerError as error:
         return LinearizedStep(note=str(error), lasting=True)
-    highest = scheduled_rate(optimizer)
+    highest = scheduled_rate(each)
     if highest == 0:
         return LinearizedStep(note="the optimizer's lr is 0 at this step.")
-    groups = [owners.get(id(value)) for value in params.values()]
-    decays = [0.0 if group is None else float(group["weight_decay"]) for group in groups]
-    apart = [group is not None and decoupled_decay(group, optimizer) for group in groups]
+    decays = [0.0 if owner is None else float(owner[1]["weight_decay"]) for owner in found]
+    apart = [owner is not None and decoupled_decay(owner[1], owner[0]) for owner in found]
     decoupled = max(decay if outside else 0.0 for decay, outside in zip(decays, apart, strict=True))
     coupled = [0.0 if outside else decay for decay, outside in zip(decays, apart, strict=True)]
-    same_rate = all(group is not None and float(group["lr"]) == highest for group in groups)
-    if not is_preconditioned(optimizer) and same_rate and len(set(coupled)) == 1:
+    same_rate = all(owner is not None and float(owner[1]["lr"]) == highest for owner in found)
+    if not any(map(is_preconditioned, each)) and same_rate and len(set(coupled)) == 1:
         return LinearizedStep(answers, None, coupled[0], decoupled)
-    diagonal = preconditioner(optimizer)
+    diagonal = {parameter: entry for one in each for parameter, entry in preconditioner(one).items()}
     scale: Params = {}
-    seen = False
+    seen: set[Optimizer] = set()
     pairs = real_pairs(params)
-    for (name, value), group in zip(params.items(), groups, strict=True):
-        entry = None if group is None else diagonal[value]
-        if entry is None:
+    for (name, value), owner in zip(params.items(), found, strict=True):
+        entry = None if owner is None else diagonal[value]
+        if entry is None or owner is None:
             scale[name] = torch.zeros_like(pairs[name])  # the optimizer does not move it, or has not yet
         else:
-            seen = True
-            scale[name] = float(group["lr"]) / highest / entry.detach() if group is not None else entry
-    if not seen:
+            seen.add(owner[0])
+            scale[name] = float(owner[1]["lr"]) / highest / entry.detach()
+    unseen = [owner[0] for owner in found if owner is not None and owner[0] not in seen]
+    if unseen:
         return LinearizedStep(
-            note=f"{type(optimizer).__name__} has no second moment before its first step, so its preconditioner is "
+            note=f"{type(unseen[0]).__name__} has no second moment before its first step, so its preconditioner is "
             "not known yet."
         )
     shift = {name: torch.full_like(value, decay) for (name, value), decay in zip(pairs.items(), coupled, strict=True)}

@@ -17,6 +17,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.optim import Optimizer
 
+from lightning_maml_guard.optim.stability_limits import Optimizers, listed
+
 
 @dataclass
 class _Step:
@@ -34,9 +36,10 @@ _STEPS: WeakKeyDictionary[Optimizer, _Step] = WeakKeyDictionary()
 class LRCap:
     """Holds the learning rates of some optimizers at or below a cap.
 
-    The largest rate over an optimizer's parameter groups is brought down to the cap (None: the scheduled rates are
-    applied); one factor scales all of its groups. Of several caps on one optimizer the lowest is applied. ``holds``
-    tells at each step whether the cap holds; None: always.
+    The largest rate over the optimizers' parameter groups is brought down to the cap (None: the scheduled rates are
+    applied); one factor scales all of them, so that optimizers which step together keep
+    the ratio of their rates. Of several caps on one optimizer the lowest is applied. ``holds`` tells at each step
+    whether the cap holds; None: always.
     """
 
     def __init__(
@@ -93,15 +96,16 @@ class LRCap:
         return evaluate
 
     def _apply(self, optimizer: Optimizer, step: _Step) -> None:
-        highest = scheduled_rate(optimizer)
+        highest = max(max(map(float, _scheduled(each))) for each in self._optimizers)
         if self.cap is None or not highest > self.cap or not (self._holds is None or self._holds()):
             return
         rates = [group["lr"] for group in optimizer.param_groups]
         if step.scheduled is None:
             # A tensor rate (capturable, fused) is written into, never replaced: compiled steps hold it.
             step.scheduled = [rate.clone() if isinstance(rate, torch.Tensor) else rate for rate in rates]
+        capped = [self.cap * (rate / highest) for rate in step.scheduled]
         # All before the first is written: torch gives groups of one tensor rate the same tensor.
-        _write(optimizer, [self.cap * (rate / highest) for rate in rates])
+        _write(optimizer, [new if new < old else old for new, old in zip(capped, rates, strict=False)])
 
 
 def _is_running(call: FrameType) -> bool:
@@ -123,6 +127,13 @@ def _forget(optimizer: Optimizer) -> None:
         _put_back(optimizer, step)
 
 
+def _scheduled(optimizer: Optimizer) -> list[Any]:
+    """The rates of the schedule, also while a cap is applied."""
+    step = _STEPS.get(optimizer)
+    kept = None if step is None else step.scheduled
+    return [group["lr"] for group in optimizer.param_groups] if kept is None else kept
+
+
 def _put_back(optimizer: Optimizer, step: _Step) -> None:
     if step.scheduled is not None:
         _write(optimizer, step.scheduled)
@@ -137,6 +148,6 @@ def _write(optimizer: Optimizer, rates: Sequence[Any]) -> None:
             group["lr"] = rate
 
 
-def scheduled_rate(optimizer: Optimizer) -> float:
-    """Read an optimizer's largest learning rate over its parameter groups."""
-    return max(float(group["lr"]) for group in optimizer.param_groups)
+def scheduled_rate(optimizers: Optimizers) -> float:
+    """Read the largest learning rate over the parameter groups of one optimizer, or of several."""
+    return max(float(group["lr"]) for optimizer in listed(optimizers) for group in optimizer.param_groups)

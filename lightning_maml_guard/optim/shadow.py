@@ -18,54 +18,71 @@ from torch.utils._pytree import tree_map
 
 from lightning_maml_guard.linalg.layout import Params, real_pairs, unpaired
 from lightning_maml_guard.linalg.operators import Operator
-from lightning_maml_guard.optim.stability_limits import unwrap
+from lightning_maml_guard.optim.stability_limits import Optimizers, listed, unwrap
 
+# Clips the `.grad` of a copy's parameters in place; a hook gets the copy itself and, beside each of its parameters, the
+# live one it stands for.
 Clip = Callable[[list[nn.Parameter]], None]
+ClipHook = Callable[[Optimizer, list[tuple[nn.Parameter, Tensor]]], None]
 
 
 class ShadowOptimizer:
     """A copy of an optimizer that steps copies of its parameters, at ``factor`` times its learning rates.
 
-    Raises a ClosureError if the optimizer needs a closure, so that one gradient does not make a step.
+    Of several optimizers each is copied, and they step one after another on the same copies. Raises a ClosureError if
+    an optimizer needs a closure, so that one gradient does not make a step.
     """
 
-    def __init__(self, optimizer: Optimizer, params: Params, factor: float = 1.0) -> None:
-        optimizer = unwrap(optimizer)
-        check_no_closure(optimizer)
-        names = {id(value): name for name, value in params.items()}
+    def __init__(self, optimizers: Optimizers, params: Params, factor: float = 1.0) -> None:
+        self._live = params
         self.params = {name: value.detach().clone() for name, value in params.items()}
-        self._optimizer = shadow = object.__new__(type(optimizer))
+        self._moved: dict[str, nn.Parameter] = {}
+        self._copies = [self._copy(each, factor) for each in listed(optimizers)]
+
+    def _copy(self, optimizer: Optimizer, factor: float) -> tuple[Optimizer, list[str]]:
+        """Copy one optimizer; returns the copy and the names of the parameters it moves."""
+        check_no_closure(optimizer)
+        names = {id(value): name for name, value in self._live.items()}
+        own: list[str] = []
+        shadow = object.__new__(type(optimizer))
         shadow._optimizer_step_pre_hooks, shadow._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
         shadow.state, shadow.param_groups = defaultdict(dict), []
-        self._moved: dict[str, nn.Parameter] = {}
         for group in optimizer.param_groups:
             moved = []
             for parameter in group["params"]:
                 name = names.get(id(parameter))
                 if name is None:
                     continue
-                replica = nn.Parameter(parameter.detach().clone())
-                self.params[name] = replica.detach()
-                self._moved[name] = replica
+                if name not in self._moved:
+                    self._moved[name] = nn.Parameter(parameter.detach().clone())
+                    self.params[name] = self._moved[name].detach()
+                replica = self._moved[name]
+                own.append(name)
                 moved.append(replica)
                 if parameter in optimizer.state:
                     shadow.state[replica] = {key: _cloned(value) for key, value in optimizer.state[parameter].items()}
             rest = {key: _cloned(value) for key, value in group.items() if key != "params"}
             shadow.param_groups.append({**rest, "lr": rest["lr"] * factor, "params": moved})
-        replicas: dict[int, Tensor] = {id(params[name]): replica for name, replica in self._moved.items()}
+        replicas: dict[int, Tensor] = {id(self._live[name]): self._moved[name] for name in own}
         # The instance's own `step` (a scheduler's counter) and hooks (an LR cap's) belong to the live one; whatever
         # else a step may write into is copied.
         rest = {key: value for key, value in optimizer.__dict__.items() if key != "step" and key not in shadow.__dict__}
         shadow.__dict__.update(tree_map(lambda leaf: _copied(leaf, replicas), rest))
+        return shadow, own
 
-    def step(self, gradient: Params, clip: Clip | None = None) -> None:
-        """Step along a gradient, by name; ``clip`` clips the parameters' ``.grad`` in place, as the run does."""
+    def step(self, gradient: Params, clip: Clip | None = None, hook: ClipHook | None = None) -> None:
+        """Step along a gradient, by name; ``clip`` and ``hook`` clip the parameters' ``.grad``, as the run does."""
         for name, replica in self._moved.items():
-            dense = gradient[name].to(replica.dtype).clone()
-            replica.grad = dense.to_sparse(1) if isinstance(self._optimizer, SparseAdam) else dense
-        if clip is not None:
-            clip(list(self._moved.values()))
-        type(self._optimizer).step(self._optimizer)
+            replica.grad = gradient[name].to(replica.dtype).clone()
+        for shadow, own in self._copies:
+            for name in own if isinstance(shadow, SparseAdam) else ():
+                dense = self._moved[name].grad
+                self._moved[name].grad = None if dense is None else dense.to_sparse(1)
+            if clip is not None:
+                clip([self._moved[name] for name in own])
+            if hook is not None:
+                hook(shadow, [(self._moved[name], self._live[name]) for name in own])
+            type(shadow).step(shadow)
 
 
 class ClosureError(TypeError):
@@ -79,14 +96,14 @@ def check_no_closure(optimizer: Optimizer) -> None:
         raise ClosureError(f"{type(unwrap(optimizer)).__name__} needs a closure for a step.")
 
 
-def next_update(optimizer: Optimizer, params: Params, gradient: Params) -> Params | None:
+def next_update(optimizers: Optimizers, params: Params, gradient: Params) -> Params | None:
     """Compute the update ``u`` of the next step, ``theta <- theta - u``, on copies of parameters and state.
 
     The gradient is the one given: neither accumulated nor clipped. ``u`` is 0 for parameters the optimizer does not
     hold; None for an optimizer that needs a closure.
     """
     try:
-        shadow = ShadowOptimizer(optimizer, params)
+        shadow = ShadowOptimizer(optimizers, params)
     except ClosureError:
         return None
     shadow.step(gradient)
@@ -94,7 +111,7 @@ def next_update(optimizer: Optimizer, params: Params, gradient: Params) -> Param
 
 
 def predicted_change(
-    jacobian: Operator | None, optimizer: Optimizer | None, beta: float, params: Params
+    jacobian: Operator | None, optimizers: Optimizers | None, beta: float, params: Params
 ) -> Tensor | None:
     """Predict the change of the loss over the next step, ``-g.u + 1/2 u.J.u``, with one product; None if unknown.
 
@@ -104,8 +121,8 @@ def predicted_change(
         return None
     gradient = jacobian.gradient
     update: Tensor = beta * gradient
-    if optimizer is not None:
-        found = next_update(optimizer, params, unpaired(jacobian.layout.split(gradient), params))
+    if optimizers is not None:
+        found = next_update(optimizers, params, unpaired(jacobian.layout.split(gradient), params))
         if found is None:
             return None
         update = jacobian.layout.flatten(real_pairs(found)).to(gradient)

@@ -10,7 +10,7 @@ To add an optimizer, write its linear response and, if it has one, its precondit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ from lightning_maml_guard.theory.linear_response import Response
 from lightning_maml_guard.utils.checks import shown
 
 Group = dict[str, Any]
+# One optimizer, or several that step together.
+Optimizers = Optimizer | Sequence[Optimizer]
 State = dict[str, Any]
 
 
@@ -174,20 +176,21 @@ def stability_limit(optimizer: Optimizer) -> float:
     return min(limit.response(group).limit for group in optimizer.param_groups)
 
 
-def responses(optimizer: Optimizer) -> tuple[Response, ...]:
+def responses(optimizers: Optimizers) -> tuple[Response, ...]:
     """Settled linear responses of the groups in ascending order of their limits, then those of the next step."""
     # Adam's and NAdam's gain is larger in their first steps: the limit starts at 2(1+b1) and rises as they settle.
-    optimizer = unwrap(optimizer)
-    limit = _limit_of(optimizer)
-    settled = sorted({limit.response(group) for group in optimizer.param_groups}, key=lambda each: each.limit)
+    settled: set[Response] = set()
     following: set[Response] = set()
-    if limit.next_response is not None:
-        for group in optimizer.param_groups:
-            states = [optimizer.state[p] for p in group["params"] if "step" in optimizer.state.get(p, {})]
-            # Parameters that took the same number of steps share one response.
-            by_step = {float(state["step"]): state for state in states}
-            following |= {limit.next_response(group, state) for state in by_step.values()}
-    return (*settled, *following)
+    for optimizer in listed(optimizers):
+        limit = _limit_of(optimizer)
+        settled |= {limit.response(group) for group in optimizer.param_groups}
+        if limit.next_response is not None:
+            for group in optimizer.param_groups:
+                states = [optimizer.state[p] for p in group["params"] if "step" in optimizer.state.get(p, {})]
+                # Parameters that took the same number of steps share one response.
+                by_step = {float(state["step"]): state for state in states}
+                following |= {limit.next_response(group, state) for state in by_step.values()}
+    return (*sorted(settled, key=lambda each: each.limit), *following)
 
 
 def preconditioner(optimizer: Optimizer) -> dict[Tensor, Tensor | None]:
@@ -222,6 +225,11 @@ def unwrap(optimizer: Any) -> Optimizer:
     while type(optimizer) not in LIMITS and isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def listed(optimizers: Optimizers) -> list[Optimizer]:
+    """List the optimizers that step together, without their wrappers; of a single one, itself."""
+    return [unwrap(each) for each in (optimizers if isinstance(optimizers, Sequence) else (optimizers,))]
 
 
 def _limit_of(optimizer: Optimizer) -> OptimizerLimit:

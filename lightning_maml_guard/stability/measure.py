@@ -5,18 +5,21 @@ from __future__ import annotations
 from contextlib import ExitStack, nullcontext
 
 import torch
-from torch.optim import Optimizer
+from torch import Tensor
 
 from lightning_maml_guard.linalg.lanczos import NonFiniteProductError
 from lightning_maml_guard.maml.batch_errors import explained, has_nan
 from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.messages.reasons import Reason
+from lightning_maml_guard.optim.stability_limits import Optimizers, listed
 from lightning_maml_guard.stability.hvp import MeasurementCache
 from lightning_maml_guard.stability.krylov_stopping import ChangingOperatorError
 from lightning_maml_guard.stability.measurement import Measurement
 from lightning_maml_guard.stability.objective import objective_of
 from lightning_maml_guard.stability.options import CurvatureOptions, check_curvature
-from lightning_maml_guard.stability.problems import PlainProblem
+from lightning_maml_guard.stability.problems import AccumulatedProblem, PlainProblem
 from lightning_maml_guard.stability.report import StabilityReport
+from lightning_maml_guard.stability.training_match import TrainingMatch, check_reference
 from lightning_maml_guard.theory.limits import check_margin
 from lightning_maml_guard.theory.multiplier import check_rate
 from lightning_maml_guard.utils.checks import check_count
@@ -27,14 +30,15 @@ from lightning_maml_guard.utils.reachable import modules_of
 
 
 def measure(
-    problem: MetaProblem | PlainProblem,
+    problem: MetaProblem | PlainProblem | AccumulatedProblem,
     *,
     beta: float | None = None,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     curvature: CurvatureOptions = CurvatureOptions(),  # noqa: B008 (frozen)
     margin: float = 1.0,
     step: int | None = None,
     cache: MeasurementCache | None = None,
+    check_against: Tensor | float | None = None,
 ) -> StabilityReport:
     """Measure whether a problem's learning rates lie in the safe region.
 
@@ -57,19 +61,22 @@ def measure(
     Args:
         problem: The problem; a ``PlainProblem`` for training without an inner loop.
         beta: Meta rate of plain SGD. Give this or an optimizer, or neither for the critical values alone.
-        optimizer: The live optimizer, which holds ``problem.params``.
+        optimizer: The live optimizer, which holds ``problem.params``; or several that step together: their rates and
+            preconditioners apply to their own parameters, and ``beta`` is the largest rate.
         curvature: How to measure; see :class:`~lightning_maml_guard.CurvatureOptions`.
         margin: Fraction of the critical values that counts as the threshold.
         step: Training step, for the messages.
         cache: What earlier measurements of the same network found out, a :class:`MeasurementCache`; pass one object to
             every call of a loop, and the self-check of the second derivatives is made once.
+        check_against: The loss of training on the same batch. If the problem's is another one, ``notes`` of the report
+            hold why that may be.
 
     Returns:
         The report. Curvature that can't be measured gives ``"unresolved"`` with the reason.
 
     Raises:
-        TypeError: If ``problem`` is neither a MetaProblem nor a PlainProblem, or if ``optimizer``, ``curvature`` or
-            ``cache`` is something else.
+        TypeError: If ``problem`` is neither a MetaProblem nor a PlainProblem, or if ``optimizer``, ``curvature``,
+            ``cache`` or ``check_against`` is something else.
         ValueError: If another argument is not allowed.
         BatchError: If the network or the loss can't take the problem's data.
 
@@ -83,13 +90,14 @@ def measure(
         >>> round(report.alpha_c, 3), round(report.beta_c, 3), report.status
         (0.5, 1.25, 'unsafe')
     """
-    if not isinstance(problem, (MetaProblem, PlainProblem)):
+    if not isinstance(problem, (MetaProblem, PlainProblem, AccumulatedProblem)):
         raise TypeError(
             f"Expected argument `problem` to be a MetaProblem but got {type(problem).__name__}. Pass "
             "MetaProblem(params, task_loss, support, query), or module.meta_problem(batch) of a MetaLearningModule."
         )
     check_curvature(curvature)
-    if curvature.criterion == "simplified" and getattr(problem, "inner_update", None) is not None:
+    one = problem.first if isinstance(problem, AccumulatedProblem) else problem
+    if curvature.criterion == "simplified" and getattr(one, "inner_update", None) is not None:
         raise ValueError(
             "criterion='simplified' is about an inner loop of gradient descent, but the problem has an `inner_update`. "
             "Leave criterion at 'exact'."
@@ -108,23 +116,36 @@ def measure(
             f"Expected argument `cache` to be a MeasurementCache or None but got {type(cache).__name__}. Leave it out, "
             "or pass the MeasurementCache() of the calls before."
         )
-    cache = cache or MeasurementCache()
-    share = 1.0
-    if isinstance(problem, MetaProblem) and curvature.max_tasks is not None:
+    reference = None if check_against is None else check_reference(check_against)
+    whole, cache, share = problem, cache or MeasurementCache(), 1.0
+    if not isinstance(problem, PlainProblem) and curvature.max_tasks is not None:
         part = problem.part(curvature.max_tasks)
         problem, share = part, part.tasks / problem.tasks
     with ExitStack() as isolation, preserved_randomness(), double_backward():
-        for module in modules_of(problem.task_loss if isinstance(problem, MetaProblem) else problem.loss):
+        for module in modules_of(one.task_loss if isinstance(one, MetaProblem) else one.loss):
             isolation.enter_context(isolated(module))
         torch.manual_seed(0)  # the same dropout masks in every check, so that their numbers can be compared
-        task_map = cache.map_for(getattr(problem, "task_chunk_size", None), getattr(problem, "looped", False))
+        task_map = cache.map_for(getattr(one, "task_chunk_size", None), getattr(one, "looped", False))
         objective = objective_of(problem, curvature.data, task_map)
+        differs: Reason | None = None
+        with explained(one) if isinstance(one, MetaProblem) else nullcontext():
+            if reference is not None:
+                match = TrainingMatch(whole, objective_of(whole, curvature.data, task_map), listed(optimizer or ()))
+                differs = match.finish(reference)
         measurement = Measurement(
-            objective, optimizer, beta, curvature, cache, margin=margin, step=step, tasks_share=share
+            objective,
+            optimizer,
+            beta,
+            curvature,
+            cache,
+            margin=margin,
+            step=step,
+            tasks_share=share,
+            notes=() if differs is None else (differs,),
         )
         try:
-            with explained(problem) if isinstance(problem, MetaProblem) else nullcontext():
+            with explained(one) if isinstance(one, MetaProblem) else nullcontext():
                 return measurement.report()
         except (NonFiniteProductError, ChangingOperatorError) as error:
-            padded = isinstance(error, NonFiniteProductError) and isinstance(problem, MetaProblem) and has_nan(problem)
+            padded = isinstance(error, NonFiniteProductError) and isinstance(one, MetaProblem) and has_nan(one)
             return measurement.failed(error, padded=padded)

@@ -7,14 +7,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from torch.optim import Optimizer
-
 from lightning_maml_guard.linalg.layout import Params
 from lightning_maml_guard.linalg.operators import Operator
 from lightning_maml_guard.messages.reasons import UNKNOWN_INTERVAL, Kind, Reason, of_error
 from lightning_maml_guard.optim.linearized_step import linearized_step
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.shadow import predicted_change
+from lightning_maml_guard.optim.stability_limits import Optimizers
 from lightning_maml_guard.stability.alpha_c import InnerRateLimit
 from lightning_maml_guard.stability.beta_c import (
     UNKNOWN,
@@ -54,7 +53,7 @@ class Measurement:
     def __init__(
         self,
         objective: Objective,
-        optimizer: Optimizer | None,
+        optimizer: Optimizers | None,
         beta: float | None,
         options: CurvatureOptions,
         cache: MeasurementCache,
@@ -62,6 +61,7 @@ class Measurement:
         margin: float,
         step: int | None,
         tasks_share: float = 1.0,
+        notes: tuple[Reason, ...] = (),
     ) -> None:
         self._began = time.perf_counter()
         self._objective, self._optimizer, self._options = objective, optimizer, options
@@ -75,7 +75,8 @@ class Measurement:
         per_task = options.tasks == "worst" and self._maml is not None
         self._operators = Operators(objective, cache, per_task=per_task)
         self._tasks = sum(cache.ranks.gather(objective.tasks))
-        self._notes: list[Reason] = []
+        self._given_notes = notes
+        self._notes: list[Reason] = list(notes)
 
     def report(self) -> StabilityReport:
         """Measure. Raises a NonFiniteProductError if the loss or a product is not finite."""
@@ -177,7 +178,7 @@ class Measurement:
     def failed(self, error: ArithmeticError, *, padded: bool = False) -> StabilityReport:
         """Report a measurement that failed: unresolved. ``padded``: the data holds nan."""
         reason = of_error(Kind.NAN_IN_DATA if padded else Kind.NOT_MEASURED, error, step=self._at_step)
-        self._notes = [*self._operators.cache.facts.finite.values(), reason]
+        self._notes = [*self._given_notes, *self._operators.cache.facts.finite.values(), reason]
         return StabilityReport.unmeasured(reason, **self._head())
 
     def _head(self) -> dict[str, Any]:

@@ -33,7 +33,43 @@ class PlainProblem:
     loss: Callable[[Params], Tensor]
 
 
-Problem = MetaProblem | PlainProblem
+@dataclass(frozen=True)
+class AccumulatedProblem:
+    """The batches whose gradients one optimizer step averages (``accumulate_grad_batches``), each a MetaProblem."""
+
+    parts: tuple[MetaProblem, ...]
+
+    @property
+    def first(self) -> MetaProblem:
+        """The first batch: parameters, rates and order are those of all."""
+        return self.parts[0]
+
+    @property
+    def params(self) -> Params:
+        """The parameters."""
+        return self.first.params
+
+    @property
+    def alpha(self) -> float:
+        """The inner rate."""
+        return self.first.alpha
+
+    @property
+    def tasks(self) -> int:
+        """Number of tasks over all batches."""
+        return sum(each.tasks for each in self.parts)
+
+    def part(self, tasks: int) -> AccumulatedProblem:
+        """Return the problem with the first tasks only."""
+        kept: list[MetaProblem] = []
+        for each in self.parts:
+            if tasks > 0:
+                kept.append(each.part(tasks))
+                tasks -= kept[-1].tasks
+        return AccumulatedProblem(tuple(kept))
+
+
+Problem = MetaProblem | PlainProblem | AccumulatedProblem
 ProblemSource = Callable[[Any, Any], MetaProblem]
 
 
@@ -60,6 +96,15 @@ def state_problem(source: ProblemSource | None, pl_module: Any, batch: Any, batc
     return found
 
 
+def accumulated(problems: Sequence[Problem]) -> Problem:
+    """Average the problems of the batches that one optimizer step accumulates; of a single one, itself."""
+    plain = [each for each in problems if isinstance(each, PlainProblem)]
+    meta = [each for each in problems if isinstance(each, MetaProblem)]
+    if len(plain) == len(problems) > 1:
+        return PlainProblem(plain[0].params, lambda at: torch.stack([each.loss(at) for each in plain]).mean())
+    return AccumulatedProblem(tuple(meta)) if len(meta) == len(problems) > 1 else problems[0]
+
+
 def owners(problem: Problem, optimizers: Sequence[Optimizer]) -> list[int]:
     """Find the indices of the optimizers that move a problem's parameters; all if none does (measure then says so)."""
     moved = {id(value) for value in problem.params.values()}
@@ -82,13 +127,14 @@ def dead_units(problem: Problem) -> DeadUnits:
         if isinstance(problem, PlainProblem):
             problem.loss(params)
             return watch.count()
-        loss = problem.loss
+        one = problem.first if isinstance(problem, AccumulatedProblem) else problem
+        loss = one.loss
 
         def of_task(params: Params, data: Any) -> Tensor:
             watch.restart()
             return loss(params, data).detach()
 
-        for data in (problem.support, problem.query):
+        for data in (one.support, one.query):
             TaskMap(looped=True)(of_task, params, as_float32(data), in_dims=(None, 0))
     return watch.count()
 

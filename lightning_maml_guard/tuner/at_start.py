@@ -13,13 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from lightning_maml_guard.guard.check import lookahead_reason
 from lightning_maml_guard.guard.divergence import Scale, fails
-from lightning_maml_guard.guard.lookahead import Caps, Lookahead, LookaheadOptions, lookahead_of
+from lightning_maml_guard.guard.lookahead import Caps, Lookahead, LookaheadOptions, lookahead_of, lookahead_reason
 from lightning_maml_guard.guard.state_machine import Watch, advance
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.messages.reasons import Kind, Reason
-from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.shadow import ClosureError
 from lightning_maml_guard.stability.hvp import MeasurementCache
 from lightning_maml_guard.stability.measure import measure
@@ -75,13 +73,12 @@ class MeasureAtStart(Callback):
                 return
             self._resampled = len(problems) < 2 or not _same(problems[0], problems[1])
             owned = owners(problems[0], optimizers)
-            optimizer = max((optimizers[index] for index in owned), key=scheduled_rate)
-            self.found = self._suggest(problems, optimizer, trainer)
+            self.found = self._suggest(problems, [optimizers[index] for index in owned], trainer)
 
-    def _suggest(self, problems: Sequence[Problem], optimizer: Optimizer, trainer: Any) -> RateSuggestion:
-        reports = self._measured(problems, optimizer)
+    def _suggest(self, problems: Sequence[Problem], optimizers: Sequence[Optimizer], trainer: Any) -> RateSuggestion:
+        reports = self._measured(problems, optimizers)
         judged = max(reports, key=_ratio)
-        lookahead, notes = self._lookahead(problems, optimizer, trainer)
+        lookahead, notes = self._lookahead(problems, optimizers, trainer)
         status, findings = judged.status, judged.findings
         ratio = self.lookahead.divergence_ratio
         if lookahead is not None:
@@ -95,7 +92,7 @@ class MeasureAtStart(Callback):
         alpha = self._alpha(judged.alpha, alpha_c, notes)
         at = reports
         if alpha != judged.alpha and not math.isnan(alpha):
-            at = self._measured([_at(problem, alpha) for problem in problems], optimizer)
+            at = self._measured([_at(problem, alpha) for problem in problems], optimizers)
         beta_c = _smallest(report.beta_c for report in at)
         noise = _smallest(report.beta_c_noise for report in at) if self._resampled else math.nan
         limit = _smallest((beta_c, noise)) if not math.isnan(beta_c) else math.nan
@@ -123,18 +120,18 @@ class MeasureAtStart(Callback):
             lookahead_steps=self.lookahead.steps,
         )
 
-    def _measured(self, problems: Sequence[Problem], optimizer: Optimizer) -> list[StabilityReport]:
-        found = [measure(each, optimizer=optimizer, curvature=self.curvature, cache=self._cache) for each in problems]
+    def _measured(self, problems: Sequence[Problem], optimizers: Sequence[Optimizer]) -> list[StabilityReport]:
+        found = [measure(each, optimizer=optimizers, curvature=self.curvature, cache=self._cache) for each in problems]
         return [replace(report, step=index) for index, report in enumerate(found)]
 
     def _lookahead(
-        self, problems: Sequence[Problem], optimizer: Optimizer, trainer: Any
+        self, problems: Sequence[Problem], optimizers: Sequence[Optimizer], trainer: Any
     ) -> tuple[Lookahead | None, list[Reason]]:
         steps = self.lookahead.steps
         if not steps:
             return None, []
         try:
-            return lookahead_of(problems, optimizer, steps, trainer, self._cache), []
+            return lookahead_of(problems, optimizers, steps, trainer, self._cache), []
         except ClosureError as error:
             return None, [Reason(Kind.NO_LOOKAHEAD, effect="before training", detail=str(error))]
 

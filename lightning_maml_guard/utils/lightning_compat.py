@@ -89,6 +89,7 @@ __all__ = [
     "inform",
     "inform_less",
     "no_loader",
+    "overrides",
     "ranks_of",
     "seed_everything",
     "tools_for",
@@ -118,6 +119,12 @@ def check_module(module: Any, chosen: bool) -> None:
             GuardWarning,
             stacklevel=3,
         )
+
+
+def overrides(module: Any, hook: str) -> bool:
+    """Return True if a module has a hook of its own instead of Lightning's."""
+    home = str(getattr(getattr(module, hook), "__module__", ""))
+    return not any(home == package or home.startswith(f"{package}.") for package in _NAMES)
 
 
 def hyperparameters_given() -> bool:

@@ -116,6 +116,7 @@ def test_a_number_of_steps_is_taken_at_its_word_and_the_default_is_paid_for():
     assert steps[0] == 0 and 1 < len(steps) < 4 and all(step % 100 == 0 for step in steps)
 
 
+@pytest.mark.filterwarnings("ignore:ConvergenceGuard. the problem that is measured is not")  # a part of its tasks
 def test_the_curvature_is_that_of_the_first_tasks():
     guard = ConvergenceGuard(
         every_n_steps=1,

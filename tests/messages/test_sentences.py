@@ -215,6 +215,45 @@ EXAMPLES = [
         Reason(Kind.TEXT, detail="Said by an older version."),
         "Said by an older version.",
     ),
+    (
+        Reason(Kind.PROBLEM_DIFFERS, effect="tasks", value=16.0, losses=(2.95, 47.2, nan), steps=16),
+        "the problem that is measured is not what training_step trains: the same batch has the loss 2.95 in the problem "
+        "and 47.2 in training_step.\nWhy: Training's is 16 times larger, and the batch has 16 tasks: one sums over the "
+        "tasks where the other averages, as a MetaProblem does.\nTo do: Divide the loss by the number of tasks in "
+        "training_step. Until then the critical rates are not those of this training.",
+    ),
+    (
+        Reason(Kind.PROBLEM_DIFFERS, effect="gradient", losses=(2.95, nan, nan), steps=16),
+        "the problem that is measured is not what training_step trains: on the same batch their gradients differ (the "
+        "problem's loss is 2.95).\nWhy: The losses agree where both are known, the meta-gradients do not: another "
+        "`order` (first-order for exact MAML), a detach(), or a loss for logging only.\nTo do: State the problem with "
+        "the order that training_step computes.",
+    ),
+    (
+        Reason(Kind.NO_STEP_LOSS),
+        "training_step returns no loss, so nothing calls a check between the scheduled ones, a diverged run is rolled "
+        "back only at a check, and the loss at the first check is where training started from. Return the loss from "
+        "training_step to have all of it.",
+    ),
+    (
+        Reason(Kind.OPTIMIZERS_TAKE_TURNS),
+        "no checks are made any more: the optimizers that move the problem's parameters take turns, so no single "
+        "problem describes their steps.\nTo do: Watch one optimizer at a time: a ConvergenceGuard(problem=...) for "
+        "each, whose function (module, batch) returns PlainProblem(params, loss) of "
+        "lightning_maml_guard.stability.problems, with the parameters that optimizer moves, by name, and the loss it "
+        "descends as a function of them.",
+    ),
+    (
+        Reason(Kind.CLIPPING_NOT_SEEN, step=113),
+        "step 113: the lookahead diverges while no rate exceeds its critical value. Gradients that training_step clips "
+        "by itself are not clipped in a lookahead, so this alone changes nothing.\nTo do: If they are not clipped, "
+        "lower the optimizer's lr.",
+    ),
+    (
+        Reason(Kind.CLIPPING_FAILED, error="AssertionError", detail="not my optimizer"),
+        "configure_gradient_clipping could not be called on copies, so a lookahead does not clip as the run does, and "
+        "a lookahead alone changes nothing.\nCause: AssertionError: not my optimizer",
+    ),
 ]
 
 

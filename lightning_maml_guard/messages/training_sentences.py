@@ -1,0 +1,101 @@
+"""Sentences about what a guard cannot see of training, and about a problem that is not training's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from lightning_maml_guard.messages.reasons import Kind, Reason
+from lightning_maml_guard.messages.spelling import Spelling
+
+_PER_OPTIMIZER = (
+    "watch one optimizer at a time: a ConvergenceGuard(problem=...) for each, whose function (module, batch) returns "
+    "PlainProblem(params, loss) of lightning_maml_guard.stability.problems, with the parameters that optimizer moves, "
+    "by name, and the loss it descends as a function of them."
+)
+
+
+def take_turns() -> str:
+    """Say what to do where optimizers take turns."""
+    return f"If it has several optimizers that take turns (a GAN), {_PER_OPTIMIZER}"
+
+
+def _problem_differs(reason: Reason, spelling: Spelling) -> str:
+    own, training, _ = reason.losses
+    factor = reason.value if reason.value >= 1 else 1 / reason.value if reason.value > 0 else math.nan
+    times = f"{factor:.3g} times {'larger' if reason.value >= 1 else 'smaller'}"
+    said = "the problem that is measured is not what training_step trains: "
+    if math.isnan(training):
+        said += f"on the same batch their gradients differ (the problem's loss is {own:.3g})."
+    else:
+        said += f"the same batch has the loss {own:.3g} in the problem and {training:.3g} in training_step."
+    why, to_do = {
+        "tasks": (
+            f"Training's is {times}, and the batch has {reason.steps} tasks: one sums over the tasks where the other "
+            "averages, as a MetaProblem does.",
+            "Divide the loss by the number of tasks in training_step. Until then the critical rates are not those of "
+            "this training.",
+        ),
+        "accumulated": (
+            f"Training's is {times}, and {reason.steps} batches are accumulated: the loss is divided by their number "
+            "twice, or not at all. Lightning divides it itself.",
+            "Return the loss of one batch as it is.",
+        ),
+        "frozen": (
+            f"`params` holds parameters that are frozen (requires_grad=False): {reason.what}.",
+            "Leave them out: {name: p for name, p in module.named_parameters() if p.requires_grad}.",
+        ),
+        "not held": (
+            f"`params` holds parameters that no optimizer moves: {reason.what}.",
+            "Leave out what training neither moves nor adapts.",
+        ),
+        "lacking": (
+            "The optimizer moves parameters that `params` lacks.",
+            "Put every parameter that training moves into `params`.",
+        ),
+        "gradient": (
+            "The losses agree where both are known, the meta-gradients do not: another `order` (first-order for exact "
+            "MAML), a detach(), or a loss for logging only.",
+            "State the problem with the order that training_step computes.",
+        ),
+        "not finite": (
+            "Training's loss is finite and the problem's is not: padding with nan, or an inner loop of its own.",
+            "Give the problem the data and the loss that training_step uses.",
+        ),
+    }.get(
+        reason.effect,
+        (
+            f"It is another loss. The problem has {reason.steps} task{'s' if reason.steps != 1 else ''} (the first "
+            "dimension of `support` and `query`); "
+            "usual causes are another inner_lr, number of inner steps or inner optimizer, support for query, shots "
+            "taken for tasks, or a term of the loss left out.",
+            "Make the problem's loss that of training_step.",
+        ),
+    )
+    return f"{said}\nWhy: {why}\nTo do: {to_do}"
+
+
+TRAINING: dict[Kind, Callable[[Reason, Spelling], str]] = {
+    Kind.PROBLEM_DIFFERS: _problem_differs,
+    Kind.BAREBONES: lambda reason, spelling: (
+        "nothing is done in this run: Trainer(barebones=True) asks for no logging and no extra work."
+    ),
+    Kind.NO_STEP_LOSS: lambda reason, spelling: (
+        "training_step returns no loss, so nothing calls a check between the scheduled ones, a diverged run is rolled "
+        "back only at a check, and the loss at the first check is where training started from. Return the loss from "
+        "training_step to have all of it."
+    ),
+    Kind.OPTIMIZERS_TAKE_TURNS: lambda reason, spelling: (
+        "no checks are made any more: the optimizers that move the problem's parameters take turns, so no single "
+        f"problem describes their steps.\nTo do: {_PER_OPTIMIZER[0].upper()}{_PER_OPTIMIZER[1:]}"
+    ),
+    Kind.CLIPPING_NOT_SEEN: lambda reason, spelling: (
+        f"step {reason.step}: the lookahead diverges while no rate exceeds its critical value. Gradients that "
+        "training_step clips by itself are not clipped in a lookahead, so this alone changes nothing.\nTo do: If they "
+        "are not clipped, lower the optimizer's lr."
+    ),
+    Kind.CLIPPING_FAILED: lambda reason, spelling: (
+        "configure_gradient_clipping could not be called on copies, so a lookahead does not clip as the run does, and "
+        f"a lookahead alone changes nothing.\nCause: {reason.error}: {reason.detail}"
+    ),
+}

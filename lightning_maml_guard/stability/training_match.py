@@ -1,0 +1,222 @@
+"""Is the problem that is measured the one that training descends? Its loss and meta-gradient beside training's own."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_maml_guard.linalg.layout import Layout, Params
+from lightning_maml_guard.messages.reasons import Kind, Reason
+from lightning_maml_guard.stability.objective import MamlObjective, Objective
+from lightning_maml_guard.stability.problems import MetaProblem, Problem
+from lightning_maml_guard.utils.distributed import Ranks
+from lightning_maml_guard.utils.random_state import preserved_randomness
+
+# Relative difference of losses, and of gradients, that is no mismatch: rounding, kinks and other orders of summation.
+_LOSS, _GRADIENT = 0.01, 0.1
+# The same in half precision and under autocast, for the problem is evaluated in float32.
+_HALF_LOSS, _HALF_GRADIENT = 0.1, 0.5
+# Where training draws random numbers a loss is another one each time: what is within this factor is no mismatch.
+_RANDOM = 2.0
+# Evaluations that show the problem's own scatter, if two differ, and multiples of their range that are allowed.
+_DRAWS, _SCATTER = 4, 3.0
+# How near a ratio of losses must be to a number of tasks or batches to be explained by it, and cosines for one
+# direction.
+_NEAR, _PARALLEL = 0.05, 0.995
+
+
+class RandomStates:
+    """Whether random numbers were drawn since this was made."""
+
+    def __init__(self) -> None:
+        self._states = self._read()
+
+    def drawn(self) -> bool:
+        """Return True if they were."""
+        return self._read() != self._states
+
+    @staticmethod
+    def _read() -> tuple[Any, ...]:
+        tensors = [torch.get_rng_state()]
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            tensors += torch.cuda.get_rng_state_all()
+        numbers = repr(np.random.get_state(legacy=False)["state"])
+        return [each.numpy().tobytes() for each in tensors], random.getstate(), numbers
+
+
+class TrainingMatch:
+    """Compares a problem with the step that trains on the same batch: once, without touching training.
+
+    Args:
+        problem: The problem of the batch, before any accumulation.
+        objective: The same, made for measuring.
+        optimizers: Those that move its parameters.
+        others: All optimizers of the run.
+        accumulated: Batches whose gradients a step averages; gradients are compared where it is 1.
+        half: Whether training computes in half precision.
+        ranks: The processes that train together.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        objective: Objective,
+        optimizers: Sequence[Optimizer],
+        others: Sequence[Optimizer] = (),
+        *,
+        accumulated: int = 1,
+        half: bool = False,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._params, self._ranks = problem.params, ranks or Ranks()
+        self._optimizers, self._others = list(optimizers), list(others) or list(optimizers)
+        self._tasks: int = getattr(problem, "tasks", 1)
+        self._accumulated, self._half = accumulated, half
+        # Learned inner rates are moved too, and are no parameters of the update that is linearized.
+        self._learns_rates = isinstance(problem, MetaProblem) and not isinstance(problem.inner_lr, (int, float))
+        self._evaluate(objective)
+        self._random = RandomStates()
+        self._gap, self._size, self._own_size, self._along = 0.0, 0.0, 0.0, 0.0
+        self._seen: set[str] = set()
+        self._lacking, self._finite = False, True
+
+    def take_gradient(self, optimizer: Optimizer) -> None:
+        """Compare the gradients that an optimizer is about to step along."""
+        if self._accumulated > 1 or not any(optimizer is each for each in self._optimizers):
+            return
+        names = {id(value): name for name, value in self._params.items()}
+        for parameter in (each for group in optimizer.param_groups for each in group["params"]):
+            gradient, name = parameter.grad, names.get(id(parameter))
+            if name in self._seen or (gradient is not None and gradient.layout != torch.strided):
+                continue
+            if name is None:
+                self._lacking = self._lacking or (gradient is not None and bool(gradient.any()))
+                continue
+            own = self._gradient[name].double()
+            gradient = torch.zeros_like(own) if gradient is None else gradient.detach().double()
+            products = torch.stack([(own * gradient).sum(), (gradient**2).sum(), (own**2).sum()])
+            along, size, own_size = products.tolist()
+            self._along, self._size, self._own_size = self._along + along, self._size + size, self._own_size + own_size
+            self._seen.add(name)
+            self._finite = self._finite and math.isfinite(size)
+
+    def finish(self, loss: float) -> Reason | None:
+        """Compare the loss (``nan``: not known) as well; returns what does not match, and why."""
+        random_training = self._random.drawn() or self.spread > 0
+        factor, effect = loss / self.loss if self.loss else math.nan, ""
+        if math.isfinite(loss) and not math.isfinite(self.loss):
+            effect = "not finite"
+        elif not math.isfinite(self.loss) or math.isinf(loss):
+            return None
+        wrong_loss = not math.isnan(loss) and self._loss_differs(loss, random_training)
+        wrong_gradient = not random_training and self._gradient_differs()
+        if math.isnan(loss) and wrong_gradient and self._cosine > _PARALLEL:
+            factor = self._along / self._own_size
+        if wrong_loss or wrong_gradient or effect:
+            effect = effect or self._cause(factor, wrong_loss or math.isnan(loss))
+        elif self._lacking and not self._learns_rates:
+            effect = "lacking"
+        if not effect:
+            return None
+        counts = {"tasks": self._tasks, "accumulated": self._accumulated}.get(effect, self._tasks)
+        names = {"frozen": self._frozen, "not held": self._not_held}.get(effect, [])
+        return Reason(
+            Kind.PROBLEM_DIFFERS,
+            value=factor,
+            losses=(self.loss, loss, math.nan),
+            steps=counts,
+            effect=effect,
+            what=_shown(names),
+        )
+
+    def _evaluate(self, objective: Objective) -> None:
+        target = objective.update() if isinstance(objective, MamlObjective) else objective.curvature(False)
+        losses = []
+        for draw in range(_DRAWS):
+            with preserved_randomness():
+                torch.manual_seed(draw)
+                leaves = {name: value.detach().requires_grad_() for name, value in target[1].items()}
+                value, gradients = target[0](leaves, False)
+            if draw == 0:
+                layout = Layout(leaves)
+                known = {n: torch.zeros_like(leaves[n]) if (g := gradients[n]) is None else g.detach() for n in leaves}
+                self._gradient: Params = layout.split(self._ranks.mean(layout.flatten(known)))
+            losses.append(float(self._ranks.mean(value.detach().float())))
+            if draw == 1 and losses[0] == losses[1]:
+                break
+        self.loss = losses[0]
+        self.spread = max(losses) - min(losses) if all(map(math.isfinite, losses)) else 0.0
+
+    def _loss_differs(self, loss: float, random_training: bool) -> bool:
+        share = _HALF_LOSS if self._half else _LOSS
+        allowed = share * max(abs(loss), abs(self.loss)) + _SCATTER * self.spread
+        if random_training and loss > 0 and self.loss > 0:
+            allowed = max(allowed, (_RANDOM - 1) * min(loss, self.loss))
+        elif random_training:
+            allowed = max(allowed, max(abs(loss), abs(self.loss)))
+        return abs(loss - self.loss) > allowed
+
+    def _gradient_differs(self) -> bool:
+        if not self._seen or not self._finite or self._own_size == 0:
+            return False
+        if self._cosine > _PARALLEL and self._along <= self._own_size:
+            return False  # as long, or clipped
+        gap = max(self._size + self._own_size - 2 * self._along, 0.0)
+        share = _HALF_GRADIENT if self._half else _GRADIENT
+        return math.sqrt(gap / self._own_size) > share
+
+    @property
+    def clipped_to(self) -> float:
+        """Length of a gradient that training shortened before its step; ``nan`` where it did not."""
+        shortened = self._finite and self._cosine > _PARALLEL and self._along < (1 - _GRADIENT) * self._own_size
+        return math.sqrt(self._size) if shortened else math.nan
+
+    @property
+    def _cosine(self) -> float:
+        product = math.sqrt(self._size * self._own_size)
+        return self._along / product if product > 0 else math.nan
+
+    def _cause(self, factor: float, wrong_loss: bool) -> str:
+        for name, number in (("tasks", self._tasks), ("accumulated", self._accumulated)):
+            if (
+                wrong_loss
+                and number > 1
+                and factor > 0
+                and min(abs(math.log(factor * n)) for n in (number, 1 / number)) < _NEAR
+            ):
+                return name
+        lacking = self._lacking and not self._learns_rates
+        if self._frozen or self._not_held:
+            return "frozen" if self._frozen else "not held"
+        return "lacking" if lacking else "other" if wrong_loss else "gradient"
+
+    @property
+    def _frozen(self) -> list[str]:
+        return [n for n, value in self._params.items() if isinstance(value, nn.Parameter) and not value.requires_grad]
+
+    @property
+    def _not_held(self) -> list[str]:
+        held = {id(p) for each in self._others for group in each.param_groups for p in group["params"]}
+        return [name for name, value in self._params.items() if id(value) not in held] if held else []
+
+
+def check_reference(value: Any) -> float:
+    """Read ``check_against``. Raises a TypeError if it is no number."""
+    number = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    if not number and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise TypeError(
+            f"Expected argument `check_against` to be the loss of training, a number or a tensor of one element, but "
+            f"got {type(value).__name__}. Pass what training_step returned for the same batch."
+        )
+    return float(value.detach()) if isinstance(value, Tensor) else float(value)
+
+
+def _shown(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
