@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import random
 import re
+import resource
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import fields
@@ -169,3 +170,14 @@ def grouped_measure(**flat):
 def grouped_suggest(**flat):
     """The same for ``suggest_rates``, whose curvature is that of the worst task unless told otherwise."""
     return grouped(**({"tasks": "worst", **flat} if _CURVATURE & set(flat) else flat))
+
+
+@contextmanager
+def full_disk(room: int = 2000):
+    """No file can grow beyond this many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

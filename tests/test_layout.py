@@ -27,7 +27,7 @@ ROOMS = (
 # The same inside the two largest rooms; files of one tuple do not import each other.
 LAYERS = {
     "stability": (
-        ("cost", "krylov_stopping", "problems", "reasons"),
+        ("cost", "inner_limit", "krylov_stopping", "problems", "reasons"),
         ("estimators", "objective"),
         ("hvp", "options", "report"),
         ("alpha_c", "beta_c"),

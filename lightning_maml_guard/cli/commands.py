@@ -16,11 +16,14 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_maml_guard.cli.parser import GuardCLI
 from lightning_maml_guard.guard.convergence_guard import ConvergenceGuard
 from lightning_maml_guard.guard.report import CheckReport
+from lightning_maml_guard.messages.notices import not_written
+from lightning_maml_guard.messages.spelling import block
 from lightning_maml_guard.stability.estimators import estimates_per_task
 from lightning_maml_guard.tasks.datamodule import TaskDataModule
 from lightning_maml_guard.theory.limits import UNSAFE
 from lightning_maml_guard.tuner.suggest_rates import suggest_rates
 from lightning_maml_guard.tuner.suggestion import RateSuggestion
+from lightning_maml_guard.utils.io import write_atomically
 from lightning_maml_guard.utils.lightning_compat import inform
 from lightning_maml_guard.utils.warnings import GuardWarning
 
@@ -173,8 +176,13 @@ def _save_safe_region(drawable: ConvergenceGuard | RateSuggestion, path: Path) -
     import matplotlib
 
     matplotlib.use("Agg")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawable.plot()[0].savefig(path, dpi=150)
+    figure = drawable.plot()[0]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda stream: figure.savefig(stream, dpi=150, format="png"), mode=0o644)
+    except OSError as error:
+        rank_zero_warn(block(not_written("the picture of the safe region", path, error)), category=GuardWarning)
+        return
     inform(f"ConvergenceGuard: the safe region is drawn in {path}")
 
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_maml_guard.guard.actions import Situation
 from lightning_maml_guard.guard.divergence import Scale, fails, passes
 from lightning_maml_guard.guard.loggers import inform, log_values, metrics, warn
-from lightning_maml_guard.guard.lookahead import Caps, Lookahead, LookaheadResult, lookahead_of
+from lightning_maml_guard.guard.lookahead import Caps, Lookahead, LookaheadResult, lookahead_of, lookahead_reason
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.rescale import reaches_alpha
 from lightning_maml_guard.guard.rollback import Rollback, finite
@@ -26,6 +26,7 @@ from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.stability.problems import Problem, dead_units, owners, state_problem
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import SAFE, UNRESOLVED, UNSAFE
+from lightning_maml_guard.utils.batch_copy import BatchCopyError
 from lightning_maml_guard.utils.distributed import SharedError
 from lightning_maml_guard.utils.isolation import undisturbed
 from lightning_maml_guard.utils.warnings import GuardWarning
@@ -50,6 +51,8 @@ class Check:
         """Check once, on the batch of the coming step; a triggered check that finds nothing ends early."""
         run, watches = self.run, self.run.machine.watches
         try:
+            if self.settings.rollback and step == 0 and run.snapshot is None and not self.trainer.fast_dev_run:
+                self.rollback.keep(step)  # first, as the check may fail; later only states whose lookahead passes
             with run.cache.ranks.together():
                 self._check(batch, batch_idx, step, scheduled)
         except GuardWarning:
@@ -148,7 +151,7 @@ class Check:
             if rolled_back and present is not None:
                 self.rollback.report(present.begin, report.alpha, report.beta, step, halved=halved)
                 self._rolled_back = None  # its rates are lowered
-            if settings.rollback and (run.snapshot is None or passes(severe, ratio)):
+            if settings.rollback and passes(severe, ratio):
                 self.rollback.keep(step)
         self._warn_of_collapse(problem, report, transition.state, step)
         # 5. Keep and log what was found.
@@ -180,6 +183,7 @@ class Check:
         if not steps or self.trainer.fast_dev_run:
             return None
         older = [state_problem(self.settings.problem, self.module, *each) for each in run.replay.earlier()]
+        older = older[: min(run.cache.ranks.gather(len(older)))]  # as many on every rank
         try:
             return lookahead_of([problem, *older], optimizer, steps, self.trainer, run.cache)
         except ClosureError as error:
@@ -277,22 +281,9 @@ class Check:
         self.run.schedule.charge(lookahead_gradients=gradients, measured=measured)
 
 
-def lookahead_reason(result: LookaheadResult, start: float, alpha: float, beta: float, *, explained: bool) -> Reason:
-    """State what a lookahead that diverges saw at these rates; ``explained``: the critical values say why."""
-    losses = (result.begin, result.end, start)
-    if not math.isfinite(result.begin):
-        return Reason(Kind.LOSS_NOT_FINITE, losses=losses, remedy=Remedy.START_AGAIN)
-    return Reason(
-        Kind.LOOKAHEAD_DIVERGES,
-        losses=losses,
-        steps=len(result.losses) - 1,
-        alpha=alpha,
-        beta=beta,
-        remedy=Remedy.NONE if explained else Remedy.LOWER_BETA_UNSPECIFIED,
-    )
-
-
 def _failure(error: Exception, step: int) -> Reason:
+    if isinstance(error, BatchCopyError):
+        return Reason(Kind.BATCH_NOT_COPIED, what=error.kind, error=type(error).__name__, detail=error.cause, step=step)
     reason = of_error(Kind.CHECK_FAILED, error, step=step)
     if isinstance(error, torch.OutOfMemoryError):
         return replace(reason, effect="out of memory")

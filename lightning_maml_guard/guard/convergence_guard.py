@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
@@ -15,7 +14,7 @@ from lightning_maml_guard.guard.lookahead import LookaheadOptions
 from lightning_maml_guard.guard.report import CheckReport, frame
 from lightning_maml_guard.guard.run import GuardedRun, check_settings, check_watchable
 from lightning_maml_guard.guard.schedule import SCHEDULED
-from lightning_maml_guard.guard.state import Event, from_checkpoint, to_checkpoint
+from lightning_maml_guard.guard.state import Event, to_checkpoint
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.messages.sentences import sentences
 from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling
@@ -202,6 +201,8 @@ class ConvergenceGuard(Callback):
     def report(self, path: str | Path) -> Path:
         """Write one self-contained HTML page about the run: no network, readable in light, dark and on paper.
 
+        It is written whole or not at all: on a full or read-only disk there is a warning, and an older page stays.
+
         Args:
             path: Where to, for example ``"run.html"``; its folder must exist.
 
@@ -257,8 +258,8 @@ class ConvergenceGuard(Callback):
             return
         run = self._run
         if self.lookahead.steps:
-            what = "take up the batches that the checkpoint holds"
-            with run.only_told(what) if run.replay.restored else nullcontext():
+            what = "take up the batches that the checkpoint holds" if run.replay.restored else "keep a batch"
+            with run.only_told(what):
                 run.replay.add(batch, batch_idx)
         if batch_idx % trainer.accumulate_grad_batches:
             return  # gradients of a step that is half done must not outlive a rollback
@@ -281,6 +282,8 @@ class ConvergenceGuard(Callback):
         """Compare the step's loss and gradient norm with those of the steps before."""
         if not self._inert and not takes_no_steps(trainer) and self.lookahead.steps:
             self._run.take_step(outputs.get("loss") if isinstance(outputs, dict) else outputs, trainer)
+            with self._run.only_told("compare a batch with what it was before its step"):
+                self._run.replay.after_step()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Roll back a last step that made the run diverge, and send the last pictures."""
@@ -290,6 +293,10 @@ class ConvergenceGuard(Callback):
         if not self._inert:
             with run.only_told("send the last pictures to a logger (figures=False sends none)"):
                 run.figures.at_end(trainer, self.history)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Take the hooks out of the optimizers: Lightning tears a run down only where it ends by itself."""
+        self._run.caps.release()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take the hooks out of the optimizers, and drop the batches and the snapshot."""
@@ -311,10 +318,7 @@ class ConvergenceGuard(Callback):
         """Restore the state of a run.
 
         Args:
-            state_dict: What :meth:`state_dict` returned, also in an older version.
+            state_dict: What :meth:`state_dict` returned, also in an older version. If it holds something else, the
+                guard starts anew with one warning.
         """
-        state = from_checkpoint(state_dict)
-        state.history, state.severities = state.history[-self.history_size :], state.severities[-self.history_size :]
-        before = self._run
-        self._run = GuardedRun(self, state, inert=self._inert, ranks=before.cache.ranks)
-        self._run.take_over(before)
+        self._run = self._run.resumed(state_dict)

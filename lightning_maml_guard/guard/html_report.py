@@ -10,12 +10,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from lightning_maml_guard.guard.loggers import warn
 from lightning_maml_guard.guard.lookahead import LookaheadOptions
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.state import Event
+from lightning_maml_guard.messages.notices import not_written
 from lightning_maml_guard.messages.sentences import cause, sentence, sentences
 from lightning_maml_guard.messages.spelling import Spelling
-from lightning_maml_guard.utils.checks import check_file, encodable
+from lightning_maml_guard.utils.checks import check_file
+from lightning_maml_guard.utils.io import write_atomically
 
 _SHOWN = 200  # rows of a table; a run whose state changes often would otherwise fill the page
 _PACKAGES = ("lightning-maml-guard", "torch", "pytorch-lightning", "lightning", "numpy", "matplotlib")
@@ -60,7 +63,7 @@ class Reported(Protocol):
 
 
 def write(guard: Reported, path: str | Path) -> Path:
-    """Write the report; the folder must exist."""
+    """Write the report, whole or not at all; the folder must exist. A disk that is full costs a warning."""
     check_file("path", path)
     path = Path(path)
     if not path.parent.is_dir():
@@ -68,7 +71,11 @@ def write(guard: Reported, path: str | Path) -> Path:
             f"Expected argument `path` to lie in a folder that exists but got {str(path)!r}: there is no folder "
             f"{str(path.parent)!r}. Make it first, or write elsewhere."
         )
-    path.write_text(encodable(page(guard)), encoding="utf-8")
+    text = page(guard)
+    try:
+        write_atomically(path, text, mode=0o644)
+    except OSError as error:
+        warn(not_written("the report", path, error))
     return path
 
 

@@ -17,6 +17,7 @@ from torch.optim import SGD, Optimizer
 
 from lightning_maml_guard.guard.divergence import Scale, passes
 from lightning_maml_guard.linalg.layout import Layout, Params, real_pairs, unpaired
+from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.shadow import Clip, ShadowOptimizer, check_no_closure
 from lightning_maml_guard.stability.hvp import MeasurementCache
@@ -35,8 +36,9 @@ class LookaheadOptions:
 
     Args:
         steps: Steps to try, each about the cost of a training step; 0 judges by the critical rates alone.
-        batches: Batches they go through, the coming one and those before it, kept by reference on the device. With
-            fewer than 8, GuardBench loses most of its recall where tasks are resampled.
+        batches: Batches they go through, the coming one and those before it, kept on the device: by reference, or as
+            copies where a training step changes its batch. With fewer than 8, GuardBench loses most of its recall where
+            tasks are resampled.
         divergence_ratio: Factor over the loss that training started from at which a run counts as diverging, above 1.
         triggers: Whether a loss above twice its running mean, or a gradient norm above four times its own, calls a
             check between the scheduled ones. Reads one number per step from the device.
@@ -212,6 +214,21 @@ def lookahead_of(
     """Make the lookahead of a run: its clipping, its way to go over tasks, its processes."""
     tasks = cache.map_for(getattr(problems[0], "task_chunk_size", None), getattr(problems[0], "looped", False))
     return Lookahead(problems, optimizer, steps, tasks, _clipping(trainer), cache.ranks)
+
+
+def lookahead_reason(result: LookaheadResult, start: float, alpha: float, beta: float, *, explained: bool) -> Reason:
+    """State what a lookahead that diverges saw at these rates; ``explained``: the critical values say why."""
+    losses = (result.begin, result.end, start)
+    if not math.isfinite(result.begin):
+        return Reason(Kind.LOSS_NOT_FINITE, losses=losses, remedy=Remedy.START_AGAIN)
+    return Reason(
+        Kind.LOOKAHEAD_DIVERGES,
+        losses=losses,
+        steps=len(result.losses) - 1,
+        alpha=alpha,
+        beta=beta,
+        remedy=Remedy.NONE if explained else Remedy.LOWER_BETA_UNSPECIFIED,
+    )
 
 
 def _clipping(trainer: Any) -> Callable[[list[nn.Parameter]], None] | None:

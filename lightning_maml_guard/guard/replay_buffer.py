@@ -8,20 +8,34 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from lightning_maml_guard.utils.batch_copy import BatchCopyError, Trace, changed, copied, equal, trace
+
 _PLAIN = (bool, int, float, str, type(None))
 
 
 class ReplayBuffer:
-    """Holds the last ``size`` batches by reference; ``restored`` are those of a checkpoint, not taken up yet."""
+    """Holds the last ``size`` batches as their steps were given them; ``restored`` are a checkpoint's, not yet used.
+
+    The first batch is copied. If its step leaves it alone, the next ones are held by reference until a step changes
+    its batch: that one is dropped, and copies are made before every step from then on.
+    """
 
     def __init__(self, size: int) -> None:
         self._batches: deque[tuple[Any, int]] = deque(maxlen=size)
+        self._first, self._copies = True, True
+        # The batch of the step at hand, and what it held before.
+        self._given: Any = None
+        self._before: Trace | None = None
         # Of a restored run: tensors alone, until a batch shows their structure and device.
         self.restored: list[tuple[list[Any], int]] = []
 
     def add(self, batch: Any, batch_idx: int) -> None:
-        """Take in the batch of the coming step."""
-        self._batches.appendleft((batch, batch_idx))
+        """Take in the batch of the coming step; one that cannot be copied is left out."""
+        self._given, self._before = batch, trace(batch)
+        try:
+            self._batches.appendleft((copied(batch) if self._copies else batch, batch_idx))
+        except BatchCopyError:
+            self._before = None
         restored, self.restored = self.restored, []
         if not restored:
             return
@@ -30,6 +44,19 @@ class ReplayBuffer:
             known = _rebuilt(saved, leaves, spec)
             if known is not None:
                 self._batches.append((known, index))
+
+    def after_step(self) -> None:
+        """See whether the step changed its batch."""
+        given, before, self._given, self._before = self._given, self._before, None, None
+        if before is None:
+            return
+        first, self._first = self._first, False
+        if self._copies:
+            copy = trace(self._batches[0][0]) if first else None
+            self._copies = copy is None or changed(before, given) or not equal(before, copy)
+        elif changed(before, given):
+            self._copies = True
+            self._batches.popleft()
 
     def latest(self) -> tuple[Any, int]:
         """Return the batch of the latest step, and its index."""
@@ -42,6 +69,7 @@ class ReplayBuffer:
     def clear(self) -> None:
         """Drop all batches."""
         self._batches.clear()
+        self._given = self._before = None
         self.restored = []
 
     def state(self) -> list[Any]:

@@ -19,7 +19,7 @@ from lightning_maml_guard.guard.lookahead import LookaheadOptions, check_lookahe
 from lightning_maml_guard.guard.replay_buffer import ReplayBuffer
 from lightning_maml_guard.guard.rescale import AppliedCaps
 from lightning_maml_guard.guard.schedule import Schedule
-from lightning_maml_guard.guard.state import GuardState
+from lightning_maml_guard.guard.state import GuardState, StateError, from_checkpoint
 from lightning_maml_guard.guard.state_machine import StateMachine
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced
@@ -63,7 +63,7 @@ class GuardedRun:
     def __init__(
         self, settings: Settings, state: GuardState | None = None, *, inert: bool = False, ranks: Ranks | None = None
     ) -> None:
-        self.settings, self.state = settings, state or GuardState()
+        self.settings, self.state, self.inert = settings, state or GuardState(), inert
         self.cache = MeasurementCache(self.state.facts, ranks or Ranks())
         self.schedule = Schedule(settings.every_n_steps, settings.max_cost, self.state.schedule)
         self.machine = StateMachine(settings.patience, settings.lookahead.divergence_ratio, self.state.watches)
@@ -111,6 +111,21 @@ class GuardedRun:
         self.figures = before.figures
         if not self.replay.restored:
             self.replay = before.replay
+
+    def resumed(self, plain: Any) -> GuardedRun:
+        """Make the run that a checkpoint tells of; one whose state cannot be read starts anew, and says so."""
+        settings, unread = self.settings, None
+        try:
+            state = from_checkpoint(plain)
+        except StateError as error:
+            state, unread = GuardState(), Reason(Kind.STATE_NOT_READ, detail=str(error))
+        most = settings.history_size
+        state.history, state.severities = state.history[-most:], state.severities[-most:]
+        run = GuardedRun(settings, state, inert=self.inert, ranks=self.cache.ranks)
+        run.take_over(self)
+        if unread is not None:
+            run.announce(unread)
+        return run
 
     def saved(self) -> GuardState:
         """Collect the state for a checkpoint, what the live objects hold included."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import types
 import typing
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import cache
 from typing import Any
+
+from torch import Tensor
 
 from lightning_maml_guard.guard.divergence import RunningStatistics
 from lightning_maml_guard.guard.lookahead import Caps
@@ -16,6 +18,7 @@ from lightning_maml_guard.guard.schedule import ScheduleState
 from lightning_maml_guard.guard.state_machine import Watch
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.stability.hvp import NetworkFacts
+from lightning_maml_guard.theory.limits import EDGE, SAFE, UNRESOLVED, UNSAFE
 
 VERSION = 1
 _EVENTS = 1000  # kept at most
@@ -83,11 +86,55 @@ def to_checkpoint(state: GuardState) -> dict[str, Any]:
     return {each.name: own.get(each.name, _to_plain(getattr(state, each.name))) for each in fields(state)}
 
 
-def from_checkpoint(plain: dict[str, Any]) -> GuardState:
-    """Restore a state; entries that are not known here are left out, those that are missing keep their defaults."""
+class StateError(ValueError):
+    """A checkpoint holds something else than a guard's state."""
+
+
+def from_checkpoint(plain: Any) -> GuardState:
+    """Restore a state; entries that are not known here are left out, those that are missing keep their defaults.
+
+    Raises a StateError if an entry has a wrong type or is out of its range.
+    """
+    if not isinstance(plain, dict):
+        raise StateError(f"it is a {type(plain).__name__} and no dict")
     if "version" not in plain:
-        plain = _from_flat(plain)
-    return _from_plain(GuardState, plain)
+        try:
+            plain = _from_flat(plain)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise StateError(f"it is not laid out as release 0.1 did ({type(error).__name__}: {error})") from error
+    state: GuardState = _from_plain(GuardState, plain, "")
+    _check_ranges(state)
+    return state
+
+
+def _check_ranges(state: GuardState) -> None:
+    schedule, caps = state.schedule, state.caps
+    numbers = {"caps.alpha": caps.alpha, "caps.beta": caps.beta, "sharpest": state.sharpest}
+    numbers |= {"rollbacks": state.rollbacks, "stopped_step": state.stopped_step, "schedule.last": schedule.last}
+    numbers |= {"schedule.spent": schedule.spent, "schedule.latest": schedule.latest, "schedule.gap": schedule.gap - 1}
+    numbers |= {f"watches.{name}.failed": watch.failed for name, watch in state.watches.items()}
+    numbers |= {"capped": min(state.capped, default=0)}
+    for name, value in numbers.items():
+        if value is not None and not value >= 0:
+            raise StateError(f"`{name}` is out of its range ({value})")
+    for name, watch in state.watches.items():
+        if watch.state not in (SAFE, EDGE, UNSAFE, UNRESOLVED):
+            raise StateError(f"`watches.{name}.state` is {watch.state!r}")
+    for batch in state.batches:
+        pair = isinstance(batch, (list, tuple)) and len(batch) == 2
+        _expect(pair and isinstance(batch[0], (list, tuple)) and type(batch[1]) is int, "batches", batch)
+    if state.snapshot is not None:
+        _check_snapshot(state.snapshot)
+
+
+def _check_snapshot(snapshot: dict[str, Any]) -> None:
+    step, tensors, states = (snapshot.get(name) for name in ("step", "tensors", "states"))
+    _expect(type(step) is int, "snapshot.step", step)
+    _expect(
+        isinstance(tensors, list) and all(isinstance(each, Tensor) for each in tensors), "snapshot.tensors", tensors
+    )
+    held = isinstance(states, list) and all(isinstance(each, list) for each in states)
+    _expect(held and all(isinstance(one, dict) for each in states or () for one in each), "snapshot.states", states)
 
 
 def _to_plain(value: Any) -> Any:
@@ -104,29 +151,53 @@ def _to_plain(value: Any) -> Any:
     return value
 
 
-def _from_plain(kind: Any, value: Any) -> Any:
-    """Make a value of a type from what :func:`_to_plain` made of it."""
+def _expect(right: bool, where: str, value: Any) -> None:
+    if not right:
+        raise StateError(f"`{where}` is of a wrong kind ({type(value).__name__})")
+
+
+def _from_plain(kind: Any, value: Any, where: str) -> Any:
+    """Make a value of a type from what :func:`_to_plain` made of it; ``where`` it stands, for errors."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _from_plain(next(each for each in arguments if each is not type(None)), value)
+        return _from_plain(next(each for each in arguments if each is not type(None)), value, where)
     if isinstance(kind, type) and is_dataclass(kind):
-        hints = _hints(kind)
-        return kind(**{name: _from_plain(hints[name], each) for name, each in value.items() if name in hints})
+        return _dataclass_from_plain(kind, value, where)
     if isinstance(kind, type) and issubclass(kind, Enum):
+        _expect(value in [each.value for each in kind], where, value)
         return kind(value)
-    if isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields"):
-        return kind(*(_from_plain(hint, each) for hint, each in zip(_hints(kind).values(), value, strict=True)))
+    named = isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
+    if named or origin in (list, set, tuple):
+        _expect(isinstance(value, (list, tuple, set)), where, value)
     if origin in (list, set):
-        return origin(_from_plain(arguments[0], each) for each in value)
+        return origin(_from_plain(arguments[0], each, where) for each in value)
     if origin is tuple and arguments[-1] is ...:
-        return tuple(_from_plain(arguments[0], each) for each in value)
-    if origin is tuple:
-        return tuple(_from_plain(hint, each) for hint, each in zip(arguments, value, strict=True))
+        return tuple(_from_plain(arguments[0], each, where) for each in value)
+    if named or origin is tuple:
+        hints = list(_hints(kind).values()) if named else arguments
+        _expect(len(hints) == len(value), where, value)
+        parts = [_from_plain(hint, each, where) for hint, each in zip(hints, value, strict=True)]
+        return kind(*parts) if named else tuple(parts)
     if origin is dict:
-        return {key: _from_plain(arguments[1], each) for key, each in value.items()}
+        _expect(isinstance(value, dict) and all(isinstance(key, str) for key in value), where, value)
+        return {key: _from_plain(arguments[1], each, f"{where}.{key}") for key, each in value.items()}
+    if kind in (str, bool):
+        _expect(isinstance(value, kind), where, value)
+    if kind in (int, float):
+        _expect(isinstance(value, (int, kind)) and not isinstance(value, bool), where, value)
     return value
+
+
+def _dataclass_from_plain(kind: Any, value: Any, where: str) -> Any:
+    _expect(isinstance(value, dict), where, value)
+    hints, inside = _hints(kind), f"{where}." if where else ""
+    given = {name: _from_plain(hints[name], each, inside + name) for name, each in value.items() if name in hints}
+    for each in fields(kind):
+        if each.name not in given and each.default is MISSING and each.default_factory is MISSING:
+            raise StateError(f"`{inside}{each.name}` is missing")
+    return kind(**given)
 
 
 @cache

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.utils.task_map import each_task, is_listed
 
 # The class label that torch.nn.functional.cross_entropy ignores.
 IGNORED = -100
@@ -26,6 +27,8 @@ _LABELS = (
     "Labels lie between 0 and the number of the network's outputs less one: number the classes of an episode 0, 1, 2, "
     "..., or give the network more outputs."
 )
+# For nan that pads: a mean that leaves it out has the right value, and a gradient of nan.
+NO_PADDING = "pass them as lists of tasks instead, each of its own size: [(x_1, y_1), (x_2, y_2), ...]."
 # By what torch says, the first that fits: torch has no error types of its own for these.
 _REMEDIES = (
     (r"target .* out of bounds", _LABELS),
@@ -84,7 +87,7 @@ def _sized(data: Any) -> bool:
 def label_range(batch: Any) -> LabelRange | None:
     """Return the smallest and largest class label of ``((x, y), (x, y))``; None if the targets are no class labels."""
     found = []
-    for part in batch:
+    for part in (task for each in batch for task in (each_task(each) if is_listed(each) else [each])):
         target = part[1] if isinstance(part, (tuple, list)) and len(part) == 2 else None
         if isinstance(target, Tensor) and _integer(target) and target.device.type != "meta":
             kept = target[target != IGNORED]
@@ -93,6 +96,12 @@ def label_range(batch: Any) -> LabelRange | None:
         return None
     values = torch.stack([value.long() for value in found]).tolist()
     return min(values), max(values)
+
+
+def has_nan(problem: MetaProblem) -> bool:
+    """Return True if a problem's data holds nan."""
+    floats = [leaf for leaf in tree_leaves((problem.support, problem.query)) if leaf.is_floating_point()]
+    return any(bool(torch.isnan(leaf).any()) for leaf in floats)
 
 
 def check_labels(labels: LabelRange, classes: int) -> None:
@@ -120,7 +129,8 @@ def check_finite_start(problem: MetaProblem, losses: Tensor) -> None:
         places = "; ".join(f"{name} ({number} of {held[name].numel()} values)" for name, number in bad.items())
         raise BatchError(
             f"Expected the first batch and the parameters to be finite but got nan or inf in {places}, and the loss is "
-            "not finite either. Drop or fill those values, or start from other parameters."
+            "not finite either. Drop or fill those values, or start from other parameters. Where nan fills tasks up to "
+            f"the same size: {NO_PADDING}"
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lightning_maml_guard.maml.inner_loop import detached
+from lightning_maml_guard.maml.inner_loop import InnerRate
 from lightning_maml_guard.maml.meta_gradient import Auxiliary, MetaGradient, averaged, meta_gradient, task_meta_gradient
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.utils.checks import first_line
@@ -51,7 +51,8 @@ class CompiledMetaGradient:
         self, problem: MetaProblem, *, tasks: TaskMap, learn_rates: bool, auxiliary: Auxiliary
     ) -> MetaGradient:
         options: dict[str, Any] = {"learn_rates": learn_rates, "auxiliary": auxiliary}
-        if self.given_up:
+        # Sets of ever new sizes would be compiled ever anew.
+        if self.given_up or problem.listed:
             return meta_gradient(problem, tasks=tasks, **options)
         try:
             return self._compiled(problem, tasks, options)
@@ -69,8 +70,8 @@ class CompiledMetaGradient:
     def _compiled(self, problem: MetaProblem, tasks: TaskMap, options: dict[str, Any]) -> MetaGradient:
         params = {name: value.detach() for name, value in problem.params.items()}
         like = next(iter(params.values()))
-        rates = detached(problem.inner_lr)
-        if not isinstance(rates, dict):
+        rates: InnerRate = problem.rate_by_step()
+        if problem.uniform:
             # A number would be compiled in, and every new cap of the guard would compile again.
             rates = torch.tensor(rates, dtype=like.dtype, device=like.device)
         whole = not tasks.looped and (tasks.chunk_size or problem.tasks) >= problem.tasks
@@ -82,13 +83,14 @@ class CompiledMetaGradient:
 
     def _function(self, problem: MetaProblem, looped: bool, whole: bool, options: dict[str, Any]) -> Callable[..., Any]:
         learn_rates = options["learn_rates"]
-        key = problem.order, problem.inner_steps, looped, whole, learn_rates, problem.uniform
+        update = problem.inner_update
+        key = problem.order, problem.inner_steps, looped, whole, learn_rates, problem.uniform, id(update)
         if key not in self._functions:
             loss, order, inner_steps = problem.task_loss, problem.order, problem.inner_steps
 
             def one(params: Any, rates: Any, support: Any, query: Any) -> Any:
                 return task_meta_gradient(
-                    loss, params, rates, support, query, inner_steps=inner_steps, order=order, **options
+                    loss, params, rates, support, query, inner_steps=inner_steps, order=order, update=update, **options
                 )
 
             several = torch.func.vmap(one, (None, None, 0, 0), randomness="different")

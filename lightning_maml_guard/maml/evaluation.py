@@ -1,4 +1,4 @@
-"""Evaluation over episodes: before and after adaptation, with confidence intervals."""
+"""Evaluation over episodes: the default loss, and means before and after adaptation, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -6,16 +6,58 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_maml_guard.maml.batch_errors import explained
-from lightning_maml_guard.maml.inner_loop import Params, adapted_loss, detached
+from lightning_maml_guard.maml.inner_loop import Params, adapted_loss
 from lightning_maml_guard.maml.problem import MetaProblem
-from lightning_maml_guard.utils.task_map import TaskMap
+from lightning_maml_guard.utils.checks import check_function
+from lightning_maml_guard.utils.task_map import TaskMap, each_task
 
 Predict = Callable[[Params, Tensor], Tensor]
+
+
+def default_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the cross-entropy for integer targets and the mean squared error otherwise.
+
+    Raises if the shapes of prediction and target do not fit: broadcasting would hide it.
+    """
+    if not isinstance(prediction, Tensor):
+        raise TypeError(
+            f"Expected the network to return a tensor but got {type(prediction).__name__}. Return the prediction "
+            "alone, or pass a `loss` of your own."
+        )
+    if not target.is_floating_point():
+        expected = prediction.shape[:1] + prediction.shape[2:] if prediction.dim() > 1 else torch.Size()
+        if target.shape != expected:
+            raise ValueError(
+                f"Expected class labels (integer targets) of shape {tuple(expected)} for a prediction of shape "
+                f"{tuple(prediction.shape)} but got {tuple(target.shape)} for one task. Squeeze labels to that shape; "
+                "for a regression make the targets floats, y.float()."
+            )
+        return F.cross_entropy(prediction, target)
+    if prediction.shape != target.shape:
+        raise ValueError(
+            f"The network's prediction has shape {tuple(prediction.shape)} and the target {tuple(target.shape)} for "
+            "one task; they must agree. Reshape the targets (class labels are integers: y.long()), or pass a `loss` "
+            "of your own."
+        )
+    return F.mse_loss(prediction, target)
+
+
+def check_loss(loss: Any) -> None:
+    """Raise if a ``loss`` that was given cannot be called on a prediction and a target."""
+    if loss is None:
+        return
+    if isinstance(loss, type):
+        raise TypeError(
+            f"Expected argument `loss` to be callable, (prediction, target) -> scalar, but got the class "
+            f"{loss.__name__}. Pass an instance: {loss.__name__}()."
+        )
+    check_function("loss", loss, "(prediction, target) -> scalar", "torch.nn.functional.mse_loss")
 
 
 class EpisodeMean(Metric):
@@ -68,7 +110,7 @@ class EpisodeEvaluation(nn.Module):
         if self.metrics is None:
             return
         for suffix in ("", "_before"):
-            for prediction, target in zip(found[f"prediction{suffix}"], problem.query[1], strict=True):
+            for prediction, (_, target) in zip(found[f"prediction{suffix}"], each_task(problem.query), strict=True):
                 for name, value in self.metrics(prediction, target).items():
                     if value.numel() != 1:
                         raise ValueError(
@@ -98,10 +140,10 @@ def evaluate_tasks(
 ) -> dict[str, Tensor]:
     """Evaluate each task's query set: ``loss`` and ``prediction`` (unless None), after adaptation and ``_before``."""
     params = {name: value.detach() for name, value in problem.params.items()}
-    rates = detached(problem.inner_lr)
+    rates = problem.rate_by_step()
 
     def one(support: Any, query: Any) -> dict[str, Tensor]:
-        loss, adapted = adapted_loss(problem.loss, params, rates, support, query, inner_steps)
+        loss, adapted = adapted_loss(problem.loss, params, rates, support, query, inner_steps, problem.inner_update)
         found = {"loss": loss, "loss_before": problem.loss(params, query)}
         if predict is not None:
             found |= {"prediction": predict(adapted, query[0]), "prediction_before": predict(params, query[0])}

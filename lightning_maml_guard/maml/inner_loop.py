@@ -1,4 +1,4 @@
-"""The inner loop: adapt to one task with ``K`` steps of gradient descent, as a function of the parameters."""
+"""The inner loop: adapt to one task with ``K`` steps of its optimizer, as a function of the parameters."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from lightning_maml_guard.utils.checks import shown
 from lightning_maml_guard.utils.functorch import inside_transform
 
 Params = dict[str, Tensor]
 TaskLoss = Callable[[Params, Any], Tensor]
-InnerRate = float | Tensor | dict[str, Tensor]
+# One rate for all steps, for all parameters or for each that is adapted; or one such rate per step, in a tuple.
+StepRate = float | Tensor | dict[str, Tensor]
+InnerRate = StepRate | tuple[StepRate, ...]
+# (params, grads, state) -> (params, state); the state is None before the first step. None: gradient descent.
+InnerUpdate = Callable[[Params, Params, Any], tuple[Params, Any]] | None
 P = TypeVar("P")
 T = TypeVar("T")
 
@@ -48,46 +53,88 @@ def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def detached(rates: InnerRate) -> InnerRate:
-    """Return the inner rates without a graph."""
-    return {name: rate.detach() for name, rate in rates.items()} if isinstance(rates, dict) else rates
+def rate_of_step(rates: InnerRate, step: int) -> StepRate:
+    """Return the rate of one inner step; steps beyond the last rate use that one."""
+    return rates[min(step, len(rates) - 1)] if isinstance(rates, tuple) else rates
 
 
-def adapt(task_loss: TaskLoss, params: Params, support: Any, inner_lr: InnerRate, inner_steps: int) -> Params:
-    """Adapt the parameters to one task: ``theta_{k+1} = theta_k - alpha * grad L(theta_k)``.
+def adapt(
+    task_loss: TaskLoss,
+    params: Params,
+    support: Any,
+    inner_lr: InnerRate,
+    inner_steps: int,
+    update: InnerUpdate = None,
+) -> Params:
+    """Adapt the parameters to one task: ``theta_{k+1} = theta_k - alpha_k * grad L(theta_k)``.
 
-    Nothing is detached, so the result can be differentiated. Parameters that a dict of rates does not name stay as
-    they are, and are returned too.
+    With an ``update`` of its own, ``alpha_k`` times the movement that makes of the gradient. Nothing is detached, so
+    the result can be differentiated. Parameters that a dict of rates does not name stay as they are, and are returned
+    too.
     """
-    adapted, _ = adapt_with_sum(task_loss, params, support, inner_lr, inner_steps)
+    adapted, _ = adapt_with_sum(task_loss, params, support, inner_lr, inner_steps, update)
     return adapted
 
 
 def adapted_loss(
-    task_loss: TaskLoss, params: Params, rates: InnerRate, support: Any, query: Any, inner_steps: int
+    task_loss: TaskLoss,
+    params: Params,
+    rates: InnerRate,
+    support: Any,
+    query: Any,
+    inner_steps: int,
+    update: InnerUpdate = None,
 ) -> tuple[Tensor, Params]:
     """Return the query loss after adaptation, ``L_Q(theta_K)``, and the adapted parameters ``theta_K``."""
-    adapted = adapt(task_loss, params, support, rates, inner_steps)
+    adapted = adapt(task_loss, params, support, rates, inner_steps, update)
     return task_loss(adapted, query), adapted
 
 
 def adapt_with_sum(
-    task_loss: TaskLoss, params: Params, support: Any, inner_lr: InnerRate, inner_steps: int
-) -> tuple[Params, Params]:
-    """Adapt, and also return the sum of the inner gradients: the derivative towards the rates needs it."""
-    moving = {name: params[name] for name in params if not isinstance(inner_lr, dict) or name in inner_lr}
+    task_loss: TaskLoss,
+    params: Params,
+    support: Any,
+    inner_lr: InnerRate,
+    inner_steps: int,
+    update: InnerUpdate = None,
+) -> tuple[Params, tuple[Params, ...]]:
+    """Adapt, and also return the sum of the descended directions of each rate: the derivative towards it needs that."""
+    named = rate_of_step(inner_lr, 0)
+    moving = {name: params[name] for name in params if not isinstance(named, dict) or name in named}
     still = {name: value for name, value in params.items() if name not in moving}
-    total: Params | None = None
-    for _ in range(inner_steps):
-        gradients, _ = gradient(lambda fast: (task_loss({**still, **fast}, support), ()), moving)
-        total = gradients if total is None else {name: total[name] + each for name, each in gradients.items()}
+    totals: list[Params | None] = [None] * (len(inner_lr) if isinstance(inner_lr, tuple) else 1)
+    state = None
+    for step in range(inner_steps):
+        directions, _ = gradient(lambda fast: (task_loss({**still, **fast}, support), ()), moving)
+        if update is not None:
+            moved, state = _moved(update, moving, directions, state)
+            directions = {name: value - moved[name] for name, value in moving.items()}
+        at = min(step, len(totals) - 1)
+        total = totals[at]
+        totals[at] = directions if total is None else {name: total[name] + each for name, each in directions.items()}
+        rate = rate_of_step(inner_lr, step)
         moving = {
-            name: _descended(value, gradients[name], inner_lr[name] if isinstance(inner_lr, dict) else inner_lr)
+            name: _descended(value, directions[name], rate[name] if isinstance(rate, dict) else rate)
             for name, value in moving.items()
         }
-    if total is None:
-        total = {name: torch.zeros_like(value) for name, value in moving.items()}
-    return {name: moving.get(name, value) for name, value in params.items()}, total
+    none = {name: torch.zeros_like(value) for name, value in moving.items()} if None in totals else {}
+    found = tuple(none if each is None else each for each in totals)
+    return {name: moving.get(name, value) for name, value in params.items()}, found
+
+
+def _moved(update: Any, params: Params, grads: Params, state: Any) -> tuple[Params, Any]:
+    found = update(params, grads, state)
+    if (
+        isinstance(found, tuple)
+        and len(found) == 2
+        and isinstance(found[0], dict)
+        and {name: value.shape for name, value in found[0].items()} == {n: v.shape for n, v in params.items()}
+    ):
+        return found
+    raise TypeError(
+        "Expected `inner_update` to return (params, state), the params a dict of those it was given, but got "
+        f"{shown(found)}. Return {{name: value - step[name] for name, value in params.items()}}, state."
+    )
 
 
 def _descended(value: Tensor, slope: Tensor, rate: Tensor | float) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_maml_guard.linalg.operators import Field, FieldValue, gradient_of
-from lightning_maml_guard.maml.inner_loop import InnerRate, Params, adapted_loss, detached
+from lightning_maml_guard.maml.inner_loop import InnerRate, Params, adapted_loss
+from lightning_maml_guard.maml.inner_updates import beside
 from lightning_maml_guard.maml.meta_gradient import SideBySide, task_meta_gradient, task_meta_gradients
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.utils.task_map import TaskMap, task_count
@@ -28,7 +29,7 @@ def meta_field(problem: MetaProblem, tasks: TaskMap) -> Field:
 
     ``problem.params`` is not read: the field takes its own.
     """
-    rates = detached(problem.inner_lr)
+    rates = problem.rate_by_step()
     if is_symmetric(problem):
         return gradient_of(lambda params: _query_losses(problem, params, rates, tasks).mean())
 
@@ -43,12 +44,12 @@ def meta_field(problem: MetaProblem, tasks: TaskMap) -> Field:
 
 def _query_losses(problem: MetaProblem, params: Params, rates: InnerRate, tasks: TaskMap) -> Tensor:
     def one(support: Any, query: Any) -> Tensor:
-        return adapted_loss(problem.loss, params, rates, support, query, problem.inner_steps)[0]
+        return adapted_loss(problem.loss, params, rates, support, query, problem.inner_steps, problem.inner_update)[0]
 
     def together(support: Any, query: Any) -> Tensor:
-        beside = SideBySide(params, rates, task_count(support, "support"))
-        loss = beside.over(problem.loss)
-        return adapted_loss(loss, beside.params, beside.rates, support, query, problem.inner_steps)[0]
+        side = SideBySide(params, rates, task_count(support, "support"))
+        loss, update = side.over(problem.loss), beside(problem.inner_update)
+        return adapted_loss(loss, side.params, side.rates, support, query, problem.inner_steps, update)[0]
 
     return tasks.apply(one, together, problem.support, problem.query)
 
@@ -58,13 +59,20 @@ def curvature_by_task(problem: MetaProblem, params: Params, direction: Params, t
 
     One backward pass serves all tasks: the derivative of ``u . G_task(theta + t*u)`` towards each task's ``t``.
     """
-    rates = detached(problem.inner_lr)
+    rates = problem.rate_by_step()
     offsets = next(iter(params.values())).new_zeros(problem.tasks).requires_grad_()
 
     def along(offset: Tensor, support: Any, query: Any) -> Tensor:
         moved = {name: value.detach() + offset * direction[name] for name, value in params.items()}
         (gradient, _), _ = task_meta_gradient(
-            problem.loss, moved, rates, support, query, inner_steps=problem.inner_steps, order=problem.order
+            problem.loss,
+            moved,
+            rates,
+            support,
+            query,
+            inner_steps=problem.inner_steps,
+            order=problem.order,
+            update=problem.inner_update,
         )
         return torch.stack([(gradient[name] * direction[name]).sum() for name in gradient]).sum()
 

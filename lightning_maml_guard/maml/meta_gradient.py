@@ -12,17 +12,20 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from lightning_maml_guard.maml import sequential_queries
 from lightning_maml_guard.maml.inner_loop import (
     InnerRate,
+    InnerUpdate,
     Params,
+    StepRate,
     TaskLoss,
     adapt_with_sum,
     adapted_loss,
-    detached,
     gradient,
 )
+from lightning_maml_guard.maml.inner_updates import beside
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.utils.task_map import TaskMap, task_count
 
@@ -34,13 +37,14 @@ class MetaGradient(NamedTuple):
 
     Attributes:
         gradients: Mean over the tasks of ``G(theta)``, by parameter.
-        rate_gradients: The same for learned inner rates, by parameter (None without).
+        rate_gradients: The same for learned inner rates, by parameter (None without); one such dict per step, in a
+            tuple, where each step has its own.
         losses: Query loss of each task after adaptation, shape ``(tasks,)``.
         auxiliary: What the ``auxiliary`` function returned, with a leading task dimension.
     """
 
     gradients: Params
-    rate_gradients: Params | None
+    rate_gradients: Params | tuple[Params, ...] | None
     losses: Tensor
     auxiliary: Any
 
@@ -61,7 +65,8 @@ def task_meta_gradient(
     order: str,
     learn_rates: bool = False,
     auxiliary: Auxiliary = nothing,
-) -> tuple[tuple[Params, Params], tuple[Tensor, Any]]:
+    update: InnerUpdate = None,
+) -> tuple[tuple[Params, Any], tuple[Tensor, Any]]:
     """Compute one task's meta-gradient ``G(theta)``.
 
     ==========  ==============================================================================
@@ -71,23 +76,25 @@ def task_meta_gradient(
     ==========  ==============================================================================
 
     Written without ``detach``: the derivative of each towards ``theta`` is the Jacobian that decides stability. For
-    ``first`` and ``simplified`` the inner rates' gradient is the first-order ``-sum_k g_k * G``.
+    ``first`` and ``simplified`` the inner rates' gradient is the first-order ``-sum_k g_k * G``. Rates of each step
+    have the sum of them in place of ``K*alpha``.
 
-    ``learn_rates`` also differentiates towards ``inner_lr``, which must be a dict then. Returns ``((gradient, rate
-    gradient), (query loss after adaptation, auxiliary))``; the rate gradient is an empty dict unless asked for.
+    ``learn_rates`` also differentiates towards ``inner_lr``, which must be a dict (or one per step) then. Returns
+    ``((gradient, rate gradient), (query loss after adaptation, auxiliary))``; the rate gradient is an empty dict unless
+    asked for.
     """
     if order == "exact":
 
         def objective(theta: Params, rates: InnerRate) -> tuple[Tensor, tuple[Tensor, Any]]:
-            loss, adapted = adapted_loss(task_loss, theta, rates, support, query, inner_steps)
+            loss, adapted = adapted_loss(task_loss, theta, rates, support, query, inner_steps, update)
             return loss, (loss, auxiliary(adapted, query))
 
         if learn_rates:
-            return gradient(lambda point: objective(*point), (params, cast(Params, inner_lr)))
+            return gradient(lambda point: objective(*point), (params, cast(Any, inner_lr)))
         found, report = gradient(lambda theta: objective(theta, inner_lr), params)
         return (found, {}), report
 
-    adapted, total = adapt_with_sum(task_loss, params, support, inner_lr, inner_steps)
+    adapted, totals = adapt_with_sum(task_loss, params, support, inner_lr, inner_steps, update)
     if order == "first":
 
         def at_adapted(point: Params) -> tuple[Tensor, tuple[Tensor, Any]]:
@@ -95,13 +102,13 @@ def task_meta_gradient(
             return loss, (loss, auxiliary(point, query))
 
         found, report = gradient(at_adapted, adapted)
-        query_gradient, steps = found, total
+        query_gradient, steps = found, totals
     else:
-        steps, _ = gradient(lambda theta: (task_loss(theta, support), ()), params)
-        moves = {
-            name: inner_steps * (inner_lr[name] if isinstance(inner_lr, dict) else inner_lr) * steps[name]
-            for name in total
-        }
+        at_start, _ = gradient(lambda theta: (task_loss(theta, support), ()), params)
+        # One rate counts for all steps, or each of several for its own.
+        counts = _steps_of_rates(len(totals), inner_steps)
+        rates = inner_lr if isinstance(inner_lr, tuple) else (inner_lr,)
+        moves = {name: _summed(counts, rates, name) * at_start[name] for name in totals[0]}
 
         def along_move(theta: Params) -> tuple[Tensor, Params]:
             query_gradient, _ = gradient(lambda point: (task_loss(point, query), ()), theta)
@@ -110,9 +117,23 @@ def task_meta_gradient(
         product, query_gradient = gradient(along_move, params)
         found = {name: query_gradient[name] - product[name] for name in params}
         report = (task_loss(adapted, query), auxiliary(adapted, query))
-        steps = {name: inner_steps * steps[name] for name in total}
-    rate_gradient = {name: -steps[name] * query_gradient[name] for name in total} if learn_rates else {}
-    return (found, rate_gradient), report
+        steps = tuple({name: count * at_start[name] for name in totals[0]} for count in counts)
+    if not learn_rates:
+        return (found, {}), report
+    rate_gradients = tuple({name: -each[name] * query_gradient[name] for name in each} for each in steps)
+    return (found, rate_gradients if isinstance(inner_lr, tuple) else rate_gradients[0]), report
+
+
+def _steps_of_rates(rates: int, inner_steps: int) -> list[int]:
+    """How many of the steps each rate moves: the last one all that remain."""
+    counts = [1 if index < inner_steps else 0 for index in range(rates - 1)]
+    return [*counts, inner_steps - sum(counts)]
+
+
+def _summed(counts: list[int], rates: tuple[StepRate, ...], name: str) -> Any:
+    """The rates of one parameter, summed over the steps."""
+    each = [count * (rate[name] if isinstance(rate, dict) else rate) for count, rate in zip(counts, rates, strict=True)]
+    return sum(each[1:], each[0])
 
 
 def meta_gradient(
@@ -126,7 +147,7 @@ def meta_gradient(
     tasks = tasks or TaskMap(problem.task_chunk_size, problem.looped)
     params = {name: value.detach() for name, value in problem.params.items()}
     found = task_meta_gradients(
-        problem, params, detached(problem.inner_lr), tasks, learn_rates=learn_rates, auxiliary=auxiliary
+        problem, params, problem.rate_by_step(), tasks, learn_rates=learn_rates, auxiliary=auxiliary
     )
     return averaged(found, learn_rates)
 
@@ -142,29 +163,35 @@ def task_meta_gradients(
 ) -> Any:
     """Return what ``task_meta_gradient`` does, of every task; ``problem``'s own parameters and rates are not read."""
     options: dict[str, Any] = {"inner_steps": problem.inner_steps, "order": problem.order, "learn_rates": learn_rates}
+    update = problem.inner_update
 
     def one(support: Any, query: Any) -> Any:
-        return task_meta_gradient(problem.loss, params, rates, support, query, auxiliary=auxiliary, **options)
+        return task_meta_gradient(
+            problem.loss, params, rates, support, query, auxiliary=auxiliary, update=update, **options
+        )
 
     def together(support: Any, query: Any) -> Any:
         count = task_count(support, "support")
-        beside = SideBySide(params, rates, count)
-        loss = beside.over(problem.loss)
+        side = SideBySide(params, rates, count)
+        loss = side.over(problem.loss)
         # A call of vmap takes 3 % of a small network's step.
-        extra = (lambda *_: torch.zeros(count)) if auxiliary is nothing else beside.over(auxiliary)
+        extra = (lambda *_: torch.zeros(count)) if auxiliary is nothing else side.over(auxiliary)
         if problem.order == "exact" and sequential_queries.is_worthwhile(params, query):
             return sequential_queries.exact_gradients(
                 problem.loss,
                 loss,
-                beside.params,
-                beside.rates,
+                side.params,
+                side.rates,
                 support,
                 query,
                 auxiliary=auxiliary,
+                update=beside(update),
                 inner_steps=problem.inner_steps,
                 learn_rates=learn_rates,
             )
-        return task_meta_gradient(loss, beside.params, beside.rates, support, query, auxiliary=extra, **options)
+        return task_meta_gradient(
+            loss, side.params, side.rates, support, query, auxiliary=extra, update=beside(update), **options
+        )
 
     return tasks.apply(one, together, problem.support, problem.query)
 
@@ -174,7 +201,7 @@ def averaged(found: Any, learn_rates: bool) -> MetaGradient:
     (gradients, rate_gradients), (losses, extra) = found
     return MetaGradient(
         {name: value.mean(0) for name, value in gradients.items()},
-        {name: value.mean(0) for name, value in rate_gradients.items()} if learn_rates else None,
+        tree_map(lambda value: value.mean(0), rate_gradients) if learn_rates else None,
         losses,
         extra,
     )
@@ -190,10 +217,21 @@ class SideBySide:
 
     def __init__(self, params: Params, rates: InnerRate, count: int) -> None:
         self.params = {name: value.expand(count, *value.shape) for name, value in params.items()}
-        self.rates = rates
-        if isinstance(rates, dict):
-            # A rate gets its parameter's dimensions, so that the task dimension comes first.
-            self.rates = {name: rate.expand(self.params[name].shape) for name, rate in rates.items()}
+        self.rates: InnerRate = (
+            tuple(self._expanded(each, count) for each in rates)
+            if isinstance(rates, tuple)
+            else self._expanded(rates, count)
+        )
+
+    def _expanded(self, rates: StepRate, count: int) -> StepRate:
+        if not isinstance(rates, dict):
+            return rates
+        # A rate gets its parameter's dimensions, so that the task dimension comes first.
+        wide = {name: rate if rate.dim() == self.params[name].dim() - 1 else None for name, rate in rates.items()}
+        return {
+            name: rates[name].expand(self.params[name].shape) if rate is None else rate.expand(count, *rate.shape)
+            for name, rate in wide.items()
+        }
 
     @staticmethod
     def over(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,31 +13,25 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_maml_guard.maml.batch_errors import FirstBatch, check_batch, check_task_data, explained
 from lightning_maml_guard.maml.compiled import CompiledMetaGradient
-from lightning_maml_guard.maml.evaluation import EpisodeEvaluation
-from lightning_maml_guard.maml.inner_loop import Params
-from lightning_maml_guard.maml.inner_rates import InnerRates
+from lightning_maml_guard.maml.evaluation import EpisodeEvaluation, check_loss, default_loss
+from lightning_maml_guard.maml.inner_loop import InnerUpdate, Params
+from lightning_maml_guard.maml.inner_rates import InnerRates, checked_rate
 from lightning_maml_guard.maml.kept_memory import KeptMemory
-from lightning_maml_guard.maml.losses import check_loss, default_loss
 from lightning_maml_guard.maml.meta_gradient import AttachGradient, Auxiliary, meta_gradient, nothing
 from lightning_maml_guard.maml.outer_optimizer import check_factories, make_optimizer
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.maml.stateless_call import NOTHING_TO_TRAIN, StatelessCall, check_network, trainable
 from lightning_maml_guard.maml.vectorization import Vectorization, check_strategy
-from lightning_maml_guard.theory.multiplier import check_order, check_rate
+from lightning_maml_guard.theory.multiplier import check_order
 from lightning_maml_guard.utils.checks import check_count, check_flag
-from lightning_maml_guard.utils.lightning_compat import LightningModule, check_module, hyperparameters_given
-from lightning_maml_guard.utils.task_map import TaskMap
+from lightning_maml_guard.utils.lightning_compat import LightningModule, MixinBase, check_module, hyperparameters_given
+from lightning_maml_guard.utils.task_map import TaskMap, each_task
 
 # A checkpoint that holds modules or functions would not load with weights_only.
-_NO_HYPERPARAMETERS = ("network", "loss", "optimizer", "lr_scheduler", "metrics")
-
-if TYPE_CHECKING:
-    _Base = LightningModule
-else:
-    _Base = object
+_NO_HYPERPARAMETERS = ("network", "loss", "optimizer", "lr_scheduler", "metrics", "inner_update")
 
 
-class MetaLearning(_Base):
+class MetaLearning(MixinBase):
     """The algorithm of :class:`~lightning_maml_guard.MetaLearningModule`, which lists the arguments, as a mixin.
 
     Put it before a LightningModule of the package whose Trainer you use; the two packages' modules do not mix.
@@ -64,14 +58,15 @@ class MetaLearning(_Base):
         network: nn.Module,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         *,
-        inner_lr: float = 0.01,
+        inner_lr: float | list[float] = 0.01,
         inner_steps: int = 1,
         eval_inner_steps: int | None = None,
         order: str = "exact",
         optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer], Any] | None = None,
         adapt: str | Sequence[str] | None = None,
-        learn_inner_lr: bool = False,
+        learn_inner_lr: bool | str = False,
+        inner_update: InnerUpdate = None,
         task_chunk_size: int | None = None,
         metrics: Metric | MetricCollection | None = None,
         vectorize: int | str = "auto",  # LightningCLI tries the types in this order
@@ -81,16 +76,14 @@ class MetaLearning(_Base):
         super().__init__()
         check_module(self, self._package_was_chosen)
         check_network(network)
-        check_rate(inner_lr, "inner_lr")
-        inner_lr = float(inner_lr)  # a NumPy number in a checkpoint would not load with weights_only
         check_order(order, inner_steps)
+        inner_lr = checked_rate(inner_lr, inner_steps, learn_inner_lr)
         if eval_inner_steps is not None:
             check_count("eval_inner_steps", eval_inner_steps, 0)
         strategy = check_strategy(vectorize, task_chunk_size)
-        for name, value in (("learn_inner_lr", learn_inner_lr), ("compile", compile), ("keep_memory", keep_memory)):
+        for name, value in (("compile", compile), ("keep_memory", keep_memory)):
             check_flag(name, value)
-        if loss is not None:
-            check_loss(loss)
+        check_loss(loss)
         check_factories(optimizer, lr_scheduler)
         if hyperparameters_given():
             self.save_hyperparameters()  # LightningCLI's configuration: plain values, the network's included
@@ -99,9 +92,9 @@ class MetaLearning(_Base):
         self.network, self.loss, self.order = network, loss or default_loss, order
         self.inner_steps = inner_steps
         self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
-        self.inner_lr = inner_lr
+        self.inner_lr, self.inner_update = inner_lr, inner_update
         self.inner_lr_cap: float | None = None  # set by a guard that rescales
-        self.inner_rates = InnerRates(trainable(network), inner_lr, adapt, learn_inner_lr)
+        self.inner_rates = InnerRates(trainable(network), inner_lr, adapt, learn_inner_lr, inner_steps)
         self.learned_rates = self.inner_rates.learned  # registered here, for the optimizer and checkpoints
         self.vectorization = Vectorization(strategy, network)
         self.compiled = CompiledMetaGradient() if compile else None
@@ -144,15 +137,15 @@ class MetaLearning(_Base):
         """Return the network's trainable parameters by name (the live tensors, not copies)."""
         return trainable(self.network)
 
-    def rates(self) -> float | Params:
-        """Return the inner rates as applied under the guard's cap: ``alpha``, or one tensor per adapted parameter."""
+    def rates(self) -> float | Tensor | Params:
+        """Return the inner rates as applied under the guard's cap, as :class:`MetaProblem` takes them."""
         return self.inner_rates.applied(self.theta(), self.inner_lr, self.inner_lr_cap)
 
     def meta_problem(self, batch: Any) -> MetaProblem:
         """State the problem of the next step, which training and the guard share.
 
         Args:
-            batch: ``(support, query)``, each a pytree of tensors with a leading task dimension.
+            batch: ``(support, query)``, each a pytree of tensors with a leading task dimension, or a list of tasks.
 
         Returns:
             The problem.
@@ -161,8 +154,7 @@ class MetaLearning(_Base):
             ValueError: If the batch is not a pair.
         """
         check_batch(batch)
-        self._first_batch.read(batch)
-        return MetaProblem(
+        problem = MetaProblem(
             params=self.theta(),
             task_loss=self.task_loss,
             support=batch[0],
@@ -172,7 +164,10 @@ class MetaLearning(_Base):
             order=self.order,
             task_chunk_size=self.task_map.chunk_size,
             looped=self.task_map.looped,
+            inner_update=self.inner_update,
         )
+        self._first_batch.read((problem.support, problem.query))
+        return problem
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean query loss after adaptation; its backward is the configured meta-gradient."""
@@ -189,7 +184,7 @@ class MetaLearning(_Base):
         loss = result.losses.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=problem.tasks)
         if self.train_metrics is not None:
-            self.train_metrics(result.auxiliary.flatten(0, 1), problem.query[1].flatten(0, 1))
+            self.train_metrics(torch.cat(list(result.auxiliary)), torch.cat([y for _, y in each_task(problem.query)]))
             self.log_dict(self.train_metrics, batch_size=problem.tasks)
         parameters, gradients = zip(*trained, strict=True)
         return AttachGradient.apply(loss, gradients, *parameters)
@@ -255,7 +250,8 @@ class MetaLearningModule(MetaLearning, LightningModule):
     """Model-agnostic meta-learning (Finn et al. 2017) on the tasks of a batch.
 
     A batch is an ``EpisodeBatch(support=(x, y), query=(x, y))`` or a plain nested tuple of tensors with a leading task
-    dimension. Each training step adapts to every task with ``inner_steps`` steps of gradient descent on its support
+    dimension; where tasks differ in size, each set is a list of tasks, ``[(x_1, y_1), (x_2, y_2), ...]``, over which a
+    loop goes. Each training step adapts to every task with ``inner_steps`` steps of gradient descent on its support
     set and hands Lightning the mean meta-gradient of the query losses. Batch norm uses the statistics of its batch, in
     training and evaluation. Training logs ``train/loss``; validation and test log ``{stage}/loss`` and every metric,
     each after adaptation, before it (``_before``), and with the 95 % half-width over the episodes (``_ci95``).
@@ -263,7 +259,7 @@ class MetaLearningModule(MetaLearning, LightningModule):
     Args:
         network: The network: ``x -> prediction``. Its trainable parameters are ``theta``.
         loss: ``(prediction, target) -> scalar`` of one task. Default: cross-entropy for integer targets, else MSE.
-        inner_lr: The inner learning rate ``alpha``.
+        inner_lr: The inner learning rate ``alpha``, or a list of one for each inner step.
         inner_steps: Number ``K`` of inner steps in training, at least 1.
         eval_inner_steps: Inner steps in validation and test (default: ``inner_steps``).
         order: Meta-gradient: ``"exact"`` (through the inner loop), ``"first"`` (FOMAML) or ``"simplified"``
@@ -271,7 +267,10 @@ class MetaLearningModule(MetaLearning, LightningModule):
         optimizer: ``parameters -> optimizer``. Default: Adam with lr 1e-3.
         lr_scheduler: ``optimizer -> scheduler``, stepped every epoch.
         adapt: Names, shell patterns or prefixes of the parameters the inner loop moves (None: all; head only: ANIL).
-        learn_inner_lr: Learn one inner rate per parameter entry, started at ``inner_lr`` (Meta-SGD).
+        learn_inner_lr: Learn inner rates, started at ``inner_lr``: True for one per parameter entry (Meta-SGD),
+            ``"per_step"`` for one per parameter and inner step (MAML++; further steps of an evaluation use the last).
+        inner_update: The inner loop's optimizer in place of gradient descent: ``(params, grads, state) -> (params,
+            state)``, such as ``maml.inner_updates.Adam()``; ``inner_lr`` multiplies its movement.
         task_chunk_size: Tasks vmapped at once; the same as a number for ``vectorize``. Lower it when memory runs out.
         metrics: A torchmetrics metric or collection, updated with the query set's predictions.
         vectorize: How to run over the tasks of a batch: ``"all"`` vmapped at once, a number of them at a time,

@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import ParameterDict
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from lightning_maml_guard.theory.multiplier import check_order, check_rate
+from lightning_maml_guard.maml.inner_loop import InnerRate, InnerUpdate, StepRate
+from lightning_maml_guard.maml.inner_rates import by_step, is_per_step
+from lightning_maml_guard.maml.inner_updates import SGD
+from lightning_maml_guard.theory.multiplier import check_order
 from lightning_maml_guard.utils.checks import check_function, check_holds_rate, shown
-from lightning_maml_guard.utils.task_map import TaskMap, task_count
+from lightning_maml_guard.utils.task_map import TaskMap, as_tasks, first_tasks, is_listed, task_count
 
 
 @dataclass(frozen=True)
@@ -25,17 +29,23 @@ class MetaProblem:
             optimizer's state can be matched to them.
         task_loss: ``(params, one task's data) -> scalar``, computed from the ``params`` it is given. It is vmapped over
             tasks.
-        support: Pytree of tensors with a leading task dimension: the data of the inner loop.
+        support: The data of the inner loop: a pytree of tensors with a leading task dimension, or a list of tasks, each
+            a tuple, list or dict of tensors of its own sizes (a loop goes over these).
         query: The same for the meta loss, with the same number of tasks.
         inner_lr: The inner learning rate ``alpha``: one number, or one tensor per parameter, a scalar or of the
-            parameter's shape. Parameters that a dict does not name are not adapted.
+            parameter's shape. Parameters that a dict does not name are not adapted. Rates that differ between the inner
+            steps (MAML++): a tensor of shape ``(K,)``, or one of shape ``(K,)`` or ``(K, *shape)`` per parameter.
         inner_steps: Number ``K`` of inner steps.
         order: The meta-gradient: ``"exact"``, ``"first"`` or ``"simplified"``.
         task_chunk_size: Tasks vmapped at once (None: all).
         looped: Run over the tasks one after another instead.
+        inner_update: The inner loop's optimizer (None: gradient descent): a differentiable function ``(params, grads,
+            state) -> (params, state)``, with state None before a task's first step. ``inner_lr`` multiplies its
+            movement; 1.0 for one that holds its own rate. ``maml.inner_updates`` has Momentum, Adam and RMSprop.
 
     Attributes:
         tasks: Number of tasks in the batch.
+        per_step: Whether the inner rates differ between the steps.
 
     Raises:
         TypeError: If the params or rates are not a dict of tensors or the loss is not callable.
@@ -58,12 +68,14 @@ class MetaProblem:
     task_loss: Callable[[dict[str, Tensor], Any], Tensor]
     support: Any
     query: Any
-    inner_lr: float | dict[str, Tensor] = 0.0
+    inner_lr: float | Tensor | dict[str, Tensor] = 0.0
     inner_steps: int = 1
     order: str = "exact"
     task_chunk_size: int | None = None
     looped: bool = False
+    inner_update: InnerUpdate = None
     tasks: int = field(init=False, repr=False, compare=False)
+    per_step: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_params(self.params)
@@ -74,27 +86,56 @@ class MetaProblem:
             "lambda params, data: loss(functional_call(network, params, (data[0],)), data[1])",
         )
         check_order(self.order, self.inner_steps)
-        if isinstance(self.inner_lr, dict):
-            _check_rates(self.inner_lr, self.params)
-        else:
-            check_rate(self.inner_lr, "inner_lr")
+        if isinstance(self.inner_lr, ParameterDict):  # in which learned rates are often held
+            object.__setattr__(self, "inner_lr", dict(self.inner_lr.items()))
+        object.__setattr__(self, "per_step", is_per_step(self.inner_lr, self.params, self.inner_steps))
+        if not isinstance(self.inner_lr, (dict, Tensor)):
             check_holds_rate("inner_lr", self.inner_lr, self.params.values())
+        self._check_update()
         TaskMap(self.task_chunk_size)
-        sets = {"support": tree_leaves(self.support), "query": tree_leaves(self.query)}
-        counts = [task_count(leaves, name) for name, leaves in sets.items()]
+        support, query = as_tasks(self.support, self.query)
+        object.__setattr__(self, "support", support)
+        object.__setattr__(self, "query", query)
+        sets = {"support": tree_leaves(support), "query": tree_leaves(query)}
+        counts = [task_count(data, name) for name, data in (("support", support), ("query", query))]
         if counts[0] != counts[1]:
             raise ValueError(
                 f"Expected `support` and `query` to hold the same tasks but got {counts[0]} tasks in `support` "
-                f"and {counts[1]} in `query`. Give every task both sets, in the same order."
+                f"and {counts[1]} in `query`. Give every task both sets, in the same order. (A tensor's dimensions are "
+                f"read as (tasks, shots, ...): here {_shapes(sets)}. If its first one counts the shots of a single "
+                "task, unsqueeze(0) it; tasks with different numbers of shots go into a list, [(x_1, y_1), ...].)"
             )
         for name, leaves in sets.items():
-            if not all(leaf.numel() for leaf in leaves) and any(0 in leaf.shape[:2] for leaf in leaves):
+            leading = 1 if is_listed(getattr(self, name)) else 2
+            if not all(leaf.numel() for leaf in leaves) and any(0 in leaf.shape[:leading] for leaf in leaves):
                 shapes = [tuple(leaf.shape) for leaf in leaves]
                 raise ValueError(
                     f"Expected `{name}` to hold at least one example per task but got shapes {shapes}: the loss of an "
                     "empty set is nan. Draw at least one shot."
                 )
         object.__setattr__(self, "tasks", counts[0])
+
+    def _check_update(self) -> None:
+        if isinstance(self.inner_update, SGD):
+            object.__setattr__(self, "inner_update", None)
+        if self.inner_update is None:
+            return
+        check_function(
+            "inner_update",
+            self.inner_update,
+            "(params, grads, state) -> (params, state)",
+            "lightning_maml_guard.maml.inner_updates.Adam()",
+        )
+        if self.order == "simplified":
+            raise ValueError(
+                "order='simplified' is about an inner loop of gradient descent, but `inner_update` was given. Choose "
+                "order='exact' or 'first', or leave `inner_update` out."
+            )
+        if self.uniform and self.inner_lr == 0:
+            raise ValueError(
+                "Expected argument `inner_lr` to be above 0 but got 0: it multiplies the movement of `inner_update`. "
+                "Pass the inner rate, or 1.0 for an update that holds its own."
+            )
 
     def loss(self, params: dict[str, Tensor], data: Any) -> Tensor:
         """Compute the loss of one task, and check that it is a loss.
@@ -128,7 +169,7 @@ class MetaProblem:
         """Return the problem with the batch's first tasks only, or this one if it has no more than ``tasks``."""
         if tasks >= self.tasks:
             return self
-        support, query = (tree_map(lambda leaf: leaf[:tasks], data) for data in (self.support, self.query))
+        support, query = (first_tasks(data, tasks) for data in (self.support, self.query))
         return replace(self, support=support, query=query)
 
     def at_factor(self, factor: float) -> MetaProblem:
@@ -139,20 +180,37 @@ class MetaProblem:
 
     @property
     def alpha(self) -> float:
-        """The inner rate ``alpha``: the number, or the largest of the rates per parameter."""
+        """The inner rate ``alpha``: the number, or the largest of the rates."""
         if not isinstance(self.inner_lr, dict):
-            return float(self.inner_lr)
+            return float(self.inner_lr if self.uniform else self.inner_lr.detach().max())  # type: ignore[union-attr]
         if not self.inner_lr:
             return 0.0
         return max(float(rate.detach().max()) for rate in self.inner_lr.values())
 
     @property
     def uniform(self) -> bool:
-        """True if one rate moves every parameter, as Takagi et al. assume."""
-        return not isinstance(self.inner_lr, dict)
+        """True if one rate moves every parameter in every step, as Takagi et al. assume."""
+        return not isinstance(self.inner_lr, (dict, Tensor))
+
+    @property
+    def listed(self) -> bool:
+        """True if the tasks are listed one by one, each of its own size."""
+        return is_listed(self.support) or is_listed(self.query)
+
+    def rate_by_step(self) -> InnerRate:
+        """Return the rates as the inner loop takes them, without a graph.
+
+        Returns:
+            One rate for all steps (the number, or a tensor per parameter), or a tuple of one per step.
+        """
+        if self.per_step:
+            return by_step(self.inner_lr, self.params, self.inner_steps)
+        if isinstance(self.inner_lr, dict):
+            return {name: rate.detach() for name, rate in self.inner_lr.items()}
+        return float(self.inner_lr)
 
     def rates(self) -> dict[str, Tensor]:
-        """Expand the inner rates to one per parameter entry.
+        """Expand the inner rates to one per parameter entry, with a leading step dimension if they differ between them.
 
         Returns:
             Tensors of the parameters' shapes; 0 where nothing is adapted.
@@ -160,9 +218,16 @@ class MetaProblem:
         Raises:
             ValueError: If a rate is not finite.
         """
+        rates = self.rate_by_step()
+        if isinstance(rates, tuple):
+            each = [self._expanded(rate) for rate in rates]
+            return {name: torch.stack([step[name] for step in each]) for name in self.params}
+        return self._expanded(rates)
+
+    def _expanded(self, rates: StepRate) -> dict[str, Tensor]:
         expanded = {}
         for name, value in self.params.items():
-            rate = self.inner_lr.get(name, 0.0) if isinstance(self.inner_lr, dict) else self.inner_lr
+            rate = rates.get(name, 0.0) if isinstance(rates, dict) else rates
             rate = torch.as_tensor(rate, dtype=value.dtype, device=value.device).detach()
             if not bool(torch.isfinite(rate).all()):
                 raise ValueError(
@@ -171,6 +236,10 @@ class MetaProblem:
                 )
             expanded[name] = rate.expand(value.shape)
         return expanded
+
+
+def _shapes(sets: dict[str, list[Tensor]]) -> str:
+    return "; ".join(f"`{name}` {[tuple(leaf.shape) for leaf in leaves]}" for name, leaves in sets.items())
 
 
 def _check_params(params: dict[str, Tensor]) -> None:
@@ -207,30 +276,3 @@ def _check_params(params: dict[str, Tensor]) -> None:
             "Expected argument `params` to lie on one device that holds values but got "
             f"{sorted(str(device) for device in devices)}. Move the network there, as in network.to('cpu')."
         )
-
-
-def _check_rates(rates: dict[str, Tensor], params: dict[str, Tensor]) -> None:
-    unknown = sorted(set(rates) - set(params), key=str)
-    if unknown:
-        raise ValueError(
-            f"Argument `inner_lr` names {unknown}, which are not among the parameters {sorted(params)}. Name the "
-            "parameters as `params` does."
-        )
-    for name, rate in rates.items():
-        if not isinstance(rate, Tensor):
-            raise TypeError(
-                f"Expected argument `inner_lr[{name!r}]` to be a tensor but got {shown(rate)}. Pass "
-                "torch.tensor(0.01), or one number as `inner_lr` for all parameters."
-            )
-        value = params[name]
-        if not rate.is_floating_point() or rate.device != value.device:
-            raise ValueError(
-                f"Expected argument `inner_lr[{name!r}]` to be a floating-point tensor on {value.device}, as its "
-                f"parameter, but got {rate.dtype} on {rate.device}. Convert it: rate.to(parameter)."
-            )
-        ends = rate.shape[::-1], value.shape[::-1]
-        if rate.dim() > value.dim() or any(own not in {1, size} for own, size in zip(*ends, strict=False)):
-            raise ValueError(
-                f"Expected argument `inner_lr[{name!r}]` to be a scalar or of its parameter's shape "
-                f"{tuple(value.shape)} but got {tuple(rate.shape)}. Pass one rate per entry, or one for all."
-            )

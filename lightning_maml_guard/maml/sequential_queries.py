@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_maml_guard.maml.inner_loop import InnerRate, Params, TaskLoss, adapt, gradient
+from lightning_maml_guard.maml.inner_loop import InnerRate, InnerUpdate, Params, TaskLoss, adapt, gradient
 from lightning_maml_guard.utils.functorch import inside_transform
 from lightning_maml_guard.utils.task_map import TaskMap
 
@@ -41,14 +41,15 @@ def exact_gradients(
     inner_steps: int,
     learn_rates: bool,
     auxiliary: Callable[[Params, Any], Any],
-) -> tuple[tuple[Params, Params], tuple[Tensor, Any]]:
+    update: InnerUpdate = None,
+) -> tuple[tuple[Params, Any], tuple[Tensor, Any]]:
     """Return what ``task_meta_gradient`` does, of several tasks: the query gradients, pulled back through all loops.
 
     ``task_loss`` is of one task, ``losses`` of several; parameters, rates and data have a leading task dimension.
     """
 
     def pulled(theta: Params, alphas: InnerRate) -> tuple[Tensor, tuple[Tensor, Any]]:
-        adapted = adapt(losses, theta, support, alphas, inner_steps)
+        adapted = adapt(losses, theta, support, alphas, inner_steps, update)
         constant = {name: value.detach() for name, value in adapted.items()}
         gradients, report = TaskMap(looped=True)(at_query, constant, query, in_dims=(0, 0))
         return torch.stack([(value * gradients[name]).sum() for name, value in adapted.items()]).sum(), report
@@ -61,6 +62,6 @@ def exact_gradients(
         return gradient(loss, own)
 
     if learn_rates:
-        return gradient(lambda point: pulled(*point), (params, cast(Params, rates)))
+        return gradient(lambda point: pulled(*point), (params, cast(Any, rates)))
     found, report = gradient(lambda theta: pulled(theta, rates), params)
     return (found, {}), report

@@ -24,6 +24,7 @@ class Kind(str, Enum):
     # A measurement.
     NO_CURVATURE = "no curvature"
     NOT_MEASURED = "not measured"
+    NAN_IN_DATA = "nan in data"
     NO_EXACT_LIMIT = "no exact limit"
     NO_DOUBLE_BACKWARD = "no double backward"
     WRONG_DOUBLE_BACKWARD = "wrong double backward"
@@ -35,6 +36,8 @@ class Kind(str, Enum):
     CHECK_FAILED = "check failed"
     NO_CURVATURE_MEASURED = "no curvature measured"
     TASK_FAILED = "task failed"
+    BATCH_NOT_COPIED = "batch not copied"
+    STATE_NOT_READ = "state not read"
     NO_LOOKAHEAD = "no lookahead"
     NO_GRADIENT_NORM = "no gradient norm"
     NO_SNAPSHOT = "no snapshot"

@@ -5,24 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from lightning_maml_guard.messages.effects import EFFECTS, ORDERS
+from lightning_maml_guard.messages.notices import NOTICES
 from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy
 from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling
-
-_EFFECTS = {
-    "simplified": "simplified MAML's objective, lambda - alpha*lambda^2, curves downwards along the sharpest "
-    "direction, so no meta rate brings it to a minimum.",
-    "inner loop": "the inner loop itself diverges: along the sharpest direction each inner step multiplies the error "
-    "by |1 - alpha*lambda_max| > 1.",
-    "first order": "first-order MAML's update, lambda*(1 - alpha*lambda)^K, turns against the sharpest direction, so "
-    "no meta rate brings it to a minimum.",
-    "no stable rate": "no positive meta rate is stable while alpha exceeds alpha_c.",
-    "within the margin": "the meta update is nearer to its limit than the margin allows.",
-}
-_ORDERS = {
-    "exact": "(This is the simplified criterion; exact MAML, which this run trains, is a different update and its "
-    "inner loop diverges only beyond twice alpha_c. criterion='exact' judges that update.)",
-    "first": "(This is the simplified criterion; it holds for first-order MAML with one inner step.)",
-}
 
 
 def sentence(reason: Reason, spelling: Spelling = IN_PYTHON) -> str:
@@ -104,12 +90,12 @@ def _threshold(reason: Reason) -> str:
 
 
 def _above_limit(reason: Reason, spelling: Spelling) -> str:
-    effect = _EFFECTS.get(reason.effect, "")
+    effect = EFFECTS.get(reason.effect, "")
     if reason.effect == "grows":
         by = f" by {reason.growth:.2g} per step" if reason.growth > 1 else ""
         effect = f"the meta update grows along the sharpest direction{by}."
     said = f"{reason.rate} = {reason.value:.3g} exceeds {_threshold(reason)} {_source(reason)}: {effect}"
-    return f"{said} {_ORDERS[reason.order]}" if reason.order else said
+    return f"{said} {ORDERS[reason.order]}" if reason.order else said
 
 
 def _too_close(reason: Reason, spelling: Spelling) -> str:
@@ -128,6 +114,13 @@ def _no_curvature(reason: Reason, spelling: Spelling) -> str:
         f"The loss has no curvature at these parameters and this batch ({', '.join(_cost(reason))}), so no limit "
         "follows; that is not the same as safe. ReLU networks with dead units and losses that are linear look like "
         "this."
+    )
+
+
+def _nan_in_data(reason: Reason, spelling: Spelling) -> str:
+    return (
+        f"The curvature could not be measured: {reason.detail} The data holds nan. If it pads tasks to one size, list "
+        "the tasks instead, each of its own size: support=[(x_1, y_1), (x_2, y_2), ...]."
     )
 
 
@@ -267,12 +260,14 @@ _MEASURED: dict[Kind, Callable[[Reason, Spelling], str]] = {
     Kind.NOT_JUDGED: _not_judged,
     Kind.NO_CURVATURE: _no_curvature,
     Kind.NOT_MEASURED: lambda reason, spelling: f"The curvature could not be measured: {reason.detail}",
+    Kind.NAN_IN_DATA: _nan_in_data,
     Kind.NO_EXACT_LIMIT: _no_exact_limit,
     Kind.NO_DOUBLE_BACKWARD: _no_double_backward,
     Kind.WRONG_DOUBLE_BACKWARD: _wrong_double_backward,
     Kind.TEXT: lambda reason, spelling: reason.detail,
 }
 _CAUSES = _MEASURED | {
+    **NOTICES,
     Kind.LOOKAHEAD_DIVERGES: _lookahead_diverges,
     Kind.LOSS_NOT_FINITE: _loss_not_finite,
     Kind.LOSS_DIVERGED: lambda reason, _: f"The last loss is {reason.losses[0]:.3g}, the first {reason.losses[2]:.3g}.",

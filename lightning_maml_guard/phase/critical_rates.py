@@ -32,6 +32,7 @@ class GridRates(NamedTuple):
     Attributes:
         alpha_c: By the simplified criterion, ``1/(K*lambda_max(H))``, shape ``(runs,)``.
         beta_c: By the simplified criterion at the run's inner learning rate, for its meta-optimizer, shape ``(runs,)``.
+            Both are ``nan`` under an ``inner_update``: the criterion is about gradient descent.
         exact_beta_c: From the Jacobian of the meta-update as configured, shape ``(runs,)``.
     """
 
@@ -90,7 +91,7 @@ def grid_rates(
         ]
         alpha_c = np.where(failed, math.nan, [rates.alpha_c for rates in each])
         if not ready:
-            return GridRates(alpha_c, unknown, unknown)
+            return GridRates(alpha_c if problem.inner_update is None else unknown, unknown, unknown)
         if scale is None:
             beta_c = np.where(failed, math.nan, [rates.beta_c * limit / 2 for rates in each])
         else:
@@ -98,6 +99,8 @@ def grid_rates(
             beta_c = _divided(limit, top_eigenvalues(simplified(hessian, by_entry)))
             # Beyond alpha_c a multiplier is negative: no outer rate is stable.
             beta_c = np.where(alphas.cpu().numpy() > alpha_c, 0.0, beta_c)
+        if problem.inner_update is not None:
+            alpha_c = beta_c = unknown
         if not exact:
             return GridRates(alpha_c, beta_c, unknown)
         if is_symmetric(problem):
@@ -114,6 +117,8 @@ def grid_rates(
 
 def _support_losses(problem: MetaProblem) -> Callable[[Params], Tensor]:
     def run(theta: Params) -> Tensor:
+        if problem.listed:
+            return TaskMap(looped=True)(problem.task_loss, theta, problem.support, in_dims=(None, 0)).mean()
         over = torch.func.vmap(problem.task_loss, (None, 0), randomness="same", chunk_size=problem.task_chunk_size)
         return over(theta, problem.support).mean()
 
@@ -135,7 +140,8 @@ def _limit_by_arnoldi(
     like = next(iter(params.values()))
     names = problem.inner_lr
     rates = dict.fromkeys(names, alpha) if isinstance(names, dict) else float(alpha)
-    field = meta_field(replace(problem, inner_lr=rates), TaskMap(problem.task_chunk_size))
+    update = problem.inner_update if alpha > 0 else None  # which a rate of 0 would not let move
+    field = meta_field(replace(problem, inner_lr=rates, inner_update=update), TaskMap(problem.task_chunk_size))
     jacobian = Jacobian(field, {name: value[run] for name, value in params.items()})
     # Its products are with the transpose, so the scaling comes from the right; the eigenvalues are the same.
     matvec: Matvec = jacobian if scale is None else lambda vector: jacobian(scale[run] * vector)

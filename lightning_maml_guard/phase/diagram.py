@@ -82,7 +82,7 @@ def phase_diagram(
         The diagram.
 
     Raises:
-        GridError: If the task loss cannot be vmapped over runs.
+        GridError: If the task loss cannot be vmapped over runs, or if the inner rates differ between steps.
         SharedError: If another rank failed.
         TypeError: If the family does not return a MetaProblem.
         ValueError: If another argument is not allowed, or if ``partial`` holds chunks of another grid.
@@ -136,6 +136,7 @@ def phase_diagram(
         *([each.order, each.inner_steps, each.support, each.query] for each in (first, judged)),
         first.params,
         repr(sorted(first.inner_lr)) if isinstance(first.inner_lr, dict) else "",
+        *([] if first.inner_update is None else [repr(first.inner_update)]),
     )
     store = ChunkStore(partial, identity)
     own = range(rank, len(chunks), ranks.size)

@@ -21,6 +21,7 @@ from lightning_maml_guard.maml.meta_gradient import task_meta_gradient
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.utils.checks import first_line
 from lightning_maml_guard.utils.double_backward import PrimitiveNorms
+from lightning_maml_guard.utils.task_map import TaskMap
 
 
 class GridError(ValueError):
@@ -34,6 +35,11 @@ def copies(params: Params, runs: int) -> Params:
 
 def inner_rates(problem: MetaProblem, alpha: Tensor) -> InnerRate:
     """The inner learning rate ``alpha`` of one run, for the parameters that ``problem.inner_lr`` names."""
+    if problem.per_step:
+        raise GridError(
+            "A grid has one inner learning rate for all steps of a run, but the problem's `inner_lr` has one for each "
+            "step. Give the problem one rate, as in inner_lr=0.1; the grid's `alphas` take its place."
+        )
     return dict.fromkeys(problem.inner_lr, alpha) if isinstance(problem.inner_lr, dict) else alpha
 
 
@@ -44,8 +50,8 @@ def adapted_losses(problem: MetaProblem, params: Params, alphas: Tensor, *, rand
         rates = inner_rates(problem, alpha)
 
         def one(support: Any, query: Any) -> Tensor:
-            loss, _ = adapted_loss(problem.task_loss, theta, rates, support, query, problem.inner_steps)
-            return loss
+            update = problem.inner_update
+            return adapted_loss(problem.task_loss, theta, rates, support, query, problem.inner_steps, update)[0]
 
         return _over_tasks(problem, one, randomness).mean()
 
@@ -77,6 +83,7 @@ def grid_gradient(problem: MetaProblem, params: Params, alphas: Tensor) -> tuple
                 query,
                 inner_steps=problem.inner_steps,
                 order=problem.order,
+                update=problem.inner_update,
             )
             return gradient, loss
 
@@ -96,6 +103,8 @@ def bytes_per_run(problem: MetaProblem) -> int:
 
 
 def _over_tasks(problem: MetaProblem, one: Any, randomness: str) -> Any:
+    if problem.listed:
+        return TaskMap(looped=True)(one, problem.support, problem.query, in_dims=(0, 0))
     over = torch.func.vmap(one, randomness=randomness, chunk_size=problem.task_chunk_size)
     return over(problem.support, problem.query)
 

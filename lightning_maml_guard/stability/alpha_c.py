@@ -43,6 +43,8 @@ class InnerRateLimit:
         if self.maml is None:
             return Limit(math.nan, math.nan, UNKNOWN_INTERVAL), ""
         alpha, rates = self.maml.alpha, self.maml.rates
+        if math.isnan(self.maml.inner_limit):
+            return Limit(alpha, math.nan, UNKNOWN_INTERVAL), self.maml.alpha_note
         if rates is None:
             if not self.exact:
                 return Limit(alpha, known.alpha_c, known.alpha_c_interval), ""
@@ -51,17 +53,24 @@ class InnerRateLimit:
             return Limit(alpha, math.nan, UNKNOWN_INTERVAL), _NEGATIVE_RATE
         weights = hessian.layout.flatten(as_float32(rates)).to(hessian.gradient)
         blocks = self.operators.blocks
-        return self._of_top(scaled(hessian, weights), hessian, blocks, alpha * self._reach), ""
+        limit = self._of_top(scaled(hessian, weights), hessian, blocks, alpha * self._reach)
+        if not self.maml.lower_bound or not self.exact:
+            return limit, ""
+        if limit.ratio > 1:
+            return Limit(alpha, math.nan, UNKNOWN_INTERVAL), self.maml.alpha_note
+        return Limit(alpha, limit.critical, (limit.interval[0], math.inf)), ""
 
     def sharpest(self, mean: Limit) -> Limit:
         """Find the sharpest task's limit, where the mean's does not explain a collapsed direction."""
-        if self.maml is None or self.operators.blocks is not None or self.maml.rates is not None:
+        known = self.maml is not None and self.maml.rates is None and not math.isnan(self.maml.inner_limit)
+        if not known or self.operators.blocks is not None:
             return mean  # tasks or rates are treated one by one already
         return self._uniform(True)
 
     def of_mean(self) -> float:
         """Find the mean task loss's ``alpha_c``, to stand beside the sharpest task's; ``nan`` where not asked for."""
-        if self.maml is None or self.operators.blocks is None or self.maml.rates is not None:
+        known = self.maml is not None and self.maml.rates is None and not math.isnan(self.maml.inner_limit)
+        if not known or self.operators.blocks is None:
             return math.nan
         return self._uniform(False).critical
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 import torch
 from torch.optim import Optimizer
 
 from lightning_maml_guard.linalg.lanczos import NonFiniteProductError
-from lightning_maml_guard.maml.batch_errors import explained
+from lightning_maml_guard.maml.batch_errors import explained, has_nan
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.stability.hvp import MeasurementCache
 from lightning_maml_guard.stability.krylov_stopping import ChangingOperatorError
@@ -21,7 +21,9 @@ from lightning_maml_guard.theory.limits import check_margin
 from lightning_maml_guard.theory.multiplier import check_rate
 from lightning_maml_guard.utils.checks import check_count
 from lightning_maml_guard.utils.double_backward import double_backward
+from lightning_maml_guard.utils.isolation import isolated
 from lightning_maml_guard.utils.random_state import preserved_randomness
+from lightning_maml_guard.utils.reachable import modules_of
 
 
 def measure(
@@ -42,7 +44,7 @@ def measure(
     Beside it the largest meta rate of the update *as configured* (``exact_beta_c``: any order, ``K`` steps, many
     tasks) is found from its Jacobian ``J = dG/dtheta``. By default (``criterion="exact"``) that one is judged, and the
     inner loop's own limit, ``alpha < 2/lambda_max`` for exact MAML. Parameters, gradients and random states are left as
-    they were.
+    they were, and so are the buffers, modes and attributes of modules that the loss calls.
 
     Memory beside the training's, for ``n`` parameters of ``s`` bytes, ``T`` tasks and ``K`` inner steps of exact MAML:
     ``max_iter * b * n`` bytes of Lanczos vectors (``b = s`` on the device or with ``basis="cpu"`` on the host, 2 in
@@ -87,6 +89,11 @@ def measure(
             "MetaProblem(params, task_loss, support, query), or module.meta_problem(batch) of a MetaLearningModule."
         )
     check_curvature(curvature)
+    if curvature.criterion == "simplified" and getattr(problem, "inner_update", None) is not None:
+        raise ValueError(
+            "criterion='simplified' is about an inner loop of gradient descent, but the problem has an `inner_update`. "
+            "Leave criterion at 'exact'."
+        )
     check_margin(margin)
     if beta is not None:
         check_rate(beta, "beta")
@@ -106,7 +113,9 @@ def measure(
     if isinstance(problem, MetaProblem) and curvature.max_tasks is not None:
         part = problem.part(curvature.max_tasks)
         problem, share = part, part.tasks / problem.tasks
-    with preserved_randomness(), double_backward():
+    with ExitStack() as isolation, preserved_randomness(), double_backward():
+        for module in modules_of(problem.task_loss if isinstance(problem, MetaProblem) else problem.loss):
+            isolation.enter_context(isolated(module))
         torch.manual_seed(0)  # the same dropout masks in every check, so that their numbers can be compared
         task_map = cache.map_for(getattr(problem, "task_chunk_size", None), getattr(problem, "looped", False))
         objective = objective_of(problem, curvature.data, task_map)
@@ -117,4 +126,5 @@ def measure(
             with explained(problem) if isinstance(problem, MetaProblem) else nullcontext():
                 return measurement.report()
         except (NonFiniteProductError, ChangingOperatorError) as error:
-            return measurement.failed(error)
+            padded = isinstance(error, NonFiniteProductError) and isinstance(problem, MetaProblem) and has_nan(problem)
+            return measurement.failed(error, padded=padded)

@@ -125,6 +125,7 @@ class Measurement:
             order=objective.order,
             exact=self._exact,
             plain_sgd=self._update.plain_sgd,
+            plain_steps=objective.plain_steps,
             alpha_note=alpha_note,
             beta_note=self._update.note,
         )
@@ -143,12 +144,14 @@ class Measurement:
             self._notes += verdict.findings
         elif self._update.lasting:
             self._notes.append(Reason(Kind.NOT_JUDGED, rate="beta", detail=self._update.note, step=self._at_step))
+        if objective.alpha_note and alpha_note and not flat:
+            self._notes.append(Reason(Kind.NOT_JUDGED, rate="alpha", detail=alpha_note, step=self._at_step))
         mean_alpha_c = alpha_c.of_mean()
         return StabilityReport(
             **self._head(),
             alpha_c=alpha_limit.critical,
             beta_c=beta.configured.beta_c,
-            sgd_beta_c=math.nan if self._maml is None or objective.rates is not None else known.beta_c,
+            sgd_beta_c=known.beta_c if self._maml is not None and self._maml.uniform_steps else math.nan,
             exact_beta_c=exact_beta.beta_c if self._maml is not None else math.nan,
             exact_beta_c_interval=exact_beta.interval if self._maml is not None else UNKNOWN_INTERVAL,
             beta_c_noise=noise_limit,
@@ -171,9 +174,9 @@ class Measurement:
             spectrum=spectrum,
         )
 
-    def failed(self, error: ArithmeticError) -> StabilityReport:
-        """Report a measurement that failed: unresolved."""
-        reason = of_error(Kind.NOT_MEASURED, error, step=self._at_step)
+    def failed(self, error: ArithmeticError, *, padded: bool = False) -> StabilityReport:
+        """Report a measurement that failed: unresolved. ``padded``: the data holds nan."""
+        reason = of_error(Kind.NAN_IN_DATA if padded else Kind.NOT_MEASURED, error, step=self._at_step)
         self._notes = [*self._operators.cache.facts.finite.values(), reason]
         return StabilityReport.unmeasured(reason, **self._head())
 

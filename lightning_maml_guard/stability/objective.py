@@ -13,8 +13,8 @@ from lightning_maml_guard.linalg.layout import Layout, Params, real_pairs, unpai
 from lightning_maml_guard.linalg.operators import Field, gradient_of, task_gradient
 from lightning_maml_guard.maml.jacobian import curvature_by_task, is_symmetric, meta_field
 from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.stability.inner_limit import inner_loop_limit
 from lightning_maml_guard.stability.problems import PlainProblem, Problem
-from lightning_maml_guard.theory.multiplier import multiplier
 from lightning_maml_guard.utils.task_map import TaskMap, as_float32
 
 # What an operator is made of: a gradient field, where to take it, and the layout of one block if there are several.
@@ -26,6 +26,7 @@ class PlainObjective:
 
     order, alpha, inner_steps, inner_limit, tasks = "", math.nan, 1, math.inf, 1
     rates: Params | None = None
+    plain_steps, alpha_note = True, ""
 
     def __init__(self, problem: PlainProblem) -> None:
         self.live = problem.params
@@ -45,16 +46,20 @@ class MamlObjective:
         self.params: Params = as_float32({name: value.detach() for name, value in problem.params.items()})
         # The simplified criterion is about one step; K simplified steps act as K*alpha (theory.critical_rates).
         self.inner_steps = problem.inner_steps if problem.order == "simplified" else 1
-        self.inner_limit = multiplier(self.alpha, problem.order, problem.inner_steps).inner_limit
         self.tasks = problem.tasks
-        self.rates = None if problem.uniform else problem.rates()
         self.symmetric = is_symmetric(problem)
+        inner = inner_loop_limit(problem)
+        self.inner_limit, self.rates, self.alpha_note = inner.limit, inner.rates, inner.note
+        self.lower_bound = inner.lower_bound
+        # Whether the inner loop is the one of Takagi et al., whose beta_c the Hessian's spectrum has at hand.
+        self.uniform_steps = problem.uniform and problem.inner_update is None
+        self.plain_steps = not problem.per_step and problem.inner_update is None
         self._map = task_map
         self._problem = replace(
             problem,
             support=as_float32(problem.support),
             query=as_float32(problem.query),
-            inner_lr=as_float32(problem.inner_lr) if isinstance(problem.inner_lr, dict) else problem.inner_lr,
+            inner_lr=problem.inner_lr if problem.uniform else as_float32(problem.inner_lr),
         )
         support, query = self._problem.support, self._problem.query
         self._sets = {"support": (support,), "query": (query,)}.get(data, (support, query))

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
 from lightning_maml_guard.linalg.layout import Params
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.utils.activations import DeadUnits, ReluUnits
+from lightning_maml_guard.utils.batch_copy import copied
 from lightning_maml_guard.utils.checks import shown
 from lightning_maml_guard.utils.double_backward import double_backward
-from lightning_maml_guard.utils.task_map import TaskMap, as_float32
+from lightning_maml_guard.utils.task_map import as_float32, each_task
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,11 @@ def has_meta_problem(pl_module: Any) -> bool:
 
 
 def state_problem(source: ProblemSource | None, pl_module: Any, batch: Any, batch_idx: int) -> Problem:
-    """State the problem of a step: by the user's function, the module's ``meta_problem``, or its ``training_step``."""
+    """State the problem of a step: by the user's function, the module's ``meta_problem``, or its ``training_step``.
+
+    They are given a copy of the batch. Raises a BatchCopyError if it cannot be copied.
+    """
+    batch = copied(batch)
     if source is None and not has_meta_problem(pl_module):
         return training_step_problem(pl_module, batch, batch_idx)
     found = pl_module.meta_problem(batch) if source is None else source(pl_module, batch)
@@ -78,14 +82,10 @@ def dead_units(problem: Problem) -> DeadUnits:
         if isinstance(problem, PlainProblem):
             problem.loss(params)
             return watch.count()
-        loss = problem.loss
-
-        def of_task(params: Params, data: Any) -> Tensor:
-            watch.restart()
-            return loss(params, data).detach()
-
         for data in (problem.support, problem.query):
-            TaskMap(looped=True)(of_task, params, as_float32(data), in_dims=(None, 0))
+            for each in each_task(data):
+                watch.restart()
+                problem.loss(params, as_float32(each))
     return watch.count()
 
 
@@ -98,7 +98,7 @@ class _TrainingStep(nn.Module):
 
     def forward(self) -> Tensor:
         # The parameters come in float32, also those of a run in half precision.
-        arguments = tree_map(lambda x: as_float32(x.clone()) if isinstance(x, Tensor) else x, self.arguments)
+        arguments = copied(self.arguments, lambda tensor: as_float32(tensor.clone()))
         output = self.module.training_step(*arguments)  # type: ignore[operator]
         loss = output["loss"] if isinstance(output, dict) else output
         if not isinstance(loss, Tensor):

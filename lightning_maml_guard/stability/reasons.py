@@ -40,6 +40,7 @@ class Basis:
         order: How the meta-gradient is taken; empty in plain training.
         exact: Whether the limits are those of the update as configured, or else of the simplified criterion.
         plain_sgd: Whether the meta-optimizer is SGD without momentum, so that the growth per step is known.
+        plain_steps: Whether the inner loop is gradient descent at one rate for all steps.
         alpha_note: Why the inner rate has no limit, if so.
         beta_note: Why the meta rate has no limit, if so.
     """
@@ -50,6 +51,7 @@ class Basis:
     order: str = "simplified"
     exact: bool = False
     plain_sgd: bool = False
+    plain_steps: bool = True
     alpha_note: str = ""
     beta_note: str = ""
 
@@ -79,6 +81,8 @@ def _alpha_reason(limit: Limit, status: str, basis: Basis) -> Reason:
     # The theorem of Takagi et al. is about simplified MAML; users of the other orders must know what it means for them.
     order = basis.order if not basis.exact and basis.order in {"exact", "first"} else ""
     effect = _EFFECTS.get(basis.order, "simplified") if basis.exact else "simplified"
+    if effect != "simplified" and not basis.plain_steps:
+        effect = f"{effect}, other steps"
     return replace(reason, effect=effect, order=order, remedy=Remedy.LOWER_ALPHA)
 
 

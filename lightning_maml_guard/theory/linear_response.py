@@ -77,6 +77,14 @@ class Response:
         product = self.momentum * (kept - pull * self.direct)
         return np.abs(total - product * total.conj()) < 1 - np.abs(product) ** 2
 
+    def contraction(self, z: float, steps: int) -> float:
+        """Compute what is left of an error of 1 after some steps at ``z = beta*mu``, the buffer being 0 at first."""
+        error, buffer = 1.0, 0.0
+        for _ in range(steps):
+            buffer = self.momentum * buffer + error
+            error -= z * (self.direct * error + self.buffered * buffer)
+        return error
+
     def mean_square_rate(self, mean: float, variance: float) -> float:
         """Compute the largest rate at which the mean square shrinks if the curvature is redrawn at every step.
 

@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from lightning_maml_guard.guard.check import lookahead_reason
 from lightning_maml_guard.guard.divergence import Scale, fails
-from lightning_maml_guard.guard.lookahead import Caps, Lookahead, LookaheadOptions, lookahead_of
+from lightning_maml_guard.guard.lookahead import Caps, Lookahead, LookaheadOptions, lookahead_of, lookahead_reason
 from lightning_maml_guard.guard.state_machine import Watch, advance
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.messages.reasons import Kind, Reason
@@ -175,8 +174,10 @@ def _same(one: Problem, other: Problem) -> bool:
     """Whether two batches hold the same tasks, as they do where tasks are not resampled."""
     if not isinstance(one, MetaProblem) or not isinstance(other, MetaProblem):
         return False
-    pairs = zip(tree_leaves((one.support, one.query)), tree_leaves((other.support, other.query)), strict=True)
-    return all(torch.equal(_comparable(a), _comparable(b)) for a, b in pairs)
+    own, others = (tree_leaves((each.support, each.query)) for each in (one, other))
+    return len(own) == len(others) and all(
+        torch.equal(_comparable(a), _comparable(b)) for a, b in zip(own, others, strict=True)
+    )
 
 
 def _comparable(values: Tensor) -> Tensor:
@@ -191,7 +192,7 @@ def _ratio(report: StabilityReport) -> float:
 def _at(problem: Problem, alpha: float) -> Problem:
     if not isinstance(problem, MetaProblem):
         return problem
-    if not isinstance(problem.inner_lr, dict):
+    if problem.uniform:
         return replace(problem, inner_lr=alpha)
     return problem.at_factor(alpha / problem.alpha if problem.alpha > 0 else 1.0)
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_maml_guard.utils.lightning_compat import DummyLogger
 from lightning_maml_guard.utils.random_state import preserved_randomness
 
 Undo = Callable[[], object]
@@ -31,6 +30,8 @@ def undisturbed(trainer: Any, pl_module: Any) -> Iterator[None]:
 @contextmanager
 def unlogged(trainer: Any) -> Iterator[None]:
     """Keep what a measurement sends to the loggers away from them."""
+    from lightning_maml_guard.utils.lightning_compat import DummyLogger  # measure() works without Lightning
+
     loggers = trainer.loggers
     trainer.loggers = [DummyLogger() for _ in loggers]
     try:

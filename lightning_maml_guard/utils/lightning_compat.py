@@ -42,11 +42,13 @@ PACKAGE = PACKAGES[0]
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+    from pytorch_lightning import LightningModule as MixinBase  # of a mixin before a module of either package
     from pytorch_lightning.callbacks import RichProgressBar
     from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
     from pytorch_lightning.loggers.logger import DummyLogger
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 else:
+    MixinBase = object
     _first = import_module(PACKAGE)
     LightningModule, Trainer, seed_everything = _first.LightningModule, _first.Trainer, _first.seed_everything
     DummyLogger = import_module(f"{PACKAGE}.loggers.logger").DummyLogger
@@ -78,6 +80,7 @@ __all__ = [
     "LightningDataModule",
     "LightningModule",
     "MisconfigurationException",
+    "MixinBase",
     "RichProgressBar",
     "Trainer",
     "check_module",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import register_pytree_node, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from lightning_maml_guard.utils.checks import check_count, first_line
 from lightning_maml_guard.utils.warnings import GuardWarning
@@ -18,8 +18,62 @@ T = TypeVar("T")
 Strategy = str | int
 
 
+class TaskList(list[Any]):
+    """Tasks one by one, each a pytree of tensors of its own sizes, in place of a leading task dimension."""
+
+
+register_pytree_node(TaskList, lambda tasks: (list(tasks), None), lambda tasks, context: TaskList(tasks))
+
+
+def is_listed(data: Any) -> bool:
+    """Return True if a set of tasks lists them one by one."""
+    return isinstance(data, TaskList)
+
+
+def as_tasks(support: Any, query: Any) -> tuple[Any, Any]:
+    """Mark the sets that list their tasks one by one.
+
+    A list of tuples (lists, dicts) of tensors is one. A tuple of such is one where it cannot be read as tensors with a
+    leading task dimension, which is how nested tuples are read otherwise.
+    """
+    support, query = (TaskList(each) if type(each) is list and _of_tasks(each) else each for each in (support, query))
+    sizes = _leading(support) | _leading(query)
+    if len(sizes) == 1 and 0 not in sizes:
+        return support, query
+    return tuple(  # type: ignore[return-value]
+        TaskList(each) if type(each) is tuple and _of_tasks(each) else each for each in (support, query)
+    )
+
+
+def _of_tasks(data: Sequence[Any]) -> bool:
+    leaves = [tree_leaves(each) for each in data]
+    tensors = all(isinstance(leaf, Tensor) for task in leaves for leaf in task)
+    return bool(data) and tensors and all(leaves) and not any(isinstance(each, Tensor) for each in data)
+
+
+def _leading(data: Any) -> set[int]:
+    """The task counts that the tensors' leading dimensions, and lists, speak of."""
+    leaves = tree_leaves(data, is_leaf=is_listed)
+    return {len(leaf) if is_listed(leaf) or (isinstance(leaf, Tensor) and leaf.dim()) else 0 for leaf in leaves}
+
+
+def each_task(data: Any) -> list[Any]:
+    """Take a set of tasks apart."""
+    count = len(tree_leaves(data, is_leaf=is_listed)[0])
+    return [_task(data, index) for index in range(count)]
+
+
+def _task(data: Any, index: int) -> Any:
+    return tree_map(lambda leaf: leaf[index], data, is_leaf=is_listed)
+
+
+def first_tasks(data: Any, count: int) -> Any:
+    """Take the first tasks of a set."""
+    return tree_map(lambda leaf: TaskList(leaf[:count]) if is_listed(leaf) else leaf[:count], data, is_leaf=is_listed)
+
+
 def task_count(data: Any, name: str) -> int:
-    """Count the tasks in a pytree of tensors with a leading task dimension.
+    """Count the tasks in a pytree of tensors with a leading task dimension, or in a list of tasks.
 
     Raises a ValueError that calls it ``name`` if there is no tensor or no task, or if the tensors disagree, and a
     TypeError if a leaf is not a tensor.
@@ -29,14 +83,18 @@ def task_count(data: Any, name: str) -> int:
     if strangers:
         raise TypeError(
             f"Expected `{name}` to hold tensors with a leading task dimension but found {', '.join(strangers)}. "
-            "Stack the tasks' data, as in torch.stack([task.x for task in tasks])."
+            "Stack the tasks' data, as in torch.stack([task.x for task in tasks]), or list the tasks, as in "
+            "[(task.x, task.y) for task in tasks]."
         )
+    if is_listed(data):
+        return len(data)
     sizes = {leaf.shape[0] if leaf.dim() else 0 for leaf in leaves}
     if len(sizes) != 1 or 0 in sizes:
         shapes = [tuple(leaf.shape) for leaf in leaves]
         raise ValueError(
             f"Expected `{name}` to hold tensors that share a leading task dimension of at least 1 but got "
-            f"shapes {shapes}. A single task needs that dimension as well: unsqueeze(0)."
+            f"shapes {shapes}. A single task needs that dimension as well: unsqueeze(0). Tasks of different sizes go "
+            "into a list of tasks: [(x_1, y_1), (x_2, y_2), ...]."
         )
     return sizes.pop()
 
@@ -46,7 +104,7 @@ class TaskMap:
 
     Tries :func:`torch.func.vmap` first. If that fails and a plain loop works, it warns once and loops from then on; if
     the loop fails too, the loop's error (the user's own) is raised. ``looped`` starts with the loop; ``strict`` raises
-    vmap's error.
+    vmap's error. Listed tasks, a :class:`TaskList`, are always looped over; outputs whose sizes differ come in one too.
     """
 
     def __init__(self, chunk_size: int | None = None, looped: bool = False, strict: bool = False) -> None:
@@ -62,6 +120,8 @@ class TaskMap:
         ``in_dims`` is 0 for arguments with a leading task dimension, None for shared ones; every argument is a pytree.
         The outputs have a leading task dimension.
         """
+        if _any_listed(args):
+            return self._loop(function, args, in_dims)
         return self._try(
             lambda: torch.func.vmap(function, in_dims, randomness="different", chunk_size=self.chunk_size)(*args),
             lambda: self._loop(function, args, in_dims),
@@ -69,6 +129,8 @@ class TaskMap:
 
     def apply(self, one: Callable[..., T], together: Callable[..., T], *args: Any) -> T:
         """Map a function given in two forms: of one task, and of several tasks in a leading dimension."""
+        if _any_listed(args):
+            return self._loop(one, args, (0,) * len(args))
         return self._try(lambda: self._in_chunks(together, args), lambda: self._loop(one, args, (0,) * len(args)))
 
     def _try(self, vectorised: Callable[[], T], looped: Callable[[], T]) -> T:
@@ -103,19 +165,24 @@ class TaskMap:
     def _loop(function: Callable[..., T], args: tuple[Any, ...], in_dims: tuple[int | None, ...]) -> T:
         mapped = [arg for arg, dim in zip(args, in_dims, strict=True) if dim is not None]
         outputs = []
-        for index in range(tree_leaves(mapped)[0].shape[0]):
+        for index in range(len(tree_leaves(mapped, is_leaf=is_listed)[0])):
             outputs.append(
-                function(
-                    *(
-                        arg if dim is None else tree_map(lambda leaf, i=index: leaf[i], arg)
-                        for arg, dim in zip(args, in_dims, strict=True)
-                    )
-                )
+                function(*(arg if dim is None else _task(arg, index) for arg, dim in zip(args, in_dims, strict=True)))
             )
-        return _joined(outputs, torch.stack)
+        return _joined(outputs, _stacked)
 
 
-def _joined(outputs: list[T], join: Callable[[Any], Tensor]) -> T:
+def _any_listed(args: tuple[Any, ...]) -> bool:
+    # A set stands by itself or, support beside query, in one tuple.
+    return any(is_listed(part) for arg in args for part in (arg if type(arg) is tuple else (arg,)))
+
+
+def _stacked(group: Sequence[Tensor]) -> Any:
+    same = len({value.shape for value in group}) == 1
+    return torch.stack(tuple(group)) if same else TaskList(group)
+
+
+def _joined(outputs: list[T], join: Callable[[Any], Any]) -> T:
     leaves, spec = zip(*(tree_flatten(output) for output in outputs), strict=True)
     return tree_unflatten([join(group) for group in zip(*leaves, strict=True)], spec[0])
 

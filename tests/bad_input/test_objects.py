@@ -116,7 +116,7 @@ OBJECTS = [
     (lambda: problem(task_loss="mse"), TypeError, "task_loss", "'mse'", "callable, (params, one task's data) -> scalar", "Pass a function"),
     (lambda: problem(inner_lr={"w": 0.1}), TypeError, "inner_lr['w']", "0.1", "a tensor", "Pass torch.tensor(0.01)"),
     (lambda: problem(inner_lr={"w": torch.ones(7)}), ValueError, "inner_lr['w']", "(7,)", "its parameter's shape (2,)", "Pass one rate per entry"),
-    (lambda: problem(inner_lr={"w": torch.ones(1, 2)}), ValueError, "inner_lr['w']", "(1, 2)", "its parameter's shape (2,)", "Pass one rate per entry"),
+    (lambda: problem(inner_lr={"w": torch.ones(3, 2)}), ValueError, "inner_lr['w']", "(3, 2)", "its parameter's shape (2,)", "Pass one rate per entry"),
     (lambda: problem(inner_lr={"w": torch.ones(2).long()}), ValueError, "inner_lr['w']", "torch.int64 on cpu", "a floating-point tensor on cpu", "Convert it"),
     (lambda: problem(inner_lr={"w": META}), ValueError, "inner_lr['w']", "torch.float32 on meta", "a floating-point tensor on cpu", "Convert it"),
 ]  # fmt: skip

@@ -11,13 +11,14 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 
 from lightning_maml_guard import ConvergenceGuard, GuardWarning
 from lightning_maml_guard.cli import commands as _cli_runs
 from lightning_maml_guard.cli import main as cli
 from lightning_maml_guard.cli.arguments import COMMANDS, CONFIGS, TASKS
 from lightning_maml_guard.cli.main import console, main
-from tests.helpers import guard_warns
+from tests.helpers import full_disk, guard_warns
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 SMALL = ["--trainer.max_steps=1", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -328,3 +329,26 @@ def test_a_training_that_diverged_says_so_before_its_test(elsewhere, caplog):
     assert _cli_runs._what_to_do(guard).startswith("--guard log warns of nothing: --guard tells the rate to lower")
     unseen = _cli_runs._what_to_do(ConvergenceGuard())
     assert unseen == "No check of the guard saw it coming: --guard.every_n_steps 5 looks more often."
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+def test_a_picture_that_cannot_be_written_costs_a_warning_and_leaves_the_older_one(tmp_path, blocked):
+    class Drawable:
+        def plot(self):
+            figure = Figure()
+            figure.subplots().plot([1, 2])
+            return figure, None
+
+    folder = tmp_path / "runs"
+    path = folder / "safe_region.png"
+    folder.mkdir()
+    path.write_bytes(b"older")
+    if blocked:  # as a read-only folder is: no file can be made in it
+        path = path / "more" / "safe_region.png"
+    with guard_warns(r"the picture of the safe region could not be written to .*Error: ") as caught, full_disk(100):
+        _cli_runs._save_safe_region(Drawable(), path)
+    assert (folder / "safe_region.png").read_bytes() == b"older" and len(list(folder.iterdir())) == 1
+    assert len(caught) == 1
+    if not blocked:
+        _cli_runs._save_safe_region(Drawable(), path)
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_mode & 0o777 == 0o644

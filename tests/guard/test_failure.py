@@ -481,3 +481,23 @@ def test_a_snapshot_of_other_tensors_is_not_put_back():
     with pytest.raises(ValueError, match="other tensors than at step 7"):
         snapshot.restore(module, [optimizer])
     assert torch.equal(module.weight, before)
+
+
+def test_an_exception_in_training_leaves_no_cap_in_the_optimizer():
+    class Boom(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 6:
+                held.append(trainer)
+                raise ZeroDivisionError("user code")
+
+    held, guard = [], ConvergenceGuard(every_n_steps=5, action="rescale")
+    module = linear_module(4, 1.5, inner_lr=0.05, order="simplified")
+    with pytest.warns(GuardWarning, match="left the safe region"), pytest.raises(ZeroDivisionError):
+        fit(module, quadratic_batch([0.3, 1.0, 2.0, 4.0], target=1.0), 20, [guard, Boom()])
+    (optimizer,) = held[0].optimizers
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    before = module.network.weight.detach().clone()
+    module.network.weight.grad = torch.ones_like(before)
+    optimizer.step()
+    torch.testing.assert_close(before - module.network.weight.detach(), torch.full_like(before, 1.5))
+    assert guard.state_dict()["caps"]["beta"] < 1.0  # what a checkpoint made on the way out holds

@@ -14,7 +14,7 @@ from lightning_maml_guard.guard.html_report import happened
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.messages.spelling import IN_PYTHON
 from lightning_maml_guard.stability.estimators import Spectrum
-from tests.helpers import fit, guard_warns, linear_module, quadratic_batch
+from tests.helpers import fit, full_disk, guard_warns, linear_module, quadratic_batch
 
 BATCH = quadratic_batch([0.3, 1.0, 2.0, 4.0], target=1.0)
 VOID = {"meta", "br", "hr", "img", "link"}
@@ -114,6 +114,17 @@ def test_what_comes_from_the_user_is_escaped(rescued, tmp_path):
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"got '.*gone/run.html': there is no folder '.*gone'. Make it first"):
         ConvergenceGuard().report(tmp_path / "gone" / "run.html")
+
+
+def test_on_a_full_disk_an_older_report_stays_and_there_is_a_warning(tmp_path):
+    guard, path = ConvergenceGuard(), tmp_path / "run.html"
+    path.write_text("older")
+    said = r"the report could not be written to .*run.html; .*OSError: .*To do: Make room"
+    with guard_warns(said) as caught, full_disk():
+        assert guard.report(path) == path
+    assert path.read_text() == "older" and list(tmp_path.iterdir()) == [path] and len(caught) == 1
+    assert "ConvergenceGuard: report of a run" in guard.report(path).read_text()
+    assert path.stat().st_mode & 0o777 == 0o644
 
 
 def test_rollbacks_and_stops_are_told_and_survive_a_checkpoint(tmp_path):

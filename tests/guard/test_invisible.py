@@ -24,6 +24,9 @@ from lightning_maml_guard import (
 )
 from lightning_maml_guard.tasks.regression import Sinusoid
 from lightning_maml_guard.utils.lightning_compat import LightningModule, Trainer, seed_everything
+from tests.guard.changing import BATCHES, Changing
+from tests.guard.changing import loader as batches_that_change
+from tests.guard.changing import problem as problem_of_a_changed_batch
 from tests.helpers import left_behind
 
 STEPS = 8
@@ -183,6 +186,42 @@ def test_a_guard_that_does_not_act_leaves_no_trace(run, tmp_path):
         warnings.filterwarnings("ignore", "The tasks of a batch cannot be vectorised")
         assert_invisible(make, guard, tmp_path, precision=precision, accumulate_grad_batches=accumulate)
     assert_measured(guard)
+
+
+# Every type of batch that its step changes, with every way to step.
+CHANGED = tuple(itertools.product(BATCHES, ("every batch", "four batches a step", "manual")))
+
+
+@pytest.mark.parametrize("run", CHANGED, ids=" ".join)
+def test_a_step_that_changes_its_batch_leaves_no_trace(run, tmp_path):
+    from pytorch_lightning.loggers import CSVLogger
+
+    kind, stepping = run
+    accumulate, manual = 4 if stepping == "four batches a step" else 1, stepping == "manual"
+    found = []
+    guard = ConvergenceGuard(
+        every_n_steps=2,
+        action="log",
+        problem=problem_of_a_changed_batch if manual else None,
+        curvature=CurvatureOptions(max_iter=3),
+        lookahead=LookaheadOptions(steps=2, batches=3),
+    )
+    for guards in ([], [guard]):
+        seed_everything(3, verbose=False)
+        module = Changing(kind, manual=manual)
+        trainer = Trainer(
+            max_epochs=2, accelerator="cpu", callbacks=guards, accumulate_grad_batches=accumulate, log_every_n_steps=1,
+            logger=CSVLogger(tmp_path / str(len(guards)), flush_logs_every_n_steps=1), enable_progress_bar=False,
+            enable_model_summary=False, enable_checkpointing=False,
+        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "ConvergenceGuard", GuardWarning)
+            trainer.fit(module, batches_that_change(kind, 3 * accumulate))
+        found.append(left_behind(module, trainer))
+    for what, value in found[0].items():
+        assert value == found[1][what], what
+    assert [report.step for report in guard.history] == [0, 2, 4] and guard.severities
+    assert all(report.lambda_max > 0 for report in guard.history)
 
 
 class Noisy(Adam):

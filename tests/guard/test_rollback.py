@@ -22,7 +22,7 @@ from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.tasks.regression import Sinusoid
-from lightning_maml_guard.utils.lightning_compat import Trainer
+from lightning_maml_guard.utils.lightning_compat import Callback, Trainer
 from tests.helpers import fit, grouped, guard_warns, linear_module, one_line, quadratic_batch
 
 BATCH = quadratic_batch([0.3, 1.0, 2.0, 4.0], target=1.0)
@@ -146,6 +146,44 @@ def test_a_run_rolled_back_to_where_nothing_can_be_measured_goes_on_at_half_the_
         and "halved: beta = 0.05." in said[1]
     )
     assert len(said) == 2 and float(trainer.callback_metrics["train/loss"]) < 1e-2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_whose_first_check_fails_is_rolled_back_to_where_it_started(fails):
+    """Its next check comes when the loss has left: that state is no place to go back to."""
+    stated = []
+
+    def problem(module, batch):
+        stated.append(1)
+        if fails and len(stated) == 1:
+            raise RuntimeError("out of memory, once")
+        return module.meta_problem(batch)
+
+    guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True, problem=problem)
+    module = linear_module(4, 1.5, inner_lr=0.05, order="simplified")
+    with pytest.warns(GuardWarning):
+        trainer = fit(module, BATCH, 40, [guard])
+    back = [event.reasons[0].steps for event in guard.events if event.kind == "rolled back"]
+    assert back == ([0] if fails else []) and guard.stopped_step is None
+    assert float(trainer.callback_metrics["train/loss"]) < 0.05
+
+
+def test_a_state_whose_lookahead_fails_is_never_one_to_go_back_to():
+    """A run that goes on from a checkpoint of a dying state has nothing to go back to until a lookahead passes."""
+    module = linear_module(4, 1.5, inner_lr=0.05, order="simplified")
+    trainer = fit(module, BATCH, 3)
+    guard = ConvergenceGuard(every_n_steps=1, action="rescale", rollback=True, lookahead=LookaheadOptions(steps=3))
+    kept = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            kept.append((guard.severities[-1][1], None if guard._run.snapshot is None else guard._run.snapshot.step))
+
+    trainer.callbacks += [guard, Look()]
+    trainer.fit_loop.epoch_loop.max_steps = 5
+    with pytest.warns(GuardWarning):
+        trainer.fit(module, DataLoader([BATCH] * 5, batch_size=None))
+    assert kept[0] == (pytest.approx(kept[0][0]), None) and kept[0][0] > math.log(3)
 
 
 def test_a_copy_that_fails_costs_one_warning(monkeypatch):

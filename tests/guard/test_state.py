@@ -17,7 +17,7 @@ from lightning_maml_guard.guard.html_report import happened
 from lightning_maml_guard.guard.lookahead import Caps
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.schedule import ScheduleState
-from lightning_maml_guard.guard.state import VERSION, Event, GuardState, from_checkpoint, to_checkpoint
+from lightning_maml_guard.guard.state import VERSION, Event, GuardState, StateError, from_checkpoint, to_checkpoint
 from lightning_maml_guard.guard.state_machine import Watch
 from lightning_maml_guard.linalg.lanczos import Tridiagonal
 from lightning_maml_guard.linalg.pyhessian import PowerIteration
@@ -27,7 +27,7 @@ from lightning_maml_guard.messages.spelling import IN_PYTHON
 from lightning_maml_guard.stability.estimators import Spectrum
 from lightning_maml_guard.stability.hvp import NetworkFacts
 from lightning_maml_guard.utils.lightning_compat import Callback
-from tests.helpers import fit, is_free_of_hooks, linear_module, quadratic_batch
+from tests.helpers import fit, guard_warns, is_free_of_hooks, linear_module, quadratic_batch
 
 OLDER = Path(__file__).parents[1] / "resume" / "state_of_issue_2.json"
 nan, inf = math.nan, math.inf
@@ -317,6 +317,83 @@ def test_the_state_of_issue_2_loads_into_the_same_values():
     assert loaded.stopped_step is None and loaded.stopping == [] and loaded.announced == set()
     empty = from_checkpoint({})
     assert_same(empty, GuardState())
+
+
+def without(name, report):
+    return {key: value for key, value in report.items() if key != name}
+
+
+WRONG = {
+    "no dict": lambda p: [1, 2],
+    "a cap below zero": lambda p: p | {"caps": {"alpha": None, "beta": -5}},
+    "a flat cap below zero": lambda p: flat() | {"beta_cap": -5},
+    "a cap of nan": lambda p: p | {"caps": {"beta": nan}},
+    "a text for a number": lambda p: p | {"sharpest": "high"},
+    "a flag for a number": lambda p: p | {"rollbacks": True},
+    "a number for a list": lambda p: p | {"history": 3},
+    "a flat number for a list": lambda p: flat() | {"history": 3},
+    "a report without a field": lambda p: p | {"history": [without("alpha_c", p["history"][0])]},
+    "a flat report without a field": lambda p: flat() | {"history": [without("beta", flat()["history"][0])]},
+    "an unknown state": lambda p: p | {"watches": {"run": {"state": "odd", "failed": 0}}},
+    "an unknown kind": lambda p: p | {"stopping": [{"kind": "odd"}]},
+    "a gap of 0": lambda p: p | {"schedule": {"gap": 0}},
+    "a step below zero": lambda p: p | {"schedule": {"last": -1}},
+    "an optimizer below zero": lambda p: p | {"capped": [-1]},
+    "batches without numbers": lambda p: p | {"batches": [[torch.ones(2)]]},
+    "half a snapshot": lambda p: p | {"snapshot": {"step": 3}},
+    "a snapshot of numbers": lambda p: p | {"snapshot": {"step": 3, "tensors": [1.0], "states": []}},
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_state_that_cannot_be_read_is_one_warning_and_the_guard_starts_anew(what):
+    guard = ConvergenceGuard(action="rescale", rollback=True)
+    with guard_warns("guard state not read, starting anew: .* Cause: [`i]") as caught:
+        guard.load_state_dict(WRONG[what](to_checkpoint(full())))
+    assert len(caught) == 1 and [event.kind for event in guard.events] == ["notice"]
+    fresh = GuardState(events=guard.events, announced=guard._run.state.announced)
+    assert_same(guard._run.saved(), fresh)
+
+
+def test_the_cause_of_a_state_that_is_not_read_is_named():
+    for plain, cause in (
+        ({"version": 1, "caps": {"beta": -5}}, r"`caps\.beta` is out of its range \(-5\)"),
+        ({"version": 1, "schedule": {"spent": [1]}}, r"`schedule\.spent` is of a wrong kind \(list\)"),
+        ({"version": 1, "history": [{"alpha": 1.0}]}, r"`history\.alpha_c` is missing"),
+        ({"watches": 3}, r"it is not laid out as release 0\.1 did \(AttributeError"),
+    ):
+        with pytest.raises(StateError, match=cause):
+            from_checkpoint(plain)
+
+
+def leaves(plain, path=()):
+    yield path
+    for key, each in plain.items() if isinstance(plain, dict) else enumerate(plain) if isinstance(plain, list) else ():
+        yield from leaves(each, (*path, key))
+
+
+def test_any_value_anywhere_loads_or_is_a_state_error():
+    """And what loads can be saved and loaded again."""
+    plain = to_checkpoint(replace(full(), history=[POWER], events=[], stopping=[BEHIND], snapshot=None))
+    tried = refused = 0
+    for path in leaves(plain):
+        for value in ("x", -5, None, 2.5, [], {}, [[1]]):
+            changed = [copy.deepcopy(plain)]
+            holder = changed
+            for key in (0, *path[:-1]):
+                holder = holder[key]
+            if path:
+                holder[path[-1]] = value
+            else:
+                changed[0] = value
+            tried += 1
+            try:
+                state = from_checkpoint(changed[0])
+            except StateError:
+                refused += 1
+                continue
+            assert_same(from_checkpoint(to_checkpoint(state)), state)
+    assert tried > 700 and 0.5 < refused / tried < 0.95
 
 
 @pytest.mark.parametrize("action", ["log", "rescale"])

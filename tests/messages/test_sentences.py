@@ -58,6 +58,11 @@ EXAMPLES = [
         "beta is not judged: Adamax is not known.",
     ),
     (
+        Reason(Kind.NAN_IN_DATA, detail="The task loss is nan."),
+        "The curvature could not be measured: The task loss is nan. The data holds nan. If it pads tasks to one size, "
+        "list the tasks instead, each of its own size: support=[(x_1, y_1), (x_2, y_2), ...].",
+    ),
+    (
         Reason(Kind.NO_CURVATURE, hvps=2, step=0),
         "The loss has no curvature at these parameters and this batch (2 Hessian-vector products, step "
         "0), so no limit follows; that is not the same as safe. ReLU networks with dead units and losses"
@@ -123,6 +128,20 @@ EXAMPLES = [
     (
         Reason(Kind.TASK_FAILED, what="roll the last step back", error="OSError", detail="disk full"),
         "could not roll the last step back; training goes on.\nCause: OSError: disk full",
+    ),
+    (
+        Reason(
+            Kind.BATCH_NOT_COPIED, step=4, what="lock", error="BatchCopyError", detail="cannot pickle 'lock' object"
+        ),
+        "the batch at step 4 cannot be copied (lock), so it is not checked; training goes on. A check works on a copy, "
+        "so that training is given the batch as it was.\n"
+        "Cause: cannot pickle 'lock' object\n"
+        "To do: Leave out of the batch what cannot be copied, or give lock a method clone().",
+    ),
+    (
+        Reason(Kind.STATE_NOT_READ, detail="`caps.beta` is out of its range (-5)"),
+        "guard state not read, starting anew: the checkpoint holds something else.\n"
+        "Cause: `caps.beta` is out of its range (-5)",
     ),
     (
         Reason(Kind.NO_LOOKAHEAD, detail="LBFGS needs a closure."),

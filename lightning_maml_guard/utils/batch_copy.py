@@ -1,0 +1,163 @@
+"""Copies of batches, whatever their type, and whether a training step changed the batch it was given."""
+
+from __future__ import annotations
+
+import copy
+import enum
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+# Nobody writes into these.
+_ATOMS = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    type,
+    range,
+    slice,
+    enum.Enum,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    weakref.ref,
+)
+
+
+class _Plain:
+    """Holds all of its state in ``__dict__``."""
+
+
+class BatchCopyError(TypeError):
+    """A batch holds something that cannot be copied; ``kind`` is the name of its type, ``cause`` the reason."""
+
+    def __init__(self, kind: str, cause: BaseException) -> None:
+        super().__init__(f"{kind} cannot be copied: {cause}")
+        self.kind, self.cause = kind, str(cause)
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad) if tensor.is_leaf else tensor.clone()
+
+
+def copied(batch: Any, clone: Callable[[Tensor], Tensor] = _clone) -> Any:
+    """Copy a batch: containers and objects in their own type, tensors cloned, what cannot change by reference.
+
+    ``clone`` makes the copy of a tensor. Raises a BatchCopyError for what cannot be copied.
+    """
+    try:
+        with _Clones(clone):
+            return copy.deepcopy(batch)
+    except Exception as error:
+        return _by_parts(batch, clone, error)
+
+
+class _Clones(TorchFunctionMode):
+    """Has ``copy.deepcopy`` clone tensors; by itself it copies the whole storage of a view and no result of a graph."""
+
+    def __init__(self, clone: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._clone = clone
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__:
+            return self._clone(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _by_parts(batch: Any, clone: Callable[[Tensor], Tensor], error: Exception) -> Any:
+    """Copy what ``deepcopy`` failed at: part by part, and objects by a ``clone`` of their own."""
+    kind = type(batch)
+    if kind is dict:
+        return {key: copied(value, clone) for key, value in batch.items()}
+    if kind in (list, tuple, set, deque):
+        return kind(copied(value, clone) for value in batch)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return kind(*(copied(value, clone) for value in batch))
+    own = getattr(batch, "clone", None)
+    if callable(own):
+        try:
+            return own()
+        except Exception as second:
+            error = second
+    raise BatchCopyError(kind.__name__, error) from error
+
+
+# What a batch holds: each object, and what shows that it was written into.
+Trace = list[tuple[Any, Any]]
+
+
+def trace(batch: Any) -> Trace | None:
+    """List what a batch holds, so that a change can be seen; None where one could not (NumPy arrays, ``__slots__``)."""
+    found: Trace = []
+    return found if _follow(batch, found, set()) else None
+
+
+def _follow(value: Any, found: Trace, seen: set[int]) -> bool:
+    if isinstance(value, Tensor):
+        if value.is_inference():
+            return False
+        found.append((value, (value._version, value.requires_grad)))
+        return True
+    if isinstance(value, _ATOMS):
+        found.append((value, None))
+        return True
+    if id(value) in seen:
+        return True
+    seen.add(id(value))
+    parts: list[Any] = []
+    held: Any = None
+    if isinstance(value, (list, tuple, deque)):
+        held, parts = len(value), list(value)
+    elif isinstance(value, dict):
+        held, parts = tuple(value), list(value.values())
+    elif isinstance(value, (set, frozenset)):
+        held = frozenset(value)
+    elif type(value).__basicsize__ > _Plain.__basicsize__ or not hasattr(value, "__dict__"):
+        return False
+    if hasattr(value, "__dict__"):
+        held, parts = (held, tuple(value.__dict__)), [*parts, *value.__dict__.values()]
+    found.append((value, held))
+    for each in parts:  # noqa: SIM110 (this runs at every step)
+        if not _follow(each, found, seen):
+            return False
+    return True
+
+
+def changed(before: Trace, batch: Any) -> bool:
+    """Return True if a batch is not what it was, or cannot be compared."""
+    after = trace(batch)
+    if after is None or len(after) != len(before):
+        return True
+    for (value, held), (was, had) in zip(after, before, strict=True):  # noqa: SIM110
+        if value is not was or held != had:
+            return True
+    return False
+
+
+def equal(one: Trace, other: Trace | None) -> bool:
+    """Return True if the tensors of a batch and of its copy hold the same values, bit for bit but for NaN."""
+    pairs = zip(_tensors(one), _tensors(other or []), strict=False)
+    return other is not None and len(one) == len(other) and all(_same(*pair) for pair in pairs)
+
+
+def _tensors(found: Trace) -> Sequence[Tensor]:
+    return [value for value, _ in found if isinstance(value, Tensor)]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if one.layout is not torch.strided:
+        return True
+    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
