@@ -17,7 +17,7 @@ from lightning_maml_guard.utils.activations import DeadUnits, ReluUnits
 from lightning_maml_guard.utils.batch_copy import copied
 from lightning_maml_guard.utils.checks import shown
 from lightning_maml_guard.utils.double_backward import double_backward
-from lightning_maml_guard.utils.task_map import TaskMap, as_float32
+from lightning_maml_guard.utils.task_map import as_float32, each_task
 
 
 @dataclass(frozen=True)
@@ -128,14 +128,10 @@ def dead_units(problem: Problem) -> DeadUnits:
             problem.loss(params)
             return watch.count()
         one = problem.first if isinstance(problem, AccumulatedProblem) else problem
-        loss = one.loss
-
-        def of_task(params: Params, data: Any) -> Tensor:
-            watch.restart()
-            return loss(params, data).detach()
-
         for data in (one.support, one.query):
-            TaskMap(looped=True)(of_task, params, as_float32(data), in_dims=(None, 0))
+            for each in each_task(data):
+                watch.restart()
+                one.loss(params, as_float32(each))
     return watch.count()
 
 
