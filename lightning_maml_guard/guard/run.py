@@ -37,6 +37,7 @@ from lightning_maml_guard.theory.limits import check_margin
 from lightning_maml_guard.utils.batch_copy import BatchCopyError
 from lightning_maml_guard.utils.checks import check_choice, check_count, check_device, check_flag, check_number
 from lightning_maml_guard.utils.distributed import Ranks, SharedError
+from lightning_maml_guard.utils.double_backward import double_backward
 from lightning_maml_guard.utils.lightning_compat import MisconfigurationException
 from lightning_maml_guard.utils.warnings import GuardWarning
 
@@ -153,15 +154,17 @@ class GuardedRun:
         self.matched = True
         problem = state_problem(source, module, batch, batch_idx)
         tasks = self.cache.map_for(getattr(problem, "task_chunk_size", None), getattr(problem, "looped", False))
-        self.match = TrainingMatch(
-            problem,
-            objective_of(problem, "support", tasks),
-            optimizers,
-            trainer.optimizers,
-            accumulated=trainer.accumulate_grad_batches,
-            half=str(trainer.precision).partition("-")[0] not in {"32", "64"},
-            ranks=self.cache.ranks,
-        )
+        # Compiled code too runs eagerly there: what is traced here would not be compiled again for training.
+        with double_backward():
+            self.match = TrainingMatch(
+                problem,
+                objective_of(problem, "support", tasks),
+                optimizers,
+                trainer.optimizers,
+                accumulated=trainer.accumulate_grad_batches,
+                half=str(trainer.precision).partition("-")[0] not in {"32", "64"},
+                ranks=self.cache.ranks,
+            )
 
     def _finish_match(self, loss: float) -> None:
         """End the comparison of the problem with training, and say what does not match."""

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_maml_guard.optim.shadow import Clip
-from lightning_maml_guard.utils.lightning_compat import overrides
 
 
 def trainer_clipping(trainer: Any) -> Clip | None:
@@ -71,6 +70,9 @@ def run_clipping(trainer: Any, clipped_to: float = math.nan) -> tuple[Clip | Non
     It may not be where a training step takes its own steps: then what it clips is known only by ``clipped_to``, the
     norm to which it was seen to bring a gradient down.
     """
+    # Here, so that `LookaheadOptions` can be imported without Lightning.
+    from lightning_maml_guard.utils.lightning_compat import overrides
+
     module = getattr(trainer, "lightning_module", None)
     if module is not None and module.automatic_optimization and overrides(module, "configure_gradient_clipping"):
         return None, ModuleClipping(module, trainer), True

@@ -58,7 +58,7 @@ def _of_function(function: FunctionType) -> Iterator[tuple[Any, Names]]:
             held.append(cell.cell_contents)
         except ValueError:
             continue  # a name that is not bound yet
-    if function.__module__.partition(".")[0] != "torch":
+    if (function.__module__ or "").partition(".")[0] != "torch":
         held += [function.__globals__[name] for name in names if name in function.__globals__]
     yield from ((each, names) for each in held)
 
