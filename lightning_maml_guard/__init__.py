@@ -9,8 +9,8 @@ from lightning_maml_guard.utils.warnings import GuardWarning
 
 if TYPE_CHECKING:
     from lightning_maml_guard.guard.convergence_guard import ConvergenceGuard
-    from lightning_maml_guard.guard.lookahead import LookaheadOptions
     from lightning_maml_guard.guard.report import CheckReport
+    from lightning_maml_guard.lookahead.lookahead import LookaheadOptions
     from lightning_maml_guard.maml.meta_learning import MetaLearning, MetaLearningModule
     from lightning_maml_guard.maml.problem import MetaProblem
     from lightning_maml_guard.optim.stability_limits import stability_limit
@@ -34,7 +34,7 @@ _HOMES = {
     "CriticalRates": "theory.critical_rates",
     "CurvatureOptions": "stability.options",
     "EpisodeBatch": "tasks.episodes",
-    "LookaheadOptions": "guard.lookahead",
+    "LookaheadOptions": "lookahead.lookahead",
     "MeasurementCache": "stability.hvp",
     "MetaLearning": "maml.meta_learning",
     "MetaLearningModule": "maml.meta_learning",

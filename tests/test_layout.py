@@ -18,6 +18,7 @@ ROOMS = (
     "maml",
     "optim",
     "stability",
+    "lookahead",
     "phase",
     "plots",
     "guard",
@@ -35,8 +36,8 @@ LAYERS = {
         ("measure",),
     ),
     "guard": (
-        ("divergence", "replay_buffer", "report", "schedule"),
-        ("loggers", "lookahead", "state_machine"),
+        ("replay_buffer", "report", "schedule", "state_machine"),
+        ("loggers",),
         ("rescale", "state"),
         ("actions", "html_report"),
         ("run",),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lightning_maml_guard.guard.divergence import Scale
-from lightning_maml_guard.guard.lookahead import Caps, Lookahead, LookaheadResult
 from lightning_maml_guard.guard.rescale import BY_RATIO, at_limits, lowered, raised
 from lightning_maml_guard.guard.state_machine import Transition
+from lightning_maml_guard.lookahead.divergence import Scale
+from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, LookaheadResult
 from lightning_maml_guard.messages.sentences import rates
 from lightning_maml_guard.messages.spelling import Spelling
 from lightning_maml_guard.stability.report import StabilityReport

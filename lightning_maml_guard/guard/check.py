@@ -9,14 +9,14 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_maml_guard.guard.actions import Situation
-from lightning_maml_guard.guard.divergence import Scale, fails, passes, undecided
 from lightning_maml_guard.guard.loggers import inform, log_values, metrics, warn
-from lightning_maml_guard.guard.lookahead import Caps, Lookahead, LookaheadResult, lookahead_of, lookahead_reason
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.rescale import reaches_alpha
 from lightning_maml_guard.guard.rollback import Rollback, finite
 from lightning_maml_guard.guard.run import GuardedRun, failure_reason
 from lightning_maml_guard.guard.state_machine import Transition
+from lightning_maml_guard.lookahead.divergence import Scale, fails, passes, undecided
+from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, LookaheadResult, lookahead_of, lookahead_reason
 from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy, of_error
 from lightning_maml_guard.messages.sentences import left_safe_region, returned
 from lightning_maml_guard.optim.lr_cap import scheduled_rate

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from lightning_maml_guard.guard.actions import ACTIONS, Action
 from lightning_maml_guard.guard.check import Check
 from lightning_maml_guard.guard.loggers import logger_step, takes_no_steps
-from lightning_maml_guard.guard.lookahead import LookaheadOptions
 from lightning_maml_guard.guard.report import CheckReport, frame
 from lightning_maml_guard.guard.run import GuardedRun, check_settings, check_watchable
 from lightning_maml_guard.guard.schedule import SCHEDULED
 from lightning_maml_guard.guard.state import Event, to_checkpoint
+from lightning_maml_guard.lookahead.lookahead import LookaheadOptions
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.messages.sentences import sentences
 from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from lightning_maml_guard.guard.loggers import warn
-from lightning_maml_guard.guard.lookahead import LookaheadOptions
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.state import Event
+from lightning_maml_guard.lookahead.lookahead import LookaheadOptions
 from lightning_maml_guard.messages.notices import not_written
 from lightning_maml_guard.messages.sentences import cause, sentence, sentences
 from lightning_maml_guard.messages.spelling import Spelling

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_maml_guard.guard.divergence import Scale
-from lightning_maml_guard.guard.lookahead import Caps, LookaheadResult
+from lightning_maml_guard.lookahead.divergence import Scale
+from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult
 from lightning_maml_guard.optim.lr_cap import LRCap
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import UNSAFE

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from lightning_maml_guard.guard.loggers import logger_step, warn
-from lightning_maml_guard.guard.lookahead import Caps
 from lightning_maml_guard.guard.run import GuardedRun
+from lightning_maml_guard.lookahead.lookahead import Caps
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced, sentence
 from lightning_maml_guard.optim.snapshot import Snapshot

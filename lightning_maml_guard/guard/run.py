@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_maml_guard.guard.actions import ACTIONS, Action
-from lightning_maml_guard.guard.divergence import gradient_norm
 from lightning_maml_guard.guard.loggers import Figures, warn
-from lightning_maml_guard.guard.lookahead import LookaheadOptions, check_lookahead
 from lightning_maml_guard.guard.replay_buffer import ReplayBuffer
 from lightning_maml_guard.guard.rescale import AppliedCaps
 from lightning_maml_guard.guard.schedule import Schedule
 from lightning_maml_guard.guard.state import GuardState, StateError, from_checkpoint
 from lightning_maml_guard.guard.state_machine import StateMachine
+from lightning_maml_guard.lookahead.divergence import gradient_norm
+from lightning_maml_guard.lookahead.lookahead import LookaheadOptions, check_lookahead
 from lightning_maml_guard.maml.meta_learning import MetaLearning
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_maml_guard.guard.divergence import RunningStatistics
-from lightning_maml_guard.guard.lookahead import Caps
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.schedule import ScheduleState
 from lightning_maml_guard.guard.state_machine import Watch
+from lightning_maml_guard.lookahead.divergence import RunningStatistics
+from lightning_maml_guard.lookahead.lookahead import Caps
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.stability.hvp import NetworkFacts
 from lightning_maml_guard.theory.limits import EDGE, SAFE, UNRESOLVED, UNSAFE

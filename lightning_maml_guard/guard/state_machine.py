@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lightning_maml_guard.guard.divergence import fails, passes
+from lightning_maml_guard.lookahead.divergence import fails, passes
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import EDGE, SAFE, UNSAFE
 

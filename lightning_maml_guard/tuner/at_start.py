@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from lightning_maml_guard.guard.divergence import Scale, fails
-from lightning_maml_guard.guard.lookahead import Caps, Lookahead, LookaheadOptions, lookahead_of, lookahead_reason
 from lightning_maml_guard.guard.state_machine import Watch, advance
+from lightning_maml_guard.lookahead.divergence import Scale, fails
+from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, LookaheadOptions, lookahead_of, lookahead_reason
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.optim.shadow import ClosureError

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from lightning_maml_guard.guard.lookahead import LookaheadOptions, check_lookahead
+from lightning_maml_guard.lookahead.lookahead import LookaheadOptions, check_lookahead
 from lightning_maml_guard.stability.options import CurvatureOptions, check_curvature
 from lightning_maml_guard.stability.problems import ProblemSource, has_meta_problem
 from lightning_maml_guard.tuner.at_start import MeasureAtStart

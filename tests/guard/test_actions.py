@@ -4,7 +4,7 @@ import pytest
 
 from lightning_maml_guard import ConvergenceGuard, GuardWarning
 from lightning_maml_guard.guard.actions import ACTIONS, Action
-from lightning_maml_guard.guard.lookahead import Caps
+from lightning_maml_guard.lookahead.lookahead import Caps
 from lightning_maml_guard.messages.spelling import IN_PYTHON
 from lightning_maml_guard.theory.limits import UNSAFE
 from tests.helpers import fit, guard_warns, is_free_of_hooks, linear_module, one_line, quadratic_batch

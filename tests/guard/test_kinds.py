@@ -9,7 +9,7 @@ from torch.optim import SGD, Adagrad, Adam, RMSprop, SparseAdam
 from torch.utils.data import DataLoader
 
 from lightning_maml_guard import ConvergenceGuard, LookaheadOptions
-from lightning_maml_guard.guard.lookahead import Lookahead
+from lightning_maml_guard.lookahead.lookahead import Lookahead
 from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.stability.problems import training_step_problem
 from lightning_maml_guard.utils.lightning_compat import Trainer

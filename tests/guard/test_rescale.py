@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_maml_guard.guard.lookahead import Caps, LookaheadResult
 from lightning_maml_guard.guard.rescale import LADDER, RELEASE, lowered, raised
+from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult
 
 
 def report(alpha=0.1, beta=1.0, alpha_c=1.0, safe_beta_c=math.nan, alpha_status="safe"):

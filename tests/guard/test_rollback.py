@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 
 from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, GuardWarning, LookaheadOptions, MetaLearningModule
 from lightning_maml_guard.guard.check import Check
-from lightning_maml_guard.guard.divergence import FIRST_LOSSES, RunningStatistics, gradient_norm
 from lightning_maml_guard.guard.state import GuardState, from_checkpoint, to_checkpoint
+from lightning_maml_guard.lookahead.divergence import FIRST_LOSSES, RunningStatistics, gradient_norm
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.stability.measure import measure

@@ -16,8 +16,8 @@ from lightning_maml_guard import (
     MetaLearningModule,
     TaskDataModule,
 )
-from lightning_maml_guard.guard.divergence import RunningStatistics
 from lightning_maml_guard.guard.schedule import SCHEDULED, TRIGGERED, Schedule
+from lightning_maml_guard.lookahead.divergence import RunningStatistics
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.stability.cost import CURVATURE, UPDATE
 from lightning_maml_guard.stability.hvp import MeasurementCache, make_operator

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from lightning_maml_guard import ConvergenceGuard
-from lightning_maml_guard.guard.divergence import RunningStatistics
 from lightning_maml_guard.guard.html_report import happened
-from lightning_maml_guard.guard.lookahead import Caps
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.schedule import ScheduleState
 from lightning_maml_guard.guard.state import VERSION, Event, GuardState, StateError, from_checkpoint, to_checkpoint
 from lightning_maml_guard.guard.state_machine import Watch
 from lightning_maml_guard.linalg.lanczos import Tridiagonal
 from lightning_maml_guard.linalg.pyhessian import PowerIteration
+from lightning_maml_guard.lookahead.divergence import RunningStatistics
+from lightning_maml_guard.lookahead.lookahead import Caps
 from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy
 from lightning_maml_guard.messages.sentences import sentences
 from lightning_maml_guard.messages.spelling import IN_PYTHON

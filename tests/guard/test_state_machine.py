@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_maml_guard.guard.divergence import severity
 from lightning_maml_guard.guard.state_machine import Watch, advance
+from lightning_maml_guard.lookahead.divergence import severity
 
 
 def states(checks, **options):

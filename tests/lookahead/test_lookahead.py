@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim import LBFGS, SGD, Adam
 
 from lightning_maml_guard import MetaLearningModule
-from lightning_maml_guard.guard.divergence import Scale
-from lightning_maml_guard.guard.lookahead import Caps, Lookahead, LookaheadResult, lookahead_of
+from lightning_maml_guard.lookahead.divergence import Scale
+from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, LookaheadResult, lookahead_of
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.optim.shadow import ClosureError, next_update

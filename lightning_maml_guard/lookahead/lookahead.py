@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from lightning_maml_guard.guard.divergence import Scale, passes
 from lightning_maml_guard.linalg.layout import Layout, Params, real_pairs, unpaired
+from lightning_maml_guard.lookahead.divergence import Scale, passes
 from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy
 from lightning_maml_guard.optim.clipping import ModuleClipping, run_clipping
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
