@@ -155,7 +155,7 @@ class Lookahead:
         self.alpha: float = getattr(problems[0], "alpha", math.nan)
         self.beta = scheduled_rate(self._optimizers)
         self.batches = len(problems)
-        self.runs = 0
+        self.gradients = 0  # computed so far
 
     @property
     def clipping_failure(self) -> Exception | None:
@@ -170,11 +170,6 @@ class Lookahead:
     def may_miss_clipping(self, result: LookaheadResult, scale: Scale, ratio: float) -> bool:
         """Return True if the run may survive what this lookahead did not, because it clips out of sight."""
         return not self.sees_clipping and not scale.diverged(result.begin, ratio)
-
-    @property
-    def gradients(self) -> int:
-        """Gradients computed so far."""
-        return self.runs * (self._steps + 1)
 
     def under(self, caps: Caps, first: int = 0) -> LookaheadResult:
         """Try the steps under caps, beginning with the batch of index ``first``."""
@@ -199,9 +194,20 @@ class Lookahead:
         median = found[len(found) // 2]
         return median, scale, scale.severity(median.end)
 
-    def run(self, alpha_factor: float = 1.0, beta_factor: float = 1.0, first: int = 0) -> LookaheadResult:
-        """Try the steps with factors on the inner rates and on the optimizer's."""
-        self.runs += 1
+    def run(
+        self,
+        alpha_factor: float = 1.0,
+        beta_factor: float = 1.0,
+        first: int = 0,
+        *,
+        steps: int | None = None,
+        highest: float = math.inf,
+    ) -> LookaheadResult:
+        """Try the steps with factors on the inner rates and on the optimizer's; ``steps`` of them, if given.
+
+        Where a ``highest`` loss is given, a loss above it, or one that is not finite, is the last that is tried.
+        """
+        steps = self._steps if steps is None else steps
         live = self._live
         if not self._owned:
             live = dict(zip(self._live, self._optimizers[0].param_groups[0]["params"], strict=True))
@@ -209,12 +215,29 @@ class Lookahead:
             torch.manual_seed(0)  # the same dropout masks at every rate, so that results can be compared
             shadow = ShadowOptimizer(self._optimizers, live, beta_factor)
             losses = []
-            for step in range(self._steps):
+            for step in range(steps):
                 value, gradient = self._evaluate(shadow.params, first + step, alpha_factor)
                 losses.append(value)
+                self.gradients += 1
+                if highest < math.inf and not value <= highest:
+                    break
                 shadow.step(gradient, self._clip, self._hook)
-            losses.append(self._evaluate(shadow.params, first, alpha_factor)[0])
+            else:
+                losses.append(self._evaluate(shadow.params, first, alpha_factor)[0])
+                self.gradients += 1
             return LookaheadResult(tuple(torch.stack(losses).tolist()))
+
+    def untrained(self, alpha_factor: float = 1.0) -> tuple[float, ...]:
+        """Evaluate every batch at the parameters as they are, with a factor on the inner rates."""
+        return self.run(alpha_factor, 0.0, steps=self.batches).losses[: self.batches]
+
+    def gradient_norms(self) -> tuple[float, ...]:
+        """Compute the norm of every batch's gradient at the parameters as they are."""
+        with preserved_randomness(), double_backward():
+            torch.manual_seed(0)
+            found = [self._evaluate(self._live, index, 1.0)[1] for index in range(self.batches)]
+        self.gradients += self.batches
+        return tuple(float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(g.values()))))) for g in found)
 
     def _evaluate(self, params: Params, index: int, factor: float) -> tuple[Tensor, Params]:
         objective = self._objectives[index % len(self._objectives)]

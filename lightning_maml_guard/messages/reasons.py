@@ -32,6 +32,11 @@ class Kind(str, Enum):
     LOOKAHEAD_DIVERGES = "lookahead diverges"
     LOSS_NOT_FINITE = "loss not finite"
     LOSS_DIVERGED = "loss diverged"
+    RATES_TRIED = "rates tried"
+    ADAPTATION_HARMFUL = "adaptation harmful"
+    SCHEDULE_AHEAD = "schedule ahead"
+    ODD_BATCH = "odd batch"
+    UNITS_DIED = "units died"
     # What a guard has to say once.
     CHECK_FAILED = "check failed"
     NO_CURVATURE_MEASURED = "no curvature measured"

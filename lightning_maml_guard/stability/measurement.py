@@ -14,6 +14,7 @@ from lightning_maml_guard.optim.linearized_step import linearized_step
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.shadow import predicted_change
 from lightning_maml_guard.optim.stability_limits import Optimizers
+from lightning_maml_guard.stability.advice import from_limits
 from lightning_maml_guard.stability.alpha_c import InnerRateLimit
 from lightning_maml_guard.stability.beta_c import (
     UNKNOWN,
@@ -173,6 +174,14 @@ class Measurement:
             alpha_c_interval=alpha_limit.interval,
             beta_c_interval=beta.configured.interval,
             spectrum=spectrum,
+            advice=from_limits(
+                verdict,
+                alpha=alpha_limit,
+                beta=self._beta,
+                safe_beta_c=beta.at_safe_alpha,
+                margin=self._margin,
+                step=self._at_step,
+            ),
         )
 
     def failed(self, error: ArithmeticError, *, padded: bool = False) -> StabilityReport:

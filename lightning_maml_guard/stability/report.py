@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_maml_guard.messages.advice import Advice
 from lightning_maml_guard.messages.reasons import UNKNOWN_INTERVAL, Reason
 from lightning_maml_guard.messages.sentences import sentences
 from lightning_maml_guard.stability.estimators import Spectrum
@@ -50,6 +51,7 @@ class StabilityReport:
         criterion: Whose conditions the status is about: ``"simplified"`` or ``"exact"``.
         notes: What keeps a rate from being judged and will last, as data; :attr:`notices` has it in words.
         step: Training step, if the caller gave one.
+        advice: What to set, if a rate is unsafe: half of its limit. None while there is nothing to say.
         cost: What the measurement is counted as, in training steps, where a guard's ``max_cost`` is to be kept: more
             than it takes for most networks.
     """
@@ -84,6 +86,7 @@ class StabilityReport:
     notes: tuple[Reason, ...] = ()
     step: int | None = None
     cost: float = math.nan
+    advice: Advice | None = None
 
     @classmethod
     def unmeasured(cls, reason: Reason, *, alpha: float, beta: float, **known: Any) -> StabilityReport:

@@ -72,6 +72,15 @@ def first_tasks(data: Any, count: int) -> Any:
     return tree_map(lambda leaf: TaskList(leaf[:count]) if is_listed(leaf) else leaf[:count], data, is_leaf=is_listed)
 
 
+def chosen_tasks(data: Any, chosen: Sequence[int]) -> Any:
+    """Take tasks of a set by their indices, some maybe more than once."""
+    return tree_map(
+        lambda leaf: TaskList(leaf[index] for index in chosen) if is_listed(leaf) else leaf[list(chosen)],
+        data,
+        is_leaf=is_listed,
+    )
+
+
 def task_count(data: Any, name: str) -> int:
     """Count the tasks in a pytree of tensors with a leading task dimension, or in a list of tasks.
 

@@ -1,0 +1,166 @@
+"""Which rate is to blame, and to what it should be set: rates tried one after another on copies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from lightning_maml_guard.lookahead.divergence import Scale
+from lightning_maml_guard.lookahead.lookahead import Lookahead
+
+# Steps that each pair of rates is tried for: rates that survive 10 steps may diverge within 30.
+TRIAL_STEPS = 30
+# Of the largest rate that trains for so long, the share to set for a whole run.
+SHARE = 0.25
+# A pair of lowered rates has to learn this much more than the better one of them alone.
+BOTH = 1.25
+ALPHA_LADDER = tuple(2.0**-k for k in range(1, 9))
+BETA_LADDER = tuple(2.0**-k for k in range(1, 15))
+# Rungs below the best one that are tried before a ladder ends.
+PATIENCE = 2
+
+
+class Factors(NamedTuple):
+    """Factors on the inner rates and on the meta rate."""
+
+    alpha: float = 1.0
+    beta: float = 1.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The next steps at some rates.
+
+    Attributes:
+        at: Factors on the rates.
+        end: Mean loss over the last quarter of the steps; ``inf`` where the loss left.
+        learned: By how much ``end`` is below the loss before training.
+        trains: Whether the loss never left and ended no higher than before training.
+    """
+
+    at: Factors
+    end: float
+    learned: float
+    trains: bool
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found: a trial of the rates as they are, the best one of lowered rates, and the rates to set."""
+
+    present: Trial
+    best: Trial
+    rates: Factors
+
+
+class RateSearch:
+    """Tries rates on copies, each pair once.
+
+    Args:
+        lookahead: Tries steps.
+        scale: How losses are compared.
+        ratio: Factor on the loss before training at which a trial ends.
+        peak: Factor on the scheduled meta rate that stands for 1 here: where the schedule goes.
+        steps: Steps of a trial.
+    """
+
+    def __init__(
+        self, lookahead: Lookahead, scale: Scale, ratio: float, *, peak: float = 1.0, steps: int = TRIAL_STEPS
+    ) -> None:
+        self._lookahead, self._scale, self._ratio, self._peak, self._steps = lookahead, scale, ratio, peak, steps
+        self._known: dict[Factors, Trial] = {}
+        self._untrained: dict[float, tuple[float, ...]] = {}
+
+    def untrained(self, alpha: float) -> tuple[float, ...]:
+        """The losses of the batches before training, at a factor on the inner rates."""
+        if alpha not in self._untrained:
+            self._untrained[alpha] = self._lookahead.untrained(alpha)
+        return self._untrained[alpha]
+
+    @property
+    def reference(self) -> tuple[float, ...]:
+        """The losses of the batches before training, with adaptation or without: the lower ones."""
+        return min(self.untrained(1.0), self.untrained(0.0), key=_mean)
+
+    def at(self, alpha: float = 1.0, beta: float = 1.0) -> Trial:
+        """Try factors on the rates."""
+        at = Factors(alpha, beta)
+        if at not in self._known:
+            self._known[at] = self._tried(at)
+        return self._known[at]
+
+    def _tried(self, at: Factors) -> Trial:
+        start, untrained = self.reference, self.untrained(at.alpha)
+        # A loss may begin high, where the inner rate is to blame, but may not rise.
+        highest = self._scale.times(self._ratio, max(*start, *untrained))
+        if not math.isfinite(highest):
+            return Trial(at, math.inf, -math.inf, trains=False)
+        losses = self._lookahead.run(at.alpha, at.beta * self._peak, steps=self._steps, highest=highest).losses
+        if not all(loss <= highest for loss in losses):
+            return Trial(at, math.inf, -math.inf, trains=False)
+        last = range(self._steps)[-max(self._steps // 4, 1) :]
+        end = _mean([losses[step] for step in last])
+        before = _mean([start[step % len(start)] for step in last])  # of the same batches
+        return Trial(at, end, before - end, trains=end <= before)
+
+    def find(self, *, alpha_suspect: bool, has_alpha: bool) -> Found:
+        """Find which rate to lower, and to what.
+
+        Lowering the right rate alone lets the run learn; lowering the other one alone does not, or learns less. The
+        suspect's ladder is gone down rung by rung, the other one's in long strides, to compare.
+        """
+        if not has_alpha:
+            return self._found(self._betas())
+        if alpha_suspect:
+            alphas, betas = self._alphas(), self._betas(strides=3)
+            if _best(betas).learned > _best(alphas).learned:
+                betas = self._betas()
+        else:
+            betas, alphas = self._betas(), self._down([(factor, 1.0) for factor in (0.5, 0.125)])
+            if _best(alphas).learned > _best(betas).learned:
+                alphas = self._alphas()
+        if _best(alphas).learned > _best(betas).learned:
+            return self._found(alphas)
+        if alpha_suspect:
+            both = self._betas(min(ALPHA_LADDER, key=lambda factor: _mean(self.untrained(factor))))
+            if _best(both).learned > BOTH * max(_best(betas).learned, 0.0):
+                return self._found(both)
+        return self._found(betas)
+
+    def _betas(self, alpha: float = 1.0, strides: int = 1) -> list[Trial]:
+        return self._down([(alpha, factor) for factor in BETA_LADDER[strides - 1 :: strides]])
+
+    def _alphas(self) -> list[Trial]:
+        return self._down([(factor, 1.0) for factor in ALPHA_LADDER])
+
+    def _down(self, rungs: Sequence[tuple[float, float]]) -> list[Trial]:
+        """Try lower and lower rates until several in a row learn less than the best one that trains."""
+        found: list[Trial] = []
+        for rung in rungs:
+            found.append(self.at(*rung))
+            best = _best(found)
+            if best.trains and len(found) - found.index(best) > PATIENCE:
+                break
+        return found
+
+    def _found(self, ladder: Sequence[Trial]) -> Found:
+        """The rates to set: a share of the largest that train, as the next lower ones do; lower if that learned more."""
+        best = _best(ladder)
+        largest = next((each for each, below in pairwise(ladder) if each.trains and below.trains), best)
+        if largest.at.beta == 1:  # a ladder of inner rates
+            rates = Factors(min(SHARE * largest.at.alpha, best.at.alpha), 1.0)
+        else:
+            rates = Factors(largest.at.alpha, min(SHARE * largest.at.beta, best.at.beta))
+        return Found(self.at(), best, rates)
+
+
+def _mean(losses: Sequence[float]) -> float:
+    """Mean of losses; infinite where one is not finite."""
+    return sum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.inf
+
+
+def _best(ladder: Sequence[Trial]) -> Trial:
+    return max(ladder, key=lambda each: each.learned)

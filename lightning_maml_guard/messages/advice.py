@@ -1,0 +1,65 @@
+"""Advice: which rate is to blame and what to set it to, as data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+from lightning_maml_guard.messages.reasons import Reason
+
+
+class Cause(str, Enum):
+    """What is to blame. The values stand in checkpoints."""
+
+    ALPHA = "alpha"
+    BETA = "beta"
+    BOTH = "both"
+    SCHEDULE = "schedule"
+    BATCH = "batch"
+    DEAD_UNITS = "dead units"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """What to change so that the run trains: numbers to set, not limits.
+
+    Attributes:
+        cause: What is to blame: ``"alpha"``, ``"beta"``, ``"both"``, ``"schedule"`` (the meta rate where the schedule
+            takes it), ``"batch"`` (an outlier in the data), ``"dead units"`` (activations that a meta rate too large has
+            killed) or ``"unknown"``.
+        alpha: The inner rate to configure; of several inner rates, the largest, the others in proportion. None: leave it
+            as it is.
+        beta: The meta rate to configure, the ``lr`` of the optimizer; under a schedule the number that its peak comes
+            from. Of several groups the largest. None: leave it as it is.
+        gradient_clip_val: Norm to clip gradients to, ``Trainer(gradient_clip_val=...)``, where a batch is to blame.
+        step: Training step at which it was given; None outside a training.
+        evidence: What it rests on.
+        configured_alpha: The inner rate it is about.
+        configured_beta: The meta rate it is about; under a schedule its peak.
+        peak_step: Step at which the schedule gets there.
+        reach_alpha: Whether ``rescale`` could lower the inner rate.
+    """
+
+    cause: Cause
+    alpha: float | None = None
+    beta: float | None = None
+    gradient_clip_val: float | None = None
+    step: int | None = None
+    evidence: tuple[Reason, ...] = ()
+    configured_alpha: float = math.nan
+    configured_beta: float = math.nan
+    peak_step: int | None = None
+    reach_alpha: bool = False
+
+    def __str__(self) -> str:
+        """Say it in one line."""
+        from lightning_maml_guard.messages.advice_sentences import advised
+
+        return advised(self)
+
+
+def settable(rate: float) -> float:
+    """Round a rate to the two digits that somebody would configure."""
+    return float(f"{rate:.1e}") if math.isfinite(rate) else rate

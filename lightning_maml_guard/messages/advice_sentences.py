@@ -1,0 +1,40 @@
+"""Advice in words: one line that says what is wrong and what to set, then why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_maml_guard.messages.advice import Advice, Cause
+from lightning_maml_guard.messages.sentences import cause
+from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling
+
+
+def advised(advice: Advice, spelling: Spelling = IN_PYTHON) -> str:
+    """Say in one line what is wrong and what to set."""
+    alpha, beta = f"alpha = {advice.configured_alpha:.3g}", f"beta = {advice.configured_beta:.3g}"
+    where = "" if advice.peak_step is None else f" at step {advice.peak_step}"
+    wrong = {
+        Cause.ALPHA: f"{alpha} is too large",
+        Cause.BETA: f"{beta} is too large",
+        Cause.BOTH: f"{alpha} and {beta} are too large",
+        Cause.SCHEDULE: f"the schedule takes beta to {advice.configured_beta:.3g}{where}, which is too large",
+        Cause.DEAD_UNITS: f"{beta} is too large: units have died",
+        Cause.BATCH: "a batch is an outlier; the rates are not to blame",
+        Cause.UNKNOWN: "training diverges, and no lower rates were found at which it learns",
+    }[advice.cause]
+    to_set = []
+    if advice.alpha is not None:
+        to_set.append(f"the inner rate (inner_lr) to {advice.alpha:.3g}")
+    if advice.beta is not None:
+        to_set.append(f"the optimizer's lr to {advice.beta:.3g}")
+    if advice.gradient_clip_val is not None:
+        to_set.append(f"{spelling.trainer(gradient_clip_val=advice.gradient_clip_val)}, or mend the batch")
+    if not to_set:
+        return f"{wrong}. Look at the data, the loss and the precision."
+    return f"{wrong}. Set {' and '.join(to_set)}."
+
+
+def left_safe_region(step: int, advice: Advice, effect: Sequence[str], spelling: Spelling) -> str:
+    """Say what is wrong and what to set, then why, then what the guard does about it."""
+    why = [f"Why: {cause(each, spelling)}" for each in advice.evidence]
+    return "\n".join([f"ConvergenceGuard: step {step}: {advised(advice, spelling)}", *dict.fromkeys(why), *effect])
