@@ -118,7 +118,7 @@ class _Kept:
 
 class _Bounded(io.BytesIO):
     def write(self, data: Any) -> int:
-        if self.tell() > LARGEST_COPY:
+        if self.tell() + memoryview(data).nbytes > LARGEST_COPY:
             raise ValueError(f"the scheduler holds more than {LARGEST_COPY >> 20} MB and was not copied")
         return super().write(data)
 
@@ -185,6 +185,8 @@ def _set_state(function: FunctionType, state: tuple[list[list[Any]], Any, Any, d
 
 def _twin(module: nn.Module) -> nn.Module:
     """A module with attributes and containers of its own; parameters, buffers and layers are the live ones."""
+    if hasattr(module, "__del__"):
+        return module  # a twin's end would close what the live one uses
     twin = object.__new__(type(module))
     twin.__dict__.update({name: _copied_container(value) for name, value in vars(module).items()})
     return twin

@@ -235,7 +235,9 @@ def plan_of(trainer: Any) -> Plan:
     batch, epoch = progress.current.started, epochs.completed
     at_the_end = progress.is_last_batch and batch == progress.current.ready
     if batch and (at_the_end or (batches is not None and batch >= batches)):
-        batch, epoch = 0, epochs.started
+        # A run resumed from the end of an epoch does not count the next one as started.
+        in_batch_end = progress.current.completed < batch and not loop.epoch_loop.restarting
+        batch, epoch = 0, max(epochs.processed, epochs.started, epoch + in_batch_end)
     ends = [] if trainer.max_steps == -1 else [trainer.max_steps - trainer.global_step]
     if batches is not None and trainer.max_epochs not in (None, -1):
         ends.append(math.ceil(batches / accumulate) * (trainer.max_epochs - epoch) - batch // accumulate)
