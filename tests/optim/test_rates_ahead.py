@@ -227,7 +227,8 @@ ITERATIONS = {"max_steps": 8, "max_epochs": -1}
     ("name", "interval", "frequency", "accumulate"),
     [
         ("sequential", "step", 1, 2),
-        ("one cycle", "step", 3, 2),
+        ("one cycle", "step", 4, 2),
+        ("object that counts", "step", 2, 2),
         ("lambda", "step", 3, 1),
         ("cosine", "epoch", 1, 2),
         ("exponential", "epoch", 2, 1),
@@ -382,6 +383,23 @@ def test_many_groups_are_walked_for_less_long():
     config = by_step(ExponentialLR(optimizer, 1.0))
     ahead = read_ahead(Plan(0, 0, 5, 1, 60_000, (config,)), optimizer, 0)
     assert len(ahead.rates) == 25_000 and not ahead.complete and not ahead.matches(25_000, 0.3)
+
+
+class Noisy(Own):
+    def get_lr(self):
+        warnings.warn("a schedule that talks", stacklevel=2)
+        return super().get_lr()
+
+
+def test_random_states_and_warnings_stay_inside():
+    optimizer = optimizer_at(0.3)
+    with pytest.warns(UserWarning, match="talks"):
+        config = by_step(Noisy(optimizer))
+    before = random.getstate()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ahead = read_ahead(Plan(0, 0, 5, 1, 20, (config,)), optimizer, 0)
+    assert random.getstate() == before and ahead.failure is None and ahead.rates[-1] > 0.3
 
 
 def test_manual_optimization_and_an_own_lr_scheduler_step():
