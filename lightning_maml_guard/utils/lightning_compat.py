@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_info as inform
@@ -81,6 +82,7 @@ __all__ = [
     "LightningModule",
     "MisconfigurationException",
     "MixinBase",
+    "Plan",
     "RichProgressBar",
     "Trainer",
     "check_module",
@@ -90,6 +92,7 @@ __all__ = [
     "inform_less",
     "no_loader",
     "overrides",
+    "plan_of",
     "ranks_of",
     "seed_everything",
     "tools_for",
@@ -196,3 +199,54 @@ def ranks_of(trainer: Any) -> Ranks:
     if trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
         return ProcessGroup(trainer.strategy.root_device)
     return Ranks()
+
+
+class Plan(NamedTuple):
+    """What of a run decides its coming learning rates.
+
+    Attributes:
+        batch: The coming batch, from 0 in its epoch.
+        epoch: Its epoch.
+        batches: Batches per epoch; None if not known.
+        accumulate: Batches per optimizer step.
+        steps: Optimizer steps to the planned end; None without one.
+        schedulers: The configs (``scheduler``, ``interval``, ``frequency``, ``reduce_on_plateau``) Lightning steps.
+        shared: Objects that schedulers may read and that are not to be copied.
+        failure: Why it is not known when the schedulers are stepped.
+    """
+
+    batch: int
+    epoch: int
+    batches: int | None
+    accumulate: int
+    steps: int | None
+    schedulers: tuple[Any, ...] = ()
+    shared: tuple[Any, ...] = ()
+    failure: Exception | None = None
+
+
+def plan_of(trainer: Any) -> Plan:
+    """Read where a run is and how far it is to go, without setting up a data loader."""
+    loop, module = trainer.fit_loop, trainer.lightning_module
+    progress, epochs = loop.epoch_loop.batch_progress, loop.epoch_progress.current
+    batches = None if math.isinf(trainer.num_training_batches) else int(trainer.num_training_batches)
+    accumulate = trainer.accumulate_grad_batches
+    # `started` is behind `ready` in on_train_batch_start, and only there.
+    batch, epoch = progress.current.started, epochs.completed
+    at_the_end = progress.is_last_batch and batch == progress.current.ready
+    if batch and (at_the_end or (batches is not None and batch >= batches)):
+        # A run resumed from the end of an epoch does not count the next one as started.
+        in_batch_end = progress.current.completed < batch and not loop.epoch_loop.restarting
+        batch, epoch = 0, max(epochs.processed, epochs.started, epoch + in_batch_end)
+    ends = [] if trainer.max_steps == -1 else [trainer.max_steps - trainer.global_step]
+    if batches is not None and trainer.max_epochs not in (None, -1):
+        ends.append(math.ceil(batches / accumulate) * (trainer.max_epochs - epoch) - batch // accumulate)
+    failure: Exception | None = None
+    schedulers = tuple(trainer.lr_scheduler_configs)
+    if schedulers and not module.automatic_optimization:
+        failure = NotImplementedError("under manual optimization the module steps its schedulers itself")
+    elif schedulers and overrides(module, "lr_scheduler_step"):
+        failure = NotImplementedError("the module has an lr_scheduler_step of its own")
+    steps = max(0, min(ends)) if ends else None
+    shared = tuple(each for each in (trainer, trainer.datamodule) if each is not None)
+    return Plan(batch, epoch, batches, accumulate, steps, schedulers, shared, failure)
