@@ -1,25 +1,22 @@
-"""What to advise: the last sane state of the run says which rate is to blame, rates tried from there what to set."""
+"""What to advise: the last sane state of a run says which rate is to blame, rates tried from there what to set."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
-from torch.optim import Optimizer
-
+from lightning_maml_guard.guard.look import Look, fresh
 from lightning_maml_guard.guard.run import GuardedRun
-from lightning_maml_guard.lookahead.divergence import Scale
-from lightning_maml_guard.lookahead.lookahead import Lookahead, LookaheadResult, lookahead_of
-from lightning_maml_guard.lookahead.rate_search import TRIAL_STEPS, Factors, Found, RateSearch, Trial
-from lightning_maml_guard.lookahead.resampled import resampled
+from lightning_maml_guard.guard.state_machine import Transition
+from lightning_maml_guard.lookahead.lookahead import Lookahead, lookahead_of
+from lightning_maml_guard.lookahead.rate_search import TRIAL_STEPS, Factors, Found, RateSearch
 from lightning_maml_guard.messages.advice import Advice, Cause, settable
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.optim.snapshot import Snapshot
-from lightning_maml_guard.stability.adaptation import Adaptation
 from lightning_maml_guard.stability.problems import Problem, dead_units
 from lightning_maml_guard.stability.report import StabilityReport
 
@@ -29,111 +26,130 @@ _SANE = 1.5
 _ODD, _OTHERS = 5.0, 3
 # Lower rates must end lower by this share of the loss before they are advised to a run that does not diverge.
 _CLEARLY = 0.1
-# Ratios of rates to their limits below which a longer look is not worth its cost.
+# Rates below this share of their limits are not looked at for longer.
 _CLEAR = 0.5
 # Share of its units that a network has lost when they are named as the cause.
 _DEAD = 0.5
-# A search may cost as much as some hundred steps: of one run no more than so many.
-MOST_SEARCHES = 4
-
-
-@dataclass(frozen=True)
-class Peak:
-    """Where a schedule takes the meta rate: how high, when, and which configured rate it comes from.
-
-    Attributes:
-        rate: The highest meta rate to come; the scheduled one where it does not rise.
-        step: When it is reached; None where it does not rise.
-        configured: The number that somebody configured, per unit of the peak.
-    """
-
-    rate: float
-    step: int | None = None
-    configured: float = 1.0
+# A search may cost as much as some hundred steps, so that one run makes no more than so many.
+_MOST_SEARCHES = 4
 
 
 class Adviser:
-    """Advises a run at one check.
+    """Advises a run at one check."""
 
-    Attributes:
-        found: The advice; None while there is none.
-    """
-
-    def __init__(
-        self,
-        run: GuardedRun,
-        trainer: Any,
-        module: Any,
-        problems: Sequence[Problem],
-        optimizers: list[Optimizer],
-        scale: Scale,
-        step: int,
-        peak: Peak,
-    ) -> None:
-        self._run, self._trainer, self._module, self._optimizers = run, trainer, module, optimizers
-        self._problems, self._scale, self._step, self._peak = list(problems), scale, step, peak
+    def __init__(self, run: GuardedRun, trainer: Any, module: Any, look: Look, step: int) -> None:
+        self._run, self._trainer, self._module, self._look, self._step = run, trainer, module, look, step
         self._ratio = run.settings.lookahead.divergence_ratio
+        self.gradients = 0  # that searches computed
+
+    @property
+    def news(self) -> Kind | None:
+        """What a look found that calls for advice although the run survives the next steps; once each."""
+        look, told = self._look, self._run.state.advised
+        if look.fails_ahead(self._ratio) and Kind.SCHEDULE_AHEAD.value not in told:
+            return Kind.SCHEDULE_AHEAD
+        return Kind.ADAPTATION_HARMFUL if look.harmful and Kind.ADAPTATION_HARMFUL.value not in told else None
 
     def look_further(self, report: StabilityReport) -> Found | None:
-        """Try more steps on fresh tasks than a lookahead does; what was found, if lower rates do clearly better.
+        """Try more steps than a lookahead does; what was found, if lower rates do clearly better.
 
         Left out where the critical values are far above the rates.
         """
         ratios = [report.beta_ratio, *([] if math.isnan(report.alpha) else [report.alpha_ratio])]
-        if all(ratio < _CLEAR for ratio in ratios):
+        if self._look.lookahead is None or all(ratio < _CLEAR for ratio in ratios):
             return None
-        search = self._search(self._problems)
-        if search.at().trains:
-            return None
-        found = search.find(alpha_suspect=report.alpha_ratio > 1, has_alpha=not math.isnan(report.alpha))
-        return found if self._is_better(found) else None
+        with self._searching(self._look.problems) as search:
+            if search.at().trains:
+                return None
+            found = search.find(alpha_suspect=self._suspects_alpha(report), has_alpha=not math.isnan(report.alpha))
+        scale = self._look.scale
+        clearly = scale.times(1 + _CLEARLY, scale.start) - scale.start
+        return found if found.best.trains and found.best.learned > found.present.learned + clearly else None
+
+    def severity_of(self, found: Found) -> float:
+        """The severity of a longer look that found the rates too high."""
+        return max(self._look.scale.severity(found.present.end), math.log(self._ratio))
 
     def advise(
-        self,
-        report: StabilityReport,
-        present: LookaheadResult,
-        evidence: tuple[Reason, ...],
-        adaptation: Adaptation | None,
-        found: Found | None = None,
-        *,
-        only_alpha: bool = False,
+        self, report: StabilityReport, findings: tuple[Reason, ...], transition: Transition, further: Found | None
+    ) -> Advice | None:
+        """Advise a run that has just become unsafe, or of which a look found something new; else None."""
+        state, news = self._run.state, self.news
+        if not transition.entered and news is None:
+            return None
+        if self._look.lookahead is None or self._look.present is None:
+            found = report.advice or Advice(cause=Cause.UNKNOWN)
+            found = replace(found, step=self._step, evidence=findings)
+        elif state.searches >= _MOST_SEARCHES and state.advice is not None:
+            found = replace(state.advice, step=self._step, evidence=findings)
+        else:
+            state.searches += 1
+            found = self._found(report, findings, further, None if transition.entered else news)
+        if news is not None:
+            state.advised.append(news.value)
+        state.advice = found
+        return found
+
+    def _found(
+        self, report: StabilityReport, findings: tuple[Reason, ...], further: Found | None, news: Kind | None
     ) -> Advice:
-        """Advise a run that diverges, or whose adaptation is harmful (``only_alpha``)."""
-        self._run.state.searches += 1
-        with self._sane(present) as at:
-            if at != self._step:  # what was measured where the run has been thrown to blames the wrong rate
-                report, evidence = self._last_sane(report, at), evidence[-1:]
-            if found is None:
-                problems, odd = self._without_odd()
-                if odd is not None and self._search(problems).at().trains:
+        with self._sane() as at:
+            if at != self._step:  # limits where the run has been thrown to blame the wrong rate
+                report = next((each for each in reversed(self._run.state.history) if (each.step or 0) <= at), report)
+                findings = (*(each for each in report.findings if each.kind is Kind.ABOVE_LIMIT), *findings[-1:])
+            if further is not None:
+                return self._of_rates(further, report, findings)
+            problems, odd = self._without_odd()
+            with self._searching(problems) as search:
+                if odd is not None and search.at().trains:
                     return self._of_batch(problems, odd, report)
-                suspect = report.alpha_ratio > 1 or (adaptation is not None and adaptation.harmful)
-                search = self._search(problems)
-                has_alpha = not math.isnan(report.alpha)
-                found = search.find_alpha() if only_alpha else search.find(alpha_suspect=suspect, has_alpha=has_alpha)
-            return self._of_rates(found, report, evidence)
+                if news is Kind.ADAPTATION_HARMFUL:
+                    found = search.find_alpha()
+                else:
+                    has_alpha = not math.isnan(report.alpha)
+                    found = search.find(alpha_suspect=self._suspects_alpha(report), has_alpha=has_alpha)
+            return self._of_rates(found, report, findings)
 
-    def _search(self, problems: Sequence[Problem]) -> RateSearch:
-        run, count = self._run, self._run.settings.lookahead.batches
-        lookahead = lookahead_of(
-            self._fresh(problems), self._optimizers, count, self._trainer, run.cache, run.state.clipped_to
-        )
-        factor = self._peak.rate / lookahead.beta if lookahead.beta > 0 else 1.0
-        return RateSearch(lookahead, self._scale, self._ratio, peak=factor)
-
-    def _fresh(self, problems: Sequence[Problem]) -> list[Problem]:
-        return list(problems) if self._run.repeats else resampled(problems, self._run.settings.lookahead.batches)
-
-    def _is_better(self, found: Found) -> bool:
-        size = self._scale.times(1 + _CLEARLY, self._scale.start) - self._scale.start
-        return found.best.trains and found.best.learned > found.present.learned + size
+    def _suspects_alpha(self, report: StabilityReport) -> bool:
+        return report.alpha_ratio > 1 or self._look.harmful
 
     @contextmanager
-    def _sane(self, present: LookaheadResult) -> Iterator[int]:
+    def _searching(self, problems: Sequence[Problem]) -> Iterator[RateSearch]:
+        lookahead = self._lookahead(fresh(self._run, problems))
+        peak = self._peak / lookahead.beta if lookahead.beta > 0 else 1.0
+        try:
+            yield RateSearch(lookahead, self._look.scale, self._ratio, peak=peak)
+        finally:
+            self.gradients += lookahead.gradients
+
+    def _lookahead(self, problems: Sequence[Problem]) -> Lookahead:
+        run = self._run
+        return lookahead_of(problems, self._look.optimizers, 1, self._trainer, run.cache, run.state.clipped_to)
+
+    @property
+    def _rises(self) -> bool:
+        ahead = self._run.ahead
+        return ahead is not None and ahead.peak()[0] > 1.01 * ahead.rates[0]
+
+    @property
+    def _peak(self) -> float:
+        """The meta rate to judge: where the schedule takes it, else the one at hand."""
+        ahead, lookahead = self._run.ahead, self._look.lookahead
+        assert lookahead is not None
+        return max(ahead.peak()[0], lookahead.beta) if ahead is not None and self._rises else lookahead.beta
+
+    def _configured(self, rate: float) -> float:
+        """The number to configure for a meta rate."""
+        ahead = self._run.ahead
+        return rate if ahead is None else ahead.lr_for_peak(rate)
+
+    @contextmanager
+    def _sane(self) -> Iterator[int]:
         """Go to the last sane state of the run, whose step is given, and come back."""
-        run, step = self._run, self._step
-        snapshot, loss = run.snapshot, present.begin
-        sane = math.isfinite(loss) and loss <= self._scale.times(_SANE, self._scale.start)
+        run, step, snapshot = self._run, self._step, self._run.snapshot
+        assert self._look.present is not None
+        loss, scale = self._look.present.begin, self._look.scale
+        sane = math.isfinite(loss) and loss <= scale.times(_SANE, scale.start)
         if sane or snapshot is None or snapshot.step >= step:
             yield step
             return
@@ -144,81 +160,66 @@ class Adviser:
         finally:
             now.restore(self._module, self._trainer.optimizers)
 
-    def _last_sane(self, report: StabilityReport, at: int) -> StabilityReport:
-        return next((each for each in reversed(self._run.state.history) if (each.step or 0) <= at), report)
-
     def _without_odd(self) -> tuple[list[Problem], int | None]:
-        """Leave out a batch that is unlike the others at sane parameters; its index."""
-        if len(self._problems) <= _OTHERS or self._run.repeats:
-            return self._problems, None
-        lookahead = self._lookahead(self._problems)
+        """Leave out a batch that is unlike the others; its index."""
+        problems = self._look.problems
+        if len(problems) <= _OTHERS or self._run.repeats:
+            return problems, None
+        lookahead = self._lookahead(problems)
         losses = [loss if math.isfinite(loss) else math.inf for loss in lookahead.untrained()]
+        self.gradients += lookahead.gradients
         worst = max(range(len(losses)), key=losses.__getitem__)
         others = [loss for index, loss in enumerate(losses) if index != worst]
-        if not losses[worst] > self._scale.times(_ODD, median(others)):
-            return self._problems, None
-        return [each for index, each in enumerate(self._problems) if index != worst], worst
-
-    def _lookahead(self, problems: Sequence[Problem]) -> Lookahead:
-        run = self._run
-        return lookahead_of(problems, self._optimizers, 1, self._trainer, run.cache, run.state.clipped_to)
+        if not losses[worst] > self._look.scale.times(_ODD, median(others)):
+            return problems, None
+        return [each for index, each in enumerate(problems) if index != worst], worst
 
     def _of_batch(self, problems: Sequence[Problem], odd: int, report: StabilityReport) -> Advice:
         """Advise to clip what an odd batch does: at twice the gradients of the others."""
         norms = self._lookahead(problems).gradient_norms()
-        losses = self._lookahead([self._problems[odd], *problems]).untrained()
-        reason = Reason(
-            Kind.ODD_BATCH, losses=(losses[0], median(losses[1:]), self._scale.start), step=self._step - odd
-        )
+        odd_loss, *others = self._lookahead([self._look.problems[odd], *problems]).untrained()
+        losses = (odd_loss, median(others), self._look.scale.start)
         return Advice(
             cause=Cause.BATCH,
             gradient_clip_val=settable(2 * median(norms)),
             step=self._step,
-            evidence=(reason,),
+            evidence=(Reason(Kind.ODD_BATCH, losses=losses, step=self._step - odd),),
             configured_alpha=report.alpha,
-            configured_beta=self._peak.rate * self._peak.configured,
+            configured_beta=self._configured(self._peak),
         )
 
-    def _of_rates(self, found: Found, report: StabilityReport, evidence: tuple[Reason, ...]) -> Advice:
+    def _of_rates(self, found: Found, report: StabilityReport, findings: tuple[Reason, ...]) -> Advice:
         rates = found.rates if found.best.trains else Factors()
-        lower_alpha, lower_beta = rates.alpha < 1, rates.beta < 1
-        rises, died = self._peak.step is not None, None
-        if lower_alpha and lower_beta:
-            cause = Cause.BOTH
-        elif lower_alpha:
-            cause = Cause.ALPHA
-        elif lower_beta:
-            died = self._died()
-            cause = Cause.DEAD_UNITS if died is not None else Cause.SCHEDULE if rises else Cause.BETA
-        else:
-            cause = Cause.UNKNOWN
-        beta = self._peak.rate * self._peak.configured
+        alpha, beta = report.alpha, self._peak
+        died = self._died() if rates.alpha == 1 > rates.beta else None
+        causes = {
+            (True, True): Cause.BOTH,
+            (True, False): Cause.ALPHA,
+            (False, True): Cause.DEAD_UNITS if died else Cause.SCHEDULE if self._rises else Cause.BETA,
+            (False, False): Cause.UNKNOWN,
+        }
+        best = found.best.at
         tried = Reason(
             Kind.RATES_TRIED,
-            losses=(found.present.end, found.best.end, self._scale.start),
+            losses=(found.present.end, found.best.end, self._look.scale.start),
             steps=TRIAL_STEPS,
-            alpha=found.best.at.alpha * report.alpha,
-            beta=found.best.at.beta * beta,
+            alpha=best.alpha * alpha,
+            beta=best.beta * beta,
         )
         return Advice(
-            cause=cause,
-            alpha=settable(rates.alpha * report.alpha) if lower_alpha else None,
-            beta=settable(rates.beta * beta) if lower_beta else None,
+            cause=causes[rates.alpha < 1, rates.beta < 1],
+            alpha=settable(rates.alpha * alpha) if rates.alpha < 1 else None,
+            beta=settable(self._configured(rates.beta * beta)) if rates.beta < 1 else None,
             step=self._step,
-            evidence=(*evidence, *([died] if died is not None else []), tried),
-            configured_alpha=report.alpha,
+            evidence=(*findings, *([died] if died else []), tried),
+            configured_alpha=alpha,
             configured_beta=beta,
-            peak_step=self._peak.step,
+            peak_step=self._run.ahead.peak()[1] if self._run.ahead is not None and self._rises else None,
         )
 
     def _died(self) -> Reason | None:
         """The units that are dead where the run is now, if most are."""
-        counted = dead_units(self._problems[0])
-        if not counted.total or counted.dead < _DEAD * counted.total:
+        counted = dead_units(self._look.problem)
+        if counted.units == 0 or counted.dead < _DEAD * counted.units:
             return None
-        return Reason(Kind.UNITS_DIED, counts=(counted.dead, counted.total))
-
-
-def described(trial: Trial) -> str:
-    """Where a trial ended, for logs."""
-    return f"{trial.end:.3g}"
+        return Reason(Kind.UNITS_DIED, counts=(counted.dead, counted.units))

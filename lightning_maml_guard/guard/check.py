@@ -9,6 +9,8 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_maml_guard.guard.actions import Situation
+from lightning_maml_guard.guard.advising import Adviser
+from lightning_maml_guard.guard.look import Look, look_at, stated
 from lightning_maml_guard.guard.loggers import inform, log_values, metrics, warn
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.rescale import reaches_alpha
@@ -17,8 +19,10 @@ from lightning_maml_guard.guard.run import GuardedRun, failure_reason
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.divergence import Scale, fails, passes, undecided
 from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, LookaheadResult, lookahead_of, lookahead_reason
-from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy, of_error
-from lightning_maml_guard.messages.sentences import left_safe_region, returned
+from lightning_maml_guard.messages.advice import Advice, Cause
+from lightning_maml_guard.messages.advice_sentences import advice_given
+from lightning_maml_guard.messages.reasons import Kind, Reason
+from lightning_maml_guard.messages.sentences import returned
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.shadow import ClosureError
 from lightning_maml_guard.stability.measure import measure
@@ -50,7 +54,7 @@ class Check:
         """Check once, on the batch of the coming step; a triggered check that finds nothing ends early."""
         run, watches = self.run, self.run.machine.watches
         try:
-            if self.settings.rollback and step == 0 and run.snapshot is None and not self.trainer.fast_dev_run:
+            if step == 0 and run.snapshot is None and not self.trainer.fast_dev_run:
                 self.rollback.keep(step)  # first, as the check may fail; later only states whose lookahead passes
             with run.cache.ranks.together():
                 self._check(batch, batch_idx, step, scheduled)
@@ -82,7 +86,7 @@ class Check:
     def end(self) -> None:
         """Roll back a last step that made the run diverge: no check comes after it."""
         run, statistics, ratio = self.run, self.run.state.statistics, self.settings.lookahead.divergence_ratio
-        if run.snapshot is None:
+        if run.snapshot is None or not self.settings.rollback:
             return
         if not finite(self.module):
             self.rollback.at_end(run.snapshot, math.nan, math.nan)
@@ -90,53 +94,55 @@ class Check:
             run.schedule.state.spiked or not statistics.first
         ):  # nothing else tells without losses
             with run.cache.ranks.together(), undisturbed(self.trainer, self.module):
-                problem, _, optimizers = self._stated(*run.replay.latest())
+                problem, _, optimizers = stated(run, self.trainer, self.module, *run.replay.latest())
                 loss = lookahead_of([problem], optimizers, 0, self.trainer, run.cache).under(run.caps.caps).begin
             if statistics.diverged(loss, ratio):
                 self.rollback.at_end(run.snapshot, loss, statistics.start)
 
     def _check(self, batch: Any, batch_idx: int, step: int, scheduled: bool) -> None:
         settings, run, trainer, module = self.settings, self.run, self.trainer, self.module
-        ratio, statistics = settings.lookahead.divergence_ratio, run.state.statistics
-        present, failing, severe, scale = None, False, math.nan, Scale()
+        ratio = settings.lookahead.divergence_ratio
         # 1. Look ahead.
         with undisturbed(trainer, module):
-            problem, owned, optimizers = self._stated(batch, batch_idx)
-            run.turns.watch(optimizers)
-            lookahead = self._lookahead(problem, optimizers)
-            if lookahead is not None:
-                present, scale, severe = lookahead.judged(run.caps.caps, statistics.scale, ratio)
-                self._looked = True
-                statistics.look(present.begin)
-                if lookahead.clipping_failure is not None:
-                    run.announce(of_error(Kind.CLIPPING_FAILED, lookahead.clipping_failure))
-            run.begin_match(self.trainer, module, batch, batch_idx, optimizers)
-        if present is not None:
-            failing = fails(severe, ratio)
-            run.note_severity(step, severe)
-            if not scheduled and not failing:
-                self._charge(lookahead, 0.0)
-                log_values(trainer, module, {"guard/severity": severe}, step)
+            look = look_at(run, trainer, module, batch, batch_idx, step)
+            self._looked = look.present is not None
+            if look.present is not None:
+                run.state.statistics.look(look.present.begin)
+            run.begin_match(trainer, module, batch, batch_idx, look.optimizers)
+        adviser = Adviser(run, trainer, module, look, step)
+        failing = look.present is not None and fails(look.severity, ratio)
+        if look.present is not None:
+            run.note_severity(step, look.severity)
+            if not scheduled and not failing and adviser.news is None:
+                self._charge(look, 0.0)
+                log_values(trainer, module, look.metrics, step)
+                if passes(look.severity, ratio):
+                    self.rollback.keep(step)
                 return
             # 2. Roll back a run that has diverged already.
-            if settings.rollback and failing and scale.diverged(present.begin, ratio):
-                if not self.rollback.go_back(present.begin, step):
+            if settings.rollback and failing and look.scale.diverged(look.present.begin, ratio):
+                if not self.rollback.go_back(look.present.begin, step):
                     return
-                self._rolled_back = optimizers, present
+                self._rolled_back = look.optimizers, look.present
         rolled_back = self._rolled_back is not None
         # 3. Measure the curvature, advance the state, and decide on the rates.
         with undisturbed(trainer, module):
-            report, measured = self._measured(problem, optimizers, step)
-            findings, judged = report.findings, severe
-            tried_well = lookahead is None or present is None or not lookahead.may_miss_clipping(present, scale, ratio)
-            if failing and report.status != UNSAFE and not tried_well:
+            report, measured = self._measured(look.problem, look.optimizers, step)
+            findings = (*report.findings, *look.findings)
+            further = None if failing or run.state.history else adviser.look_further(report)
+            if further is not None:
+                failing, look.severity = True, max(look.severity, adviser.severity_of(further))
+                run.note_severity(step, look.severity)
+            judged = look.severity
+            missed = look.lookahead is not None and look.lookahead.may_miss_clipping(look.present, look.scale, ratio)
+            if failing and report.status != UNSAFE and missed:
                 run.announce(Reason(Kind.CLIPPING_NOT_SEEN, step=step))
                 failing, judged = False, undecided(ratio)
-            if failing and present is not None:
+            if failing and look.present is not None and further is None:
                 tried = run.caps.caps.applied(report.alpha, report.beta)
-                explained = report.status == UNSAFE
-                findings = (*findings, lookahead_reason(present, scale.start, *tried, explained=explained))
+                findings = (*findings, lookahead_reason(look.present, look.scale.start, *tried))
             transition = run.machine.take(report, judged)
+            advice = adviser.advise(report, findings, transition, further)
             caps = settings.acting.decide(
                 Situation(
                     report=report,
@@ -146,26 +152,26 @@ class Check:
                     reach_alpha=reaches_alpha(module),
                     fails=failing,
                     rolled_back=rolled_back,
-                    present=present,
-                    lookahead=lookahead,
-                    scale=scale,
+                    present=look.present,
+                    lookahead=look.lookahead,
+                    scale=look.scale,
                 )
             )
-        if run.state.capped != owned:
-            self.cap(owned)
+        if run.state.capped != look.owned:
+            self.cap(look.owned)
         # 4. Act.
         if not trainer.fast_dev_run:
             self._acted = True
             halved = not measured and caps.beta == run.caps.caps.applied(report.alpha, report.beta)[1] / 2
-            self._act(report, findings, transition, caps, step)
-            if rolled_back and present is not None:
-                self.rollback.report(present.begin, report.alpha, report.beta, step, halved=halved)
+            self._act(report, advice, transition, caps, step)
+            if rolled_back and look.present is not None:
+                self.rollback.report(look.present.begin, report.alpha, report.beta, step, halved=halved)
                 self._rolled_back = None  # its rates are lowered
-            if settings.rollback and passes(severe, ratio):
+            if passes(look.severity, ratio):
                 self.rollback.keep(step)
-        self._warn_of_collapse(problem, report, transition.state, step)
+        self._warn_of_collapse(look.problem, report, transition.state, step)
         # 5. Keep and log what was found.
-        self._charge(lookahead, report.cost)
+        self._charge(look, report.cost, adviser.gradients)
         run.schedule.state.unjudged = not run.state.history and report.beta_status == UNRESOLVED
         alpha, beta = run.caps.caps.applied(report.alpha, report.beta)
         if trainer.fast_dev_run:
@@ -173,43 +179,19 @@ class Check:
         found = CheckReport.of(
             report,
             findings=findings,
-            status=report.status if present is None else transition.state,
+            status=report.status if look.present is None else transition.state,
             alpha_applied=alpha,
             beta_applied=beta,
-            severity=severe,
-            growth=math.nan if present is None else present.growth,
+            severity=look.severity,
+            growth=math.nan if look.present is None else look.present.growth,
+            adaptation_gain=look.adaptation_gain,
+            advice=advice,
         )
         run.state.history = [*run.state.history, found][-settings.history_size :]
         log_values(trainer, module, metrics(found), step)
 
-    def _stated(self, batch: Any, batch_idx: int) -> tuple[Problem, list[int], list[Optimizer]]:
-        """A step's problem, and the optimizers that move it with their indices.
-
-        A step accumulates batches of which the first is at hand: those before it stand for the others.
-        """
-        more = self.trainer.accumulate_grad_batches - 1
-        batches = [(batch, batch_idx), *(self.run.replay.earlier()[:more] if more else [])]
-        problem = accumulated([state_problem(self.settings.problem, self.module, *each) for each in batches])
-        owned = owners(problem, self.trainer.optimizers)
-        return problem, owned, [self.trainer.optimizers[index] for index in owned]
-
-    def _lookahead(self, problem: Problem, optimizers: list[Optimizer]) -> Lookahead | None:
-        steps, run, size = self.settings.lookahead.steps, self.run, self.trainer.accumulate_grad_batches
-        if not steps or self.trainer.fast_dev_run:
-            return None
-        earlier = run.replay.earlier()[size - 1 :]
-        older = [state_problem(self.settings.problem, self.module, *each) for each in earlier]
-        older = older[: min(run.cache.ranks.gather(len(older)))]  # as many on every rank
-        groups = [older[first : first + size] for first in range(0, len(older) - size + 1, size)]
-        try:
-            problems = [problem, *map(accumulated, groups)]
-            return lookahead_of(problems, optimizers, steps, self.trainer, run.cache, run.state.clipped_to)
-        except ClosureError as error:
-            run.announce(Reason(Kind.NO_LOOKAHEAD, detail=str(error)))
-            return None
-
     def _act(
-        self, report: StabilityReport, findings: tuple[Reason, ...], transition: Transition, caps: Caps, step: int
+        self, report: StabilityReport, advice: Advice | None, transition: Transition, caps: Caps, step: int
     ) -> None:
         """Apply the caps, speak, stop."""
         run, action, spelling = self.run, self.settings.acting, self.settings.spelling
@@ -218,11 +200,11 @@ class Check:
         alpha, beta = caps.applied(report.alpha, report.beta)
         if transition.returned and action.speaks:
             inform(returned(step, safe=transition.state == SAFE, applied=beta, configured=report.beta))
-        # A rollback has a message of its own.
-        if transition.entered and action.speaks and self._rolled_back is None:
-            warn(left_safe_region(step, findings, action.effect(spelling, alpha, beta), spelling))
+        if advice is not None and action.speaks:
+            acts = transition.entered and self._rolled_back is None  # a rollback says what it does by itself
+            warn(advice_given(step, advice, action.effect(spelling, alpha, beta, advice) if acts else [], spelling))
         if transition.state == UNSAFE and action.stops:
-            run.stop(self.trainer, step, findings)
+            run.stop(self.trainer, step, report.findings if advice is None else advice.evidence)
         if action.speaks:
             for note in report.notes:
                 told = transition.entered and note in findings
@@ -265,9 +247,7 @@ class Check:
                 self.rollback.halve(loss, beta, step)
             return
         losses, bad = (loss, math.nan, scale.start), not math.isfinite(loss)
-        reason = Reason(Kind.LOSS_DIVERGED, losses=losses, remedy=Remedy.LOWER_BETA_UNSPECIFIED)
-        if bad:
-            reason = Reason(Kind.LOSS_NOT_FINITE, losses=losses, remedy=Remedy.START_AGAIN)
+        reason = Reason(Kind.LOSS_NOT_FINITE if bad else Kind.LOSS_DIVERGED, losses=losses)
         report = StabilityReport.unmeasured(reason, alpha=math.nan, beta=beta, step=step)
         severe = scale.severity(loss)
         run.note_severity(step, severe)
@@ -275,7 +255,11 @@ class Check:
         caps = run.caps.caps
         if self.settings.acting.caps_rates and transition.state == UNSAFE and not bad:
             caps = Caps(caps.alpha, caps.applied(math.nan, beta)[1] / 2)
-        self._act(report, report.findings, transition, caps, step)
+        advice = None
+        if transition.entered:
+            advice = Advice(cause=Cause.UNKNOWN, step=step, evidence=report.findings)
+            run.state.advice = run.state.advice or advice
+        self._act(report, advice, transition, caps, step)
 
     def _warn_of_collapse(self, problem: Problem, report: StabilityReport, status: str, step: int) -> None:
         """Warn where nearly all curvature is gone and the loss is where it began, because the network's units died."""
@@ -287,6 +271,6 @@ class Check:
         if found.most:
             self.run.announce(replace(reason, counts=(found.dead, found.units)))
 
-    def _charge(self, lookahead: Lookahead | None, measured: float) -> None:
-        gradients = 0 if lookahead is None else lookahead.gradients
-        self.run.schedule.charge(lookahead_gradients=gradients, measured=measured)
+    def _charge(self, look: Look, measured: float, gradients: int = 0) -> None:
+        gradients += 0 if look.lookahead is None else look.lookahead.gradients
+        self.run.schedule.charge(lookahead_gradients=gradients, measured=measured + look.cost)

@@ -17,7 +17,7 @@ from torch.optim import SGD, Optimizer
 
 from lightning_maml_guard.linalg.layout import Layout, Params, real_pairs, unpaired
 from lightning_maml_guard.lookahead.divergence import Scale, passes
-from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy
+from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.optim.clipping import ModuleClipping, run_clipping
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.shadow import Clip, ShadowOptimizer, check_no_closure
@@ -171,25 +171,26 @@ class Lookahead:
         """Return True if the run may survive what this lookahead did not, because it clips out of sight."""
         return not self.sees_clipping and not scale.diverged(result.begin, ratio)
 
-    def under(self, caps: Caps, first: int = 0) -> LookaheadResult:
-        """Try the steps under caps, beginning with the batch of index ``first``."""
+    def under(self, caps: Caps, first: int = 0, beta_factor: float = 1.0) -> LookaheadResult:
+        """Try the steps under caps, beginning with the batch of index ``first``; with a factor on the meta rate."""
         alpha, beta = caps.applied(self.alpha, self.beta)
-        return self.run(
-            alpha / self.alpha if self.alpha > 0 else 1.0, beta / self.beta if self.beta > 0 else 1.0, first
-        )
+        inner = alpha / self.alpha if self.alpha > 0 else 1.0
+        return self.run(inner, beta_factor * (beta / self.beta if self.beta > 0 else 1.0), first)
 
-    def judged(self, caps: Caps, scale: Scale, ratio: float) -> tuple[LookaheadResult, Scale, float]:
+    def judged(
+        self, caps: Caps, scale: Scale, ratio: float, beta_factor: float = 1.0
+    ) -> tuple[LookaheadResult, Scale, float]:
         """Try the steps; if they do not pass, twice more from other batches on: one odd batch is no divergence.
 
         Returns:
             The result of the median severity, how its losses are compared (with the loss that training started from,
             or the loss at hand where that is not known), and the severity.
         """
-        result = self.under(caps)
+        result = self.under(caps, beta_factor=beta_factor)
         scale = scale.over(result.losses)
         found = [result]
         if not passes(scale.severity(result.end), ratio) and self.batches > 1:
-            found += [self.under(caps, (self.batches * share) // 3) for share in (1, 2)]
+            found += [self.under(caps, (self.batches * share) // 3, beta_factor) for share in (1, 2)]
         found.sort(key=lambda each: scale.severity(each.end))
         median = found[len(found) // 2]
         return median, scale, scale.severity(median.end)
@@ -271,16 +272,9 @@ def lookahead_of(
     return Lookahead(problems, optimizers, steps, tasks, clip, cache.ranks, hook=hook, sees_clipping=seen)
 
 
-def lookahead_reason(result: LookaheadResult, start: float, alpha: float, beta: float, *, explained: bool) -> Reason:
-    """State what a lookahead that diverges saw at these rates; ``explained``: the critical values say why."""
+def lookahead_reason(result: LookaheadResult, start: float, alpha: float, beta: float) -> Reason:
+    """State what a lookahead that diverges saw at these rates."""
     losses = (result.begin, result.end, start)
     if not math.isfinite(result.begin):
-        return Reason(Kind.LOSS_NOT_FINITE, losses=losses, remedy=Remedy.START_AGAIN)
-    return Reason(
-        Kind.LOOKAHEAD_DIVERGES,
-        losses=losses,
-        steps=len(result.losses) - 1,
-        alpha=alpha,
-        beta=beta,
-        remedy=Remedy.NONE if explained else Remedy.LOWER_BETA_UNSPECIFIED,
-    )
+        return Reason(Kind.LOSS_NOT_FINITE, losses=losses)
+    return Reason(Kind.LOOKAHEAD_DIVERGES, losses=losses, steps=len(result.losses) - 1, alpha=alpha, beta=beta)

@@ -130,6 +130,10 @@ class RateSearch:
                 return self._found(both)
         return self._found(betas)
 
+    def find_alpha(self) -> Found:
+        """Find the inner rate to set where the meta rate is to be left alone."""
+        return self._found(self._alphas())
+
     def _betas(self, alpha: float = 1.0, strides: int = 1) -> list[Trial]:
         return self._down([(alpha, factor) for factor in BETA_LADDER[strides - 1 :: strides]])
 

@@ -51,14 +51,6 @@ def announced(reason: Reason, spelling: Spelling = IN_PYTHON) -> str:
     return f"ConvergenceGuard: {at}{sentence(reason, spelling)}"
 
 
-def left_safe_region(step: int, reasons: Sequence[Reason], effect: Sequence[str], spelling: Spelling) -> str:
-    """Say that the rates left the safe region: why, what to do, and what the guard does about it."""
-    why = [f"Why: {cause(each, spelling)}" for each in reasons]
-    to_do = [f"To do: {text}" for each in reasons if (text := remedy(each, spelling))]
-    head = f"ConvergenceGuard: the learning rates left the safe region at step {step}."
-    return "\n".join([head, *why, *dict.fromkeys(to_do), *effect])
-
-
 def returned(step: int, *, safe: bool, applied: float, configured: float) -> str:
     """Say that the rates are not unsafe any more; the two rates are the meta rate's."""
     if safe:
@@ -147,16 +139,14 @@ def _wrong_double_backward(reason: Reason, spelling: Spelling) -> str:
 
 def _lookahead_diverges(reason: Reason, spelling: Spelling) -> str:
     before, after, start = reason.losses
-    said = (
+    return (
         f"The next {reason.steps} steps, tried on copies at {rates(reason.alpha, reason.beta, ' and ')}, take the loss "
         f"from {before:.3g} to {after:.3g} (training started from {start:.3g})."
     )
-    unexplained = " The curvature at this point alone does not explain it: it changes along the way."
-    return said + unexplained if reason.remedy is Remedy.LOWER_BETA_UNSPECIFIED else said
 
 
 def _loss_not_finite(reason: Reason, spelling: Spelling) -> str:
-    return f"The loss is {reason.losses[0]} already, so no rate brings this run back."
+    return f"The loss is {reason.losses[0]} at these parameters."
 
 
 def _check_failed(reason: Reason, spelling: Spelling) -> str:

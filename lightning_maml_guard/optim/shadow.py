@@ -62,9 +62,7 @@ class ShadowOptimizer:
                 if parameter in optimizer.state:
                     shadow.state[replica] = {key: _cloned(value) for key, value in optimizer.state[parameter].items()}
             rest = {key: _cloned(value) for key, value in group.items() if key != "params"}
-            # A warm-up may begin at 0: then the factor is one on the rate that the schedule started from.
-            rate = rest["lr"] if float(rest["lr"]) > 0 else rest.get("initial_lr", rest["lr"])
-            shadow.param_groups.append({**rest, "lr": rate * factor, "params": moved})
+            shadow.param_groups.append({**rest, "lr": rest["lr"] * factor, "params": moved})
         replicas: dict[int, Tensor] = {id(self._live[name]): self._moved[name] for name in own}
         # The instance's own `step` (a scheduler's counter) and hooks (an LR cap's) belong to the live one; whatever
         # else a step may write into is copied.
