@@ -1,8 +1,8 @@
-"""Time of a check's graphs and Hessian-vector products, in training steps: ``python -m benchmarks.hvp_cost [ROW ...]``.
+"""Time of what a check does, in training steps: ``python -m benchmarks.hvp_cost [ROW ...]``.
 
-``stability.cost`` counts the cost of checks by the upper end of these figures, so that the same run checks at the
-same steps on any machine. A training step is a gradient of the meta-update or, for "plain", of the loss alone. Every
-figure is a median over turns in which the step and the products alternate.
+``stability.hvp`` and ``stability.adaptation`` count the cost of checks by the upper end of these figures, so that the
+same run checks at the same steps on any machine. A training step is a gradient of the meta-update or, for "plain", of
+the loss alone. Every figure is a median over turns in which the step and the rest alternate.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from benchmarks.guarded_training import ROWS
 from lightning_maml_guard import MetaLearningModule, MetaProblem
 from lightning_maml_guard.linalg.operators import Jacobian, gradient_of
 from lightning_maml_guard.networks import mlp
-from lightning_maml_guard.stability.cost import CURVATURE, UPDATE
+from lightning_maml_guard.stability.adaptation import COST, ENDS_COST, adaptation
+from lightning_maml_guard.stability.hvp import CURVATURE, UPDATE
 from lightning_maml_guard.stability.objective import MamlObjective
 from lightning_maml_guard.tasks.episodes import episode_generator
 from lightning_maml_guard.tasks.regression import Sinusoid
@@ -52,7 +53,8 @@ def timed(works: dict[str, Callable[[], object]], turns: int) -> dict[str, float
 
 def costs(problem: MetaProblem, turns: int) -> dict[str, float]:
     """Time of each, divided by the time of a training step."""
-    objective = MamlObjective(problem, "support", TaskMap(problem.task_chunk_size, looped=problem.looped))
+    tasks = TaskMap(problem.task_chunk_size, looped=problem.looped)
+    objective = MamlObjective(problem, "support", tasks)
     field, params, _ = objective.update(1.0)
     leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
     plain = gradient_of(objective.mean_loss)
@@ -68,6 +70,8 @@ def costs(problem: MetaProblem, turns: int) -> dict[str, float]:
                 "H": lambda: curvature(vector),
                 "by task": lambda: objective.curvature_by_task(update.layout.split(vector)),
                 "plain step": lambda: plain(leaves, False),
+                "adaptation": lambda: adaptation(problem, tasks),
+                "its ends": lambda: adaptation(problem, tasks, each_step=False),
             },
             turns,
         )
@@ -84,14 +88,17 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(2)
-    columns = ("J graph", "J", "H graph", "H", "by task", "plain H")
+    columns = ("J graph", "J", "H graph", "H", "by task", "plain H", "adaptation", "its ends")
     print(f"| training | order | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
     for name in given.rows:
         for order in ORDERS:
             found = costs(problem_of(rows[name], order), given.turns)
             print(f"| {name} | {order} | {' | '.join(f'{found[column]:.2f}' for column in columns)} |", flush=True)
     counted = (UPDATE.graph, UPDATE.product, CURVATURE.graph, CURVATURE.product, UPDATE.graph + UPDATE.product)
-    print(f"| counted as | | {' | '.join(f'{cost:.2f}' for cost in counted)} | {UPDATE.product:.2f} |")
+    print(
+        f"| counted as | | {' | '.join(f'{cost:.2f}' for cost in counted)} | {UPDATE.product:.2f} | "
+        f"{COST:.2f} | {ENDS_COST:.2f} |"
+    )
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ ROOMS = (
 # The same inside the two largest rooms; files of one tuple do not import each other.
 LAYERS = {
     "stability": (
-        ("cost", "inner_limit", "krylov_stopping", "problems", "reasons"),
+        ("inner_limit", "krylov_stopping", "problems", "reasons"),
         ("estimators", "objective"),
-        ("hvp", "options", "report", "training_match"),
+        ("adaptation", "hvp", "options", "report", "training_match"),
         ("alpha_c", "beta_c"),
         ("measurement",),
         ("measure",),

@@ -14,9 +14,8 @@ from lightning_maml_guard.linalg.lanczos import Matvec, Watched, check_finite
 from lightning_maml_guard.linalg.layout import Layout, Params
 from lightning_maml_guard.linalg.operators import Operator, scaled, simplified
 from lightning_maml_guard.optim.linearized_step import LinearizedStep
-from lightning_maml_guard.stability.cost import UPDATE
 from lightning_maml_guard.stability.estimators import Spectrum
-from lightning_maml_guard.stability.hvp import HESSIAN, Operators
+from lightning_maml_guard.stability.hvp import HESSIAN, UPDATE, Operators
 from lightning_maml_guard.stability.krylov_stopping import (
     Krylov,
     check_symmetry,

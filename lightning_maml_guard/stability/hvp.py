@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from lightning_maml_guard.linalg.lanczos import NonFiniteProductError, start_vec
 from lightning_maml_guard.linalg.layout import Layout, Params
 from lightning_maml_guard.linalg.operators import Field, FiniteDifference, Jacobian, Operator
 from lightning_maml_guard.messages.reasons import Kind, Reason
-from lightning_maml_guard.stability.cost import CURVATURE, UPDATE, Price
 from lightning_maml_guard.stability.krylov_stopping import ChangingOperatorError, rounding
 from lightning_maml_guard.stability.objective import MamlObjective, Objective, Target
 from lightning_maml_guard.utils.checks import first_line
@@ -29,6 +28,18 @@ _STRETCHES = (1.0, 1 / 16, 1 / 256)
 # Gradients that the self-check takes: two for each step size.
 _SELF_CHECK = 2 * len(_STRETCHES)
 _AGREEMENT = {torch.float32: 2e-2, torch.float64: 1e-4}
+
+
+class Price(NamedTuple):
+    """What an operator costs, in training steps: its graph once, and each matrix-vector product with it."""
+
+    graph: float
+    product: float
+
+
+# So that the same run checks at the same steps on any machine: the upper end of what `python -m benchmarks.hvp_cost`
+# measures of the Jacobian of the update that trains (MAML's or plain training's), and of the task loss's Hessian.
+UPDATE, CURVATURE = Price(1.2, 2.1), Price(0.5, 0.75)
 
 
 @dataclass

@@ -62,7 +62,7 @@ class MamlObjective:
         self.uniform_steps = problem.uniform and problem.inner_update is None
         self.plain_steps = not problem.per_step and problem.inner_update is None
         self._map = task_map
-        self._problems = [_in_float32(each) for each in parts]
+        self._problems = [in_float32(each) for each in parts]
         self._data = data
 
     def _sets(self, problem: MetaProblem) -> tuple[Any, ...]:
@@ -109,9 +109,11 @@ class MamlObjective:
         return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def _in_float32(problem: MetaProblem) -> MetaProblem:
+def in_float32(problem: MetaProblem) -> MetaProblem:
+    """Return a problem as it is measured: without a graph, its half-precision tensors in float32."""
     return replace(
         problem,
+        params=as_float32({name: value.detach() for name, value in problem.params.items()}),
         support=as_float32(problem.support),
         query=as_float32(problem.query),
         inner_lr=problem.inner_lr if problem.uniform else as_float32(problem.inner_lr),

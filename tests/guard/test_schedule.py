@@ -19,8 +19,7 @@ from lightning_maml_guard import (
 from lightning_maml_guard.guard.schedule import SCHEDULED, TRIGGERED, Schedule
 from lightning_maml_guard.lookahead.divergence import RunningStatistics
 from lightning_maml_guard.networks import mlp
-from lightning_maml_guard.stability.cost import CURVATURE, UPDATE
-from lightning_maml_guard.stability.hvp import MeasurementCache, make_operator
+from lightning_maml_guard.stability.hvp import CURVATURE, UPDATE, MeasurementCache, make_operator
 from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.stability.problems import PlainProblem
 from lightning_maml_guard.tasks.regression import Sinusoid

@@ -1,0 +1,246 @@
+"""What adaptation does to a problem's tasks: the losses before it and after each inner step, and whether it harms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_maml_guard.maml.inner_loop import InnerRate, InnerUpdate, Params, TaskLoss, adapt
+from lightning_maml_guard.maml.inner_updates import beside
+from lightning_maml_guard.maml.meta_gradient import SideBySide
+from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.stability.objective import in_float32
+from lightning_maml_guard.stability.problems import AccumulatedProblem, PlainProblem, Problem
+from lightning_maml_guard.utils.double_backward import double_backward
+from lightning_maml_guard.utils.random_state import preserved_randomness
+from lightning_maml_guard.utils.task_map import TaskMap, task_count
+
+# In training steps, with the query losses of each inner step and without: the upper end of what
+# `python -m benchmarks.hvp_cost` measures, which is that of first-order MAML (exact MAML: half as much).
+COST, ENDS_COST = 3.0, 1.5
+# Rises of the mean loss, as a share of the loss before it (where losses are below 0, of their spread over the
+# tasks): worse if it is beyond the noise over the tasks; worse if the inner loop raises its own, the support, loss too;
+# and what the query set of a single task has to rise by beyond that if it does not.
+_CLEAR, _GROSS, _SINGLE = 0.25, 1.0, 8.0
+# Standard errors of the mean rise that are noise: 3, and more of few tasks, whose error is known less well; of fewer
+# than three tasks it says nothing.
+_NOISE, _FEW, _LEAST = 3.0, 6.0, 3
+# Relative difference of losses that is rounding.
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """The losses of a batch's tasks before adaptation and after each inner step.
+
+    Attributes:
+        query: Query losses by task and step, shape ``(tasks, K + 1)``, or ``(tasks, 2)`` of the first and the last
+            alone; float64 on the CPU.
+        support: The support losses, which the inner loop descends, shape ``(tasks, K + 1)``.
+        parts: Number of tasks of each accumulated batch, one after another; the mean is over the batches' means.
+    """
+
+    query: Tensor
+    support: Tensor
+    parts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, parts: Sequence[Adaptation]) -> Adaptation:
+        """Join the adaptations of several batches, or of the processes that train together."""
+        return cls(
+            torch.cat([each.query for each in parts]),
+            torch.cat([each.support for each in parts]),
+            tuple(count for each in parts for count in each.parts),
+        )
+
+    @property
+    def query_losses(self) -> list[float]:
+        """Mean query loss before adaptation and after each inner step, or the first and the last alone."""
+        return (self._weights @ self.query).tolist()
+
+    @property
+    def support_losses(self) -> list[float]:
+        """Mean support loss before adaptation and after each inner step."""
+        return (self._weights @ self.support).tolist()
+
+    @property
+    def before(self) -> float:
+        """Mean query loss before adaptation."""
+        return self.query_losses[0]
+
+    @property
+    def after(self) -> float:
+        """Mean query loss after adaptation."""
+        return self.query_losses[-1]
+
+    @property
+    def gain(self) -> float:
+        """``log(before / after)``; of losses at or below 0 ``(before - after) / spread over the tasks``.
+
+        ``-inf`` where only the loss after adaptation is not finite, ``nan`` where the one before is not.
+        """
+        before, after = self.before, self.after
+        if not math.isfinite(before):
+            return math.nan
+        if not math.isfinite(after):
+            return -math.inf
+        if before > 0 and after > 0 and _no_negative(self.query):
+            return math.log(before / after)
+        return (before - after) / self._spread(self.query)
+
+    @property
+    def worse_share(self) -> float:
+        """Share of the tasks whose query loss is higher after adaptation, or not finite."""
+        before, after = self.query[:, 0], self.query[:, -1]
+        return float((~(after <= before)).double().mean())
+
+    @property
+    def harmful(self) -> bool:
+        """True if adaptation makes the query loss worse, by more than the noise over the tasks.
+
+        That is: not finite after a finite one; or higher by a quarter and by ``3 + 6/(tasks - 1)`` standard errors of
+        the mean over at least 3 tasks; or doubled, together with a support loss that rises; or ``2 + 8/tasks`` times as
+        high. Of losses below 0, the spread over the tasks stands for the size.
+        """
+        support = self.support_losses
+        overshoots = not support[-1] <= support[0]
+        return self._rises(self.query, _GROSS if overshoots else _GROSS + _SINGLE / len(self.query))
+
+    @property
+    def diverges_at(self) -> int | None:
+        """The first inner step with a support loss that is not finite, or above its start and rising to the end.
+
+        None if it does not end higher than it started, by the rule of ``harmful``.
+        """
+        losses = self.support_losses
+        if not math.isfinite(losses[0]):
+            return None
+        for step, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                return step
+        if not self._rises(self.support, _GROSS):
+            return None
+        step = len(losses) - 1
+        while step > 1 and losses[0] < losses[step - 1] < losses[step]:
+            step -= 1
+        return step if losses[step] > losses[step - 1] else None
+
+    @property
+    def _weights(self) -> Tensor:
+        """Each task's weight in the mean over batches of the mean over tasks."""
+        each = [torch.full((count,), 1 / (count * len(self.parts)), dtype=torch.float64) for count in self.parts]
+        return torch.cat(each)
+
+    def _scale(self, losses: Tensor) -> float:
+        """What a rise of the mean loss is compared with."""
+        start = float(self._weights @ losses[:, 0])
+        return start if start > 0 and _no_negative(losses) else self._spread(losses)
+
+    def _spread(self, losses: Tensor) -> float:
+        """Standard deviation over the tasks before adaptation; the size of the mean if there is none."""
+        start = losses[:, 0]
+        spread = float(start.std()) if len(start) > 1 else 0.0
+        return spread or abs(float(self._weights @ start)) or 1.0
+
+    def _rises(self, losses: Tensor, gross: float) -> bool:
+        weights = self._weights
+        rises = losses[:, -1] - losses[:, 0]
+        mean = float(weights @ rises)
+        if not bool(torch.isfinite(losses[:, 0]).all()):
+            return False
+        if not math.isfinite(mean):
+            return True
+        size = mean / self._scale(losses)
+        if size >= gross or size < _CLEAR:
+            return size >= gross
+        count = len(weights)
+        if count < _LEAST:
+            return False
+        error = math.sqrt(float((weights * weights * (rises - mean) ** 2).sum()) * count / (count - 1))
+        return mean > (_NOISE + _FEW / (count - 1)) * error
+
+
+def _no_negative(losses: Tensor) -> bool:
+    return bool((losses[:, [0, -1]] >= 0).all())
+
+
+def adaptation(
+    problem: Problem, task_map: TaskMap, factor: float = 1.0, *, each_step: bool = True
+) -> Adaptation | None:
+    """Adapt to a problem's tasks as its inner loop does, at ``factor`` times its rates; None for plain training.
+
+    ``each_step=False`` leaves out the query losses between the first and the last, most of the cost of large sets.
+    Dropout draws the same masks at each call, and for the query sets at each inner step. Putting parameters, buffers
+    and random states back is left to the caller.
+    """
+    if isinstance(problem, PlainProblem):
+        return None
+    parts = problem.parts if isinstance(problem, AccumulatedProblem) else (problem,)
+    with preserved_randomness(), double_backward(), torch.no_grad():
+        torch.manual_seed(0)
+        return Adaptation.of([_of_batch(in_float32(each).at_factor(factor), task_map, each_step) for each in parts])
+
+
+def largest_helpful(problem: MetaProblem | AccumulatedProblem, task_map: TaskMap, factors: Iterable[float]) -> float:
+    """Find the factor on the inner rates whose adaptation gives the lowest query loss; of equals the largest.
+
+    ``nan`` if none gives a finite one. It may be the least harmful one only.
+    """
+    best, lowest = math.nan, math.inf
+    for factor in sorted(factors, reverse=True):
+        found = adaptation(problem, task_map, factor, each_step=False)
+        after = math.nan if found is None else found.after
+        if math.isfinite(after) and (math.isnan(best) or after < lowest - _ROUNDING * abs(lowest)):
+            best, lowest = factor, after
+    return best
+
+
+def _of_batch(problem: MetaProblem, task_map: TaskMap, each_step: bool) -> Adaptation:
+    params, rates, steps = problem.params, problem.rate_by_step(), problem.inner_steps
+
+    def one(support: Any, query: Any) -> tuple[Tensor, Tensor]:
+        return _losses(problem.loss, params, rates, support, query, steps, problem.inner_update, each_step)
+
+    def together(support: Any, query: Any) -> tuple[Tensor, Tensor]:
+        side = SideBySide(params, rates, task_count(support, "support"))
+        loss, update = side.over(problem.loss), beside(problem.inner_update)
+        return _losses(loss, side.params, side.rates, support, query, steps, update, each_step)
+
+    query, support = task_map.apply(one, together, problem.support, problem.query)
+    return Adaptation(query.double().cpu(), support.double().cpu(), (problem.tasks,))
+
+
+def _losses(
+    loss: TaskLoss,
+    params: Params,
+    rates: InnerRate,
+    support: Any,
+    query: Any,
+    steps: int,
+    update: InnerUpdate,
+    each_step: bool,
+) -> tuple[Tensor, Tensor]:
+    """The query and support losses along the inner loop, with a last dimension of the steps."""
+    seed = int(torch.randint(2**31, ()))
+    queries: list[Tensor] = []
+    supports: list[Tensor] = []
+
+    def seen(point: Params, data: Any) -> Tensor:
+        # The loss that the inner loop takes the gradient of: it passes each point on the way.
+        own = loss(point, data)
+        if each_step or len(supports) in {0, steps}:
+            with preserved_randomness():
+                torch.manual_seed(seed)
+                queries.append(loss({name: value.detach() for name, value in point.items()}, query).detach())
+        supports.append(own.detach())
+        return own
+
+    adapted = adapt(seen, params, support, rates, steps, update)
+    with torch.enable_grad():
+        seen(adapted, support)
+    return torch.stack(queries, -1), torch.stack(supports, -1)
