@@ -59,6 +59,10 @@ class OptionSpelling(Spelling):
 
     guard = arguments
 
+    def trainer(self, **given: Any) -> str:
+        """Write the options of the Trainer."""
+        return " ".join(f"--trainer.{name} {value}" for name, value in given.items())
+
 
 class GuardCLI(LightningCLI):
     """LightningCLI with ``--guard`` and ``--ckpt_path``; ``suggestion`` is what the command ``suggest`` found."""

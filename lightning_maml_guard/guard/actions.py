@@ -9,8 +9,7 @@ from lightning_maml_guard.guard.rescale import BY_RATIO, at_limits, lowered, rai
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, LookaheadResult
-from lightning_maml_guard.messages.sentences import rates
-from lightning_maml_guard.messages.spelling import Spelling
+from lightning_maml_guard.messages.spelling import Spelling, rates
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import UNSAFE
 
@@ -64,8 +63,11 @@ class Action:
         """Find the caps from the coming step on."""
         return situation.caps
 
-    def effect(self, spelling: Spelling, alpha: float, beta: float) -> list[str]:
-        """Say what the guard does now that the rates are unsafe; the rates are those applied from now on."""
+    def effect(self, spelling: Spelling, alpha: float, beta: float, *, helps: bool) -> list[str]:
+        """Say what the guard does now that the rates are unsafe.
+
+        The rates are those applied from now on; ``helps``: whether capping rates reaches the one to blame.
+        """
         return []
 
 
@@ -78,9 +80,9 @@ class Log(Action):
 class Warn(Action):
     """Warn each time the state changes to unsafe."""
 
-    def effect(self, spelling: Spelling, alpha: float, beta: float) -> list[str]:
+    def effect(self, spelling: Spelling, alpha: float, beta: float, *, helps: bool) -> list[str]:
         """Name the action that would act."""
-        return [f"Or let the guard do it: {spelling.guard(action='rescale')}."]
+        return [f"Or let the guard do it: {spelling.guard(action='rescale')}."] if helps else []
 
 
 class Rescale(Action):
@@ -111,7 +113,7 @@ class Rescale(Action):
             )
         return caps if situation.fails else raised(report, caps, margin, present, look.under, situation.scale)
 
-    def effect(self, spelling: Spelling, alpha: float, beta: float) -> list[str]:
+    def effect(self, spelling: Spelling, alpha: float, beta: float, *, helps: bool) -> list[str]:
         """Name the rates that are applied."""
         return [f"Applied from now on: {rates(alpha, beta)} ({spelling.arguments(action='rescale')})."]
 
@@ -122,7 +124,7 @@ class Stop(Action):
     stops = True
     resumes_exactly = True
 
-    def effect(self, spelling: Spelling, alpha: float, beta: float) -> list[str]:
+    def effect(self, spelling: Spelling, alpha: float, beta: float, *, helps: bool) -> list[str]:
         """Say that training stops."""
         return [f"Training stops after this step ({spelling.arguments(action='stop')})."]
 

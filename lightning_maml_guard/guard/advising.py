@@ -46,6 +46,8 @@ class Adviser:
     def news(self) -> Kind | None:
         """What a look found that calls for advice although the run survives the next steps; once each."""
         look, told = self._look, self._run.state.advised
+        if not self._is_sane:
+            return None
         if look.fails_ahead(self._ratio) and Kind.SCHEDULE_AHEAD.value not in told:
             return Kind.SCHEDULE_AHEAD
         return Kind.ADAPTATION_HARMFUL if look.harmful and Kind.ADAPTATION_HARMFUL.value not in told else None
@@ -80,7 +82,8 @@ class Adviser:
         if self._look.lookahead is None or self._look.present is None:
             found = report.advice or Advice(cause=Cause.UNKNOWN)
             found = replace(found, step=self._step, evidence=findings)
-        elif state.searches >= _MOST_SEARCHES and state.advice is not None:
+        elif self._stands(report, news):
+            assert state.advice is not None
             found = replace(state.advice, step=self._step, evidence=findings)
         else:
             state.searches += 1
@@ -89,6 +92,19 @@ class Adviser:
             state.advised.append(news.value)
         state.advice = found
         return found
+
+    def _stands(self, report: StabilityReport, news: Kind | None) -> bool:
+        """Whether earlier advice still stands: it was about the same rates, and nothing new was found."""
+        state, configured = self._run.state, (report.alpha, self._peak)
+        if state.advice is None:
+            return False
+        same = all(
+            math.isclose(one, other) or (math.isnan(one) and math.isnan(other))
+            for one, other in zip(
+                (state.advice.configured_alpha, state.advice.configured_beta), configured, strict=True
+            )
+        )
+        return state.searches >= _MOST_SEARCHES or (same and news is None and state.advice.cause is not Cause.UNKNOWN)
 
     def _found(
         self, report: StabilityReport, findings: tuple[Reason, ...], further: Found | None, news: Kind | None
@@ -143,14 +159,17 @@ class Adviser:
         ahead = self._run.ahead
         return rate if ahead is None else ahead.lr_for_peak(rate)
 
+    @property
+    def _is_sane(self) -> bool:
+        """Whether the run is still where it learned."""
+        present, scale = self._look.present, self._look.scale
+        return present is None or present.begin <= scale.times(_SANE, scale.start)
+
     @contextmanager
     def _sane(self) -> Iterator[int]:
         """Go to the last sane state of the run, whose step is given, and come back."""
         run, step, snapshot = self._run, self._step, self._run.snapshot
-        assert self._look.present is not None
-        loss, scale = self._look.present.begin, self._look.scale
-        sane = math.isfinite(loss) and loss <= scale.times(_SANE, scale.start)
-        if sane or snapshot is None or snapshot.step >= step:
+        if self._is_sane or snapshot is None or snapshot.step >= step:
             yield step
             return
         now = Snapshot(self._module, self._trainer.optimizers, step, run.settings.snapshot_device)

@@ -10,28 +10,24 @@ from torch.optim import Optimizer
 
 from lightning_maml_guard.guard.actions import Situation
 from lightning_maml_guard.guard.advising import Adviser
-from lightning_maml_guard.guard.look import Look, look_at, stated
 from lightning_maml_guard.guard.loggers import inform, log_values, metrics, warn
+from lightning_maml_guard.guard.look import Look, look_at, stated
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.rescale import reaches_alpha
 from lightning_maml_guard.guard.rollback import Rollback, finite
 from lightning_maml_guard.guard.run import GuardedRun, failure_reason
 from lightning_maml_guard.guard.state_machine import Transition
-from lightning_maml_guard.lookahead.divergence import Scale, fails, passes, undecided
-from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, LookaheadResult, lookahead_of, lookahead_reason
+from lightning_maml_guard.lookahead.divergence import fails, passes, undecided
+from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult, lookahead_of, lookahead_reason
 from lightning_maml_guard.messages.advice import Advice, Cause
 from lightning_maml_guard.messages.advice_sentences import advice_given
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.messages.sentences import returned
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
-from lightning_maml_guard.optim.shadow import ClosureError
 from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.stability.problems import (
     Problem,
-    accumulated,
     dead_units,
-    owners,
-    state_problem,
 )
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import SAFE, UNRESOLVED, UNSAFE
@@ -134,7 +130,11 @@ class Check:
                 failing, look.severity = True, max(look.severity, adviser.severity_of(further))
                 run.note_severity(step, look.severity)
             judged = look.severity
-            missed = look.lookahead is not None and look.lookahead.may_miss_clipping(look.present, look.scale, ratio)
+            missed = (
+                look.lookahead is not None
+                and look.present is not None
+                and look.lookahead.may_miss_clipping(look.present, look.scale, ratio)
+            )
             if failing and report.status != UNSAFE and missed:
                 run.announce(Reason(Kind.CLIPPING_NOT_SEEN, step=step))
                 failing, judged = False, undecided(ratio)
@@ -202,12 +202,14 @@ class Check:
             inform(returned(step, safe=transition.state == SAFE, applied=beta, configured=report.beta))
         if advice is not None and action.speaks:
             acts = transition.entered and self._rolled_back is None  # a rollback says what it does by itself
-            warn(advice_given(step, advice, action.effect(spelling, alpha, beta, advice) if acts else [], spelling))
+            helps = advice.alpha is None or reaches_alpha(self.module)
+            effect = action.effect(spelling, alpha, beta, helps=helps) if acts else []
+            warn(advice_given(step, advice, effect, spelling))
         if transition.state == UNSAFE and action.stops:
             run.stop(self.trainer, step, report.findings if advice is None else advice.evidence)
         if action.speaks:
             for note in report.notes:
-                told = transition.entered and note in findings
+                told = transition.entered and note in report.findings
                 run.announce(replace(note, step=step), just_said=told)
 
     def _measured(self, problem: Problem, optimizers: list[Optimizer], step: int) -> tuple[StabilityReport, bool]:

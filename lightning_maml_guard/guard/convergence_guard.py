@@ -11,12 +11,14 @@ from lightning_maml_guard.guard.actions import ACTIONS, Action
 from lightning_maml_guard.guard.check import Check
 from lightning_maml_guard.guard.loggers import logger_step, takes_no_steps
 from lightning_maml_guard.guard.report import CheckReport, frame
-from lightning_maml_guard.guard.run import GuardedRun, check_settings, check_watchable
+from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.schedule import SCHEDULED
+from lightning_maml_guard.guard.settings import check_settings, check_watchable
 from lightning_maml_guard.guard.state import Event, to_checkpoint
 from lightning_maml_guard.lookahead.lookahead import LookaheadOptions
+from lightning_maml_guard.messages.advice import Advice
 from lightning_maml_guard.messages.reasons import Kind, Reason
-from lightning_maml_guard.messages.sentences import sentences
+from lightning_maml_guard.messages.sentences import cause
 from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling
 from lightning_maml_guard.stability.options import CurvatureOptions
 from lightning_maml_guard.stability.problems import ProblemSource
@@ -71,8 +73,8 @@ class ConvergenceGuard(Callback):
         problem: ``(pl_module, batch) -> MetaProblem``, for modules that have no ``meta_problem``. The inner rate of
             such a module is out of reach: ``rescale`` then caps the meta rate alone. Without both, the module's own
             ``training_step`` is watched as plain training: ``beta_c`` only.
-        rollback: With ``action="rescale"``: keep parameters, buffers and optimizer state of the last check that
-            passed, and go back to them when the loss diverges; the batches since are skipped and the meta rate at
+        rollback: With ``action="rescale"`` (None: yes): keep parameters, buffers and optimizer state of the last check
+            that passed, and go back to them when the loss diverges; the batches since are skipped and the meta rate at
             least halved.
         max_rollbacks: Rollbacks before the guard stops the run and says so.
         snapshot_device: Where that copy is kept (``"cpu"``); None: beside the parameters.
@@ -119,7 +121,7 @@ class ConvergenceGuard(Callback):
         *,
         patience: int = 1,
         problem: ProblemSource | None = None,
-        rollback: bool = False,
+        rollback: bool | None = None,
         max_rollbacks: int = 10,
         snapshot_device: str | None = None,
         max_cost: float = 0.02,
@@ -133,9 +135,12 @@ class ConvergenceGuard(Callback):
         self.max_cost: float | None = max_cost
         self.action, self.margin, self.patience = action, margin, patience
         self.curvature, self.lookahead, self.problem = curvature, lookahead, problem
-        self.rollback, self.max_rollbacks, self.snapshot_device = rollback, max_rollbacks, snapshot_device
+        self.max_rollbacks, self.snapshot_device = max_rollbacks, snapshot_device
+        self.rollback: bool = False if rollback is None else rollback
         self.figures, self.history_size, self.allow_untested = figures, history_size, allow_untested
         check_settings(self)
+        if rollback is None:
+            self.rollback = self.acting.caps_rates and lookahead.steps > 0
         self.margin = float(margin)
         self.max_cost = float(max_cost) if every_n_steps is None else None
         self._inert = False
@@ -168,9 +173,16 @@ class ConvergenceGuard(Callback):
 
     @property
     def stopping_reason(self) -> str | None:
-        """Why the guard stopped the run; None if it did not."""
-        stopping = self._run.state.stopping
-        return " ".join(sentences(stopping, self.spelling)) if stopping else None
+        """Why the guard stopped the run, and what to set; None if it did not."""
+        state = self._run.state
+        advised = [str(state.advice)] if state.advice is not None else []
+        causes = [cause(each, self.spelling) for each in state.stopping]
+        return " ".join([*advised, *causes]) if state.stopping else None
+
+    @property
+    def advice(self) -> Advice | None:
+        """What to change so that the run trains, the latest; None while there is nothing to say."""
+        return self._run.state.advice
 
     def frame(self) -> pd.DataFrame:
         """Put the history into a pandas table.
@@ -247,6 +259,8 @@ class ConvergenceGuard(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Apply the caps of a resumed run from its first step on."""
         run = self._run
+        with run.only_told("read how long the run will be"):
+            run.begin(trainer)
         with run.only_told("apply the caps that the checkpoint holds"):
             Check(run, trainer, pl_module).cap(run.state.capped)
             if run.caps.caps.alpha is not None:
@@ -265,7 +279,7 @@ class ConvergenceGuard(Callback):
         if batch_idx % trainer.accumulate_grad_batches or run.turns.found:
             return  # gradients of a step that is half done must not outlive a rollback
         step = logger_step(trainer)
-        due = run.schedule.due(step, at_once_if_diverged=self.rollback)
+        due = run.due(trainer, step)
         if due is None:
             return
         last, unsafe = self.history[-1:], run.machine.unsafe

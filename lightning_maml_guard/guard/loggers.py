@@ -41,6 +41,7 @@ def metrics(report: CheckReport) -> dict[str, float]:
         "safe": _SAFE.get(report.status, math.nan),
         "severity": report.severity,
         "growth": report.growth,
+        "adaptation_gain": report.adaptation_gain,
         "hvps": float(report.hvps),
         "seconds": report.seconds,
     }

@@ -1,4 +1,4 @@
-"""What a check sees of a run before it measures any curvature: its problem, the next steps, the schedule, adaptation."""
+"""What a check sees of a run before it measures curvature: the next steps, the schedule, adaptation."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.lookahead.divergence import Scale, fails
 from lightning_maml_guard.lookahead.lookahead import Lookahead, LookaheadResult, lookahead_of
+from lightning_maml_guard.lookahead.rate_search import TRIAL_STEPS
 from lightning_maml_guard.lookahead.resampled import resampled
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.optim.shadow import ClosureError
@@ -140,12 +141,17 @@ def _look_ahead(look: Look, run: GuardedRun, trainer: Any, module: Any, step: in
     rises = most > 1.01 * now > 0 and caps.beta is None
     if rises and not fails(look.severity, ratio):
         rate = min(AHEAD * now, most)
-        look.ahead = rate, look.lookahead.judged(caps, look.scale, ratio, beta_factor=rate / now)[2]
+        # There is time to look: more steps, more batches.
+        further = lookahead_of(
+            fresh(run, look.problems, 2), look.optimizers, TRIAL_STEPS, trainer, run.cache, run.state.clipped_to
+        )
+        look.ahead = rate, further.judged(caps, look.scale, ratio, beta_factor=rate / now)[2]
+        look.lookahead.gradients += further.gradients
 
 
-def fresh(run: GuardedRun, problems: Sequence[Problem]) -> list[Problem]:
+def fresh(run: GuardedRun, problems: Sequence[Problem], times: int = 1) -> list[Problem]:
     """Fill problems up to the lookahead's number, unless the run uses the same batch at every step."""
-    return list(problems) if run.repeats else resampled(problems, run.settings.lookahead.batches)
+    return list(problems) if run.repeats else resampled(problems, times * run.settings.lookahead.batches)
 
 
 def _adapted(run: GuardedRun, problem: Problem) -> Adaptation | None:
@@ -153,6 +159,3 @@ def _adapted(run: GuardedRun, problem: Problem) -> Adaptation | None:
     tasks = run.cache.map_for(getattr(first, "task_chunk_size", None), getattr(first, "looped", False))
     found = adaptation(problem, tasks, each_step=False)
     return None if found is None else Adaptation.of(run.cache.ranks.gather(found))
-
-
-

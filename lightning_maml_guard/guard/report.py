@@ -13,6 +13,7 @@ from lightning_maml_guard.stability.report import StabilityReport
 if TYPE_CHECKING:
     import pandas as pd
 
+_NO_NUMBERS = {"spectrum", "step", "findings", "notes", "advice"}
 _DERIVED = ("alpha_ratio", "beta_ratio", "simplified_alpha_c")
 
 
@@ -29,12 +30,15 @@ class CheckReport(StabilityReport):
         beta_applied: Meta rate applied after this check.
         severity: ``log(loss after the lookahead / loss that training started from)``; ``nan`` without one.
         growth: Factor per step by which the loss grew in the lookahead.
+        adaptation_gain: ``log(query loss before adaptation / after it)``: below 0, adaptation makes the tasks worse. Of
+            losses that may be negative, their difference over its spread over the tasks; ``nan`` in plain training.
     """
 
     alpha_applied: float
     beta_applied: float
     severity: float = math.nan
     growth: float = math.nan
+    adaptation_gain: float = math.nan
 
     @classmethod
     def of(cls, measured: StabilityReport, *, findings: Sequence[Reason], **found: Any) -> CheckReport:
@@ -60,7 +64,7 @@ def frame(history: Sequence[CheckReport]) -> pd.DataFrame:
         raise ModuleNotFoundError(
             "guard.frame() needs pandas: pip install pandas. guard.history holds the same reports."
         ) from error
-    numbers = [each.name for each in fields(CheckReport) if each.name not in {"spectrum", "step", "findings", "notes"}]
+    numbers = [each.name for each in fields(CheckReport) if each.name not in _NO_NUMBERS]
     columns = [
         column
         for name in numbers

@@ -11,6 +11,7 @@ import torch
 from lightning_maml_guard.guard.loggers import logger_step, warn
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.lookahead.lookahead import Caps
+from lightning_maml_guard.messages.advice_sentences import advised
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced, sentence
 from lightning_maml_guard.optim.snapshot import Snapshot
@@ -25,9 +26,13 @@ class Rollback:
     def keep(self, step: int) -> None:
         """Keep the state of the run: on all ranks, or on none. A failure costs one warning."""
         run = self.run
+        if not run.settings.lookahead.steps:
+            return
         try:
             with run.cache.ranks.together():
-                kept = Snapshot(self.module, self.trainer.optimizers, step, run.settings.snapshot_device)
+                # What is never rolled back to does not take memory of the device.
+                device = run.settings.snapshot_device or (None if run.settings.rollback else "cpu")
+                kept = Snapshot(self.module, self.trainer.optimizers, step, device)
             run.snapshot = kept
         except Exception as error:
             earlier = -1 if run.snapshot is None else run.snapshot.step
@@ -44,7 +49,9 @@ class Rollback:
         if run.state.rollbacks >= run.settings.max_rollbacks:
             reason = self._reason(Kind.TOO_MANY_ROLLBACKS, loss, step)
             run.stop(self.trainer, step, (reason,))
-            warn(f"ConvergenceGuard: training stops. {sentence(reason)}")
+            advice = run.state.advice
+            to_do = "Look at the data, the loss and the precision." if advice is None else advised(advice)
+            warn(f"ConvergenceGuard: training stops. {sentence(reason)}\n{to_do[0].upper()}{to_do[1:]}")
             return False
         run.snapshot.restore(self.module, self.trainer.optimizers)
         run.state.rollbacks += 1

@@ -6,62 +6,36 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_maml_guard.guard.actions import ACTIONS, Action
-from lightning_maml_guard.guard.loggers import Figures, warn
-from lightning_maml_guard.guard.replay_buffer import ReplayBuffer
+from lightning_maml_guard.guard.loggers import Figures, logger_step, warn
 from lightning_maml_guard.guard.rescale import AppliedCaps
 from lightning_maml_guard.guard.schedule import Schedule
+from lightning_maml_guard.guard.settings import Settings
 from lightning_maml_guard.guard.state import GuardState, StateError, from_checkpoint
 from lightning_maml_guard.guard.state_machine import StateMachine
 from lightning_maml_guard.lookahead.divergence import gradient_norm
-from lightning_maml_guard.lookahead.lookahead import LookaheadOptions, check_lookahead
+from lightning_maml_guard.lookahead.replay_buffer import ReplayBuffer
 from lightning_maml_guard.maml.meta_learning import MetaLearning
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced
-from lightning_maml_guard.messages.spelling import Spelling
-from lightning_maml_guard.messages.training_sentences import take_turns
+from lightning_maml_guard.optim.lr_cap import known_rate, scheduled_rate
+from lightning_maml_guard.optim.rates_ahead import RatesAhead, read_ahead
 from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.optim.turns import Turns
 from lightning_maml_guard.stability.hvp import MeasurementCache
 from lightning_maml_guard.stability.objective import objective_of
-from lightning_maml_guard.stability.options import CurvatureOptions, check_curvature
-from lightning_maml_guard.stability.problems import ProblemSource, has_meta_problem, state_problem
+from lightning_maml_guard.stability.problems import has_meta_problem, state_problem
 from lightning_maml_guard.stability.training_match import TrainingMatch
-from lightning_maml_guard.theory.limits import check_margin
 from lightning_maml_guard.utils.batch_copy import BatchCopyError
-from lightning_maml_guard.utils.checks import check_choice, check_count, check_device, check_flag, check_number
 from lightning_maml_guard.utils.distributed import Ranks, SharedError
 from lightning_maml_guard.utils.double_backward import double_backward
-from lightning_maml_guard.utils.lightning_compat import MisconfigurationException
+from lightning_maml_guard.utils.lightning_compat import plan_of
 from lightning_maml_guard.utils.warnings import GuardWarning
-
-
-class Settings(Protocol):
-    """A guard's arguments; see :class:`~lightning_maml_guard.ConvergenceGuard`."""
-
-    every_n_steps: int
-    max_cost: float | None
-    margin: float
-    patience: int
-    problem: ProblemSource | None
-    curvature: CurvatureOptions
-    lookahead: LookaheadOptions
-    rollback: bool
-    max_rollbacks: int
-    snapshot_device: str | None
-    figures: bool
-    history_size: int
-    spelling: Spelling
-
-    @property
-    def acting(self) -> Action:
-        """The action."""
 
 
 class GuardedRun:
@@ -89,6 +63,34 @@ class GuardedRun:
         self.match: TrainingMatch | None = None
         self.matched = False
         self.turns = Turns()
+        self.ahead: RatesAhead | None = None
+        # Whether every step uses the same batch: then nothing is drawn from its tasks.
+        self.repeats = False
+
+    def begin(self, trainer: Any) -> None:
+        """Take in how far a run will go and what data it has."""
+        plan = plan_of(trainer)
+        self.schedule.planned = None if plan.steps is None else plan.steps + logger_step(trainer)
+        self.repeats = plan.batches is not None and plan.batches <= trainer.accumulate_grad_batches
+
+    def due(self, trainer: Any, step: int) -> str | None:
+        """Return ``"scheduled"``, ``"triggered"`` or None: whether a check is due before a step."""
+        return self.schedule.due(step, rate=known_rate(trainer.optimizers), beta_c=self._beta_c)
+
+    @property
+    def _beta_c(self) -> float:
+        """The latest limit of the meta rate; ``nan`` while none is known."""
+        return next((each.beta_c for each in reversed(self.state.history) if each.beta_c > 0), math.nan)
+
+    def highest_to_come(self, trainer: Any, optimizers: list[Optimizer], step: int) -> float:
+        """The highest meta rate that the schedule has from a step on; ``nan`` without a schedule."""
+        if not trainer.lr_scheduler_configs:
+            return math.nan
+        if self.ahead is None or not self.ahead.matches(step, scheduled_rate(optimizers)):
+            self.ahead = read_ahead(plan_of(trainer), optimizers, step)
+            if self.ahead.failure is not None:
+                self.announce(of_error(Kind.SCHEDULE_NOT_READ, self.ahead.failure))
+        return self.ahead.peak(step)[0]
 
     def take_gradient(self, optimizer: Optimizer) -> None:
         """Compare the gradient at hand with the problem's, and keep its norm; a failure costs one warning."""
@@ -117,7 +119,10 @@ class GuardedRun:
             self.snapshot = None
         if not self.settings.lookahead.steps:
             known = isinstance(loss, Tensor) and loss.numel() == 1 and self.cache.ranks.size == 1
-            self._finish_match(float(loss.item()) * trainer.accumulate_grad_batches if known else math.nan)
+            value = float(loss.item()) * trainer.accumulate_grad_batches if known else math.nan
+            self._finish_match(value)
+            if known and not math.isfinite(value):
+                self._not_finite(value, trainer)
             return
         known = isinstance(loss, Tensor) and loss.numel() == 1
         value = float(loss.item()) if known else math.nan
@@ -142,6 +147,15 @@ class GuardedRun:
         told = self.machine.unsafe and not self.settings.acting.caps_rates
         if statistics.update(value, norm) and lookahead.triggers and not told:
             self.schedule.spike(diverged=statistics.diverged(value, lookahead.divergence_ratio))
+
+    def _not_finite(self, loss: float, trainer: Any) -> None:
+        """Say that the loss is not finite, and stop where that is the action: no lookahead will."""
+        step = logger_step(trainer)
+        reason = Reason(Kind.LOSS_NOT_FINITE, losses=(loss, math.nan, math.nan), step=step)
+        if self.settings.acting.speaks:
+            self.announce(reason)
+        if self.settings.acting.stops:
+            self.stop(trainer, step, (reason,))
 
     def begin_match(
         self, trainer: Any, module: Any, batch: Any, batch_idx: int, optimizers: Sequence[Optimizer]
@@ -181,7 +195,7 @@ class GuardedRun:
         """Go on with the hooks, batches and pictures of a run whose state is replaced while it trains."""
         # Lightning's LearningRateFinder does that: it saves the run, trains, and loads the checkpoint again.
         self.caps.take_over(before.caps)
-        self.figures = before.figures
+        self.figures, self.repeats, self.schedule.planned = before.figures, before.repeats, before.schedule.planned
         if not self.replay.restored:
             self.replay = before.replay
 
@@ -211,7 +225,7 @@ class GuardedRun:
             watches=self.machine.watches,
             caps=self.caps.caps,
             batches=self.replay.state() if exactly else [],
-            snapshot=None if self.snapshot is None else self.snapshot.state(),
+            snapshot=self.snapshot.state() if self.snapshot is not None and settings.rollback else None,
         )
 
     def announce(self, reason: Reason, *, just_said: bool = False) -> None:
@@ -242,47 +256,6 @@ class GuardedRun:
     def note_severity(self, step: int, severe: float) -> None:
         """Keep what a lookahead said."""
         self.state.severities = [*self.state.severities, (step, severe)][-self.settings.history_size :]
-
-
-def check_settings(guard: Any) -> None:
-    """Raise a ValueError or TypeError if an argument of a guard is not allowed, or if two do not go together."""
-    for name in ("every_n_steps", "patience", "max_rollbacks", "history_size"):
-        check_count(name, getattr(guard, name))
-    check_number("max_cost", guard.max_cost, above=0, below=1)
-    check_choice("action", guard.action, tuple(ACTIONS))
-    for name in ("rollback", "figures", "allow_untested"):
-        check_flag(name, getattr(guard, name))
-    check_device("snapshot_device", guard.snapshot_device)
-    if guard.problem is not None and not callable(guard.problem):
-        raise ValueError(
-            "Expected argument `problem` to be a function (pl_module, batch) -> MetaProblem but got "
-            f"{guard.problem!r}. Pass such a function, or None for the module's own `meta_problem`."
-        )
-    check_margin(guard.margin)
-    check_curvature(guard.curvature)
-    check_lookahead(guard.lookahead)
-    if guard.rollback and not (guard.acting.caps_rates and guard.lookahead.steps):
-        raise ValueError(
-            "rollback=True rolls a run back and lowers its rates until a lookahead survives, so it needs "
-            f"action='rescale' and lookahead steps of at least 1 but got {guard.action!r} and {guard.lookahead.steps}. "
-            "Set both, or leave `rollback` out."
-        )
-
-
-def check_watchable(settings: Settings, trainer: Any, pl_module: Any) -> None:
-    """Raise a MisconfigurationException if there is nothing a guard could measure in a run."""
-    if settings.problem is None and not has_meta_problem(pl_module) and not pl_module.automatic_optimization:
-        raise MisconfigurationException(
-            f"ConvergenceGuard cannot watch the training_step of {type(pl_module).__name__}: with manual "
-            "optimisation it takes optimizer steps of its own. Give the module a method meta_problem(batch) -> "
-            "MetaProblem, or pass ConvergenceGuard(problem=lambda module, batch: MetaProblem(...)). "
-            f"{take_turns()}"
-        )
-    if trainer.world_size > 1 and settings.curvature.estimator == "pyhessian":
-        raise MisconfigurationException(
-            f"ConvergenceGuard(estimator='pyhessian') measures one process's loss, but {trainer.world_size} train "
-            "together. Use estimator='lanczos', whose products are averaged over them."
-        )
 
 
 def failure_reason(error: Exception, step: int) -> Reason:

@@ -7,6 +7,12 @@ from dataclasses import dataclass
 
 # Cost of a gradient of a lookahead, in training steps (`python -m benchmarks.hvp_cost`).
 LOOKAHEAD_GRADIENT = 1.2
+# About the cost of a check that measures no curvature.
+_LOOK = 15.0
+# Early checks that a short run is given although it does not pay for them.
+_ON_CREDIT = (2, 8)
+# A meta rate that has grown by half is looked at again, unless its limit is more than this many times higher.
+_GROWN, _FAR = 1.5, 4.0
 SCHEDULED, TRIGGERED = "scheduled", "triggered"
 
 
@@ -23,6 +29,8 @@ class ScheduleState:
             one need not be paid for then.
         spent: Cost of all checks so far, in training steps.
         latest: Cost of the latest one.
+        looked: The meta rate at the last check, or the lowest one since.
+        highest: The highest meta rate at a check.
     """
 
     last: int | None = None
@@ -32,6 +40,8 @@ class ScheduleState:
     unjudged: bool = False
     spent: float = 0.0
     latest: float = 0.0
+    looked: float = math.inf
+    highest: float = 0.0
 
 
 class Schedule:
@@ -40,15 +50,19 @@ class Schedule:
     Without a budget (``share`` of the training's work; None: none) a check comes at every N-th step, whatever was
     triggered in between. A triggered check waits after each one before it twice as long as the last time, up to half of
     ``every_n_steps``; with a budget, those that would have to wait longer wait until they are paid for. A check of a
-    diverged loss waits no longer than that half, and for no payment.
+    diverged loss comes in the next step.
     """
 
     def __init__(self, every_n_steps: int, share: float | None = None, state: ScheduleState | None = None) -> None:
         self.every_n_steps, self.share = every_n_steps, share
+        self.planned: int | None = None  # steps of the whole run, where it has an end
         self.state = state or ScheduleState()
 
-    def due(self, step: int, *, at_once_if_diverged: bool = False) -> str | None:
-        """Return ``"scheduled"``, ``"triggered"`` or None; a check that is due is taken as made."""
+    def due(self, step: int, *, rate: float = math.nan, beta_c: float = math.nan) -> str | None:
+        """Return ``"scheduled"``, ``"triggered"`` or None; a check that is due is taken as made.
+
+        ``rate`` is the meta rate of the coming step, ``beta_c`` its latest known limit.
+        """
         state = self.state
         if step == state.last:
             return None
@@ -57,20 +71,43 @@ class Schedule:
         # With a budget a triggered check stands for the scheduled one that would follow it closely.
         close = since < self.every_n_steps / 2
         on_time = step % self.every_n_steps == 0 and not (close and self.share is not None)
-        scheduled = on_time and (paid or state.unjudged)
-        if not scheduled and not self._called(since, paid, at_once_if_diverged):
+        early = self._early(step)
+        scheduled = (on_time and paid) or (state.unjudged and (on_time or early))
+        grown = self._grown(rate, beta_c, since)
+        if not (scheduled or early or grown) and not self._called(since, paid):
             return None
         if self.share is None:
             if not scheduled:
                 state.gap = min(2 * state.gap, self._longest)
             elif not close and not state.spiked:  # else the loss is as noisy as it was
                 state.gap = 2
-        elif not paid:
+        elif not (paid or early or grown):
             state.gap *= 2
         state.last, state.spiked, state.diverged = step, False, False
+        state.looked, state.highest = (math.inf if math.isnan(rate) else rate), max(state.highest, rate)
         if scheduled:
             state.unjudged = False
         return SCHEDULED if scheduled else TRIGGERED
+
+    def _early(self, step: int) -> bool:
+        """Whether to look at a run that has just begun: at 1, 2, 4, ... as far as the whole run pays for it."""
+        if self.share is None or not 0 < step < self.every_n_steps or step & (step - 1):
+            return False
+        state = self.state
+        if self.planned is not None and state.spent + _LOOK <= self.share * self.planned:
+            return True
+        return step in _ON_CREDIT
+
+    def _grown(self, rate: float, beta_c: float, since: float) -> bool:
+        """Whether the meta rate has grown by half since the last check, or since its lowest value after that."""
+        state = self.state
+        if not rate > 0:
+            return False
+        state.looked = min(state.looked, rate)
+        if not rate > _GROWN * state.looked or _FAR * rate < beta_c:
+            return False
+        # A schedule that comes back to where it was is looked at again, but not in every cycle.
+        return rate > state.highest or since >= self._longest
 
     def spike(self, *, diverged: bool) -> None:
         """Take a spike in: it calls a check, soon if the loss has diverged."""
@@ -91,12 +128,10 @@ class Schedule:
     def _longest(self) -> int:
         return max(self.every_n_steps // 2, 2)
 
-    def _called(self, since: float, paid: bool, at_once_if_diverged: bool) -> bool:
+    def _called(self, since: float, paid: bool) -> bool:
         state = self.state
-        if not state.spiked:
-            return False
-        if state.diverged:  # does not wait as long as a loss that is noisy, and not for the budget
-            return at_once_if_diverged or since >= min(state.gap, self._longest)
+        if not state.spiked or state.diverged:  # a diverged loss waits for nothing
+            return state.spiked
         if self.share is None:
             return since >= state.gap
         # The first few are on credit: a run that diverges early has paid for nothing.

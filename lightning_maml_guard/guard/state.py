@@ -17,6 +17,7 @@ from lightning_maml_guard.guard.schedule import ScheduleState
 from lightning_maml_guard.guard.state_machine import Watch
 from lightning_maml_guard.lookahead.divergence import RunningStatistics
 from lightning_maml_guard.lookahead.lookahead import Caps
+from lightning_maml_guard.messages.advice import Advice
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.stability.hvp import NetworkFacts
 from lightning_maml_guard.theory.limits import EDGE, SAFE, UNRESOLVED, UNSAFE
@@ -60,6 +61,9 @@ class GuardState:
         clipped_to: Length to which training_step was seen to clip a gradient by itself; ``nan`` where it was not.
         batches: The lookahead's batches, on the host.
         snapshot: The state to roll back to.
+        advice: The latest advice.
+        advised: What was advised on although the run survived, each once.
+        searches: Searches for rates to set so far.
         version: Of this layout.
     """
 
@@ -80,6 +84,9 @@ class GuardState:
     clipped_to: float = math.nan
     batches: list[Any] = field(default_factory=list)
     snapshot: dict[str, Any] | None = None
+    advice: Advice | None = None
+    advised: list[str] = field(default_factory=list)
+    searches: int = 0
     version: int = VERSION
 
     def collapse(self, lambda_max: float, step: int) -> Reason | None:
@@ -131,7 +138,7 @@ def _check_ranges(state: GuardState) -> None:
     numbers |= {"rollbacks": state.rollbacks, "stopped_step": state.stopped_step, "schedule.last": schedule.last}
     numbers |= {"schedule.spent": schedule.spent, "schedule.latest": schedule.latest, "schedule.gap": schedule.gap - 1}
     numbers |= {f"watches.{name}.failed": watch.failed for name, watch in state.watches.items()}
-    numbers |= {"capped": min(state.capped, default=0)}
+    numbers |= {"capped": min(state.capped, default=0), "searches": state.searches}
     for name, value in numbers.items():
         if value is not None and not value >= 0:
             raise StateError(f"`{name}` is out of its range ({value})")

@@ -151,7 +151,7 @@ class RateSearch:
         return found
 
     def _found(self, ladder: Sequence[Trial]) -> Found:
-        """The rates to set: a share of the largest that train, as the next lower ones do; lower if that learned more."""
+        """A share of the largest rates that train (as the next lower ones do), or lower if that learns more."""
         best = _best(ladder)
         largest = next((each for each, below in pairwise(ladder) if each.trains and below.trains), best)
         if largest.at.beta == 1:  # a ladder of inner rates

@@ -4,41 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import cycle, islice
+from itertools import cycle
+from typing import Any
 
 import torch
 
 from lightning_maml_guard.maml.problem import MetaProblem
-from lightning_maml_guard.stability.problems import AccumulatedProblem, Problem
-from lightning_maml_guard.utils.task_map import chosen_tasks
+from lightning_maml_guard.stability.problems import AccumulatedProblem, PlainProblem, Problem
+from lightning_maml_guard.utils.task_map import chosen_tasks, joined_tasks
 
 
 def resampled(problems: Sequence[Problem], count: int) -> list[Problem]:
-    """Fill a list of problems up to ``count`` with tasks drawn from theirs with replacement (the bootstrap).
+    """Add batches up to ``count``, of tasks drawn with replacement from all those at hand (the bootstrap).
 
-    A batch tried again and again is learned by heart, and survives rates at which fresh tasks do not. Problems without
-    tasks to draw from (plain training, a single task) are left as they are.
+    A few batches tried again and again are learned by heart, and survive rates at which fresh tasks do not. Problems
+    without tasks to draw from (plain training, a single task) are left as they are.
     """
     generator = torch.Generator().manual_seed(0)
-    sources = [each for each in problems if _tasks(each) > 1]
-    if not sources:
+    parts = [part for each in problems for part in _parts(each)]
+    if sum(part.tasks for part in parts) < 2:
         return list(problems)
-    missing = max(count - len(problems), 0)
-    return [*problems, *(_drawn(each, generator) for each in islice(cycle(sources), missing))]
+    support, query = (joined_tasks([getattr(part, name) for part in parts]) for name in ("support", "query"))
+    alike = support is not None and query is not None
+    found = list(problems)
+    for like in cycle(problems):
+        if len(found) >= count:
+            break
+        # Tasks of different shapes are drawn from their own batch.
+        drawn = [
+            _drawn(part, *((support, query) if alike else (part.support, part.query)), generator)
+            for part in _parts(like)
+        ]
+        found.append(AccumulatedProblem(tuple(drawn)) if isinstance(like, AccumulatedProblem) else drawn[0])
+    return found
 
 
-def _tasks(problem: Problem) -> int:
-    return problem.tasks if isinstance(problem, (MetaProblem, AccumulatedProblem)) else 0
+def _parts(problem: Problem) -> tuple[MetaProblem, ...]:
+    if isinstance(problem, PlainProblem):
+        return ()
+    return problem.parts if isinstance(problem, AccumulatedProblem) else (problem,)
 
 
-def _drawn(problem: Problem, generator: torch.Generator) -> Problem:
-    if isinstance(problem, AccumulatedProblem):
-        return AccumulatedProblem(tuple(_of_one(each, generator) for each in problem.parts))
-    assert isinstance(problem, MetaProblem)
-    return _of_one(problem, generator)
-
-
-def _of_one(problem: MetaProblem, generator: torch.Generator) -> MetaProblem:
-    chosen = torch.randint(problem.tasks, (problem.tasks,), generator=generator).tolist()
-    support, query = (chosen_tasks(data, chosen) for data in (problem.support, problem.query))
-    return replace(problem, support=support, query=query)
+def _drawn(like: MetaProblem, support: Any, query: Any, generator: torch.Generator) -> MetaProblem:
+    """A batch as large as another one."""
+    count = replace(like, support=support, query=query).tasks
+    chosen = torch.randint(count, (like.tasks,), generator=generator).tolist()
+    return replace(like, support=chosen_tasks(support, chosen), query=chosen_tasks(query, chosen))

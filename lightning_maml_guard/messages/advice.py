@@ -27,10 +27,9 @@ class Advice:
 
     Attributes:
         cause: What is to blame: ``"alpha"``, ``"beta"``, ``"both"``, ``"schedule"`` (the meta rate where the schedule
-            takes it), ``"batch"`` (an outlier in the data), ``"dead units"`` (activations that a meta rate too large has
-            killed) or ``"unknown"``.
-        alpha: The inner rate to configure; of several inner rates, the largest, the others in proportion. None: leave it
-            as it is.
+            takes it), ``"batch"`` (an outlier in the data), ``"dead units"`` (killed by a meta rate that is too large)
+            or ``"unknown"``.
+        alpha: The inner rate to configure; of several, the largest, the others in proportion. None: leave it as it is.
         beta: The meta rate to configure, the ``lr`` of the optimizer; under a schedule the number that its peak comes
             from. Of several groups the largest. None: leave it as it is.
         gradient_clip_val: Norm to clip gradients to, ``Trainer(gradient_clip_val=...)``, where a batch is to blame.
@@ -39,7 +38,6 @@ class Advice:
         configured_alpha: The inner rate it is about.
         configured_beta: The meta rate it is about; under a schedule its peak.
         peak_step: Step at which the schedule gets there.
-        reach_alpha: Whether ``rescale`` could lower the inner rate.
     """
 
     cause: Cause
@@ -51,7 +49,6 @@ class Advice:
     configured_alpha: float = math.nan
     configured_beta: float = math.nan
     peak_step: int | None = None
-    reach_alpha: bool = False
 
     def __str__(self) -> str:
         """Say it in one line."""

@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 
 from lightning_maml_guard.messages.effects import EFFECTS, ORDERS
+from lightning_maml_guard.messages.evidence import EVIDENCE
 from lightning_maml_guard.messages.notices import NOTICES
 from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy
-from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling
+from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling, rates
 from lightning_maml_guard.messages.training_sentences import TRAINING
 
 
@@ -60,11 +61,6 @@ def returned(step: int, *, safe: bool, applied: float, configured: float) -> str
     else:
         said = "the next steps survive again, at the edge of stability."
     return f"ConvergenceGuard: step {step}: {said}"
-
-
-def rates(alpha: float, beta: float, joint: str = ", ") -> str:
-    """Write a pair of rates, the inner one only where there is an inner loop."""
-    return ("" if math.isnan(alpha) else f"alpha = {alpha:.3g}{joint}") + f"beta = {beta:.3g}"
 
 
 def _source(reason: Reason) -> str:
@@ -221,8 +217,7 @@ def _rolled_back_at_end(reason: Reason, spelling: Spelling) -> str:
 def _too_many_rollbacks(reason: Reason, spelling: Spelling) -> str:
     return (
         f"The loss was {reason.losses[0]:.3g} at step {reason.step} after {reason.counts[0]} rollbacks "
-        "(max_rollbacks), each with lower rates: the rates are not what is wrong here. Look at the data, the loss and "
-        "the precision."
+        "(max_rollbacks), each with lower rates."
     )
 
 
@@ -260,6 +255,7 @@ _MEASURED: dict[Kind, Callable[[Reason, Spelling], str]] = {
 _CAUSES: dict[Kind, Callable[[Reason, Spelling], str]] = {
     **_MEASURED,
     **NOTICES,
+    **EVIDENCE,
     **TRAINING,
     Kind.LOOKAHEAD_DIVERGES: _lookahead_diverges,
     Kind.LOSS_NOT_FINITE: _loss_not_finite,

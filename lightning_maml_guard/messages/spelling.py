@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from typing import Any
 
@@ -19,8 +20,17 @@ class Spelling:
         """Write a guard with these arguments."""
         return f"ConvergenceGuard({self.arguments(**given)})"
 
+    def trainer(self, **given: Any) -> str:
+        """Write a Trainer with these arguments."""
+        return f"Trainer({self.arguments(**given)})"
+
 
 IN_PYTHON = Spelling()
+
+
+def rates(alpha: float, beta: float, joint: str = ", ") -> str:
+    """Write a pair of rates, the inner one only where there is an inner loop."""
+    return ("" if math.isnan(alpha) else f"alpha = {alpha:.3g}{joint}") + f"beta = {beta:.3g}"
 
 
 def block(message: str) -> str:

@@ -7,6 +7,7 @@ reads and writes there is the schedule. A step that GradScaler skips calls neith
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -151,3 +152,11 @@ def _write(optimizer: Optimizer, rates: Sequence[Any]) -> None:
 def scheduled_rate(optimizers: Optimizers) -> float:
     """Read the largest learning rate over the parameter groups of one optimizer, or of several."""
     return max(float(group["lr"]) for optimizer in listed(optimizers) for group in optimizer.param_groups)
+
+
+def known_rate(optimizers: Sequence[Optimizer]) -> float:
+    """Read the largest learning rate where that costs nothing; ``nan`` of one that lies on a device."""
+    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    if any(isinstance(rate, torch.Tensor) and not rate.is_cpu for rate in rates):
+        return math.nan
+    return max(map(float, rates), default=math.nan)

@@ -14,7 +14,6 @@ from lightning_maml_guard.optim.linearized_step import linearized_step
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.shadow import predicted_change
 from lightning_maml_guard.optim.stability_limits import Optimizers
-from lightning_maml_guard.stability.advice import from_limits
 from lightning_maml_guard.stability.alpha_c import InnerRateLimit
 from lightning_maml_guard.stability.beta_c import (
     UNKNOWN,
@@ -34,7 +33,7 @@ from lightning_maml_guard.stability.estimators import (
 from lightning_maml_guard.stability.hvp import HESSIAN, META_UPDATE, MeasurementCache, Operators
 from lightning_maml_guard.stability.objective import MamlObjective, Objective
 from lightning_maml_guard.stability.options import CurvatureOptions
-from lightning_maml_guard.stability.reasons import Basis, judge, no_curvature
+from lightning_maml_guard.stability.reasons import Basis, from_limits, judge, no_curvature
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import Limit
 

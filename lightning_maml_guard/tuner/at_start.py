@@ -24,7 +24,6 @@ from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.stability.options import CurvatureOptions
 from lightning_maml_guard.stability.problems import Problem, ProblemSource, owners, state_problem
 from lightning_maml_guard.stability.report import StabilityReport
-from lightning_maml_guard.theory.limits import UNSAFE
 from lightning_maml_guard.tuner.suggestion import RateSuggestion
 from lightning_maml_guard.utils.isolation import isolated
 from lightning_maml_guard.utils.lightning_compat import Callback
@@ -85,8 +84,7 @@ class MeasureAtStart(Callback):
             present, scale, severe = lookahead.judged(Caps(), Scale(), ratio)
             status = advance(Watch(), judged.status, severe, ratio=ratio).state
             if fails(severe, ratio):
-                explained = judged.status == UNSAFE
-                seen = lookahead_reason(present, scale.start, judged.alpha, judged.beta, explained=explained)
+                seen = lookahead_reason(present, scale.start, judged.alpha, judged.beta)
                 findings = (*findings, seen)
         alpha_c = _smallest(report.alpha_c for report in reports)
         alpha = self._alpha(judged.alpha, alpha_c, notes)

@@ -72,6 +72,25 @@ def first_tasks(data: Any, count: int) -> Any:
     return tree_map(lambda leaf: TaskList(leaf[:count]) if is_listed(leaf) else leaf[:count], data, is_leaf=is_listed)
 
 
+def joined_tasks(sets: Sequence[Any]) -> Any:
+    """Put several sets of tasks into one; None where they are not alike."""
+    leaves = [tree_leaves(data, is_leaf=is_listed) for data in sets]
+    first, spec = tree_flatten(sets[0], is_leaf=is_listed)
+    for each in leaves:
+        alike = len(each) == len(first) and all(
+            is_listed(one) == is_listed(other) and (is_listed(one) or one.shape[1:] == other.shape[1:])
+            for one, other in zip(each, first, strict=True)
+        )
+        if not alike:
+            return None
+    columns = zip(*leaves, strict=True)
+    joined = [
+        TaskList(task for tasks in column for task in tasks) if is_listed(column[0]) else torch.cat(list(column))
+        for column in columns
+    ]
+    return tree_unflatten(joined, spec)
+
+
 def chosen_tasks(data: Any, chosen: Sequence[int]) -> Any:
     """Take tasks of a set by their indices, some maybe more than once."""
     return tree_map(

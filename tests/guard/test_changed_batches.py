@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_maml_guard import ConvergenceGuard, GuardWarning, LookaheadOptions
-from lightning_maml_guard.guard.replay_buffer import ReplayBuffer
+from lightning_maml_guard.lookahead.replay_buffer import ReplayBuffer
 from lightning_maml_guard.utils.lightning_compat import Trainer, seed_everything
 from tests.guard.changing import BATCHES, MAKE, SCALE, Changing, loader, problem, taken
 from tests.helpers import QUIET, one_line

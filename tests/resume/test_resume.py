@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_maml_guard import ConvergenceGuard
-from lightning_maml_guard.guard.replay_buffer import ReplayBuffer
+from lightning_maml_guard.lookahead.replay_buffer import ReplayBuffer
 from tests.resume.program import CASES, STEPS, train
 
 ROOT = Path(__file__).parents[2]

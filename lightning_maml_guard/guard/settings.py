@@ -1,0 +1,78 @@
+"""A guard's arguments, and what is checked of them before a run."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from lightning_maml_guard.guard.actions import ACTIONS, Action
+from lightning_maml_guard.lookahead.lookahead import LookaheadOptions, check_lookahead
+from lightning_maml_guard.messages.spelling import Spelling
+from lightning_maml_guard.messages.training_sentences import take_turns
+from lightning_maml_guard.stability.options import CurvatureOptions, check_curvature
+from lightning_maml_guard.stability.problems import ProblemSource, has_meta_problem
+from lightning_maml_guard.theory.limits import check_margin
+from lightning_maml_guard.utils.checks import check_choice, check_count, check_device, check_flag, check_number
+from lightning_maml_guard.utils.lightning_compat import MisconfigurationException
+
+
+class Settings(Protocol):
+    """A guard's arguments; see :class:`~lightning_maml_guard.ConvergenceGuard`."""
+
+    every_n_steps: int
+    max_cost: float | None
+    margin: float
+    patience: int
+    problem: ProblemSource | None
+    curvature: CurvatureOptions
+    lookahead: LookaheadOptions
+    rollback: bool
+    max_rollbacks: int
+    snapshot_device: str | None
+    figures: bool
+    history_size: int
+    spelling: Spelling
+
+    @property
+    def acting(self) -> Action:
+        """The action."""
+
+
+def check_settings(guard: Any) -> None:
+    """Raise a ValueError or TypeError if an argument of a guard is not allowed, or if two do not go together."""
+    for name in ("every_n_steps", "patience", "max_rollbacks", "history_size"):
+        check_count(name, getattr(guard, name))
+    check_number("max_cost", guard.max_cost, above=0, below=1)
+    check_choice("action", guard.action, tuple(ACTIONS))
+    for name in ("rollback", "figures", "allow_untested"):
+        check_flag(name, getattr(guard, name))
+    check_device("snapshot_device", guard.snapshot_device)
+    if guard.problem is not None and not callable(guard.problem):
+        raise ValueError(
+            "Expected argument `problem` to be a function (pl_module, batch) -> MetaProblem but got "
+            f"{guard.problem!r}. Pass such a function, or None for the module's own `meta_problem`."
+        )
+    check_margin(guard.margin)
+    check_curvature(guard.curvature)
+    check_lookahead(guard.lookahead)
+    if guard.rollback and not (guard.acting.caps_rates and guard.lookahead.steps):
+        raise ValueError(
+            "rollback=True rolls a run back and lowers its rates until a lookahead survives, so it needs "
+            f"action='rescale' and lookahead steps of at least 1 but got {guard.action!r} and {guard.lookahead.steps}. "
+            "Set both, or leave `rollback` out."
+        )
+
+
+def check_watchable(settings: Settings, trainer: Any, pl_module: Any) -> None:
+    """Raise a MisconfigurationException if there is nothing a guard could measure in a run."""
+    if settings.problem is None and not has_meta_problem(pl_module) and not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"ConvergenceGuard cannot watch the training_step of {type(pl_module).__name__}: with manual "
+            "optimisation it takes optimizer steps of its own. Give the module a method meta_problem(batch) -> "
+            "MetaProblem, or pass ConvergenceGuard(problem=lambda module, batch: MetaProblem(...)). "
+            f"{take_turns()}"
+        )
+    if trainer.world_size > 1 and settings.curvature.estimator == "pyhessian":
+        raise MisconfigurationException(
+            f"ConvergenceGuard(estimator='pyhessian') measures one process's loss, but {trainer.world_size} train "
+            "together. Use estimator='lanczos', whose products are averaged over them."
+        )

@@ -1,0 +1,53 @@
+"""What advice rests on, in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from lightning_maml_guard.messages.reasons import Kind, Reason
+from lightning_maml_guard.messages.spelling import Spelling, rates
+
+
+def _adaptation_harmful(reason: Reason, spelling: Spelling) -> str:
+    before, after, _ = reason.losses
+    said = f"alpha = {reason.alpha:.3g} makes the tasks worse: the query loss is {before:.3g} before adaptation and "
+    said += f"{after:.3g} after it."
+    return f"{said} The inner loop diverges from step {reason.steps} on." if reason.steps else said
+
+
+def _rates_tried(reason: Reason, spelling: Spelling) -> str:
+    present, lowered, _ = reason.losses
+    now = f"end at a loss of {present:.3g}" if math.isfinite(present) else "let the loss leave"
+    end = f"{lowered:.3g}" if math.isfinite(lowered) else "no finite loss either"
+    return f"{reason.steps} steps tried on copies {now}; with {rates(reason.alpha, reason.beta)} they end at {end}."
+
+
+def _schedule_ahead(reason: Reason, spelling: Spelling) -> str:
+    peak = f"the schedule takes beta to {reason.beta:.3g} at step {reason.steps}"
+    if reason.step is None:
+        return f"{peak}; beta_c at the parameters of now is {reason.limit:.3g}."
+    return f"{peak}; it exceeds today's beta_c = {reason.limit:.3g} from step {reason.step} on."
+
+
+def _odd_batch(reason: Reason, spelling: Spelling) -> str:
+    odd, usual, _ = reason.losses
+    return (
+        f"at the same parameters the batch of step {reason.step} has a loss of {odd:.3g} and the batches around it one "
+        f"of {usual:.3g}; without it the next steps survive at the rates as they are."
+    )
+
+
+EVIDENCE: dict[Kind, Callable[[Reason, Spelling], str]] = {
+    Kind.ADAPTATION_HARMFUL: _adaptation_harmful,
+    Kind.RATES_TRIED: _rates_tried,
+    Kind.SCHEDULE_AHEAD: _schedule_ahead,
+    Kind.ODD_BATCH: _odd_batch,
+    Kind.SCHEDULE_NOT_READ: lambda reason, spelling: (
+        "the learning rate schedule cannot be read ahead, so it is looked at as it comes.\n"
+        f"Cause: {reason.error}: {reason.detail}"
+    ),
+    Kind.UNITS_DIED: lambda reason, spelling: (
+        f"{reason.counts[0]} of {reason.counts[1]} ReLU units are 0 on the whole batch."
+    ),
+}
