@@ -91,7 +91,9 @@ def line(found: dict[str, Any]) -> str:
             )
         parts.append(f"| {said}")
         if broken:
-            marks = [f"{name} {'yes' if found[key] else 'NO'}" for name, key in (("right", "right"), ("ahead", "ahead"))]
+            marks = [
+                f"{name} {'yes' if found[key] else 'NO'}" for name, key in (("right", "right"), ("ahead", "ahead"))
+            ]
             parts.append(f"{' '.join(marks)} second {found['second'] / found['best']:.3g}x")
         elif not found["unchanged"]:
             parts.append("CHANGED BY THE GUARD")
@@ -107,9 +109,7 @@ def trace(found: dict[str, Any]) -> str:
         return ""
     lines = [f"      after {step} steps: {' '.join(text.split())}" for step, text in found["messages"][:1]]
     for check in found["checks"]:
-        numbers = " ".join(
-            f"{name} {check[name]:.3g}" for name in ("alpha", "alpha_c", "beta", "beta_c", "severity")
-        )
+        numbers = " ".join(f"{name} {check[name]:.3g}" for name in ("alpha", "alpha_c", "beta", "beta_c", "severity"))
         lines.append(f"      check {check['step']}: {check['status']} {numbers} {' '.join(check['findings'])}")
     return "".join(f"{each}\n" for each in lines)
 
@@ -118,8 +118,12 @@ def report(result: dict[str, Any]) -> None:
     """Print the tables."""
     print(f"\nAdviceBench, set '{result['set']}', seeds {result['seeds']}: {result['broken']} broken runs, ", end="")
     print(f"{result['healthy']} healthy; {result['minutes']:.1f} minutes")
-    print(f"\n{'':24s}{'runs':>5s} {'cause':>7s} {'in time':>8s} {'lead':>5s} {'none':>5s} {'trains':>8s} | finder halved clip")
-    groups = {"all": {"all": result["all"]}} | {name: result[name] for name in ("by cause", "by family", "by optimizer")}
+    print(
+        f"\n{'':24s}{'runs':>5s} {'cause':>7s} {'in time':>8s} {'lead':>5s} {'none':>5s} {'trains':>8s} | finder halved clip"
+    )
+    groups = {"all": {"all": result["all"]}} | {
+        name: result[name] for name in ("by cause", "by family", "by optimizer")
+    }
     for title, rows in groups.items():
         print(title if title != "all" else "", end="\n" if title != "all" else "")
         for name, each in rows.items():
@@ -127,7 +131,9 @@ def report(result: dict[str, Any]) -> None:
     print(f"EarlyStopping's message names no rate: its second run is the first one, {0.0:.0%}")
     rate = result["false advice per 1000 steps"]
     if rate is not None:
-        print(f"\nfalse advice: {len(result['false advice'])} in {result['healthy steps']} healthy steps, {rate:.2f} per 1000")
+        print(
+            f"\nfalse advice: {len(result['false advice'])} in {result['healthy steps']} healthy steps, {rate:.2f} per 1000"
+        )
         print("".join(f"   {each}\n" for each in result["false advice"]), end="")
         print(f"healthy runs changed by the guard: {result['changed by the guard'] or 'none'}")
     print("\nnot scored:" + "".join(f"\n   {each}" for each in result["not scored"]))

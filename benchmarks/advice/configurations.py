@@ -76,7 +76,7 @@ class Configuration:
     @property
     def name(self) -> str:
         """A name to find it by."""
-        parts = [self.base, self.cause, self.schedule]
+        parts = [f"{self.base}:", "" if self.cause in {"alpha", "beta"} else self.cause, self.schedule]
         parts += [f"alpha x{self.alpha_factor:g}"] if self.alpha_factor != 1 else []
         parts += [f"beta x{self.beta_factor:g}"] if self.beta_factor != 1 else []
         return " ".join(filter(None, parts))
@@ -175,7 +175,15 @@ _SCHEDULE = (
     ("our relu sgd", "restarts", 20),
     ("our conv adam", "onecycle", 30),
 )
-_BATCH = ("relu sgd", "relu momentum", "tanh sgd", "tanh momentum", "transformer sgd", "our relu sgd", "our relu momentum")
+_BATCH = (
+    "relu sgd",
+    "relu momentum",
+    "tanh sgd",
+    "tanh momentum",
+    "transformer sgd",
+    "our relu sgd",
+    "our relu momentum",
+)
 _DEAD = {"relu sgd": 7, "relu adam": 30, "our relu sgd": 7, "our relu momentum": 10}
 _MODERATE = {"relu adam": 1.5, "tanh adam": 1.5, "lstm sgd": 1.5, "conv sgd": 1.5}
 _CALM = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -33,7 +34,7 @@ class Family:
 
     Attributes:
         data: ``"sinusoid"``, ``"sequence"`` or ``"omniglot"``.
-        steps: Steps of a run.
+        steps: Steps of a run with one inner step.
         ours: Whether the module is a MetaLearningModule.
         vectorised: Whether a hand-written module goes over the tasks by ``vmap``.
     """
@@ -96,14 +97,15 @@ def network(name: str) -> nn.Module:
     """Build a family's network."""
     if name == "our conv":
         return conv4(3, filters=8, strided=True)
-    return {
+    makers: dict[str, Callable[[], nn.Module]] = {
         "relu": lambda: perceptron(nn.ReLU),
         "tanh": lambda: perceptron(nn.Tanh),
         "lstm": Lstm,
         "transformer": Transformer,
         "conv": Conv,
         "our relu": mlp,
-    }[name]()
+    }
+    return makers[name]()
 
 
 def make_module(name: str, setting: Any, seed: int) -> pl.LightningModule:
@@ -120,7 +122,7 @@ def make_module(name: str, setting: Any, seed: int) -> pl.LightningModule:
             first_order=setting.order == "first",
             optimizer=setting.optimizer,
             schedule=setting.schedule,
-            steps=family.steps,
+            steps=setting.steps,
             vectorised=family.vectorised,
         )
     module = MetaLearningModule(
@@ -129,8 +131,8 @@ def make_module(name: str, setting: Any, seed: int) -> pl.LightningModule:
         inner_lr=setting.alpha,
         inner_steps=setting.inner_steps,
         order=setting.order,
-        optimizer=lambda params: make_optimizer(setting.optimizer, params, module.lr),
-        lr_scheduler=(lambda o: lr_scheduler(setting.schedule, o, setting.beta, family.steps))
+        optimizer=lambda params: make_optimizer(setting.optimizer, params, setting.beta),
+        lr_scheduler=(lambda o: lr_scheduler(setting.schedule, o, setting.beta, setting.steps))
         if setting.schedule
         else None,
     )

@@ -121,7 +121,7 @@ class HandMAML(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean query loss after adaptation."""
         xs, ys, xq, yq = batch
-        params = dict(self.net.named_parameters())
+        params: Params = dict(self.net.named_parameters())
 
         def loss_of(xs: Tensor, ys: Tensor, xq: Tensor, yq: Tensor) -> Tensor:
             return self.task_loss(self.adapted(params, (xs, ys)), (xq, yq))

@@ -22,7 +22,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     causes = result["by cause"]
-    kinds = (("right", "cause named", "#56B4E9"), ("ahead", "in time", "#009E73"), (GUARD, "trains as advised", "#0072B2"))
+    kinds = (
+        ("right", "cause named", "#56B4E9"),
+        ("ahead", "in time", "#009E73"),
+        (GUARD, "trains as advised", "#0072B2"),
+    )
     for at, (key, label, color) in enumerate(kinds):
         places = [index + 0.27 * (at - 1) for index in range(len(causes))]
         left.bar(places, [100 * each.get(key, 0.0) for each in causes.values()], 0.25, label=label, color=color)

@@ -50,7 +50,7 @@ def row(studies: list[Study]) -> dict[str, Any]:
             GUARD: _share(guarded, lambda each: each["second trains"]),
         }
     if all("peers" in each for each in studies):
-        found |= {peer: _share(studies, lambda each, p=peer: each["peers"][p]["trains"]) for peer in PEERS[:-1]}
+        found |= {peer: sum(each["peers"][peer]["trains"] for each in studies) / len(studies) for peer in PEERS[:-1]}
         found[EARLY_STOPPING] = 0.0
     return found
 
@@ -95,7 +95,9 @@ def _failure(study: Study) -> str:
     if advice is not None:
         set_ = {k: advice[k] for k in ("alpha", "beta", "gradient_clip_val") if advice[k] is not None}
         said = f"step {advice['step']}: {advice['cause']}, {_numbers(set_)}"
-    wrong = [name for name, fine in (("cause", "right"), ("late", "ahead"), ("rate", "second trains")) if not study[fine]]
+    wrong = [
+        name for name, fine in (("cause", "right"), ("late", "ahead"), ("rate", "second trains")) if not study[fine]
+    ]
     return (
         f"{study['name']} (seed {study['seed']}), left {study['left']}: {said}; second run "
         f"{study['second'] / study['best']:.3g}x; {', '.join(wrong)}"

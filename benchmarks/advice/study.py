@@ -34,7 +34,7 @@ class Runs:
         folder.mkdir(parents=True, exist_ok=True)
 
     def _kept(self, what: str, setting: Setting, seed: int, compute: Callable[[], Any]) -> Any:
-        key = f"{what} {RUNS_VERSION} {torch.__version__} {setting!r} {seed}"
+        key = f"{what} {RUNS_VERSION} {torch.__version__} {setting!r} {setting.steps} {seed}"
         path = self.folder / f"{hashlib.sha1(key.encode()).hexdigest()[:20]}.json"
         if path.exists():
             return json.loads(path.read_text())
@@ -52,9 +52,7 @@ class Runs:
 
     def best(self, base: Setting, seed: int) -> float:
         """Find the lowest final loss over the references."""
-        finals = [
-            self.plain(replace(base, alpha=base.alpha * a, beta=base.beta * b), seed)["final"] for a, b in CROSS
-        ]
+        finals = [self.plain(replace(base, alpha=base.alpha * a, beta=base.beta * b), seed)["final"] for a, b in CROSS]
         return min(finals)
 
 
@@ -149,7 +147,9 @@ def _ahead(advice: dict[str, Any] | None, left: int | None, peak: int | None) ->
 
 
 def _same(one: list[float], other: list[float]) -> bool:
-    return len(one) == len(other) and all(a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(one, other))
+    return len(one) == len(other) and all(
+        a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(one, other, strict=True)
+    )
 
 
 def _peers(runs: Runs, setting: Setting, seed: int, best: float) -> dict[str, Any]:

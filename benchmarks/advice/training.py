@@ -35,7 +35,7 @@ OUTLIER_SCALE = 30.0
 NEVER_RETURNS = 10  # steps that an unguarded run goes on after a loss that is not finite
 AFTERWORD = 1  # steps that a broken run under the guard goes on after its first advice
 FINDER_STEPS = 60
-_TRAINER = {
+_TRAINER: dict[str, Any] = {
     "accelerator": "cpu",
     "logger": False,
     "enable_checkpointing": False,
@@ -74,8 +74,8 @@ class Setting:
 
     @property
     def steps(self) -> int:
-        """Steps of the run."""
-        return FAMILIES[self.family].steps
+        """Steps of the run; fewer where each takes five inner steps."""
+        return FAMILIES[self.family].steps if self.inner_steps == 1 else 150
 
 
 class _Onward(Sampler[int]):
@@ -103,7 +103,7 @@ def _judged(data: str, seed: int, resample: bool) -> Batch:
     return draw(data, JUDGED_TASKS, seed, "val", 0) if resample else draw(data, TASKS, seed, "train", 0)
 
 
-def _loader(setting: Setting, seed: int) -> DataLoader:
+def _loader(setting: Setting, seed: int) -> DataLoader[Any]:
     batches = _batches(FAMILIES[setting.family].data, setting.steps, seed, setting.resample)
     if setting.outlier is not None:
         xs, ys, xq, yq = batches[setting.outlier]
@@ -112,7 +112,7 @@ def _loader(setting: Setting, seed: int) -> DataLoader:
         batches = list(batches)
         batches[setting.outlier] = (xs, ys * scale, xq, yq * scale)
     epochs = EPOCHS if "epochs" in setting.schedule else 1
-    given = [as_given(setting.family, batch) for batch in batches]
+    given: Any = [as_given(setting.family, batch) for batch in batches]
     return DataLoader(given, batch_size=None, sampler=_Onward(setting.steps // epochs))
 
 
@@ -133,7 +133,7 @@ class _Losses(pl.Callback):
 class _Listener(pl.Callback):
     """Keeps the guard's first advice and message, with the optimizer steps taken before."""
 
-    def __init__(self, guard: ConvergenceGuard, caught: list[Any], ends: bool) -> None:
+    def __init__(self, guard: ConvergenceGuard, caught: _Said, ends: bool) -> None:
         self.guard, self.caught, self.ends, self.after = guard, caught, ends, 0
         self.advice: dict[str, Any] | None = None
         self.messages: list[tuple[int, str]] = []
@@ -204,7 +204,11 @@ def train(setting: Setting, seed: int, *, guarded: bool = False, ends: bool = Tr
             callbacks += [guard, listener]
         start = min(x for x in evaluate(name, module, setting.alpha, setting.inner_steps, judged) if math.isfinite(x))
         trainer = pl.Trainer(
-            max_steps=setting.steps, callbacks=callbacks, gradient_clip_val=setting.clip, num_sanity_val_steps=0, **_TRAINER
+            max_steps=setting.steps,
+            callbacks=callbacks,
+            gradient_clip_val=setting.clip,
+            num_sanity_val_steps=0,
+            **_TRAINER,
         )
         trainer.fit(module, _loader(setting, seed))
         final = evaluate(name, module, setting.alpha, setting.inner_steps, judged)[1]
