@@ -78,6 +78,7 @@ def line(found: dict[str, Any]) -> str:
     parts = [f"{found['name']:44s} seed {found['seed']:2d} {found['seconds']:4.0f} s"]
     parts.append(f"alpha {a:g} ({a0:g}) beta {b:g} ({b0:g}) left {found['left']} peak {found['peak']}")
     parts.append(f"final {found['final'] / found['best']:.3g}x")
+    parts += [f"{found['dead']:.0%} dead"] if found["dead"] else []
     broken = found["cause"] != HEALTHY
     if broken == found["trains"]:
         parts.append("NOT BROKEN" if broken else "NOT HEALTHY")

@@ -175,3 +175,16 @@ def evaluate(name: str, module: Any, alpha: float, inner_steps: int, batch: Batc
             before.append(loss(functional_call(net, start, (xq,)), yq))
             after.append(loss(functional_call(net, params, (xq,)), yq))
     return float(torch.stack(before).mean()), float(torch.stack(after).mean())
+
+
+def dead_share(name: str, module: Any) -> float | None:
+    """Compute the share of ReLUs that no input of the sinusoid's range activates; None for other networks."""
+    if name not in {"relu", "our relu"}:
+        return None
+    x, alive = torch.linspace(-5, 5, 200)[:, None], []
+    with torch.no_grad():
+        for layer in module.network if FAMILIES[name].ours else module.net:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                alive.append((x > 0).any(0))
+    return 1 - float(torch.cat(alive).float().mean())

@@ -113,6 +113,7 @@ def study(
         "best": best,
         "start": plain["start"],
         "final": plain["final"],
+        "dead": plain.get("dead"),
         "left": leaving_step(plain["losses"], plain["start"], setting.outlier),
         "peak": peak_step(setting.schedule, setting.steps),
         "steps": setting.steps,

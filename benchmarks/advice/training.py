@@ -23,6 +23,7 @@ from benchmarks.advice.families import (
     TASKS,
     Batch,
     as_given,
+    dead_share,
     draw,
     evaluate,
     make_module,
@@ -186,7 +187,7 @@ def train(setting: Setting, seed: int, *, guarded: bool = False, ends: bool = Tr
 
     Returns:
         ``losses`` of the training steps; ``start``, the smaller of the evaluation losses before and after adaptation
-        at the initial parameters; ``final``, that after adaptation at the end (inf if not finite); ``seconds``. Under
+        at the initial parameters; ``final``, that after adaptation at the end (inf if not finite); ``dead``, the share of dead ReLUs; ``seconds``. Under
         the guard also ``advice``, ``messages`` and ``checks``.
     """
     began = time.perf_counter()
@@ -215,6 +216,7 @@ def train(setting: Setting, seed: int, *, guarded: bool = False, ends: bool = Tr
     result: dict[str, Any] = {
         "losses": losses.losses,
         "start": start,
+        "dead": dead_share(name, module),
         "final": final if math.isfinite(final) else math.inf,
         "seconds": time.perf_counter() - began,
     }
