@@ -1,0 +1,1 @@
+"""Broken runs started again as the guard's first advice says (AdviceBench): ``python -m benchmarks.advice``."""

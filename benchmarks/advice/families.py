@@ -1,0 +1,190 @@
+"""Families of problems: data, network and module of each, hand-written or a MetaLearningModule."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from benchmarks.advice.modules import Conv, HandMAML, Lstm, Params, Transformer, perceptron
+from benchmarks.advice.schedules import lr_scheduler, make_optimizer
+from lightning_maml_guard import EpisodeBatch, MetaLearningModule, MetaProblem
+from lightning_maml_guard.networks import conv4, mlp
+from lightning_maml_guard.tasks.episodes import episode_generator
+from lightning_maml_guard.tasks.images import Omniglot
+
+DATA = os.environ.get("LMG_DATA", str(Path(__file__).parents[3] / "shared" / "data"))
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+TASKS = 4
+JUDGED_TASKS = 20
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of problems.
+
+    Attributes:
+        data: ``"sinusoid"``, ``"sequence"`` or ``"omniglot"``.
+        steps: Steps of a run with one inner step.
+        ours: Whether the module is a MetaLearningModule.
+        vectorised: Whether a hand-written module goes over the tasks by ``vmap``.
+    """
+
+    data: str
+    steps: int
+    ours: bool = False
+    vectorised: bool = False
+
+
+FAMILIES = {
+    "relu": Family("sinusoid", 250),
+    "tanh": Family("sinusoid", 250, vectorised=True),
+    "lstm": Family("sequence", 120),
+    "transformer": Family("sequence", 120),
+    "conv": Family("omniglot", 100, vectorised=True),
+    "our relu": Family("sinusoid", 250, ours=True),
+    "our conv": Family("omniglot", 100, ours=True),
+}
+
+
+def _sinusoids(tasks: int, generator: torch.Generator) -> Batch:
+    amplitude = 0.1 + 4.9 * torch.rand(tasks, 1, 1, generator=generator)
+    phase = math.pi * torch.rand(tasks, 1, 1, generator=generator)
+    x = 10 * torch.rand(tasks, 20, 1, generator=generator) - 5
+    y = amplitude * torch.sin(x + phase)
+    return x[:, :10], y[:, :10], x[:, 10:], y[:, 10:]
+
+
+def _sequences(tasks: int, generator: torch.Generator, length: int = 6) -> Batch:
+    """Draw windows of a sine; a task asks for the next value times its own gain."""
+    gain = 0.5 + 2.5 * torch.rand(tasks, 1, 1, generator=generator)
+    speed = 0.6 + 0.6 * torch.rand(tasks, 1, 1, generator=generator)
+    start = 2 * math.pi * torch.rand(tasks, 20, 1, generator=generator)
+    wave = torch.sin(start + speed * torch.arange(length + 1))
+    x, y = wave[..., :length, None], gain * wave[..., length:]
+    return x[:, :10], y[:, :10], x[:, 10:], y[:, 10:]
+
+
+@cache
+def _omniglot() -> Omniglot:
+    return Omniglot(DATA, n_way=3, k_shot=3, queries=3)
+
+
+def draw(data: str, tasks: int, seed: int, split: str, index: int) -> Batch:
+    """Draw a meta-batch, which depends on the arguments alone."""
+    generator = episode_generator(seed, split, index)
+    if data == "omniglot":
+        (xs, ys), (xq, yq) = _omniglot().sample(tasks, generator, split)
+        return xs, ys, xq, yq
+    return (_sinusoids if data == "sinusoid" else _sequences)(tasks, generator)
+
+
+def criterion(family: Family) -> Any:
+    """Return the loss function of a family."""
+    return nn.functional.cross_entropy if family.data == "omniglot" else nn.functional.mse_loss
+
+
+def network(name: str) -> nn.Module:
+    """Build a family's network."""
+    if name == "our conv":
+        return conv4(3, filters=8, strided=True)
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "relu": lambda: perceptron(nn.ReLU),
+        "tanh": lambda: perceptron(nn.Tanh),
+        "lstm": Lstm,
+        "transformer": Transformer,
+        "conv": Conv,
+        "our relu": mlp,
+    }
+    return makers[name]()
+
+
+def make_module(name: str, setting: Any, seed: int) -> pl.LightningModule:
+    """Build the module of a run, with the learning rates of its setting."""
+    torch.manual_seed(seed)
+    family, net = FAMILIES[name], network(name)
+    if not family.ours:
+        return HandMAML(
+            net,
+            criterion(family),
+            alpha=setting.alpha,
+            beta=setting.beta,
+            inner_steps=setting.inner_steps,
+            first_order=setting.order == "first",
+            optimizer=setting.optimizer,
+            schedule=setting.schedule,
+            steps=setting.steps,
+            vectorised=family.vectorised,
+        )
+    module = MetaLearningModule(
+        net,
+        criterion(family),
+        inner_lr=setting.alpha,
+        inner_steps=setting.inner_steps,
+        order=setting.order,
+        optimizer=lambda params: make_optimizer(setting.optimizer, params, setting.beta),
+        lr_scheduler=(lambda o: lr_scheduler(setting.schedule, o, setting.beta, setting.steps))
+        if setting.schedule
+        else None,
+    )
+    module.lr = setting.beta  # where Lightning's finder looks for it
+    return module
+
+
+def meta_problem(module: HandMAML, batch: Batch) -> MetaProblem:
+    """State a hand-written module's step to the guard, as docs/guide.md shows."""
+    xs, ys, xq, yq = batch
+    return MetaProblem(
+        params=dict(module.net.named_parameters()),
+        task_loss=module.task_loss,
+        support=(xs, ys),
+        query=(xq, yq),
+        inner_lr=module.alpha,
+        inner_steps=module.inner_steps,
+        order="first" if module.first_order else "exact",
+    )
+
+
+def as_given(name: str, batch: Batch) -> Any:
+    """Give a batch the form that the family's module takes."""
+    return EpisodeBatch(batch[:2], batch[2:]) if FAMILIES[name].ours else batch
+
+
+def evaluate(name: str, module: Any, alpha: float, inner_steps: int, batch: Batch) -> tuple[float, float]:
+    """Compute the mean query loss before and after adaptation."""
+    net = module.network if FAMILIES[name].ours else module.net
+    loss = criterion(FAMILIES[name])
+    start: Params = {n: p.detach() for n, p in net.named_parameters()}
+    before, after = [], []
+    for xs, ys, xq, yq in zip(*batch, strict=True):
+        params = start
+        for _ in range(inner_steps):
+            params = {n: p.detach().requires_grad_() for n, p in params.items()}
+            grads = torch.autograd.grad(loss(functional_call(net, params, (xs,)), ys), list(params.values()))
+            params = {n: p - alpha * g for (n, p), g in zip(params.items(), grads, strict=True)}
+        with torch.no_grad():
+            before.append(loss(functional_call(net, start, (xq,)), yq))
+            after.append(loss(functional_call(net, params, (xq,)), yq))
+    return float(torch.stack(before).mean()), float(torch.stack(after).mean())
+
+
+def dead_share(name: str, module: Any) -> float | None:
+    """Compute the share of ReLUs that no input of the sinusoid's range activates; None for other networks."""
+    if name not in {"relu", "our relu"}:
+        return None
+    x, alive = torch.linspace(-5, 5, 200)[:, None], []
+    with torch.no_grad():
+        for layer in module.network if FAMILIES[name].ours else module.net:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                alive.append((x > 0).any(0))
+    return 1 - float(torch.cat(alive).float().mean())
