@@ -41,6 +41,8 @@ class Adviser:
         self._run, self._trainer, self._module, self._look, self._step = run, trainer, module, look, step
         self._ratio = run.settings.lookahead.divergence_ratio
         self.gradients = 0  # that searches computed
+        # What was found at the rate that the schedule goes to, where that is too high.
+        self._at_peak: Found | None = None
 
     @property
     def news(self) -> Kind | None:
@@ -48,9 +50,14 @@ class Adviser:
         look, told = self._look, self._run.state.advised
         if not self._is_sane:
             return None
-        if look.fails_ahead(self._ratio) and Kind.SCHEDULE_AHEAD.value not in told:
+        if self._at_peak is not None:
             return Kind.SCHEDULE_AHEAD
         return Kind.ADAPTATION_HARMFUL if look.harmful and Kind.ADAPTATION_HARMFUL.value not in told else None
+
+    def look_at_peak(self) -> None:
+        """Try the rate that the schedule goes to, until it was found too high."""
+        if self._look.rises and self._is_sane and Kind.SCHEDULE_AHEAD.value not in self._run.state.advised:
+            self._at_peak = self._better(self._look.harmful)
 
     def look_further(self, report: StabilityReport) -> Found | None:
         """Try more steps than a lookahead does; what was found, if lower rates do clearly better.
@@ -60,10 +67,14 @@ class Adviser:
         ratios = [report.beta_ratio, *([] if math.isnan(report.alpha) else [report.alpha_ratio])]
         if self._look.lookahead is None or all(ratio < _CLEAR for ratio in ratios):
             return None
-        with self._searching(self._look.problems) as search:
+        return self._better(self._suspects_alpha(report))
+
+    def _better(self, alpha_suspect: bool) -> Found | None:
+        """Try the rates for more steps than a lookahead; what was found, if lower ones do clearly better."""
+        with self._searching(self._look.problems, alpha_suspect) as search:
             if search.at().trains:
                 return None
-            found = search.find(alpha_suspect=self._suspects_alpha(report), has_alpha=not math.isnan(report.alpha))
+            found = search.find()
         scale = self._look.scale
         clearly = scale.times(1 + _CLEARLY, scale.start) - scale.start
         return found if found.best.trains and found.best.learned > found.present.learned + clearly else None
@@ -84,7 +95,8 @@ class Adviser:
             found = replace(found, step=self._step, evidence=findings)
         elif self._stands(report, news):
             assert state.advice is not None
-            found = replace(state.advice, step=self._step, evidence=findings)
+            evidence = findings if self._is_sane else findings[-1:]
+            found = replace(state.advice, step=self._step, evidence=evidence)
         else:
             state.searches += 1
             found = self._found(report, findings, further, None if transition.entered else news)
@@ -98,11 +110,10 @@ class Adviser:
         state, configured = self._run.state, (report.alpha, self._peak)
         if state.advice is None:
             return False
+        earlier = state.advice.configured_alpha, state.advice.configured_beta
         same = all(
             math.isclose(one, other) or (math.isnan(one) and math.isnan(other))
-            for one, other in zip(
-                (state.advice.configured_alpha, state.advice.configured_beta), configured, strict=True
-            )
+            for one, other in zip(earlier, configured, strict=True)
         )
         return state.searches >= _MOST_SEARCHES or (same and news is None and state.advice.cause is not Cause.UNKNOWN)
 
@@ -113,28 +124,25 @@ class Adviser:
             if at != self._step:  # limits where the run has been thrown to blame the wrong rate
                 report = next((each for each in reversed(self._run.state.history) if (each.step or 0) <= at), report)
                 findings = (*(each for each in report.findings if each.kind is Kind.ABOVE_LIMIT), *findings[-1:])
-            if further is not None:
-                return self._of_rates(further, report, findings)
+            known = further or (self._at_peak if news is Kind.SCHEDULE_AHEAD else None)
+            if known is not None:
+                return self._of_rates(known, report, findings)
             problems, odd = self._without_odd()
-            with self._searching(problems) as search:
-                if odd is not None and search.at().trains:
+            with self._searching(problems, self._suspects_alpha(report)) as search:
+                if odd is not None and math.isfinite(search.at().end):
                     return self._of_batch(problems, odd, report)
-                if news is Kind.ADAPTATION_HARMFUL:
-                    found = search.find_alpha()
-                else:
-                    has_alpha = not math.isnan(report.alpha)
-                    found = search.find(alpha_suspect=self._suspects_alpha(report), has_alpha=has_alpha)
+                found = search.find_alpha() if news is Kind.ADAPTATION_HARMFUL else search.find()
             return self._of_rates(found, report, findings)
 
     def _suspects_alpha(self, report: StabilityReport) -> bool:
         return report.alpha_ratio > 1 or self._look.harmful
 
     @contextmanager
-    def _searching(self, problems: Sequence[Problem]) -> Iterator[RateSearch]:
+    def _searching(self, problems: Sequence[Problem], alpha_suspect: bool) -> Iterator[RateSearch]:
         lookahead = self._lookahead(fresh(self._run, problems))
         peak = self._peak / lookahead.beta if lookahead.beta > 0 else 1.0
         try:
-            yield RateSearch(lookahead, self._look.scale, self._ratio, peak=peak)
+            yield RateSearch(lookahead, self._look.scale, self._ratio, alpha_suspect=alpha_suspect, peak=peak)
         finally:
             self.gradients += lookahead.gradients
 
@@ -230,11 +238,20 @@ class Adviser:
             alpha=settable(rates.alpha * alpha) if rates.alpha < 1 else None,
             beta=settable(self._configured(rates.beta * beta)) if rates.beta < 1 else None,
             step=self._step,
-            evidence=(*findings, *([died] if died else []), tried),
+            evidence=(*findings, *self._crossing(report), *([died] if died else []), tried),
             configured_alpha=alpha,
             configured_beta=beta,
             peak_step=self._run.ahead.peak()[1] if self._run.ahead is not None and self._rises else None,
         )
+
+    def _crossing(self, report: StabilityReport) -> tuple[Reason, ...]:
+        """Where the schedule exceeds the limit at hand, if it does."""
+        ahead = self._run.ahead
+        if ahead is None or not self._rises or not report.beta_c < self._peak:
+            return ()
+        peak, step = ahead.peak()
+        crossing = ahead.first_above(report.beta_c, self._step)
+        return (Reason(Kind.SCHEDULE_AHEAD, beta=peak, steps=step, limit=report.beta_c, step=crossing),)
 
     def _died(self) -> Reason | None:
         """The units that are dead where the run is now, if most are."""

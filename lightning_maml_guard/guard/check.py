@@ -105,12 +105,13 @@ class Check:
             if look.present is not None:
                 run.state.statistics.look(look.present.begin)
             run.begin_match(trainer, module, batch, batch_idx, look.optimizers)
-        adviser = Adviser(run, trainer, module, look, step)
+            adviser = Adviser(run, trainer, module, look, step)
+            adviser.look_at_peak()
         failing = look.present is not None and fails(look.severity, ratio)
         if look.present is not None:
             run.note_severity(step, look.severity)
             if not scheduled and not failing and adviser.news is None:
-                self._charge(look, 0.0)
+                self._charge(look, 0.0, adviser.gradients)
                 log_values(trainer, module, look.metrics, step)
                 if passes(look.severity, ratio):
                     self.rollback.keep(step)

@@ -10,17 +10,13 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_maml_guard.guard.run import GuardedRun
-from lightning_maml_guard.lookahead.divergence import Scale, fails
+from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.lookahead import Lookahead, LookaheadResult, lookahead_of
-from lightning_maml_guard.lookahead.rate_search import TRIAL_STEPS
 from lightning_maml_guard.lookahead.resampled import resampled
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.optim.shadow import ClosureError
 from lightning_maml_guard.stability.adaptation import ENDS_COST, Adaptation, adaptation
 from lightning_maml_guard.stability.problems import AccumulatedProblem, Problem, accumulated, owners, state_problem
-
-# A look tries the rate at hand and, where the schedule rises, what it rises to: at most this many times the rate.
-AHEAD = 2.0
 
 
 @dataclass
@@ -36,7 +32,7 @@ class Look:
         present: The lookahead of the median severity; None without one.
         scale: How losses are compared.
         severity: How far the lookahead takes the loss; ``nan`` without one.
-        ahead: The rate that the schedule rises to, and the lookahead's severity there; None where it does not rise.
+        rises: Whether the schedule takes the meta rate higher than it is.
         adaptation: What adaptation does; None in plain training, or where it was not looked at.
     """
 
@@ -48,7 +44,7 @@ class Look:
     present: LookaheadResult | None = None
     scale: Scale = Scale()  # noqa: RUF009 (frozen)
     severity: float = math.nan
-    ahead: tuple[float, float] | None = None
+    rises: bool = False
     adaptation: Adaptation | None = None
 
     @property
@@ -86,10 +82,6 @@ class Look:
     def harmful(self) -> bool:
         """Whether adaptation makes tasks worse."""
         return self.adaptation is not None and self.adaptation.harmful
-
-    def fails_ahead(self, ratio: float) -> bool:
-        """Whether the run survives the next steps, but not at the rate that the schedule rises to."""
-        return self.ahead is not None and fails(self.ahead[1], ratio) and not fails(self.severity, ratio)
 
 
 def look_at(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_idx: int, step: int) -> Look:
@@ -137,20 +129,12 @@ def _look_ahead(look: Look, run: GuardedRun, trainer: Any, module: Any, step: in
     look.present, look.scale, look.severity = look.lookahead.judged(caps, scale, ratio)
     if look.lookahead.clipping_failure is not None:
         run.announce(of_error(Kind.CLIPPING_FAILED, look.lookahead.clipping_failure))
-    now, most = look.lookahead.beta, run.highest_to_come(trainer, look.optimizers, step)
-    rises = most > 1.01 * now > 0 and caps.beta is None
-    if rises and not fails(look.severity, ratio):
-        rate = min(AHEAD * now, most)
-        # There is time to look: more steps, more batches.
-        further = lookahead_of(
-            fresh(run, look.problems, 2), look.optimizers, TRIAL_STEPS, trainer, run.cache, run.state.clipped_to
-        )
-        look.ahead = rate, further.judged(caps, look.scale, ratio, beta_factor=rate / now)[2]
-        look.lookahead.gradients += further.gradients
+    now = look.lookahead.beta
+    look.rises = run.highest_to_come(trainer, look.optimizers, step) > 1.01 * now > 0 and caps.beta is None
 
 
 def fresh(run: GuardedRun, problems: Sequence[Problem], times: int = 1) -> list[Problem]:
-    """Fill problems up to the lookahead's number, unless the run uses the same batch at every step."""
+    """Fill problems up to the lookahead's number, or more, unless the run uses the same batch at every step."""
     return list(problems) if run.repeats else resampled(problems, times * run.settings.lookahead.batches)
 
 

@@ -63,14 +63,23 @@ class RateSearch:
         lookahead: Tries steps.
         scale: How losses are compared.
         ratio: Factor on the loss before training at which a trial ends.
+        alpha_suspect: Whether the inner rate may be to blame.
         peak: Factor on the scheduled meta rate that stands for 1 here: where the schedule goes.
         steps: Steps of a trial.
     """
 
     def __init__(
-        self, lookahead: Lookahead, scale: Scale, ratio: float, *, peak: float = 1.0, steps: int = TRIAL_STEPS
+        self,
+        lookahead: Lookahead,
+        scale: Scale,
+        ratio: float,
+        *,
+        alpha_suspect: bool,
+        peak: float = 1.0,
+        steps: int = TRIAL_STEPS,
     ) -> None:
         self._lookahead, self._scale, self._ratio, self._peak, self._steps = lookahead, scale, ratio, peak, steps
+        self._alpha_suspect, self._has_alpha = alpha_suspect, not math.isnan(lookahead.alpha)
         self._known: dict[Factors, Trial] = {}
         self._untrained: dict[float, tuple[float, ...]] = {}
 
@@ -82,8 +91,11 @@ class RateSearch:
 
     @property
     def reference(self) -> tuple[float, ...]:
-        """The losses of the batches before training, with adaptation or without: the lower ones."""
-        return min(self.untrained(1.0), self.untrained(0.0), key=_mean)
+        """The losses of the batches before training, with adaptation or, where that may be harmful, without."""
+        adapted = self.untrained(1.0)
+        if self._has_alpha and (self._alpha_suspect or not math.isfinite(_mean(adapted))):
+            return min(adapted, self.untrained(0.0), key=_mean)
+        return adapted
 
     def at(self, alpha: float = 1.0, beta: float = 1.0) -> Trial:
         """Try factors on the rates."""
@@ -106,15 +118,15 @@ class RateSearch:
         before = _mean([start[step % len(start)] for step in last])  # of the same batches
         return Trial(at, end, before - end, trains=end <= before)
 
-    def find(self, *, alpha_suspect: bool, has_alpha: bool) -> Found:
+    def find(self) -> Found:
         """Find which rate to lower, and to what.
 
         Lowering the right rate alone lets the run learn; lowering the other one alone does not, or learns less. The
         suspect's ladder is gone down rung by rung, the other one's in long strides, to compare.
         """
-        if not has_alpha:
+        if not self._has_alpha:
             return self._found(self._betas())
-        if alpha_suspect:
+        if self._alpha_suspect:
             alphas, betas = self._alphas(), self._betas(strides=3)
             if _best(betas).learned > _best(alphas).learned:
                 betas = self._betas()
@@ -124,7 +136,7 @@ class RateSearch:
                 alphas = self._alphas()
         if _best(alphas).learned > _best(betas).learned:
             return self._found(alphas)
-        if alpha_suspect:
+        if self._alpha_suspect:
             both = self._betas(min(ALPHA_LADDER, key=lambda factor: _mean(self.untrained(factor))))
             if _best(both).learned > BOTH * max(_best(betas).learned, 0.0):
                 return self._found(both)
