@@ -123,11 +123,11 @@ _ALPHA = {
     "our conv adam": (30,),
 }
 _BETA = {
-    "relu sgd": (30, 300),
+    "relu sgd": (15, 100),
     "relu momentum": (15, 100),
     "relu adam": (50, 300),
     "relu adamw first": (100,),
-    "relu sgd K5": (25,),
+    "relu sgd K5": (5, 25),
     "relu adam K5": (100,),
     "relu sgd fixed": (30,),
     "tanh sgd": (4, 30),
@@ -136,10 +136,10 @@ _BETA = {
     "tanh adamw first": (30,),
     "tanh sgd K5": (10,),
     "tanh adam K5": (12, 100),
-    "lstm sgd": (10, 100),
+    "lstm sgd": (10, 50),
     "lstm momentum first": (30,),
     "lstm adam": (50,),
-    "transformer sgd": (12, 100),
+    "transformer sgd": (12,),
     "transformer adam": (10, 100),
     "transformer adamw first": (30,),
     "conv sgd": (10, 100),
@@ -190,7 +190,7 @@ _CALM = (
     ("relu adam", "warmup"),
     ("tanh sgd", "cosine"),
     ("tanh adam", "onecycle"),
-    ("our relu sgd", "warmup epochs"),
+    ("relu momentum", "warmup epochs"),
     ("transformer adam", "warmup restarts"),
 )
 _AS_IT_IS = (

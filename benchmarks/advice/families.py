@@ -14,6 +14,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from benchmarks.advice.modules import Conv, HandMAML, Lstm, Params, Transformer, perceptron
 from benchmarks.advice.schedules import lr_scheduler, make_optimizer
@@ -108,6 +110,17 @@ def network(name: str) -> nn.Module:
     return makers[name]()
 
 
+def _scheduler_of(setting: Any) -> Callable[[Optimizer], LRScheduler]:
+    """Make what MetaLearningModule takes: it steps a schedule after every optimizer step."""
+
+    def scheduler(optimizer: Optimizer) -> LRScheduler:
+        made = lr_scheduler(setting.schedule, optimizer, setting.beta, setting.steps)
+        assert made is not None and made["interval"] == "step"
+        return made["scheduler"]
+
+    return scheduler
+
+
 def make_module(name: str, setting: Any, seed: int) -> pl.LightningModule:
     """Build the module of a run, with the learning rates of its setting."""
     torch.manual_seed(seed)
@@ -132,9 +145,7 @@ def make_module(name: str, setting: Any, seed: int) -> pl.LightningModule:
         inner_steps=setting.inner_steps,
         order=setting.order,
         optimizer=lambda params: make_optimizer(setting.optimizer, params, setting.beta),
-        lr_scheduler=(lambda o: lr_scheduler(setting.schedule, o, setting.beta, setting.steps))
-        if setting.schedule
-        else None,
+        lr_scheduler=_scheduler_of(setting) if setting.schedule else None,
     )
     module.lr = setting.beta  # where Lightning's finder looks for it
     return module

@@ -187,8 +187,8 @@ def train(setting: Setting, seed: int, *, guarded: bool = False, ends: bool = Tr
 
     Returns:
         ``losses`` of the training steps; ``start``, the smaller of the evaluation losses before and after adaptation
-        at the initial parameters; ``final``, that after adaptation at the end (inf if not finite); ``dead``, the share of dead ReLUs; ``seconds``. Under
-        the guard also ``advice``, ``messages`` and ``checks``.
+        at the initial parameters; ``final``, that after adaptation at the end (inf if not finite); ``dead``, the share
+        of dead ReLUs; ``seconds``. Under the guard also ``advice``, ``messages`` and ``checks``.
     """
     began = time.perf_counter()
     name, family = setting.family, FAMILIES[setting.family]
