@@ -105,7 +105,7 @@ class Configuration:
 _ALPHA = {
     "relu sgd": (10, 30),
     "relu adam": (15, 50),
-    "relu sgd K5": (3, 20),
+    "relu sgd K5": (5, 20),
     "relu adam K5": (5, 20),
     "tanh sgd": (10,),
     "tanh adam": (10, 30),
@@ -159,9 +159,9 @@ _BOTH = {
 }
 _SCHEDULE = (
     ("relu sgd", "warmup", 15),
-    ("relu momentum", "warmup", 15),
+    ("relu momentum", "warmup", 40),
     ("relu adam", "warmup", 50),
-    ("relu sgd", "warmup epochs", 15),
+    ("relu sgd", "warmup epochs", 40),
     ("relu momentum", "onecycle", 20),
     ("tanh sgd", "warmup", 14),
     ("tanh adam", "onecycle", 50),
@@ -184,11 +184,11 @@ _BATCH = (
     "our relu sgd",
     "our relu momentum",
 )
-_DEAD = {"relu sgd": 9, "relu adam": 30, "our relu sgd": 9, "our relu momentum": 10}
+_DEAD = {"relu sgd": 5, "relu adam": 20, "relu adamw first": 20, "our relu adam K5": 15}
 _MODERATE = {"our relu sgd": 1.5, "tanh adam": 1.5, "lstm sgd": 1.5, "conv sgd": 1.5}
 _CALM = (
     ("relu adam", "warmup"),
-    ("tanh sgd", "cosine"),
+    ("conv sgd", "cosine"),
     ("tanh adam", "onecycle"),
     ("relu momentum", "warmup epochs"),
     ("transformer adam", "warmup restarts"),

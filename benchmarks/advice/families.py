@@ -184,13 +184,15 @@ def evaluate(name: str, module: Any, alpha: float, inner_steps: int, batch: Batc
 
 
 def dead_share(name: str, module: Any) -> float | None:
-    """Compute the share of ReLUs that no input of the sinusoid's range activates; None for other networks."""
+    """Compute the share of ReLUs that no input of the sinusoid's range activates; None for other networks and for NaN."""
     if name not in {"relu", "our relu"}:
         return None
     x, alive = torch.linspace(-5, 5, 200)[:, None], []
     with torch.no_grad():
         for layer in module.network if FAMILIES[name].ours else module.net:
             x = layer(x)
+            if not x.isfinite().all():
+                return None
             if isinstance(layer, nn.ReLU):
                 alive.append((x > 0).any(0))
     return 1 - float(torch.cat(alive).float().mean())
