@@ -52,7 +52,11 @@ def main() -> None:
     order = {(config.name, seed): at for at, (config, seed) in enumerate(jobs)}
     studies.sort(key=lambda each: order[each["name"], each["seed"]])
     result = figures(studies)
-    result |= {"set": given.set, "seeds": seeds, "minutes": (time.perf_counter() - began) / 60}
+    result |= {
+        "set": given.set,
+        "seeds": sorted({seed for _, seed in jobs}),
+        "minutes": (time.perf_counter() - began) / 60,
+    }
     report(result)
     (given.out / "studies.json").write_text(json.dumps(studies, indent=1))
     (given.out / "advice_bench.json").write_text(json.dumps(result, indent=1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,7 +40,9 @@ class Runs:
         if path.exists():
             return json.loads(path.read_text())
         found = compute()
-        path.write_text(json.dumps(found))
+        written = path.with_suffix(f".{os.getpid()}")
+        written.write_text(json.dumps(found))
+        written.replace(path)
         return found
 
     def plain(self, setting: Setting, seed: int) -> dict[str, Any]:
@@ -144,7 +147,7 @@ def study(
 
 
 def _ahead(advice: dict[str, Any] | None, left: int | None, peak: int | None) -> bool:
-    """Return True if the advice came before the loss left its start and before the schedule's peak."""
+    """Return True if the advice came before the loss left its start, if it did, and before the schedule's peak."""
     if advice is None:
         return False
     return advice["step"] <= min(math.inf if left is None else left, math.inf if peak is None else peak)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import median
@@ -267,7 +269,7 @@ def find_lr(setting: Setting, seed: int) -> float | None:
     """Ask Lightning's learning-rate finder for the optimizer's rate; None where it suggests none."""
     seed = _own(setting, seed)
     module = make_module(setting.family, setting, seed)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         trainer = pl.Trainer(
             max_steps=setting.steps, default_root_dir=folder, **{**_TRAINER, "enable_checkpointing": True}
