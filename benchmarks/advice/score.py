@@ -7,10 +7,10 @@ from statistics import median
 from typing import Any
 
 from benchmarks.advice.configurations import CAUSES, HEALTHY
-from benchmarks.advice.study import CLIPPED, FINDER, HALVED
+from benchmarks.advice.study import CLIPPED, FOUND, HALVED
 
 EARLY_STOPPING = "EarlyStopping's message"  # names no rate, so what is run again is the run that broke
-PEERS = (FINDER, HALVED, CLIPPED, EARLY_STOPPING)
+PEERS = (FOUND, HALVED, CLIPPED, EARLY_STOPPING)
 GUARD = "guard's first advice"
 BASE = "the base's own rates"  # what the best advice can reach: they are near the best, by hand
 

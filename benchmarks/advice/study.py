@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.advice.configurations import HEALTHY, Configuration
 from benchmarks.advice.schedules import peak_step
-from benchmarks.advice.training import Setting, find_lr, quiet, train
+from benchmarks.advice.training import FINDER, Setting, find_lr, quiet, train
 
 RUNS_VERSION = 2  # of what the cache holds: raise it where runs without a guard change
 LEFT = 3.0
@@ -24,7 +24,7 @@ WINDOW = 5
 TRAINS = 1.5
 # The references: factors of the base's (alpha, beta).
 CROSS = ((1, 1), (1, 0.25), (1, 0.5), (1, 2), (0.5, 1), (2, 1))
-FINDER, HALVED, CLIPPED = "LearningRateFinder", "both rates halved", "gradient clipping 1.0"
+FOUND, HALVED, CLIPPED = "LearningRateFinder", "both rates halved", "gradient clipping 1.0"
 
 
 class Runs:
@@ -51,7 +51,7 @@ class Runs:
 
     def suggested(self, setting: Setting, seed: int) -> float | None:
         """Ask the learning-rate finder."""
-        return self._kept("finder", setting, seed, lambda: find_lr(setting, seed))
+        return self._kept(f"finder {FINDER}", setting, seed, lambda: find_lr(setting, seed))
 
     def references(self, base: Setting, seed: int) -> list[dict[str, Any]]:
         """Train the references; the first is the base itself."""
@@ -162,7 +162,7 @@ def _same(one: list[float], other: list[float]) -> bool:
 def _peers(runs: Runs, setting: Setting, seed: int, best: float) -> dict[str, Any]:
     rate = runs.suggested(setting, seed)
     changed = {
-        FINDER: setting if rate is None else replace(setting, beta=rate),
+        FOUND: setting if rate is None else replace(setting, beta=rate),
         HALVED: replace(setting, alpha=setting.alpha / 2, beta=setting.beta / 2),
         CLIPPED: replace(setting, clip=1.0),
     }

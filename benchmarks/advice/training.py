@@ -39,7 +39,8 @@ OUTLIER_SCALE = 30.0
 NEVER_RETURNS = 10  # steps that an unguarded run goes on after a loss that is not finite
 JUDGED_BEFORE_END = (0, 10, 20)  # steps before the end at which a run is evaluated; the median counts
 AFTERWORD = 1  # steps that a broken run under the guard goes on after its first advice
-FINDER_STEPS = 60
+# Lightning's own range begins at 1e-8, where losses of resampled tasks are noise and the steepest place is anywhere.
+FINDER: dict[str, Any] = {"min_lr": 1e-4, "max_lr": 10.0, "num_training": 100}
 _TRAINER: dict[str, Any] = {
     "accelerator": "cpu",
     "logger": False,
@@ -277,10 +278,8 @@ def find_lr(setting: Setting, seed: int) -> float | None:
         found = Tuner(trainer).lr_find(
             module,
             train_dataloaders=_loader(setting, seed),
-            min_lr=1e-6,
-            max_lr=1.0,
-            num_training=FINDER_STEPS,
             update_attr=False,
+            **FINDER,
         )
     suggested = found.suggestion() if found is not None else None
     return None if suggested is None else float(suggested)
