@@ -27,20 +27,20 @@ BASES = {
     "relu adamw first": Setting("relu", "adamw", alpha=0.03, beta=0.01, order="first"),
     "relu sgd K5": Setting("relu", "sgd", alpha=0.01, beta=0.02, inner_steps=5),
     "relu adam K5": Setting("relu", "adam", alpha=0.01, beta=0.006, inner_steps=5),
-    "relu sgd fixed": Setting("relu", "sgd", alpha=0.03, beta=0.02, resample=False),
+    "relu sgd fixed": Setting("relu", "sgd", alpha=0.03, beta=0.03, resample=False),
     "tanh sgd": Setting("tanh", "sgd", alpha=0.05, beta=0.07),
     "tanh momentum": Setting("tanh", "momentum", alpha=0.05, beta=0.008),
     "tanh adam": Setting("tanh", "adam", alpha=0.05, beta=0.01),
-    "tanh adamw first": Setting("tanh", "adamw", alpha=0.05, beta=0.01, order="first"),
-    "tanh sgd K5": Setting("tanh", "sgd", alpha=0.02, beta=0.04, inner_steps=5),
+    "tanh adamw first": Setting("tanh", "adamw", alpha=0.05, beta=0.005, order="first"),
+    "tanh sgd K5": Setting("tanh", "sgd", alpha=0.03, beta=0.04, inner_steps=5),
     "tanh adam K5": Setting("tanh", "adam", alpha=0.02, beta=0.008, inner_steps=5),
     "tanh adam fixed": Setting("tanh", "adam", alpha=0.05, beta=0.01, resample=False),
-    "lstm sgd": Setting("lstm", "sgd", alpha=0.1, beta=0.3),
+    "lstm sgd": Setting("lstm", "sgd", alpha=0.1, beta=0.5),
     "lstm momentum first": Setting("lstm", "momentum", alpha=0.1, beta=0.06, order="first"),
     "lstm adam": Setting("lstm", "adam", alpha=0.1, beta=0.03),
-    "transformer sgd": Setting("transformer", "sgd", alpha=0.02, beta=0.05),
+    "transformer sgd": Setting("transformer", "sgd", alpha=0.03, beta=0.05),
     "transformer adam": Setting("transformer", "adam", alpha=0.02, beta=0.009),
-    "transformer adamw first": Setting("transformer", "adamw", alpha=0.02, beta=0.009, order="first"),
+    "transformer adamw first": Setting("transformer", "adamw", alpha=0.02, beta=0.015, order="first"),
     "conv sgd": Setting("conv", "sgd", alpha=0.4, beta=0.2),
     "conv momentum first": Setting("conv", "momentum", alpha=0.2, beta=0.05, order="first"),
     "conv adam": Setting("conv", "adam", alpha=0.4, beta=0.01),
@@ -105,7 +105,7 @@ class Configuration:
 _ALPHA = {
     "relu sgd": (10, 30),
     "relu adam": (15, 50),
-    "relu sgd K5": (3, 20),
+    "relu sgd K5": (5, 20),
     "relu adam K5": (5, 20),
     "tanh sgd": (10,),
     "tanh adam": (10, 30),
@@ -123,11 +123,11 @@ _ALPHA = {
     "our conv adam": (30,),
 }
 _BETA = {
-    "relu sgd": (30, 300),
+    "relu sgd": (15, 100),
     "relu momentum": (15, 100),
     "relu adam": (50, 300),
     "relu adamw first": (100,),
-    "relu sgd K5": (25,),
+    "relu sgd K5": (10, 25),
     "relu adam K5": (100,),
     "relu sgd fixed": (30,),
     "tanh sgd": (4, 30),
@@ -136,10 +136,10 @@ _BETA = {
     "tanh adamw first": (30,),
     "tanh sgd K5": (10,),
     "tanh adam K5": (12, 100),
-    "lstm sgd": (10, 100),
+    "lstm sgd": (8, 50),
     "lstm momentum first": (30,),
     "lstm adam": (50,),
-    "transformer sgd": (12, 100),
+    "transformer sgd": (12,),
     "transformer adam": (10, 100),
     "transformer adamw first": (30,),
     "conv sgd": (10, 100),
@@ -159,9 +159,9 @@ _BOTH = {
 }
 _SCHEDULE = (
     ("relu sgd", "warmup", 15),
-    ("relu momentum", "warmup", 15),
+    ("relu momentum", "warmup", 40),
     ("relu adam", "warmup", 50),
-    ("relu sgd", "warmup epochs", 15),
+    ("relu sgd", "warmup epochs", 40),
     ("relu momentum", "onecycle", 20),
     ("tanh sgd", "warmup", 14),
     ("tanh adam", "onecycle", 50),
@@ -184,13 +184,13 @@ _BATCH = (
     "our relu sgd",
     "our relu momentum",
 )
-_DEAD = {"relu sgd": 7, "relu adam": 30, "our relu sgd": 7, "our relu momentum": 10}
-_MODERATE = {"relu adam": 1.5, "tanh adam": 1.5, "lstm sgd": 1.5, "conv sgd": 1.5}
+_DEAD = {"relu sgd": 5, "relu adam": 20, "relu adamw first": 20, "our relu adam K5": 15}
+_MODERATE = {"our relu sgd": 1.5, "tanh adam": 1.5, "lstm sgd": 1.5, "conv sgd": 1.5}
 _CALM = (
     ("relu adam", "warmup"),
-    ("tanh sgd", "cosine"),
+    ("conv sgd", "cosine"),
     ("tanh adam", "onecycle"),
-    ("our relu sgd", "warmup epochs"),
+    ("relu momentum", "warmup epochs"),
     ("transformer adam", "warmup restarts"),
 )
 _AS_IT_IS = (

@@ -7,11 +7,12 @@ from statistics import median
 from typing import Any
 
 from benchmarks.advice.configurations import CAUSES, HEALTHY
-from benchmarks.advice.study import CLIPPED, FINDER, HALVED
+from benchmarks.advice.study import CLIPPED, FOUND, HALVED
 
 EARLY_STOPPING = "EarlyStopping's message"  # names no rate, so what is run again is the run that broke
-PEERS = (FINDER, HALVED, CLIPPED, EARLY_STOPPING)
+PEERS = (FOUND, HALVED, CLIPPED, EARLY_STOPPING)
 GUARD = "guard's first advice"
+BASE = "the base's own rates"  # what the best advice can reach: they are near the best, by hand
 
 Study = dict[str, Any]
 
@@ -37,7 +38,7 @@ def _share(studies: list[Study], holds: Callable[[Study], bool]) -> float:
 def row(studies: list[Study]) -> dict[str, Any]:
     """Compute the figures of a group of broken runs."""
     guarded = [each for each in studies if "advice" in each]
-    found: dict[str, Any] = {"runs": len(studies)}
+    found: dict[str, Any] = {"runs": len(studies), BASE: _share(studies, lambda each: each["base trains"])}
     if guarded:
         advised = [each for each in guarded if each["advice"] is not None]
         # Where the loss never left its start, the advice led by the rest of the run.
@@ -48,6 +49,7 @@ def row(studies: list[Study]) -> dict[str, Any]:
             "lead": median(leads) if leads else None,
             "no advice": len(guarded) - len(advised),
             GUARD: _share(guarded, lambda each: each["second trains"]),
+            "learns": _share(guarded, lambda each: each["second learns"]),
         }
     if all("peers" in each for each in studies):
         found |= {peer: sum(each["peers"][peer]["trains"] for each in studies) / len(studies) for peer in PEERS[:-1]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,15 +16,15 @@ import torch
 
 from benchmarks.advice.configurations import HEALTHY, Configuration
 from benchmarks.advice.schedules import peak_step
-from benchmarks.advice.training import Setting, find_lr, quiet, train
+from benchmarks.advice.training import FINDER, Setting, find_lr, quiet, train
 
-RUNS_VERSION = 1  # of what the cache holds: raise it where runs without a guard change
+RUNS_VERSION = 2  # of what the cache holds: raise it where runs without a guard change
 LEFT = 3.0
 WINDOW = 5
 TRAINS = 1.5
 # The references: factors of the base's (alpha, beta).
 CROSS = ((1, 1), (1, 0.25), (1, 0.5), (1, 2), (0.5, 1), (2, 1))
-FINDER, HALVED, CLIPPED = "LearningRateFinder", "both rates halved", "gradient clipping 1.0"
+FOUND, HALVED, CLIPPED = "LearningRateFinder", "both rates halved", "gradient clipping 1.0"
 
 
 class Runs:
@@ -39,7 +40,9 @@ class Runs:
         if path.exists():
             return json.loads(path.read_text())
         found = compute()
-        path.write_text(json.dumps(found))
+        written = path.with_suffix(f".{os.getpid()}")
+        written.write_text(json.dumps(found))
+        written.replace(path)
         return found
 
     def plain(self, setting: Setting, seed: int) -> dict[str, Any]:
@@ -48,12 +51,11 @@ class Runs:
 
     def suggested(self, setting: Setting, seed: int) -> float | None:
         """Ask the learning-rate finder."""
-        return self._kept("finder", setting, seed, lambda: find_lr(setting, seed))
+        return self._kept(f"finder {FINDER}", setting, seed, lambda: find_lr(setting, seed))
 
-    def best(self, base: Setting, seed: int) -> float:
-        """Find the lowest final loss over the references."""
-        finals = [self.plain(replace(base, alpha=base.alpha * a, beta=base.beta * b), seed)["final"] for a, b in CROSS]
-        return min(finals)
+    def references(self, base: Setting, seed: int) -> list[dict[str, Any]]:
+        """Train the references; the first is the base itself."""
+        return [self.plain(replace(base, alpha=base.alpha * a, beta=base.beta * b), seed) for a, b in CROSS]
 
 
 def leaving_step(losses: list[float], start: float, outlier: int | None = None) -> int | None:
@@ -100,7 +102,8 @@ def study(
     quiet()
     began = time.perf_counter()
     runs, setting = Runs(folder), config.setting
-    best = runs.best(config.healthy_setting, seed)
+    references = runs.references(config.healthy_setting, seed)
+    best, healthy_start = min(each["final"] for each in references), references[0]["start"]
     plain = runs.plain(setting, seed)
     found: dict[str, Any] = {
         "name": config.name,
@@ -111,6 +114,7 @@ def study(
         "rates": [setting.alpha, setting.beta],
         "base rates": [config.healthy_setting.alpha, config.healthy_setting.beta],
         "best": best,
+        "base trains": references[0]["final"] <= TRAINS * best,
         "start": plain["start"],
         "final": plain["final"],
         "dead": plain.get("dead"),
@@ -131,6 +135,8 @@ def study(
             found["ahead"] = _ahead(advice, found["left"], found["peak"])
             second = runs.plain(advised(setting, advice), seed)
             found |= {"second": second["final"], "second trains": second["final"] <= TRAINS * best}
+            # A weaker notion, beside it: half of the way from the start to the best.
+            found["second learns"] = second["final"] <= (healthy_start + best) / 2
         else:
             same = _same(run["losses"], plain["losses"]) and run["final"] == plain["final"]
             found["unchanged"] = same
@@ -141,7 +147,7 @@ def study(
 
 
 def _ahead(advice: dict[str, Any] | None, left: int | None, peak: int | None) -> bool:
-    """Return True if the advice came before the loss left its start and before the schedule's peak."""
+    """Return True if the advice came before the loss left its start, if it did, and before the schedule's peak."""
     if advice is None:
         return False
     return advice["step"] <= min(math.inf if left is None else left, math.inf if peak is None else peak)
@@ -156,7 +162,7 @@ def _same(one: list[float], other: list[float]) -> bool:
 def _peers(runs: Runs, setting: Setting, seed: int, best: float) -> dict[str, Any]:
     rate = runs.suggested(setting, seed)
     changed = {
-        FINDER: setting if rate is None else replace(setting, beta=rate),
+        FOUND: setting if rate is None else replace(setting, beta=rate),
         HALVED: replace(setting, alpha=setting.alpha / 2, beta=setting.beta / 2),
         CLIPPED: replace(setting, clip=1.0),
     }

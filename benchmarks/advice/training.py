@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import median
 from typing import Any
 
 import pytorch_lightning as pl
@@ -34,8 +37,10 @@ from lightning_maml_guard import ConvergenceGuard
 
 OUTLIER_SCALE = 30.0
 NEVER_RETURNS = 10  # steps that an unguarded run goes on after a loss that is not finite
+JUDGED_BEFORE_END = (0, 10, 20)  # steps before the end at which a run is evaluated; the median counts
 AFTERWORD = 1  # steps that a broken run under the guard goes on after its first advice
-FINDER_STEPS = 60
+# Lightning's own range begins at 1e-8, where losses of resampled tasks are noise and the steepest place is anywhere.
+FINDER: dict[str, Any] = {"min_lr": 1e-4, "max_lr": 10.0, "num_training": 100}
 _TRAINER: dict[str, Any] = {
     "accelerator": "cpu",
     "logger": False,
@@ -118,15 +123,19 @@ def _loader(setting: Setting, seed: int) -> DataLoader[Any]:
 
 
 class _Losses(pl.Callback):
-    """Keeps the training losses, and ends a run that cannot return."""
+    """Keeps the training losses and the last evaluations, and ends a run that cannot return."""
 
-    def __init__(self, ends: bool) -> None:
+    def __init__(self, steps: int, evaluation: Callable[[], float], ends: bool) -> None:
         self.losses: list[float] = []
-        self.bad, self.ends = 0, ends
+        self.finals: list[float] = []
+        self.evaluation, self.bad, self.ends = evaluation, 0, ends
+        self.judged_at = {steps - at for at in JUDGED_BEFORE_END}
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.losses.append(float(outputs["loss"]))
         self.bad += not math.isfinite(self.losses[-1])
+        if len(self.losses) in self.judged_at:
+            self.finals.append(self.evaluation())
         if self.ends and self.bad > NEVER_RETURNS:
             trainer.should_stop = True
 
@@ -168,6 +177,11 @@ def _number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
+def _own(setting: Setting, seed: int) -> int:
+    """Give the MetaLearningModule other weights and tasks than the hand-written module of the same network."""
+    return seed + 1000 * FAMILIES[setting.family].ours
+
+
 def quiet() -> None:
     """Silence Lightning and the guard's own log in this process."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_maml_guard"):
@@ -187,14 +201,18 @@ def train(setting: Setting, seed: int, *, guarded: bool = False, ends: bool = Tr
 
     Returns:
         ``losses`` of the training steps; ``start``, the smaller of the evaluation losses before and after adaptation
-        at the initial parameters; ``final``, that after adaptation at the end (inf if not finite); ``dead``, the share of dead ReLUs; ``seconds``. Under
-        the guard also ``advice``, ``messages`` and ``checks``.
+        at the initial parameters; ``final``, that after adaptation near the end (inf if not finite); ``dead``, the share
+        of dead ReLUs; ``seconds``. Under the guard also ``advice``, ``messages`` and ``checks``.
     """
-    began = time.perf_counter()
+    began, seed = time.perf_counter(), _own(setting, seed)
     name, family = setting.family, FAMILIES[setting.family]
     module = make_module(name, setting, seed)
     judged = _judged(family.data, seed, setting.resample)
-    losses = _Losses(ends and not guarded)
+
+    def evaluation() -> tuple[float, float]:
+        return evaluate(name, module, setting.alpha, setting.inner_steps, judged)
+
+    losses = _Losses(setting.steps, lambda: evaluation()[1], ends and not guarded)
     callbacks: list[pl.Callback] = [losses]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -203,7 +221,7 @@ def train(setting: Setting, seed: int, *, guarded: bool = False, ends: bool = Tr
             guard = ConvergenceGuard() if family.ours else ConvergenceGuard(problem=meta_problem)
             listener = _Listener(guard, said, ends)
             callbacks += [guard, listener]
-        start = min(x for x in evaluate(name, module, setting.alpha, setting.inner_steps, judged) if math.isfinite(x))
+        start = min(loss for loss in evaluation() if math.isfinite(loss))
         trainer = pl.Trainer(
             max_steps=setting.steps,
             callbacks=callbacks,
@@ -212,12 +230,12 @@ def train(setting: Setting, seed: int, *, guarded: bool = False, ends: bool = Tr
             **_TRAINER,
         )
         trainer.fit(module, _loader(setting, seed))
-        final = evaluate(name, module, setting.alpha, setting.inner_steps, judged)[1]
+    finals = [loss if math.isfinite(loss) else math.inf for loss in losses.finals]
     result: dict[str, Any] = {
         "losses": losses.losses,
         "start": start,
         "dead": dead_share(name, module),
-        "final": final if math.isfinite(final) else math.inf,
+        "final": median(finals) if len(finals) == len(JUDGED_BEFORE_END) else math.inf,
         "seconds": time.perf_counter() - began,
     }
     if guarded:
@@ -250,8 +268,9 @@ def _check(report: Any) -> dict[str, Any]:
 
 def find_lr(setting: Setting, seed: int) -> float | None:
     """Ask Lightning's learning-rate finder for the optimizer's rate; None where it suggests none."""
+    seed = _own(setting, seed)
     module = make_module(setting.family, setting, seed)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         trainer = pl.Trainer(
             max_steps=setting.steps, default_root_dir=folder, **{**_TRAINER, "enable_checkpointing": True}
@@ -259,10 +278,8 @@ def find_lr(setting: Setting, seed: int) -> float | None:
         found = Tuner(trainer).lr_find(
             module,
             train_dataloaders=_loader(setting, seed),
-            min_lr=1e-6,
-            max_lr=1.0,
-            num_training=FINDER_STEPS,
             update_attr=False,
+            **FINDER,
         )
     suggested = found.suggestion() if found is not None else None
     return None if suggested is None else float(suggested)

@@ -8,7 +8,7 @@ import torch
 from benchmarks.advice.configurations import BASES, BY_BETA, CAUSES, HEALTHY, Configuration, configurations
 from benchmarks.advice.families import FAMILIES, evaluate, make_module
 from benchmarks.advice.schedules import SCHEDULES, peak_step
-from benchmarks.advice.score import GUARD, figures
+from benchmarks.advice.score import BASE, GUARD, figures
 from benchmarks.advice.study import advised, leaving_step
 from benchmarks.advice.training import Setting
 
@@ -102,12 +102,13 @@ def _study(cause, trains, advice, **found):
         "left": 20,
         "best": 1.0,
         "second": 1.0,
+        "base trains": True,
         **found,
     }
 
 
 def test_figures_by_hand():
-    served = {"right": True, "ahead": True, "second trains": True}
+    served = {"right": True, "ahead": True, "second trains": True, "second learns": True}
     studies = [
         _study("alpha", False, _advice("alpha", step=4), **served),
         _study("alpha", False, None, **dict.fromkeys(served, False)),
@@ -116,6 +117,15 @@ def test_figures_by_hand():
         _study(HEALTHY, True, None, unchanged=False),
     ]
     found = figures(studies)
-    assert found["all"] == {"runs": 2, "right": 0.5, "ahead": 0.5, "lead": 16, "no advice": 1, GUARD: 0.5}
+    assert found["all"] == {
+        "runs": 2,
+        "right": 0.5,
+        "ahead": 0.5,
+        "lead": 16,
+        "no advice": 1,
+        GUARD: 0.5,
+        "learns": 0.5,
+        BASE: 1.0,
+    }
     assert list(found["by cause"]) == ["alpha"] and len(found["not scored"]) == len(found["failures"]) == 1
     assert found["false advice per 1000 steps"] == 5 and found["changed by the guard"] == ["healthy (seed 0)"]
