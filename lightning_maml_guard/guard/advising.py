@@ -17,7 +17,7 @@ from lightning_maml_guard.lookahead.rate_search import TRIAL_STEPS, Factors, Fou
 from lightning_maml_guard.messages.advice import Advice, Cause, settable
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.optim.snapshot import Snapshot
-from lightning_maml_guard.stability.problems import Problem, dead_units
+from lightning_maml_guard.stability.problems import PlainProblem, Problem, dead_units
 from lightning_maml_guard.stability.report import StabilityReport
 
 # A run's parameters count as sane while its loss is below this many times the one that training started from.
@@ -72,11 +72,12 @@ class Adviser:
     def _better(self, alpha_suspect: bool) -> Found | None:
         """Try the rates for more steps than a lookahead; what was found, if lower ones do clearly better."""
         with self._searching(self._look.problems, alpha_suspect) as search:
-            if search.at().trains:
+            scale = self._look.scale
+            clearly = scale.times(1 + _CLEARLY, scale.start) - scale.start
+            present, best = search.probe()
+            if present.trains and best.learned <= present.learned + clearly:
                 return None
             found = search.find()
-        scale = self._look.scale
-        clearly = scale.times(1 + _CLEARLY, scale.start) - scale.start
         return found if found.best.trains and found.best.learned > found.present.learned + clearly else None
 
     def severity_of(self, found: Found) -> float:
@@ -215,6 +216,19 @@ class Adviser:
             configured_beta=self._configured(self._peak),
         )
 
+    def _inner_rate(self, factor: float, report: StabilityReport) -> float:
+        """The inner rate to set: from its limit, where that is known; else the one that learned most.
+
+        What ``K`` inner steps do to a few tasks in a few steps says little about a whole run. Half of the limit of one
+        step, shared by ``K`` steps as ``1/sqrt(K)``, trained in most runs of AdviceBench's tuning set.
+        """
+        problem = self._look.problem
+        steps = getattr(problem, "first", problem).inner_steps if not isinstance(problem, PlainProblem) else 1
+        limits = [each.alpha_c for each in (*self._run.state.history, report) if (each.step or 0) <= self._step]
+        limit = min(filter(math.isfinite, limits), default=math.nan)
+        rate = limit / (2 * math.sqrt(steps))
+        return rate if rate < report.alpha / 2 else factor * report.alpha
+
     def _of_rates(self, found: Found, report: StabilityReport, findings: tuple[Reason, ...]) -> Advice:
         rates = found.rates if found.best.trains else Factors()
         alpha, beta = report.alpha, self._peak
@@ -235,7 +249,7 @@ class Adviser:
         )
         return Advice(
             cause=causes[rates.alpha < 1, rates.beta < 1],
-            alpha=settable(rates.alpha * alpha) if rates.alpha < 1 else None,
+            alpha=settable(self._inner_rate(rates.alpha, report)) if rates.alpha < 1 else None,
             beta=settable(self._configured(rates.beta * beta)) if rates.beta < 1 else None,
             step=self._step,
             evidence=(*findings, *self._crossing(report), *([died] if died else []), tried),

@@ -13,14 +13,17 @@ from lightning_maml_guard.lookahead.lookahead import Lookahead
 
 # Steps that each pair of rates is tried for: rates that survive 10 steps may diverge within 30.
 TRIAL_STEPS = 30
-# Of the largest rate that trains for so long, the share to set for a whole run.
-SHARE = 0.25
+# The meta rate to set is the lowest that learns so large a share of what the best one does, and at most half of the
+# largest that trains: the best one over a few steps is too high for a whole run.
+FLAT, SHARE = 0.7, 0.5
 # A pair of lowered rates has to learn this much more than the better one of them alone.
 BOTH = 1.25
 ALPHA_LADDER = tuple(2.0**-k for k in range(1, 9))
 BETA_LADDER = tuple(2.0**-k for k in range(1, 15))
-# Rungs below the best one that are tried before a ladder ends.
+# Inner rates below the best one that are tried before the ladder ends.
 PATIENCE = 2
+# Factors on the meta rate, then on the inner rate, that are tried to see whether lower rates do better.
+PROBES = ((1.0, 0.25), (1.0, 1 / 16))
 
 
 class Factors(NamedTuple):
@@ -118,6 +121,11 @@ class RateSearch:
         before = _mean([start[step % len(start)] for step in last])  # of the same batches
         return Trial(at, end, before - end, trains=end <= before)
 
+    def probe(self) -> tuple[Trial, Trial]:
+        """Try the rates as they are and a few lower ones: the former, and the one of all that learns most."""
+        present = self.at()
+        return present, _best([present, *(self.at(*each) for each in PROBES)])
+
     def find(self) -> Found:
         """Find which rate to lower, and to what.
 
@@ -125,52 +133,57 @@ class RateSearch:
         suspect's ladder is gone down rung by rung, the other one's in long strides, to compare.
         """
         if not self._has_alpha:
-            return self._found(self._betas())
+            return self._found_beta(self._betas())
         if self._alpha_suspect:
             alphas, betas = self._alphas(), self._betas(strides=3)
             if _best(betas).learned > _best(alphas).learned:
                 betas = self._betas()
         else:
-            betas, alphas = self._betas(), self._down([(factor, 1.0) for factor in (0.5, 0.125)])
+            betas, alphas = self._betas(), [self.at(factor, 1.0) for factor in (0.5, 0.125)]
             if _best(alphas).learned > _best(betas).learned:
                 alphas = self._alphas()
         if _best(alphas).learned > _best(betas).learned:
-            return self._found(alphas)
+            return self._found_alpha(alphas)
         if self._alpha_suspect:
             both = self._betas(min(ALPHA_LADDER, key=lambda factor: _mean(self.untrained(factor))))
             if _best(both).learned > BOTH * max(_best(betas).learned, 0.0):
-                return self._found(both)
-        return self._found(betas)
+                return self._found_beta(both)
+        return self._found_beta(betas)
 
     def find_alpha(self) -> Found:
         """Find the inner rate to set where the meta rate is to be left alone."""
-        return self._found(self._alphas())
+        return self._found_alpha(self._alphas())
 
     def _betas(self, alpha: float = 1.0, strides: int = 1) -> list[Trial]:
-        return self._down([(alpha, factor) for factor in BETA_LADDER[strides - 1 :: strides]])
+        """Try lower and lower meta rates until one learns much less than the best one."""
+        found: list[Trial] = []
+        for factor in BETA_LADDER[strides - 1 :: strides]:
+            found.append(self.at(alpha, factor))
+            best = _best(found)
+            if best.trains and found[-1] is not best and found[-1].learned < FLAT * best.learned:
+                break
+        return found
 
     def _alphas(self) -> list[Trial]:
-        return self._down([(factor, 1.0) for factor in ALPHA_LADDER])
-
-    def _down(self, rungs: Sequence[tuple[float, float]]) -> list[Trial]:
-        """Try lower and lower rates until several in a row learn less than the best one that trains."""
+        """Try lower and lower inner rates until several in a row learn less than the best one."""
         found: list[Trial] = []
-        for rung in rungs:
-            found.append(self.at(*rung))
+        for factor in ALPHA_LADDER:
+            found.append(self.at(factor, 1.0))
             best = _best(found)
             if best.trains and len(found) - found.index(best) > PATIENCE:
                 break
         return found
 
-    def _found(self, ladder: Sequence[Trial]) -> Found:
-        """A share of the largest rates that train (as the next lower ones do), or lower if that learns more."""
+    def _found_alpha(self, ladder: Sequence[Trial]) -> Found:
+        best = _best(ladder)
+        return Found(self.at(), best, best.at)
+
+    def _found_beta(self, ladder: Sequence[Trial]) -> Found:
         best = _best(ladder)
         largest = next((each for each, below in pairwise(ladder) if each.trains and below.trains), best)
-        if largest.at.beta == 1:  # a ladder of inner rates
-            rates = Factors(min(SHARE * largest.at.alpha, best.at.alpha), 1.0)
-        else:
-            rates = Factors(largest.at.alpha, min(SHARE * largest.at.beta, best.at.beta))
-        return Found(self.at(), best, rates)
+        flat = [each for each in ladder if each.learned >= FLAT * best.learned]
+        beta = min(SHARE * largest.at.beta, flat[-1].at.beta) if flat else best.at.beta
+        return Found(self.at(), best, Factors(best.at.alpha, beta))
 
 
 def _mean(losses: Sequence[float]) -> float:

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_maml_guard.linalg.lanczos import NonFiniteProductError
 from lightning_maml_guard.linalg.layout import Params
 from lightning_maml_guard.linalg.operators import Operator
 from lightning_maml_guard.messages.reasons import UNKNOWN_INTERVAL, Kind, Reason, of_error
@@ -207,7 +208,11 @@ class Measurement:
         if self._maml is None:
             return hessian, UNKNOWN
         if self._exact:
-            return self._exact_limit(1.0)
+            try:
+                return self._exact_limit(1.0)
+            except NonFiniteProductError as error:  # an inner rate may take the query loss there: its limit is known
+                self._notes.append(of_error(Kind.NOT_MEASURED, error, step=self._at_step))
+                return None, UNKNOWN
         try:
             with self._operators.ranks.together():
                 return self._exact_limit(1.0)
