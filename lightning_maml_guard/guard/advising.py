@@ -14,10 +14,11 @@ from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.lookahead import Lookahead, lookahead_of
 from lightning_maml_guard.lookahead.rate_search import TRIAL_STEPS, Factors, Found, RateSearch
+from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.messages.advice import Advice, Cause, settable
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.optim.snapshot import Snapshot
-from lightning_maml_guard.stability.problems import PlainProblem, Problem, dead_units
+from lightning_maml_guard.stability.problems import AccumulatedProblem, Problem, dead_units
 from lightning_maml_guard.stability.report import StabilityReport
 
 # A run's parameters count as sane while its loss is below this many times the one that training started from.
@@ -223,7 +224,8 @@ class Adviser:
         step, shared by ``K`` steps as ``1/sqrt(K)``, trained in most runs of AdviceBench's tuning set.
         """
         problem = self._look.problem
-        steps = getattr(problem, "first", problem).inner_steps if not isinstance(problem, PlainProblem) else 1
+        first = problem.first if isinstance(problem, AccumulatedProblem) else problem
+        steps = first.inner_steps if isinstance(first, MetaProblem) else 1
         limits = [each.alpha_c for each in (*self._run.state.history, report) if (each.step or 0) <= self._step]
         limit = min(filter(math.isfinite, limits), default=math.nan)
         rate = limit / (2 * math.sqrt(steps))
