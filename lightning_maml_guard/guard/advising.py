@@ -35,7 +35,7 @@ _CLEAR = 0.5
 # Of a limit, the share to set: s for one inner step, s / K**s for K.
 _OF_LIMIT = 0.6
 # Trials that learn at rates so much higher than a share of the limit contradict it.
-_FAR_BELOW = 0.25
+_FAR_BELOW = 0.15
 # Share of its limit from which an inner rate may be to blame although adaptation is not harmful.
 _SUSPECT = 1.5
 # Share of its units that a network has lost when they are named as the cause.
