@@ -249,8 +249,16 @@ class Adviser:
         rate = _OF_LIMIT * limit / math.sqrt(steps)
         return rate if rate < report.alpha / 2 else factor * report.alpha
 
+    def _is_innocent(self, found: Found, report: StabilityReport) -> bool:
+        """Whether the rates learn as well as any lower ones, far below their limits."""
+        scale, present = self._look.scale, found.present
+        clearly = scale.times(1 + _CLEARLY, scale.start) - scale.start
+        ratios = [report.beta_ratio, *([] if math.isnan(report.alpha) else [report.alpha_ratio])]
+        low = all(ratio < _CLEAR for ratio in ratios)
+        return low and present.trains and found.best.learned <= present.learned + clearly
+
     def _of_rates(self, found: Found, report: StabilityReport, findings: tuple[Reason, ...]) -> Advice:
-        rates = found.rates if found.best.trains else Factors()
+        rates = found.rates if found.best.trains and not self._is_innocent(found, report) else Factors()
         alpha, beta = report.alpha, self._peak
         died = self._died() if rates.alpha == 1 > rates.beta else None
         causes = {

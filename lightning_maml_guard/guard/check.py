@@ -14,16 +14,17 @@ from lightning_maml_guard.guard.loggers import inform, log_values, metrics, warn
 from lightning_maml_guard.guard.look import Look, look_at, stated
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.rescale import reaches_alpha
-from lightning_maml_guard.guard.rollback import Rollback, finite
+from lightning_maml_guard.guard.rollback import Rollback
 from lightning_maml_guard.guard.run import GuardedRun, failure_reason
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.divergence import fails, passes, undecided
 from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult, lookahead_of, lookahead_reason
 from lightning_maml_guard.messages.advice import Advice, Cause
-from lightning_maml_guard.messages.advice_sentences import advice_given
+from lightning_maml_guard.messages.advice_sentences import NO_WAY_BACK, advice_given
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.messages.sentences import returned
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
+from lightning_maml_guard.optim.snapshot import finite
 from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.stability.problems import (
     Problem,
@@ -64,7 +65,7 @@ class Check:
             run.announce(failure_reason(error, step))
             if self._rolled_back is not None:
                 optimizers, present = self._rolled_back
-                self.rollback.halve(present.begin, scheduled_rate(optimizers), step)
+                self.rollback.halve(present.begin, scheduled_rate(optimizers), step, held=self._holds())
             elif not self._looked:
                 with run.only_told("judge the run by its last loss"):
                     self._judge_last_loss(step)
@@ -109,6 +110,8 @@ class Check:
             adviser.look_at_peak()
             adviser.look_at_progress()
         failing = look.present is not None and fails(look.severity, ratio)
+        if failing:
+            run.schedule.confirm()
         if look.present is not None:
             run.note_severity(step, look.severity)
             if not scheduled and not failing and adviser.news is None:
@@ -123,6 +126,7 @@ class Check:
                     return
                 self._rolled_back = look.optimizers, look.present
         rolled_back = self._rolled_back is not None
+        lost = look.present is not None and self._is_lost(look.present.begin)
         # 3. Measure the curvature, advance the state, and decide on the rates.
         with undisturbed(trainer, module):
             report, measured = self._measured(look.problem, look.optimizers, step)
@@ -145,18 +149,22 @@ class Check:
                 findings = (*findings, lookahead_reason(look.present, look.scale.start, *tried))
             transition = run.machine.take(report, judged)
             advice = adviser.advise(report, findings, transition, further)
-            caps = settings.acting.decide(
-                Situation(
-                    report=report,
-                    transition=transition,
-                    caps=run.caps.caps,
-                    margin=settings.margin,
-                    reach_alpha=reaches_alpha(module),
-                    fails=failing,
-                    rolled_back=rolled_back,
-                    present=look.present,
-                    lookahead=look.lookahead,
-                    scale=look.scale,
+            caps = (
+                run.caps.caps
+                if lost
+                else settings.acting.decide(
+                    Situation(
+                        report=report,
+                        transition=transition,
+                        caps=run.caps.caps,
+                        margin=settings.margin,
+                        reach_alpha=reaches_alpha(module),
+                        fails=failing,
+                        rolled_back=rolled_back,
+                        present=look.present,
+                        lookahead=look.lookahead,
+                        scale=look.scale,
+                    )
                 )
             )
         if run.state.capped != look.owned:
@@ -165,7 +173,7 @@ class Check:
         if not trainer.fast_dev_run:
             self._acted = True
             halved = not measured and caps.beta == run.caps.caps.applied(report.alpha, report.beta)[1] / 2
-            self._act(report, advice, transition, caps, step)
+            self._act(report, advice, transition, caps, step, lost=lost)
             if rolled_back and look.present is not None:
                 self.rollback.report(look.present.begin, report.alpha, report.beta, step, halved=halved)
                 self._rolled_back = None  # its rates are lowered
@@ -192,8 +200,29 @@ class Check:
         run.state.history = [*run.state.history, found][-settings.history_size :]
         log_values(trainer, module, metrics(found), step)
 
+    def _holds(self) -> bool:
+        """Hold all optimizers, where it is not known which of them move the problem's parameters; whether any is held."""
+        run = self.run
+        if not (run.state.capped and run.caps.held):
+            with run.only_told("lower the meta rate"):
+                self.cap(list(range(len(self.trainer.optimizers))))
+        return bool(run.state.capped) and run.caps.held
+
+    def _is_lost(self, loss: float) -> bool:
+        """Whether no lower rate can help: parameters are not finite, and the run was not rolled back."""
+        if math.isfinite(loss) or not self.settings.acting.caps_rates or self._rolled_back is not None:
+            return False
+        return not finite(self.module)
+
     def _act(
-        self, report: StabilityReport, advice: Advice | None, transition: Transition, caps: Caps, step: int
+        self,
+        report: StabilityReport,
+        advice: Advice | None,
+        transition: Transition,
+        caps: Caps,
+        step: int,
+        *,
+        lost: bool = False,
     ) -> None:
         """Apply the caps, speak, stop."""
         run, action, spelling = self.run, self.settings.acting, self.settings.spelling
@@ -206,8 +235,12 @@ class Check:
             acts = transition.entered and self._rolled_back is None  # a rollback says what it does by itself
             helps = advice.alpha is None or reaches_alpha(self.module)
             effect = action.effect(spelling, alpha, beta, helps=helps) if acts else []
+            if lost:
+                effect = [NO_WAY_BACK]
             warn(advice_given(step, advice, effect, spelling))
-        if transition.state == UNSAFE and action.stops:
+        elif lost and action.speaks:
+            warn(f"ConvergenceGuard: step {step}: {NO_WAY_BACK}")
+        if lost or (transition.state == UNSAFE and action.stops):
             run.stop(self.trainer, step, report.findings if advice is None else advice.evidence)
         if action.speaks:
             for note in report.notes:
@@ -245,10 +278,11 @@ class Check:
         loss, scale = statistics.last, statistics.scale
         if loss is None or not scale.diverged(loss, ratio) or self.trainer.fast_dev_run:
             return
+        run.schedule.confirm()
         beta = max(scheduled_rate(each) for each in self.trainer.optimizers)
         if self.settings.rollback and run.snapshot is not None:
             if self.rollback.go_back(loss, step):
-                self.rollback.halve(loss, beta, step)
+                self.rollback.halve(loss, beta, step, held=self._holds())
             return
         losses, bad = (loss, math.nan, scale.start), not math.isfinite(loss)
         reason = Reason(Kind.LOSS_NOT_FINITE if bad else Kind.LOSS_DIVERGED, losses=losses)
@@ -257,13 +291,14 @@ class Check:
         run.note_severity(step, severe)
         transition = run.machine.take(report, severe)
         caps = run.caps.caps
-        if self.settings.acting.caps_rates and transition.state == UNSAFE and not bad:
+        lost = self._is_lost(loss)
+        if self.settings.acting.caps_rates and transition.state == UNSAFE and not bad and self._holds():
             caps = Caps(caps.alpha, caps.applied(math.nan, beta)[1] / 2)
         advice = None
         if transition.entered:
             advice = Advice(cause=Cause.UNKNOWN, step=step, evidence=report.findings)
             run.state.advice = run.state.advice or advice
-        self._act(report, advice, transition, caps, step)
+        self._act(report, advice, transition, caps, step, lost=lost)
 
     def _warn_of_collapse(self, problem: Problem, report: StabilityReport, status: str, step: int) -> None:
         """Warn where nearly all curvature is gone and the loss is where it began, because the network's units died."""

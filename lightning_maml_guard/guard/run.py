@@ -21,11 +21,12 @@ from lightning_maml_guard.guard.state_machine import StateMachine
 from lightning_maml_guard.lookahead.divergence import gradient_norm
 from lightning_maml_guard.lookahead.replay_buffer import ReplayBuffer
 from lightning_maml_guard.maml.meta_learning import MetaLearning
+from lightning_maml_guard.messages.advice_sentences import NO_WAY_BACK
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced
 from lightning_maml_guard.optim.lr_cap import known_rate, scheduled_rate
 from lightning_maml_guard.optim.rates_ahead import RatesAhead, read_ahead
-from lightning_maml_guard.optim.snapshot import Snapshot
+from lightning_maml_guard.optim.snapshot import Snapshot, finite
 from lightning_maml_guard.optim.turns import Turns
 from lightning_maml_guard.stability.hvp import MeasurementCache
 from lightning_maml_guard.stability.objective import objective_of
@@ -148,15 +149,20 @@ class GuardedRun:
         statistics, lookahead = self.state.statistics, self.settings.lookahead
         told = self.machine.unsafe and not self.settings.acting.caps_rates
         if statistics.update(value, norm) and lookahead.triggers and not told:
-            self.schedule.spike(diverged=statistics.diverged(value, lookahead.divergence_ratio))
+            diverged = statistics.diverged(value, lookahead.divergence_ratio)
+            self.schedule.spike(diverged=diverged, lost=not math.isfinite(value))
 
     def _not_finite(self, loss: float, trainer: Any) -> None:
         """Say that the loss is not finite, and stop where that is the action: no lookahead will."""
         step = logger_step(trainer)
         reason = Reason(Kind.LOSS_NOT_FINITE, losses=(loss, math.nan, math.nan), step=step)
-        if self.settings.acting.speaks:
+        action = self.settings.acting
+        lost = action.caps_rates and not finite(trainer.lightning_module)
+        if action.speaks:
             self.announce(reason)
-        if self.settings.acting.stops:
+            if lost:
+                warn(f"ConvergenceGuard: step {step}: {NO_WAY_BACK}")
+        if action.stops or lost:
             self.stop(trainer, step, (reason,))
 
     def begin_match(

@@ -66,6 +66,11 @@ class Snapshot:
                         live[key] = copy.copy(value)
 
 
+def finite(module: nn.Module) -> bool:
+    """Return True if every parameter is finite."""
+    return all(bool(torch.isfinite(each).all()) for each in module.parameters())
+
+
 def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 

@@ -60,7 +60,9 @@ def test_a_new_action_is_a_class_and_a_row(monkeypatch):
         ConvergenceGuard(every_n_steps=2, action="mine", rollback=True),
         linear_module(4, 1.5, inner_lr=0.05),
     )
-    with guard_warns(r"step 0: beta = 1\.5 is too large\. Set the optimizer's lr to 0\.\d+\. Why: .* Mine: alpha=0\.05, beta=0\.01\.") as caught:
+    with guard_warns(
+        r"step 0: beta = 1\.5 is too large\. Set the optimizer's lr to 0\.\d+\. Why: .* Mine: alpha=0\.05, beta=0\.01\."
+    ) as caught:
         trainer = fit(module, BATCH, 20, [guard])
     assert len([each for each in caught if each.category is GuardWarning]) == 1
     assert trainer.global_step == 1 and guard.stopped_step == 0

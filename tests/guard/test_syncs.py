@@ -125,7 +125,9 @@ def test_a_query_loss_that_is_not_finite_is_named(order, known, alpha):
     report = measure(problem, optimizer=optimizer)
     assert report.status == ("unresolved" if alpha < 1 else "unsafe") and report.beta_status == "unresolved"
     assert report.reasons[-1].startswith("beta is not judged: The query loss after adaptation is inf")
-    assert report.alpha_c == pytest.approx({"exact": 1.0, "first": 0.5}[order], rel=0.02) and len(report.reasons) == 1 + (alpha > 1)
+    assert report.alpha_c == pytest.approx({"exact": 1.0, "first": 0.5}[order], rel=0.02) and len(
+        report.reasons
+    ) == 1 + (alpha > 1)
     assert (report.advice is None) == (alpha < 1)
 
 
