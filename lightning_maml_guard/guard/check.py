@@ -201,7 +201,7 @@ class Check:
         log_values(trainer, module, metrics(found), step)
 
     def _holds(self) -> bool:
-        """Hold all optimizers, where it is not known which of them move the problem's parameters; whether any is held."""
+        """Hold all optimizers, where it is not known which to hold; return whether any is held."""
         run = self.run
         if not (run.state.capped and run.caps.held):
             with run.only_told("lower the meta rate"):

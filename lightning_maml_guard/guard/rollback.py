@@ -52,6 +52,7 @@ class Rollback:
             warn(f"ConvergenceGuard: training stops. {sentence(reason)}\n{to_do[0].upper()}{to_do[1:]}")
             return False
         run.snapshot.restore(self.module, self.trainer.optimizers)
+        run.state.statistics.forget()
         run.state.rollbacks += 1
         return True
 

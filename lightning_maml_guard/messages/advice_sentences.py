@@ -8,7 +8,6 @@ from lightning_maml_guard.messages.advice import Advice, Cause
 from lightning_maml_guard.messages.sentences import cause
 from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling
 
-
 NO_WAY_BACK = "Training stops: the parameters are not finite, and there are no earlier ones to roll back to."
 
 

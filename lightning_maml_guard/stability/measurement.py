@@ -218,7 +218,7 @@ class Measurement:
             return None, UNKNOWN
 
     def _exact_limit_if_finite(self, factor: float) -> tuple[Operator | None, MetaRateLimit]:
-        """The same; unknown where the query loss is not finite: an inner rate may take it there, whose limit is known."""
+        """The same; unknown where the query loss is not finite, as an inner rate beyond its own limit makes it."""
         try:
             return self._exact_limit(factor)
         except NonFiniteProductError as error:

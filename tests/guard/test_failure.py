@@ -345,7 +345,7 @@ def test_a_problem_that_cannot_be_stated_names_the_users_line_and_the_guard_is_l
         assert said[2].endswith(
             ": Training stops: the parameters are not finite, and there are no earlier ones to roll back to."
         )
-        assert guard._run.caps.caps.beta <= 5e5 and reached[0] == 1e6 and set(reached[2:]) <= {5e5, 2.5e5}
+        assert guard._run.caps.caps.beta <= 5e5 and reached[:3] == [1e6, 1e6, 5e5] and max(reached[2:]) == 5e5
 
 
 def test_a_problem_that_cannot_be_stated_is_no_bar_to_a_rollback(applied):
