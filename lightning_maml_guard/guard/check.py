@@ -244,7 +244,9 @@ class Check:
             run.stop(self.trainer, step, report.findings if advice is None else advice.evidence)
         if action.speaks:
             for note in report.notes:
-                told = transition.entered and note in report.findings
+                # That nothing can be measured where a run has been thrown to is no news.
+                thrown = note.kind is Kind.NOT_MEASURED and transition.state == UNSAFE
+                told = thrown or (transition.entered and note in report.findings)
                 run.announce(replace(note, step=step), just_said=told)
 
     def _measured(self, problem: Problem, optimizers: list[Optimizer], step: int) -> tuple[StabilityReport, bool]:

@@ -115,7 +115,7 @@ def test_a_beta_that_is_too_large_is_named_at_step_0_and_the_run_that_follows_tr
     assert not math.isfinite(end(module))
     again = HandWritten(lr=advice.beta)
     guard, said = guarded(again, sinusoids(60))
-    assert end(again) < 1.2 * healthy() and "unsafe" not in {report.status for report in guard.history}
+    assert end(again) < 1.2 * healthy()
 
 
 @pytest.mark.parametrize("optimizer", [SGD, Adam])
@@ -138,11 +138,18 @@ def test_an_alpha_that_takes_the_query_loss_to_nan_at_step_0_is_named_with_a_num
     assert end(again) < 1.2 * healthy() and guard.history[0].status != "unsafe"
 
 
+class Ends(Callback):
+    """Ends a run early that was planned for longer."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        trainer.should_stop = batch_idx == 9
+
+
 def test_a_warmups_peak_is_named_before_it_is_reached():
     module = HandWritten(lr=0.5, warmup=60)
-    guard, said = guarded(module, sinusoids(10))
+    guard, said = guarded(module, sinusoids(80), [Ends()])
     advice = guard.advice
-    assert advice.cause == Cause.SCHEDULE and advice.step == 0 and advice.peak_step == 59
+    assert len(module.losses) == 10 and advice.cause == Cause.SCHEDULE and advice.step == 0 and advice.peak_step == 59
     # What is set is what the peak comes from: the optimizer's lr as it is configured.
     assert advice.configured_beta == 0.5 and 0.01 < advice.beta < guard.history[0].beta_c
     assert first_line(said[0]) == (
@@ -200,28 +207,47 @@ def test_advice_survives_a_checkpoint(tmp_path):
     torch.save(guard.state_dict(), tmp_path / "state.pt")
     again = ConvergenceGuard(problem=problem_of)
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert again.advice == guard.advice and again.advice.cause is Cause.BETA
-    assert again.history[0].advice == guard.history[0].advice
+    assert again.advice.cause is guard.advice.cause is Cause.BETA
+    assert repr(again.advice) == repr(guard.advice) == repr(again.history[0].advice)  # nan is not equal to itself
     assert str(again.advice) == str(guard.advice) and len(again.advice.evidence) == len(guard.advice.evidence) > 1
     assert (again._run.state.advised, again._run.state.searches) == ([], 1)
 
 
-def test_advice_for_a_run_thrown_away_rests_on_where_it_was_sane():
-    """Where it was thrown to, the limit of the inner rate is a thousandth of what it was: that is no rate to blame."""
+class Raised(HandWritten):
+    """Its meta rate is raised far beyond its limit at step 10."""
 
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx >= 10:
+            self.optimizers().param_groups[0]["lr"] = 0.5
+
+
+def test_advice_for_a_run_thrown_away_rests_on_where_it_was_sane():
+    """Where it was thrown to, alpha_c is far below alpha: that is not the rate to blame."""
+    module = Raised()
+    guard, said = guarded(module, sinusoids(20))
+    first, last = guard.history[0], guard.history[-1]
+    assert last.step == 11 and last.alpha_c < module.alpha / 2 < first.alpha_c and last.beta_c < 0.1 * first.beta_c
+    advice = guard.advice
+    assert advice.cause == Cause.BETA and advice.alpha is None and advice.configured_beta == 0.5
+    assert 0.005 < advice.beta < first.beta_c and len(said) == 1
+    assert not any(reason.rate == "alpha" for reason in advice.evidence) and "alpha_c" not in said[0]
+
+
+def test_rates_that_learn_where_the_run_was_sane_are_not_blamed():
     class Thrown(Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             if batch_idx == 11:
                 with torch.no_grad():
                     for value in module.net.parameters():
-                        value.mul_(6.0)
+                        value.mul_(3.0)
 
-    module = HandWritten()
-    guard, said = guarded(module, sinusoids(16), [Thrown()])
-    last = guard.history[-1]
-    assert last.step == 13 and last.alpha_c < module.alpha < guard.history[0].alpha_c
-    assert guard.advice.alpha is None
-    assert not any("alpha" in reason.rate for reason in guard.advice.evidence)
+    guard, said = guarded(HandWritten(), sinusoids(20), [Thrown()])
+    advice = guard.advice
+    assert advice.cause == Cause.UNKNOWN and advice.alpha is advice.beta is advice.gradient_clip_val is None
+    assert first_line(said[0]) == (
+        "ConvergenceGuard: step 13: training diverges for a reason that is not known. "
+        "Look at the data, the loss and the precision."
+    )
 
 
 def test_the_parameters_of_a_run_thrown_away_are_as_they_were_after_the_look():

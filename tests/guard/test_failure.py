@@ -28,6 +28,7 @@ from lightning_maml_guard import (
 from lightning_maml_guard.guard.actions import Rescale
 from lightning_maml_guard.guard.check import Check
 from lightning_maml_guard.optim.lr_cap import LRCap
+from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.utils.lightning_compat import Callback
 from tests.helpers import fit, grouped, guard_warns, is_free_of_hooks, linear_module, one_line, quadratic_batch
 
@@ -215,6 +216,37 @@ def test_injected_at_every_line_of_a_check_that_acts(every, watched):
     files = {Path(place[0]).name for place in injector.hit}
     print(f"{len(injector.hit)} lines in {len(files)} files, {told['checks']} checks")
     assert {"rescale.py", "actions.py", "rollback.py"} <= files or (every > 1 and len(files) > 10)
+
+
+@pytest.mark.parametrize("every", [QUICK, ALL])
+@pytest.mark.filterwarnings("ignore::lightning_maml_guard.GuardWarning")
+def test_injected_at_every_line_of_a_check_that_advises(every, watched, monkeypatch):
+    """Parameters and optimizer state that it takes back to a sane state are put back, wherever it fails."""
+    injector = Injector(InjectedError, every)
+    told, restored = watched(injector, acts=False), []
+    watching, put_back = Check.check, Snapshot.restore
+
+    def restore(self, *arguments):
+        restored.append(self.step)
+        put_back(self, *arguments)
+
+    def watched_anew(self, *arguments, **options):
+        self.run.machine.watches, self.run.state.advice, self.run.state.searches = {}, None, 0
+        watching(self, *arguments, **options)
+
+    monkeypatch.setattr(Check, "check", watched_anew)
+    monkeypatch.setattr(Snapshot, "restore", restore)
+    options = {"every_n_steps": 1, "action": "log", "max_iter": 3, "steps": 1, "batches": 2}
+    guard, trained = ConvergenceGuard(**grouped(**options)), module(30.0)
+    trainer = fit(trained, batch(), 3000, [guard])
+    assert told["exhausted"] and 0 in restored and guard.advice is not None
+    plain = module(30.0)
+    fit(plain, batch(), trainer.global_step)
+    for one, other in zip(plain.parameters(), trained.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    files = {Path(place[0]).name for place in injector.hit}
+    print(f"{len(injector.hit)} lines in {len(files)} files, {told['checks']} checks")
+    assert {"advising.py", "rate_search.py", "snapshot.py"} <= files or (every > 1 and len(files) > 10)
 
 
 QUADRATIC = quadratic_batch([1.0, 2.0, 4.0])
@@ -502,8 +534,6 @@ def test_a_check_that_fails_before_it_acts_warns_of_the_rates_at_the_next(monkey
 
 
 def test_a_snapshot_of_other_tensors_is_not_put_back():
-    from lightning_maml_guard.optim.snapshot import Snapshot
-
     module = nn.Linear(2, 1)
     optimizer = SGD([module.weight], lr=0.1)
     snapshot = Snapshot(module, [optimizer], 7)

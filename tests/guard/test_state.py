@@ -23,7 +23,7 @@ from lightning_maml_guard.lookahead.divergence import RunningStatistics
 from lightning_maml_guard.lookahead.lookahead import Caps
 from lightning_maml_guard.messages.advice import Advice, Cause
 from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy
-from lightning_maml_guard.messages.sentences import cause
+from lightning_maml_guard.messages.sentences import cause as cause_of
 from lightning_maml_guard.messages.spelling import IN_PYTHON
 from lightning_maml_guard.stability.estimators import Spectrum
 from lightning_maml_guard.stability.hvp import NetworkFacts
@@ -231,7 +231,7 @@ def test_a_guard_hands_its_state_on():
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     assert_same(first.state_dict(), to_checkpoint(full()))
     assert_same(second.state_dict(), first.state_dict())
-    assert second.stopping_reason == f"{ADVICE} {cause(EVERYTHING)}" and second.stopped_step == 9
+    assert second.stopping_reason == f"{ADVICE} {cause_of(EVERYTHING)}" and second.stopped_step == 9
     assert second.advice == ADVICE and str(second.advice).endswith(
         "Set the inner rate (inner_lr) to 0.02 and the optimizer's lr to 0.3 and Trainer(gradient_clip_val=1.5), or mend "
         "the batch."
