@@ -128,11 +128,11 @@ def state(module, optimizer):
         "modes": modes(),
         "training": [part.training for part in module.modules()],
         "gradients": [id(parameter.grad) for parameter in module.parameters()],
-        "buffers": [(id(value), value.tolist()) for value in module.buffers()],
+        "buffers": repr([(id(value), value.tolist()) for value in module.buffers()]),  # nan equals nan
         "logging": "log" in module.__dict__ or "log_dict" in module.__dict__,
         "hooks": (len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)),
         "rates": [group["lr"] for group in optimizer.param_groups],
-        "parameters": [value.tolist() for value in module.parameters()],
+        "parameters": repr([value.tolist() for value in module.parameters()]),
         "optimizer": repr(optimizer.state_dict()["state"]),
     }
 
