@@ -101,6 +101,23 @@ def test_a_snapshot_from_before_the_first_step_empties_the_state():
     assert not optimizer.state_dict()["state"]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_state_that_is_put_back_is_where_it_was(device):
+    """A look at a state from before the first step takes the optimizer's state away, and puts it back."""
+    module = nn.Linear(2, 1).cuda()
+    optimizer = Adam(module.parameters())
+    start = Snapshot(module, [optimizer], 0, device)
+    module(torch.ones(1, 2, device="cuda")).sum().backward()
+    optimizer.step()
+    before = {key: (value.device, value.tolist()) for key, value in optimizer.state[module.weight].items()}
+    now = Snapshot(module, [optimizer], 1, device)
+    start.restore(module, [optimizer])
+    now.restore(module, [optimizer])
+    assert {key: (value.device, value.tolist()) for key, value in optimizer.state[module.weight].items()} == before
+    assert before["step"][0].type == "cpu"
+
+
 @pytest.mark.parametrize("strike", [to_nan, far_away])
 def test_a_diverged_run_is_rolled_back_and_goes_on(strike):
     guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True)
