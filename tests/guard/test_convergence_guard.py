@@ -183,7 +183,7 @@ def test_the_numbers_are_logged_at_the_step_they_were_measured(tmp_path):
     frame = pd.read_csv(f"{loggers[0].log_dir}/metrics.csv")
     checks = frame[frame["guard/lambda_max"].notna()]
     assert checks["step"].tolist() == [0, 7, 14]
-    expected = "alpha alpha_c beta beta_c lambda_max lambda_min alpha_ratio beta_ratio alpha_applied beta_applied safe hvps seconds"
+    expected = "alpha alpha_c beta beta_c lambda_max lambda_min alpha_ratio beta_ratio alpha_applied beta_applied safe hvps seconds adaptation_gain"
     assert {f"guard/{name}" for name in expected.split()} <= set(frame.columns)
     assert checks["guard/beta_ratio"].tolist() == pytest.approx([0.16] * 3, rel=1e-6)
     assert float(trainer.callback_metrics["guard/alpha_ratio"]) == pytest.approx(0.2)
