@@ -34,7 +34,7 @@ class ScheduleState:
         lost: Whether it was not even finite.
         alarms: Checks called by a diverged loss, one soon after another, that found the run well.
         looked: The meta rate at the last check, or the lowest one since.
-        highest: The highest meta rate at a check.
+        highest: The highest meta rate so far.
     """
 
     last: int | None = None
@@ -96,7 +96,7 @@ class Schedule:
         if state.diverged and not (scheduled or early or grown):
             state.alarms += 1
         state.last, state.spiked, state.diverged, state.lost = step, False, False, False
-        state.looked, state.highest = (math.inf if math.isnan(rate) else rate), max(state.highest, rate)
+        state.looked = math.inf if math.isnan(rate) else rate
         if scheduled:
             state.unjudged = False
         return SCHEDULED if scheduled else TRIGGERED
@@ -120,11 +120,12 @@ class Schedule:
         state = self.state
         if not rate > 0:
             return False
-        state.looked = min(state.looked, rate)
+        state.looked, highest = min(state.looked, rate), state.highest
+        state.highest = max(highest, rate)
         if not rate > _GROWN * state.looked or _FAR * rate < beta_c:
             return False
         # A schedule that comes back to where it was is looked at again, but not in every cycle.
-        return rate > state.highest or since >= self._longest
+        return rate > highest or since >= self._longest
 
     def spike(self, *, diverged: bool, lost: bool = False) -> None:
         """Take a spike in: it calls a check, soon if the loss has diverged, at once if it is not finite."""
