@@ -267,9 +267,18 @@ class Adviser:
         steps = first.inner_steps if isinstance(first, MetaProblem) else 1
         return _OF_LIMIT * limit / steps**_OF_LIMIT
 
+    def _is_innocent(self, found: Found, report: StabilityReport) -> bool:
+        """Whether the rates learn as well as any lower ones, far below their limits."""
+        scale, present = self._look.scale, found.present
+        clearly = scale.times(1 + _CLEARLY, scale.start) - scale.start
+        ratios = [report.beta_ratio, *([] if math.isnan(report.alpha) else [report.alpha_ratio])]
+        low = all(ratio < _CLEAR for ratio in ratios)
+        return low and present.trains and found.best.learned <= present.learned + clearly
+
     def _of_rates(self, found: Found, report: StabilityReport, findings: tuple[Reason, ...]) -> Advice:
+        to_blame = found.best.trains and not self._is_innocent(found, report)
         alpha, beta = report.alpha, self._peak
-        lower_alpha, lower_beta = (found.best.trains and factor < 1 for factor in found.best.at)
+        lower_alpha, lower_beta = (to_blame and factor < 1 for factor in found.best.at)
         died = self._died() if lower_beta and not lower_alpha else None
         causes = {
             (True, True): Cause.BOTH,

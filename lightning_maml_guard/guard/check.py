@@ -14,21 +14,19 @@ from lightning_maml_guard.guard.loggers import inform, log_values, metrics, warn
 from lightning_maml_guard.guard.look import Look, look_at, stated
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.rescale import reaches_alpha
-from lightning_maml_guard.guard.rollback import Rollback, finite
+from lightning_maml_guard.guard.rollback import Rollback
 from lightning_maml_guard.guard.run import GuardedRun, failure_reason
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.divergence import fails, passes, undecided
 from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult, lookahead_of, lookahead_reason
 from lightning_maml_guard.messages.advice import Advice, Cause
-from lightning_maml_guard.messages.advice_sentences import advice_given
+from lightning_maml_guard.messages.advice_sentences import NO_WAY_BACK, advice_given
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.messages.sentences import announced, returned
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
+from lightning_maml_guard.optim.snapshot import finite
 from lightning_maml_guard.stability.measure import measure
-from lightning_maml_guard.stability.problems import (
-    Problem,
-    dead_units,
-)
+from lightning_maml_guard.stability.problems import Problem, dead_units
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import SAFE, UNRESOLVED, UNSAFE
 from lightning_maml_guard.utils.isolation import undisturbed
@@ -64,20 +62,10 @@ class Check:
             run.announce(failure_reason(error, step))
             if self._rolled_back is not None:
                 optimizers, present = self._rolled_back
-                self.rollback.halve(present.begin, scheduled_rate(optimizers), step)
+                self.rollback.halve(present.begin, scheduled_rate(optimizers), step, held=run.holds(self.trainer))
             elif not self._looked:
                 with run.only_told("judge the run by its last loss"):
                     self._judge_last_loss(step)
-
-    def cap(self, owned: list[int]) -> None:
-        """Hold the optimizers that move the problem's parameters at the caps."""
-        run, optimizers = self.run, self.trainer.optimizers
-        # Lightning's tuners step the run's optimizers with the run's callbacks taken out, to see what a rate does.
-        run.caps.hold(
-            [optimizers[index] for index in owned if index < len(optimizers)],
-            lambda: self.settings in self.trainer.callbacks,
-        )
-        run.state.capped = owned  # only now: a failure is met again, and told again, at the next check
 
     def end(self) -> None:
         """Roll back a last step that made the run diverge: no check comes after it."""
@@ -109,6 +97,8 @@ class Check:
             adviser.look_at_peak()
             adviser.look_at_progress()
         failing = look.present is not None and fails(look.severity, ratio)
+        if failing:
+            run.schedule.confirm()
         if look.present is not None:
             run.note_severity(step, look.severity)
             if not scheduled and not failing and adviser.news is None:
@@ -123,6 +113,7 @@ class Check:
                     return
                 self._rolled_back = look.optimizers, look.present
         rolled_back = self._rolled_back is not None
+        lost = look.present is not None and self._is_lost(look.present.begin)
         # 3. Measure the curvature, advance the state, and decide on the rates.
         with undisturbed(trainer, module):
             report, measured = self._measured(look.problem, look.optimizers, step)
@@ -145,27 +136,31 @@ class Check:
                 findings = (*findings, lookahead_reason(look.present, look.scale.start, *tried))
             transition = run.machine.take(report, judged)
             advice = adviser.advise(report, findings, transition, further)
-            caps = settings.acting.decide(
-                Situation(
-                    report=report,
-                    transition=transition,
-                    caps=run.caps.caps,
-                    margin=settings.margin,
-                    reach_alpha=reaches_alpha(module),
-                    fails=failing,
-                    rolled_back=rolled_back,
-                    present=look.present,
-                    lookahead=look.lookahead,
-                    scale=look.scale,
+            caps = (
+                run.caps.caps
+                if lost
+                else settings.acting.decide(
+                    Situation(
+                        report=report,
+                        transition=transition,
+                        caps=run.caps.caps,
+                        margin=settings.margin,
+                        reach_alpha=reaches_alpha(module),
+                        fails=failing,
+                        rolled_back=rolled_back,
+                        present=look.present,
+                        lookahead=look.lookahead,
+                        scale=look.scale,
+                    )
                 )
             )
         if run.state.capped != look.owned:
-            self.cap(look.owned)
+            run.cap(trainer, look.owned)
         # 4. Act.
         if not trainer.fast_dev_run:
             self._acted = True
             halved = not measured and caps.beta == run.caps.caps.applied(report.alpha, report.beta)[1] / 2
-            self._act(report, advice, transition, caps, step)
+            self._act(report, advice, transition, caps, step, lost=lost)
             if advice is None and not run.state.history and settings.acting.speaks:
                 for reason in adviser.crossing(report):
                     inform(announced(reason, settings.spelling))
@@ -195,8 +190,20 @@ class Check:
         run.state.history = [*run.state.history, found][-settings.history_size :]
         log_values(trainer, module, metrics(found), step)
 
+    def _is_lost(self, loss: float) -> bool:
+        """Whether no lower rate can help: parameters are not finite, and the run was not rolled back."""
+        acts = self.settings.acting.caps_rates and self._rolled_back is None
+        return acts and not math.isfinite(loss) and not finite(self.module)
+
     def _act(
-        self, report: StabilityReport, advice: Advice | None, transition: Transition, caps: Caps, step: int
+        self,
+        report: StabilityReport,
+        advice: Advice | None,
+        transition: Transition,
+        caps: Caps,
+        step: int,
+        *,
+        lost: bool = False,
     ) -> None:
         """Apply the caps, speak, stop."""
         run, action, spelling = self.run, self.settings.acting, self.settings.spelling
@@ -209,12 +216,18 @@ class Check:
             acts = transition.entered and self._rolled_back is None  # a rollback says what it does by itself
             helps = advice.alpha is None or reaches_alpha(self.module)
             effect = action.effect(spelling, alpha, beta, helps=helps) if acts else []
+            if lost:
+                effect = [NO_WAY_BACK]
             warn(advice_given(step, advice, effect, spelling))
-        if transition.state == UNSAFE and action.stops:
+        elif lost and action.speaks:
+            warn(f"ConvergenceGuard: step {step}: {NO_WAY_BACK}")
+        if lost or (transition.state == UNSAFE and action.stops):
             run.stop(self.trainer, step, report.findings if advice is None else advice.evidence)
         if action.speaks:
             for note in report.notes:
-                told = transition.entered and note in report.findings
+                # That nothing can be measured where a run has been thrown to is no news.
+                thrown = note.kind is Kind.NOT_MEASURED and transition.state == UNSAFE
+                told = thrown or (transition.entered and note in report.findings)
                 run.announce(replace(note, step=step), just_said=told)
 
     def _measured(self, problem: Problem, optimizers: list[Optimizer], step: int) -> tuple[StabilityReport, bool]:
@@ -248,10 +261,11 @@ class Check:
         loss, scale = statistics.last, statistics.scale
         if loss is None or not scale.diverged(loss, ratio) or self.trainer.fast_dev_run:
             return
+        run.schedule.confirm()
         beta = max(scheduled_rate(each) for each in self.trainer.optimizers)
         if self.settings.rollback and run.snapshot is not None:
             if self.rollback.go_back(loss, step):
-                self.rollback.halve(loss, beta, step)
+                self.rollback.halve(loss, beta, step, held=run.holds(self.trainer))
             return
         losses, bad = (loss, math.nan, scale.start), not math.isfinite(loss)
         reason = Reason(Kind.LOSS_NOT_FINITE if bad else Kind.LOSS_DIVERGED, losses=losses)
@@ -260,13 +274,14 @@ class Check:
         run.note_severity(step, severe)
         transition = run.machine.take(report, severe)
         caps = run.caps.caps
-        if self.settings.acting.caps_rates and transition.state == UNSAFE and not bad:
+        lost = self._is_lost(loss)
+        if self.settings.acting.caps_rates and transition.state == UNSAFE and not bad and run.holds(self.trainer):
             caps = Caps(caps.alpha, caps.applied(math.nan, beta)[1] / 2)
         advice = None
         if transition.entered:
             advice = Advice(cause=Cause.UNKNOWN, step=step, evidence=report.findings)
             run.state.advice = run.state.advice or advice
-        self._act(report, advice, transition, caps, step)
+        self._act(report, advice, transition, caps, step, lost=lost)
 
     def _warn_of_collapse(self, problem: Problem, report: StabilityReport, status: str, step: int) -> None:
         """Warn where nearly all curvature is gone and the loss is where it began, because the network's units died."""

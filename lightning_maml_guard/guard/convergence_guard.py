@@ -262,7 +262,7 @@ class ConvergenceGuard(Callback):
         with run.only_told("read how long the run will be"):
             run.begin(trainer)
         with run.only_told("apply the caps that the checkpoint holds"):
-            Check(run, trainer, pl_module).cap(run.state.capped)
+            run.cap(trainer, run.state.capped)
             if run.caps.caps.alpha is not None:
                 run.caps.apply(pl_module, run.caps.caps)
 

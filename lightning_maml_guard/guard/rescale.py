@@ -152,6 +152,11 @@ class AppliedCaps:
         self.active, self.caps = active, caps
         self._lr_cap: LRCap | None = None
 
+    @property
+    def held(self) -> bool:
+        """Whether optimizers' steps are capped."""
+        return self._lr_cap is not None
+
     def hold(self, optimizers: Sequence[Optimizer], holds: Callable[[], bool] | None = None) -> None:
         """Cap the steps of these optimizers and of no others, while ``holds`` (None: always)."""
         self.release()

@@ -6,8 +6,6 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from lightning_maml_guard.guard.loggers import logger_step, warn
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.lookahead.lookahead import Caps
@@ -54,6 +52,7 @@ class Rollback:
             warn(f"ConvergenceGuard: training stops. {sentence(reason)}\n{to_do[0].upper()}{to_do[1:]}")
             return False
         run.snapshot.restore(self.module, self.trainer.optimizers)
+        run.state.statistics.forget()
         run.state.rollbacks += 1
         return True
 
@@ -64,14 +63,18 @@ class Rollback:
             effect = "halved" if halved else ""
             self._tell(self._reason(Kind.ROLLED_BACK, loss, step, alpha=applied[0], beta=applied[1], effect=effect))
 
-    def halve(self, loss: float, scheduled: float, step: int) -> None:
-        """Halve the meta rate of a run that was rolled back to where nothing could be measured, and say so."""
+    def halve(self, loss: float, scheduled: float, step: int, *, held: bool) -> None:
+        """Halve the meta rate of a run that was rolled back to where nothing could be measured, and say so.
+
+        ``held``: whether its optimizers can be capped at all.
+        """
         run = self.run
-        caps = run.caps.caps
-        run.caps.apply(self.module, Caps(caps.alpha, caps.applied(math.nan, scheduled)[1] / 2))
+        caps, effect = run.caps.caps, "halved" if held else "not lowered"
+        if held:
+            run.caps.apply(self.module, Caps(caps.alpha, caps.applied(math.nan, scheduled)[1] / 2))
         if run.snapshot is not None:
             beta = run.caps.caps.beta or math.nan
-            self._tell(self._reason(Kind.ROLLED_BACK, loss, step, beta=beta, effect="halved"))
+            self._tell(self._reason(Kind.ROLLED_BACK, loss, step, beta=beta, effect=effect))
 
     def at_end(self, snapshot: Snapshot, loss: float, start: float) -> None:
         """End a run whose last step made it diverge where the snapshot was taken; ``nan``: parameters not finite."""
@@ -88,8 +91,3 @@ class Rollback:
     def _tell(self, reason: Reason) -> None:
         self.run.state.note("rolled back", reason, step=reason.step)
         warn(announced(reason, self.run.settings.spelling))
-
-
-def finite(module: Any) -> bool:
-    """Return True if every parameter is finite."""
-    return all(bool(torch.isfinite(each).all()) for each in module.parameters())

@@ -21,11 +21,12 @@ from lightning_maml_guard.guard.state_machine import StateMachine
 from lightning_maml_guard.lookahead.divergence import gradient_norm
 from lightning_maml_guard.lookahead.replay_buffer import ReplayBuffer
 from lightning_maml_guard.maml.meta_learning import MetaLearning
+from lightning_maml_guard.messages.advice_sentences import NO_WAY_BACK
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced
 from lightning_maml_guard.optim.lr_cap import known_rate, scheduled_rate
 from lightning_maml_guard.optim.rates_ahead import RatesAhead, read_ahead
-from lightning_maml_guard.optim.snapshot import Snapshot
+from lightning_maml_guard.optim.snapshot import Snapshot, finite
 from lightning_maml_guard.optim.turns import Turns
 from lightning_maml_guard.stability.hvp import MeasurementCache
 from lightning_maml_guard.stability.objective import objective_of
@@ -94,6 +95,23 @@ class GuardedRun:
                 self.announce(of_error(Kind.SCHEDULE_NOT_READ, self.ahead.failure))
         return self.ahead.peak(step)[0]
 
+    def cap(self, trainer: Any, owned: list[int]) -> None:
+        """Hold the optimizers that move the problem's parameters at the caps."""
+        optimizers = trainer.optimizers
+        # Lightning's tuners step the run's optimizers with the run's callbacks taken out, to see what a rate does.
+        self.caps.hold(
+            [optimizers[index] for index in owned if index < len(optimizers)],
+            lambda: self.settings in trainer.callbacks,
+        )
+        self.state.capped = owned  # only now: a failure is met again, and told again, at the next check
+
+    def holds(self, trainer: Any) -> bool:
+        """Hold all optimizers where it is not known which to hold; return whether any is held."""
+        if not (self.state.capped and self.caps.held):
+            with self.only_told("lower the meta rate"):
+                self.cap(trainer, list(range(len(trainer.optimizers))))
+        return bool(self.state.capped) and self.caps.held
+
     def take_gradient(self, optimizer: Optimizer) -> None:
         """Compare the gradient at hand with the problem's, and keep its norm; a failure costs one warning."""
         self.turns.step(optimizer)
@@ -148,15 +166,20 @@ class GuardedRun:
         statistics, lookahead = self.state.statistics, self.settings.lookahead
         told = self.machine.unsafe and not self.settings.acting.caps_rates
         if statistics.update(value, norm) and lookahead.triggers and not told:
-            self.schedule.spike(diverged=statistics.diverged(value, lookahead.divergence_ratio))
+            diverged = statistics.diverged(value, lookahead.divergence_ratio)
+            self.schedule.spike(diverged=diverged, lost=not math.isfinite(value))
 
     def _not_finite(self, loss: float, trainer: Any) -> None:
         """Say that the loss is not finite, and stop where that is the action: no lookahead will."""
         step = logger_step(trainer)
         reason = Reason(Kind.LOSS_NOT_FINITE, losses=(loss, math.nan, math.nan), step=step)
-        if self.settings.acting.speaks:
+        action = self.settings.acting
+        lost = action.caps_rates and not finite(trainer.lightning_module)
+        if action.speaks:
             self.announce(reason)
-        if self.settings.acting.stops:
+            if lost:
+                warn(f"ConvergenceGuard: step {step}: {NO_WAY_BACK}")
+        if action.stops or lost:
             self.stop(trainer, step, (reason,))
 
     def begin_match(

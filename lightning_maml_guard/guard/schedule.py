@@ -31,8 +31,10 @@ class ScheduleState:
             one need not be paid for then.
         spent: Cost of all checks so far, in training steps.
         latest: Cost of the latest one.
+        lost: Whether it was not even finite.
+        alarms: Checks called by a diverged loss, one soon after another, that found the run well.
         looked: The meta rate at the last check, or the lowest one since.
-        highest: The highest meta rate at a check.
+        highest: The highest meta rate so far.
     """
 
     last: int | None = None
@@ -42,6 +44,8 @@ class ScheduleState:
     unjudged: bool = False
     spent: float = 0.0
     latest: float = 0.0
+    lost: bool = False
+    alarms: int = 0
     looked: float = math.inf
     highest: float = 0.0
 
@@ -52,7 +56,8 @@ class Schedule:
     Without a budget (``share`` of the training's work; None: none) a check comes at every N-th step, whatever was
     triggered in between. A triggered check waits after each one before it twice as long as the last time, up to half of
     ``every_n_steps``; with a budget, those that would have to wait longer wait until they are paid for. A check of a
-    diverged loss comes in the next step.
+    diverged loss comes in the next step; where such checks find nothing, the loss is noisy, and each waits twice as
+    long as the one before, up to that half. A loss that is not finite never waits.
     """
 
     def __init__(self, every_n_steps: int, share: float | None = None, state: ScheduleState | None = None) -> None:
@@ -86,8 +91,12 @@ class Schedule:
                 state.gap = 2
         elif not (paid or early or grown):
             state.gap *= 2
-        state.last, state.spiked, state.diverged = step, False, False
-        state.looked, state.highest = (math.inf if math.isnan(rate) else rate), max(state.highest, rate)
+        if since > self.every_n_steps:
+            state.alarms = 0
+        if state.diverged and not (scheduled or early or grown):
+            state.alarms += 1
+        state.last, state.spiked, state.diverged, state.lost = step, False, False, False
+        state.looked = math.inf if math.isnan(rate) else rate
         if scheduled:
             state.unjudged = False
         return SCHEDULED if scheduled else TRIGGERED
@@ -111,16 +120,21 @@ class Schedule:
         state = self.state
         if not rate > 0:
             return False
-        state.looked = min(state.looked, rate)
+        state.looked, highest = min(state.looked, rate), state.highest
+        state.highest = max(highest, rate)
         if not rate > _GROWN * state.looked or _FAR * rate < beta_c:
             return False
         # A schedule that comes back to where it was is looked at again, but not in every cycle.
-        return rate > state.highest or since >= self._longest
+        return rate > highest or since >= self._longest
 
-    def spike(self, *, diverged: bool) -> None:
-        """Take a spike in: it calls a check, soon if the loss has diverged."""
-        self.state.spiked = True
-        self.state.diverged = self.state.diverged or diverged
+    def spike(self, *, diverged: bool, lost: bool = False) -> None:
+        """Take a spike in: it calls a check, soon if the loss has diverged, at once if it is not finite."""
+        state = self.state
+        state.spiked, state.diverged, state.lost = True, state.diverged or diverged, state.lost or lost
+
+    def confirm(self) -> None:
+        """Take in that a check found the run diverging: such alarms are heard at once."""
+        self.state.alarms = 0
 
     def charge(self, *, lookahead_gradients: int, measured: float) -> None:
         """Count the cost of a check: gradients of its lookaheads, and its measurement in training steps."""
@@ -138,8 +152,10 @@ class Schedule:
 
     def _called(self, since: float, paid: bool) -> bool:
         state = self.state
-        if not state.spiked or state.diverged:  # a diverged loss waits for nothing
-            return state.spiked
+        if not state.spiked:
+            return False
+        if state.diverged:  # waits for no payment
+            return state.lost or since >= min(2**state.alarms, self._longest) or since > self.every_n_steps
         if self.share is None:
             return since >= state.gap
         # The first few are on credit: a run that diverges early has paid for nothing.

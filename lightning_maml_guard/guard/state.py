@@ -137,6 +137,7 @@ def _check_ranges(state: GuardState) -> None:
     numbers = {"caps.alpha": caps.alpha, "caps.beta": caps.beta, "sharpest": state.sharpest}
     numbers |= {"rollbacks": state.rollbacks, "stopped_step": state.stopped_step, "schedule.last": schedule.last}
     numbers |= {"schedule.spent": schedule.spent, "schedule.latest": schedule.latest, "schedule.gap": schedule.gap - 1}
+    numbers |= {"schedule.alarms": schedule.alarms}
     numbers |= {f"watches.{name}.failed": watch.failed for name, watch in state.watches.items()}
     numbers |= {"capped": min(state.capped, default=0), "searches": state.searches}
     for name, value in numbers.items():

@@ -172,6 +172,10 @@ class RunningStatistics:
         """Return True if a loss is not finite, or above ``ratio`` times the one that training started from."""
         return self.scale.diverged(loss, ratio)
 
+    def forget(self) -> None:
+        """Drop the running means of a run that was rolled back: beside a lost loss nothing is a spike."""
+        self.loss = self.norm = math.nan
+
     def _take_progress(self) -> None:
         self.steps += 1
         if self.steps & (self.steps - 1) == 0:

@@ -8,6 +8,8 @@ from lightning_maml_guard.messages.advice import Advice, Cause
 from lightning_maml_guard.messages.sentences import cause
 from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling
 
+NO_WAY_BACK = "Training stops: the parameters are not finite, and there are no earlier ones to roll back to."
+
 
 def advised(advice: Advice, spelling: Spelling = IN_PYTHON) -> str:
     """Say in one line what is wrong and what to set."""
@@ -20,7 +22,7 @@ def advised(advice: Advice, spelling: Spelling = IN_PYTHON) -> str:
         Cause.SCHEDULE: f"the schedule takes beta to {advice.configured_beta:.3g}{where}, which is too large",
         Cause.DEAD_UNITS: f"{beta} is too large: units have died",
         Cause.BATCH: "a batch is an outlier; the rates are not to blame",
-        Cause.UNKNOWN: "training diverges, and no lower rates were found at which it learns",
+        Cause.UNKNOWN: "training diverges for a reason that is not known",
     }[advice.cause]
     to_set = []
     if advice.alpha is not None:

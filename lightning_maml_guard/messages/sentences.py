@@ -203,6 +203,8 @@ def _rolled_back(reason: Reason, spelling: Spelling) -> str:
     if reason.effect == "halved":
         why = "The curvature there could not be measured, so the meta rate is halved"
         return f"{said} {why}: beta = {reason.beta:.3g}."
+    if reason.effect == "not lowered":
+        return f"{said} The meta rate could not be lowered."
     return f"{said}\nApplied from now on: {rates(reason.alpha, reason.beta)}."
 
 
@@ -247,6 +249,7 @@ _MEASURED: dict[Kind, Callable[[Reason, Spelling], str]] = {
     Kind.NO_CURVATURE: _no_curvature,
     Kind.NOT_MEASURED: lambda reason, spelling: f"The curvature could not be measured: {reason.detail}",
     Kind.NAN_IN_DATA: _nan_in_data,
+    Kind.LOSS_NOT_FINITE: _loss_not_finite,
     Kind.NO_EXACT_LIMIT: _no_exact_limit,
     Kind.NO_DOUBLE_BACKWARD: _no_double_backward,
     Kind.WRONG_DOUBLE_BACKWARD: _wrong_double_backward,
@@ -258,7 +261,6 @@ _CAUSES: dict[Kind, Callable[[Reason, Spelling], str]] = {
     **EVIDENCE,
     **TRAINING,
     Kind.LOOKAHEAD_DIVERGES: _lookahead_diverges,
-    Kind.LOSS_NOT_FINITE: _loss_not_finite,
     Kind.LOSS_DIVERGED: lambda reason, _: f"The last loss is {reason.losses[0]:.3g}, the first {reason.losses[2]:.3g}.",
     Kind.CHECK_FAILED: _check_failed,
     Kind.NO_CURVATURE_MEASURED: _check_failed,

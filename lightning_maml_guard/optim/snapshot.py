@@ -26,6 +26,14 @@ class Snapshot:
             [{key: _kept(value, device) for key, value in optimizer.state.get(p, {}).items()} for p in _held(optimizer)]
             for optimizer in optimizers
         ]
+        # Adam counts its steps on the host whatever its parameters' device is.
+        self._homes = {
+            (parameter, key): value.device
+            for optimizer in optimizers
+            for parameter in _held(optimizer)
+            for key, value in optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
 
     def state(self) -> dict[str, Any]:
         """Return the copy for a checkpoint: tensors, and whatever else the optimizers keep."""
@@ -36,6 +44,7 @@ class Snapshot:
         """Make a snapshot from what :meth:`state` returned."""
         snapshot = object.__new__(cls)
         snapshot.step, snapshot._tensors, snapshot._states = state["step"], state["tensors"], state["states"]
+        snapshot._homes = {}
         return snapshot
 
     @torch.no_grad()
@@ -61,9 +70,14 @@ class Snapshot:
                     if isinstance(value, Tensor) and isinstance(live.get(key), Tensor):
                         live[key].copy_(value)
                     elif isinstance(value, Tensor):
-                        live[key] = value.to(parameter.device, copy=True)
+                        live[key] = value.to(self._homes.get((parameter, key), parameter.device), copy=True)
                     else:
                         live[key] = copy.copy(value)
+
+
+def finite(module: nn.Module) -> bool:
+    """Return True if every parameter is finite."""
+    return all(bool(torch.isfinite(each).all()) for each in module.parameters())
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -212,7 +212,9 @@ def _of_batch(problem: MetaProblem, task_map: TaskMap, each_step: bool) -> Adapt
         return _losses(loss, side.params, side.rates, support, query, steps, update, each_step)
 
     query, support = task_map.apply(one, together, problem.support, problem.query)
-    return Adaptation(query.double().cpu(), support.double().cpu(), (problem.tasks,))
+    # The device is waited for once.
+    both = torch.cat([query.double(), support.double()], -1).cpu()
+    return Adaptation(both[:, : query.shape[-1]], both[:, query.shape[-1] :], (problem.tasks,))
 
 
 def _losses(

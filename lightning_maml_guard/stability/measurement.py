@@ -78,6 +78,7 @@ class Measurement:
         self._tasks = sum(cache.ranks.gather(objective.tasks))
         self._given_notes = notes
         self._notes: list[Reason] = list(notes)
+        self._beta_note = ""  # why the meta rate's limit is not known here
 
     def report(self) -> StabilityReport:
         """Measure. Raises a NonFiniteProductError if the loss or a product is not finite."""
@@ -129,7 +130,7 @@ class Measurement:
             plain_sgd=self._update.plain_sgd,
             plain_steps=objective.plain_steps,
             alpha_note=alpha_note,
-            beta_note=self._update.note,
+            beta_note=self._beta_note or self._update.note,
         )
         flat = known.lambda_max == 0 and known.lambda_min == 0
         verdict = (
@@ -208,16 +209,22 @@ class Measurement:
         if self._maml is None:
             return hessian, UNKNOWN
         if self._exact:
-            try:
-                return self._exact_limit(1.0)
-            except NonFiniteProductError as error:  # an inner rate may take the query loss there: its limit is known
-                self._notes.append(of_error(Kind.NOT_MEASURED, error, step=self._at_step))
-                return None, UNKNOWN
+            return self._exact_limit_if_finite(1.0)
         try:
             with self._operators.ranks.together():
                 return self._exact_limit(1.0)
         except Exception as error:
             self._notes.append(of_error(Kind.NO_EXACT_LIMIT, error, step=self._at_step))
+            return None, UNKNOWN
+
+    def _exact_limit_if_finite(self, factor: float) -> tuple[Operator | None, MetaRateLimit]:
+        """The same; unknown where the query loss is not finite, as an inner rate beyond its own limit makes it."""
+        try:
+            return self._exact_limit(factor)
+        except NonFiniteProductError as error:
+            if self._maml is None or any(self._operators.ranks.gather(self._maml.has_nan)):
+                raise
+            self._beta_note = self._beta_note or str(error)
             return None, UNKNOWN
 
     def _exact_limit(self, factor: float) -> tuple[Operator, MetaRateLimit]:
@@ -243,8 +250,9 @@ class Measurement:
         safe_alpha = self._safe_alpha(alpha_limit)
         if not safe_alpha < self._objective.alpha:
             return _BetaLimits(exact_beta, exact_beta.beta_c, safe_alpha)
-        jacobian, limit = self._exact_limit(safe_alpha / self._objective.alpha)
-        jacobian.release()
+        jacobian, limit = self._exact_limit_if_finite(safe_alpha / self._objective.alpha)
+        if jacobian is not None:
+            jacobian.release()
         return _BetaLimits(exact_beta, limit.beta_c, safe_alpha)
 
     def _simplified_limits(self, hessian: Operator, spectrum: Spectrum, alpha_limit: Limit) -> _BetaLimits:

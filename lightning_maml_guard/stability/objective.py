@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_maml_guard.linalg.layout import Layout, Params, real_pairs, unpaired
 from lightning_maml_guard.linalg.operators import Field, FieldValue, gradient_of, task_gradient
+from lightning_maml_guard.maml.batch_errors import has_nan
 from lightning_maml_guard.maml.jacobian import curvature_by_task, is_symmetric, meta_field
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.stability.inner_limit import inner_loop_limit
@@ -64,6 +65,11 @@ class MamlObjective:
         self._map = task_map
         self._problems = [in_float32(each) for each in parts]
         self._data = data
+
+    @property
+    def has_nan(self) -> bool:
+        """Whether the data holds nan."""
+        return any(map(has_nan, self._problems))
 
     def _sets(self, problem: MetaProblem) -> tuple[Any, ...]:
         support, query = problem.support, problem.query

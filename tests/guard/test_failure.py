@@ -28,8 +28,9 @@ from lightning_maml_guard import (
 from lightning_maml_guard.guard.actions import Rescale
 from lightning_maml_guard.guard.check import Check
 from lightning_maml_guard.optim.lr_cap import LRCap
+from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.utils.lightning_compat import Callback
-from tests.helpers import fit, grouped, guard_warns, linear_module, one_line, quadratic_batch
+from tests.helpers import fit, grouped, guard_warns, is_free_of_hooks, linear_module, one_line, quadratic_batch
 
 PACKAGE = Path(__file__).parents[2] / "lightning_maml_guard"
 # What runs after a failure, to undo or to report it, has nothing behind it that could undo it in turn; `check` is the
@@ -127,11 +128,11 @@ def state(module, optimizer):
         "modes": modes(),
         "training": [part.training for part in module.modules()],
         "gradients": [id(parameter.grad) for parameter in module.parameters()],
-        "buffers": [(id(value), value.tolist()) for value in module.buffers()],
+        "buffers": repr([(id(value), value.tolist()) for value in module.buffers()]),  # nan equals nan
         "logging": "log" in module.__dict__ or "log_dict" in module.__dict__,
         "hooks": (len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)),
         "rates": [group["lr"] for group in optimizer.param_groups],
-        "parameters": [value.tolist() for value in module.parameters()],
+        "parameters": repr([value.tolist() for value in module.parameters()]),
         "optimizer": repr(optimizer.state_dict()["state"]),
     }
 
@@ -217,6 +218,37 @@ def test_injected_at_every_line_of_a_check_that_acts(every, watched):
     assert {"rescale.py", "actions.py", "rollback.py"} <= files or (every > 1 and len(files) > 10)
 
 
+@pytest.mark.parametrize("every", [QUICK, ALL])
+@pytest.mark.filterwarnings("ignore::lightning_maml_guard.GuardWarning")
+def test_injected_at_every_line_of_a_check_that_advises(every, watched, monkeypatch):
+    """Parameters and optimizer state that it takes back to a sane state are put back, wherever it fails."""
+    injector = Injector(InjectedError, every)
+    told, restored = watched(injector, acts=False), []
+    watching, put_back = Check.check, Snapshot.restore
+
+    def restore(self, *arguments):
+        restored.append(self.step)
+        put_back(self, *arguments)
+
+    def watched_anew(self, *arguments, **options):
+        self.run.machine.watches, self.run.state.advice, self.run.state.searches = {}, None, 0
+        watching(self, *arguments, **options)
+
+    monkeypatch.setattr(Check, "check", watched_anew)
+    monkeypatch.setattr(Snapshot, "restore", restore)
+    options = {"every_n_steps": 1, "action": "log", "max_iter": 3, "steps": 1, "batches": 2}
+    guard, trained = ConvergenceGuard(**grouped(**options)), module(30.0)
+    trainer = fit(trained, batch(), 3000, [guard])
+    assert told["exhausted"] and 0 in restored and guard.advice is not None
+    plain = module(30.0)
+    fit(plain, batch(), trainer.global_step)
+    for one, other in zip(plain.parameters(), trained.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    files = {Path(place[0]).name for place in injector.hit}
+    print(f"{len(injector.hit)} lines in {len(files)} files, {told['checks']} checks")
+    assert {"advising.py", "rate_search.py", "snapshot.py"} <= files or (every > 1 and len(files) > 10)
+
+
 QUADRATIC = quadratic_batch([1.0, 2.0, 4.0])
 
 
@@ -282,7 +314,9 @@ def test_a_run_whose_curvature_cannot_be_measured_is_judged_by_its_next_steps(ac
     said = [one_line(each.message) for each in caught if each.category is GuardWarning]
     assert diverging.history[0].status == "unsafe" and len(said) == (2 if action == "warn" else 1)
     if action == "warn":
-        assert "left the safe region at step 0" in said[1] and "take the loss from" in said[1]
+        assert (
+            "step 0: beta = 3 is too large. Set the optimizer's lr to 0." in said[1] and "take the loss from" in said[1]
+        )
         assert "Why: The curvature could not be measured: NotImplementedError: no derivative here" in said[1]
 
 
@@ -322,18 +356,38 @@ RAGGED = [torch.ones(2), torch.ones(3)]
 
 
 @pytest.mark.parametrize("action", ["warn", "stop", "rescale"])
-def test_a_problem_that_cannot_be_stated_names_the_users_line_and_the_guard_is_loud_when_the_loss_leaves(action):
-    guard = ConvergenceGuard(every_n_steps=4, action=action)
+def test_a_problem_that_cannot_be_stated_names_the_users_line_and_the_guard_is_loud_when_the_loss_leaves(
+    action, applied
+):
+    guard = ConvergenceGuard(every_n_steps=4, action=action, rollback=False)
     module = Ragged(1e6)
+    reached = applied(module.weight)
     with pytest.warns(GuardWarning) as caught:
         trainer = fit(module, RAGGED, 20, [guard])
     said = [one_line(each.message) for each in caught if each.category is GuardWarning]
     assert "the check at step 0 failed" in said[0] and "(test_failure.py, line" in said[0]
-    assert "in meta_problem)" in said[0] and "left the safe region at step" in said[1] and "The last loss is" in said[1]
-    assert len(said) == 2 and not guard.history and guard.severities[0][1] > 1
-    assert (guard.stopped_step is not None) == (action == "stop") and (trainer.global_step < 20) == (action == "stop")
+    assert "in meta_problem)" in said[0] and "The last loss is" in said[1]
+    assert said[1].startswith("ConvergenceGuard: step 2: training diverges for a reason that is not known.")
+    assert not guard.history and guard.severities[0][1] > 1
+    assert (guard.stopped_step is not None) == (action != "warn") == (trainer.global_step < 20)
+    assert action != "stop" or guard.stopped_step == 2
+    assert len(said) == 2 + (action == "rescale")
     if action == "rescale":
-        assert guard._run.caps.caps.beta <= 5e5
+        assert said[2].endswith(
+            ": Training stops: the parameters are not finite, and there are no earlier ones to roll back to."
+        )
+        assert guard._run.caps.caps.beta <= 5e5 and reached[:3] == [1e6, 1e6, 5e5] and max(reached[2:]) == 5e5
+
+
+def test_a_problem_that_cannot_be_stated_is_no_bar_to_a_rollback(applied):
+    """What is said to be lowered is: all optimizers, as it is not known which of them are meant."""
+    module = Ragged(1e6)
+    guard, reached = ConvergenceGuard(every_n_steps=4, action="rescale"), applied(module.weight)
+    with guard_warns(r"the loss was 4e\+12 at step 2.*rolled back to step 0.*the meta rate is halved: beta = 5e\+05"):
+        trainer = fit(module, RAGGED, 40, [guard])
+    assert guard.stopped_step is not None and is_free_of_hooks(trainer)  # after ten of them
+    assert reached[:2] == [1e6, 1e6] and set(reached[2:]) == {1e6 / 2**k for k in range(1, 11)}
+    assert float(module.weight.detach()) == 1.0 or bool(torch.isfinite(module.weight).all())
 
 
 def test_a_loss_that_becomes_nan_is_told_where_no_check_could_be_made():
@@ -343,7 +397,7 @@ def test_a_loss_that_becomes_nan_is_told_where_no_check_could_be_made():
                 with torch.no_grad():
                     self.weight.fill_(float("nan"))
 
-    with guard_warns("left the safe region at step 10.*The loss is nan already"):
+    with guard_warns("step 10: training diverges for a reason that is not known.*The loss is nan at these"):
         fit(Struck(0.1), RAGGED, 20, [ConvergenceGuard(every_n_steps=4)])
 
 
@@ -382,7 +436,7 @@ def test_a_logger_that_fails_does_not_end_training_nor_the_guard(tmp_path):
 
 @pytest.mark.filterwarnings("error::lightning_maml_guard.GuardWarning")
 def test_warnings_that_the_user_made_errors_are_errors():
-    with pytest.raises(GuardWarning, match="left the safe region at step 0"):
+    with pytest.raises(GuardWarning, match=r"step 0: beta = 30 is too large\. Set the optimizer's lr to 0\.\d"):
         fit(linear_module(3, 30.0), QUADRATIC, 3, [ConvergenceGuard()])
 
 
@@ -412,14 +466,21 @@ class Hookless(SGD):
         raise AttributeError("no hooks here")
 
 
-def test_an_optimizer_that_cannot_be_capped_is_told_and_nothing_is_claimed(tmp_path):
+@pytest.mark.parametrize("rollback", [False, True])
+def test_an_optimizer_that_cannot_be_capped_is_told_and_nothing_is_claimed(tmp_path, rollback):
     def guarded(**arguments):
-        guard, module = ConvergenceGuard(every_n_steps=2, action="rescale"), linear_module(3, 0.3)
+        guard, module = ConvergenceGuard(every_n_steps=2, action="rescale", rollback=rollback), linear_module(3, 0.3)
         module._optimizer = lambda parameters: Hookless(parameters, lr=3.0)
         keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
         with guard_warns("AttributeError: no hooks here") as caught:
             trainer = fit(module, QUADRATIC, 5, [guard, keep], enable_checkpointing=True, **arguments)
-        assert len([each for each in caught if each.category is GuardWarning]) == 1
+        said = [one_line(each.message) for each in caught if each.category is GuardWarning]
+        assert not any("halved" in text or "Applied" in text for text in said)
+        if rollback:
+            assert "could not lower the meta rate; training goes on" in said[1] and len(said) == 4
+            assert all(text.endswith("The meta rate could not be lowered.") for text in said[2:])
+        else:
+            assert len(said) == 1
         assert trainer.global_step == 5 and guard.history == [] and guard.state_dict()["capped"] == []
 
     guarded()
@@ -465,12 +526,12 @@ def test_a_check_that_fails_before_it_acts_warns_of_the_rates_at_the_next(monkey
             [ConvergenceGuard(every_n_steps=2, action="rescale", lookahead=LookaheadOptions(divergence_ratio=1.5))],
         )
     said = [one_line(each.message) for each in caught if each.category is GuardWarning]
-    assert "MemoryError: no room" in said[0] and "left the safe region at step 2" in said[1]
+    assert (
+        "MemoryError: no room" in said[0] and "step 2: beta = 0.6 is too large. Set the optimizer's lr to 0." in said[1]
+    )
 
 
 def test_a_snapshot_of_other_tensors_is_not_put_back():
-    from lightning_maml_guard.optim.snapshot import Snapshot
-
     module = nn.Linear(2, 1)
     optimizer = SGD([module.weight], lr=0.1)
     snapshot = Snapshot(module, [optimizer], 7)
@@ -492,7 +553,7 @@ def test_an_exception_in_training_leaves_no_cap_in_the_optimizer():
 
     held, guard = [], ConvergenceGuard(every_n_steps=5, action="rescale")
     module = linear_module(4, 1.5, inner_lr=0.05, order="simplified")
-    with pytest.warns(GuardWarning, match="left the safe region"), pytest.raises(ZeroDivisionError):
+    with pytest.warns(GuardWarning, match="beta = 1.5 is too large"), pytest.raises(ZeroDivisionError):
         fit(module, quadratic_batch([0.3, 1.0, 2.0, 4.0], target=1.0), 20, [guard, Boom()])
     (optimizer,) = held[0].optimizers
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks

@@ -18,12 +18,13 @@ from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, GuardWarnin
 from lightning_maml_guard.guard.check import Check
 from lightning_maml_guard.guard.state import GuardState, from_checkpoint, to_checkpoint
 from lightning_maml_guard.lookahead.divergence import FIRST_LOSSES, RunningStatistics, gradient_norm
+from lightning_maml_guard.lookahead.lookahead import Caps
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.tasks.regression import Sinusoid
 from lightning_maml_guard.utils.lightning_compat import Callback, Trainer
-from tests.helpers import fit, grouped, guard_warns, linear_module, one_line, quadratic_batch
+from tests.helpers import fit, grouped, guard_warns, is_free_of_hooks, linear_module, one_line, quadratic_batch
 
 BATCH = quadratic_batch([0.3, 1.0, 2.0, 4.0], target=1.0)
 
@@ -100,6 +101,23 @@ def test_a_snapshot_from_before_the_first_step_empties_the_state():
     assert not optimizer.state_dict()["state"]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_state_that_is_put_back_is_where_it_was(device):
+    """A look at a state from before the first step takes the optimizer's state away, and puts it back."""
+    module = nn.Linear(2, 1).cuda()
+    optimizer = Adam(module.parameters())
+    start = Snapshot(module, [optimizer], 0, device)
+    module(torch.ones(1, 2, device="cuda")).sum().backward()
+    optimizer.step()
+    before = {key: (value.device, value.tolist()) for key, value in optimizer.state[module.weight].items()}
+    now = Snapshot(module, [optimizer], 1, device)
+    start.restore(module, [optimizer])
+    now.restore(module, [optimizer])
+    assert {key: (value.device, value.tolist()) for key, value in optimizer.state[module.weight].items()} == before
+    assert before["step"][0].type == "cpu"
+
+
 @pytest.mark.parametrize("strike", [to_nan, far_away])
 def test_a_diverged_run_is_rolled_back_and_goes_on(strike):
     guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True)
@@ -112,10 +130,28 @@ def test_a_diverged_run_is_rolled_back_and_goes_on(strike):
     assert applied and applied[0] <= 0.05
 
 
-def test_without_rollback_a_nan_is_told_with_what_would_have_helped():
-    guard = ConvergenceGuard(every_n_steps=10, action="rescale")
-    with guard_warns("no rate brings this run back.*rollback=True"):
-        fit(Struck(to_nan, at={14}), BATCH, 30, [guard])
+@pytest.mark.parametrize("steps", [10, 0])
+def test_without_rollback_a_nan_ends_the_run_with_the_reason(steps):
+    """Lower rates do not bring parameters back that are not finite."""
+    guard = ConvergenceGuard(
+        every_n_steps=10, action="rescale", rollback=False, lookahead=LookaheadOptions(steps=steps)
+    )
+    with pytest.warns(GuardWarning) as caught:
+        trainer = fit(Struck(to_nan, at={14}), BATCH, 30, [guard])
+    said = [one_line(each.message) for each in caught if each.category is GuardWarning]
+    at, no_way = (15 if steps else 14), "the parameters are not finite, and there are no earlier ones to roll back to."
+    assert len(said) == (1 if steps else 2) and said[0].startswith(f"ConvergenceGuard: step {at}: ")
+    assert "The loss is nan at these parameters." in said[0] and said[-1].endswith(f"Training stops: {no_way}")
+    assert guard.stopped_step == trainer.global_step - 1 == at and is_free_of_hooks(trainer)
+    assert "The loss is nan at these parameters" in guard.stopping_reason
+    assert not steps or guard._run.caps.caps == Caps()
+
+
+def test_without_rollback_a_loss_that_diverged_at_finite_parameters_is_no_reason_to_stop():
+    guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=False)
+    with guard_warns("Applied from now on"):
+        trainer = fit(Struck(far_away, at={14}), BATCH, 30, [guard])
+    assert trainer.global_step == 30 and guard.stopped_step is None
 
 
 def test_gradients_of_a_half_accumulated_step_do_not_outlive_a_rollback():
@@ -141,11 +177,12 @@ def test_a_run_rolled_back_to_where_nothing_can_be_measured_goes_on_at_half_the_
         trainer = fit(Struck(to_nan, at={14}), BATCH, 60, [guard])
     said = [one_line(each.message) for each in caught if each.category is GuardWarning]
     assert "the check at step 15 failed" in said[0] and "RuntimeError: out of luck" in said[0]
+    assert said[1].startswith("ConvergenceGuard: step 15: training diverges for a reason that is not known.")
     assert (
-        "rolled back to step 10 and the batches since are skipped (rollback 1 of at most 10)" in said[1]
-        and "halved: beta = 0.05." in said[1]
+        "rolled back to step 10 and the batches since are skipped (rollback 1 of at most 10)" in said[2]
+        and "halved: beta = 0.05." in said[2]
     )
-    assert len(said) == 2 and float(trainer.callback_metrics["train/loss"]) < 1e-2
+    assert len(said) == 3 and float(trainer.callback_metrics["train/loss"]) < 1e-2
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -242,11 +279,15 @@ def test_rollbacks_are_bounded_and_then_the_run_stops_with_the_reason():
     with pytest.warns(GuardWarning) as caught:
         trainer = fit(Struck(to_nan, at=set(range(5, 60))), BATCH, 60, [guard])
     said = [one_line(each.message) for each in caught if each.category is GuardWarning]
-    assert ["rollback 1 of" in said[0], "rollback 2 of" in said[1]] == [True, True] and len(said) == 4
-    assert "training stops. The loss was nan at step" in said[2] and "after 2 rollbacks" in said[2]
-    assert "the last step made parameters non-finite" in said[3]
+    assert said[0].startswith(
+        "ConvergenceGuard: step 6: training diverges for a reason that is not known. Look at the data"
+    )
+    assert ["rollback 1 of" in said[1], "rollback 2 of" in said[2]] == [True, True] and len(said) == 5
+    assert "training stops. The loss was nan at step" in said[3] and "after 2 rollbacks" in said[3]
+    assert said[3].endswith("Look at the data, the loss and the precision.")
+    assert "the last step made parameters non-finite" in said[4]
     assert trainer.global_step < 20
-    assert guard.stopped_step is not None and "the rates are not what is wrong" in guard.stopping_reason
+    assert guard.stopped_step is not None and guard.stopping_reason.startswith("training diverges for a reason")
 
 
 def test_a_last_step_that_diverges_is_rolled_back():
@@ -295,16 +336,31 @@ def test_a_triggered_check_stands_for_no_scheduled_one():
 
 
 def test_the_edge_is_logged_and_not_warned_about():
-    """beta at 1.02 of its limit: it grows, but not within the next steps."""
+    """beta comes to 1.02 of its limit: it grows, but not within the next steps."""
+
+    class Rising(MetaLearningModule):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.optimizers().param_groups[0]["lr"] = 0.625 * (0.8 if batch_idx < 3 else 1.02)
+
+    for options in ({}, {"curvature": CurvatureOptions(criterion="simplified")}):
+        network = nn.Linear(4, 1, bias=False).double()
+        nn.init.ones_(network.weight)
+        module = Rising(network, inner_lr=0.05, order="simplified", optimizer=lambda p: SGD(p, lr=0.5))
+        guard = ConvergenceGuard(every_n_steps=5, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", GuardWarning)
+            fit(module, BATCH, 15, [guard])
+        assert [report.status for report in guard.history] == ["safe", "edge", "edge"]
+        assert all(report.beta_ratio > 1 for report in guard.history[1:]) and guard.advice is None
+
+
+def test_a_run_that_begins_at_the_edge_is_told_of_the_rates_that_learn():
+    """beta at 1.02 of its limit from the start: the next 10 steps survive, but 30 show that half of it learns."""
     guard = ConvergenceGuard(every_n_steps=5)
-    module = linear_module(4, 0.625 * 1.02, inner_lr=0.05, order="simplified")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", GuardWarning)
-        fit(module, BATCH, 15, [guard])
-    guard = ConvergenceGuard(every_n_steps=5, curvature=CurvatureOptions(criterion="simplified"))
-    fit(linear_module(4, 0.625 * 1.02, inner_lr=0.05, order="simplified"), BATCH, 15, [guard])
-    assert {report.status for report in guard.history} == {"edge"}
-    assert all(report.beta_ratio > 1 for report in guard.history)
+    with guard_warns(r"step 0: beta = 0\.637 is too large.*30 steps tried on copies end at a loss of 3\.") as caught:
+        fit(linear_module(4, 0.625 * 1.02, inner_lr=0.05, order="simplified"), BATCH, 15, [guard])
+    assert len([each for each in caught if each.category is GuardWarning]) == 1
+    assert guard.history[0].status == "unsafe" and guard.advice.beta < 0.625 / 2 and guard.advice.alpha is None
 
 
 def test_caps_are_released_when_the_region_widens():
@@ -322,7 +378,7 @@ def test_caps_are_released_when_the_region_widens():
 def test_the_lookahead_of_adam_judges_its_first_step():
     guard = ConvergenceGuard(action="stop")
     module = MetaLearningModule(mlp(), inner_lr=0.01, optimizer=lambda p: Adam(p, lr=3.0))
-    with guard_warns("at step 0.*tried on copies at alpha = 0.01 and beta = 3"):
+    with guard_warns("step 0: beta = 3 is too large.*tried on copies at alpha = 0.01 and beta = 3"):
         fit(module, Sinusoid().sample(4, torch.Generator().manual_seed(0)), 20, [guard])
     assert guard.stopped_step == 0
 

@@ -21,8 +21,9 @@ from lightning_maml_guard.linalg.lanczos import Tridiagonal
 from lightning_maml_guard.linalg.pyhessian import PowerIteration
 from lightning_maml_guard.lookahead.divergence import RunningStatistics
 from lightning_maml_guard.lookahead.lookahead import Caps
+from lightning_maml_guard.messages.advice import Advice, Cause
 from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy
-from lightning_maml_guard.messages.sentences import sentences
+from lightning_maml_guard.messages.sentences import cause as cause_of
 from lightning_maml_guard.messages.spelling import IN_PYTHON
 from lightning_maml_guard.stability.estimators import Spectrum
 from lightning_maml_guard.stability.hvp import NetworkFacts
@@ -86,6 +87,18 @@ EVERYTHING = Reason(
     where="a.py, line 3, in f",
     because=replace(BEHIND, because=Reason(Kind.NO_CURVATURE, hvps=3)),
 )
+# And every field of an Advice.
+ADVICE = Advice(
+    cause=Cause.DEAD_UNITS,
+    alpha=0.02,
+    beta=0.3,
+    gradient_clip_val=1.5,
+    step=4,
+    evidence=(EVERYTHING, BEHIND),
+    configured_alpha=0.05,
+    configured_beta=1.5,
+    peak_step=60,
+)
 LANCZOS = Spectrum(
     runs=(Tridiagonal((2.0, 3.5), (0.5, 1e-9)), Tridiagonal((1.0,), (0.0,))),
     rounding=1e-7,
@@ -99,7 +112,7 @@ REPORT = CheckReport(
     safe_beta=0.5, safe_beta_c=0.61, lambda_max_interval=(3.9, 4.1), alpha_c_interval=(0.24, 0.26),
     beta_c_interval=(0.6, inf), spectrum=LANCZOS, inner_steps=2, hvps=12, seconds=0.01, exact_beta_c_interval=(0.6, 0.8),
     beta_c_noise=0.3, mean_alpha_c=0.3, predicted_change=-0.1, criterion="exact", notes=(BEHIND,), step=4, cost=30.5,
-    alpha_applied=0.045, beta_applied=0.5, severity=-inf, growth=0.9,
+    alpha_applied=0.045, beta_applied=0.5, severity=-inf, growth=0.9, adaptation_gain=0.4, advice=ADVICE,
 )  # fmt: skip
 POWER = replace(
     REPORT,
@@ -124,8 +137,31 @@ def full():
             Event(None, "notice", (EVERYTHING, BEHIND)),
         ],
         announced={BEHIND.key, "another"},
-        schedule=ScheduleState(last=4, spiked=True, diverged=True, gap=8, unjudged=True, spent=40.5, latest=20.25),
-        statistics=RunningStatistics(first=(1.0, 1.5), loss=1.25, norm=0.5, last=1.5, lowest=-0.5, spread=0.25),
+        schedule=ScheduleState(
+            last=4,
+            spiked=True,
+            diverged=True,
+            gap=8,
+            unjudged=True,
+            spent=40.5,
+            latest=20.25,
+            lost=True,
+            alarms=2,
+            looked=0.1,
+            highest=0.2,
+        ),
+        statistics=RunningStatistics(
+            first=(1.0, 1.5),
+            loss=1.25,
+            norm=0.5,
+            last=1.5,
+            lowest=-0.5,
+            spread=0.25,
+            looked=1.0,
+            steps=2,
+            before=1.5,
+            stalled=True,
+        ),
         watches={"run": Watch("unsafe", 2), "alpha": Watch("edge", 1)},
         sharpest=4.5,
         caps=Caps(0.045, 0.5),
@@ -144,13 +180,16 @@ def full():
             "tensors": [torch.ones(2, 2), torch.zeros(0)],
             "states": [[{"step": torch.tensor(3.0), "betas": (0.9, 0.999), "flag": None}, {}]],
         },
+        advice=ADVICE,
+        advised=[Kind.ADAPTATION_HARMFUL.value],
+        searches=2,
     )
 
 
 def test_the_full_state_is_full():
     """So that a field that is added is thought of here."""
     state = full()
-    for value in (state, state.schedule, state.statistics, state.caps, state.facts, EVERYTHING, REPORT):
+    for value in (state, state.schedule, state.statistics, state.caps, state.facts, EVERYTHING, REPORT, ADVICE):
         for each in fields(value):
             default = each.default if each.default_factory is MISSING else each.default_factory()
             assert each.name in {"version", "kind"} or getattr(value, each.name) != default, each.name
@@ -192,7 +231,11 @@ def test_a_guard_hands_its_state_on():
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     assert_same(first.state_dict(), to_checkpoint(full()))
     assert_same(second.state_dict(), first.state_dict())
-    assert second.stopping_reason == " ".join(sentences([EVERYTHING])) and second.stopped_step == 9
+    assert second.stopping_reason == f"{ADVICE} {cause_of(EVERYTHING)}" and second.stopped_step == 9
+    assert second.advice == ADVICE and str(second.advice).endswith(
+        "Set the inner rate (inner_lr) to 0.02 and the optimizer's lr to 0.3 and Trainer(gradient_clip_val=1.5), or mend "
+        "the batch."
+    )
     assert second._run.snapshot.step == 2 and second._run.caps.caps == Caps(0.045, 0.5)
     assert second._run.machine.unsafe and second._run.schedule.state.last == 4
 
@@ -215,7 +258,7 @@ def flat():
     report = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in vars(REPORT).items()
-        if name not in {"findings", "notes", "spectrum"}
+        if name not in {"findings", "notes", "spectrum", "adaptation_gain", "advice"}
     }
     spectrum = {
         "runs": [[[2.0, 3.5], [0.5, 1e-9]], [[1.0], [0.0]]],
@@ -270,12 +313,17 @@ def text(words):
 
 def test_a_flat_state_of_before_the_tree_loads_into_the_same_values():
     words, notes = (text("beta = 1.5 exceeds beta_c."),), (text("Adamax is not known."),)
-    # An older version knew no size.
-    report = replace(REPORT, findings=words, notes=notes, spectrum=replace(LANCZOS, size=None))
+    # An older version knew no size, and gave no advice.
+    newer = {"advice": None, "adaptation_gain": nan}
+    report = replace(REPORT, findings=words, notes=notes, spectrum=replace(LANCZOS, size=None), **newer)
     expected = replace(
         full(),
         history=[report, replace(report, spectrum=POWER.spectrum)],
         severities=[(0, 2.5), (3, inf)],
+        schedule=replace(full().schedule, lost=False, alarms=0, looked=inf, highest=0.0),
+        advice=None,
+        advised=[],
+        searches=0,
         statistics=RunningStatistics(first=(1.0, 1.5), loss=1.25, norm=0.5),
         stopping=[*words],
         announced={"ConvergenceGuard: step #: Adamax is not known."},

@@ -20,6 +20,7 @@ from lightning_maml_guard.linalg import lanczos
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.stability import krylov_stopping as krylov
 from lightning_maml_guard.stability.hvp import MeasurementCache, NetworkFacts
+from lightning_maml_guard.stability.problems import AccumulatedProblem
 from lightning_maml_guard.tasks.regression import Sinusoid
 from tests.helpers import fit
 from tests.host_syncs import HostSyncs
@@ -74,7 +75,7 @@ def test_a_measurement_waits_for_its_coefficients_and_once_more(transfers, crite
     assert report.hvps > 15 and math.isfinite(report.lambda_max)
 
 
-def test_a_guards_check_waits_once_for_its_lookahead(transfers, monkeypatch):
+def test_a_guards_check_waits_once_for_its_lookahead_and_once_for_adaptation(transfers, monkeypatch):
     counted, check = [], Check.check
 
     def watched(self, batch, *arguments, **options):
@@ -87,7 +88,7 @@ def test_a_guards_check_waits_once_for_its_lookahead(transfers, monkeypatch):
     guard = ConvergenceGuard(every_n_steps=10, action="log", lookahead=LookaheadOptions(batches=1))
     module = MetaLearningModule(mlp(), optimizer=lambda parameters: SGD(parameters, lr=1e-3))
     fit(module, Sinusoid().sample(4, torch.Generator().manual_seed(0)), 2, [guard])
-    assert counted == [transfers() + 2] and guard.history[0].severity < 3
+    assert counted == [transfers() + 3] and guard.history[0].severity < 3
 
 
 def test_the_counter_counts():
@@ -114,13 +115,34 @@ def test_a_loss_that_is_not_finite_is_named_by_every_estimator(estimator):
 
 @pytest.mark.parametrize("order", ["exact", "first"])
 @pytest.mark.parametrize("known", [True, False])
-def test_a_query_loss_that_is_not_finite_is_named(order, known):
+@pytest.mark.parametrize("alpha", [0.1, 3.0])
+def test_a_query_loss_that_is_not_finite_is_named(order, known, alpha):
+    """The inner rate's limit is known all the same: the support loss is finite."""
     support, query = (torch.zeros(2, 1),), (torch.ones(2, 1),)
     loss = lambda p, d: (p["w"] ** 2).sum() + torch.where(d[0] > 0, math.inf, 0.0).sum()  # noqa: E731
-    problem = MetaProblem({"w": torch.ones(3, requires_grad=True)}, loss, support, query, 0.1, order=order)
+    problem = MetaProblem({"w": torch.ones(3, requires_grad=True)}, loss, support, query, alpha, order=order)
     optimizer = (SGD if known else torch.optim.Adamax)(problem.params.values(), lr=0.1)
     report = measure(problem, optimizer=optimizer)
-    assert report.status == "unresolved" and "The query loss after adaptation is inf" in report.reasons[0]
+    assert report.status == ("unresolved" if alpha < 1 else "unsafe") and report.beta_status == "unresolved"
+    assert report.reasons[-1].startswith("beta is not judged: The query loss after adaptation is inf")
+    assert report.alpha_c == pytest.approx({"exact": 1.0, "first": 0.5}[order], rel=0.02) and len(
+        report.reasons
+    ) == 1 + (alpha > 1)
+    assert (report.advice is None) == (alpha < 1)
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_a_query_set_that_holds_nan_is_named(accumulated):
+    """Its own loss is nan at any inner rate: the data is to be mended first."""
+    query = (torch.tensor([[1.0], [math.nan]]),)
+    params = {"w": torch.ones(3, requires_grad=True)}
+    loss = lambda p, d: (p["w"] ** 2).sum() + d[0].sum()  # noqa: E731
+    problem = MetaProblem(params, loss, (torch.zeros(2, 1),), query, 0.1)
+    stated = AccumulatedProblem((problem, problem)) if accumulated else problem
+    report = measure(stated, optimizer=SGD(params.values(), lr=0.1))
+    assert report.status == "unresolved" and math.isnan(report.alpha_c)
+    assert "The data holds nan" in report.reasons[0]
+    assert "The query loss after adaptation is nan" in report.reasons[0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -103,7 +103,17 @@ def run(module, guard, data, steps, **options):
 
 
 class LosesItself(Maml):
-    """Its own schedule multiplies the rate between two checks."""
+    """It multiplies the rate within some steps between two checks, so that the guard sees no rate that has grown."""
+
+    def take(self, loss, batch_idx):
+        group = self.optimizers().param_groups[0]
+        group["lr"] = 6.0 if 7 <= batch_idx < 10 else 0.2
+        super().take(loss, batch_idx)
+        group["lr"] = 0.2
+
+
+class Raises(Maml):
+    """Its own schedule multiplies the rate between two checks, where everybody can see it."""
 
     def take(self, loss, batch_idx):
         self.optimizers().param_groups[0]["lr"] = 6.0 if 7 <= batch_idx < 10 else 0.2
@@ -118,6 +128,14 @@ def test_without_a_loss_per_step_the_first_lookahead_tells_the_start_and_checks_
     assert max(module.losses) > 100 and module.losses[10] < 3
     assert [event.kind for event in guard.events].count("rolled back") == 1
     assert guard._run.state.statistics.start == pytest.approx(module.losses[0], rel=1e-5)
+
+
+def test_a_rate_that_was_raised_is_looked_at_before_the_next_step():
+    module = Raises(0.2, manual=True, returns=False)
+    guard = ConvergenceGuard(every_n_steps=5, action="rescale", rollback=True, problem=problem)
+    run(module, guard, episodes(20), 20)
+    assert [step for step, _ in guard.severities] == [0, 5, 8, 10, 15]
+    assert max(module.losses) < 20 and max(module.losses[10:]) < 5
 
 
 def test_a_lost_last_step_is_rolled_back_without_a_loss_per_step():

@@ -1,0 +1,291 @@
+"""Advice: what a run is told at once, over MAML written by hand, and that a run that follows it trains."""
+
+import math
+import warnings
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from lightning_maml_guard import ConvergenceGuard, GuardWarning, LookaheadOptions, MetaProblem
+from lightning_maml_guard.messages.advice import Cause
+from lightning_maml_guard.utils.lightning_compat import Callback, LightningModule, Trainer
+from tests.helpers import QUIET, one_line
+
+TASKS, SHOTS = 4, 10
+
+
+@cache
+def sinusoids(steps, seed=0, shots=SHOTS):
+    """Batches of sine curves, drawn anew at each step: (x, y) to adapt on and (x, y) to be judged by."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(steps):
+        phase, height = (torch.rand(TASKS, 1, 1, generator=generator) for _ in range(2))
+        x = torch.rand(TASKS, 2 * shots, 1, generator=generator) * 10 - 5
+        y = (0.1 + 4.9 * height) * torch.sin(x - math.pi * phase)
+        batches.append((x[:, :shots], y[:, :shots], x[:, shots:], y[:, shots:]))
+    return batches
+
+
+class HandWritten(LightningModule):
+    """A loop over the tasks, as users write it; ``warmup``: steps over which lr rises to what is configured."""
+
+    def __init__(self, alpha=0.01, lr=0.01, inner_steps=1, optimizer=SGD, warmup=None, hidden=40):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)
+        )
+        self.alpha, self.lr, self.inner_steps, self.optimizer, self.warmup = alpha, lr, inner_steps, optimizer, warmup
+        self.losses = []
+
+    def task_loss(self, params, data):
+        x, y = data
+        return ((functional_call(self.net, params, (x,)) - y) ** 2).mean()
+
+    def training_step(self, batch, batch_idx):
+        losses = []
+        for xs, ys, xq, yq in zip(*batch, strict=True):
+            params = dict(self.net.named_parameters())
+            for _ in range(self.inner_steps):
+                grads = torch.autograd.grad(self.task_loss(params, (xs, ys)), list(params.values()), create_graph=True)
+                params = {n: p - self.alpha * g for (n, p), g in zip(params.items(), grads, strict=True)}
+            losses.append(self.task_loss(params, (xq, yq)))
+        loss = torch.stack(losses).mean()
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def configure_optimizers(self):
+        optimizer = self.optimizer(self.net.parameters(), lr=self.lr)
+        if self.warmup is None:
+            return optimizer
+        rising = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / self.warmup))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rising, "interval": "step"}}
+
+
+def problem_of(module, batch):
+    xs, ys, xq, yq = batch
+    params = dict(module.net.named_parameters())
+    return MetaProblem(params, module.task_loss, (xs, ys), (xq, yq), module.alpha, inner_steps=module.inner_steps)
+
+
+def guarded(module, batches, callbacks=(), **arguments):
+    """Run with a guard at its defaults; the guard, and what it said."""
+    guard = ConvergenceGuard(problem=problem_of, **arguments)
+    trainer = Trainer(max_epochs=1, callbacks=[*callbacks, guard], **QUIET)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, DataLoader(list(batches), batch_size=None))
+    said = [one_line(each.message) for each in caught if issubclass(each.category, GuardWarning)]
+    assert not [text for text in said if "failed" in text or ("could not" in text and "curvature" not in text)], said
+    return guard, said
+
+
+def end(module):
+    return sum(module.losses[-10:]) / 10
+
+
+@cache
+def healthy():
+    """The loss that such a run ends at, and that a healthy run is told nothing."""
+    module = HandWritten()
+    guard, said = guarded(module, sinusoids(60))
+    assert said == [] and guard.advice is None and not guard.events
+    return end(module)
+
+
+def first_line(text):
+    return text.split(" Why: ")[0]
+
+
+def test_a_beta_that_is_too_large_is_named_at_step_0_and_the_run_that_follows_trains():
+    module = HandWritten(lr=0.5)
+    guard, said = guarded(module, sinusoids(20))
+    advice = guard.history[0].advice
+    assert advice.cause == Cause.BETA == "beta" and advice.step == 0 and advice.alpha is None
+    assert advice.configured_beta == 0.5 and advice.beta < guard.history[0].beta_c
+    assert first_line(said[0]) == f"ConvergenceGuard: step 0: {advice}"
+    assert str(advice) == f"beta = 0.5 is too large. Set the optimizer's lr to {advice.beta:g}."
+    assert not math.isfinite(end(module))
+    again = HandWritten(lr=advice.beta)
+    guard, said = guarded(again, sinusoids(60))
+    assert end(again) < 1.2 * healthy()
+
+
+@pytest.mark.parametrize("optimizer", [SGD, Adam])
+def test_an_alpha_that_takes_the_query_loss_to_nan_at_step_0_is_named_with_a_number(optimizer):
+    rates = {"inner_steps": 5, "lr": 0.01 if optimizer is SGD else 1e-3, "optimizer": optimizer}
+    module = HandWritten(alpha=0.2, **rates)
+    guard, said = guarded(module, sinusoids(12))
+    assert math.isnan(module.losses[0])
+    advice = guard.history[0].advice
+    assert advice.cause == Cause.ALPHA and advice.beta is None and advice.configured_alpha == 0.2
+    assert 0.005 < advice.alpha < guard.history[0].alpha_c
+    assert first_line(said[0]) == (
+        f"ConvergenceGuard: step 0: alpha = 0.2 is too large. Set the inner rate (inner_lr) to {advice.alpha:g}."
+    )
+    assert "alpha = 0.2 makes the tasks worse" in said[0] and "The inner loop diverges from step" in said[0]
+    assert "The loss is nan at these parameters." in said[0] and "rescale" not in said[0]  # it cannot reach alpha
+    assert len(said) == 1
+    again = HandWritten(alpha=advice.alpha, **rates)
+    guard, said = guarded(again, sinusoids(60))
+    assert end(again) < 1.2 * healthy() and guard.history[0].status != "unsafe"
+
+
+class Ends(Callback):
+    """Ends a run early that was planned for longer."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        trainer.should_stop = batch_idx == 9
+
+
+def test_a_warmups_peak_is_named_before_it_is_reached():
+    module = HandWritten(lr=0.5, warmup=60)
+    guard, said = guarded(module, sinusoids(80), [Ends()])
+    advice = guard.advice
+    assert len(module.losses) == 10 and advice.cause == Cause.SCHEDULE and advice.step == 0 and advice.peak_step == 59
+    # What is set is what the peak comes from: the optimizer's lr as it is configured.
+    assert advice.configured_beta == 0.5 and 0.01 < advice.beta < guard.history[0].beta_c
+    assert first_line(said[0]) == (
+        "ConvergenceGuard: step 0: the schedule takes beta to 0.5 at step 59, which is too large. "
+        f"Set the optimizer's lr to {advice.beta:g}."
+    )
+    assert "it exceeds today's beta_c = " in said[0] and len(said) == 1  # and is not said again on the way
+    again = HandWritten(lr=advice.beta, warmup=60)
+    guard, said = guarded(again, sinusoids(80))
+    assert end(again) < 1.2 * healthy()
+
+
+def test_an_outlier_is_named_with_the_norm_to_clip_to():
+    batches = list(sinusoids(60))
+    x, y, x_query, y_query = batches[30]
+    batches[30] = x, 30 * y, x_query, 30 * y_query
+    guard, said = guarded(HandWritten(), batches)
+    advice = guard.advice
+    assert advice.cause == Cause.BATCH and advice.alpha is advice.beta is None and advice.step == 31
+    assert "a batch is an outlier; the rates are not to blame" in first_line(said[0])
+    assert f"Set Trainer(gradient_clip_val={advice.gradient_clip_val:g}), or mend the batch." in first_line(said[0])
+    assert "the batch of step 30 has a loss of " in said[0]
+    module = HandWritten()
+    clipped = Trainer(max_epochs=1, gradient_clip_val=advice.gradient_clip_val, **QUIET)
+    clipped.fit(module, DataLoader(batches, batch_size=None))
+    assert end(module) < 1.2 * healthy()
+
+
+def test_adaptation_that_makes_tasks_worse_is_said_once():
+    """The run itself learns to live with it: no lookahead would call it diverging."""
+    module = HandWritten(alpha=0.12, lr=1e-3, optimizer=Adam)
+    guard, said = guarded(module, sinusoids(60))
+    assert len(said) == 1 and "alpha = 0.12 makes the tasks worse: the query loss is" in said[0]
+    assert guard.advice.cause == Cause.ALPHA and guard.advice.step == 0
+    assert guard.history[0].adaptation_gain < 0
+    assert first_line(said[0]).endswith(f"Set the inner rate (inner_lr) to {guard.advice.alpha:g}.")
+
+
+@pytest.mark.parametrize(
+    "run", [{}, {"lr": 1e-3, "optimizer": Adam}, {"warmup": 30}, {"inner_steps": 3, "alpha": 0.005}]
+)
+def test_a_healthy_run_gets_no_advice(run):
+    guard, said = guarded(HandWritten(**run), sinusoids(60))
+    assert said == [] and guard.advice is None and guard._run.state.advised == []
+    assert {report.status for report in guard.history} <= {"safe", "edge", "unresolved"}
+    assert all(report.adaptation_gain > -0.1 for report in guard.history)
+
+
+def test_advice_survives_a_checkpoint(tmp_path):
+    module = HandWritten(lr=0.5)
+    guard = ConvergenceGuard(problem=problem_of)
+    trainer = Trainer(max_epochs=1, callbacks=[guard], **QUIET)
+    with pytest.warns(GuardWarning):
+        trainer.fit(module, DataLoader(list(sinusoids(4)), batch_size=None))
+    torch.save(guard.state_dict(), tmp_path / "state.pt")
+    again = ConvergenceGuard(problem=problem_of)
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert again.advice.cause is guard.advice.cause is Cause.BETA
+    assert repr(again.advice) == repr(guard.advice) == repr(again.history[0].advice)  # nan is not equal to itself
+    assert str(again.advice) == str(guard.advice) and len(again.advice.evidence) == len(guard.advice.evidence) > 1
+    assert (again._run.state.advised, again._run.state.searches) == ([], 1)
+
+
+class Raised(HandWritten):
+    """Its meta rate is raised far beyond its limit at step 10."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx >= 10:
+            self.optimizers().param_groups[0]["lr"] = 0.5
+
+
+def test_advice_for_a_run_thrown_away_rests_on_where_it_was_sane():
+    """Where it was thrown to, alpha_c is far below alpha: that is not the rate to blame."""
+    module = Raised()
+    guard, said = guarded(module, sinusoids(20))
+    first, last = guard.history[0], guard.history[-1]
+    assert last.step == 11 and last.alpha_c < module.alpha / 2 < first.alpha_c and last.beta_c < 0.1 * first.beta_c
+    advice = guard.advice
+    assert advice.cause == Cause.BETA and advice.alpha is None and advice.configured_beta == 0.5
+    assert 0.005 < advice.beta < first.beta_c and len(said) == 1
+    assert not any(reason.rate == "alpha" for reason in advice.evidence) and "alpha_c" not in said[0]
+
+
+def test_rates_that_learn_where_the_run_was_sane_are_not_blamed():
+    class Thrown(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if batch_idx == 11:
+                with torch.no_grad():
+                    for value in module.net.parameters():
+                        value.mul_(3.0)
+
+    guard, said = guarded(HandWritten(), sinusoids(20), [Thrown()])
+    advice = guard.advice
+    assert advice.cause == Cause.UNKNOWN and advice.alpha is advice.beta is advice.gradient_clip_val is None
+    assert first_line(said[0]) == (
+        "ConvergenceGuard: step 13: training diverges for a reason that is not known. "
+        "Look at the data, the loss and the precision."
+    )
+
+
+def test_the_parameters_of_a_run_thrown_away_are_as_they_were_after_the_look():
+    """The guard goes back to sane parameters to see what is to blame there, and comes back, to the bit."""
+    batches, left = list(sinusoids(20)), []
+    for guards in ([], [ConvergenceGuard(problem=problem_of, action="log")]):
+        module = HandWritten(lr=0.2, optimizer=lambda p, lr: Adam(p, lr=lr, betas=(0.9, 0.99)))
+        trainer = Trainer(max_epochs=1, callbacks=guards, **QUIET)
+        trainer.fit(module, DataLoader(batches, batch_size=None))
+        state = trainer.optimizers[0].state_dict()["state"]
+        left.append([*module.parameters(), *[value for each in state.values() for value in each.values()]])
+    (guard,) = guards
+    assert guard._run.state.searches >= 1 and guard.advice is not None
+    assert all(torch.equal(one, other) for one, other in zip(*left, strict=True))
+
+
+class Poisoned(HandWritten):
+    """Its parameters are not finite from step 12 on."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == 12:
+            with torch.no_grad():
+                self.net[0].weight.fill_(math.nan)
+
+
+@pytest.mark.parametrize(("steps", "stopped"), [(10, 13), (0, 12)])
+def test_stop_stops_in_the_step_after_the_first_loss_that_is_not_finite(steps, stopped):
+    module = Poisoned()
+    guard, said = guarded(module, sinusoids(40), action="stop", lookahead=LookaheadOptions(steps=steps))
+    assert len(module.losses) == stopped + 1 and math.isnan(module.losses[12]) and guard.stopped_step == stopped
+    assert sum("The loss is nan at these parameters." in text for text in said) == 1
+    assert "The loss is nan at these parameters." in guard.stopping_reason
+
+
+@pytest.mark.parametrize("steps", [10, 0])
+def test_the_first_loss_that_is_not_finite_is_said_once_in_the_next_step(steps):
+    module = Poisoned()
+    guard, said = guarded(module, sinusoids(40), lookahead=LookaheadOptions(steps=steps))
+    lost = [text for text in said if "The loss is nan at these parameters." in text]
+    assert len(lost) == 1 and len(module.losses) == 40
+    assert lost[0].startswith(f"ConvergenceGuard: step {13 if steps else 12}: ")
