@@ -185,6 +185,6 @@ def test_a_density_that_is_learned_is_checked_on_schedule_and_never_rolled_back(
 
 def test_a_density_whose_rate_is_too_high_is_still_found():
     guard = ConvergenceGuard(every_n_steps=25, action="stop", lookahead=LookaheadOptions(steps=5, batches=4))
-    with guard_warns("left the safe region"):
+    with guard_warns(r"ConvergenceGuard: step \d+: beta = 3 is too large\. Set the optimizer's lr to \S+\."):
         trained(guard, 200, lambda p: SGD(p, lr=3.0))
     assert guard.stopped_step is not None

@@ -81,7 +81,8 @@ def test_one_odd_batch_is_not_a_diverging_run(sharpness, fails):
     # One step on the odd batch multiplies the weight by 1 - 0.1 * 40 = -3, one on the others by 0.9.
     end = 20 * 3**4 if fails else 0.5 * 0.9**4
     assert reference.start == 1.0 and found.end == pytest.approx(end) and severe == pytest.approx(math.log(end))
-    assert lookahead.runs == (1 if len(sharpness) == 1 else 3)
+    # Three gradients a run: of two steps and of the loss after them.
+    assert lookahead.gradients == 3 * (1 if len(sharpness) == 1 else 3)
 
 
 def test_without_a_start_the_loss_at_hand_is_the_reference():
