@@ -29,6 +29,8 @@ _ODD, _OTHERS = 5.0, 3
 _CLEARLY = 0.1
 # Rates below this share of their limits are not looked at for longer.
 _CLEAR = 0.5
+# Of the inner rate's limit, the share to set for one inner step.
+_OF_LIMIT = 0.6
 # Share of its units that a network has lost when they are named as the cause.
 _DEAD = 0.5
 # A search may cost as much as some hundred steps, so that one run makes no more than so many.
@@ -42,8 +44,9 @@ class Adviser:
         self._run, self._trainer, self._module, self._look, self._step = run, trainer, module, look, step
         self._ratio = run.settings.lookahead.divergence_ratio
         self.gradients = 0  # that searches computed
-        # What was found at the rate that the schedule goes to, where that is too high.
+        # What was found at the rate that the schedule goes to, where that is too high; and where a run does not learn.
         self._at_peak: Found | None = None
+        self._stalled: Found | None = None
 
     @property
     def news(self) -> Kind | None:
@@ -53,12 +56,21 @@ class Adviser:
             return None
         if self._at_peak is not None:
             return Kind.SCHEDULE_AHEAD
+        if self._stalled is not None:
+            return Kind.NOT_LEARNING
         return Kind.ADAPTATION_HARMFUL if look.harmful and Kind.ADAPTATION_HARMFUL.value not in told else None
 
     def look_at_peak(self) -> None:
         """Try the rate that the schedule goes to, until it was found too high."""
         if self._look.rises and self._is_sane and Kind.SCHEDULE_AHEAD.value not in self._run.state.advised:
             self._at_peak = self._better(self._look.harmful)
+
+    def look_at_progress(self) -> None:
+        """Where the loss does not fall, see whether it would at lower rates."""
+        state = self._run.state
+        if state.statistics.stalled and self._is_sane and state.advice is None and self._look.lookahead is not None:
+            self._stalled = self._better(self._look.harmful)
+            state.statistics.stalled = False
 
     def look_further(self, report: StabilityReport) -> Found | None:
         """Try more steps than a lookahead does; what was found, if lower rates do clearly better.
@@ -102,6 +114,10 @@ class Adviser:
         else:
             state.searches += 1
             found = self._found(report, findings, further, None if transition.entered else news)
+        if news is Kind.NOT_LEARNING:
+            statistics = state.statistics
+            losses = (statistics.loss, math.nan, statistics.start)
+            found = replace(found, evidence=(Reason(news, losses=losses, steps=self._step), *found.evidence))
         if news is not None:
             state.advised.append(news.value)
         state.advice = found
@@ -126,7 +142,9 @@ class Adviser:
             if at != self._step:  # limits where the run has been thrown to blame the wrong rate
                 report = next((each for each in reversed(self._run.state.history) if (each.step or 0) <= at), report)
                 findings = (*(each for each in report.findings if each.kind is Kind.ABOVE_LIMIT), *findings[-1:])
-            known = further or (self._at_peak if news is Kind.SCHEDULE_AHEAD else None)
+            known = further or (
+                {Kind.SCHEDULE_AHEAD: self._at_peak, Kind.NOT_LEARNING: self._stalled}.get(news) if news else None
+            )
             if known is not None:
                 return self._of_rates(known, report, findings)
             problems, odd = self._without_odd()
@@ -220,15 +238,15 @@ class Adviser:
     def _inner_rate(self, factor: float, report: StabilityReport) -> float:
         """The inner rate to set: from its limit, where that is known; else the one that learned most.
 
-        What ``K`` inner steps do to a few tasks in a few steps says little about a whole run. Half of the limit of one
-        step, shared by ``K`` steps as ``1/sqrt(K)``, trained in most runs of AdviceBench's tuning set.
+        What adaptation does within a few steps says little about a whole run. A share of the limit, divided by
+        ``sqrt(K)`` for ``K`` inner steps, trained in most runs of AdviceBench's tuning set.
         """
         problem = self._look.problem
         first = problem.first if isinstance(problem, AccumulatedProblem) else problem
         steps = first.inner_steps if isinstance(first, MetaProblem) else 1
         limits = [each.alpha_c for each in (*self._run.state.history, report) if (each.step or 0) <= self._step]
         limit = min(filter(math.isfinite, limits), default=math.nan)
-        rate = limit / (2 * math.sqrt(steps))
+        rate = _OF_LIMIT * limit / math.sqrt(steps)
         return rate if rate < report.alpha / 2 else factor * report.alpha
 
     def _of_rates(self, found: Found, report: StabilityReport, findings: tuple[Reason, ...]) -> Advice:
@@ -270,7 +288,10 @@ class Adviser:
         return (Reason(Kind.SCHEDULE_AHEAD, beta=peak, steps=step, limit=report.beta_c, step=crossing),)
 
     def _died(self) -> Reason | None:
-        """The units that are dead where the run is now, if most are."""
+        """The units that are dead where the run is now, if most are and the loss has not left."""
+        assert self._look.present is not None
+        if not self._is_sane or not math.isfinite(self._look.severity):
+            return None
         counted = dead_units(self._look.problem)
         if counted.units == 0 or counted.dead < _DEAD * counted.units:
             return None

@@ -107,6 +107,7 @@ class Check:
             run.begin_match(trainer, module, batch, batch_idx, look.optimizers)
             adviser = Adviser(run, trainer, module, look, step)
             adviser.look_at_peak()
+            adviser.look_at_progress()
         failing = look.present is not None and fails(look.severity, ratio)
         if look.present is not None:
             run.note_severity(step, look.severity)

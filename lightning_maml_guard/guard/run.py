@@ -75,7 +75,9 @@ class GuardedRun:
 
     def due(self, trainer: Any, step: int) -> str | None:
         """Return ``"scheduled"``, ``"triggered"`` or None: whether a check is due before a step."""
-        return self.schedule.due(step, rate=known_rate(trainer.optimizers), beta_c=self._beta_c)
+        return self.schedule.due(
+            step, rate=known_rate(trainer.optimizers), beta_c=self._beta_c, stalled=self.state.statistics.stalled
+        )
 
     @property
     def _beta_c(self) -> float:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 LOOKAHEAD_GRADIENT = 1.2
 # About the cost of a check that measures no curvature.
 _LOOK = 15.0
+# The last early check, and the one of a run whose loss does not fall.
+_BEGINNING, _STALLED = 128, 64
 # Early checks that a short run is given although it does not pay for them.
 _ON_CREDIT = (2, 8)
 # A meta rate that has grown by half is looked at again, unless its limit is more than this many times higher.
@@ -58,10 +60,11 @@ class Schedule:
         self.planned: int | None = None  # steps of the whole run, where it has an end
         self.state = state or ScheduleState()
 
-    def due(self, step: int, *, rate: float = math.nan, beta_c: float = math.nan) -> str | None:
+    def due(self, step: int, *, rate: float = math.nan, beta_c: float = math.nan, stalled: bool = False) -> str | None:
         """Return ``"scheduled"``, ``"triggered"`` or None; a check that is due is taken as made.
 
-        ``rate`` is the meta rate of the coming step, ``beta_c`` its latest known limit.
+        ``rate`` is the meta rate of the coming step, ``beta_c`` its latest known limit; ``stalled``: the loss does not
+        fall.
         """
         state = self.state
         if step == state.last:
@@ -71,7 +74,7 @@ class Schedule:
         # With a budget a triggered check stands for the scheduled one that would follow it closely.
         close = since < self.every_n_steps / 2
         on_time = step % self.every_n_steps == 0 and not (close and self.share is not None)
-        early = self._early(step)
+        early = self._early(step, stalled)
         scheduled = (on_time and paid) or (state.unjudged and (on_time or early))
         grown = self._grown(rate, beta_c, since)
         if not (scheduled or early or grown) and not self._called(since, paid):
@@ -89,10 +92,15 @@ class Schedule:
             state.unjudged = False
         return SCHEDULED if scheduled else TRIGGERED
 
-    def _early(self, step: int) -> bool:
-        """Whether to look at a run that has just begun: at 1, 2, 4, ... as far as the whole run pays for it."""
-        if self.share is None or not 0 < step < self.every_n_steps or step & (step - 1):
+    def _early(self, step: int, stalled: bool) -> bool:
+        """Whether to look at a run that has just begun: at 1, 2, 4, ... as far as the whole run pays for it.
+
+        A run that does not learn is looked at once on credit.
+        """
+        if self.share is None or step <= 0 or step & (step - 1) or step > _BEGINNING:
             return False
+        if stalled and step == _STALLED:
+            return True
         state = self.state
         if self.planned is not None and state.spent + _LOOK <= self.share * self.planned:
             return True

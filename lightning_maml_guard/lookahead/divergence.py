@@ -19,6 +19,8 @@ _MEMORY = 0.9
 # What a loss that may be negative is compared with, in units of its mean step-to-step change: about 4.5 standard
 # deviations of independent noise. No single change counts for more than `_LARGEST_CHANGE` times that mean.
 _SPREADS, _LARGEST_CHANGE = 4.0, 4.0
+# A loss that is not below this share of an earlier one has not fallen.
+_PROGRESS = 0.85
 # Differences from the mean below this share of a loss are rounding (float32).
 _ROUNDING = 1e-6
 
@@ -98,6 +100,9 @@ class RunningStatistics:
         lowest: The lowest loss.
         spread: Running mean of the loss's change from step to step.
         looked: Loss at the first lookahead, which stands for the start while no step has told its loss.
+        steps: Steps whose loss was finite.
+        before: The running mean when half as many steps were taken, or when the number was last a power of two.
+        stalled: Whether the loss did not fall between the last two powers of two.
     """
 
     first: tuple[float, ...] = ()
@@ -107,6 +112,9 @@ class RunningStatistics:
     lowest: float = math.inf
     spread: float = math.nan
     looked: float = math.nan
+    steps: int = 0
+    before: float = math.nan
+    stalled: bool = False
 
     @property
     def start(self) -> float:
@@ -155,6 +163,7 @@ class RunningStatistics:
         spiked = not finite or self._is_above_mean(loss) or norm > _NORM_SPIKE * self.norm
         if finite:
             self.loss = loss if math.isnan(self.loss) else _MEMORY * self.loss + (1 - _MEMORY) * loss
+            self._take_progress()
         if math.isfinite(norm):
             self.norm = norm if math.isnan(self.norm) else _MEMORY * self.norm + (1 - _MEMORY) * norm
         return spiked
@@ -162,6 +171,13 @@ class RunningStatistics:
     def diverged(self, loss: float, ratio: float) -> bool:
         """Return True if a loss is not finite, or above ``ratio`` times the one that training started from."""
         return self.scale.diverged(loss, ratio)
+
+    def _take_progress(self) -> None:
+        self.steps += 1
+        if self.steps & (self.steps - 1) == 0:
+            scale = self.scale
+            self.stalled = self.loss > scale.times(_PROGRESS, self.before) and self.loss > scale.times(0.5, scale.start)
+            self.before = self.loss
 
     def _is_above_mean(self, loss: float) -> bool:
         """Whether a loss is twice the mean, or above it by more than noise and half of what was learned."""

@@ -21,7 +21,7 @@ from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.optim.clipping import ModuleClipping, run_clipping
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.shadow import Clip, ShadowOptimizer, check_no_closure
-from lightning_maml_guard.optim.stability_limits import Optimizers, listed
+from lightning_maml_guard.optim.stability_limits import Optimizers, is_memoryless, listed
 from lightning_maml_guard.stability.hvp import MeasurementCache
 from lightning_maml_guard.stability.objective import MamlObjective, Objective, objective_of
 from lightning_maml_guard.stability.problems import AccumulatedProblem, Problem
@@ -156,6 +156,11 @@ class Lookahead:
         self.beta = scheduled_rate(self._optimizers)
         self.batches = len(problems)
         self.gradients = 0  # computed so far
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether a step depends on earlier gradients, as with momentum or Adam."""
+        return not all(is_memoryless(each) for each in self._optimizers)
 
     @property
     def clipping_failure(self) -> Exception | None:

@@ -13,9 +13,12 @@ from lightning_maml_guard.lookahead.lookahead import Lookahead
 
 # Steps that each pair of rates is tried for: rates that survive 10 steps may diverge within 30.
 TRIAL_STEPS = 30
-# The meta rate to set is the lowest that learns so large a share of what the best one does, and at most half of the
-# largest that trains: the best one over a few steps is too high for a whole run.
-FLAT, SHARE = 0.7, 0.5
+# The meta rate to set is the lowest that learns so large a share of what the best one does: the best one over a few
+# steps is too high for a whole run.
+FLAT = 0.7
+# And at most this share of the largest that trains: plain SGD's, and that of optimizers with a memory, whose
+# instability takes longer to show.
+SHARE, SHARE_WITH_MEMORY = 0.5, 0.25
 # A pair of lowered rates has to learn this much more than the better one of them alone.
 BOTH = 1.25
 ALPHA_LADDER = tuple(2.0**-k for k in range(1, 9))
@@ -144,6 +147,7 @@ class RateSearch:
                 alphas = self._alphas()
         if _best(alphas).learned > _best(betas).learned:
             return self._found_alpha(alphas)
+        betas = self._betas()
         if self._alpha_suspect:
             both = self._betas(min(ALPHA_LADDER, key=lambda factor: _mean(self.untrained(factor))))
             if _best(both).learned > BOTH * max(_best(betas).learned, 0.0):
@@ -182,7 +186,8 @@ class RateSearch:
         best = _best(ladder)
         largest = next((each for each, below in pairwise(ladder) if each.trains and below.trains), best)
         flat = [each for each in ladder if each.learned >= FLAT * best.learned]
-        beta = min(SHARE * largest.at.beta, flat[-1].at.beta) if flat else best.at.beta
+        share = SHARE_WITH_MEMORY if self._lookahead.has_memory else SHARE
+        beta = min(share * largest.at.beta, flat[-1].at.beta) if flat else best.at.beta
         return Found(self.at(), best, Factors(best.at.alpha, beta))
 
 

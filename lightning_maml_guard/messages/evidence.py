@@ -43,6 +43,9 @@ EVIDENCE: dict[Kind, Callable[[Reason, Spelling], str]] = {
     Kind.RATES_TRIED: _rates_tried,
     Kind.SCHEDULE_AHEAD: _schedule_ahead,
     Kind.ODD_BATCH: _odd_batch,
+    Kind.NOT_LEARNING: lambda reason, spelling: (
+        f"the mean loss is {reason.losses[0]:.3g} after {reason.steps} steps; it started at {reason.losses[2]:.3g}."
+    ),
     Kind.SCHEDULE_NOT_READ: lambda reason, spelling: (
         "the learning rate schedule cannot be read ahead, so it is looked at as it comes.\n"
         f"Cause: {reason.error}: {reason.detail}"

@@ -37,6 +37,7 @@ class Kind(str, Enum):
     SCHEDULE_AHEAD = "schedule ahead"
     ODD_BATCH = "odd batch"
     UNITS_DIED = "units died"
+    NOT_LEARNING = "not learning"
     SCHEDULE_NOT_READ = "schedule not read"
     # What a guard has to say once.
     CHECK_FAILED = "check failed"

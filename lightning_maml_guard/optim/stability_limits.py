@@ -215,6 +215,12 @@ def is_preconditioned(optimizer: Optimizer) -> bool:
     return _limit_of(unwrap(optimizer)).preconditioner is not None
 
 
+def is_memoryless(optimizer: Optimizer) -> bool:
+    """Return True if a step depends on the gradient at hand alone: plain SGD."""
+    optimizer = unwrap(optimizer)
+    return type(optimizer) is SGD and not any(group["momentum"] for group in optimizer.param_groups)
+
+
 def decoupled_decay(group: Group, optimizer: Optimizer) -> bool:
     """Return True if a group's weight decay acts on the weights directly (AdamW) and not through the gradient."""
     return type(unwrap(optimizer)) is AdamW or bool(group.get("decoupled_weight_decay", False))
