@@ -50,7 +50,7 @@ class Rollback:
             reason = self._reason(Kind.TOO_MANY_ROLLBACKS, loss, step)
             run.stop(self.trainer, step, (reason,))
             advice = run.state.advice
-            to_do = "Look at the data, the loss and the precision." if advice is None else advised(advice)
+            to_do = "Look at the data, the loss and the precision." if advice is None else advised(advice, run.settings.spelling)
             warn(f"ConvergenceGuard: training stops. {sentence(reason)}\n{to_do[0].upper()}{to_do[1:]}")
             return False
         run.snapshot.restore(self.module, self.trainer.optimizers)

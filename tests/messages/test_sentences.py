@@ -242,6 +242,10 @@ EXAMPLES = [
         "37 of 40 ReLU units are 0 on the whole batch.",
     ),
     (
+        Reason(Kind.NOT_LEARNING, losses=(2.9, nan, 3.25), steps=64),
+        "the mean loss is 2.9 after 64 steps; it started at 3.25.",
+    ),
+    (
         Reason(Kind.SCHEDULE_NOT_READ, error="NotImplementedError", detail="it has no state_dict"),
         "the learning rate schedule cannot be read ahead, so it is looked at as it comes.\n"
         "Cause: NotImplementedError: it has no state_dict",
