@@ -39,7 +39,7 @@ class Guarded:
         trace: Its losses.
         severities: ``(step, severity)`` of every check.
         ratios: ``(step, beta / beta_c, alpha / alpha_c)`` of every full check.
-        alarms: Steps at which the guard warned, with advice.
+        alarms: Steps at which the guard gave advice.
         init_rate: ``2 / lambda_max`` at the start.
         rollbacks: How often the run was rolled back.
         stopped: Step at which the guard stopped the run.
@@ -131,7 +131,7 @@ def _run(column: Column, beta: float, batches: _Batches, options: dict) -> Guard
         )
         trainer.fit(module, DataLoader(batches, batch_size=None))
     said = [str(each.message) for each in caught if "ConvergenceGuard" in str(each.message)]
-    alarms = [report.step for report in guard.history if report.advice is not None and guard.acting.speaks]
+    alarms = [report.step for report in guard.history if report.advice is not None]
     first = guard.history[0] if guard.history else None
     return Guarded(
         Trace(tuple(recorder.losses), tuple(recorder.norms), start, _loss(module, judged)),

@@ -13,11 +13,12 @@ from lightning_maml_guard.guard.look import Look, fresh
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.lookahead import Lookahead, lookahead_of
-from lightning_maml_guard.lookahead.rate_search import TRIAL_STEPS, Factors, Found, RateSearch
+from lightning_maml_guard.lookahead.rate_search import TRIAL_STEPS, Found, RateSearch
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.messages.advice import Advice, Cause, settable
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.optim.snapshot import Snapshot
+from lightning_maml_guard.optim.stability_limits import is_preconditioned
 from lightning_maml_guard.stability.problems import AccumulatedProblem, Problem, dead_units
 from lightning_maml_guard.stability.report import StabilityReport
 
@@ -27,10 +28,16 @@ _SANE = 1.5
 _ODD, _OTHERS = 5.0, 3
 # Lower rates must end lower by this share of the loss before they are advised to a run that does not diverge.
 _CLEARLY = 0.1
+# And by this share where a rate is so many times its limit.
+_CLEARLY_BEYOND, _BEYOND = 0.05, 2.0
 # Rates below this share of their limits are not looked at for longer.
 _CLEAR = 0.5
-# Of the inner rate's limit, the share to set for one inner step.
+# Of a limit, the share to set: s for one inner step, s / K**s for K.
 _OF_LIMIT = 0.6
+# Trials that learn at rates so much higher than a share of the limit contradict it.
+_FAR_BELOW = 0.25
+# Share of its limit from which an inner rate may be to blame although adaptation is not harmful.
+_SUSPECT = 1.5
 # Share of its units that a network has lost when they are named as the cause.
 _DEAD = 0.5
 # A search may cost as much as some hundred steps, so that one run makes no more than so many.
@@ -79,13 +86,14 @@ class Adviser:
         ratios = [report.beta_ratio, *([] if math.isnan(report.alpha) else [report.alpha_ratio])]
         if self._look.lookahead is None or all(ratio < _CLEAR for ratio in ratios):
             return None
-        return self._better(self._suspects_alpha(report))
+        beyond = any(ratio > _BEYOND for ratio in ratios)
+        return self._better(self._suspects_alpha(report), _CLEARLY_BEYOND if beyond else _CLEARLY)
 
-    def _better(self, alpha_suspect: bool) -> Found | None:
+    def _better(self, alpha_suspect: bool, share: float = _CLEARLY) -> Found | None:
         """Try the rates for more steps than a lookahead; what was found, if lower ones do clearly better."""
         with self._searching(self._look.problems, alpha_suspect) as search:
             scale = self._look.scale
-            clearly = scale.times(1 + _CLEARLY, scale.start) - scale.start
+            clearly = scale.times(1 + share, scale.start) - scale.start
             present, best = search.probe()
             if present.trains and best.learned <= present.learned + clearly:
                 return None
@@ -156,7 +164,7 @@ class Adviser:
             return self._of_rates(found, report, findings)
 
     def _suspects_alpha(self, report: StabilityReport) -> bool:
-        return report.alpha_ratio > 1 or self._look.harmful
+        return report.alpha_ratio > _SUSPECT or self._look.harmful
 
     @contextmanager
     def _searching(self, problems: Sequence[Problem], alpha_suspect: bool) -> Iterator[RateSearch]:
@@ -239,21 +247,33 @@ class Adviser:
     def _inner_rate(self, factor: float, report: StabilityReport) -> float:
         """The inner rate to set: from its limit, where that is known; else the one that learned most.
 
-        What adaptation does within a few steps says little about a whole run. A share of the limit, divided by
-        ``sqrt(K)`` for ``K`` inner steps, trained in most runs of AdviceBench's tuning set.
+        What adaptation does within a few steps says little about a whole run. A share of the limit, less for more inner
+        steps, trained in most runs of AdviceBench's tuning set.
         """
+        limits = [each.alpha_c for each in (*self._run.state.history, report) if (each.step or 0) <= self._step]
+        rate = self._share_of(min(filter(math.isfinite, limits), default=math.nan))
+        return rate if rate < report.alpha / 2 else factor * report.alpha
+
+    def _meta_rate(self, found: Found, report: StabilityReport) -> float:
+        """The meta rate to set: from its limit, where the trials do not contradict it; else theirs."""
+        flat, most = found.flat * self._peak, found.most * self._peak
+        # Where the inner rate is to blame as well, limits at that rate say nothing.
+        known = found.best.at.alpha == 1 and math.isfinite(report.beta_c)
+        known = known and not any(map(is_preconditioned, self._look.optimizers))
+        limit = report.beta_c if self._run.repeats or math.isnan(report.beta_c_noise) else report.beta_c_noise
+        rate = self._share_of(limit) if known else math.nan
+        return min(rate if rate > _FAR_BELOW * flat else flat, most)
+
+    def _share_of(self, limit: float) -> float:
         problem = self._look.problem
         first = problem.first if isinstance(problem, AccumulatedProblem) else problem
         steps = first.inner_steps if isinstance(first, MetaProblem) else 1
-        limits = [each.alpha_c for each in (*self._run.state.history, report) if (each.step or 0) <= self._step]
-        limit = min(filter(math.isfinite, limits), default=math.nan)
-        rate = _OF_LIMIT * limit / math.sqrt(steps)
-        return rate if rate < report.alpha / 2 else factor * report.alpha
+        return _OF_LIMIT * limit / steps**_OF_LIMIT
 
     def _of_rates(self, found: Found, report: StabilityReport, findings: tuple[Reason, ...]) -> Advice:
-        rates = found.rates if found.best.trains else Factors()
         alpha, beta = report.alpha, self._peak
-        died = self._died() if rates.alpha == 1 > rates.beta else None
+        lower_alpha, lower_beta = (found.best.trains and factor < 1 for factor in found.best.at)
+        died = self._died() if lower_beta and not lower_alpha else None
         causes = {
             (True, True): Cause.BOTH,
             (True, False): Cause.ALPHA,
@@ -269,9 +289,9 @@ class Adviser:
             beta=best.beta * beta,
         )
         return Advice(
-            cause=causes[rates.alpha < 1, rates.beta < 1],
-            alpha=settable(self._inner_rate(rates.alpha, report)) if rates.alpha < 1 else None,
-            beta=settable(self._configured(rates.beta * beta)) if rates.beta < 1 else None,
+            cause=causes[lower_alpha, lower_beta],
+            alpha=settable(self._inner_rate(best.alpha, report)) if lower_alpha else None,
+            beta=settable(self._configured(self._meta_rate(found, report))) if lower_beta else None,
             step=self._step,
             evidence=(*findings, *self._crossing(report), *([died] if died else []), tried),
             configured_alpha=alpha,

@@ -87,6 +87,7 @@ class Look:
 def look_at(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_idx: int, step: int) -> Look:
     """Look at a run before a step."""
     problem, owned, optimizers = stated(run, trainer, module, batch, batch_idx)
+    run.repeats = run.repeats or all(run.cache.ranks.gather(run.replay.repeats))
     run.turns.watch(optimizers)
     look = Look(problem, owned, optimizers, scale=run.state.statistics.scale)
     _look_ahead(look, run, trainer, module, step)

@@ -55,11 +55,19 @@ class Trial:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found: a trial of the rates as they are, the best one of lowered rates, and the rates to set."""
+    """What a search found.
+
+    Attributes:
+        present: A trial of the rates as they are.
+        best: The one of lowered rates that learned most.
+        flat: The lowest factor on the meta rate that learns nearly as much; 1 where that rate is not to blame.
+        most: The highest one to set for a whole run.
+    """
 
     present: Trial
     best: Trial
-    rates: Factors
+    flat: float = 1.0
+    most: float = 1.0
 
 
 class RateSearch:
@@ -145,12 +153,13 @@ class RateSearch:
             betas, alphas = self._betas(), [self.at(factor, 1.0) for factor in (0.5, 0.125)]
             if _best(alphas).learned > _best(betas).learned:
                 alphas = self._alphas()
-        if _best(alphas).learned > _best(betas).learned:
+        best = _best(alphas)
+        if best.trains and best.learned > _best(betas).learned:
             return self._found_alpha(alphas)
         betas = self._betas()
         if self._alpha_suspect:
             both = self._betas(min(ALPHA_LADDER, key=lambda factor: _mean(self.untrained(factor))))
-            if _best(both).learned > BOTH * max(_best(betas).learned, 0.0):
+            if not _best(betas).trains or _best(both).learned > BOTH * max(_best(betas).learned, 0.0):
                 return self._found_beta(both)
         return self._found_beta(betas)
 
@@ -180,15 +189,14 @@ class RateSearch:
 
     def _found_alpha(self, ladder: Sequence[Trial]) -> Found:
         best = _best(ladder)
-        return Found(self.at(), best, best.at)
+        return Found(self.at(), best)
 
     def _found_beta(self, ladder: Sequence[Trial]) -> Found:
         best = _best(ladder)
         largest = next((each for each, below in pairwise(ladder) if each.trains and below.trains), best)
         flat = [each for each in ladder if each.learned >= FLAT * best.learned]
         share = SHARE_WITH_MEMORY if self._lookahead.has_memory else SHARE
-        beta = min(share * largest.at.beta, flat[-1].at.beta) if flat else best.at.beta
-        return Found(self.at(), best, Factors(best.at.alpha, beta))
+        return Found(self.at(), best, flat[-1].at.beta if flat else best.at.beta, share * largest.at.beta)
 
 
 def _mean(losses: Sequence[float]) -> float:

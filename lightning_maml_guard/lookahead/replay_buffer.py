@@ -66,6 +66,14 @@ class ReplayBuffer:
             self._copies = True
             self._batches.popleft()
 
+    @property
+    def repeats(self) -> bool:
+        """Whether the last two batches are the same."""
+        if len(self._batches) < 2:
+            return False
+        one, other = (trace(batch) for batch, _ in list(self._batches)[:2])
+        return one is not None and other is not None and equal(one, other)
+
     def latest(self) -> tuple[Any, int]:
         """Return the batch of the latest step, and its index."""
         return self._batches[0]
