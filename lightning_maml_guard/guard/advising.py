@@ -160,7 +160,7 @@ class Adviser:
                 if not found.best.trains:  # the limits may lie below all rates that a search tries
                     alpha, limit = (0.5 / report.alpha_ratio if report.alpha_ratio > 1 else 1.0), report.safe_beta_c
                     tried = search.at(alpha, 0.5 * limit / self._peak if 0 < limit < self._peak else 1.0)
-                    found = Found(found.present, tried, tried.at)
+                    found = Found(found.present, tried, tried.at.beta, tried.at.beta)
             return self._of_rates(found, report, findings)
 
     def _suspects_alpha(self, report: StabilityReport) -> bool:

@@ -32,6 +32,12 @@ def search(lookahead, *, alpha_suspect=False, **arguments):
     return RateSearch(lookahead, Scale(), RATIO, alpha_suspect=alpha_suspect, **arguments)
 
 
+def to_set(found):
+    """The factors on the rates that a search leads to."""
+    alpha, beta = found.best.at
+    return alpha, min(found.flat, found.most) if beta < 1 else 1.0
+
+
 def descended(curvatures, rate, steps, momentum=0.0):
     """The loss after so many steps of (heavy-ball) gradient descent: arithmetic, none of our code, nor torch's."""
     total = 0.0
@@ -56,13 +62,14 @@ def test_a_rate_beyond_the_limit_is_lowered_to_one_that_learns(curvatures, times
     assert descended(curvatures, rate, TRIAL_STEPS, momentum) > sum(curvatures)  # it does diverge
     found = search(plain(curvatures, lambda p: SGD(p, lr=rate, momentum=momentum))).find()
     assert not found.present.trains and found.present.end == math.inf and found.best.trains
-    to_set = found.rates.beta * rate
-    assert found.rates.alpha == 1.0 and 0 < to_set < limit
+    alpha, beta = to_set(found)
+    lower = beta * rate
+    assert alpha == 1.0 and 0 < lower < limit and found.most * rate < limit
     # It trains to the end, and within the trial it learns half of what the best of many rates does.
     start = 0.5 * sum(curvatures)
-    assert descended(curvatures, to_set, 5000, momentum) < 0.01 * start
+    assert descended(curvatures, lower, 5000, momentum) < 0.01 * start
     grid = [descended(curvatures, limit * 1.2**-power, TRIAL_STEPS, momentum) for power in range(1, 40)]
-    assert start - descended(curvatures, to_set, TRIAL_STEPS, momentum) > 0.5 * (start - min(grid))
+    assert start - descended(curvatures, lower, TRIAL_STEPS, momentum) > 0.5 * (start - min(grid))
 
 
 @pytest.mark.parametrize("times", [1.5, 10.0, 1000.0])
@@ -85,9 +92,9 @@ def test_a_trial_ends_where_a_plain_loop_does(times):
 def test_adam_is_lowered_to_a_rate_at_which_torchs_own_trains():
     curvatures = [10.0, 1.0]
     found = search(plain(curvatures, lambda p: Adam(p, lr=30.0))).find()
-    assert not found.present.trains and found.best.trains and found.rates.alpha == 1.0
+    assert not found.present.trains and found.best.trains and to_set(found)[0] == 1.0
     weight = torch.ones(2, dtype=torch.float64, requires_grad=True)
-    optimizer = Adam([weight], lr=found.rates.beta * 30.0)
+    optimizer = Adam([weight], lr=to_set(found)[1] * 30.0)
     for _ in range(500):
         optimizer.zero_grad()
         loss = 0.5 * (torch.tensor(curvatures) * weight**2).sum()
@@ -144,23 +151,25 @@ def test_the_rate_to_blame_is_named_and_lowering_it_trains(name, suspect):
     alpha, beta, blamed = CASES[name]
     found = search(meta(CURVATURES, alpha, beta), alpha_suspect=suspect).find()
     assert not found.present.trains and found.best.trains
-    assert (found.rates.alpha < 1, found.rates.beta < 1) == blamed
-    new_alpha, new_beta = found.rates.alpha * alpha, found.rates.beta * beta
+    factors = to_set(found)
+    assert (factors[0] < 1, factors[1] < 1) == blamed
+    new_alpha, new_beta = factors[0] * alpha, factors[1] * beta
     unadapted = meta_descended(CURVATURES, 0.0, 0.0, 0)
     assert meta_descended(CURVATURES, new_alpha, new_beta, TRIAL_STEPS) < 0.5 * unadapted
     assert meta_descended(CURVATURES, new_alpha, new_beta, 2000) < 0.1 * unadapted
     # As it was, it does not: neither does lowering the other rate alone, at any factor.
-    factors = [2.0**-power for power in range(15)]
+    ladder = [2.0**-power for power in range(15)]
     if blamed == (True, False):
-        assert min(meta_descended(CURVATURES, alpha, beta * each, 2000) for each in factors) > 0.5 * unadapted
+        assert min(meta_descended(CURVATURES, alpha, beta * each, 2000) for each in ladder) > 0.5 * unadapted
     if blamed[1]:
-        assert min(meta_descended(CURVATURES, alpha * each, beta, 60) for each in factors) > unadapted
+        assert min(meta_descended(CURVATURES, alpha * each, beta, 60) for each in ladder) > unadapted
 
 
 def test_the_inner_rate_alone_is_looked_for_where_the_meta_rate_is_to_be_left():
     found = search(meta(CURVATURES, 1.0, 0.02), alpha_suspect=True).find_alpha()
-    assert found.rates.beta == 1.0 and 4.0 * found.rates.alpha < 2.0 and found.best.trains
-    assert meta_descended(CURVATURES, found.rates.alpha, 0.02, TRIAL_STEPS) < meta_descended(CURVATURES, 0.0, 0.0, 0)
+    factor, beta = to_set(found)
+    assert beta == 1.0 and 4.0 * factor < 2.0 and found.best.trains
+    assert meta_descended(CURVATURES, factor, 0.02, TRIAL_STEPS) < meta_descended(CURVATURES, 0.0, 0.0, 0)
 
 
 def test_rates_that_are_fine_learn_most_as_they_are():
@@ -196,8 +205,9 @@ def test_a_query_loss_that_overflows_is_the_inner_rates():
     assert tried.reference[0] == pytest.approx(meta_descended(CURVATURES, 0.0, 0.0, 0))
     tried = search(meta(CURVATURES, 40.0, 0.3, steps=40), alpha_suspect=True)
     found = tried.find()
-    assert found.rates.alpha < 1.0 == found.rates.beta and found.best.trains
-    assert meta_descended(CURVATURES, found.rates.alpha * 40.0, 0.3, 2000, inner=40) < 1.0
+    alpha, beta = to_set(found)
+    assert alpha < 1.0 == beta and found.best.trains
+    assert meta_descended(CURVATURES, alpha * 40.0, 0.3, 2000, inner=40) < 1.0
 
 
 def test_a_trial_that_leaves_ends_there_and_none_is_made_twice():
@@ -221,10 +231,10 @@ def test_a_peak_stands_for_the_rate_that_the_schedule_goes_to():
     assert search(lookahead).at().trains
     found = search(lookahead, peak=30.0).find()
     assert not found.present.trains and found.best.trains
-    to_set = found.rates.beta * 30.0 * 0.02  # a factor on the peak
-    assert to_set < 0.2 and descended([10.0, 1.0], to_set, 5000) < 1e-3
+    lower = to_set(found)[1] * 30.0 * 0.02  # a factor on the peak
+    assert lower < 0.2 and descended([10.0, 1.0], lower, 5000) < 1e-3
     grid = [descended([10.0, 1.0], 0.2 * 1.2**-power, TRIAL_STEPS) for power in range(1, 40)]
-    assert 5.5 - descended([10.0, 1.0], to_set, TRIAL_STEPS) > 0.5 * (5.5 - min(grid))
+    assert 5.5 - descended([10.0, 1.0], lower, TRIAL_STEPS) > 0.5 * (5.5 - min(grid))
 
 
 def test_the_batches_are_compared_with_themselves():
