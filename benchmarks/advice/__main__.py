@@ -13,6 +13,7 @@ import multiprocessing
 import re
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, every third configuration")
     parser.add_argument("--names", metavar="PATTERN", help="only configurations whose name it is found in")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
+    parser.add_argument("--peer-seeds", type=int, nargs="+", help="peers on these seeds alone")
     parser.add_argument("--no-guard", dest="guard", action="store_false", help="only see which configurations break")
     parser.add_argument("--messages", action="store_true", help="print first messages and checks of runs not served")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("advice_bench"))
     given = parser.parse_args()
     seeds = [seed for seed in SEEDS[given.set] if given.seeds is None or seed in given.seeds]
+    given.peer_seeds = given.peer_seeds or seeds
     chosen = configurations()[:: 3 if given.quick else 1]
     chosen = [config for config in chosen if re.search(given.names or "", config.name)]
     jobs = [(config, seed) for seed in (seeds[:1] if given.quick else seeds) for config in chosen]
@@ -67,12 +70,16 @@ def main() -> None:
 
 def _each(jobs: list[tuple[Configuration, int]], given: argparse.Namespace) -> Any:
     """Yield the studies as they are done; one worker works in this process."""
-    folder, options = given.out / "cache", {"guarded": given.guard, "peers": given.peers}
+    folder = given.out / "cache"
+    each = [
+        partial(study, config, seed, folder, guarded=given.guard, peers=given.peers and seed in given.peer_seeds)
+        for config, seed in jobs
+    ]
     if given.workers == 1:
-        yield from (study(config, seed, folder, **options) for config, seed in jobs)
+        yield from (job() for job in each)
         return
     with ProcessPoolExecutor(given.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(study, config, seed, folder, **options) for config, seed in jobs]):
+        for done in as_completed([pool.submit(job) for job in each]):
             yield done.result()
 
 

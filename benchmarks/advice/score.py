@@ -51,8 +51,10 @@ def row(studies: list[Study]) -> dict[str, Any]:
             GUARD: _share(guarded, lambda each: each["second trains"]),
             "learns": _share(guarded, lambda each: each["second learns"]),
         }
-    if all("peers" in each for each in studies):
-        found |= {peer: sum(each["peers"][peer]["trains"] for each in studies) / len(studies) for peer in PEERS[:-1]}
+    beside = [each for each in studies if "peers" in each]
+    if beside:
+        found["runs of peers"] = len(beside)
+        found |= {peer: sum(each["peers"][peer]["trains"] for each in beside) / len(beside) for peer in PEERS[:-1]}
         found[EARLY_STOPPING] = 0.0
     return found
 

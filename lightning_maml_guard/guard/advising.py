@@ -35,7 +35,7 @@ _CLEAR = 0.5
 # Of a limit, the share to set: s for one inner step, s / K**s for K.
 _OF_LIMIT = 0.6
 # Trials that learn at rates so much higher than a share of the limit contradict it.
-_FAR_BELOW = 0.25
+_FAR_BELOW = 0.15
 # Share of its limit from which an inner rate may be to blame although adaptation is not harmful.
 _SUSPECT = 1.5
 # Share of its units that a network has lost when they are named as the cause.
@@ -293,14 +293,14 @@ class Adviser:
             alpha=settable(self._inner_rate(best.alpha, report)) if lower_alpha else None,
             beta=settable(self._configured(self._meta_rate(found, report))) if lower_beta else None,
             step=self._step,
-            evidence=(*findings, *self._crossing(report), *([died] if died else []), tried),
+            evidence=(*findings, *self.crossing(report), *([died] if died else []), tried),
             configured_alpha=alpha,
             configured_beta=beta,
             peak_step=self._run.ahead.peak()[1] if self._run.ahead is not None and self._rises else None,
         )
 
-    def _crossing(self, report: StabilityReport) -> tuple[Reason, ...]:
-        """Where the schedule exceeds the limit at hand, if it does."""
+    def crossing(self, report: StabilityReport) -> tuple[Reason, ...]:
+        """State where the schedule exceeds the limit at hand, if it does."""
         ahead = self._run.ahead
         if ahead is None or not self._rises or not report.beta_c < self._peak:
             return ()

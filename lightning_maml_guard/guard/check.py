@@ -22,7 +22,7 @@ from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult, look
 from lightning_maml_guard.messages.advice import Advice, Cause
 from lightning_maml_guard.messages.advice_sentences import advice_given
 from lightning_maml_guard.messages.reasons import Kind, Reason
-from lightning_maml_guard.messages.sentences import returned
+from lightning_maml_guard.messages.sentences import announced, returned
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.stability.problems import (
@@ -166,6 +166,9 @@ class Check:
             self._acted = True
             halved = not measured and caps.beta == run.caps.caps.applied(report.alpha, report.beta)[1] / 2
             self._act(report, advice, transition, caps, step)
+            if advice is None and not run.state.history and settings.acting.speaks:
+                for reason in adviser.crossing(report):
+                    inform(announced(reason, settings.spelling))
             if rolled_back and look.present is not None:
                 self.rollback.report(look.present.begin, report.alpha, report.beta, step, halved=halved)
                 self._rolled_back = None  # its rates are lowered

@@ -173,7 +173,7 @@ class RateSearch:
         for factor in BETA_LADDER[strides - 1 :: strides]:
             found.append(self.at(alpha, factor))
             best = _best(found)
-            if best.trains and found[-1] is not best and found[-1].learned < FLAT * best.learned:
+            if best.trains and found[-1].trains and found[-1].learned < FLAT * best.learned:
                 break
         return found
 
