@@ -296,6 +296,7 @@ class Adviser:
             evidence=(*findings, *self.crossing(report), *([died] if died else []), tried),
             configured_alpha=alpha,
             configured_beta=beta,
+            setting="lr" if self._run.ahead is None else self._run.ahead.setting,
             peak_step=self._run.ahead.peak()[1] if self._run.ahead is not None and self._rises else None,
         )
 

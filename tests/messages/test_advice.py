@@ -41,6 +41,10 @@ EXAMPLES = [
         "the schedule takes beta to 0.4, which is too large. Set the optimizer's lr to 0.15.",
     ),
     (
+        Advice(cause=Cause.SCHEDULE, beta=0.15, setting="max_lr", peak_step=90, **RATES),
+        "the schedule takes beta to 0.4 at step 90, which is too large. Set the schedule's max_lr to 0.15.",
+    ),
+    (
         Advice(cause=Cause.BATCH, gradient_clip_val=2.5, **RATES),
         "a batch is an outlier; the rates are not to blame. Set Trainer(gradient_clip_val=2.5), or mend the batch.",
     ),
