@@ -58,7 +58,7 @@ def test_a_code_block_runs_when_pasted(code, tmp_path, monkeypatch):
 
 
 def test_no_code_block_is_left_out():
-    assert sum(text.count("```python") for text in PAGES.values()) == len(BLOCKS) + 1 == 6
+    assert sum(text.count("```python") for text in PAGES.values()) == len(BLOCKS) + 1 == 7
 
 
 def test_ci_finds_the_test_command():
