@@ -75,7 +75,9 @@ def story(notebook):
     high, inner_lost = read("inner", r"alpha = 0\.2: loss # at step 0, # at step")
     _, adapted = read("inner", "advised alpha: loss # at step 0, # over the last 20 steps")
     assert adapted < 0.6 * start
-    before, after = read("inner", r"alpha = 0\.2 makes the tasks worse: the query loss is # before adaptation and # after")
+    before, after = read(
+        "inner", r"alpha = 0\.2 makes the tasks worse: the query loss is # before adaptation and # after"
+    )
     assert after == high > 3 * before
     assert high > 3 * start and not math.isfinite(inner_lost)
 

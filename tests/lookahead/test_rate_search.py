@@ -53,9 +53,7 @@ def descended(curvatures, rate, steps, momentum=0.0):
 
 
 @settings(max_examples=12, deadline=None)
-@given(
-    st.lists(st.floats(0.3, 100.0), min_size=1, max_size=4), st.floats(1.3, 50.0), st.sampled_from([0.0, 0.5, 0.9])
-)
+@given(st.lists(st.floats(0.3, 100.0), min_size=1, max_size=4), st.floats(1.3, 50.0), st.sampled_from([0.0, 0.5, 0.9]))
 def test_a_rate_beyond_the_limit_is_lowered_to_one_that_learns(curvatures, times, momentum):
     limit = 2 * (1 + momentum) / max(curvatures)
     rate = times * limit

@@ -26,7 +26,10 @@ def same(one, other):
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4))
 def test_joined_sets_hold_the_tasks_of_each_in_their_order(counts):
-    for sets in ([tensors(n, 100 * i) for i, n in enumerate(counts)], [listed([n, 3], i) for i, n in enumerate(counts)]):
+    for sets in (
+        [tensors(n, 100 * i) for i, n in enumerate(counts)],
+        [listed([n, 3], i) for i, n in enumerate(counts)],
+    ):
         joined = joined_tasks(sets)
         expected = [task for each in sets for task in each_task(each)]
         assert len(each_task(joined)) == len(expected)
@@ -50,7 +53,9 @@ def test_sets_that_are_not_alike_are_not_joined(other):
     assert joined_tasks([tensors(2), tensors(5)]) is not None
 
 
-@given(st.integers(1, 5).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(0, n - 1), min_size=1, max_size=7))))
+@given(
+    st.integers(1, 5).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(0, n - 1), min_size=1, max_size=7)))
+)
 def test_chosen_tasks_are_those_of_the_indices_as_often_as_they_are_named(drawn):
     count, chosen = drawn
     for data in (tensors(count), listed([2 + n for n in range(count)])):
