@@ -36,7 +36,8 @@ def measured(alpha, beta, criterion="exact", **options):
         ("simplified", 0.1, 0.1, None, None),
         ("simplified", 0.1, 3.0, "beta", (None, 0.4)),  # 2/(5 - .1*25)/2
         ("simplified", 0.6, 0.05, "alpha", (0.1, None)),
-        ("simplified", 0.6, 900.0, "both", (0.1, 1.2)),
+        ("simplified", 0.6, 900.0, "both", (0.1, 0.2)),  # 2/5/2: beta_c is 2.5 at alpha_c, but .8 at half of it
+        ("simplified", 0.6, 1.5, "both", (0.1, 0.2)),
     ],
 )
 def test_the_rate_beyond_its_limit_is_to_be_set_to_half_of_it(criterion, alpha, beta, cause, to_set):
@@ -48,6 +49,7 @@ def test_the_rate_beyond_its_limit_is_to_be_set_to_half_of_it(criterion, alpha, 
     assert report.status == "unsafe" and advice.cause == cause and (advice.alpha, advice.beta) == to_set
     assert (advice.step, advice.configured_alpha, advice.configured_beta) == (7, alpha, beta)
     assert advice.evidence == report.findings and advice.gradient_clip_val is advice.peak_step is None
+    assert measured(advice.alpha or alpha, advice.beta or beta, criterion).status == "safe"
 
 
 def test_half_of_what_the_margin_allows_is_advised():
