@@ -36,8 +36,6 @@ _CLEAR = 0.5
 _OF_LIMIT = 0.6
 # Trials that learn at rates so much higher than a share of the limit contradict it.
 _FAR_BELOW = 0.15
-# Share of its limit from which an inner rate may be to blame although adaptation is not harmful.
-_SUSPECT = 1.5
 # Share of its units that a network has lost when they are named as the cause.
 _DEAD = 0.5
 # A search may cost as much as some hundred steps, so that one run makes no more than so many.
@@ -164,7 +162,7 @@ class Adviser:
             return self._of_rates(found, report, findings)
 
     def _suspects_alpha(self, report: StabilityReport) -> bool:
-        return report.alpha_ratio > _SUSPECT or self._look.harmful
+        return self._look.harmful or math.isnan(report.alpha_c)
 
     @contextmanager
     def _searching(self, problems: Sequence[Problem], alpha_suspect: bool) -> Iterator[RateSearch]:
@@ -257,12 +255,12 @@ class Adviser:
     def _meta_rate(self, found: Found, report: StabilityReport) -> float:
         """The meta rate to set: from its limit, where the trials do not contradict it; else theirs."""
         flat, most = found.flat * self._peak, found.most * self._peak
-        # Where the inner rate is to blame as well, limits at that rate say nothing.
-        known = found.best.at.alpha == 1 and math.isfinite(report.beta_c)
-        known = known and not any(map(is_preconditioned, self._look.optimizers))
+        if not math.isfinite(report.beta_c) or any(map(is_preconditioned, self._look.optimizers)):
+            return min(flat, most)
+        # Limits at an inner rate beyond its own say nothing.
         limit = report.beta_c if self._run.repeats or math.isnan(report.beta_c_noise) else report.beta_c_noise
-        rate = self._share_of(limit) if known else math.nan
-        return min(rate if rate > _FAR_BELOW * flat else flat, most)
+        rate = self._share_of(limit) if found.best.at.alpha == 1 and report.alpha_ratio <= 1 else math.nan
+        return min(rate, most) if rate > _FAR_BELOW * flat else math.sqrt(min(flat, most) * most)
 
     def _share_of(self, limit: float) -> float:
         problem = self._look.problem

@@ -21,6 +21,9 @@ FLAT = 0.7
 SHARE, SHARE_WITH_MEMORY = 0.5, 0.25
 # A pair of lowered rates has to learn this much more than the better one of them alone.
 BOTH = 1.25
+# And an inner rate whose adaptation is not harmful this much more than a lower meta rate before it is blamed: a few
+# batches are learned by heart the sooner the less a network adapts.
+ALPHA = 1.1
 ALPHA_LADDER = tuple(2.0**-k for k in range(1, 9))
 BETA_LADDER = tuple(2.0**-k for k in range(1, 15))
 # Inner rates below the best one that are tried before the ladder ends.
@@ -151,10 +154,10 @@ class RateSearch:
                 betas = self._betas()
         else:
             betas, alphas = self._betas(), [self.at(factor, 1.0) for factor in (0.5, 0.125)]
-            if _best(alphas).learned > _best(betas).learned:
+            if _best(alphas).learned > ALPHA * _best(betas).learned:
                 alphas = self._alphas()
-        best = _best(alphas)
-        if best.trains and best.learned > _best(betas).learned:
+        best, factor = _best(alphas), 1.0 if self._alpha_suspect else ALPHA
+        if best.trains and best.learned > factor * max(_best(betas).learned, 0.0):
             return self._found_alpha(alphas)
         betas = self._betas()
         if self._alpha_suspect:
