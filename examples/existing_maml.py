@@ -69,7 +69,7 @@ def train(lr: float, steps: int) -> tuple[Trainer, ConvergenceGuard]:
 
 
 def main(steps: int = 40) -> list[ConvergenceGuard]:
-    """Train at an outer learning rate that is too large, then at half of beta_c, and print the guard's checks."""
+    """Train at an outer learning rate that is too large, then at the one the guard advises, and print its checks."""
     guards, lr = [], 0.5
     for _ in range(2):
         trainer, guard = train(lr, steps)
@@ -79,7 +79,9 @@ def main(steps: int = 40) -> list[ConvergenceGuard]:
             print(f"beta = {report.beta:.3g} (beta_c = {report.beta_c:.3g}): {report.status}")
         print(f"{trainer.global_step} of {steps} steps taken", end=": ")
         print("the guard saw no reason to stop" if guard.stopped_step is None else "the guard stopped the run")
-        lr = 0.5 * guard.history[0].beta_c
+        if guard.advice is not None:
+            print(f"advice: {guard.advice}")
+            lr = guard.advice.beta or lr
     return guards
 
 

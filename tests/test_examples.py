@@ -57,13 +57,16 @@ def test_the_hand_written_modules_problem_is_what_it_trains(inner_steps):
 
 
 def test_the_hand_written_module_is_stopped_before_it_diverges_and_trains_at_what_was_measured(capsys):
-    with guard_warns("The next 10 steps, tried on copies .* take the loss from .* to inf"):
+    with guard_warns(r"beta = 0\.5 is too large\. Set .* steps tried on copies let the loss leave"):
         stopped, trained = example("existing_maml")["main"]()
     assert stopped.stopped_step == 0 and stopped.history[0].alpha == 0.01
-    assert trained.stopped_step is None and trained.history[0].beta == 0.5 * stopped.history[0].beta_c
-    first, taken, *checks, end = capsys.readouterr().out.splitlines()
+    assert (stopped.advice.cause, stopped.advice.alpha) == ("beta", None)
+    assert 0.1 * stopped.history[0].beta_c < stopped.advice.beta < stopped.history[0].beta_c
+    assert trained.stopped_step is None and trained.history[0].beta == stopped.advice.beta and trained.advice is None
+    first, taken, advice, *checks, end = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"step 0: alpha = 0\.01 .*, beta = 0\.5 \(beta_c = 0\.1\d+\): unsafe", first)
     assert taken == "1 of 40 steps taken: the guard stopped the run"
+    assert advice == f"advice: beta = 0.5 is too large. Set the optimizer's lr to {stopped.advice.beta}."
     assert [line.partition(":")[0] for line in checks] == ["step 0", "step 10", "step 20", "step 30"]
     assert all(line.endswith(": safe") for line in checks)
     assert end == "40 of 40 steps taken: the guard saw no reason to stop"

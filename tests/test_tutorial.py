@@ -49,8 +49,9 @@ def story(notebook):
     start, lost, lost_at = read("lost", "beta = 1: loss # at step 0, # at step #$")
     assert math.isfinite(start) and not math.isfinite(lost) and 0 < lost_at < 20
 
-    (beta_c,) = read("which", r"left the safe region at step 0\. Why: beta = 1 exceeds beta_c = #")
-    assert beta_c < 0.5 and "alpha = 0.01 exceeds" not in printed(cells["which"])
+    first_line = r"^ConvergenceGuard: step 0: beta = 1 is too large\. Set the optimizer's lr to #\."
+    advised, beta_c = read("which", rf"{first_line} Why: beta = 1 exceeds beta_c = #")
+    assert 0.1 * beta_c < advised < beta_c < 0.5 and "alpha = 0.01 exceeds" not in printed(cells["which"])
 
     alpha, beta = read(
         "before", "alpha: configured 0.01, alpha_c .*?, suggested # .* at the suggested alpha, suggested #"
@@ -59,6 +60,8 @@ def story(notebook):
 
     _, trained = read("lower", "suggested rates: loss # at step 0, # over the last 20 steps")
     assert trained < 0.6 * start
+    _, followed = read("lower", "advised beta: loss # at step 0, # over the last 20 steps")
+    assert followed < 0.6 * start
     (table,) = tables(cells["lower"])
     assert set(re.findall("safe|edge|unsafe|unresolved", table)) == {"safe"}
 
@@ -66,9 +69,16 @@ def story(notebook):
     _, rescaled = read("rescale", "rescaled: loss # at step 0, # over the last 20 steps")
     assert capped == pytest.approx(0.5 * beta_c, rel=0.02) and rescaled < 0.8 * start
 
-    (alpha_c,) = read("inner", r"Why: alpha = 0\.2 exceeds alpha_c = #")
+    first_line = r"^ConvergenceGuard: step 0: alpha = 0\.2 is too large\. Set the inner rate \(inner_lr\) to #\."
+    advised_alpha, alpha_c = read("inner", rf"{first_line} Why: alpha = 0\.2 exceeds alpha_c = #")
+    assert 0.1 * alpha_c < advised_alpha < alpha_c
     high, inner_lost = read("inner", r"alpha = 0\.2: loss # at step 0, # at step")
-    read("inner", "optimizer's lr only if it exceeds beta_c at the lowered inner rate")
+    _, adapted = read("inner", "advised alpha: loss # at step 0, # over the last 20 steps")
+    assert adapted < 0.6 * start
+    before, after = read(
+        "inner", r"alpha = 0\.2 makes the tasks worse: the query loss is # before adaptation and # after"
+    )
+    assert after == high > 3 * before
     assert high > 3 * start and not math.isfinite(inner_lost)
 
     rows = re.findall(rf"\(({NUMBER}) of alpha_c\): beta_c = ({NUMBER}), .* is (\w+)", printed(cells["measure"]))
@@ -76,7 +86,8 @@ def story(notebook):
     assert ratios[0] < 0.2 and ratios[-1] > 1 and limits[-1] < 0.05 * limits[0]
     assert limits[1:] == sorted(limits[1:], reverse=True)
     assert rows[0][2] == "safe" and rows[-1][2] == "unsafe"
-    return [start, beta_c, alpha, beta, trained, capped, rescaled, alpha_c, high, *limits]
+    runs = [trained, followed, rescaled, adapted]
+    return [start, beta_c, advised, alpha, beta, *runs, capped, alpha_c, advised_alpha, high, *limits]
 
 
 def test_the_committed_outputs_tell_the_story():

@@ -25,7 +25,7 @@ WARN_DEFAULT, ROLLBACK_DEFAULT = "guard warn, defaults", "guard rescale + rollba
 ARMS: dict[str, dict[str, Any]] = {
     WARN: {"action": "warn", "every_n_steps": 5},
     WARN_DEFAULT: {"action": "warn"},
-    RESCALE: {"action": "rescale", "every_n_steps": 10},
+    RESCALE: {"action": "rescale", "rollback": False, "every_n_steps": 10},
     ROLLBACK: {"action": "rescale", "rollback": True, "every_n_steps": 10},
     ROLLBACK_DEFAULT: {"action": "rescale", "rollback": True},
 }

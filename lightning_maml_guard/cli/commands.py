@@ -16,11 +16,11 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_maml_guard.cli.parser import GuardCLI
 from lightning_maml_guard.guard.convergence_guard import ConvergenceGuard
 from lightning_maml_guard.guard.report import CheckReport
+from lightning_maml_guard.messages.advice_sentences import advised
 from lightning_maml_guard.messages.notices import not_written
 from lightning_maml_guard.messages.spelling import block
 from lightning_maml_guard.stability.estimators import estimates_per_task
 from lightning_maml_guard.tasks.datamodule import TaskDataModule
-from lightning_maml_guard.theory.limits import UNSAFE
 from lightning_maml_guard.tuner.suggest_rates import suggest_rates
 from lightning_maml_guard.tuner.suggestion import RateSuggestion
 from lightning_maml_guard.utils.io import write_atomically
@@ -196,10 +196,10 @@ def _diverged(symptom: str, guard: ConvergenceGuard | None) -> str:
 def _what_to_do(guard: ConvergenceGuard | None) -> str:
     if guard is None:
         return "Run it again with --guard, which tells the rate to lower; --guard rescale lowers it."
+    if guard.advice is not None:
+        return f"The guard's advice: {advised(guard.advice, guard.spelling)}"
     if guard.action == "log":
         return "--guard log warns of nothing: --guard tells the rate to lower, and --guard rescale lowers it."
-    if any(report.status == UNSAFE for report in guard.history):
-        return "The guard's warning above says why, and which rate to lower."
     return "No check of the guard saw it coming: --guard.every_n_steps 5 looks more often."
 
 

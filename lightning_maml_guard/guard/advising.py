@@ -49,9 +49,8 @@ class Adviser:
         self._run, self._trainer, self._module, self._look, self._step = run, trainer, module, look, step
         self._ratio = run.settings.lookahead.divergence_ratio
         self.gradients = 0  # that searches computed
-        # What was found at the rate that the schedule goes to, where that is too high; and where a run does not learn.
-        self._at_peak: Found | None = None
-        self._stalled: Found | None = None
+        self._at_peak: Found | None = None  # what was found at the rate that the schedule goes to, if it is too high
+        self._stalled: Found | None = None  # and where a run does not learn
 
     @property
     def news(self) -> Kind | None:
@@ -121,8 +120,7 @@ class Adviser:
             state.searches += 1
             found = self._found(report, findings, further, None if transition.entered else news)
         if news is Kind.NOT_LEARNING:
-            statistics = state.statistics
-            losses = (statistics.loss, math.nan, statistics.start)
+            losses = (state.statistics.loss, math.nan, state.statistics.start)
             found = replace(found, evidence=(Reason(news, losses=losses, steps=self._step), *found.evidence))
         if news is not None:
             state.advised.append(news.value)
@@ -148,9 +146,8 @@ class Adviser:
             if at != self._step:  # limits where the run has been thrown to blame the wrong rate
                 report = next((each for each in reversed(self._run.state.history) if (each.step or 0) <= at), report)
                 findings = (*(each for each in report.findings if each.kind is Kind.ABOVE_LIMIT), *findings[-1:])
-            known = further or (
-                {Kind.SCHEDULE_AHEAD: self._at_peak, Kind.NOT_LEARNING: self._stalled}.get(news) if news else None
-            )
+            seen = {Kind.SCHEDULE_AHEAD: self._at_peak, Kind.NOT_LEARNING: self._stalled}
+            known = further or (seen.get(news) if news else None)
             if known is not None:
                 return self._of_rates(known, report, findings)
             problems, odd = self._without_odd()
@@ -158,6 +155,10 @@ class Adviser:
                 if odd is not None and math.isfinite(search.at().end):
                     return self._of_batch(problems, odd, report)
                 found = search.find_alpha() if news is Kind.ADAPTATION_HARMFUL else search.find()
+                if not found.best.trains:  # the limits may lie below all rates that a search tries
+                    alpha, limit = (0.5 / report.alpha_ratio if report.alpha_ratio > 1 else 1.0), report.safe_beta_c
+                    tried = search.at(alpha, 0.5 * limit / self._peak if 0 < limit < self._peak else 1.0)
+                    found = Found(found.present, tried, tried.at.beta, tried.at.beta)
             return self._of_rates(found, report, findings)
 
     def _suspects_alpha(self, report: StabilityReport) -> bool:
@@ -302,6 +303,7 @@ class Adviser:
             evidence=(*findings, *self.crossing(report), *([died] if died else []), tried),
             configured_alpha=alpha,
             configured_beta=beta,
+            setting="lr" if self._run.ahead is None else self._run.ahead.setting,
             peak_step=self._run.ahead.peak()[1] if self._run.ahead is not None and self._rises else None,
         )
 

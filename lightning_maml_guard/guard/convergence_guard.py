@@ -13,12 +13,11 @@ from lightning_maml_guard.guard.loggers import logger_step, takes_no_steps
 from lightning_maml_guard.guard.report import CheckReport, frame
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.schedule import SCHEDULED
-from lightning_maml_guard.guard.settings import check_settings, check_watchable
+from lightning_maml_guard.guard.settings import check_settings, check_watchable, identity
 from lightning_maml_guard.guard.state import Event, to_checkpoint
 from lightning_maml_guard.lookahead.lookahead import LookaheadOptions
 from lightning_maml_guard.messages.advice import Advice
 from lightning_maml_guard.messages.reasons import Kind, Reason
-from lightning_maml_guard.messages.sentences import cause
 from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling
 from lightning_maml_guard.stability.options import CurvatureOptions
 from lightning_maml_guard.stability.problems import ProblemSource
@@ -174,10 +173,7 @@ class ConvergenceGuard(Callback):
     @property
     def stopping_reason(self) -> str | None:
         """Why the guard stopped the run, and what to set; None if it did not."""
-        state = self._run.state
-        advised = [str(state.advice)] if state.advice is not None else []
-        causes = [cause(each, self.spelling) for each in state.stopping]
-        return " ".join([*advised, *causes]) if state.stopping else None
+        return self._run.stopping_reason
 
     @property
     def advice(self) -> Advice | None:
@@ -232,18 +228,7 @@ class ConvergenceGuard(Callback):
     @cached_property  # Lightning reads it six times a step, for the names of its profiler
     def state_key(self) -> str:
         """Key of the guard's state in a checkpoint; guards that differ in what they do may run side by side."""
-        curvature, estimator = self.curvature, self.curvature.estimator
-        return self._generate_state_key(
-            every_n_steps=self.every_n_steps,
-            action=self.action,
-            criterion=curvature.criterion,
-            tasks=curvature.tasks,
-            data=curvature.data,
-            margin=self.margin,
-            patience=self.patience,
-            estimator=estimator if isinstance(estimator, str) else getattr(estimator, "__name__", "callable"),
-            problem=getattr(self.problem, "__qualname__", None),
-        )
+        return self._generate_state_key(**identity(self))
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Check that there is something to measure, and start anew (a resumed run restores its state next)."""

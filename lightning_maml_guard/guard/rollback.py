@@ -47,8 +47,9 @@ class Rollback:
         if run.state.rollbacks >= run.settings.max_rollbacks:
             reason = self._reason(Kind.TOO_MANY_ROLLBACKS, loss, step)
             run.stop(self.trainer, step, (reason,))
-            advice = run.state.advice
-            to_do = "Look at the data, the loss and the precision." if advice is None else advised(advice)
+            advice, to_do = run.state.advice, "Look at the data, the loss and the precision."
+            if advice is not None:
+                to_do = advised(advice, run.settings.spelling)
             warn(f"ConvergenceGuard: training stops. {sentence(reason)}\n{to_do[0].upper()}{to_do[1:]}")
             return False
         run.snapshot.restore(self.module, self.trainer.optimizers)

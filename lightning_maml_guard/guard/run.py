@@ -21,9 +21,9 @@ from lightning_maml_guard.guard.state_machine import StateMachine
 from lightning_maml_guard.lookahead.divergence import gradient_norm
 from lightning_maml_guard.lookahead.replay_buffer import ReplayBuffer
 from lightning_maml_guard.maml.meta_learning import MetaLearning
-from lightning_maml_guard.messages.advice_sentences import NO_WAY_BACK
+from lightning_maml_guard.messages.advice_sentences import NO_WAY_BACK, advised
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
-from lightning_maml_guard.messages.sentences import announced
+from lightning_maml_guard.messages.sentences import announced, cause
 from lightning_maml_guard.optim.lr_cap import known_rate, scheduled_rate
 from lightning_maml_guard.optim.rates_ahead import RatesAhead, read_ahead
 from lightning_maml_guard.optim.snapshot import Snapshot, finite
@@ -277,6 +277,15 @@ class GuardedRun:
             self.state.note("stopped", *reasons, step=step)
         self.state.stopped_step, self.state.stopping = step, list(reasons)
         trainer.should_stop = True
+
+    @property
+    def stopping_reason(self) -> str | None:
+        """What to set, and why the run was stopped; None if it was not."""
+        state, spelling = self.state, self.settings.spelling
+        if not state.stopping:
+            return None
+        to_do = [] if state.advice is None else [advised(state.advice, spelling)]
+        return " ".join([*to_do, *(cause(each, spelling) for each in state.stopping)])
 
     def note_severity(self, step: int, severe: float) -> None:
         """Keep what a lookahead said."""

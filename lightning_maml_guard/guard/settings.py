@@ -37,6 +37,22 @@ class Settings(Protocol):
         """The action."""
 
 
+def identity(settings: Any) -> dict[str, Any]:
+    """What tells guards apart that run side by side."""
+    curvature, estimator = settings.curvature, settings.curvature.estimator
+    return {
+        "every_n_steps": settings.every_n_steps,
+        "action": settings.action,
+        "criterion": curvature.criterion,
+        "tasks": curvature.tasks,
+        "data": curvature.data,
+        "margin": settings.margin,
+        "patience": settings.patience,
+        "estimator": estimator if isinstance(estimator, str) else getattr(estimator, "__name__", "callable"),
+        "problem": getattr(settings.problem, "__qualname__", None),
+    }
+
+
 def check_settings(guard: Any) -> None:
     """Raise a ValueError or TypeError if an argument of a guard is not allowed, or if two do not go together."""
     for name in ("every_n_steps", "patience", "max_rollbacks", "history_size"):

@@ -32,6 +32,7 @@ class Advice:
         alpha: The inner rate to configure; of several, the largest, the others in proportion. None: leave it as it is.
         beta: The meta rate to configure, the ``lr`` of the optimizer; under a schedule the number that its peak comes
             from. Of several groups the largest. None: leave it as it is.
+        setting: Name of the argument that ``beta`` is for: ``"lr"``, or a cyclic schedule's ``"max_lr"``.
         gradient_clip_val: Norm to clip gradients to, ``Trainer(gradient_clip_val=...)``, where a batch is to blame.
         step: Training step at which it was given; None outside a training.
         evidence: What it rests on.
@@ -43,6 +44,7 @@ class Advice:
     cause: Cause
     alpha: float | None = None
     beta: float | None = None
+    setting: str = "lr"
     gradient_clip_val: float | None = None
     step: int | None = None
     evidence: tuple[Reason, ...] = ()

@@ -28,7 +28,8 @@ def advised(advice: Advice, spelling: Spelling = IN_PYTHON) -> str:
     if advice.alpha is not None:
         to_set.append(f"the inner rate (inner_lr) to {advice.alpha:.3g}")
     if advice.beta is not None:
-        to_set.append(f"the optimizer's lr to {advice.beta:.3g}")
+        owner = "optimizer" if advice.setting == "lr" else "schedule"
+        to_set.append(f"the {owner}'s {advice.setting} to {advice.beta:.3g}")
     if advice.gradient_clip_val is not None:
         to_set.append(f"{spelling.trainer(gradient_clip_val=advice.gradient_clip_val)}, or mend the batch")
     if not to_set:

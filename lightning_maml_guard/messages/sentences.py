@@ -31,7 +31,7 @@ def cause(reason: Reason, spelling: Spelling = IN_PYTHON) -> str:
 def remedy(reason: Reason, spelling: Spelling = IN_PYTHON) -> str:
     """Say what to do; empty where there is nothing to do."""
     below = f"below {reason.margin * reason.limit:.3g}"
-    rollback = spelling.guard(action="rescale", rollback=True)
+    rescale = spelling.guard(action="rescale")
     return {
         Remedy.NONE: "",
         Remedy.LOWER_ALPHA: f"Lower the inner rate (inner_lr) {below}.",
@@ -41,7 +41,7 @@ def remedy(reason: Reason, spelling: Spelling = IN_PYTHON) -> str:
         "rate too: beta_c moves with alpha.",
         Remedy.LOWER_BETA_UNSPECIFIED: "Lower the optimizer's lr.",
         Remedy.MEASURE_SHARPER: "Raise max_iter or lower tol for a sharper answer.",
-        Remedy.START_AGAIN: f"Start again with lower rates; {rollback} rolls a run back to the last parameters "
+        Remedy.START_AGAIN: f"Start again with lower rates; {rescale} rolls a run back to the last parameters "
         "measured safe.",
     }[reason.remedy]
 

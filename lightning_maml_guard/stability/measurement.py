@@ -179,11 +179,28 @@ class Measurement:
                 verdict,
                 alpha=alpha_limit,
                 beta=self._beta,
-                safe_beta_c=beta.at_safe_alpha,
+                safe_beta_c=self._at_lower_alpha(beta, known.lambda_max),
                 margin=self._margin,
                 step=self._at_step,
             ),
         )
+
+    def _at_lower_alpha(self, beta: _BetaLimits, lambda_max: float) -> float:
+        """The meta rate's limit at any inner rate below its own, where that is to be lowered: ``beta_c`` moves with it.
+
+        Adaptation that converges makes no direction sharper, so that the limit is at least that of ``lambda_max``.
+        """
+        update = self._update
+        lowered = beta.safe_alpha < self._objective.alpha
+        if (
+            lowered
+            and lambda_max > 0
+            and update.scale is None
+            and isinstance(update.coupled, float)
+            and not update.note
+        ):
+            return min(beta.at_safe_alpha, update.rates(lambda_max + update.coupled)[0])
+        return beta.at_safe_alpha
 
     def failed(self, error: ArithmeticError, *, padded: bool = False) -> StabilityReport:
         """Report a measurement that failed: unresolved. ``padded``: the data holds nan."""

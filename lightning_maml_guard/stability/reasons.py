@@ -129,11 +129,11 @@ def from_limits(
 ) -> Advice | None:
     """Advise on rates beyond their limits; None where none is.
 
-    ``safe_beta_c`` is the meta rate's limit at an inner rate brought below its own: a meta rate that is fine there is
-    left alone.
+    ``safe_beta_c`` is the meta rate's limit at an inner rate brought below its own: a meta rate that is fine there, or
+    of which that is not known, is left alone.
     """
     high_alpha = verdict.alpha_status == UNSAFE
-    high_beta = verdict.beta_status == UNSAFE and not (high_alpha and beta < margin * safe_beta_c)
+    high_beta = verdict.beta_status == UNSAFE and not (high_alpha and not beta >= margin * safe_beta_c)
     if not (high_alpha or high_beta):
         return None
     return Advice(

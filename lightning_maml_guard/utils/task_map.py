@@ -74,16 +74,16 @@ def first_tasks(data: Any, count: int) -> Any:
 
 def joined_tasks(sets: Sequence[Any]) -> Any:
     """Put several sets of tasks into one; None where they are not alike."""
-    leaves = [tree_leaves(data, is_leaf=is_listed) for data in sets]
-    first, spec = tree_flatten(sets[0], is_leaf=is_listed)
-    for each in leaves:
-        alike = len(each) == len(first) and all(
+    found = [tree_flatten(data, is_leaf=is_listed) for data in sets]
+    first, spec = found[0]
+    for leaves, structure in found:
+        alike = structure == spec and all(
             is_listed(one) == is_listed(other) and (is_listed(one) or one.shape[1:] == other.shape[1:])
-            for one, other in zip(each, first, strict=True)
+            for one, other in zip(leaves, first, strict=True)
         )
         if not alike:
             return None
-    columns = zip(*leaves, strict=True)
+    columns = zip(*(leaves for leaves, _ in found), strict=True)
     joined = [
         TaskList(task for tasks in column for task in tasks) if is_listed(column[0]) else torch.cat(list(column))
         for column in columns

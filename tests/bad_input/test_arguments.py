@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lightning_maml_guard import (
@@ -191,6 +191,7 @@ def test_a_beta_that_is_no_rate_is_refused_by_name(value):
 @given(value=not_flags())
 def test_what_is_no_flag_is_refused_by_name(row, value):
     make, name = row
+    assume(not (name == "rollback" and value is None))  # None: as the action does
     remedy = f"Pass the boolean itself: {name}=True or {name}=False."
     refused(lambda: make(**{name: value}), name, shown(value), "True or False", remedy)
 

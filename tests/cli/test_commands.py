@@ -171,7 +171,7 @@ def test_a_rate_that_was_not_judged_is_said_to_be(caplog):
 
 def test_the_last_line_of_a_run_says_which_rates_were_applied_in_place_of_the_configured(caplog):
     rates = ["--model.inner_lr=0.4", "--model.optimizer.lr=5", "--trainer.max_steps=2", "--guard.every_n_steps=1"]
-    with caplog.at_level("INFO"), guard_warns("left the safe region"):
+    with caplog.at_level("INFO"), guard_warns("alpha = 0.4 and beta = 5 are too large"):
         last = main(["fit", *words_of("linear"), *rates, "--guard=rescale"]).guard.history[-1]
     assert last.alpha_applied < 0.4 and last.beta_applied < 5
     (verdict,) = [record.message for record in caplog.records if " checks, the last at " in record.message]
@@ -313,7 +313,7 @@ def test_a_training_that_diverged_says_so_before_its_test(elsewhere, caplog):
     words = ["--config=mine.yaml", *SMALL, "--model.optimizer.lr=3e38"]
     with caplog.at_level("INFO"):
         tested = main(words)
-        with guard_warns("Lower the optimizer's lr"):
+        with guard_warns("Set the optimizer's lr to"):
             guard = main(["fit", *words, "--trainer.max_steps=3", "--guard"]).guard
     assert math.isnan(tested.trainer.callback_metrics["test/loss"])
     assert Path("runs/mine/version_1/safe_region.png").exists() and not Path("runs/sinusoid").exists()
@@ -322,11 +322,10 @@ def test_a_training_that_diverged_says_so_before_its_test(elsewhere, caplog):
         "The training diverged: its parameters are not finite. Run it again with --guard, which tells the rate to "
         "lower; --guard rescale lowers it."
     )
-    assert second == (
-        "The training diverged: its last loss is nan. The guard's warning above says why, and which rate to lower."
-    )
-    guard.action = "log"
-    assert _cli_runs._what_to_do(guard).startswith("--guard log warns of nothing: --guard tells the rate to lower")
+    assert second == f"The training diverged: its last loss is nan. The guard's advice: {guard.advice}"
+    assert 0 < guard.advice.beta < guard.history[0].beta_c and guard.advice.cause == "beta"
+    silent = _cli_runs._what_to_do(ConvergenceGuard(action="log"))
+    assert silent.startswith("--guard log warns of nothing: --guard tells the rate to lower")
     unseen = _cli_runs._what_to_do(ConvergenceGuard())
     assert unseen == "No check of the guard saw it coming: --guard.every_n_steps 5 looks more often."
 

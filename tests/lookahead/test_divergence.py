@@ -185,6 +185,38 @@ def test_a_density_that_is_learned_is_checked_on_schedule_and_never_rolled_back(
 
 def test_a_density_whose_rate_is_too_high_is_still_found():
     guard = ConvergenceGuard(every_n_steps=25, action="stop", lookahead=LookaheadOptions(steps=5, batches=4))
-    with guard_warns("left the safe region"):
+    with guard_warns(r"ConvergenceGuard: step \d+: beta = 3 is too large\. Set the optimizer's lr to \S+\."):
         trained(guard, 200, lambda p: SGD(p, lr=3.0))
     assert guard.stopped_step is not None
+
+
+def stalls(losses):
+    """The numbers of steps after which a run counts as one that does not learn."""
+    seen = RunningStatistics()
+    found = []
+    for step, loss in enumerate(losses, 1):
+        seen.update(loss)
+        if seen.stalled:
+            found.append(step)
+    return found
+
+
+def test_a_loss_that_does_not_fall_is_seen_when_as_many_steps_again_are_taken():
+    assert stalls([3.0] * 70) == list(range(2, 71))  # from the second power of two on
+    assert max(stalls([3.0 * 0.97**step for step in range(300)])) < 32  # here only while little has fallen
+    noise = torch.randn(256, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert 256 in stalls([3.0 + 0.3 * float(each) for each in noise])
+    # Shifted by a constant, below 0, it is the same.
+    assert 256 in stalls([-3.0 + 0.3 * float(each) for each in noise])
+
+
+def test_a_loss_that_has_fallen_by_half_may_stay_there():
+    assert not {64, 128} & set(stalls([3.0 if step < 8 else 1.0 for step in range(128)]))
+    assert {64, 128} <= set(stalls([3.0 if step < 8 else 2.5 for step in range(128)]))
+
+
+def test_losses_that_are_not_finite_say_nothing_of_progress():
+    seen = RunningStatistics()
+    for loss in (3.0, math.nan, math.inf, 3.0):
+        seen.update(loss)
+    assert seen.steps == 2

@@ -81,7 +81,8 @@ def test_one_odd_batch_is_not_a_diverging_run(sharpness, fails):
     # One step on the odd batch multiplies the weight by 1 - 0.1 * 40 = -3, one on the others by 0.9.
     end = 20 * 3**4 if fails else 0.5 * 0.9**4
     assert reference.start == 1.0 and found.end == pytest.approx(end) and severe == pytest.approx(math.log(end))
-    assert lookahead.runs == (1 if len(sharpness) == 1 else 3)
+    # Three gradients a run: of two steps and of the loss after them.
+    assert lookahead.gradients == 3 * (1 if len(sharpness) == 1 else 3)
 
 
 def test_without_a_start_the_loss_at_hand_is_the_reference():
@@ -153,3 +154,56 @@ def test_a_shadow_moves_the_parameters_an_optimizer_keeps_in_a_list_of_its_own()
     optimizer, gradient = Listed([weight], lr=0.1), torch.tensor([1.0, 2.0])
     update = next_update(optimizer, {"w": weight}, {"w": gradient})
     assert torch.equal(update["w"], 0.5 * gradient) and torch.equal(weight, torch.ones(2))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_losses_before_training_are_those_of_every_batch_at_the_same_parameters(name):
+    torch.manual_seed(0)
+    module = MetaLearningModule(mlp(), inner_lr=0.02, inner_steps=2)
+    optimizer, batches = OPTIMIZERS[name](module.parameters()), sinusoids(3)
+    really(module, optimizer, batches, 2)  # so that there is momentum, which must move nothing
+    lookahead = Lookahead([module.meta_problem(batch) for batch in batches], optimizer, 5)
+    for factor in (1.0, 0.5, 0.0):
+        module.inner_lr = 0.02 * factor
+        expected = [float(meta_gradient(module.meta_problem(batch)).losses.mean()) for batch in batches]
+        assert lookahead.untrained(factor) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_norm_of_every_batchs_gradient_is_that_of_the_meta_gradient():
+    torch.manual_seed(0)
+    module = MetaLearningModule(mlp(), inner_lr=0.02)
+    problems = [module.meta_problem(batch) for batch in sinusoids(3)]
+    expected = [
+        torch.cat([each.flatten() for each in meta_gradient(problem).gradients.values()]).norm().item()
+        for problem in problems
+    ]
+    lookahead, state = Lookahead(problems, SGD(module.parameters(), lr=0.1), 5), torch.get_rng_state()
+    assert lookahead.gradient_norms() == pytest.approx(expected, rel=1e-5)
+    assert lookahead.gradients == 3 and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_number_of_steps_can_be_given_and_a_highest_loss_ends_them():
+    weight = nn.Parameter(torch.ones(1))
+    problem = PlainProblem({"w": weight}, lambda p: 0.5 * (p["w"] ** 2).sum())
+    lookahead = Lookahead([problem], SGD([weight], lr=3.0), 10)  # the loss grows fourfold in each step
+    grown = [0.5 * 4**step for step in range(7)]
+    assert lookahead.run(steps=6).losses == pytest.approx(grown) and lookahead.gradients == 7
+    # The loss above the highest is the last one that is tried; one at the highest is not above it.
+    assert lookahead.run(steps=6, highest=grown[3]).losses == pytest.approx(grown[:5]) and lookahead.gradients == 12
+    assert lookahead.run(steps=6, highest=1e9).losses == pytest.approx(grown)
+    # Without a highest loss all steps are tried, also beyond what is finite.
+    assert len(lookahead.run(steps=100).losses) == 101
+    ended = lookahead.run(steps=100, highest=1e38).losses
+    assert len(ended) < 70 and not ended[-1] <= 1e38
+
+
+def test_a_lookahead_knows_whether_a_step_depends_on_earlier_gradients():
+    weight = nn.Parameter(torch.ones(1))
+    problem = PlainProblem({"w": weight}, lambda p: (p["w"] ** 2).sum())
+    for optimizer, memory in (
+        (SGD([weight], lr=0.1), False),
+        (SGD([weight], lr=0.1, momentum=0.9), True),
+        (Adam([weight], lr=0.1), True),
+    ):
+        assert Lookahead([problem], optimizer, 1).has_memory == memory
+    assert not Lookahead([problem], 0.1, 1).has_memory

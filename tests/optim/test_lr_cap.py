@@ -1,10 +1,12 @@
+import math
+
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR
 
-from lightning_maml_guard.optim.lr_cap import LRCap, scheduled_rate
+from lightning_maml_guard.optim.lr_cap import LRCap, known_rate, scheduled_rate
 
 
 def test_a_tensor_rate_stays_the_same_object():
@@ -160,3 +162,20 @@ def test_a_step_that_a_scaler_skips_touches_no_rate():
         schedule.step()
     assert moved == [0.25, 0.0, 0.25] and optimizer.param_groups[0]["lr"] == 0.25
     cap.remove()
+
+
+def test_the_known_rate_is_the_largest_of_all_groups():
+    weight = [nn.Parameter(torch.ones(1)) for _ in range(3)]
+    one = SGD([{"params": weight[:1], "lr": 0.1}, {"params": weight[1:2], "lr": 0.4}], lr=1.0)
+    other = Adam(weight[2:], lr=torch.tensor(0.7), capturable=False, foreach=False)
+    assert known_rate([one]) == 0.4 and known_rate([one, other]) == pytest.approx(0.7)
+    assert known_rate([one, other]) == scheduled_rate([one, other])
+    assert math.isnan(known_rate([]))
+
+
+def test_a_rate_on_a_device_is_not_read_from_there():
+    """Reading it would wait for the device in every step."""
+    weight = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+    on_device = SGD(weight[:1], lr=0.1)
+    on_device.param_groups[0]["lr"] = torch.empty((), device="meta")  # which cannot be read at all
+    assert math.isnan(known_rate([on_device])) and math.isnan(known_rate([SGD(weight[1:], lr=0.5), on_device]))

@@ -1,3 +1,4 @@
+import math
 import os
 import subprocess
 import sys
@@ -64,7 +65,10 @@ def test_two_processes_measure_what_one_does_on_all_tasks(tmp_path, case):
             assert mine["status"] == theirs["status"]
             for name in converged(CASES[case][0]):
                 assert theirs[name] == pytest.approx(mine[name], rel=1e-5, nan_ok=True), name
-            assert mine["severity"] == pytest.approx(theirs["severity"], rel=1e-5, abs=1e-8)
+            # At step 0 nobody knows yet that every step has this batch: each process draws from its own tasks.
+            if mine["step"] > 0:
+                assert mine["severity"] == pytest.approx(theirs["severity"], rel=1e-5, abs=1e-8)
+            assert math.isfinite(theirs["severity"])
     assert same(timeless(together[0]), timeless(together[1]))
 
 

@@ -21,7 +21,7 @@ from tests.helpers import grouped
 STEPS = 60
 # (guard options, optimizer, factor by which one step takes the parameters away)
 CASES = {
-    "rescale": ({"criterion": "simplified"}, lambda p: SGD(p, lr=1.0, momentum=0.5), 1.0),
+    "rescale": ({"criterion": "simplified", "rollback": False}, lambda p: SGD(p, lr=1.0, momentum=0.5), 1.0),
     "rollback": ({"rollback": True, "batches": 3}, lambda p: Adam(p, lr=0.2), 30.0),
 }
 

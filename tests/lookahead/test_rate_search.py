@@ -1,0 +1,262 @@
+"""Which rate is to blame, and what to set: on quadratics, whose limits are known, beside plain loops of arithmetic."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim import SGD, Adam
+
+from lightning_maml_guard import MetaProblem
+from lightning_maml_guard.lookahead.divergence import Scale
+from lightning_maml_guard.lookahead.lookahead import Lookahead
+from lightning_maml_guard.lookahead.rate_search import TRIAL_STEPS, Factors, RateSearch
+from lightning_maml_guard.stability.problems import PlainProblem
+
+RATIO = 3.0
+FAR = 1e100
+
+
+def plain(curvatures, make):
+    """Half a quadratic along each axis, from 1 on each."""
+    weight = nn.Parameter(torch.ones(len(curvatures), dtype=torch.float64))
+    curvature = torch.tensor(curvatures, dtype=torch.float64)
+    problem = PlainProblem({"w": weight}, lambda p: 0.5 * (curvature * p["w"] ** 2).sum())
+    return Lookahead([problem], make([weight]), 1)
+
+
+def search(lookahead, *, alpha_suspect=False, **arguments):
+    return RateSearch(lookahead, Scale(), RATIO, alpha_suspect=alpha_suspect, **arguments)
+
+
+def to_set(found):
+    """The factors on the rates that a search leads to."""
+    alpha, beta = found.best.at
+    return alpha, min(found.flat, found.most) if beta < 1 else 1.0
+
+
+def descended(curvatures, rate, steps, momentum=0.0):
+    """The loss after so many steps of (heavy-ball) gradient descent: arithmetic, none of our code, nor torch's."""
+    total = 0.0
+    for each in curvatures:
+        at, velocity = 1.0, 0.0
+        for _ in range(steps):
+            velocity = momentum * velocity + each * at
+            at -= rate * velocity
+            if abs(at) > FAR:
+                return math.inf
+        total += 0.5 * each * at**2
+    return total
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(st.floats(0.3, 100.0), min_size=1, max_size=4), st.floats(1.3, 50.0), st.sampled_from([0.0, 0.5, 0.9]))
+def test_a_rate_beyond_the_limit_is_lowered_to_one_that_learns(curvatures, times, momentum):
+    limit = 2 * (1 + momentum) / max(curvatures)
+    rate = times * limit
+    assert descended(curvatures, rate, TRIAL_STEPS, momentum) > sum(curvatures)  # it does diverge
+    found = search(plain(curvatures, lambda p: SGD(p, lr=rate, momentum=momentum))).find()
+    assert not found.present.trains and found.present.end == math.inf and found.best.trains
+    alpha, beta = to_set(found)
+    lower = beta * rate
+    assert alpha == 1.0 and 0 < lower < limit and found.most * rate < limit
+    # It trains to the end, and within the trial it learns half of what the best of many rates does.
+    start = 0.5 * sum(curvatures)
+    assert descended(curvatures, lower, 5000, momentum) < 0.01 * start
+    grid = [descended(curvatures, limit * 1.2**-power, TRIAL_STEPS, momentum) for power in range(1, 40)]
+    assert start - descended(curvatures, lower, TRIAL_STEPS, momentum) > 0.5 * (start - min(grid))
+
+
+@pytest.mark.parametrize("times", [1.5, 10.0, 1000.0])
+def test_a_trial_ends_where_a_plain_loop_does(times):
+    curvatures, rate = [10.0, 1.0], times * 0.2
+    tried = search(plain(curvatures, lambda p: SGD(p, lr=rate)))
+    for factor in (1.0, 0.5, 2.0**-8, 2.0**-14):
+        losses = [descended(curvatures, factor * rate, steps) for steps in range(TRIAL_STEPS + 1)]
+        trial = tried.at(beta=factor)
+        assert trial.at == Factors(1.0, factor)
+        if max(losses) > RATIO * losses[0]:
+            assert (trial.end, trial.learned, trial.trains) == (math.inf, -math.inf, False)
+            continue
+        last = losses[TRIAL_STEPS - TRIAL_STEPS // 4 : TRIAL_STEPS]
+        end = sum(last) / len(last)
+        assert trial.end == pytest.approx(end) and trial.learned == pytest.approx(losses[0] - end, rel=1e-5)
+        assert trial.trains == (end <= losses[0])
+
+
+def test_adam_is_lowered_to_a_rate_at_which_torchs_own_trains():
+    curvatures = [10.0, 1.0]
+    found = search(plain(curvatures, lambda p: Adam(p, lr=30.0))).find()
+    assert not found.present.trains and found.best.trains and to_set(found)[0] == 1.0
+    weight = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    optimizer = Adam([weight], lr=to_set(found)[1] * 30.0)
+    for _ in range(500):
+        optimizer.zero_grad()
+        loss = 0.5 * (torch.tensor(curvatures) * weight**2).sum()
+        loss.backward()
+        optimizer.step()
+        assert loss < RATIO * 5.5
+    assert loss < 0.01 * 5.5
+
+
+TARGETS = (-1.0, 1.0)
+START = 3.0
+
+
+def meta(curvatures, alpha, beta, steps=1):
+    """Tasks with their minimum at -1 and at 1 along each axis, from 3 on each."""
+    weight = nn.Parameter(torch.full((len(curvatures),), START, dtype=torch.float64))
+    curvature = torch.tensor(curvatures, dtype=torch.float64)
+    data = (torch.tensor(TARGETS, dtype=torch.float64).reshape(-1, 1).expand(-1, len(curvatures)),)
+    problem = MetaProblem(
+        {"w": weight}, lambda p, task: 0.5 * (curvature * (p["w"] - task[0]) ** 2).sum(), data, data, alpha, steps
+    )
+    return Lookahead([problem], SGD([weight], lr=beta), 1)
+
+
+def meta_descended(curvatures, alpha, beta, steps, inner=1):
+    """The same for exact MAML, whose gradient is that of the quadratics' adapted curvature."""
+    total = 0.0
+    for each in curvatures:
+        adapted, at = each * (1 - alpha * each) ** (2 * inner), START
+        for _ in range(steps):
+            at -= beta * sum(adapted * (at - target) for target in TARGETS) / len(TARGETS)
+            if abs(at) > FAR:
+                return math.inf
+        total += sum(0.5 * adapted * (at - target) ** 2 for target in TARGETS) / len(TARGETS)
+    return total
+
+
+CURVATURES = [4.0, 1.0]
+# Adaptation converges below an inner rate of 2/4; near the best ones the adapted curvature is about 0.6.
+CASES = {
+    # alpha, beta: which factors are below 1
+    "alpha": (1.0, 0.3, (True, False)),
+    "alpha by far": (8.0, 0.3, (True, False)),
+    "beta": (0.1, 12.0, (False, True)),
+    "beta by far": (0.1, 500.0, (False, True)),
+    "both": (1.0, 20.0, (True, True)),
+}
+# An inner rate far beyond its limit is always a suspect.
+SUSPECTS = [(name, suspect) for name in CASES for suspect in (True, False) if suspect or name in ("alpha", "beta")]
+
+
+@pytest.mark.parametrize(("name", "suspect"), SUSPECTS)
+def test_the_rate_to_blame_is_named_and_lowering_it_trains(name, suspect):
+    alpha, beta, blamed = CASES[name]
+    found = search(meta(CURVATURES, alpha, beta), alpha_suspect=suspect).find()
+    assert not found.present.trains and found.best.trains
+    factors = to_set(found)
+    assert (factors[0] < 1, factors[1] < 1) == blamed
+    new_alpha, new_beta = factors[0] * alpha, factors[1] * beta
+    unadapted = meta_descended(CURVATURES, 0.0, 0.0, 0)
+    assert meta_descended(CURVATURES, new_alpha, new_beta, TRIAL_STEPS) < 0.5 * unadapted
+    assert meta_descended(CURVATURES, new_alpha, new_beta, 2000) < 0.1 * unadapted
+    # As it was, it does not: neither does lowering the other rate alone, at any factor.
+    ladder = [2.0**-power for power in range(15)]
+    if blamed == (True, False):
+        assert min(meta_descended(CURVATURES, alpha, beta * each, 2000) for each in ladder) > 0.5 * unadapted
+    if blamed[1]:
+        assert min(meta_descended(CURVATURES, alpha * each, beta, 60) for each in ladder) > unadapted
+
+
+def test_the_inner_rate_alone_is_looked_for_where_the_meta_rate_is_to_be_left():
+    found = search(meta(CURVATURES, 1.0, 0.02), alpha_suspect=True).find_alpha()
+    factor, beta = to_set(found)
+    assert beta == 1.0 and 4.0 * factor < 2.0 and found.best.trains
+    assert meta_descended(CURVATURES, factor, 0.02, TRIAL_STEPS) < meta_descended(CURVATURES, 0.0, 0.0, 0)
+
+
+def test_rates_that_are_fine_learn_most_as_they_are():
+    for lookahead in (plain([1.0, 0.5], lambda p: SGD(p, lr=0.5)), meta([4.0, 1.0], 0.2, 0.5)):
+        present, best = search(lookahead).probe()
+        assert present is best and present.trains and present.at == Factors(1.0, 1.0)
+
+
+def test_a_probe_sees_that_lower_rates_do_better_where_the_rates_as_they_are_survive():
+    """The loss oscillates between two walls: it neither grows nor falls."""
+    lookahead = plain([10.0], lambda p: SGD(p, lr=0.2))
+    present, best = search(lookahead).probe()
+    assert present.end == pytest.approx(5.0) and present.learned == pytest.approx(0.0, abs=1e-9)
+    assert best.at.beta < 1 and best.learned > 4.0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_where_the_loss_is_not_finite_at_any_rate_nothing_trains(value):
+    weight = nn.Parameter(torch.ones(1))
+    problem = PlainProblem({"w": weight}, lambda p: (p["w"] * value).sum())
+    tried = search(Lookahead([problem], SGD([weight], lr=0.1), 1))
+    found = tried.find()
+    assert not found.best.trains and not found.present.trains and found.best.learned == -math.inf
+    present, best = tried.probe()
+    assert not best.trains and present.end == math.inf
+
+
+def test_a_query_loss_that_overflows_is_the_inner_rates():
+    """At unchanged parameters: the reference is the loss without adaptation, which is finite."""
+    lookahead = meta(CURVATURES, 1e200, 0.3)
+    tried = search(lookahead)
+    assert tried.untrained(1.0) == (math.inf,) and tried.reference == tried.untrained(0.0)
+    assert tried.reference[0] == pytest.approx(meta_descended(CURVATURES, 0.0, 0.0, 0))
+    tried = search(meta(CURVATURES, 40.0, 0.3, steps=40), alpha_suspect=True)
+    found = tried.find()
+    alpha, beta = to_set(found)
+    assert alpha < 1.0 == beta and found.best.trains
+    assert meta_descended(CURVATURES, alpha * 40.0, 0.3, 2000, inner=40) < 1.0
+
+
+def test_a_trial_that_leaves_ends_there_and_none_is_made_twice():
+    lookahead = plain([1.0], lambda p: SGD(p, lr=4.0))  # the loss grows ninefold in each step
+    tried = search(lookahead)
+    reference = tried.reference
+    before = lookahead.gradients
+    assert tried.at().end == math.inf and reference == (0.5,)
+    assert lookahead.gradients - before == 2  # the loss at the start, and the one that left
+    spent = lookahead.gradients
+    assert tried.at() is tried.at(1.0, 1.0) and tried.at(beta=2.0**-4).trains
+    assert lookahead.gradients - spent == TRIAL_STEPS + 1
+    spent = lookahead.gradients
+    tried.at(beta=2.0**-4), tried.probe()[0], tried.reference
+    assert lookahead.gradients - spent == TRIAL_STEPS + 1  # of the probe at a sixteenth that is known, one is new
+
+
+def test_a_peak_stands_for_the_rate_that_the_schedule_goes_to():
+    """A warm-up at a tenth of the limit that goes to three times the limit."""
+    lookahead = plain([10.0, 1.0], lambda p: SGD(p, lr=0.02))
+    assert search(lookahead).at().trains
+    found = search(lookahead, peak=30.0).find()
+    assert not found.present.trains and found.best.trains
+    lower = to_set(found)[1] * 30.0 * 0.02  # a factor on the peak
+    assert lower < 0.2 and descended([10.0, 1.0], lower, 5000) < 1e-3
+    grid = [descended([10.0, 1.0], 0.2 * 1.2**-power, TRIAL_STEPS) for power in range(1, 40)]
+    assert 5.5 - descended([10.0, 1.0], lower, TRIAL_STEPS) > 0.5 * (5.5 - min(grid))
+
+
+def test_the_batches_are_compared_with_themselves():
+    """A batch with a large loss of its own at the end of a trial is no sign that the run got worse."""
+    weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    problems = [
+        PlainProblem({"w": weight}, lambda p, more=more: (0.5 * p["w"] ** 2).sum() + more) for more in (0.0, 100.0)
+    ]
+    lookahead = Lookahead(problems, SGD([weight], lr=1e-3), 1)
+    trial = search(lookahead).at()
+    assert trial.trains and 0 < trial.learned < 0.5
+
+
+def test_trials_touch_neither_parameters_nor_optimizer_nor_random_numbers():
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(2, dtype=torch.float64))
+    optimizer = SGD([weight], lr=0.5, momentum=0.9, weight_decay=0.01)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()  # so that there is momentum
+    curvature = torch.tensor(CURVATURES, dtype=torch.float64)
+    data = (torch.randn(4, 2, dtype=torch.float64),)
+    problem = MetaProblem({"w": weight}, lambda p, t: 0.5 * (curvature * (p["w"] - t[0]) ** 2).sum(), data, data, 1.5)
+    before = weight.detach().clone(), weight.grad.clone(), copy.deepcopy(optimizer.state_dict()), torch.get_rng_state()
+    tried = search(Lookahead([problem], optimizer, 1), alpha_suspect=True)
+    tried.find(), tried.find_alpha(), tried.probe()
+    assert torch.equal(weight, before[0]) and torch.equal(weight.grad, before[1])
+    assert str(optimizer.state_dict()) == str(before[2]) and torch.equal(torch.get_rng_state(), before[3])
