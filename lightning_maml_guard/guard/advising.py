@@ -14,28 +14,19 @@ from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.lookahead import Lookahead, lookahead_of
 from lightning_maml_guard.lookahead.rate_search import TRIAL_STEPS, Found, RateSearch
-from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.lookahead.rates_to_set import CLEAR, CLEARLY, inner_rate, is_innocent, meta_rate
 from lightning_maml_guard.messages.advice import Advice, Cause, settable
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.optim.snapshot import Snapshot
-from lightning_maml_guard.optim.stability_limits import is_preconditioned
-from lightning_maml_guard.stability.problems import AccumulatedProblem, Problem, dead_units
+from lightning_maml_guard.stability.problems import Problem, dead_units
 from lightning_maml_guard.stability.report import StabilityReport
 
 # A run's parameters count as sane while its loss is below this many times the one that training started from.
 _SANE = 1.5
 # A batch is odd if its loss at sane parameters is this many times the others' median; of so many others at least.
 _ODD, _OTHERS = 5.0, 3
-# Lower rates must end lower by this share of the loss before they are advised to a run that does not diverge.
-_CLEARLY = 0.1
-# And by this share where a rate is so many times its limit.
+# Lower rates must end lower by this share of the loss where a rate is so many times its limit.
 _CLEARLY_BEYOND, _BEYOND = 0.05, 2.0
-# Rates below this share of their limits are not looked at for longer.
-_CLEAR = 0.5
-# Of a limit, the share to set: s for one inner step, s / K**s for K.
-_OF_LIMIT = 0.6
-# Trials that learn at rates so much higher than a share of the limit contradict it.
-_FAR_BELOW = 0.15
 # Share of its units that a network has lost when they are named as the cause.
 _DEAD = 0.5
 # A search may cost as much as some hundred steps, so that one run makes no more than so many.
@@ -82,12 +73,12 @@ class Adviser:
         Left out where the critical values are far above the rates.
         """
         ratios = [report.beta_ratio, *([] if math.isnan(report.alpha) else [report.alpha_ratio])]
-        if self._look.lookahead is None or all(ratio < _CLEAR for ratio in ratios):
+        if self._look.lookahead is None or all(ratio < CLEAR for ratio in ratios):
             return None
         beyond = any(ratio > _BEYOND for ratio in ratios)
-        return self._better(self._suspects_alpha(report), _CLEARLY_BEYOND if beyond else _CLEARLY)
+        return self._better(self._suspects_alpha(report), _CLEARLY_BEYOND if beyond else CLEARLY)
 
-    def _better(self, alpha_suspect: bool, share: float = _CLEARLY) -> Found | None:
+    def _better(self, alpha_suspect: bool, share: float = CLEARLY) -> Found | None:
         """Try the rates for more steps than a lookahead; what was found, if lower ones do clearly better."""
         with self._searching(self._look.problems, alpha_suspect) as search:
             scale = self._look.scale
@@ -197,8 +188,8 @@ class Adviser:
     @property
     def _is_sane(self) -> bool:
         """Whether the run is still where it learned."""
-        present, scale = self._look.present, self._look.scale
-        return present is None or present.begin <= scale.times(_SANE, scale.start)
+        lookahead, scale = self._look.lookahead, self._look.scale
+        return lookahead is None or lookahead.begin <= scale.times(_SANE, scale.start)
 
     @contextmanager
     def _sane(self) -> Iterator[int]:
@@ -242,42 +233,13 @@ class Adviser:
             configured_beta=self._configured(self._peak),
         )
 
-    def _inner_rate(self, factor: float, report: StabilityReport) -> float:
-        """The inner rate to set: from its limit, where that is known; else the one that learned most.
-
-        What adaptation does within a few steps says little about a whole run. A share of the limit, less for more inner
-        steps, trained in most runs of AdviceBench's tuning set.
-        """
-        limits = [each.alpha_c for each in (*self._run.state.history, report) if (each.step or 0) <= self._step]
-        rate = self._share_of(min(filter(math.isfinite, limits), default=math.nan))
-        return rate if rate < report.alpha / 2 else factor * report.alpha
-
-    def _meta_rate(self, found: Found, report: StabilityReport) -> float:
-        """The meta rate to set: from its limit, where the trials do not contradict it; else theirs."""
-        flat, most = found.flat * self._peak, found.most * self._peak
-        if not math.isfinite(report.beta_c) or any(map(is_preconditioned, self._look.optimizers)):
-            return min(flat, most)
-        # Limits at an inner rate beyond its own say nothing.
-        limit = report.beta_c if self._run.repeats or math.isnan(report.beta_c_noise) else report.beta_c_noise
-        rate = self._share_of(limit) if found.best.at.alpha == 1 and report.alpha_ratio <= 1 else math.nan
-        return min(rate, most) if rate > _FAR_BELOW * flat else math.sqrt(min(flat, most) * most)
-
-    def _share_of(self, limit: float) -> float:
-        problem = self._look.problem
-        first = problem.first if isinstance(problem, AccumulatedProblem) else problem
-        steps = first.inner_steps if isinstance(first, MetaProblem) else 1
-        return _OF_LIMIT * limit / steps**_OF_LIMIT
-
-    def _is_innocent(self, found: Found, report: StabilityReport) -> bool:
-        """Whether the rates learn as well as any lower ones, far below their limits."""
-        scale, present = self._look.scale, found.present
-        clearly = scale.times(1 + _CLEARLY, scale.start) - scale.start
-        ratios = [report.beta_ratio, *([] if math.isnan(report.alpha) else [report.alpha_ratio])]
-        low = all(ratio < _CLEAR for ratio in ratios)
-        return low and present.trains and found.best.learned <= present.learned + clearly
+    def _smallest_alpha_c(self, report: StabilityReport) -> float:
+        """The smallest limit seen on the way to a report."""
+        before = [each for each in self._run.state.history if (each.step or 0) <= (report.step or 0)]
+        return min((each.alpha_c for each in (*before, report) if each.alpha_c > 0), default=math.nan)
 
     def _of_rates(self, found: Found, report: StabilityReport, findings: tuple[Reason, ...]) -> Advice:
-        to_blame = found.best.trains and not self._is_innocent(found, report)
+        to_blame = found.best.trains and not is_innocent(found, report, self._look.scale)
         alpha, beta = report.alpha, self._peak
         lower_alpha, lower_beta = (to_blame and factor < 1 for factor in found.best.at)
         died = self._died() if lower_beta and not lower_alpha else None
@@ -287,7 +249,9 @@ class Adviser:
             (False, True): Cause.DEAD_UNITS if died else Cause.SCHEDULE if self._rises else Cause.BETA,
             (False, False): Cause.UNKNOWN,
         }
-        best = found.best.at
+        best, look = found.best.at, self._look
+        inner = inner_rate(best.alpha, report, self._smallest_alpha_c(report), look.problem)
+        lowered = meta_rate(found, report, beta, look.optimizers, look.problem, repeats=self._run.repeats)
         tried = Reason(
             Kind.RATES_TRIED,
             losses=(found.present.end, found.best.end, self._look.scale.start),
@@ -297,8 +261,8 @@ class Adviser:
         )
         return Advice(
             cause=causes[lower_alpha, lower_beta],
-            alpha=settable(self._inner_rate(best.alpha, report)) if lower_alpha else None,
-            beta=settable(self._configured(self._meta_rate(found, report))) if lower_beta else None,
+            alpha=settable(inner) if lower_alpha else None,
+            beta=settable(self._configured(lowered)) if lower_beta else None,
             step=self._step,
             evidence=(*findings, *self.crossing(report), *([died] if died else []), tried),
             configured_alpha=alpha,

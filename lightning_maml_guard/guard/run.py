@@ -60,13 +60,11 @@ class GuardedRun:
         # Gradient norm of the step at hand, maybe on the device; None if it is not known.
         self.norm: Tensor | float | None = None
         self._losses: list[float] = []  # of the batches that the step at hand accumulates so far
-        # The problem beside the step at hand, if that is to be compared; and whether it was.
-        self.match: TrainingMatch | None = None
+        self.match: TrainingMatch | None = None  # the problem beside the step at hand, if that is to be compared
         self.matched = False
         self.turns = Turns()
         self.ahead: RatesAhead | None = None
-        # Whether every step uses the same batch: then nothing is drawn from its tasks.
-        self.repeats = False
+        self.repeats = False  # whether every step uses the same batch: then nothing is drawn from its tasks
 
     def begin(self, trainer: Any) -> None:
         """Take in how far a run will go and what data it has."""

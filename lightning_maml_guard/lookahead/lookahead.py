@@ -156,6 +156,7 @@ class Lookahead:
         self.beta = scheduled_rate(self._optimizers)
         self.batches = len(problems)
         self.gradients = 0  # computed so far
+        self.begin = math.nan  # loss of the first batch, where the next steps were judged
 
     @property
     def has_memory(self) -> bool:
@@ -192,6 +193,7 @@ class Lookahead:
             or the loss at hand where that is not known), and the severity.
         """
         result = self.under(caps, beta_factor=beta_factor)
+        self.begin = result.begin
         scale = scale.over(result.losses)
         found = [result]
         if not passes(scale.severity(result.end), ratio) and self.batches > 1:
