@@ -191,14 +191,8 @@ class Measurement:
         Adaptation that converges makes no direction sharper, so that the limit is at least that of ``lambda_max``.
         """
         update = self._update
-        lowered = beta.safe_alpha < self._objective.alpha
-        if (
-            lowered
-            and lambda_max > 0
-            and update.scale is None
-            and isinstance(update.coupled, float)
-            and not update.note
-        ):
+        lowered = beta.safe_alpha < self._objective.alpha and lambda_max > 0 and not update.note
+        if lowered and update.scale is None and isinstance(update.coupled, float):
             return min(beta.at_safe_alpha, update.rates(lambda_max + update.coupled)[0])
         return beta.at_safe_alpha
 
