@@ -23,7 +23,8 @@ from benchmarks.advice.report import line, report, trace
 from benchmarks.advice.score import figures
 from benchmarks.advice.study import study
 
-SEEDS = {"tune": (0, 1, 2), "report": (10, 11, 12)}
+# Seeds 10 to 12 were to be reported first; a look at some runs of seed 10 led to a change, so they are not any more.
+SEEDS = {"tune": (0, 1, 2, 10, 11, 12), "report": (20, 21, 22)}
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ TRIAL_STEPS = 30
 FLAT = 0.7
 # And at most this share of the largest that trains: plain SGD's, and that of optimizers with a memory, whose
 # instability takes longer to show.
-SHARE, SHARE_WITH_MEMORY = 0.5, 0.25
+SHARE, SHARE_WITH_MEMORY = 0.5, 0.125
 # A pair of lowered rates has to learn this much more than the better one of them alone.
 BOTH = 1.25
 # And an inner rate whose adaptation is not harmful this much more than a lower meta rate before it is blamed: a few
