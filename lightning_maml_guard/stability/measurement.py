@@ -149,7 +149,8 @@ class Measurement:
             self._notes.append(Reason(Kind.NOT_JUDGED, rate="beta", detail=self._update.note, step=self._at_step))
         if objective.alpha_note and alpha_note and not flat:
             self._notes.append(Reason(Kind.NOT_JUDGED, rate="alpha", detail=alpha_note, step=self._at_step))
-        mean_alpha_c = alpha_c.of_mean()
+        mean_alpha_c, lowered = alpha_c.of_mean(), self._at_lower_alpha(beta, known.lambda_max)
+        where: dict[str, Any] = {"margin": self._margin, "step": self._at_step}
         return StabilityReport(
             **self._head(),
             alpha_c=alpha_limit.critical,
@@ -175,14 +176,7 @@ class Measurement:
             alpha_c_interval=alpha_limit.interval,
             beta_c_interval=beta.configured.interval,
             spectrum=spectrum,
-            advice=from_limits(
-                verdict,
-                alpha=alpha_limit,
-                beta=self._beta,
-                safe_beta_c=self._at_lower_alpha(beta, known.lambda_max),
-                margin=self._margin,
-                step=self._at_step,
-            ),
+            advice=from_limits(verdict, alpha=alpha_limit, beta=self._beta, safe_beta_c=lowered, **where),
         )
 
     def _at_lower_alpha(self, beta: _BetaLimits, lambda_max: float) -> float:

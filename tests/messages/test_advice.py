@@ -54,8 +54,7 @@ EXAMPLES = [
     ),
     (
         Advice(cause=Cause.UNKNOWN, **RATES),
-        "training diverges, and no lower rates were found at which it learns. Look at the data, the loss and the "
-        "precision.",
+        "training diverges for a reason that is not known. Look at the data, the loss and the precision.",
     ),
 ]
 
