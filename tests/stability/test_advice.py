@@ -110,5 +110,5 @@ def test_a_query_loss_that_overflows_keeps_the_inner_rates_limit(criterion):
     assert report.advice.cause == "alpha" and report.advice.alpha == pytest.approx(alpha_c / 2, rel=0.051)
     assert report.lambda_max == pytest.approx(SHARPEST, rel=1e-3)
     # What could not be measured is said.
-    kinds = {each.kind for each in report.notes}
+    kinds = {each.kind for each in (*report.findings, *report.notes)}
     assert math.isnan(report.exact_beta_c) and kinds & {Kind.NOT_MEASURED, Kind.NO_EXACT_LIMIT}
