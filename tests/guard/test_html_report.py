@@ -57,7 +57,7 @@ def checked(html):
 @pytest.fixture(scope="module")
 def rescued():
     guard = ConvergenceGuard(every_n_steps=2, action="rescale", margin=0.9)
-    with guard_warns("left the safe region"):
+    with guard_warns("is too large"):
         fit(linear_module(4, 1.5, inner_lr=0.05, order="simplified"), BATCH, 10, [guard])
     return guard
 

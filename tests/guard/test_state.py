@@ -90,6 +90,7 @@ EVERYTHING = Reason(
 # And every field of an Advice.
 ADVICE = Advice(
     cause=Cause.DEAD_UNITS,
+    setting="max_lr",
     alpha=0.02,
     beta=0.3,
     gradient_clip_val=1.5,
