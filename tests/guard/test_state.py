@@ -234,7 +234,7 @@ def test_a_guard_hands_its_state_on():
     assert_same(second.state_dict(), first.state_dict())
     assert second.stopping_reason == f"{ADVICE} {cause_of(EVERYTHING)}" and second.stopped_step == 9
     assert second.advice == ADVICE and str(second.advice).endswith(
-        "Set the inner rate (inner_lr) to 0.02 and the optimizer's lr to 0.3 and Trainer(gradient_clip_val=1.5), or mend "
+        "Set the inner rate (inner_lr) to 0.02 and the schedule's max_lr to 0.3 and Trainer(gradient_clip_val=1.5), or mend "
         "the batch."
     )
     assert second._run.snapshot.step == 2 and second._run.caps.caps == Caps(0.045, 0.5)
