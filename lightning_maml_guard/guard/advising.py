@@ -14,7 +14,15 @@ from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.lookahead import Lookahead, lookahead_of
 from lightning_maml_guard.lookahead.rate_search import TRIAL_STEPS, Found, RateSearch
-from lightning_maml_guard.lookahead.rates_to_set import CLEAR, CLEARLY, inner_rate, is_innocent, meta_rate
+from lightning_maml_guard.lookahead.rates_to_set import (
+    CLEAR,
+    CLEARLY,
+    inner_rate,
+    is_innocent,
+    meta_rate,
+    ratios,
+    share_of_start,
+)
 from lightning_maml_guard.messages.advice import Advice, Cause, settable
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.optim.snapshot import Snapshot
@@ -39,9 +47,15 @@ class Adviser:
     def __init__(self, run: GuardedRun, trainer: Any, module: Any, look: Look, step: int) -> None:
         self._run, self._trainer, self._module, self._look, self._step = run, trainer, module, look, step
         self._ratio = run.settings.lookahead.divergence_ratio
-        self.gradients = 0  # that searches computed
+        self._counted: list[Lookahead] = []  # of searches, whose cost is that of the check
+        self._further: dict[bool, RateSearch] = {}  # from where the run is, by whether alpha is a suspect
         self._at_peak: Found | None = None  # what was found at the rate that the schedule goes to, if it is too high
         self._stalled: Found | None = None  # and where a run does not learn
+
+    @property
+    def gradients(self) -> int:
+        """Gradients that searches computed."""
+        return sum(each.gradients for each in self._counted)
 
     @property
     def news(self) -> Kind | None:
@@ -72,21 +86,21 @@ class Adviser:
 
         Left out where the critical values are far above the rates.
         """
-        ratios = [report.beta_ratio, *([] if math.isnan(report.alpha) else [report.alpha_ratio])]
-        if self._look.lookahead is None or all(ratio < CLEAR for ratio in ratios):
+        known = ratios(report)
+        if self._look.lookahead is None or all(ratio < CLEAR for ratio in known):
             return None
-        beyond = any(ratio > _BEYOND for ratio in ratios)
+        beyond = any(ratio > _BEYOND for ratio in known)
         return self._better(self._suspects_alpha(report), _CLEARLY_BEYOND if beyond else CLEARLY)
 
     def _better(self, alpha_suspect: bool, share: float = CLEARLY) -> Found | None:
         """Try the rates for more steps than a lookahead; what was found, if lower ones do clearly better."""
-        with self._searching(self._look.problems, alpha_suspect) as search:
-            scale = self._look.scale
-            clearly = scale.times(1 + share, scale.start) - scale.start
-            present, best = search.probe()
-            if present.trains and best.learned <= present.learned + clearly:
-                return None
-            found = search.find()
+        if alpha_suspect not in self._further:
+            self._further[alpha_suspect] = self._search(self._look.problems, alpha_suspect)
+        search, clearly = self._further[alpha_suspect], share_of_start(self._look.scale, share)
+        present, best = search.probe()
+        if present.trains and best.learned <= present.learned + clearly:
+            return None
+        found = search.find()
         return found if found.best.trains and found.best.learned > found.present.learned + clearly else None
 
     def severity_of(self, found: Found) -> float:
@@ -101,8 +115,7 @@ class Adviser:
         if not transition.entered and news is None:
             return None
         if self._look.lookahead is None or self._look.present is None:
-            found = report.advice or Advice(cause=Cause.UNKNOWN)
-            found = replace(found, step=self._step, evidence=findings)
+            found = replace(report.advice or Advice(cause=Cause.UNKNOWN), step=self._step, evidence=findings)
         elif self._stands(report, news):
             assert state.advice is not None
             evidence = findings if self._is_sane else findings[-1:]
@@ -142,27 +155,24 @@ class Adviser:
             if known is not None:
                 return self._of_rates(known, report, findings)
             problems, odd = self._without_odd()
-            with self._searching(problems, self._suspects_alpha(report)) as search:
-                if odd is not None and math.isfinite(search.at().end):
-                    return self._of_batch(problems, odd, report)
-                found = search.find_alpha() if news is Kind.ADAPTATION_HARMFUL else search.find()
-                if not found.best.trains:  # the limits may lie below all rates that a search tries
-                    alpha, limit = (0.5 / report.alpha_ratio if report.alpha_ratio > 1 else 1.0), report.safe_beta_c
-                    tried = search.at(alpha, 0.5 * limit / self._peak if 0 < limit < self._peak else 1.0)
-                    found = Found(found.present, tried, tried.at.beta, tried.at.beta)
+            search = self._search(problems, self._suspects_alpha(report))
+            if odd is not None and math.isfinite(search.at().end):
+                return self._of_batch(problems, odd, report)
+            found = search.find_alpha() if news is Kind.ADAPTATION_HARMFUL else search.find()
+            if not found.best.trains:  # the limits may lie below all rates that a search tries
+                alpha, limit = (0.5 / report.alpha_ratio if report.alpha_ratio > 1 else 1.0), report.safe_beta_c
+                tried = search.at(alpha, 0.5 * limit / self._peak if 0 < limit < self._peak else 1.0)
+                found = Found(found.present, tried, tried.at.beta, tried.at.beta)
             return self._of_rates(found, report, findings)
 
     def _suspects_alpha(self, report: StabilityReport) -> bool:
         return self._look.harmful or math.isnan(report.alpha_c)
 
-    @contextmanager
-    def _searching(self, problems: Sequence[Problem], alpha_suspect: bool) -> Iterator[RateSearch]:
+    def _search(self, problems: Sequence[Problem], alpha_suspect: bool) -> RateSearch:
         lookahead = self._lookahead(fresh(self._run, problems))
+        self._counted.append(lookahead)
         peak = self._peak / lookahead.beta if lookahead.beta > 0 else 1.0
-        try:
-            yield RateSearch(lookahead, self._look.scale, self._ratio, alpha_suspect=alpha_suspect, peak=peak)
-        finally:
-            self.gradients += lookahead.gradients
+        return RateSearch(lookahead, self._look.scale, self._ratio, alpha_suspect=alpha_suspect, peak=peak)
 
     def _lookahead(self, problems: Sequence[Problem]) -> Lookahead:
         run = self._run
@@ -211,8 +221,8 @@ class Adviser:
         if len(problems) <= _OTHERS or self._run.repeats:
             return problems, None
         lookahead = self._lookahead(problems)
+        self._counted.append(lookahead)
         losses = [loss if math.isfinite(loss) else math.inf for loss in lookahead.untrained()]
-        self.gradients += lookahead.gradients
         worst = max(range(len(losses)), key=losses.__getitem__)
         others = [loss for index, loss in enumerate(losses) if index != worst]
         if not losses[worst] > self._look.scale.times(_ODD, median(others)):
@@ -282,7 +292,6 @@ class Adviser:
 
     def _died(self) -> Reason | None:
         """The units that are dead where the run is now, if most are and the loss has not left."""
-        assert self._look.present is not None
         if not self._is_sane or not math.isfinite(self._look.severity):
             return None
         counted = dead_units(self._look.problem)

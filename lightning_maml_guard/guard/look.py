@@ -16,7 +16,7 @@ from lightning_maml_guard.lookahead.resampled import resampled
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.optim.shadow import ClosureError
 from lightning_maml_guard.stability.adaptation import ENDS_COST, Adaptation, adaptation
-from lightning_maml_guard.stability.problems import AccumulatedProblem, Problem, accumulated, owners, state_problem
+from lightning_maml_guard.stability.problems import Problem, accumulated, owners, state_problem
 
 
 @dataclass
@@ -134,13 +134,11 @@ def _look_ahead(look: Look, run: GuardedRun, trainer: Any, module: Any, step: in
     look.rises = run.highest_to_come(trainer, look.optimizers, step) > 1.01 * now > 0 and caps.beta is None
 
 
-def fresh(run: GuardedRun, problems: Sequence[Problem], times: int = 1) -> list[Problem]:
-    """Fill problems up to the lookahead's number, or more, unless the run uses the same batch at every step."""
-    return list(problems) if run.repeats else resampled(problems, times * run.settings.lookahead.batches)
+def fresh(run: GuardedRun, problems: Sequence[Problem]) -> list[Problem]:
+    """Fill problems up to the lookahead's number, unless the run uses the same batch at every step."""
+    return list(problems) if run.repeats else resampled(problems, run.settings.lookahead.batches)
 
 
 def _adapted(run: GuardedRun, problem: Problem) -> Adaptation | None:
-    first = problem.first if isinstance(problem, AccumulatedProblem) else problem
-    tasks = run.cache.map_for(getattr(first, "task_chunk_size", None), getattr(first, "looped", False))
-    found = adaptation(problem, tasks, each_step=False)
+    found = adaptation(problem, run.cache.map_of(problem), each_step=False)
     return None if found is None else Adaptation.of(run.cache.ranks.gather(found))

@@ -190,7 +190,7 @@ class GuardedRun:
             return
         self.matched = True
         problem = state_problem(source, module, batch, batch_idx)
-        tasks = self.cache.map_for(getattr(problem, "task_chunk_size", None), getattr(problem, "looped", False))
+        tasks = self.cache.map_of(problem)
         # Compiled code too runs eagerly there: what is traced here would not be compiled again for training.
         with double_backward():
             self.match = TrainingMatch(

@@ -24,7 +24,7 @@ from lightning_maml_guard.optim.shadow import Clip, ShadowOptimizer, check_no_cl
 from lightning_maml_guard.optim.stability_limits import Optimizers, is_memoryless, listed
 from lightning_maml_guard.stability.hvp import MeasurementCache
 from lightning_maml_guard.stability.objective import MamlObjective, Objective, objective_of
-from lightning_maml_guard.stability.problems import AccumulatedProblem, Problem
+from lightning_maml_guard.stability.problems import Problem
 from lightning_maml_guard.utils.checks import check_count, check_flag, check_number
 from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.double_backward import double_backward
@@ -273,8 +273,7 @@ def lookahead_of(
 
     ``clipped_to`` is the norm to which a training step was seen to clip by itself.
     """
-    first = problems[0].first if isinstance(problems[0], AccumulatedProblem) else problems[0]
-    tasks = cache.map_for(getattr(first, "task_chunk_size", None), getattr(first, "looped", False))
+    tasks = cache.map_of(problems[0])
     clip, hook, seen = run_clipping(trainer, clipped_to)
     return Lookahead(problems, optimizers, steps, tasks, clip, cache.ranks, hook=hook, sees_clipping=seen)
 

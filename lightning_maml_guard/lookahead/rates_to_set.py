@@ -11,7 +11,7 @@ from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.rate_search import Found
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.optim.stability_limits import is_preconditioned
-from lightning_maml_guard.stability.problems import AccumulatedProblem, Problem
+from lightning_maml_guard.stability.problems import Problem, first_batch
 from lightning_maml_guard.stability.report import StabilityReport
 
 # The numbers here were chosen on AdviceBench's tuning seeds.
@@ -59,13 +59,21 @@ def meta_rate(
 def is_innocent(found: Found, report: StabilityReport, scale: Scale) -> bool:
     """Return True if rates far below their limits learn as well as any lower ones."""
     present = found.present
-    clearly = scale.times(1 + CLEARLY, scale.start) - scale.start
-    ratios = [report.beta_ratio, *([] if math.isnan(report.alpha) else [report.alpha_ratio])]
-    low = all(ratio < CLEAR for ratio in ratios)
-    return low and present.trains and found.best.learned <= present.learned + clearly
+    low = all(ratio < CLEAR for ratio in ratios(report))
+    return low and present.trains and found.best.learned <= present.learned + share_of_start(scale, CLEARLY)
+
+
+def ratios(report: StabilityReport) -> list[float]:
+    """The rates over their limits: the meta rate's, and the inner one's where there is an inner loop."""
+    return [report.beta_ratio, *([] if math.isnan(report.alpha) else [report.alpha_ratio])]
+
+
+def share_of_start(scale: Scale, share: float) -> float:
+    """A share of the loss that training started from, in the units that losses are compared in."""
+    return scale.times(1 + share, scale.start) - scale.start
 
 
 def _share_of(limit: float, problem: Problem) -> float:
-    first = problem.first if isinstance(problem, AccumulatedProblem) else problem
+    first = first_batch(problem)
     steps = first.inner_steps if isinstance(first, MetaProblem) else 1
     return _OF_LIMIT * limit / steps**_OF_LIMIT

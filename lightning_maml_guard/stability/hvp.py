@@ -15,6 +15,7 @@ from lightning_maml_guard.linalg.operators import Field, FiniteDifference, Jacob
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.stability.krylov_stopping import ChangingOperatorError, rounding
 from lightning_maml_guard.stability.objective import MamlObjective, Objective, Target
+from lightning_maml_guard.stability.problems import Problem, first_batch
 from lightning_maml_guard.utils.checks import first_line
 from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.task_map import TaskMap
@@ -79,6 +80,11 @@ class MeasurementCache:
         if self.task_map is None or self.task_map.chunk_size != chunk_size or self.asked_to_loop != looped:
             self.task_map, self.asked_to_loop = TaskMap(chunk_size, looped=looped or self.facts.looped), looped
         return self.task_map
+
+    def map_of(self, problem: Problem) -> TaskMap:
+        """Return the way to run over a problem's tasks."""
+        one = first_batch(problem)
+        return self.map_for(getattr(one, "task_chunk_size", None), getattr(one, "looped", False))
 
     def note_the_map(self) -> None:
         """Remember that vmap failed: a map that found it out goes on looping; one that was asked to loop need not."""

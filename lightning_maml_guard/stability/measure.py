@@ -17,7 +17,7 @@ from lightning_maml_guard.stability.krylov_stopping import ChangingOperatorError
 from lightning_maml_guard.stability.measurement import Measurement
 from lightning_maml_guard.stability.objective import objective_of
 from lightning_maml_guard.stability.options import CurvatureOptions, check_curvature
-from lightning_maml_guard.stability.problems import AccumulatedProblem, PlainProblem
+from lightning_maml_guard.stability.problems import AccumulatedProblem, PlainProblem, first_batch
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.stability.training_match import TrainingMatch, check_reference
 from lightning_maml_guard.theory.limits import check_margin
@@ -96,7 +96,7 @@ def measure(
             "MetaProblem(params, task_loss, support, query), or module.meta_problem(batch) of a MetaLearningModule."
         )
     check_curvature(curvature)
-    one = problem.first if isinstance(problem, AccumulatedProblem) else problem
+    one = first_batch(problem)
     if curvature.criterion == "simplified" and getattr(one, "inner_update", None) is not None:
         raise ValueError(
             "criterion='simplified' is about an inner loop of gradient descent, but the problem has an `inner_update`. "
@@ -125,7 +125,7 @@ def measure(
         for module in modules_of(one.task_loss if isinstance(one, MetaProblem) else one.loss):
             isolation.enter_context(isolated(module))
         torch.manual_seed(0)  # the same dropout masks in every check, so that their numbers can be compared
-        task_map = cache.map_for(getattr(one, "task_chunk_size", None), getattr(one, "looped", False))
+        task_map = cache.map_of(one)
         objective = objective_of(problem, curvature.data, task_map)
         differs: Reason | None = None
         with explained(one) if isinstance(one, MetaProblem) else nullcontext():

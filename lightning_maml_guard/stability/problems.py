@@ -105,6 +105,11 @@ def accumulated(problems: Sequence[Problem]) -> Problem:
     return AccumulatedProblem(tuple(meta)) if len(meta) == len(problems) > 1 else problems[0]
 
 
+def first_batch(problem: Problem) -> MetaProblem | PlainProblem:
+    """Return the first batch of accumulated ones, whose settings are those of all; of a single one, itself."""
+    return problem.first if isinstance(problem, AccumulatedProblem) else problem
+
+
 def owners(problem: Problem, optimizers: Sequence[Optimizer]) -> list[int]:
     """Find the indices of the optimizers that move a problem's parameters; all if none does (measure then says so)."""
     moved = {id(value) for value in problem.params.values()}
@@ -127,7 +132,8 @@ def dead_units(problem: Problem) -> DeadUnits:
         if isinstance(problem, PlainProblem):
             problem.loss(params)
             return watch.count()
-        one = problem.first if isinstance(problem, AccumulatedProblem) else problem
+        one = first_batch(problem)
+        assert isinstance(one, MetaProblem)
         for data in (one.support, one.query):
             for each in each_task(data):
                 watch.restart()
