@@ -11,9 +11,10 @@ from typing import Any
 
 from lightning_maml_guard.guard.look import Look, fresh
 from lightning_maml_guard.guard.run import GuardedRun
+from lightning_maml_guard.guard.schedule import LOOKAHEAD_GRADIENT
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.lookahead import Lookahead, lookahead_of
-from lightning_maml_guard.lookahead.rate_search import TRIAL_STEPS, Found, RateSearch
+from lightning_maml_guard.lookahead.rate_search import PROBE_GRADIENTS, TRIAL_STEPS, Found, RateSearch
 from lightning_maml_guard.lookahead.rates_to_set import (
     CLEAR,
     CLEARLY,
@@ -35,8 +36,6 @@ _SANE = 1.5
 _ODD, _OTHERS = 5.0, 3
 # Lower rates must end lower by this share of the loss where a rate is so many times its limit.
 _CLEARLY_BEYOND, _BEYOND = 0.05, 2.0
-# Share of its units that a network has lost when they are named as the cause.
-_DEAD = 0.5
 # A search may cost as much as some hundred steps, so that one run makes no more than so many.
 _MOST_SEARCHES = 4
 
@@ -47,7 +46,7 @@ class Adviser:
     def __init__(self, run: GuardedRun, trainer: Any, module: Any, look: Look, step: int) -> None:
         self._run, self._trainer, self._module, self._look, self._step = run, trainer, module, look, step
         self._ratio = run.settings.lookahead.divergence_ratio
-        self._counted: list[Lookahead] = []  # of searches, whose cost is that of the check
+        self._counted: list[Lookahead] = []  # whose cost is the check's
         self._further: dict[bool, RateSearch] = {}  # from where the run is, by whether alpha is a suspect
         self._at_peak: Found | None = None  # what was found at the rate that the schedule goes to, if it is too high
         self._stalled: Found | None = None  # and where a run does not learn
@@ -71,13 +70,14 @@ class Adviser:
 
     def look_at_peak(self) -> None:
         """Try the rate that the schedule goes to, until it was found too high."""
-        if self._look.rises and self._is_sane and Kind.SCHEDULE_AHEAD.value not in self._run.state.advised:
+        told, first = self._run.state.advised, not self._run.state.history
+        if self._look.rises and self._is_sane and Kind.SCHEDULE_AHEAD.value not in told and (first or self._is_paid):
             self._at_peak = self._better(self._look.harmful)
 
     def look_at_progress(self) -> None:
         """Where the loss does not fall, see whether it would at lower rates."""
-        state = self._run.state
-        if state.statistics.stalled and self._is_sane and state.advice is None and self._look.lookahead is not None:
+        state, sane = self._run.state, self._is_sane and self._look.lookahead is not None
+        if state.statistics.stalled and sane and state.advice is None and self._is_paid:
             self._stalled = self._better(self._look.harmful)
             state.statistics.stalled = False
 
@@ -91,6 +91,11 @@ class Adviser:
             return None
         beyond = any(ratio > _BEYOND for ratio in known)
         return self._better(self._suspects_alpha(report), _CLEARLY_BEYOND if beyond else CLEARLY)
+
+    @property
+    def _is_paid(self) -> bool:
+        """Whether the run pays for one more longer look."""
+        return self._run.schedule.affords(LOOKAHEAD_GRADIENT * PROBE_GRADIENTS, self._step)
 
     def _better(self, alpha_suspect: bool, share: float = CLEARLY) -> Found | None:
         """Try the rates for more steps than a lookahead; what was found, if lower ones do clearly better."""
@@ -118,8 +123,7 @@ class Adviser:
             found = replace(report.advice or Advice(cause=Cause.UNKNOWN), step=self._step, evidence=findings)
         elif self._stands(report, news):
             assert state.advice is not None
-            evidence = findings if self._is_sane else findings[-1:]
-            found = replace(state.advice, step=self._step, evidence=evidence)
+            found = replace(state.advice, step=self._step, evidence=findings if self._is_sane else findings[-1:])
         else:
             state.searches += 1
             found = self._found(report, findings, further, None if transition.entered else news)
@@ -170,13 +174,13 @@ class Adviser:
 
     def _search(self, problems: Sequence[Problem], alpha_suspect: bool) -> RateSearch:
         lookahead = self._lookahead(fresh(self._run, problems))
-        self._counted.append(lookahead)
         peak = self._peak / lookahead.beta if lookahead.beta > 0 else 1.0
         return RateSearch(lookahead, self._look.scale, self._ratio, alpha_suspect=alpha_suspect, peak=peak)
 
     def _lookahead(self, problems: Sequence[Problem]) -> Lookahead:
-        run = self._run
-        return lookahead_of(problems, self._look.optimizers, 1, self._trainer, run.cache, run.state.clipped_to)
+        run, optimizers = self._run, self._look.optimizers
+        self._counted.append(lookahead_of(problems, optimizers, 1, self._trainer, run.cache, run.state.clipped_to))
+        return self._counted[-1]
 
     @property
     def _rises(self) -> bool:
@@ -192,8 +196,7 @@ class Adviser:
 
     def _configured(self, rate: float) -> float:
         """The number to configure for a meta rate."""
-        ahead = self._run.ahead
-        return rate if ahead is None else ahead.lr_for_peak(rate)
+        return rate if self._run.ahead is None else self._run.ahead.lr_for_peak(rate)
 
     @property
     def _is_sane(self) -> bool:
@@ -208,12 +211,13 @@ class Adviser:
         if self._is_sane or snapshot is None or snapshot.step >= step:
             yield step
             return
-        now = Snapshot(self._module, self._trainer.optimizers, step, run.settings.snapshot_device)
+        restored = self._module, self._trainer.optimizers
+        now = Snapshot(*restored, step, run.settings.snapshot_device)
         try:
-            snapshot.restore(self._module, self._trainer.optimizers)
+            snapshot.restore(*restored)
             yield snapshot.step
         finally:
-            now.restore(self._module, self._trainer.optimizers)
+            now.restore(*restored)
 
     def _without_odd(self) -> tuple[list[Problem], int | None]:
         """Leave out a batch that is unlike the others; its index."""
@@ -221,7 +225,6 @@ class Adviser:
         if len(problems) <= _OTHERS or self._run.repeats:
             return problems, None
         lookahead = self._lookahead(problems)
-        self._counted.append(lookahead)
         losses = [loss if math.isfinite(loss) else math.inf for loss in lookahead.untrained()]
         worst = max(range(len(losses)), key=losses.__getitem__)
         others = [loss for index, loss in enumerate(losses) if index != worst]
@@ -231,12 +234,11 @@ class Adviser:
 
     def _of_batch(self, problems: Sequence[Problem], odd: int, report: StabilityReport) -> Advice:
         """Advise to clip what an odd batch does: at twice the gradients of the others."""
-        norms = self._lookahead(problems).gradient_norms()
         odd_loss, *others = self._lookahead([self._look.problems[odd], *problems]).untrained()
-        losses = (odd_loss, median(others), self._look.scale.start)
+        losses = odd_loss, median(others), self._look.scale.start
         return Advice(
             cause=Cause.BATCH,
-            gradient_clip_val=settable(2 * median(norms)),
+            gradient_clip_val=settable(2 * median(self._lookahead(problems).gradient_norms())),
             step=self._step,
             evidence=(Reason(Kind.ODD_BATCH, losses=losses, step=self._step - odd),),
             configured_alpha=report.alpha,
@@ -294,7 +296,5 @@ class Adviser:
         """The units that are dead where the run is now, if most are and the loss has not left."""
         if not self._is_sane or not math.isfinite(self._look.severity):
             return None
-        counted = dead_units(self._look.problem)
-        if counted.units == 0 or counted.dead < _DEAD * counted.units:
-            return None
-        return Reason(Kind.UNITS_DIED, counts=(counted.dead, counted.units))
+        found = dead_units(self._look.problem)
+        return Reason(Kind.UNITS_DIED, counts=(found.dead, found.units)) if found.most else None

@@ -28,8 +28,10 @@ ALPHA_LADDER = tuple(2.0**-k for k in range(1, 9))
 BETA_LADDER = tuple(2.0**-k for k in range(1, 15))
 # Inner rates below the best one that are tried before the ladder ends.
 PATIENCE = 2
-# Factors on the meta rate, then on the inner rate, that are tried to see whether lower rates do better.
+# Factors on the inner rate and on the meta rate that are tried to see whether lower rates do better.
 PROBES = ((1.0, 0.25), (1.0, 1 / 16))
+# Gradients that this takes in a run that is well: it stops at the first of them.
+PROBE_GRADIENTS = 2 * TRIAL_STEPS
 
 
 class Factors(NamedTuple):
@@ -136,9 +138,16 @@ class RateSearch:
         return Trial(at, end, before - end, trains=end <= before)
 
     def probe(self) -> tuple[Trial, Trial]:
-        """Try the rates as they are and a few lower ones: the former, and the one of all that learns most."""
-        present = self.at()
-        return present, _best([present, *(self.at(*each) for each in PROBES)])
+        """Try the rates as they are and a few lower ones: the former, and the one of all that learns most.
+
+        Where a run trains at a lower rate and learns less than at its own, it is not tried at still lower ones.
+        """
+        tried = [self.at()]
+        for factors in PROBES:
+            tried.append(self.at(*factors))
+            if tried[-1].trains and tried[-1].learned < tried[0].learned:
+                break
+        return tried[0], _best(tried)
 
     def find(self) -> Found:
         """Find which rate to lower, and to what.
