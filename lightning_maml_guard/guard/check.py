@@ -102,7 +102,7 @@ class Check:
         if look.present is not None:
             run.note_severity(step, look.severity)
             if not scheduled and not failing and adviser.news is None:
-                self._charge(look, 0.0, adviser.gradients)
+                self._charge(look, adviser.cost)
                 log_values(trainer, module, look.metrics, step)
                 if passes(look.severity, ratio):
                     self.rollback.keep(step)
@@ -171,7 +171,7 @@ class Check:
                 self.rollback.keep(step)
         self._warn_of_collapse(look.problem, report, transition.state, step)
         # 5. Keep and log what was found.
-        self._charge(look, report.cost, adviser.gradients)
+        self._charge(look, report.cost + adviser.cost)
         run.schedule.state.unjudged = not run.state.history and report.beta_status == UNRESOLVED
         alpha, beta = run.caps.caps.applied(report.alpha, report.beta)
         if trainer.fast_dev_run:
@@ -293,6 +293,6 @@ class Check:
         if found.most:
             self.run.announce(replace(reason, counts=(found.dead, found.units)))
 
-    def _charge(self, look: Look, measured: float, gradients: int = 0) -> None:
-        gradients += 0 if look.lookahead is None else look.lookahead.gradients
-        self.run.schedule.charge(lookahead_gradients=gradients, measured=measured + look.cost)
+    def _charge(self, look: Look, cost: float) -> None:
+        gradients = 0 if look.lookahead is None else look.lookahead.gradients
+        self.run.schedule.charge(lookahead_gradients=gradients, measured=cost + look.cost)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 LOOKAHEAD_GRADIENT = 1.2
 # About the cost of a check that measures no curvature.
 _LOOK = 15.0
-# What a run may be looked at before it has paid for it, in training steps: the first check, a few looks, one search.
-_CREDIT = 270.0
+# What a run is given before it has paid for it, in training steps: the first check, a few looks, two longer ones.
+_CREDIT = 300.0
 # The last early check, and the one of a run whose loss does not fall.
 _BEGINNING, _STALLED = 128, 64
 # Early checks that a short run is given although it does not pay for them.

@@ -21,7 +21,7 @@ _MEMORY = 0.9
 _SPREADS, _LARGEST_CHANGE = 4.0, 4.0
 # A loss that is not below this share of an earlier one has not fallen.
 # Judged from so many steps on: before, it is noise.
-_PROGRESS, _JUDGED_FROM = 0.85, 64
+_PROGRESS, _JUDGED_FROM = 0.85, 8
 # Differences from the mean below this share of a loss are rounding (float32).
 _ROUNDING = 1e-6
 
