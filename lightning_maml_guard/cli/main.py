@@ -48,8 +48,8 @@ A command before the task word does one thing:
 
 {_summaries()}
 
-{prog} fit --help lists every option. --print_config prints the configuration as YAML, which --config OWN.yaml
-reads back, under every command but phase-diagram.
+{prog} fit --help lists every option. Under every command but phase-diagram, --print_config prints the
+configuration as YAML, which --config OWN.yaml reads back.
 linear trains on one fixed task, as Takagi et al. assume: its test loss, on other tasks, rises as it learns that one.
 omniglot is a first look of 300 steps; omniglot_5way, omniglot_20way, miniimagenet (1 shot) and miniimagenet_5shot
 follow the published settings (Finn et al. 2017: 60,000 steps, for a GPU). Image data is read from $LMG_DATA.

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_maml_guard.linalg.operators import Field, FieldValue, gradient_of
 from lightning_maml_guard.maml.inner_loop import InnerRate, Params, adapted_loss
 from lightning_maml_guard.maml.inner_updates import beside
-from lightning_maml_guard.maml.meta_gradient import SideBySide, task_meta_gradient, task_meta_gradients
+from lightning_maml_guard.maml.meta_gradient import SideBySide, meta_gradient_at, task_meta_gradient
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.utils.task_map import TaskMap, task_count
 
@@ -36,8 +36,8 @@ def meta_field(problem: MetaProblem, tasks: TaskMap) -> Field:
     def field(params: Params, differentiable: bool) -> FieldValue:
         # The gradients inside need no graph outside.
         with torch.set_grad_enabled(differentiable):
-            (gradients, _), (losses, _) = task_meta_gradients(problem, params, rates, tasks)
-        return FieldValue(losses.mean().detach(), {name: value.mean(0) for name, value in gradients.items()})
+            found = meta_gradient_at(problem, params, rates, tasks)
+        return FieldValue(found.losses.mean().detach(), dict(found.gradients))
 
     return field
 
@@ -48,7 +48,7 @@ def _query_losses(problem: MetaProblem, params: Params, rates: InnerRate, tasks:
 
     def together(support: Any, query: Any) -> Tensor:
         side = SideBySide(params, rates, task_count(support, "support"))
-        loss, update = side.over(problem.loss), beside(problem.inner_update)
+        loss, update = problem.side_by_side(), beside(problem.inner_update)
         return adapted_loss(loss, side.params, side.rates, support, query, problem.inner_steps, update)[0]
 
     return tasks.apply(one, together, problem.support, problem.query)
