@@ -31,7 +31,16 @@ def meta_field(problem: MetaProblem, tasks: TaskMap) -> Field:
     """
     rates = problem.rate_by_step()
     if is_symmetric(problem):
-        return gradient_of(lambda params: _query_losses(problem, params, rates, tasks).mean())
+
+        def exact(params: Params, differentiable: bool) -> FieldValue:
+            copies: list[Params] = []
+            loss = gradient_of(lambda theta: _query_losses(problem, theta, rates, tasks, copies).mean())
+            found = loss(params, differentiable)
+            while sum(len(next(iter(group.values()))) for group in copies) > problem.tasks:
+                del copies[0]  # of a vmap that failed before the loop
+            return found._replace(by_task=copies)
+
+        return exact
 
     def field(params: Params, differentiable: bool) -> FieldValue:
         # The gradients inside need no graph outside.
@@ -42,12 +51,20 @@ def meta_field(problem: MetaProblem, tasks: TaskMap) -> Field:
     return field
 
 
-def _query_losses(problem: MetaProblem, params: Params, rates: InnerRate, tasks: TaskMap) -> Tensor:
+def _query_losses(
+    problem: MetaProblem, params: Params, rates: InnerRate, tasks: TaskMap, copies: list[Params]
+) -> Tensor:
+    """The query losses after adaptation, and in ``copies`` the parameters of every group of tasks."""
+
     def one(support: Any, query: Any) -> Tensor:
-        return adapted_loss(problem.loss, params, rates, support, query, problem.inner_steps, problem.inner_update)[0]
+        own = {name: value.unsqueeze(0) for name, value in params.items()}
+        copies.append(own)
+        theta = {name: value[0] for name, value in own.items()}
+        return adapted_loss(problem.loss, theta, rates, support, query, problem.inner_steps, problem.inner_update)[0]
 
     def together(support: Any, query: Any) -> Tensor:
         side = SideBySide(params, rates, task_count(support, "support"))
+        copies.append(side.params)
         loss, update = problem.side_by_side(), beside(problem.inner_update)
         return adapted_loss(loss, side.params, side.rates, support, query, problem.inner_steps, update)[0]
 
