@@ -1,4 +1,4 @@
-"""What each command does, and what it prints: the docstrings of the commands are their help."""
+"""What each command does, and what it prints."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_maml_guard.cli.arguments import EVALUATION, TRAIN_THEN_TEST
 from lightning_maml_guard.cli.parser import GuardCLI
 from lightning_maml_guard.guard.convergence_guard import ConvergenceGuard
 from lightning_maml_guard.guard.report import CheckReport
@@ -27,9 +28,6 @@ from lightning_maml_guard.utils.io import write_atomically
 from lightning_maml_guard.utils.lightning_compat import inform
 from lightning_maml_guard.utils.warnings import GuardWarning
 
-TRAIN_THEN_TEST = ""
-# Commands that evaluate a checkpoint and train nothing.
-EVALUATION = ("validate", "test")
 # What suggest takes from the configuration's Trainer.
 _TRAINER_OPTIONS = ("accelerator", "precision", "gradient_clip_val", "gradient_clip_algorithm")
 # Lightning's own code causes it in every run (2.6.6 under torch 2.13).
@@ -57,20 +55,17 @@ def known_warnings_ignored(command: str, cli: GuardCLI) -> Iterator[None]:
 
 
 def _train_then_test(cli: GuardCLI) -> None:
-    """Train MAML on a task and test it; with --guard, watch the learning rates and draw the safe region."""
     _train(cli)
     cli.trainer.test(cli.model, datamodule=cli.datamodule)
     _conclude(cli)
 
 
 def _fit(cli: GuardCLI) -> None:
-    """Train MAML on a task; with --guard, watch the learning rates and draw the safe region."""
     _train(cli)
     _conclude(cli)
 
 
 def _validate(cli: GuardCLI) -> None:
-    """Evaluate a checkpoint (--ckpt_path; without one the network as initialised) on the validation episodes."""
     if getattr(cli.datamodule, "val_episodes", None) == 0:
         cli.parser.error(
             "--data.val_episodes: validate judges on the validation episodes, of which there are 0. Pass a number of "
@@ -81,15 +76,11 @@ def _validate(cli: GuardCLI) -> None:
 
 
 def _test(cli: GuardCLI) -> None:
-    """Evaluate a checkpoint (--ckpt_path; without one the network as initialised) on the test episodes."""
     _warn_untrained(cli, "test")
     cli.trainer.test(cli.model, datamodule=cli.datamodule, **_checkpoint(cli))
 
 
 def _suggest(cli: GuardCLI, name: str, batches: int, margin: float) -> None:
-    """Measure before training, and suggest learning rates at --margin M (default 0.5) times their critical values,
-    over --batches N (default 4) training batches; --guard.NAME options say how to measure.
-    """
     found = cli.suggestion = suggest_rates(
         cli.model,
         cli.datamodule,

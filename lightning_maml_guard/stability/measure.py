@@ -12,7 +12,7 @@ from lightning_maml_guard.maml.batch_errors import explained, has_nan
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.messages.reasons import Reason
 from lightning_maml_guard.optim.stability_limits import Optimizers, listed
-from lightning_maml_guard.stability.hvp import MeasurementCache
+from lightning_maml_guard.stability.hvp import MeasurementCache, facts_of
 from lightning_maml_guard.stability.krylov_stopping import ChangingOperatorError
 from lightning_maml_guard.stability.measurement import Measurement
 from lightning_maml_guard.stability.objective import objective_of
@@ -66,8 +66,8 @@ def measure(
         curvature: How to measure; see :class:`~lightning_maml_guard.CurvatureOptions`.
         margin: Fraction of the critical values that counts as the threshold.
         step: Training step, for the messages.
-        cache: What earlier measurements of the same network found out, a :class:`MeasurementCache`; pass one object to
-            every call of a loop, and the self-check of the second derivatives is made once.
+        cache: What earlier measurements of the same network found out, a :class:`MeasurementCache`, which a guard keeps
+            for its run. Without one a process checks the second derivatives of a network once for each kind of problem.
         check_against: The loss of training on the same batch. If the problem's is another one, ``notes`` of the report
             hold why that may be.
 
@@ -117,12 +117,13 @@ def measure(
             "or pass the MeasurementCache() of the calls before."
         )
     reference = None if check_against is None else check_reference(check_against)
-    whole, cache, share = problem, cache or MeasurementCache(), 1.0
+    modules = modules_of(one.task_loss if isinstance(one, MetaProblem) else one.loss)
+    whole, cache, share = problem, cache or MeasurementCache(facts_of(one, modules)), 1.0
     if not isinstance(problem, PlainProblem) and curvature.max_tasks is not None:
         part = problem.part(curvature.max_tasks)
         problem, share = part, part.tasks / problem.tasks
     with ExitStack() as isolation, preserved_randomness(), double_backward():
-        for module in modules_of(one.task_loss if isinstance(one, MetaProblem) else one.loss):
+        for module in modules:
             isolation.enter_context(isolated(module))
         torch.manual_seed(0)  # the same dropout masks in every check, so that their numbers can be compared
         task_map = cache.map_of(one)

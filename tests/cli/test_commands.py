@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from lightning_maml_guard import ConvergenceGuard, GuardWarning
 from lightning_maml_guard.cli import commands as _cli_runs
-from lightning_maml_guard.cli import main as cli
+from lightning_maml_guard.cli import parser
 from lightning_maml_guard.cli.arguments import COMMANDS, CONFIGS, TASKS
 from lightning_maml_guard.cli.main import console, main
 from tests.helpers import full_disk, guard_warns
@@ -53,7 +53,7 @@ def test_every_command_over_every_configuration(task, request, monkeypatch, caps
     assert trained.guard.action == ("log" if images else "warn") and len(trained.guard.history) == 1
     (checkpoint,) = Path("runs", task, "version_0").glob("checkpoints/*.ckpt")
     if images:  # most of a command's time goes into parsing: once is enough
-        monkeypatch.setattr(cli, "GuardCLI", lambda *arguments, **named: trained)
+        monkeypatch.setattr(parser, "GuardCLI", lambda *arguments, **named: trained)
         trained.config["ckpt_path"] = str(checkpoint)
     for command, key in (("validate", "val/loss"), ("test", "test/loss")):
         judged = main([command, *words, f"--ckpt_path={checkpoint}"])

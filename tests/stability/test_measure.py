@@ -45,8 +45,8 @@ def test_a_quadratics_limits_are_the_closed_forms(alpha_fraction):
     assert report.lambda_max == pytest.approx(4.0, rel=1e-9)
     assert report.alpha_c == pytest.approx(expected.alpha_c, rel=1e-9)
     assert report.beta_c == pytest.approx(expected.beta_c, rel=1e-9)
-    # 4 for H, 4 for J, a self-check of each, one for the predicted step
-    assert report.status == "safe" and report.hvps == 11
+    # 4 for H and its self-check
+    assert report.status == "safe" and report.hvps == 5
 
 
 @pytest.mark.parametrize("seed", range(5))
