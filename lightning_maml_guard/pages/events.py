@@ -91,3 +91,11 @@ def parameters_of(step: int, made: Sequence[Rollback]) -> str:
         if each.to < step < each.at:
             return f"rolled back at step {each.at}"
     return ""
+
+
+def note_on_parameters(step: int, made: Sequence[Rollback]) -> str:
+    """Say the same in a sentence; empty for parameters that training went on with."""
+    whose = parameters_of(step, made)
+    if whose.startswith(ROLLED_BACK):
+        return f"These parameters were {whose}: training did not go on with them."
+    return f"Measured at step {step}, {whose}." if whose else ""

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from lightning_maml_guard.messages.advice_sentences import advised
 from lightning_maml_guard.messages.notices import not_written
 from lightning_maml_guard.messages.terminal import warn
-from lightning_maml_guard.pages.events import Rollback, Row, happened, parameters_of, rollbacks, why
+from lightning_maml_guard.pages.events import Rollback, Row, happened, note_on_parameters, parameters_of, rollbacks, why
 from lightning_maml_guard.pages.outcome import counted, outcome
 from lightning_maml_guard.pages.record import RunRecord
 from lightning_maml_guard.utils.checks import check_file
@@ -91,7 +91,7 @@ def page(record: RunRecord) -> str:
         rows=rows[-_SHOWN:],
         left_out=max(len(rows) - _SHOWN, 0),
         numbers=_numbers(history[-1]) if history else [],
-        last_note=parameters_of(history[-1].step or 0, made) if history else "",
+        last_note=note_on_parameters(history[-1].step or 0, made) if history else "",
         reasons=why(history[-1], spelling) if history else [],
         settings=[(name, _shown(value)) for name, value in record.settings.items()],
         versions=_versions(),
@@ -140,11 +140,7 @@ def _spectrum(title: str, report: Any, made: Sequence[Rollback]) -> Picture:
 
     whose = parameters_of(report.step or 0, made)
     heading = f"{title}, step {report.step}" + (f"\n({whose})" if whose else "")
-    note = ""
-    if whose.startswith("rolled back"):
-        note = f"These parameters were {whose}: training did not go on with them."
-    elif whose:
-        note = f"Measured at step {report.step}, {whose}: the spectrum is that of the parameters gone back to."
+    note = note_on_parameters(report.step or 0, made)
     shows = f"Ritz values at step {report.step}."
     return _picture(lambda width: _on_new(width, lambda ax: ritz_values(report, ax, title=heading)), shows, note, 5.4)
 
@@ -158,9 +154,9 @@ def _picture(draw: Callable[[float], Any], shows: str, note: str = "", wide: flo
 
 def _on_new(width: float, draw: Callable[[Any], Any]) -> Any:
     """Draw on a new figure: the wider, the flatter."""
-    from lightning_maml_guard.plots.style import new_figure
+    from lightning_maml_guard.plots.style import NARROW_BELOW, new_figure
 
-    figure = new_figure(width, 1.6 + 0.4 * width)
+    figure = new_figure(width, 4.4 if width < NARROW_BELOW else 1.6 + 0.4 * width)
     draw(figure.subplots())
     return figure
 

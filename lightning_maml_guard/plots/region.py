@@ -101,16 +101,17 @@ def safe_region(
         yscale="log",
         xlabel=style.INNER_RATE_AXIS,
         ylabel=style.OUTER_RATE_AXIS,
-        title=style.REGION_TITLE,
     )
     axes.set_ylim(floor, ceiling)
     narrow = style.is_narrow(axes)
+    if not narrow:  # there the colour bar is above
+        axes.set_title(style.REGION_TITLE)
     if narrow:
         style.legend_below(axes.figure, ncols=1)
     else:
         axes.legend(loc="best", frameon=True, framealpha=0.9)
     if count > 1:
-        place: dict[str, Any] = {"location": "top", "aspect": 40, "pad": 0.03} if narrow else {}
+        place: dict[str, Any] = {"location": "top", "aspect": 40} if narrow else {}
         axes.figure.colorbar(mpl.cm.ScalarMappable(norm, colours), ax=axes, label=style.CHECK_STEP_AXIS, **place)
     elif measured[0].step is not None:
         axes.set_title(f"{style.REGION_TITLE}, step {measured[0].step}")

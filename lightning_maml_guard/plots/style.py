@@ -40,7 +40,7 @@ RITZ_VALUES, SMOOTHED_DENSITY = "Ritz values", "density, smoothed"
 
 REGION_TITLE, ERROR_TITLE = "Safe region of the learning rates", "Training error after meta-training"
 STATES_TITLE, RATIOS_TITLE = "State of the run", "Rates over their critical values"
-LOOKAHEADS_TITLE = "Lookaheads: log(loss after / loss at start)"
+LOOKAHEADS_TITLE = "Lookaheads: log(loss after / start)"
 SPECTRUM_TITLE = "Eigenvalue spectrum"
 
 # What happened in a run, as marks on its loss: marker and colour.
@@ -92,9 +92,10 @@ def is_narrow(ax: Any) -> bool:
 def plain_ticks(axis: Any, low: float, high: float) -> None:
     """Write the ticks of a log axis that spans few powers of ten as plain numbers."""
     ticker = import_matplotlib("ticker").ticker
-    if low > 0 and high / low < 100:
-        for which in ("major", "minor"):
-            getattr(axis, f"set_{which}_formatter")(ticker.FormatStrFormatter("%.3g"))
+    if low > 0 and high / low < 300:
+        axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(ticker.FormatStrFormatter("%.3g"))
+        axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def legend_below(figure: Any, handles: Any = None, ncols: int = 3) -> None:
