@@ -107,7 +107,9 @@ def look_at(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_idx: i
     run.turns.watch(optimizers)
     look = Look(problem, owned, optimizers, scale=run.state.statistics.scale)
     _look_ahead(look, run, trainer, module, step)
-    look.adaptation = _adapted(run, problem)
+    look.adaptation = found = _adapted(run, problem)
+    if found is not None:
+        run.state.losses.adapt(step, found.before, found.after)
     return look
 
 

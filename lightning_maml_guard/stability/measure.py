@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack, nullcontext
 
 import torch
@@ -150,3 +151,49 @@ def measure(
         except (NonFiniteProductError, ChangingOperatorError) as error:
             padded = isinstance(error, NonFiniteProductError) and isinstance(one, MetaProblem) and has_nan(one)
             return measurement.failed(error, padded=padded)
+
+
+# Beyond the inner rate as configured, a decade in six steps.
+_BORDER = tuple(10 ** (k / 6) for k in range(1, 7))
+
+
+def measure_border(
+    problem: MetaProblem,
+    *,
+    beta: float | None = None,
+    optimizer: Optimizers | None = None,
+    curvature: CurvatureOptions = CurvatureOptions(),  # noqa: B008 (frozen)
+) -> list[StabilityReport]:
+    """Measure the critical meta rate at inner rates up to ten times the configured one, for a picture of the region.
+
+    It costs up to six measurements.
+
+    Args:
+        problem: The problem, such as ``module.meta_problem(batch)``.
+        beta: Meta rate of plain SGD; see :func:`measure`.
+        optimizer: The live optimizer.
+        curvature: How to measure.
+
+    Returns:
+        A report per inner rate, ascending, as far as the inner rate is below its own limit and ``beta_c`` is known:
+        what ``guard.plot(border=...)`` and ``plots.safe_region(..., border=...)`` draw.
+
+    Raises:
+        TypeError: If ``problem`` has no inner loop, or as :func:`measure` does.
+        ValueError: As :func:`measure` does.
+        BatchError: As :func:`measure` does.
+    """
+    if not isinstance(problem, MetaProblem):
+        raise TypeError(
+            f"Expected argument `problem` to be a MetaProblem but got {type(problem).__name__}. Plain training has no "
+            "inner rate, so that there is no border to draw."
+        )
+    found: list[StabilityReport] = []
+    cache = MeasurementCache()
+    for factor in _BORDER:
+        scaled = problem.at_factor(factor)
+        report = measure(scaled, beta=beta, optimizer=optimizer, curvature=curvature, cache=cache)
+        if report.alpha_ratio > 1 or not math.isfinite(report.beta_c):
+            break
+        found.append(report)
+    return found

@@ -119,7 +119,8 @@ class StabilityReport:
             f"  lambda_max = {self.lambda_max:.3g}, lambda_min = {self.lambda_min:.3g}; {self.hvps} Hessian-vector "
             f"products, {self.seconds:.2g} s"
         )
-        return "\n".join([*lines, *(f"  {reason}" for reason in self.reasons)])
+        to_do = [] if self.advice is None else [f"  To do: {self.advice}"]
+        return "\n".join([*lines, *(f"  {reason}" for reason in self.reasons), *to_do])
 
     def _rate_line(self, name: str) -> str:
         rate, critical, ratio = getattr(self, name), getattr(self, f"{name}_c"), getattr(self, f"{name}_ratio")
@@ -130,8 +131,8 @@ class StabilityReport:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """The findings in words: why the status is what it is, and what to do."""
-        return sentences(self.findings)
+        """The findings in words: why the status is what it is, and what to do unless ``advice`` says it."""
+        return sentences(self.findings, advised=self.advice is not None)
 
     @property
     def notices(self) -> tuple[str, ...]:

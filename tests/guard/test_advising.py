@@ -156,7 +156,7 @@ def test_a_warmups_peak_is_named_before_it_is_reached():
         "ConvergenceGuard: step 0: the schedule takes beta to 0.5 at step 59, which is too large. "
         f"Set the optimizer's lr to {advice.beta:g}."
     )
-    assert "it exceeds today's beta_c = " in said[0] and len(said) == 1  # and is not said again on the way
+    assert "it is above the current beta_c = " in said[0] and len(said) == 1  # and is not said again on the way
     again = HandWritten(lr=advice.beta, warmup=60)
     guard, said = guarded(again, sinusoids(80))
     assert end(again) < 1.2 * healthy()
