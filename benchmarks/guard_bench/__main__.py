@@ -10,15 +10,15 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import multiprocessing
 import random
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.common.workers import each_done
 from benchmarks.guard_bench.columns import STEPS, columns
 from benchmarks.guard_bench.guarded import (
     ARMS,
@@ -64,14 +64,11 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     runs: list[Run] = []
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(given.workers, mp_context=context) as pool:
-        for done in as_completed([pool.submit(both, column, options) for column in chosen]):
-            column, found, seconds = done.result()
-            runs += found
-            torch.save(runs, given.out / "runs.pt")
-            outcomes = " ".join(f"{run.plain.outcome[0]}{run.guarded[ROLLBACK].trace.outcome[0]}" for run in found)
-            print(f"{len(runs):4d} runs  {seconds:5.0f} s  {outcomes}  {column}", flush=True)
+    for column, found, seconds in each_done([partial(both, column, options) for column in chosen], given.workers):
+        runs += found
+        torch.save(runs, given.out / "runs.pt")
+        outcomes = " ".join(f"{run.plain.outcome[0]}{run.guarded[ROLLBACK].trace.outcome[0]}" for run in found)
+        print(f"{len(runs):4d} runs  {seconds:5.0f} s  {outcomes}  {column}", flush=True)
     runs.sort(key=lambda run: (str(run.column), run.beta))
     result = figures(runs)
     result["set"], result["options"] = given.set, options

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from benchmarks.advice.schedules import lr_scheduler, make_optimizer
+from benchmarks.common.schedules import lr_scheduler, make_optimizer
 
 Params = dict[str, Tensor]
 
