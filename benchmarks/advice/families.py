@@ -14,7 +14,7 @@ from torch.func import functional_call
 from benchmarks.common.data import Batch
 from benchmarks.common.modules import Conv, HandMAML, Lstm, Params, Transformer, perceptron
 from benchmarks.common.schedules import lr_scheduler, make_optimizer
-from lightning_maml_guard import EpisodeBatch, MetaLearningModule, MetaProblem
+from lightning_maml_guard import EpisodeBatch, MetaLearningModule
 from lightning_maml_guard.networks import conv4, mlp
 
 TASKS = 4
@@ -102,20 +102,6 @@ def make_module(name: str, setting: Any, seed: int) -> pl.LightningModule:
     module = _Ours(net, criterion(family), inner_lr=setting.alpha, inner_steps=setting.inner_steps, order=setting.order)
     module.lr, module.setting = setting.beta, setting
     return module
-
-
-def meta_problem(module: HandMAML, batch: Batch) -> MetaProblem:
-    """State a hand-written module's step to the guard, as docs/guide.md shows."""
-    xs, ys, xq, yq = batch
-    return MetaProblem(
-        params=dict(module.net.named_parameters()),
-        task_loss=module.task_loss,
-        support=(xs, ys),
-        query=(xq, yq),
-        inner_lr=module.alpha,
-        inner_steps=module.inner_steps,
-        order="first" if module.first_order else "exact",
-    )
 
 
 def as_given(name: str, batch: Batch) -> Any:

@@ -27,10 +27,10 @@ from benchmarks.advice.families import (
     dead_share,
     evaluate,
     make_module,
-    meta_problem,
 )
 from benchmarks.common.data import Batch, draw
 from benchmarks.common.lightning import TRAINER
+from benchmarks.common.modules import meta_problem
 from benchmarks.common.schedules import EPOCHS
 from lightning_maml_guard import ConvergenceGuard
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -38,6 +39,34 @@ def _sequences(tasks: int, generator: torch.Generator, length: int = 6) -> Batch
     return x[:, :10], y[:, :10], x[:, 10:], y[:, 10:]
 
 
+def _harmonics(tasks: int, generator: torch.Generator) -> Batch:
+    """Draw sines with a second harmonic that all tasks share; each has an amplitude and a phase of its own."""
+    amplitude = 1 + 2 * torch.rand(tasks, 1, 1, generator=generator)
+    phase = 1.5 * torch.rand(tasks, 1, 1, generator=generator)
+    x = 6 * torch.rand(tasks, 20, 1, generator=generator) - 3
+    y = amplitude * torch.sin(x + phase) + torch.cos(2 * x)
+    y = y + 0.3 * torch.randn(y.shape, generator=generator)
+    return x[:, :10], y[:, :10], x[:, 10:], y[:, 10:]
+
+
+def _blobs(tasks: int, generator: torch.Generator, classes: int = 5) -> Batch:
+    """Draw clusters in a plane: five classes, three points of each to adapt to and three to judge by."""
+    centre = 1.5 * torch.randn(tasks, classes, 1, 2, generator=generator)
+    x = centre + 0.4 * torch.randn(tasks, classes, 6, 2, generator=generator)
+    y = torch.arange(classes)[:, None].expand(tasks, classes, 3).flatten(1)
+    return x[:, :, :3].flatten(1, 2), y, x[:, :, 3:].flatten(1, 2), y
+
+
+def _waves(tasks: int, generator: torch.Generator, classes: int = 3, length: int = 6) -> Batch:
+    """Draw windows of waves; a task asks which of its three speeds a window has."""
+    speed = 0.2 + 2.6 * torch.rand(tasks, classes, 1, 1, generator=generator)
+    start = 2 * math.pi * torch.rand(tasks, classes, 8, 1, generator=generator)
+    x = torch.sin(start + speed * torch.arange(length))
+    x = (x + 0.1 * torch.randn(x.shape, generator=generator))[..., None]
+    y = torch.arange(classes)[:, None].expand(tasks, classes, 4).flatten(1)
+    return x[:, :, :4].flatten(1, 2), y, x[:, :, 4:].flatten(1, 2), y
+
+
 @cache
 def _omniglot() -> Omniglot:
     return Omniglot(DATA, n_way=3, k_shot=3, queries=3)
@@ -49,4 +78,13 @@ def draw(data: str, tasks: int, seed: int, split: str, index: int) -> Batch:
     if data == "omniglot":
         (xs, ys), (xq, yq) = _omniglot().sample(tasks, generator, split)
         return xs, ys, xq, yq
-    return (_sinusoids if data == "sinusoid" else _sequences)(tasks, generator)
+    return _MAKERS[data](tasks, generator)
+
+
+_MAKERS: dict[str, Callable[[int, torch.Generator], Batch]] = {
+    "sinusoid": _sinusoids,
+    "sequence": _sequences,
+    "harmonic": _harmonics,
+    "blobs": _blobs,
+    "waves": _waves,
+}

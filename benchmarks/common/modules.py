@@ -1,4 +1,4 @@
-"""MAML written by hand, as users write it: networks and LightningModules that share no code with the package."""
+"""MAML written by hand, as users write it: networks and a LightningModule that share no code with the package."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from benchmarks.common.schedules import lr_scheduler, make_optimizer
+from benchmarks.common.schedules import Schedule, lr_scheduler, make_optimizer
+from lightning_maml_guard import MetaProblem
 
 Params = dict[str, Tensor]
 
@@ -37,7 +38,7 @@ class Lstm(nn.Module):
 class Transformer(nn.Module):
     """One pre-norm block with attention written out, and a head on the last token."""
 
-    def __init__(self, length: int = 6, width: int = 16, heads: int = 2) -> None:
+    def __init__(self, length: int = 6, width: int = 16, heads: int = 2, outputs: int = 1) -> None:
         super().__init__()
         self.heads = heads
         self.embed = nn.Linear(1, width)
@@ -45,7 +46,7 @@ class Transformer(nn.Module):
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-        self.head = nn.Linear(width, 1)
+        self.head = nn.Linear(width, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(shots, length, 1)`` to ``(shots, 1)``."""
@@ -91,7 +92,7 @@ class HandMAML(pl.LightningModule):
         inner_steps: int,
         first_order: bool,
         optimizer: str,
-        schedule: str,
+        schedule: Schedule,
         steps: int,
         vectorised: bool,
     ) -> None:
@@ -138,3 +139,17 @@ class HandMAML(pl.LightningModule):
         optimizer = make_optimizer(self.optimizer_name, self.net.parameters(), self.lr)
         schedule = lr_scheduler(self.schedule_name, optimizer, self.lr, self.steps)
         return optimizer if schedule is None else {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+def meta_problem(module: HandMAML, batch: Any) -> MetaProblem:
+    """State a hand-written module's step to the guard, as docs/guide.md shows."""
+    xs, ys, xq, yq = batch
+    return MetaProblem(
+        params=dict(module.net.named_parameters()),
+        task_loss=module.task_loss,
+        support=(xs, ys),
+        query=(xq, yq),
+        inner_lr=module.alpha,
+        inner_steps=module.inner_steps,
+        order="first" if module.first_order else "exact",
+    )

@@ -8,7 +8,6 @@ chosen on ``--set tune`` (seed 0).
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import random
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.options import add_options, options_of
 from benchmarks.common.workers import each_done
 from benchmarks.guard_bench.columns import STEPS, columns
 from benchmarks.guard_bench.guarded import (
@@ -43,17 +43,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of the columns, at random")
     parser.add_argument("--columns", type=int, help="this number of columns, at random")
     parser.add_argument("--families", nargs="+", help="only these")
-    parser.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="of every guard: margin=0.5, curvature.criterion=simplified",
-    )
+    add_options(parser)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("guard_bench"))
     given = parser.parse_args()
-    options = dict(map(_option, given.option))
+    options = options_of(given)
     chosen = columns(SEEDS[given.set])
     if given.families:
         chosen = [column for column in chosen if column.family in given.families]
@@ -77,14 +71,6 @@ def main() -> None:
     (given.out / "guard_bench.json").write_text(json.dumps(result, indent=1))
     draw(result, given.out / "guard_bench.png")
     print(f"written: {given.out}/guard_bench.json, guard_bench.png, runs.pt")
-
-
-def _option(text: str) -> tuple[str, Any]:
-    name, value = text.split("=", 1)
-    try:
-        return name, ast.literal_eval(value)
-    except ValueError:
-        return name, value
 
 
 def figures(runs: list[Run]) -> dict[str, Any]:

@@ -13,9 +13,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.common.lightning import TRAINER, quiet
+from benchmarks.common.options import guard_arguments
 from benchmarks.guard_bench.columns import AFTERMATH, STEPS, Column
 from benchmarks.guard_bench.remedies import Trace
-from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, LookaheadOptions
+from lightning_maml_guard import ConvergenceGuard
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
 
 # Runs of 120 steps stand for longer ones, so the guard that warns checks every 5 steps and those that act every 10. At
@@ -98,16 +99,6 @@ def run_column(column: Column, arms: tuple[str, ...], **options) -> dict[str, li
     quiet()
     batches = _Batches(column, STEPS + AFTERMATH)
     return {arm: [_run(column, beta, batches, {**ARMS[arm], **options}) for beta in column.betas] for arm in arms}
-
-
-def guard_arguments(options: dict[str, Any]) -> dict[str, Any]:
-    """Gather options such as ``curvature.criterion`` in the dataclasses that the guard takes."""
-    found = {name: value for name, value in options.items() if "." not in name}
-    for group, made in (("curvature", CurvatureOptions), ("lookahead", LookaheadOptions)):
-        inner = {name.partition(".")[2]: value for name, value in options.items() if name.startswith(f"{group}.")}
-        if inner:
-            found[group] = made(**inner)
-    return found
 
 
 def _run(column: Column, beta: float, batches: _Batches, options: dict) -> Guarded:

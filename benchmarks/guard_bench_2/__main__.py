@@ -1,0 +1,84 @@
+"""GuardBench 2, late deaths, lost learning and rescue: ``python -m benchmarks.guard_bench_2 [--quick] [--set tune|report]``.
+
+Trains every run of :mod:`study` without a guard, with common remedies, under ``ConvergenceGuard()`` and under
+``ConvergenceGuard(action="rescale")`` at their defaults. Report only ``--set report``: nothing is chosen on its seeds,
+nor on the family that is held out, which is in this set alone. Runs without a guard are kept in ``OUT/cache``, so that a
+second call trains under the guard alone. ``--overhead`` takes lengths of healthy sinusoid runs to be timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.options import add_options, options_of
+from benchmarks.common.workers import each_done
+from benchmarks.guard_bench_2.families import HELD_OUT
+from benchmarks.guard_bench_2.report import line, report, trace
+from benchmarks.guard_bench_2.score import figures
+from benchmarks.guard_bench_2.study import AFTERMATH, WARN, columns, overhead, study
+from benchmarks.guard_bench_2.words import words
+
+SEEDS = {"tune": (0, 1), "report": (10, 11)}
+
+
+def main() -> None:
+    """Run, print and write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.guard_bench_2", description=__doc__)
+    parser.add_argument("--set", choices=tuple(SEEDS), default="report")
+    parser.add_argument("--quick", action="store_true", help="one seed, half of the scenarios")
+    parser.add_argument("--families", nargs="+", help="only these")
+    parser.add_argument("--scenarios", metavar="PATTERN", help="only those in which it is found")
+    parser.add_argument("--overhead", type=int, nargs="*", default=[300, 3000], metavar="STEPS")
+    parser.add_argument("--messages", action="store_true", help="print the guard's checks and messages of each run")
+    add_options(parser)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("guard_bench_2"))
+    given = parser.parse_args()
+    options = options_of(given)
+    chosen = columns(SEEDS[given.set], quick=given.quick, held_out=given.set == "report")
+    jobs = []
+    for name, seed, steps, scenarios in chosen:
+        kept = tuple(each for each in scenarios if re.search(given.scenarios or "", each))
+        if kept and (given.families is None or name in given.families):
+            jobs.append(partial(study, name, seed, steps, kept, given.out / "cache", options))
+    began = time.process_time()
+    runs: list[dict[str, Any]] = []
+    elsewhere = 0.0
+    for found, seconds in each_done(jobs, given.workers):
+        elsewhere += seconds if given.workers > 1 else 0.0
+        for run in found:
+            runs.append(run)
+            print(line(run), flush=True)
+            if given.messages:
+                print(trace(run), end="", flush=True)
+    runs.sort(key=lambda run: run["name"])
+    (given.out / "runs.json").write_text(json.dumps(runs))
+    timed = [overhead(steps, 3 if steps <= 300 else 1) for steps in given.overhead]
+    tuned = [run for run in runs if run["family"] != HELD_OUT]
+    groups = {"families tuned on": tuned, f"held out: {HELD_OUT}": [run for run in runs if run["family"] == HELD_OUT]}
+    result: dict[str, Any] = {
+        "set": given.set,
+        "seeds": sorted({run["seed"] for run in runs}),
+        "options": options,
+        "groups": {name: figures(group) for name, group in groups.items() if group},
+        "overhead": timed,
+        "alarmed": [
+            f"{run['name']}: {sorted({word.step for word in words(run[WARN])})}"
+            for run in runs
+            if run["healthy"] and any(word.step < run["steps"] - AFTERMATH for word in words(run[WARN]))
+        ],
+        "minutes": (time.process_time() - began + elsewhere) / 60,
+    }
+    report(result)
+    (given.out / "guard_bench_2.json").write_text(json.dumps(result, indent=1))
+    print(f"written: {given.out}/guard_bench_2.json, runs.json")
+
+
+if __name__ == "__main__":
+    main()
