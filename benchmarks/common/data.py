@@ -57,16 +57,6 @@ def _blobs(tasks: int, generator: torch.Generator, classes: int = 5) -> Batch:
     return x[:, :, :3].flatten(1, 2), y, x[:, :, 3:].flatten(1, 2), y
 
 
-def _waves(tasks: int, generator: torch.Generator, classes: int = 3, length: int = 6) -> Batch:
-    """Draw windows of waves; a task asks which of its three speeds a window has."""
-    speed = 0.2 + 2.6 * torch.rand(tasks, classes, 1, 1, generator=generator)
-    start = 2 * math.pi * torch.rand(tasks, classes, 8, 1, generator=generator)
-    x = torch.sin(start + speed * torch.arange(length))
-    x = (x + 0.1 * torch.randn(x.shape, generator=generator))[..., None]
-    y = torch.arange(classes)[:, None].expand(tasks, classes, 4).flatten(1)
-    return x[:, :, :4].flatten(1, 2), y, x[:, :, 4:].flatten(1, 2), y
-
-
 @cache
 def _omniglot() -> Omniglot:
     return Omniglot(DATA, n_way=3, k_shot=3, queries=3)
@@ -86,5 +76,4 @@ _MAKERS: dict[str, Callable[[int, torch.Generator], Batch]] = {
     "sequence": _sequences,
     "harmonic": _harmonics,
     "blobs": _blobs,
-    "waves": _waves,
 }

@@ -38,7 +38,7 @@ class Lstm(nn.Module):
 class Transformer(nn.Module):
     """One pre-norm block with attention written out, and a head on the last token."""
 
-    def __init__(self, length: int = 6, width: int = 16, heads: int = 2, outputs: int = 1) -> None:
+    def __init__(self, length: int = 6, width: int = 16, heads: int = 2) -> None:
         super().__init__()
         self.heads = heads
         self.embed = nn.Linear(1, width)
@@ -46,7 +46,7 @@ class Transformer(nn.Module):
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-        self.head = nn.Linear(width, outputs)
+        self.head = nn.Linear(width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(shots, length, 1)`` to ``(shots, 1)``."""

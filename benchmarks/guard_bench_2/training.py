@@ -20,7 +20,10 @@ from benchmarks.common.modules import meta_problem
 from benchmarks.guard_bench_2.families import (
     BY_HAND,
     FAMILIES,
+    OURS,
     Family,
+    State,
+    alpha_of,
     as_given,
     batch,
     constant_loss,
@@ -113,7 +116,7 @@ class _Recorder(pl.Callback):
         self.setting, self.module, self.every, self.whole = setting, module, every, whole
         self.family: Family = FAMILIES[setting.family]
         self.losses: list[float] = []
-        self.evaluations: list[tuple[float, float]] = []
+        self.states: list[State] = []
         self.norms: list[list[float]] = []
         self.sizes: list[list[float]] = []
         self.rates: list[float] = []
@@ -125,10 +128,16 @@ class _Recorder(pl.Callback):
         yield
         self.seconds += time.process_time() - began
 
-    def evaluation(self, step: int) -> tuple[float, float]:
-        """The loss before and after adaptation."""
-        given = scaled(_judged(self.setting.family, self.setting.seed), self.setting.gain(step))
-        return evaluate(self.module, self.family, given)
+    def keep(self, step: int) -> None:
+        """Keep the state of the run, to be evaluated after it."""
+        net = self.module.network if self.family.module == OURS else self.module.net
+        params = {name: p.detach().clone() for name, p in net.named_parameters()}
+        self.states.append(State(params, alpha_of(self.module), self.setting.gain(step)))
+
+    def evaluations(self) -> list[tuple[float, float]]:
+        """The losses before and after adaptation at the states that were kept."""
+        net = self.module.network if self.family.module == OURS else self.module.net
+        return evaluate(net, self.family, self.states, _judged(self.setting.family, self.setting.seed))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         with self._timed():
@@ -137,7 +146,7 @@ class _Recorder(pl.Callback):
                 for group in trainer.optimizers[0].param_groups:
                     group["lr"] = FAMILIES[self.setting.family].beta * self.setting.factor(batch_idx)
             if batch_idx % self.every == 0:
-                self.evaluations.append(self.evaluation(batch_idx))
+                self.keep(batch_idx)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if self.whole:
@@ -219,9 +228,7 @@ def train(setting: Setting, remedy: str = UNGUARDED, guard: dict[str, Any] | Non
     whole = guard is None and remedy == UNGUARDED
     recorder = _Recorder(setting, module, 1 if whole else stride(steps), whole=whole)
     set_alpha(module, family.alpha)
-    judged = _judged(setting.family, setting.seed)
-    start = min(*(each for each in recorder.evaluation(0) if math.isfinite(each)), constant_loss(family, judged))
-    set_alpha(module, setting.alpha(0))
+    recorder.keep(0)  # with the base's inner rate: where the column starts from
     batches = [as_given(family, setting.batch(step)) for step in range(steps)]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -244,8 +251,10 @@ def train(setting: Setting, remedy: str = UNGUARDED, guard: dict[str, Any] | Non
         began = time.process_time()
         trainer.fit(module, loader)
         seconds = time.process_time() - began - recorder.seconds
-    ended = recorder.evaluation(steps)
-    found = [*recorder.evaluations, ended]
+    recorder.keep(steps)
+    first, *found = recorder.evaluations()
+    judged = _judged(setting.family, setting.seed)
+    start = min(*(each for each in first if math.isfinite(each)), constant_loss(family, judged))
     found += [(math.inf, math.inf)] * (-(-steps // recorder.every) + 1 - len(found))  # it was ended early
     result: dict[str, Any] = {
         "start": start,
