@@ -57,8 +57,10 @@ def main() -> None:
             print(line(run), flush=True)
             if given.messages:
                 print(trace(run), end="", flush=True)
+        (given.out / "runs.json").write_text(json.dumps(runs))
     runs.sort(key=lambda run: run["name"])
-    (given.out / "runs.json").write_text(json.dumps(runs))
+    left_out = [run["name"] for run in runs if not run["scored"]]
+    runs = [run for run in runs if run["scored"]]
     timed = [overhead(steps, 3 if steps <= 300 else 1) for steps in given.overhead]
     tuned = [run for run in runs if run["family"] != HELD_OUT]
     groups = {"families tuned on": tuned, f"held out: {HELD_OUT}": [run for run in runs if run["family"] == HELD_OUT]}
@@ -68,6 +70,7 @@ def main() -> None:
         "options": options,
         "groups": {name: figures(group) for name, group in groups.items() if group},
         "overhead": timed,
+        "not scored": left_out,
         "alarmed": [
             f"{run['name']}: {sorted({word.step for word in words(run[WARN])})}"
             for run in runs
