@@ -20,9 +20,8 @@ from benchmarks.common.options import add_options, options_of
 from benchmarks.common.workers import each_done
 from benchmarks.guard_bench_2.families import HELD_OUT
 from benchmarks.guard_bench_2.report import line, report, trace
-from benchmarks.guard_bench_2.score import figures
-from benchmarks.guard_bench_2.study import AFTERMATH, WARN, columns, overhead, study
-from benchmarks.guard_bench_2.words import words
+from benchmarks.guard_bench_2.score import Run, alarm_steps, figures
+from benchmarks.guard_bench_2.study import columns, overhead, study
 
 SEEDS = {"tune": (0, 1), "report": (10, 11)}
 
@@ -35,20 +34,36 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", help="only these")
     parser.add_argument("--scenarios", metavar="PATTERN", help="only those in which it is found")
     parser.add_argument("--overhead", type=int, nargs="*", default=[300, 3000], metavar="STEPS")
+    parser.add_argument(
+        "--read", type=Path, nargs="+", metavar="RUNS", help="print the table of runs.json of earlier calls"
+    )
     parser.add_argument("--messages", action="store_true", help="print the guard's checks and messages of each run")
     add_options(parser)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("guard_bench_2"))
     given = parser.parse_args()
-    options = options_of(given)
-    chosen = columns(SEEDS[given.set], quick=given.quick, held_out=given.set == "report")
+    given.out.mkdir(parents=True, exist_ok=True)
+    began = time.process_time()
+    if given.read:
+        runs, elsewhere = [run for path in given.read for run in json.loads(path.read_text())], 0.0
+    else:
+        runs, elsewhere = _trained(given, options_of(given))
+    timed = [overhead(steps, 3 if steps <= 300 else 1) for steps in given.overhead]
+    minutes = (time.process_time() - began + elsewhere) / 60
+    result = _figures(runs, timed) | {"set": given.set, "options": options_of(given), "minutes": minutes}
+    report(result)
+    (given.out / "guard_bench_2.json").write_text(json.dumps(result, indent=1))
+    print(f"written: {given.out}/guard_bench_2.json" + ("" if given.read else ", runs.json"))
+
+
+def _trained(given: argparse.Namespace, options: dict[str, Any]) -> tuple[list[Run], float]:
+    """Train the runs; also the CPU seconds that other processes took."""
     jobs = []
-    for name, seed, steps, scenarios in chosen:
+    for name, seed, steps, scenarios in columns(SEEDS[given.set], quick=given.quick, held_out=given.set == "report"):
         kept = tuple(each for each in scenarios if re.search(given.scenarios or "", each))
         if kept and (given.families is None or name in given.families):
             jobs.append(partial(study, name, seed, steps, kept, given.out / "cache", options))
-    began = time.process_time()
-    runs: list[dict[str, Any]] = []
+    runs: list[Run] = []
     elsewhere = 0.0
     for found, seconds in each_done(jobs, given.workers):
         elsewhere += seconds if given.workers > 1 else 0.0
@@ -58,29 +73,24 @@ def main() -> None:
             if given.messages:
                 print(trace(run), end="", flush=True)
         (given.out / "runs.json").write_text(json.dumps(runs))
-    runs.sort(key=lambda run: run["name"])
-    left_out = [run["name"] for run in runs if not run["scored"]]
-    runs = [run for run in runs if run["scored"]]
-    timed = [overhead(steps, 3 if steps <= 300 else 1) for steps in given.overhead]
-    tuned = [run for run in runs if run["family"] != HELD_OUT]
-    groups = {"families tuned on": tuned, f"held out: {HELD_OUT}": [run for run in runs if run["family"] == HELD_OUT]}
-    result: dict[str, Any] = {
-        "set": given.set,
+    return runs, elsewhere
+
+
+def _figures(runs: list[Run], timed: list[dict[str, Any]]) -> dict[str, Any]:
+    runs = sorted(runs, key=lambda run: run["name"])
+    scored = [run for run in runs if run["scored"]]
+    groups = {
+        "families tuned on": [run for run in scored if run["family"] != HELD_OUT],
+        f"held out: {HELD_OUT}": [run for run in scored if run["family"] == HELD_OUT],
+    }
+    alarms = {run["name"]: sorted(alarm_steps(run)) for run in scored if run["healthy"]}
+    return {
         "seeds": sorted({run["seed"] for run in runs}),
-        "options": options,
         "groups": {name: figures(group) for name, group in groups.items() if group},
         "overhead": timed,
-        "not scored": left_out,
-        "alarmed": [
-            f"{run['name']}: {sorted({word.step for word in words(run[WARN])})}"
-            for run in runs
-            if run["healthy"] and any(word.step < run["steps"] - AFTERMATH for word in words(run[WARN]))
-        ],
-        "minutes": (time.process_time() - began + elsewhere) / 60,
+        "not scored": [run["name"] for run in runs if not run["scored"]],
+        "alarmed": [f"{name}: {steps}" for name, steps in alarms.items() if steps],
     }
-    report(result)
-    (given.out / "guard_bench_2.json").write_text(json.dumps(result, indent=1))
-    print(f"written: {given.out}/guard_bench_2.json, runs.json")
 
 
 if __name__ == "__main__":

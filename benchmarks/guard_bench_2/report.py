@@ -90,6 +90,8 @@ def report(result: dict[str, Any]) -> None:
             f"healthy sinusoid run of {found['steps']} steps: CPU time x {ratios}; counted work {1 + found['work']:.2f}x"
         )
     print(f"false alarms of the {GUARD}:" + "".join(f"\n   {name}" for name in result["alarmed"]))
+    changed = [name for group in each for name in group["harm"].get("changed by warnings", [])]
+    print(f"healthy runs that a guard changes that only warns: {changed or 'none'}")
     print(f"not scored, as the best reference learns nothing: {result['not scored'] or 'none'}")
     missing = [package for package in PACKAGES if not installed(package)]
     if missing:

@@ -17,6 +17,7 @@ from benchmarks.guard_bench_2.words import WITHIN, first_true, thrown_away, word
 
 LEADS = (1, 3, 5, 10, 30)
 NEAR, NEARER = 1.5, 1.1  # times the column's best within which a rescued run ends
+ROUNDING = 1e-3  # between losses evaluated together and one by one
 REMEDIES = (UNGUARDED, CLIP, SKIP, RESCALE)
 Run = dict[str, Any]
 
@@ -96,7 +97,7 @@ def false_alarms(runs: list[Run]) -> dict[str, tuple[int, int]]:
     """Count alarms in healthy runs, and the healthy steps."""
     healthy = [run for run in runs if run["healthy"]]
     steps = sum(run["steps"] - AFTERMATH for run in healthy)
-    found = {GUARD: (sum(len(_alarm_steps(run)) for run in healthy), steps)}
+    found = {GUARD: (sum(len(alarm_steps(run)) for run in healthy), steps)}
     for name in ALERTS:
         if any(name in run["peers"] for run in runs):
             alerts = [step for run in healthy for step in run["alerts"][name] if step < run["steps"] - AFTERMATH]
@@ -104,7 +105,8 @@ def false_alarms(runs: list[Run]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _alarm_steps(run: Run) -> set[int]:
+def alarm_steps(run: Run) -> set[int]:
+    """Steps within the reported ones at which the guard spoke."""
     return {each.step for each in words(run[WARN]) if each.step < run["steps"] - AFTERMATH}
 
 
@@ -144,6 +146,9 @@ def harm(runs: list[Run], remedy: str = RESCALE) -> dict[str, Any]:
         "p90": ratios[min(int(0.9 * len(ratios)), len(ratios) - 1)],
         "worst": ratios[-1],
         "lost": [run["name"] for run, end in healthy if end is not None and end["fate"] != LEARNING],
+        "changed by warnings": [
+            run["name"] for run, _ in healthy if abs(run[WARN]["final"] / run["final"] - 1) > ROUNDING
+        ],
     }
 
 

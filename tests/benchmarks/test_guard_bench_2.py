@@ -94,7 +94,7 @@ def _run(name, outcome, death_at, severities, cause="beta", acted=(LEARNING, 0.2
         "norms": losses,
         "peers": {ALERTS[0]: [[step, float(loss > 1)] for step, loss in enumerate(losses)]},
         "alerts": {each: [] for each in ALERTS} | {ALERTS[0]: [known] if known < 300 else []},
-        WARN: silent | {"severities": severities},
+        WARN: silent | {"severities": severities, "final": 0.2},
         RESCALE: silent | {"fate": acted[0], "final": acted[1]},
     } | more
 
@@ -133,6 +133,7 @@ def test_figures_by_hand():
         "p90": pytest.approx(1.1),
         "worst": pytest.approx(1.1),
         "lost": [],
+        "changed by warnings": [],
     }
     assert found["thrown"] == {"rollbacks": 1, "median": pytest.approx(0.1), "to the start": 0}
     assert found["work"] == {300: 0.1}
