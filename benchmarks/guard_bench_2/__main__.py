@@ -23,7 +23,9 @@ from benchmarks.guard_bench_2.report import line, report, trace
 from benchmarks.guard_bench_2.score import Run, alarm_steps, figures
 from benchmarks.guard_bench_2.study import columns, overhead, study
 
-SEEDS = {"tune": (0, 1), "report": (10, 11)}
+# Two runs of seed 10 were seen under a guard before the references held the base at three times its rate, so seeds 10 and
+# 11 are not reported.
+SEEDS = {"tune": (0, 1, 10, 11), "report": (20, 21)}
 
 
 def main() -> None:

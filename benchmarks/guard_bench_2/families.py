@@ -73,7 +73,7 @@ FAMILIES = {
     "lstm": Family("sequence", BY_HAND, "adam", 0.1, 0.03, rate=30, inner=30, gain=8.0),
     "blobs": Family("blobs", BY_HAND, "momentum", 0.3, 0.02, rate=40, inner=30, gain=8.0, order="first", classes=5),
     "conv": Family("omniglot", BY_HAND, "sgd", 0.4, 0.2, rate=60, inner=30, classes=3, tasks=2, judged=8),
-    "plain": Family("teacher", PLAIN, "sgd", 0.0, 0.05, rate=30, gain=3.0, tasks=16, judged=128),
+    "plain": Family("teacher", PLAIN, "sgd", 0.0, 0.15, rate=12, gain=3.0, tasks=16, judged=128),
     "plain conv": Family("characters", PLAIN, "adam", 0.0, 0.004, rate=150, gain=6.0, classes=10, tasks=16, judged=50),
     "transformer": Family("sequence", BY_HAND, "adamw", 0.02, 0.01, rate=40, inner=50, gain=6.0),
 }

@@ -4,7 +4,8 @@ This definition was fixed before any run under a guard was looked at, and is not
 
 All losses are on the same validation tasks, after adaptation. ``start`` is the smallest of the loss at the initial
 parameters before adaptation, after it, and that of the best constant answer; ``best`` is the lowest final loss of the
-column's references, which are trained without a guard at rates near the best. The *gain* of a loss is the share of the
+column's references, which are trained without a guard at rates near the best: the base, under a cosine schedule, and
+at a third and three times its outer rate. The *gain* of a loss is the share of the
 way from ``start`` to ``best`` that it stands for: 0 at the start, 1 at the best. A run has
 
 - **diverged** if its final loss is not finite, or as far above the start as the best is below it (gain below -1);

@@ -85,5 +85,6 @@ SCENARIOS: dict[str, Scenario] = {
     "inner rate too large": Scenario(ALPHA, _constant, INNER),
     "inner rate rises": Scenario(ALPHA, _ramp, INNER),
 }
-REFERENCES = ("steady", "cosine", "slow")  # of a column; "slow" is the base at a third of its rate
-HEALTHY = ("steady", "cosine", "warm-up")
+# References of a column: the base, under a cosine schedule, and at a third and at three times its rate.
+FACTORS = {"slow": 1 / 3, "fast": 3.0}
+REFERENCES = ("steady", "cosine", *FACTORS)

@@ -34,7 +34,7 @@ from benchmarks.guard_bench_2.families import (
     spoiled,
 )
 from benchmarks.guard_bench_2.fates import stride
-from benchmarks.guard_bench_2.scenarios import ALPHA, GAIN, SCENARIOS, Scenario
+from benchmarks.guard_bench_2.scenarios import ALPHA, FACTORS, GAIN, SCENARIOS, Scenario
 from lightning_maml_guard import ConvergenceGuard
 
 UNGUARDED, CLIP, SKIP = "unguarded", "clip 1", "stabilityguard skip"
@@ -47,7 +47,7 @@ class Setting:
 
     Attributes:
         family: One of FAMILIES.
-        scenario: One of SCENARIOS, or ``"slow"``: the base at a third of its outer rate.
+        scenario: One of SCENARIOS, or of FACTORS: the base at a multiple of its outer rate.
         seed: Seed of the weights and the data.
         steps: Steps of the run.
         drifts: For a reference of a column that drifts: the inputs drift, too.
@@ -77,8 +77,8 @@ class Setting:
     def factor(self, step: int) -> float:
         """Factor of the outer rate."""
         course, family = self.what.course, FAMILIES[self.family]
-        if self.scenario == "slow":
-            return 1 / 3
+        if self.scenario in FACTORS:
+            return FACTORS[self.scenario]
         if course is None or self.what.cause == ALPHA or self.what.strength == GAIN:
             return 1.0
         return course(step / self.steps, family.rate)

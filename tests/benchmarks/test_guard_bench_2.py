@@ -9,7 +9,7 @@ from benchmarks.common.detectors import time_matched
 from benchmarks.guard_bench_2.families import FAMILIES, HELD_OUT, State, batch, constant_loss, evaluate, make_module
 from benchmarks.guard_bench_2.fates import COLLAPSED, DIVERGED, LEARNING, STALLED, death, fate, had_excursion, onset
 from benchmarks.guard_bench_2.peers import ALERTS
-from benchmarks.guard_bench_2.scenarios import HEALTHY, REFERENCES, SCENARIOS
+from benchmarks.guard_bench_2.scenarios import FACTORS, REFERENCES, SCENARIOS
 from benchmarks.guard_bench_2.score import GUARD, detection, figures
 from benchmarks.guard_bench_2.study import RESCALE, WARN, columns
 from benchmarks.guard_bench_2.training import Setting
@@ -201,4 +201,4 @@ def test_the_held_out_family_is_in_the_report_set_alone():
     families = {name for name, *_ in columns((0, 1), quick=False, held_out=False)}
     assert HELD_OUT not in families and families | {HELD_OUT} == set(FAMILIES)
     assert HELD_OUT in {name for name, *_ in columns((0,), quick=True, held_out=True)}
-    assert set(HEALTHY) | set(REFERENCES) <= set(SCENARIOS) | {"slow"}
+    assert set(REFERENCES) <= set(SCENARIOS) | set(FACTORS)
