@@ -170,7 +170,7 @@ def test_an_outlier_is_named_with_the_norm_to_clip_to():
     advice = guard.advice
     assert advice.cause == Cause.BATCH and advice.alpha is advice.beta is None and advice.step == 31
     assert "a batch is an outlier; the rates are not to blame" in first_line(said[0])
-    assert f"Set Trainer(gradient_clip_val={advice.gradient_clip_val:g}), or mend the batch." in first_line(said[0])
+    assert f"Set Trainer(gradient_clip_val={advice.gradient_clip_val:g}), or fix the batch." in first_line(said[0])
     assert "the batch of step 30 has a loss of " in said[0]
     module = HandWritten()
     clipped = Trainer(max_epochs=1, gradient_clip_val=advice.gradient_clip_val, **QUIET)
