@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lightning_maml_guard.tasks.image_files import Source, decode
+from lightning_maml_guard.tasks.image_files import Source, decode, pillow
 from lightning_maml_guard.utils.io import fingerprint, out_of_room, replacing, reserve, user_cache
 from lightning_maml_guard.utils.warnings import GuardWarning
 
@@ -27,6 +27,7 @@ def cached_images(
     *,
     size: int,
     channels: int = 3,
+    box: bool = False,
     progress: bool = True,
 ) -> np.ndarray:
     """Decode images once; map the result into memory from then on.
@@ -43,6 +44,7 @@ def cached_images(
         stamps: What ``source.stamps()`` returns.
         size: Height and width to scale to, in pixels.
         channels: 3 for colours, 1 for grey.
+        box: Average over boxes of pixels when scaling, instead of interpolating.
         progress: Show a progress bar while decoding.
 
     Returns:
@@ -53,7 +55,8 @@ def cached_images(
         PermissionError: If neither folder can be written.
         OSError: If neither folder has room for the array (of one, the other cannot be written).
     """
-    content = fingerprint(json.dumps([_VERSION, [[name, *stamps[name]] for name in names]]))[:24]
+    version = [_VERSION, "box"] if box else _VERSION
+    content = fingerprint(json.dumps([version, [[name, *stamps[name]] for name in names]]))[:24]
     place = fingerprint(str(source.path.resolve()))[:8]
     stem = f"{source.path.stem}-{place}-{channels}x{size}"
     shape = len(names), channels, size, size
@@ -70,7 +73,7 @@ def cached_images(
         try:
             if not _writable(folder):
                 continue
-            _decode(source, names, path, shape, progress)
+            _decode(source, names, path, shape, box, progress)
         except OSError as error:
             if not out_of_room(error):
                 raise
@@ -90,15 +93,18 @@ def cached_images(
     raise PermissionError(f"{text}Let XDG_CACHE_HOME name a folder that can be written to.")
 
 
-def _decode(source: Source, names: Sequence[str], path: Path, shape: tuple[int, ...], progress: bool) -> None:
+def _decode(
+    source: Source, names: Sequence[str], path: Path, shape: tuple[int, ...], box: bool, progress: bool
+) -> None:
     _, channels, size, _ = shape
+    pillow()  # before the progress bar
     # Written, not mapped: on a full disk a write is an error, and a store into mapped memory ends Python.
     with replacing(path, mode=0o644) as temporary, temporary.open("wb") as stream:  # readable by all: it may be shared
         np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
         reserve(stream, math.prod(shape))
         label = f"decoding {source.path.name}"
         for name in tqdm(names, desc=label, unit="image", disable=not progress):
-            stream.write(decode(source.read(name), f"{name} of {source.path}", size, channels).tobytes())
+            stream.write(decode(source.read(name), f"{name} of {source.path}", size, channels, box=box).tobytes())
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:

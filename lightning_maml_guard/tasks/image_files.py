@@ -11,7 +11,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -193,13 +193,23 @@ def check_size(size: int, name: str, where: Path) -> None:
         )
 
 
+def pillow() -> Any:
+    """Return Pillow's module ``Image``; raises a ModuleNotFoundError that says what to install."""
+    try:
+        from PIL import Image
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Images are decoded by Pillow, which is not installed: pip install 'lightning-maml-guard[examples]'."
+        ) from error
+    return Image
+
+
 def decode(
     data: bytes,
     name: str,
     size: int,
     channels: int = 3,
     *,
-    formats: tuple[str, ...] = ("PNG", "JPEG"),
     box: bool = False,
 ) -> np.ndarray:
     """Decode an image.
@@ -209,7 +219,6 @@ def decode(
         name: Name of the file, for the error.
         size: Height and width to scale to, in pixels; an image of this size is left as it is.
         channels: 3 for colours, 1 for grey.
-        formats: Formats that are read.
         box: Average over boxes of pixels when scaling, instead of interpolating.
 
     Returns:
@@ -218,11 +227,10 @@ def decode(
     Raises:
         DatasetError: If it cannot be decoded.
     """
-    from PIL import Image
-
+    Image = pillow()  # noqa: N806
     try:
         # The formats are named: to guess one, Pillow hands an EPS file to Ghostscript, which runs it.
-        with Image.open(io.BytesIO(data), formats=formats) as image:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
             whole = image.convert("RGB" if channels == 3 else "L")
             if whole.size != (size, size):
                 whole = whole.resize((size, size), Image.Resampling.BOX if box else Image.Resampling.BILINEAR)
