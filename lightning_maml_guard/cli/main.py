@@ -18,12 +18,14 @@ from lightning_maml_guard.cli.arguments import (
     program,
     run_name,
     synopsis,
+    take_data_folder,
     translate,
 )
 from lightning_maml_guard.cli.commands import EVALUATION, RUNS, TRAIN_THEN_TEST, known_warnings_ignored
 from lightning_maml_guard.cli.parser import GuardCLI, Parser
 from lightning_maml_guard.cli.phase_diagram import main as phase_diagram_command
-from lightning_maml_guard.utils.lightning_compat import PACKAGE, LightningDataModule, LightningModule
+from lightning_maml_guard.tasks.image_files import DatasetError
+from lightning_maml_guard.utils.lightning_compat import LightningDataModule, LightningModule
 
 __all__ = ["GuardCLI", "console", "main"]
 
@@ -48,7 +50,8 @@ A command before the task word does one thing:
 phase-diagram.
 linear trains on one fixed task, as Takagi et al. assume: its test loss, on other tasks, rises as it learns that one.
 omniglot is a first look of 300 steps; omniglot_5way, omniglot_20way, miniimagenet (1 shot) and miniimagenet_5shot
-follow the published settings (Finn et al. 2017: 60,000 steps, for a GPU). Image data is read from $LMG_DATA.
+follow the published settings (Finn et al. 2017: 60,000 steps, for a GPU). Image data is read from the folder that
+--data FOLDER or $LMG_DATA names (default: data); --data.tasks.download true downloads Omniglot into it.
 """
 
 
@@ -63,6 +66,7 @@ def main(words: Sequence[str] | None = None) -> Any:
     command = given.pop(0) if given and given[0] in COMMANDS else TRAIN_THEN_TEST
     if command == "phase-diagram":
         return phase_diagram_command(given, f"{program()} phase-diagram")
+    given = take_data_folder(given)
     if command == TRAIN_THEN_TEST and given in (["-h"], ["--help"]):
         print(usage())
     options: dict[str, Any] = {}
@@ -75,7 +79,10 @@ def main(words: Sequence[str] | None = None) -> Any:
     if command == "suggest" and cli.config["ckpt_path"] is not None:
         exit_with_error("error: suggest measures the network as initialised, so it takes no --ckpt_path. Leave it out.")
     with known_warnings_ignored(command, cli):
-        RUNS[command](cli, **options)
+        try:
+            RUNS[command](cli, **options)
+        except DatasetError as error:
+            cli.parser.error(f"--data: {error}")
     return cli
 
 
@@ -92,7 +99,7 @@ def _built(command: str, given: Sequence[str]) -> GuardCLI:
         subclass_mode_data=True,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={"logger": _loggers(run_name(given))},
+        name=run_name(given),
         parser_class=Parser,
         parser_kwargs={
             "usage": _usage_of(command),
@@ -125,11 +132,3 @@ def _summaries() -> str:
         textwrap.fill(text, 112, initial_indent=f"  {command:15s}", subsequent_indent=" " * 17)
         for command, text in texts.items()
     )
-
-
-def _loggers(name: str) -> list[dict[str, Any]]:
-    folders = {"CSVLogger": "runs", "TensorBoardLogger": "runs/tensorboard"}
-    return [
-        {"class_path": f"{PACKAGE}.loggers.{logger}", "init_args": {"save_dir": folder, "name": name}}
-        for logger, folder in folders.items()
-    ]

@@ -82,14 +82,21 @@ def check_flag(name: str, value: Any) -> None:
         )
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a question after the nearest of the known names, or an empty text; case does not count."""
+    by_lower = {each.lower(): each for each in known}
+    near = get_close_matches(name.lower(), list(by_lower), 1)
+    return f"Did you mean {by_lower[near[0]]!r}?" if near else ""
+
+
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     """Raise a ValueError if a word is not among those allowed."""
     if isinstance(value, str) and value in allowed:
         return
-    near = get_close_matches(value, allowed, 1) if isinstance(value, str) else []
+    meant = did_you_mean(value, allowed) if isinstance(value, str) else ""
     raise ValueError(
         f"Expected argument `{name}` to be one of {tuple(allowed)} but got {shown(value)}. "
-        + (f"Did you mean {near[0]!r}?" if near else "Pass one of these words.")
+        f"{meant or 'Pass one of these words.'}"
     )
 
 

@@ -71,6 +71,12 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def default_loggers() -> tuple[tuple[Any, str], ...]:
+    """Return the loggers of the command line, each with the folder it writes into."""
+    loggers = import_module(f"{PACKAGE}.loggers")
+    return (loggers.CSVLogger, "runs"), (loggers.TensorBoardLogger, "runs/tensorboard")
+
+
 __all__ = [
     "PACKAGE",
     "PACKAGES",
@@ -88,6 +94,7 @@ __all__ = [
     "check_data_module",
     "check_module",
     "check_strategy",
+    "default_loggers",
     "hyperparameters_given",
     "inform",
     "inform_less",
