@@ -115,7 +115,7 @@ def wrong_argument(error: BaseException, config: Mapping[str, Any]) -> str | Non
     if not called:
         return None
     key, parameters = called[-1]
-    name = re.search(r"argument `(\w+)", str(error))
+    name = re.search(r"[Aa]rgument `(\w+)", str(error))
     option = f"{key}.{name[1]}" if name and name[1] in parameters else key
     return f"--{option.replace('.init_args', '')}: {error}"
 

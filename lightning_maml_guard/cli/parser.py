@@ -107,7 +107,7 @@ class GuardCLI(LightningCLI):
             self.parser.error(message)
         try:
             super().instantiate_classes()
-        except (TypeError, ValueError, MisconfigurationException) as error:
+        except (TypeError, ValueError, ImportError, MisconfigurationException) as error:
             message = wrong_argument(error, self.config) or wrong_for_trainer(error)
             if message is None:
                 raise
