@@ -27,6 +27,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # fields of a dataclass are documented once, in its docstring
 
+highlight_language = "none"  # of blocks that name no language: messages
 html_theme = "furo"
 html_title = "lightning-maml-guard"
 html_theme_options = {
