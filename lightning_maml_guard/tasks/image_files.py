@@ -11,9 +11,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import NamedTuple
 
 IMAGES = (".png", ".jpg", ".jpeg")
 # Largest file that is read, in bytes: no image or split file of a data set is larger.
@@ -191,53 +189,6 @@ def check_size(size: int, name: str, where: Path) -> None:
             f"{name} in {where} holds {size / 1e6:.0f} MB, and files of more than {LARGEST / 1e6:.0f} MB are not "
             "read: no image is as large. Remove it, or put a smaller image in its place."
         )
-
-
-def pillow() -> Any:
-    """Return Pillow's module ``Image``; raises a ModuleNotFoundError that says what to install."""
-    try:
-        from PIL import Image
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Images are decoded by Pillow, which is not installed: pip install 'lightning-maml-guard[examples]'."
-        ) from error
-    return Image
-
-
-def decode(
-    data: bytes,
-    name: str,
-    size: int,
-    channels: int = 3,
-    *,
-    box: bool = False,
-) -> np.ndarray:
-    """Decode an image.
-
-    Args:
-        data: The bytes of the file.
-        name: Name of the file, for the error.
-        size: Height and width to scale to, in pixels; an image of this size is left as it is.
-        channels: 3 for colours, 1 for grey.
-        box: Average over boxes of pixels when scaling, instead of interpolating.
-
-    Returns:
-        Shape ``(channels, size, size)``, uint8.
-
-    Raises:
-        DatasetError: If it cannot be decoded.
-    """
-    Image = pillow()  # noqa: N806
-    try:
-        # The formats are named: to guess one, Pillow hands an EPS file to Ghostscript, which runs it.
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
-            whole = image.convert("RGB" if channels == 3 else "L")
-            if whole.size != (size, size):
-                whole = whole.resize((size, size), Image.Resampling.BOX if box else Image.Resampling.BILINEAR)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
-        raise DatasetError(f"The image {name} is damaged ({error}). Unpack or copy it again.") from error
-    pixels = np.asarray(whole, dtype=np.uint8)
-    return pixels.transpose(2, 0, 1) if channels == 3 else pixels[None]
 
 
 class Line(NamedTuple):
