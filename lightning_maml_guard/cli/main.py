@@ -24,7 +24,6 @@ from lightning_maml_guard.cli.arguments import (
 from lightning_maml_guard.cli.commands import EVALUATION, RUNS, TRAIN_THEN_TEST, known_warnings_ignored
 from lightning_maml_guard.cli.parser import GuardCLI, Parser
 from lightning_maml_guard.cli.phase_diagram import main as phase_diagram_command
-from lightning_maml_guard.tasks.image_files import DatasetError
 from lightning_maml_guard.utils.lightning_compat import LightningDataModule, LightningModule
 
 __all__ = ["GuardCLI", "console", "main"]
@@ -78,6 +77,8 @@ def main(words: Sequence[str] | None = None) -> Any:
     cli = _built(command, given)
     if command == "suggest" and cli.config["ckpt_path"] is not None:
         exit_with_error("error: suggest measures the network as initialised, so it takes no --ckpt_path. Leave it out.")
+    from lightning_maml_guard.tasks.image_files import DatasetError  # the help comes without torch
+
     with known_warnings_ignored(command, cli):
         try:
             RUNS[command](cli, **options)
