@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lightning_maml_guard.utils.checks import check_count, check_number, checked
+from lightning_maml_guard.utils.checks import check_count, check_number, checked, did_you_mean
 
 # What each command does, as its help says it; the task word alone trains and then tests.
 TRAIN_THEN_TEST = ""
@@ -85,7 +86,7 @@ def translate(words: Sequence[str]) -> list[str]:
         if task not in TASKS:
             exit_with_error(
                 f"{synopsis()}\nerror: expected the task to be one of {', '.join(TASKS)} but got {task!r}. Before it "
-                f"may stand one of {', '.join(COMMANDS)}."
+                f"may stand one of {', '.join(COMMANDS)}. {did_you_mean(task, (*TASKS, *COMMANDS))}".rstrip()
             )
     own_config = _config_files(rest)
     options = [] if own_config and not task else ["--config", str(CONFIGS / f"{task or DEFAULT_TASK}.yaml")]
@@ -102,7 +103,8 @@ def translate(words: Sequence[str]) -> list[str]:
             action = rest.pop(0)
         if action not in {"", *ACTIONS}:
             exit_with_error(
-                f"{synopsis()}\nerror: expected --guard to be one of {', '.join(ACTIONS)} but got {action!r}."
+                f"{synopsis()}\nerror: expected --guard to be one of {', '.join(ACTIONS)} but got {action!r}. "
+                f"{did_you_mean(action, ACTIONS)}".rstrip()
             )
         options += ["--guard=lightning_maml_guard.ConvergenceGuard", f"--guard.action={action or 'warn'}"]
     return options
@@ -113,7 +115,27 @@ def run_name(words: Sequence[str]) -> str:
     if words and words[0] in TASKS:
         return words[0]
     files = _config_files(words)
-    return Path(files[-1]).stem if files else DEFAULT_TASK
+    if not files:
+        return DEFAULT_TASK
+    path = Path(files[-1])
+    # The configuration that a run has saved, runs/NAME/version_N/config.yaml, goes on under that run's name.
+    saved = path.name == "config.yaml" and path.parent.name.startswith("version_")
+    return path.parent.parent.name if saved else path.stem
+
+
+def take_data_folder(words: Sequence[str]) -> list[str]:
+    """Take ``--data FOLDER`` out, and let ``$LMG_DATA`` name the folder; ``--data CLASS`` is LightningCLI's."""
+    rest = list(words)
+    for index, word in enumerate(rest):
+        name, _, value = word.partition("=")
+        given = [value] if value else rest[index + 1 : index + 2]
+        if name != "--data" or not given or not ("/" in given[0] or Path(given[0]).is_dir()):
+            continue
+        if not Path(given[0]).expanduser().exists():
+            exit_with_error(f"error: --data: there is no folder {given[0]}. Name the folder that the data sets lie in.")
+        os.environ["LMG_DATA"] = given[0]  # the environment, so that processes started from here find it
+        return rest[:index] + rest[index + (1 if value else 2) :]
+    return rest
 
 
 def parse_suggest_options(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

@@ -22,6 +22,7 @@ from lightning_maml_guard.stability.estimators import estimates_per_task
 from lightning_maml_guard.tasks.datamodule import TaskDataModule
 from lightning_maml_guard.tuner.suggest_rates import suggest_rates
 from lightning_maml_guard.tuner.suggestion import RateSuggestion
+from lightning_maml_guard.utils.checks import did_you_mean
 from lightning_maml_guard.utils.io import write_atomically
 
 # What suggest takes from the configuration's Trainer.
@@ -108,17 +109,35 @@ def _measuring_options(guard: ConvergenceGuard | None) -> dict[str, Any]:
     return {"problem": guard.problem, "curvature": curvature, "lookahead": guard.lookahead}
 
 
-def _checkpoint(cli: GuardCLI) -> dict[str, Any]:
+def _checkpoint(cli: GuardCLI, must_exist: bool = True) -> dict[str, Any]:
+    """Return what Lightning is told of ``--ckpt_path``: ``last`` is the newest that this configuration has written."""
     path = cli.config["ckpt_path"]
-    return {} if path is None else {"ckpt_path": path}
+    if path is None or "://" in path or Path(path).exists():
+        return {} if path is None else {"ckpt_path": path}
+    kept, where = _kept_checkpoints(cli)
+    if path == "last" and (kept or not must_exist):
+        return {"ckpt_path": str(kept[-1]) if kept else path}
+    if path == "best":
+        said = "only the process that trains knows which checkpoint is the 'best'. Name the file."
+    elif path == "last":
+        said = f"there is no checkpoint in {where}. Train first, or name the file."
+    else:
+        beside = [str(each) for each in sorted(Path(path).parent.glob("*.ckpt"))]
+        said = f"there is no checkpoint {path}. {did_you_mean(path, beside)}".rstrip()
+    cli.parser.error(f"--ckpt_path: {said}" + (f" The newest in {where} is {kept[-1]}." if kept else ""))
+
+
+def _kept_checkpoints(cli: GuardCLI) -> tuple[list[Path], Path]:
+    """Return the checkpoints that runs of this configuration have written, the newest last, and their folder."""
+    folder, pattern = _where_checkpoints_go(cli)
+    return sorted(folder.glob(f"{pattern}*.ckpt"), key=lambda path: path.stat().st_mtime), folder
 
 
 def _warn_untrained(cli: GuardCLI, command: str) -> None:
     if cli.config["ckpt_path"] is not None:
         return
-    folder, pattern = _where_checkpoints_go(cli)
-    kept = sorted(folder.glob(f"{pattern}*.ckpt"), key=lambda path: path.stat().st_mtime)
-    unknown = f"{folder}/{pattern.replace('*', 'version_N')}NAME.ckpt"
+    kept, folder = _kept_checkpoints(cli)
+    unknown = f"{folder}/{_where_checkpoints_go(cli)[1].replace('*', 'version_N')}NAME.ckpt"
     path = f"{kept[-1]} (the newest in {folder})" if kept else unknown
     warn(
         f"{command} judges the initial parameters, as no --ckpt_path was passed. Pass --ckpt_path {path} to judge "
@@ -134,13 +153,15 @@ def _where_checkpoints_go(cli: GuardCLI) -> tuple[Path, str]:
         return Path(named), ""
     # The configuration's before the Trainer's: fast_dev_run replaces them by one that writes nothing.
     loggers = given if isinstance(given, list) else [given] if given not in (None, True, False) else trainer.loggers
+    if cli.logs_by_default:
+        return Path("runs", cli.name), "*/checkpoints/"
     if not loggers:
         return Path(trainer.default_root_dir), "checkpoints/"
     return Path(loggers[0].save_dir or trainer.default_root_dir, str(loggers[0].name)), "*/checkpoints/"
 
 
 def _train(cli: GuardCLI) -> None:
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule, **_checkpoint(cli))
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, **_checkpoint(cli, must_exist=False))
     loss = float(cli.trainer.callback_metrics.get("train/loss", 0.0))
     if not math.isfinite(loss):
         inform(_diverged(f"its last loss is {loss}", cli.guard))

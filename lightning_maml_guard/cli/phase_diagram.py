@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_maml_guard import plots
+from lightning_maml_guard.cli.arguments import exit_with_error
 from lightning_maml_guard.cli.errors import option_names, with_nearest
 from lightning_maml_guard.cli.paper_panels import FULL, SMALL, Panel, problems
 from lightning_maml_guard.cli.paper_results import bisected_and_measured, json_ready, results, support_spectrum
@@ -24,16 +25,16 @@ from lightning_maml_guard.cli.paper_tables import print_bisection, print_results
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.phase.diagram import phase_diagram
 from lightning_maml_guard.phase.result import PhaseDiagram
-from lightning_maml_guard.utils.checks import check_count, checked
+from lightning_maml_guard.tasks.image_files import DatasetError
+from lightning_maml_guard.utils.checks import check_count, checked, did_you_mean
 
 # The bisection of the linear panel's limits: steps of each training, and inner rates.
 BISECTION_STEPS, BISECTED_RATES = 4000, 16
-DESCRIPTION = f"""Trains a grid of inner and outer learning rates, draws the training error with the critical rates, and
-prints for each inner rate the largest outer rate that trained beside the measured limit. Writes PANEL.png,
-PANEL_spectrum.png, PANEL.json and PANEL.npz; run again, it continues where it was interrupted. Image data is read from
-$LMG_DATA. Under torchrun the grid is divided among the processes. After its grid the linear panel finds the limits by
-training alone, some two minutes: {BISECTED_RATES} inner rates and {BISECTION_STEPS} steps, whatever --grid and --steps
-say."""
+DESCRIPTION = f"""Trains a grid of inner and outer learning rates, draws the training error with the critical rates,
+and prints for each inner rate the largest outer rate that trained beside the measured limit. Writes PANEL.png,
+PANEL_spectrum.png, PANEL.json and PANEL.npz; run again, it continues where it was interrupted. Under torchrun the
+grid is divided among the processes. After its grid the linear panel finds the limits by training alone, some two
+minutes: {BISECTED_RATES} inner rates and {BISECTION_STEPS} steps, whatever --grid and --steps say."""
 
 
 def main(words: Sequence[str] | None = None, prog: str = "lightning-maml-guard phase-diagram") -> dict[str, Any]:
@@ -50,7 +51,10 @@ def main(words: Sequence[str] | None = None, prog: str = "lightning-maml-guard p
     size = f"{panel.alphas[-1]}x{panel.betas[-1]}x{panel.steps}"
     settings = f"{given.panel}{'_full' if given.full else ''}_{size}_seed{given.seed}"
     began = time.perf_counter()
-    family, judged = problems(panel, device, given.seed)
+    try:
+        family, judged = problems(panel, device, given.seed)
+    except DatasetError as error:
+        exit_with_error(f"{prog}: error: --data: {error}")
     diagram = phase_diagram(
         family,
         np.logspace(*panel.alphas),
@@ -78,13 +82,14 @@ def _parsed(words: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser.add_argument("panel", nargs="?", metavar=panels, default="linear", help="default: %(default)s")
     parser.add_argument("--full", action="store_true", help="the published sizes, on a GPU")
     for name, least, text in (
-        ("steps", 1, "training steps of the grid"),
-        ("grid", 2, "rates of each kind"),
+        ("steps", 1, f"training steps of the grid (default: {_defaults(lambda panel: panel.steps)})"),
+        ("grid", 2, f"rates of each kind (default: {_defaults(lambda panel: panel.alphas[2])})"),
         ("threads", 1, "CPU threads (default: torch's)"),
     ):
         parser.add_argument(f"--{name}", type=checked(int, partial(check_count, name, least=least)), help=text)
     seed = checked(int, partial(check_count, "seed", least=0, most=2**64 - 1))
     parser.add_argument("--seed", type=seed, default=0, help="of the network and the tasks (default: %(default)s)")
+    parser.add_argument("--data", type=Path, help="folder of the data sets (default: $LMG_DATA, then data)")
     parser.add_argument("--out", type=Path, default=Path("runs/phase_diagram"), help="folder (default: %(default)s)")
     given, unknown = parser.parse_known_args(words)
     # Before the panel: argparse takes the value of an unknown option for the panel.
@@ -93,8 +98,16 @@ def _parsed(words: Sequence[str] | None, prog: str) -> argparse.Namespace:
         message = f"unrecognized arguments: {' '.join(options or unknown)}"
         parser.error(with_nearest(message, option_names(parser._actions)))
     if given.panel not in SMALL:
-        parser.error(f"expected the panel to be one of {', '.join(SMALL)} but got {given.panel!r}.")
+        meant = did_you_mean(given.panel, SMALL)
+        parser.error(f"expected the panel to be one of {', '.join(SMALL)} but got {given.panel!r}. {meant}".rstrip())
+    if given.data:
+        os.environ["LMG_DATA"] = str(given.data)
     return given
+
+
+def _defaults(of: Callable[[Panel], int]) -> str:
+    small, full = (", ".join(f"{name} {of(panel)}" for name, panel in each.items()) for each in (SMALL, FULL))
+    return f"{small}; with --full {full}"
 
 
 def _panel(given: argparse.Namespace) -> Panel:

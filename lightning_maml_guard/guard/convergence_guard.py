@@ -60,10 +60,10 @@ class ConvergenceGuard(Callback):
     ===========  ================================================================================
 
     Args:
-        every_n_steps: Optimizer steps between two checks; the first is at step 0. None: every 100 steps, as far as
-            ``max_cost`` allows.
+        every_n_steps: Optimizer steps between two checks; the first is at step 0. None: as often as ``max_cost`` pays
+            for, at multiples of 100.
         action: ``"log"``, ``"warn"``, ``"rescale"`` or ``"stop"``.
-        margin: Fraction of the critical values that counts as the threshold; ``rescale`` goes to that.
+        margin: Fraction of the critical values that counts as the threshold, at most 1; ``rescale`` goes to that.
         curvature: How curvature is measured, see :class:`CurvatureOptions`. What is logged as ``alpha_c`` and
             ``beta_c`` is what its ``criterion`` judges.
         lookahead: How the next steps are tried, see :class:`LookaheadOptions`; ``steps=0`` judges by the ratios alone.

@@ -114,12 +114,17 @@ def test_yaml_goes_out_and_in(command, capsys, elsewhere):
 
 def test_one_yaml_serves_the_other_commands(capsys, elsewhere):
     (elsewhere / "own.yaml").write_text(printed(capsys, ["fit", *words_of("linear"), "--guard", "--print_config"]))
-    # What the YAML says of the logger is where a fit with it keeps its checkpoints.
+    # A fit with it logs under the file's name, and keeps its checkpoints there.
     with guard_warns(
-        r"test judges the initial parameters, .* --ckpt_path runs/linear/version_N/checkpoints/NAME\.ckpt to"
+        r"test judges the initial parameters, .* --ckpt_path runs/own/version_N/checkpoints/NAME\.ckpt to"
     ):
         assert float(main(["test", "--config=own.yaml"]).trainer.callback_metrics["test/loss"]) > 0
     assert main(["suggest", "--config=own.yaml", "--batches=1"]).suggestion.beta > 0
+    main(["fit", "--config=own.yaml", "--trainer.max_steps=1"])
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["own", "suggest", "tensorboard"]
+    (checkpoint,) = Path("runs/own").glob("version_*/checkpoints/*.ckpt")
+    tested = main(["test", f"--config={checkpoint.parents[1]}/config.yaml", "--ckpt_path=last"])
+    assert tested.trainer.ckpt_path == str(checkpoint)
 
 
 def test_who_judges_untrained_parameters_is_told_of_the_newest_checkpoint():
