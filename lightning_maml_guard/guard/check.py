@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_maml_guard.guard.actions import Situation
 from lightning_maml_guard.guard.advising import Adviser
-from lightning_maml_guard.guard.loggers import log_values, metrics
+from lightning_maml_guard.guard.loggers import log_check, log_values
 from lightning_maml_guard.guard.look import Look, look_at, stated
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.rescale import reaches_alpha
@@ -189,7 +189,7 @@ class Check:
             advice=advice,
         )
         run.state.history = [*run.state.history, found][-settings.history_size :]
-        log_values(trainer, module, metrics(found, caps_rates=settings.acting.caps_rates), step)
+        log_check(trainer, module, found, step, caps_rates=settings.acting.caps_rates)
 
     def _is_lost(self, loss: float) -> bool:
         """Whether no lower rate can help: parameters are not finite, and the run was not rolled back."""
