@@ -84,7 +84,8 @@ def simplified_limit(
     layout = hessian.layout
     flat_rates: Tensor | float = inner_steps * (alpha if rates is None else layout.flatten(rates).to(like))
     operator = _as_stepped(simplified(hessian, flat_rates), step, layout, like)
-    return _from_top(*top_eigenvalue(operator, layout.size, like, blocks, krylov=krylov), step)
+    top = top_eigenvalue(operator, layout.rows, like, blocks, krylov=krylov, space=layout.space)
+    return _from_top(*top, step)
 
 
 def exact_limit(
@@ -107,26 +108,27 @@ def exact_limit(
     layout = jacobian.layout
     operator = _as_stepped(jacobian, step, layout, like)
     if not symmetric:
-        return _nonsymmetric(operator, layout.size, step, like, krylov, noise, value)
-    run = run_lanczos(operator, layout.size, like, None, krylov=krylov, value=value)
+        return _nonsymmetric(operator, layout, step, like, krylov, noise, value)
+    run = run_lanczos(operator, layout.rows, like, None, krylov=krylov, value=value, space=layout.space)
     check_symmetry(run, noise)
     (single,) = run.runs
-    top = rates_from_lanczos(*single, 0.0, rounding=noise + run.rounding, resolution=krylov.tol, size=layout.size)
+    top = rates_from_lanczos(*single, 0.0, rounding=noise + run.rounding, resolution=krylov.tol, size=layout.rows)
     limit = _from_top(top.lambda_max, top.lambda_max_interval, step)
     (values, residuals), vectors = ritz_values(*single), ritz_pairs(*single)[1]
     negative = values[0] + residuals[0] < -(krylov.tol + run.rounding) * abs(values).max()
     return MetaRateLimit(
         limit.beta_c,
         limit.interval,
-        _combine(run.basis, vectors[:, -1]),
-        _combine(run.basis, vectors[:, 0]) if negative else None,
+        _combine(run.basis, vectors[:, -1], layout),
+        _combine(run.basis, vectors[:, 0], layout) if negative else None,
     )
 
 
 def _nonsymmetric(
-    operator: Matvec, size: int, step: LinearizedStep, like: Tensor, krylov: Krylov, noise: float, value: Watched
+    operator: Matvec, layout: Layout, step: LinearizedStep, like: Tensor, krylov: Krylov, noise: float, value: Watched
 ) -> MetaRateLimit:
-    run = run_arnoldi(operator, size, like, step, krylov=krylov, noise=noise, value=value)
+    size, space = layout.rows, layout.space
+    run = run_arnoldi(operator, size, like, step, krylov=krylov, noise=noise, value=value, space=space)
     ritz = complex_ritz(run.hessenberg, run.residual, noise, run.spill, size)
     limit = complex_limit(ritz, step.responses, tol=krylov.tol, decay=step.decoupled)
     lowest = int(ritz.values.real.argmin())
@@ -134,8 +136,8 @@ def _nonsymmetric(
     return MetaRateLimit(
         limit.rate,
         limit.interval,
-        None if limit.index is None else _combine(run.basis, ritz.vectors[:, limit.index].real),
-        _combine(run.basis, ritz.vectors[:, lowest].real) if negative else None,
+        None if limit.index is None else _combine(run.basis, ritz.vectors[:, limit.index].real, layout),
+        _combine(run.basis, ritz.vectors[:, lowest].real, layout) if negative else None,
     )
 
 
@@ -153,9 +155,9 @@ def _from_top(top: float, interval: Interval, step: LinearizedStep) -> MetaRateL
     return MetaRateLimit(step.rates(top)[0], (step.rates(high)[1], step.rates(low)[2]))
 
 
-def _combine(basis: Basis, weights: np.ndarray) -> Tensor:
+def _combine(basis: Basis, weights: np.ndarray, layout: Layout) -> Tensor:
     vector = basis.combine(torch.as_tensor(np.ascontiguousarray(weights)))
-    return vector / torch.linalg.vector_norm(vector)
+    return vector / layout.space.norm(vector)
 
 
 def is_turned(maml: MamlObjective, operators: Operators, step: LinearizedStep, direction: Tensor) -> bool:
@@ -164,10 +166,10 @@ def is_turned(maml: MamlObjective, operators: Operators, step: LinearizedStep, d
     if maml.symmetric or maml.alpha == 0:
         return False
     direction = step.unscaled(direction)
-    direction = direction / torch.linalg.vector_norm(direction)
+    direction = direction / maml.space.norm(direction)
     operator, _ = operators.build(HESSIAN, maml.curvature(True))
     rows = direction.expand(maml.tasks, -1)
-    curvatures = torch.cat(operators.ranks.gather((rows * operator(rows)).sum(-1).cpu()))
+    curvatures = torch.cat(operators.ranks.gather(maml.space.total((rows * operator(rows)).sum(-1)).cpu()))
     operator.release()
     beyond = curvatures * maml.alpha > maml.inner_limit
     return bool(beyond.any()) and bool(curvatures.mean() > 0)
@@ -187,10 +189,13 @@ def mean_square_limit(
     counts those of all ranks.
     """
     direction = step.unscaled(direction)
-    along = maml.curvature_by_task(Layout(maml.params).split(direction))
+    along = maml.curvature_by_task(Layout(maml.params, maml.space).split(direction))
     operators.charge(1, UPDATE, graphs=1)
     # One transfer to the host for all of it.
-    single = [direction.new_tensor(math.nan) if change is None else change, step.shift_along(direction)]
+    single = [
+        direction.new_tensor(math.nan) if change is None else change,
+        maml.space.total(step.shift_along(direction)),
+    ]
     predicted, shift, *own = torch.cat([torch.stack(single).double(), along.double()]).cpu().tolist()
     parts = operators.ranks.gather(own)
     each = torch.tensor([value for part in parts for value in part], dtype=torch.float64)
