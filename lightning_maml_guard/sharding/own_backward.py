@@ -64,7 +64,7 @@ class OwnBackward:
                 for value in self.live.values():
                     value.grad = None
                 with torch.enable_grad():
-                    found = loss(self.live)
+                    found = loss(dict(self.live))  # functional_call writes into the dict it is given
                 found.backward()
                 gradients = {
                     name: torch.zeros_like(local(value)) if value.grad is None else local(value.grad)
@@ -82,7 +82,7 @@ class OwnBackward:
     def call(self, function: Callable[[Params], T], at: Params) -> T:
         """Call a function of the live parameters at a point."""
         with self._moved_to(at), torch.no_grad():
-            return function(self.live)
+            return function(dict(self.live))
 
     def dot(self, one: Params, other: Params) -> Tensor:
         """Multiply two vectors, given by their pieces."""
