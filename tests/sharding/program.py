@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import SGD, Adam
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from lightning_maml_guard import ConvergenceGuard, EpisodeBatch, GuardWarning, MetaLearningModule, MetaProblem
@@ -43,7 +42,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
     "stated": ("stated", {**LOG, "max_iter": 10}, {"lr": 0.05}, 3),
     "rescale": ("plain", ACT, {"lr": 40.0}, 8),
     "rescale_maml": ("maml", {**ACT, "steps": 3}, {"lr": 8.0}, 3),
-    "rolled_back": ("plain", {**ACT, "every_n_steps": 4}, {"lr": 0.05, "jump": 4000.0}, 6),
+    "rolled_back": ("plain", {**ACT, "every_n_steps": 4}, {"lr": 0.05, "struck_at": 1}, 6),
     "resumed": ("plain", ACT, {"lr": 40.0}, 8),
     "killed": ("plain", LOG, {"lr": 0.05, "killed_at": 1}, 100),
     "validated": ("maml", {**LOG, "max_iter": 1}, {"lr": 0.05, "order": "first", "validates": True}, 1),
@@ -105,11 +104,13 @@ class Plain(Data, LightningModule):
         return loss
 
     def configure_optimizers(self):
-        optimizer = (Adam if self.options.get("adam") else SGD)(self.parameters(), lr=self.options["lr"])
-        if "jump" not in self.options:
-            return optimizer
-        schedule = LambdaLR(optimizer, lambda step: self.options["jump"] if step else 1.0)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return (Adam if self.options.get("adam") else SGD)(self.parameters(), lr=self.options["lr"])
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.options.get("struck_at") == batch_idx:
+            with torch.no_grad():
+                for value in self.network.parameters():
+                    value.mul_(100.0)
 
 
 class Maml(Data, MetaLearningModule):
