@@ -76,7 +76,9 @@ def main() -> None:
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     count = sum(value.numel() for value in network(given.layers, given.width).parameters())
     vector = 4 * count / 1024
-    print(f"{count / 1e6:.1f}M parameters, a vector of {vector / 1024:.1f} MiB, {given.products} Krylov vectors, float32")
+    print(
+        f"{count / 1e6:.1f}M parameters, a vector of {vector / 1024:.1f} MiB, {given.products} Krylov vectors, float32"
+    )
     print("processes  vectors a process: measured (each)      formula  CPU s a process  lambda_max")
     for size in (1, 2, 3):
         with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +89,9 @@ def main() -> None:
         seconds = max(taken for _, taken, *_ in found)
         tops = {top for *_, top, _ in found}
         formula = (given.products + WORK) / size
-        print(f"{size:9d}  {each:40s} {formula:7.1f}  {seconds:15.1f}  {', '.join(f'{top:.6g}' for top in sorted(tops))}")
+        print(
+            f"{size:9d}  {each:40s} {formula:7.1f}  {seconds:15.1f}  {', '.join(f'{top:.6g}' for top in sorted(tops))}"
+        )
 
 
 if __name__ == "__main__":
