@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from lightning_maml_guard.linalg.layout import Params, real_pairs, unpaired
 from lightning_maml_guard.linalg.operators import Operator
 from lightning_maml_guard.optim.stability_limits import Optimizers, listed, unwrap
+from lightning_maml_guard.utils.shards import split_like
 
 # Clips the `.grad` of a copy's parameters in place; a hook gets the copy itself and, beside each of its parameters, the
 # live one it stands for.
@@ -73,7 +74,7 @@ class ShadowOptimizer:
     def step(self, gradient: Params, clip: Clip | None = None, hook: ClipHook | None = None) -> None:
         """Step along a gradient, by name; ``clip`` and ``hook`` clip the parameters' ``.grad``, as the run does."""
         for name, replica in self._moved.items():
-            replica.grad = gradient[name].to(replica.dtype).clone()
+            replica.grad = split_like(gradient[name].to(replica.dtype).clone(), replica)
         for shadow, own in self._copies:
             for name in own if isinstance(shadow, SparseAdam) else ():
                 dense = self._moved[name].grad
@@ -126,7 +127,7 @@ def predicted_change(
         if found is None:
             return None
         update = jacobian.layout.flatten(real_pairs(found)).to(gradient)
-    return -(gradient @ update) + 0.5 * (update @ jacobian(update))
+    return jacobian.layout.space.total(-(gradient @ update) + 0.5 * (update @ jacobian(update)))
 
 
 def _copied(leaf: Any, replicas: dict[int, Tensor]) -> Any:

@@ -17,6 +17,7 @@ from lightning_maml_guard.utils.activations import DeadUnits, ReluUnits
 from lightning_maml_guard.utils.batch_copy import copied
 from lightning_maml_guard.utils.checks import shown
 from lightning_maml_guard.utils.double_backward import double_backward
+from lightning_maml_guard.utils.shards import any_split
 from lightning_maml_guard.utils.task_map import as_float32, each_task
 
 
@@ -127,9 +128,11 @@ def owners(problem: Problem, optimizers: Sequence[Optimizer]) -> list[int]:
 
 def dead_units(problem: Problem) -> DeadUnits:
     """Count the units of ReLU-like activations that are 0 on all of a problem's data, one task after another."""
-    params: Params = {
-        name: as_float32(value.detach()).requires_grad_(value.requires_grad) for name, value in problem.params.items()
-    }
+    params = problem.params
+    if not any_split(params.values()):
+        params = {
+            name: as_float32(value.detach()).requires_grad_(value.requires_grad) for name, value in params.items()
+        }
     watch = ReluUnits()
 
     with double_backward(), watch:
@@ -170,6 +173,8 @@ def training_step_problem(module: nn.Module, batch: Any, batch_idx: int) -> Plai
     signature = inspect.signature(module.training_step)  # type: ignore[arg-type]
     step = _TrainingStep(module, (batch, batch_idx) if len(signature.parameters) > 1 else (batch,))
     params: Params = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    if any_split(params.values()):
+        return PlainProblem(params, lambda live: step())  # by the module's own parameters, which are these
     names = {id(value): name for name, value in params.items()}
     # Every place a parameter is registered at, so that tied parameters and shared submodules get one tensor without
     # functional_call's own tying, which replaces a shared submodule's live parameters (pytorch#164759).
