@@ -92,6 +92,7 @@ def _grid(given: argparse.Namespace, device: torch.device, writes: bool) -> dict
             panel.steps,
             judged_on=judged_on,
             chance=panel.chance,
+            measure_every=None if seed == given.seed else 0,  # the other seeds are there for the spread of the growth
             max_iter=panel.max_iter,
             partial=given.out / "partial" / f"{name}_{size}_seed{seed}",
         )
