@@ -91,14 +91,16 @@ def train_near(
 
 
 def compared(diagram: PhaseDiagram, eigenvalues: np.ndarray) -> dict[str, Any]:
-    """Compare the largest outer rates that trained with theory's, in steps of the grid.
+    """Compare the largest outer rates up to which all trained with theory's, in steps of the grid.
+
+    A run far above the limit can be thrown out of this minimum and find another.
 
     Where theory has no stable outer rate, none may train: the difference is then 0, and infinite otherwise.
     """
     sharpest = float(eigenvalues.max())
     theory = np.array([critical_rates(eigenvalues, alpha, order=diagram.order).beta_c for alpha in diagram.alphas])
     step = math.log(diagram.betas[1] / diagram.betas[0])
-    found = diagram.largest_beta
+    found = diagram.contiguous_beta
     none = theory == 0
     with np.errstate(divide="ignore"):
         steps = np.abs(np.log(found / np.where(none, np.nan, theory))) / step
@@ -106,7 +108,7 @@ def compared(diagram: PhaseDiagram, eigenvalues: np.ndarray) -> dict[str, Any]:
     return {
         "curve": {
             "alpha / alpha_c": diagram.alphas * sharpest,
-            "beta * lambda_max / 2, largest that trained": found * sharpest / 2,
+            "beta * lambda_max / 2, largest up to which all trained": found * sharpest / 2,
             "beta * lambda_max / 2, theory": theory * sharpest / 2,
         },
         "grid step in decades": step / math.log(10),

@@ -167,7 +167,7 @@ def _parsed(words: Sequence[str] | None, prog: str) -> argparse.Namespace:
     if given.panel not in sizes_of and sizes_of is not SMALL:
         word = "--full" if given.full else "--resampled"
         parser.error(
-            f"argument {word}: the panel {given.panel} has one size: leave it out, or take {', '.join(sizes_of)}."
+            f"argument {word}: the panel {given.panel} does not have it: leave it out, or take {', '.join(sizes_of)}."
         )
     return given
 
@@ -212,7 +212,7 @@ def _finish(
         print_bisection(found["theory"])
     grid = ("alphas", "betas", "start", "unadapted", "final", "divergence_step")
     _write(found | {"diagram": {key: getattr(diagram, key) for key in grid}}, out / f"{name}.json")
-    title = f"{found['panel']}, {found['steps']} steps: {found['data']}"
+    title = f"{found['panel']}, {found['steps']} steps\n{found['data']}"
     pictures = {
         f"{name}.png": plots.phase_diagram(
             diagram, found=points, others=diagrams[1:], critical_rates=theorem, title=title

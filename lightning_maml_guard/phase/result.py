@@ -121,6 +121,12 @@ class PhaseDiagram:
         trained = self.trained_to(share)
         return np.where(trained.any(1), np.where(trained, self.betas, -np.inf).max(1), math.nan)
 
+    @property
+    def contiguous_beta(self) -> np.ndarray:
+        """Largest outer rate up to which all trained at each inner one, shape ``(A,)``; ``nan`` where none did."""
+        count = np.logical_and.accumulate(self.trained, axis=1).sum(1)
+        return np.where(count > 0, self.betas[np.maximum(count, 1) - 1], math.nan)
+
     def at_start(self, name: str) -> np.ndarray:
         """Look up a critical rate before training.
 

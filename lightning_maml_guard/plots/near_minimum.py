@@ -60,9 +60,9 @@ def near_minimum(
         stable = theory > 0
         line = {"color": style.LIMIT_COLOUR, "linewidth": 2.2, "label": style.BETA_C_THEORY}
         ax.plot(fine[stable] * sharpest, theory[stable] * sharpest / 2, **line)
-        found = diagram.largest_beta * sharpest / 2
+        found = diagram.contiguous_beta * sharpest / 2
         dot = {"color": style.FOUND_COLOUR, "markeredgecolor": style.MARKER_EDGE, "markersize": 4.5}
-        ax.plot(shares, found, "o", label=style.LARGEST_BETA, **dot)
+        ax.plot(shares, found, "o", label=style.CONTIGUOUS_BETA, **dot)
         ax.set(yscale="log", ylim=(levels[0], levels[-1]), title=name)
     for ax in axes[-1]:
         ax.set_xlabel(r"$\alpha\,/\,\alpha_c$ of the simplified criterion")

@@ -51,7 +51,7 @@ def phase_diagram(
             besides 0.
         ModuleNotFoundError: If matplotlib is not installed.
     """
-    style.import_matplotlib("patches", "ticker")
+    mpl = style.import_matplotlib("ticker")
     shown = diagram.alphas > 0
     for name, rates in (("alphas", diagram.alphas[shown]), ("betas", diagram.betas)):
         if len(rates) < 2 or min(rates) <= 0:
@@ -79,6 +79,8 @@ def phase_diagram(
         ylabel=style.OUTER_RATE_AXIS,
         title=title,
     )
+    for axis in (ax.xaxis, ax.yaxis):  # as in the figures of Takagi et al.
+        axis.set_minor_locator(mpl.ticker.LogLocator(subs=(3, 5, 7, 9), numticks=99))
     handles += ax.get_legend_handles_labels()[0]
     if handles:
         style.legend_below(figure, handles, columns=2)

@@ -214,7 +214,7 @@ def test_near_a_minimum_training_meets_theory(example, tmp_path, capsys, monkeyp
     for order in ("simplified", "exact"):
         assert written[order]["largest difference in grid steps"] < 1
         assert f"near-minimum, tiny, {order} MAML, seed 0: at most 0." in capsys.readouterr().out or order == "exact"
-    trained = found["seeds"][0]["tiny"]["simplified"]["curve"]["beta * lambda_max / 2, largest that trained"]
+    trained = found["seeds"][0]["tiny"]["simplified"]["curve"]["beta * lambda_max / 2, largest up to which all trained"]
     assert np.isfinite(trained[:5]).all() and np.isnan(trained[5:]).all()  # alpha_c is the fifth
     assert (tmp_path / "near-minimum.png").stat().st_size > 10_000
 

@@ -261,6 +261,7 @@ def test_what_follows_from_a_diagram_by_hand():
     found = hand_made([[0.5, 2, np.inf], [0.5, 2, 2], [0.5, 0.5, 2], [0.5, 2, 0.5], [2, 2, 2]], [1, 2, 3, 4, np.nan])
     assert found.largest_beta == pytest.approx([1, 1, 10, 100, np.nan], nan_ok=True)
     assert found.correlation("beta_c") == pytest.approx(stats.spearmanr([1, 2, 3, 4], [1, 1, 10, 100])[0])
+    assert found.contiguous_beta == pytest.approx([1, 1, 10, 1, np.nan], nan_ok=True)
     assert found.gain() == pytest.approx((2, 4, 2, 1, 4))
     assert np.isnan(found.gain(0.4)).all()
     humped = hand_made([[2, 2, 2], [2, 0.5, 2], [2, 2, 0.4], [2, 2, 0.3], [0.5, 2, 2]], [1, 2, 3, 4, 5])
