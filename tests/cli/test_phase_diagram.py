@@ -64,7 +64,7 @@ COMPARED = (
         ("sinusoid", [NOTHING], ["Spearman", "grows"]),
         pytest.param(
             "omniglot",
-            [FEW.format(1, 6) + UNCOMPARED.format(120, "17 x 13")],
+            [FEW.format(1, 6) + UNCOMPARED.format(120, "15 x 12")],
             ["Nothing", "Spearman", "grows"],
             marks=pytest.mark.slow,
         ),
