@@ -93,11 +93,11 @@ def _print_start_and_end(curve: dict[str, np.ndarray]) -> None:
     if known.any():
         start, end = (_range(each[known]) for each in moved)
         print(f"alpha * lambda_max over {known.sum()} inner rates' best runs: {start} at the start, {end} at the end")
-    for when in ("start", "end"):
-        ratios = curve["best beta"] / curve[f"exact beta_c at the {when}"]
+    for beta, when in (("largest beta that trained", "start"), ("best beta", "start"), ("best beta", "end")):
+        ratios = curve[beta] / curve[f"exact beta_c at the {when}"]
         ratios = ratios[np.isfinite(ratios) & (curve["alpha"] > 0)]
         if len(ratios):
-            print(f"best beta over exact beta_c at the {when}: {_range(ratios)}")
+            print(f"{beta} over exact beta_c at the {when}: {_range(ratios)}")
 
 
 def _range(values: np.ndarray) -> str:

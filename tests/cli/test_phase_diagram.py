@@ -129,6 +129,7 @@ def test_a_comparison_without_a_number_says_why(capsys):
         "same at all inner rates that have both\n"
         "alpha * lambda_max over 2 inner rates' best runs: 0.5 to 2 (median 1.25) at the start, 0.5 to 2 (median 1.25) at "
         "the end\n"
+        "largest beta that trained over exact beta_c at the start: 1 to 100 (median 5.5)\n"
         "best beta over exact beta_c at the start: 1 to 100 (median 1)\n"
         "best beta over exact beta_c at the end: 1 to 100 (median 1)\n"
     )
@@ -220,7 +221,7 @@ def test_near_a_minimum_training_meets_theory(example, tmp_path, capsys, monkeyp
 
 
 def test_a_difference_from_theory_that_is_no_number_is_infinite():
-    found = diagram_by_hand([[0.6, 2, 2], [2, 2, 2], [2, 0.6, 2]], [1, 1, 1])
+    found = diagram_by_hand([[0.6, 2, 2], [2, 0.6, 2], [0.6, 2, 2]], [1, 1, 1])
     for alphas, expected in (([0.0, 0.5, 1.0], math.inf), ([0.0, 3.0, 4.0], math.inf)):
         each = replace(found, alphas=np.array(alphas), order="simplified")
         assert paper_near_minimum.compared(each, np.array([0.5, 1.0]))["largest difference in grid steps"] == expected
