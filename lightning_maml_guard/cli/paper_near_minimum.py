@@ -90,6 +90,11 @@ def train_near(
     return phase_diagram(problem, shares / sharpest, levels * 2 / sharpest, steps, measure_every=0)
 
 
+def limits(eigenvalues: np.ndarray, order: str, alphas: np.ndarray) -> np.ndarray:
+    """Theory's largest outer rate at each inner one; 0 where none is stable."""
+    return np.array([critical_rates(eigenvalues, alpha, order=order).beta_c for alpha in alphas])
+
+
 def compared(diagram: PhaseDiagram, eigenvalues: np.ndarray) -> dict[str, Any]:
     """Compare the largest outer rates up to which all trained with theory's, in steps of the grid.
 
@@ -98,7 +103,7 @@ def compared(diagram: PhaseDiagram, eigenvalues: np.ndarray) -> dict[str, Any]:
     Where theory has no stable outer rate, none may train: the difference is then 0, and infinite otherwise.
     """
     sharpest = float(eigenvalues.max())
-    theory = np.array([critical_rates(eigenvalues, alpha, order=diagram.order).beta_c for alpha in diagram.alphas])
+    theory = limits(eigenvalues, diagram.order, diagram.alphas)
     step = math.log(diagram.betas[1] / diagram.betas[0])
     found = diagram.contiguous_beta
     none = theory == 0

@@ -17,17 +17,8 @@ import torch
 import torch.distributed as dist
 
 from lightning_maml_guard import plots
+from lightning_maml_guard.cli import paper_near_minimum as near
 from lightning_maml_guard.cli.errors import option_names, with_nearest
-from lightning_maml_guard.cli.paper_near_minimum import (
-    LEVELS,
-    ORDERS,
-    SETS,
-    SHARES,
-    STEPS,
-    compared,
-    minimum,
-    train_near,
-)
 from lightning_maml_guard.cli.paper_panels import DATA, FULL, RESAMPLED, SMALL, Panel, problems
 from lightning_maml_guard.cli.paper_results import (
     bisected_and_measured,
@@ -107,23 +98,25 @@ def _grid(given: argparse.Namespace, device: torch.device, writes: bool) -> dict
 
 
 def _near_minimum(given: argparse.Namespace, device: torch.device, writes: bool) -> dict[str, Any]:
-    """Train from near a minimum on both image sets, with simplified and exact MAML."""
-    shares = np.linspace(SHARES[0], SHARES[-1], given.grid or len(SHARES))
-    levels = np.geomspace(LEVELS[0], LEVELS[-1], given.grid or len(LEVELS))
-    steps = given.steps or STEPS
+    """Train from near a near.minimum on both image sets, with simplified and exact MAML."""
+    shares = np.linspace(near.SHARES[0], near.SHARES[-1], given.grid or len(near.SHARES))
+    levels = np.geomspace(near.LEVELS[0], near.LEVELS[-1], given.grid or len(near.LEVELS))
+    steps = given.steps or near.STEPS
     found: dict[str, Any] = {"panel": NEAR_MINIMUM, "steps": steps, "seed": given.seed, "seeds": []}
-    drawn: list[tuple[str, PhaseDiagram, np.ndarray]] = []
+    drawn: list[tuple[str, PhaseDiagram, float, np.ndarray]] = []
     began = time.perf_counter()
     for seed in range(given.seed, given.seed + given.seeds):
         by_set: dict[str, Any] = {}
-        for dataset in SETS:
-            problem, eigenvalues = minimum(dataset, seed, device)
+        for dataset in near.SETS:
+            problem, eigenvalues = near.minimum(dataset, seed, device)
             by_set[dataset] = {"eigenvalues": eigenvalues}
-            for order in ORDERS:
-                diagram = train_near(replace(problem, order=order), eigenvalues, shares, levels, steps)
-                by_set[dataset][order] = compared(diagram, eigenvalues)
+            for order in near.ORDERS:
+                diagram = near.train_near(replace(problem, order=order), eigenvalues, shares, levels, steps)
+                by_set[dataset][order] = near.compared(diagram, eigenvalues)
                 if seed == given.seed:
-                    drawn.append((f"{dataset}, {order} MAML", diagram, eigenvalues))
+                    fine = np.linspace(diagram.alphas[0], diagram.alphas[-1], 400)
+                    theory = np.stack([fine, near.limits(eigenvalues, order, fine)])
+                    drawn.append((f"{dataset}, {order} MAML", diagram, float(eigenvalues.max()), theory))
         found["seeds"].append({"seed": seed, **by_set})
     found["minutes"] = (time.perf_counter() - began) / 60
     if writes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -76,6 +76,7 @@ class PhaseDiagram:
     optimizer: str
     chance: float = math.inf
     divergence: float = 5.0
+    trained_share: ClassVar[float] = TRAINED_SHARE
 
     @property
     def trained(self) -> np.ndarray:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_maml_guard.plots import style
-from lightning_maml_guard.theory.critical_rates import critical_rates
 
 if TYPE_CHECKING:
     from lightning_maml_guard.phase.result import PhaseDiagram
@@ -18,7 +17,7 @@ _LEAST = 1e-8
 
 
 def near_minimum(
-    cases: Sequence[tuple[str, PhaseDiagram, np.ndarray]], *, title: str = style.NEAR_MINIMUM_TITLE
+    cases: Sequence[tuple[str, PhaseDiagram, float, np.ndarray]], *, title: str = style.NEAR_MINIMUM_TITLE
 ) -> tuple[Any, Any]:
     """Draw, for each minimum, the error after training over that before, and theory's largest outer rate.
 
@@ -26,7 +25,8 @@ def near_minimum(
     simplified criterion, and ``beta * lambda_max / 2`` is 1 at the limit without adaptation.
 
     Args:
-        cases: For each axes its title, the diagram, and the eigenvalues of the task loss's Hessian at the minimum.
+        cases: For each axes its title; the diagram; ``lambda_max`` of the task loss's Hessian at the minimum; theory's
+            inner rates and largest outer ones, shape ``(2, n)``, 0 where no outer rate is stable.
         title: Title of the figure.
 
     Returns:
@@ -42,8 +42,7 @@ def near_minimum(
         rows, 2, figsize=size, sharex=True, sharey=True, layout="constrained", squeeze=False
     )
     colours = mpl.colormaps[style.ERROR_COLOURMAP].with_extremes(bad=style.UNTRAINED_COLOUR)
-    for ax, (name, diagram, eigenvalues) in zip(axes.flat, cases, strict=True):
-        sharpest = float(np.max(eigenvalues))
+    for ax, (name, diagram, sharpest, theory) in zip(axes.flat, cases, strict=True):
         shares, levels = diagram.alphas * sharpest, diagram.betas * sharpest / 2
         ratio = np.ma.masked_where(~diagram.trained, diagram.final / diagram.start)
         mesh = ax.pcolormesh(
@@ -55,11 +54,9 @@ def near_minimum(
             rasterized=True,
             shading="nearest",
         )
-        fine = np.linspace(shares[0], shares[-1], 400) / sharpest
-        theory = np.array([critical_rates(eigenvalues, alpha, order=diagram.order).beta_c for alpha in fine])
-        stable = theory > 0
+        stable = theory[1] > 0
         line = {"color": style.LIMIT_COLOUR, "linewidth": 2.2, "label": style.BETA_C_THEORY}
-        ax.plot(fine[stable] * sharpest, theory[stable] * sharpest / 2, **line)
+        ax.plot(theory[0, stable] * sharpest, theory[1, stable] * sharpest / 2, **line)
         found = diagram.contiguous_beta * sharpest / 2
         dot = {"color": style.FOUND_COLOUR, "markeredgecolor": style.MARKER_EDGE, "markersize": 4.5}
         ax.plot(shares, found, "o", label=style.CONTIGUOUS_BETA, **dot)

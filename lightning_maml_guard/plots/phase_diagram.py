@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_maml_guard.phase.result import TRAINED_SHARE
 from lightning_maml_guard.plots import style
 
 if TYPE_CHECKING:
@@ -107,7 +106,7 @@ def _draw_cells(ax: Axes, diagram: PhaseDiagram, shown: np.ndarray, columns: np.
     handles: list[Any] = []
     if not trained.all():
         limit = "" if math.isinf(diagram.chance) else " or of chance"
-        label = f"{style.UNTRAINED}: error above {TRAINED_SHARE:g} of the start's{limit}"
+        label = f"{style.UNTRAINED}: error above {diagram.trained_share:g} of the start's{limit}"
         handles.append(mpl.patches.Patch(facecolor=style.UNTRAINED_COLOUR, label=label))
     if len(crossed):
         x, y = diagram.alphas[shown][crossed[:, 0]], diagram.betas[crossed[:, 1]]

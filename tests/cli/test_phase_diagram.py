@@ -204,7 +204,6 @@ class FiveVectors(TaskFamily):
 def test_near_a_minimum_training_meets_theory(example, tmp_path, capsys, monkeypatch):
     tiny = lambda: mlp(3, (12,), 5, activation="tanh"), FiveVectors
     monkeypatch.setattr(paper_near_minimum, "SETS", {"tiny": tiny})
-    monkeypatch.setattr("lightning_maml_guard.cli.phase_diagram.SETS", {"tiny": tiny})
     found = run(example, "near-minimum", tmp_path, "--grid", "9")
     problem, eigenvalues = paper_near_minimum.minimum("tiny", 0, torch.device("cpu"))
     top = np.linalg.eigvalsh(

@@ -196,9 +196,12 @@ def test_start_and_end_hold_the_best_runs():
 
 
 def test_near_a_minimum_theory_is_drawn_beside_what_was_found():
-    values = np.array([1.0, 2.0, 4.0])
+    from lightning_maml_guard import critical_rates
+
+    rates = np.linspace(0, 0.5, 401)
+    curve = np.stack([rates, [critical_rates([1.0, 2.0, 4.0], alpha).beta_c for alpha in rates]])
     case = diagram(alphas=np.array([0.0, 0.1, 0.25, 0.5]), order="simplified")
-    figure, axes = near_minimum([("one", case, values), ("two", case, values)])
+    figure, axes = near_minimum([("one", case, 4.0, curve), ("two", case, 4.0, curve)])
     theory, found = axes[0, 0].lines
     assert theory.get_xdata()[-1] == pytest.approx(1, abs=0.01)  # no outer rate is stable beyond alpha_c
     assert theory.get_ydata()[0] == pytest.approx(1) and theory.get_ydata().max() == pytest.approx(4, rel=0.01)
