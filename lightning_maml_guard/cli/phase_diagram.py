@@ -98,7 +98,7 @@ def _grid(given: argparse.Namespace, device: torch.device, writes: bool) -> dict
 
 
 def _near_minimum(given: argparse.Namespace, device: torch.device, writes: bool) -> dict[str, Any]:
-    """Train from near a near.minimum on both image sets, with simplified and exact MAML."""
+    """Train from near a minimum on both image sets, with simplified and exact MAML."""
     shares = np.linspace(near.SHARES[0], near.SHARES[-1], given.grid or len(near.SHARES))
     levels = np.geomspace(near.LEVELS[0], near.LEVELS[-1], given.grid or len(near.LEVELS))
     steps = given.steps or near.STEPS
