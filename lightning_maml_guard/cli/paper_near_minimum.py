@@ -28,7 +28,7 @@ SETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], TaskFamily]]] = {
 ORDERS = ("simplified", "exact")
 STEPS = 40
 # Rates in units of plain gradient descent's limits: alpha * lambda_max, and beta * lambda_max / 2.
-SHARES, LEVELS = np.linspace(0, 2, 21), np.logspace(-0.2, 1.2, 15)
+SHARES, LEVELS = np.linspace(0, 2, 11), np.logspace(-0.2, 1.1, 14)
 # Distance from the minimum, per parameter: so near that the loss is quadratic in double precision.
 DISTANCE = 1e-7
 # Above this the fit has not reached a minimum of zero loss, and the Gauss-Newton spectrum would not be the Hessian's.

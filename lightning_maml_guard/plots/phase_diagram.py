@@ -111,7 +111,7 @@ def _draw_cells(ax: Axes, diagram: PhaseDiagram, shown: np.ndarray, columns: np.
     if len(crossed):
         x, y = diagram.alphas[shown][crossed[:, 0]], diagram.betas[crossed[:, 1]]
         cross: dict[str, Any] = {"marker": "x", "s": 14, "linewidths": 0.8, "zorder": 1}
-        label = f"{style.DIVERGED}: loss over {diagram.divergence:g} times the start's"
+        label = f"{style.DIVERGED}: loss over {diagram.divergence:g} times the start's, or not finite"
         ax.scatter(x, y, color=style.DIVERGED_COLOUR, label=label, **cross)
     return handles
 

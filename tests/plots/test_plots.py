@@ -145,7 +145,7 @@ def test_the_heat_map_holds_every_cell_curve_and_mark():
     assert np.array_equal(ax.collections[2].get_offsets(), found)
     assert ax.get_xscale() == ax.get_yscale() == "log"
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    said = ["did not train: error above 0.9 of the start's", "diverged: loss over 5 times the start's"]
+    said = ["did not train: error above 0.9 of the start's", "diverged: loss over 5 times the start's, or not finite"]
     assert labels[:2] == said and len(labels) == 8
     matplotlib.pyplot.close(figure)
 
