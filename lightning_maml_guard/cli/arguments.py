@@ -69,7 +69,7 @@ def synopsis() -> str:
     prog = program()
     return f"""usage: {prog} [{"|".join(TASKS)}] [--guard [{"|".join(ACTIONS)}]] [LightningCLI options]
        {prog} fit|validate|test|suggest [the same words and options]
-       {prog} phase-diagram [{"|".join(DATASETS)}] [--help]"""
+       {prog} phase-diagram [{"|".join(DATASETS)}|near-minimum] [--help]"""
 
 
 def exit_with_error(message: str) -> NoReturn:

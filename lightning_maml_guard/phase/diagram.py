@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from functools import partial as partial_of
@@ -44,6 +45,7 @@ def phase_diagram(
     max_iter: int = 20,
     tol: float = 1e-2,
     divergence: float = 5.0,
+    chance: float = math.inf,
     chunk_size: int | None = None,
     memory: float | None = None,
     partial: str | os.PathLike[str] | None = None,
@@ -73,6 +75,8 @@ def phase_diagram(
         max_iter: Most matrix-vector products of a measurement.
         tol: Relative residual at which a measurement stops.
         divergence: A run has diverged when its loss exceeds this many times its start.
+        chance: Error that is reached without learning, such as ``log(n)`` for n classes. A run counts as trained
+            only if its final error is at most 0.9 of that too.
         chunk_size: Runs trained at once (None: as many as fit ``memory`` and keep every rank busy).
         memory: Bytes a chunk may take (None: 1e9 on a CPU, half of a GPU's memory).
         partial: Folder in which unfinished work is saved, at least every minute; the same call goes on from there.
@@ -107,7 +111,7 @@ def phase_diagram(
         check_count("measure_every", measure_every, 0)
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
-    for name, value in (("tol", tol), ("divergence", divergence), ("memory", memory)):
+    for name, value in (("tol", tol), ("divergence", divergence), ("chance", chance), ("memory", memory)):
         if value is not None and not value > 0:
             raise ValueError(f"Expected argument `{name}` to be a number above 0 but got {value!r}.")
     first = family(0)
@@ -170,6 +174,8 @@ def phase_diagram(
         order=first.order,
         inner_steps=first.inner_steps,
         optimizer=repr(settings.optimizer),
+        chance=chance,
+        divergence=divergence,
         **shaped,
     )
 

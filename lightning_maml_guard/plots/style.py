@@ -16,6 +16,8 @@ ROLLED_BACK_COLOUR = "0.5"
 EXACT_COLOUR = "black"
 MARKER_COLOUR, MARKER_EDGE = "0.6", "black"
 UNTRAINED_COLOUR, DIVERGED_COLOUR = "0.82", "0.35"
+CURVE_COLOUR = BETA_COLOUR
+START_COLOUR, END_COLOUR = MARKER_COLOUR, ALPHA_COLOUR
 FOUND_COLOUR = OUTLINE_COLOUR = "white"
 STEP_COLOURMAP = ERROR_COLOURMAP = "viridis"
 
@@ -23,7 +25,8 @@ INNER_RATE_AXIS, OUTER_RATE_AXIS = r"inner learning rate $\alpha$", r"outer lear
 EIGENVALUE_AXIS, DENSITY_AXIS = r"eigenvalue $\lambda$ of the task loss's Hessian", "density of eigenvalues"
 WEIGHT_AXIS = "weight (share of a random vector)"
 STEP_AXIS, CHECK_STEP_AXIS = "training step", "training step of the check"
-ERROR_AXIS = "training error"
+ERROR_AXIS = "training error of the runs that trained"
+SHARPNESS_AXIS = r"$\alpha\,\lambda_{\max}$"
 LOSS_TITLE, LOSS = "Training loss", "loss"
 BEFORE_ADAPTATION, AFTER_ADAPTATION = "before adaptation", "after adaptation"
 
@@ -35,6 +38,12 @@ CONFIGURED_RATES, APPLIED_RATES = "configured rates", "applied rates"
 ALPHA_C_SIMPLIFIED = r"$\alpha_c$, simplified"
 BETA_C_SIMPLIFIED, BETA_C_EXACT = r"$\beta_c(\alpha)$, simplified", r"$\beta_c(\alpha)$, exact"
 UNTRAINED, DIVERGED, FOUND = "did not train", "diverged", "found by training"
+LARGEST_BETA, LARGEST_ALPHA = r"largest $\beta$ that trained", r"largest $\alpha$ that trained"
+LARGEST_BETA_OF_OTHERS = f"{LARGEST_BETA}, other seeds"
+BETA_WITHOUT_ADAPTATION = r"largest $\beta$ before divergence at $\alpha = 0$"
+CONTIGUOUS_BETA = r"largest $\beta$ up to which all trained"
+BETA_C_THEORY = r"$\beta_c(\alpha)$, theory"
+BEST_BETA, START, END = r"best $\beta$ (smallest error)", "before training", "after it, in the best run"
 CRITICAL, LOOKAHEAD, DIVERGED_BEYOND = "critical", "lookahead", "beyond the picture"
 RITZ_VALUES, SMOOTHED_DENSITY = "Ritz values", "density, smoothed"
 
@@ -42,6 +51,8 @@ REGION_TITLE, ERROR_TITLE = "Safe region of the learning rates", "Training error
 STATES_TITLE, RATIOS_TITLE = "State of the run", "Rates over their critical values"
 LOOKAHEADS_TITLE = "Lookaheads: log(loss after / start)"
 SPECTRUM_TITLE = "Eigenvalue spectrum"
+NEAR_MINIMUM_TITLE = "Training from near a minimum"
+START_AND_END_TITLE = "What training does to the curvature"
 
 # What happened in a run, as marks on its loss: marker and colour.
 EVENT_MARKS = {
@@ -98,10 +109,10 @@ def plain_ticks(axis: Any, low: float, high: float) -> None:
         axis.set_minor_formatter(ticker.NullFormatter())
 
 
-def legend_below(figure: Any, handles: Any = None, ncols: int = 3) -> None:
+def legend_below(figure: Any, handles: Any = None, columns: int = 3) -> None:
     """Put a legend of all labels, or of the handles, below the axes."""
     chosen = {} if handles is None else {"handles": handles}
-    figure.legend(loc="outside lower center", ncols=ncols, fontsize="small", frameon=False, **chosen)
+    figure.legend(loc="outside lower center", ncols=columns, fontsize="small", frameon=False, **chosen)
 
 
 def legend_under(ax: Any) -> None:

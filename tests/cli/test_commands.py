@@ -74,14 +74,25 @@ def test_every_command_over_every_configuration(task, request, monkeypatch, caps
 def test_phase_diagram_is_the_example(monkeypatch, capsys):
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    found = main(["phase-diagram", "sinusoid", "--grid", "2", "--steps", "3", "--threads", "1"])
-    assert found["runs"] == 4 and "sinusoid: " in capsys.readouterr().out
+    found = main(["phase-diagram", "sinusoid", "--grid", "2", "--steps", "3", "--threads", "1", "--seeds", "2"])
+    assert found["runs"] == 6 and "sinusoid: " in capsys.readouterr().out
+    assert [each["seed"] for each in found["seeds"]] == [0, 1] and Path(
+        "runs/phase_diagram/sinusoid_seed1.npz"
+    ).exists()
     assert Path("runs/phase_diagram/sinusoid.png").stat().st_size > 10_000
     for words, said in (
         (
             ["circle"],
-            "error: expected the panel to be one of linear, sinusoid, omniglot, miniimagenet but got 'circle'.",
+            "error: expected the panel to be one of linear, sinusoid, omniglot, miniimagenet, near-minimum but got "
+            "'circle'.",
         ),
+        (["--full", "--resampled"], "argument --resampled: not allowed with argument --full"),
+        (
+            ["linear", "--resampled"],
+            "argument --resampled: the panel linear does not have it: leave it out, or take sinusoid, omniglot, miniimagenet.",
+        ),
+        (["near-minimum", "--full"], "argument --full: the panel near-minimum does not have it: leave it out"),
+        (["--seeds", "0"], "argument --seeds: Expected argument `seeds` to be an integer of at least 1 but got 0"),
         (["linear", "sinusoid"], "error: unrecognized arguments: sinusoid\n"),
         (["--grid", "1"], "argument --grid: Expected argument `grid` to be an integer of at least 2 but got 1"),
         (["--steps", "0"], "argument --steps: Expected argument `steps` to be an integer of at least 1 but got 0"),
