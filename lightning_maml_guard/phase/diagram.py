@@ -16,7 +16,7 @@ from tqdm import tqdm
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.phase.checkpoint import ChunkStore
 from lightning_maml_guard.phase.divergence import divergence_steps
-from lightning_maml_guard.phase.gradients import bytes_per_run
+from lightning_maml_guard.phase.gradients import runs_at_once
 from lightning_maml_guard.phase.optimizers import MetaOptimizer, meta_optimizer
 from lightning_maml_guard.phase.result import PhaseDiagram
 from lightning_maml_guard.phase.train import Family, GridSettings, train_runs
@@ -26,9 +26,6 @@ from lightning_maml_guard.utils.distributed import ProcessGroup, Ranks
 from lightning_maml_guard.utils.io import fingerprint
 
 __all__ = ["PhaseDiagram", "phase_diagram"]
-
-# What the intermediate results of one step may take on a CPU; more gains nothing once the caches overflow.
-_CPU_BYTES = 1e9
 
 
 def phase_diagram(
@@ -212,10 +209,7 @@ def _ranks(device: torch.device) -> tuple[Ranks, int]:
 
 
 def _chunk_size(problem: MetaProblem, runs: int, memory: float | None, ranks: Ranks) -> int:
-    device = next(iter(problem.params.values())).device
-    if memory is None:
-        memory = torch.cuda.get_device_properties(device).total_memory / 2 if device.type == "cuda" else _CPU_BYTES
-    fit = max(1, int(memory / max(bytes_per_run(problem), 1)))
+    fit = runs_at_once(problem, memory)
     # The same on every rank, and equal parts: a last chunk of a few runs would take as long as a full one.
     largest = min([*ranks.gather(fit), -(-runs // ranks.size)])
     parts = -(-runs // largest)

@@ -22,6 +22,8 @@ EIGENVALUE_AXIS, DENSITY_AXIS = r"eigenvalue $\lambda$ of the task loss's Hessia
 WEIGHT_AXIS = "weight (share of a random vector)"
 STEP_AXIS, CHECK_STEP_AXIS = "training step", "training step of the check"
 ERROR_AXIS = "training error"
+LEARNING_RATE, BEFORE_TRAINING = "plain training", "before training"
+LOSS_AXIS = "loss on batches not trained on"
 
 SAFE_REGION, SGD_SAFE_REGION = "safe region", "plain SGD's safe region"
 BEYOND_MEASURED = r"simplified curve beyond the measured $\alpha$"
@@ -35,6 +37,7 @@ RITZ_VALUES, SMOOTHED_DENSITY = "Ritz values", "density, smoothed"
 REGION_TITLE, ERROR_TITLE = "Safe region of the learning rates", "Training error after meta-training"
 STATES_TITLE, RATIOS_TITLE = "State of the run", "Rates over their critical values"
 LOOKAHEADS_TITLE = "Severity of the lookaheads: log(loss after / loss at the start)"
+LADDER_TITLE = "Rates tried before training"
 SPECTRUM_TITLE = "Eigenvalue spectrum"
 
 # Beyond that many checks a line alone is easier to read.
@@ -58,6 +61,14 @@ def axes_or_new(ax: Any) -> Any:
     if ax is None:
         _, ax = import_matplotlib("pyplot").pyplot.subplots(figsize=(6.4, 4.8), layout="constrained")
     return ax
+
+
+def axes_side_by_side(count: int) -> list[Any]:
+    """Return two places of a new figure of pyplot: axes, and the second ones, or None where ``count`` is 1."""
+    _, axes = import_matplotlib("pyplot").pyplot.subplots(
+        1, count, figsize=(6.4 * count, 4.8), layout="constrained", squeeze=False
+    )
+    return [*axes[0], None][:2]
 
 
 def new_figure(width: float = 6.4, height: float = 4.8) -> Any:
