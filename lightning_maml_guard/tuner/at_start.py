@@ -219,7 +219,7 @@ class _Suggesting:
         ladder = self._finder.ladder
         if not self._resampled:
             return itertools.cycle(self._problems[:1]), [], False
-        if count >= self._finder.batches + (ladder.streams + 4) * ladder.steps:
+        if count >= self._finder.batches + ladder.steps + ladder.longest + 1:
             return self._drawn, [], True
         kept = [*self._problems, *itertools.islice(self._drawn, max(min(int(count), _KEPT) - len(self._problems), 0))]
         if len(kept) < _ENOUGH_TO_HOLD:

@@ -15,7 +15,7 @@ class LadderOptions:
 
     Args:
         steps: Training steps of a rung; 0 trains none, and then no meta rate is suggested.
-        streams: Streams of batches on which the largest meta rate is found; the smallest counts.
+        longest: Steps of the rungs that go on longest.
         alphas: Inner rates to try (None: the configured one, and some around the critical one).
         progress: Show a progress bar.
 
@@ -29,13 +29,13 @@ class LadderOptions:
     """
 
     steps: int = 40
-    streams: int = 3
+    longest: int = 160
     alphas: tuple[float, ...] | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps, 0)
-        check_count("streams", self.streams)
+        check_count("longest", self.longest, self.steps)
         check_flag("progress", self.progress)
         for alpha in self.alphas or ():
             check_rate(alpha, "alphas")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ UNITS = (0.5, 1.25, 3.0, 8.0, 20.0, 50.0)
 _LOWEST, _HIGHEST = -16, 5
 # A loss above this many times that before training ends a rung.
 _RATIO = 4.0
+# Meta rates at an inner rate that are trained on after the first look, four times apart; and below the largest of them
+# in the race, each twice the one before.
+_KEPT_RUNGS, _BELOW = 3, 3
 # Steps between two looks for such losses.
 _LOOK = 5
 
@@ -134,7 +137,7 @@ class LadderSearch:
         self._params: Params = as_float32({name: value.detach() for name, value in self._first.params.items()})
         self.like = next(iter(self._params.values()))
         self._untrained: dict[int, np.ndarray] = {}
-        self.taken, self._bar = 0, tqdm(disable=True)
+        self.taken, self._race_steps, self._bar = 0, 0, tqdm(disable=True)
         before = self._before(self._first)
         scale = Scale().over([float(loss) for loss in before if math.isfinite(loss)] or [math.nan])
         self.highest = np.array([scale.times(_RATIO, max(loss, before[-1])) for loss in before[:-1]])
@@ -181,92 +184,106 @@ class LadderSearch:
 
     def find(self) -> RateLadder:
         """Climb the ladder."""
-        steps, columns = self.options.steps, range(len(self.alphas))
-        judged = max(steps // 4, 1)
-        losses = np.full((len(self.alphas), len(self.betas)), math.nan)
-        start = np.full(len(self.alphas), math.nan)
+        shape = (len(self.alphas), len(self.betas))
+        self._largest_known = np.full(len(self.alphas), math.nan)
+        self._losses, self._start = np.full(shape, math.nan), np.full(len(self.alphas), math.nan)
         with tqdm(desc="rates", unit="step", disable=not self.options.progress) as self._bar:
-            top = self._coarse(steps, judged, losses, start)
-            # The better half of the inner rates, by their best rungs, goes on.
-            best = np.nanmin(np.where(np.isnan(losses), math.inf, losses), 1)
-            able = sorted((c for c in columns if top[c] >= 0), key=lambda c: best[c])
-            able = able[: max((len(self.alphas) + 1) // 2, 2)]
-            largest = self._fine({column: top[column] for column in able}, steps, judged)
-            raced, race_steps = self._race(largest, steps)
-        rates = np.array([self.betas[largest[c]] if c in largest else math.nan for c in columns])
-        ends = np.array([raced.get(c, math.nan) for c in columns])
+            found = self._race(self._coarse())
+        raced = np.full(len(self.alphas), math.nan)
+        for column, end in found.items():
+            raced[column] = end
         return RateLadder(
             alphas=self.alphas,
             betas=self.betas,
-            losses=losses,
-            start=start,
-            largest=rates,
-            raced=ends,
-            steps=steps,
-            race_steps=race_steps,
+            losses=self._losses,
+            start=self._start,
+            largest=self._largest_known,
+            raced=raced,
+            steps=self.options.steps,
+            race_steps=self._race_steps,
             taken=self.taken,
             looped=self._slopes.looped,
             repeated=not self._fresh and not self.held,
         )
 
-    def _coarse(self, steps: int, judged: int, losses: np.ndarray, start: np.ndarray) -> list[int]:
-        """Try every other meta rate at every inner rate; returns the largest that trains, -1 where none does."""
+    def _trial(self, rungs: Mapping[int, Sequence[int]]) -> tuple[Trial, np.ndarray, np.ndarray]:
+        """Begin at some meta rates of each inner rate; returns the runs' indices of both rates too."""
+        columns, places = np.array([(column, rung) for column in rungs for rung in rungs[column]]).T
+        return Trial(self, list(zip(columns.tolist(), self.betas[places].tolist(), strict=True))), columns, places
+
+    def _record(self, trial: Trial, columns: np.ndarray, places: np.ndarray, which: np.ndarray) -> None:
+        """Keep the losses at the end of the rungs' steps, for the picture."""
+        self._losses[columns[which], places[which]] = trial.end[which]
+        self._start[columns] = trial.start
+
+    def _coarse(self) -> dict[int, int]:
+        """Try every other meta rate at every inner rate; returns the largest that trains, of the better inner rates."""
+        steps = self.options.steps
+        first = min(max(steps // 4, _LOOK), steps)
         rungs = list(range(len(self.betas) - 1, -1, -2))[::-1]
-        pairs = [(column, rung) for column in range(len(self.alphas)) for rung in rungs]
-        columns, places = np.array(pairs).T
-        trial = Trial(self, [(column, self.betas[rung]) for column, rung in pairs])
-        trial.advance(max(steps // 4, _LOOK))
-        active = trial.active
-        keep = np.zeros(len(pairs), dtype=bool)
+        trial, columns, places = self._trial(dict.fromkeys(range(len(self.alphas)), rungs))
+        trial.advance(first, 0 if first < steps else first)
+        active, keep = trial.active, np.zeros(len(columns), dtype=bool)
         for column in range(len(self.alphas)):
             own = np.flatnonzero(columns == column)
             stays = int(np.argmin([*active[own], False]))  # all below this one stayed
-            keep[own[max(stays - 3, 0) : stays]] = True
+            keep[own[max(stays - _KEPT_RUNGS, 0) : stays]] = True
         trial.keep(keep)
-        trial.advance(steps - max(steps // 4, _LOOK), judged)
-        losses[columns[keep], places[keep]] = trial.end[keep]
-        start[:] = [trial.start[columns == column][0] for column in range(len(self.alphas))]
-        return [
-            max((int(place) for place in places[keep & trial.trains & (columns == column)]), default=-1)
-            for column in range(len(self.alphas))
-        ]
+        trial.advance(steps - first, max(steps // 4, 1))
+        self._record(trial, columns, places, keep)
+        top = {column: _largest(places, keep & (columns == column), trial.trains) for column in set(columns.tolist())}
+        best = {c: trial.end[keep & (columns == c) & (places <= top[c])].min() for c in top if top[c] is not None}
+        able = sorted(best, key=best.__getitem__)[: max(-(-len(self.alphas) // 2), 2)]
+        return {column: rung for column in able if (rung := top[column]) is not None}
 
-    def _fine(self, top: dict[int, int], steps: int, judged: int) -> dict[int, int]:
-        """Try the meta rates around the largest ones on further streams; the smallest of what trains there counts."""
-        found = {column: min(place + 1, len(self.betas) - 1) for column, place in top.items()}
-        for _ in range(max(self.options.streams - 1, 1)):
-            pairs = [
-                (c, k) for c, place in top.items() for k in range(place - 2, place + 2) if 0 <= k < len(self.betas)
-            ]
-            trial = Trial(self, [(column, self.betas[rung]) for column, rung in pairs])
-            trial.advance(steps, judged)
-            for column in top:
-                own = [
-                    rung for (c, rung), trains in zip(pairs, trial.trains, strict=True) if c == column and not trains
-                ]
-                tried = [rung for c, rung in pairs if c == column]
-                found[column] = max(min(found[column], min(own, default=tried[-1] + 1) - 1), 0)
-        return found
+    def _race(self, top: dict[int, int]) -> dict[int, float]:
+        """Train the rungs around the largest ones on, from the start and on new batches, ever fewer inner rates longer.
 
-    def _race(self, largest: dict[int, int], steps: int) -> tuple[dict[int, float], int]:
-        """Train each inner rate's pair, twice as long with half of them until one is left."""
-        columns = list(largest)
-        if not columns:
-            return {}, 0
-        trial = Trial(self, [(column, self.margin * self.betas[largest[column]]) for column in columns])
-        taken, more = 0, steps
+        Returns the loss at the suggested share of the largest meta rate, of the inner rates that went on longest.
+        """
+        self._race_steps, more = 0, self.options.steps
+        if not top:
+            return {}
+        last = len(self.betas) - 1
+        rungs = {column: range(max(rung - _BELOW, 0), min(rung + 1, last) + 1) for column, rung in top.items()}
+        trial, columns, places = self._trial(rungs)
+        going = set(top)
         while True:
             trial.advance(more, max(more // 4, 1))
-            taken += more
-            left = int(trial.active.sum())
-            found = {c: float(e) for c, e, a in zip(columns, trial.end, trial.active, strict=True) if a}
-            if left <= 2 or taken >= 4 * steps:
-                return found, taken
-            order = np.argsort(trial.end)
-            which = np.zeros(len(columns), dtype=bool)
-            which[order[: -(-left // 2)]] = True
-            trial.keep(which & trial.active)
-            more = taken
+            if not self._race_steps:
+                self._record(trial, columns, places, np.ones(len(columns), dtype=bool))
+            self._race_steps += more
+            found: dict[int, float] = {}
+            largest: dict[int, int] = {}
+            for column in going:
+                rung = _largest(places, trial.active & (columns == column), trial.trains)
+                self._largest_known[column] = math.nan if rung is None else self.betas[rung]
+                if rung is None:
+                    continue
+                share = np.abs(np.log(self.betas[places] / (self.margin * self.betas[rung])))
+                share[(columns != column) | ~trial.active] = math.inf
+                largest[column], found[column] = rung, float(trial.end[share.argmin()])
+            left = sorted(found, key=found.__getitem__)
+            left = left[: max(-(-len(left) // 2), 1)]
+            if not left or self._race_steps >= self.options.longest:
+                return found
+            # Only rungs that are trained on: an inner rate that fell behind keeps the largest rate that was seen.
+            going = set(left)
+            go_on = [c in going and k <= largest[c] for c, k in zip(columns.tolist(), places.tolist(), strict=True)]
+            trial.keep(np.array(go_on))
+            more = min(self._race_steps, self.options.longest - self._race_steps)
+
+
+def _largest(places: np.ndarray, which: np.ndarray, trains: np.ndarray) -> int | None:
+    """The largest rung of some runs that trains, below the first that does not; None where none trains."""
+    order = np.flatnonzero(which)
+    found: int | None = None
+    for run in order[np.argsort(places[order])]:
+        if trains[run]:
+            found = int(places[run])
+        elif found is not None:
+            break
+    return found
 
 
 def _norm(values: Params) -> float:

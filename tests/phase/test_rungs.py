@@ -128,7 +128,7 @@ def test_what_cannot_be_vmapped_trains_one_after_another_and_says_so():
 
     def stubborn(params, data):
         loss = nn.functional.mse_loss(torch.func.functional_call(net, params, (data[0],)), data[1])
-        return loss if float(loss.detach()) > 0 else loss
+        return loss * (1 if float(loss.detach()) > 0 else -1)
 
     stated, slopes = problem(net, loss=stubborn, looped=True), Slopes(TaskMap(looped=True))
     rungs = Rungs(stated, [SGD(groups(net, 1.0))], ALPHAS, BETAS, slopes)
