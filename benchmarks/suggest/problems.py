@@ -106,12 +106,12 @@ SETTINGS = {
     "relu adam K=5": Setting(mlp, optimizer="adam", inner_steps=5, **SINUSOID),
     "relu momentum first": Setting(mlp, optimizer="momentum", order="first", **SINUSOID),
     "tanh adam": Setting(lambda: perceptron(nn.Tanh), optimizer="adam", **SINUSOID),
-    "omniglot-8 sgd": Setting(_conv(8), optimizer="sgd", meta_batch=2, **OMNIGLOT),
+    "omniglot-8 sgd": Setting(_conv(8), optimizer="sgd", meta_batch=2, steps=300, **OMNIGLOT),
     "omniglot-8 adam first K=5": Setting(
-        _conv(8), optimizer="adam", order="first", inner_steps=5, meta_batch=2, steps=200, **OMNIGLOT
+        _conv(8), optimizer="adam", order="first", inner_steps=5, meta_batch=2, steps=150, **OMNIGLOT
     ),
-    "omniglot-32 momentum": Setting(_conv(32), optimizer="momentum", meta_batch=2, steps=150, **OMNIGLOT),
-    "miniimagenet-8 adam": Setting(_conv(8, 3, 32), optimizer="adam", meta_batch=2, steps=300, **MINI),
+    "omniglot-32 momentum": Setting(_conv(32), optimizer="momentum", meta_batch=2, steps=100, **OMNIGLOT),
+    "miniimagenet-8 adam": Setting(_conv(8, 3, 32), optimizer="adam", meta_batch=2, steps=200, **MINI),
     "lstm adam": Setting(Lstm, optimizer="adam", **SEQUENCES),
     "transformer sgd": Setting(Transformer, optimizer="sgd", **SEQUENCES),
     "rings momentum": Setting(None, None, "momentum", alpha=math.nan),

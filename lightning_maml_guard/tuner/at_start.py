@@ -89,7 +89,8 @@ class Finder:
         with isolated(pl_module), _at_the_peak(optimizers, ahead.setting):
             torch.manual_seed(0)
             drawn = self._problems(trainer, pl_module)
-            problems = list(itertools.islice(drawn, self.batches))
+            steps = trainer.num_training_batches / trainer.accumulate_grad_batches
+            problems = list(itertools.islice(drawn, math.ceil(min(self.batches, steps))))
             if not problems:
                 return None
             owned = [optimizers[index] for index in owners(problems[0], optimizers)]

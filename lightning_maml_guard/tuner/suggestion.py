@@ -16,7 +16,6 @@ from lightning_maml_guard.phase.ladder import RateLadder
 from lightning_maml_guard.plots.style import LIMIT_COLOUR, MARKER_COLOUR, MARKER_EDGE, axes_side_by_side
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import EDGE, UNRESOLVED
-from lightning_maml_guard.tuner.applied import apply_rates
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,8 @@ class RateSuggestion:
         Raises:
             ValueError: If there is no such attribute, or nothing is suggested.
         """
+        from lightning_maml_guard.tuner.applied import apply_rates  # which needs Lightning
+
         apply_rates(self, module, alpha, beta)
 
     def plot(self, ax: Any = None) -> tuple[Any, Any]:
