@@ -19,7 +19,7 @@ DATASETS = ("linear", "sinusoid", "omniglot", "miniimagenet")
 DEFAULT_TASK = "sinusoid"
 CONFIGS = Path(__file__).parent / "configs"
 # Options of the command suggest alone.
-SUGGEST_OPTIONS = ("batches", "margin")
+SUGGEST_OPTIONS = ("apply", "batches", "margin", "steps")
 
 
 def _position(task: str) -> tuple[int, str, int]:
@@ -92,11 +92,13 @@ def run_name(words: Sequence[str]) -> str:
 
 
 def parse_suggest_options(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Take ``--batches`` and ``--margin`` out: as no part of a configuration, so that one YAML serves every command."""
+    """Take the options of suggest out: as no part of a configuration, so that one YAML serves every command."""
     parser = argparse.ArgumentParser(prog=f"{program()} suggest", add_help=False, allow_abbrev=False)
     count, fraction = partial(check_count, "batches"), partial(check_number, "margin", above=0, below=1)
     parser.add_argument("--batches", type=checked(int, count), default=4)
-    parser.add_argument("--margin", type=checked(float, fraction), default=0.5)
+    parser.add_argument("--margin", type=checked(float, fraction), default=0.25)
+    parser.add_argument("--steps", type=checked(int, partial(check_count, "steps", least=1)), default=40)
+    parser.add_argument("--apply", type=Path, default=None)
     options, rest = parser.parse_known_args(words)
     return vars(options), rest
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from functools import partial as partial_of
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from lightning_maml_guard.phase.divergence import divergence_steps
 from lightning_maml_guard.phase.gradients import runs_at_once
 from lightning_maml_guard.phase.optimizers import MetaOptimizer, meta_optimizer
 from lightning_maml_guard.phase.result import PhaseDiagram
-from lightning_maml_guard.phase.train import Family, GridSettings, train_runs
+from lightning_maml_guard.phase.train import GridSettings, as_family, train_runs
 from lightning_maml_guard.theory.multiplier import check_rate
 from lightning_maml_guard.utils.checks import check_count
 from lightning_maml_guard.utils.distributed import ProcessGroup, Ranks
@@ -96,7 +95,7 @@ def phase_diagram(
         >>> found.trained.tolist()
         [[True, False], [True, False]]
     """
-    family = _family(problem_family)
+    family = as_family(problem_family)
     columns, rows = _axis("alphas", alphas), _axis("betas", betas)
     check_count("steps", steps)
     check_count("max_iter", max_iter)
@@ -169,26 +168,6 @@ def phase_diagram(
         optimizer=repr(settings.optimizer),
         **shaped,
     )
-
-
-def _family(given: Any) -> Family:
-    if isinstance(given, MetaProblem):
-        return lambda step: given
-    if not callable(given):
-        raise TypeError(
-            "Expected argument `problem_family` to be a MetaProblem or a function step -> MetaProblem but got "
-            f"{type(given).__name__}."
-        )
-
-    def checked(step: int) -> MetaProblem:
-        problem = given(step)
-        if not isinstance(problem, MetaProblem):
-            raise TypeError(
-                f"Expected `problem_family` to return a MetaProblem but got {type(problem).__name__} for step {step}."
-            )
-        return problem
-
-    return checked
 
 
 def _axis(name: str, values: Iterable[float]) -> np.ndarray:
