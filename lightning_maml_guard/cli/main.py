@@ -128,7 +128,7 @@ def _built(command: str, given: Sequence[str]) -> GuardCLI:
 
 def _usage_of(command: str) -> str:
     guard = "" if command in EVALUATION else f"[--guard [{'|'.join(ACTIONS)}]] "
-    own = "[--batches N] [--margin M] " if command == "suggest" else ""
+    own = "[--batches N] [--margin M] [--steps N] [--apply OUT.yaml] " if command == "suggest" else ""
     return " ".join(f"{program()} {command} [task] {guard}{own}[options below]".split())
 
 

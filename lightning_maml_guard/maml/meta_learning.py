@@ -95,6 +95,7 @@ class MetaLearning(MixinBase):
         self.inner_steps, self.inner_lr, self.inner_update = inner_steps, inner_lr, inner_update
         self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
         self.inner_lr_cap: float | None = None  # set by a guard that rescales
+        self.outer_lr: float | None = None  # set by a RateSuggestion: the optimizer's rate, whatever its function says
         self.inner_rates = InnerRates(trainable(network), inner_lr, adapt, learn_inner_lr, inner_steps)
         self.learned_rates = self.inner_rates.learned  # registered here, for the optimizer and checkpoints
         self.vectorization = Vectorization(strategy, network, batched)
@@ -238,7 +239,8 @@ class MetaLearning(MixinBase):
             raise ValueError(NOTHING_TO_TRAIN)
         trained = [*self.theta().values(), *(self.learned_rates or [])]
         precision = str(getattr(self._trainer, "precision", ""))
-        return make_optimizer(dict(self.named_parameters()), trained, self._optimizer, self._lr_scheduler, precision)
+        named = dict(self.named_parameters())
+        return make_optimizer(named, trained, self._optimizer, self._lr_scheduler, precision, self.outer_lr)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the cap a guard holds the inner rate at, so that evaluation adapts as training did."""

@@ -29,6 +29,8 @@ ERROR_AXIS = "training error of the runs that trained"
 SHARPNESS_AXIS = r"$\alpha\,\lambda_{\max}$"
 LOSS_TITLE, LOSS = "Training loss", "loss"
 BEFORE_ADAPTATION, AFTER_ADAPTATION = "before adaptation", "after adaptation"
+LEARNING_RATE, BEFORE_TRAINING = "plain training", "before training"
+LOSS_AXIS = "loss on batches not trained on"
 
 SAFE_REGION, INNER_REGION = "safe region", r"$\alpha < \alpha_c$; $\beta$ is not judged"
 BORDER, EARLIER_BORDERS = r"$\beta_c(\alpha)$", r"$\beta_c(\alpha)$, earlier checks"
@@ -50,6 +52,7 @@ RITZ_VALUES, SMOOTHED_DENSITY = "Ritz values", "density, smoothed"
 REGION_TITLE, ERROR_TITLE = "Safe region of the learning rates", "Training error after meta-training"
 STATES_TITLE, RATIOS_TITLE = "State of the run", "Rates over their critical values"
 LOOKAHEADS_TITLE = "Lookaheads: log(loss after / start)"
+LADDER_TITLE = "Rates tried before training"
 SPECTRUM_TITLE = "Eigenvalue spectrum"
 NEAR_MINIMUM_TITLE = "Training from near a minimum"
 START_AND_END_TITLE = "What training does to the curvature"
@@ -85,6 +88,14 @@ def axes_or_new(ax: Any) -> Any:
     if ax is None:
         _, ax = import_matplotlib("pyplot").pyplot.subplots(figsize=(6.4, 4.8), layout="constrained")
     return ax
+
+
+def axes_side_by_side(count: int) -> list[Any]:
+    """Return two places of a new figure of pyplot: axes, and the second ones, or None where ``count`` is 1."""
+    _, axes = import_matplotlib("pyplot").pyplot.subplots(
+        1, count, figsize=(6.4 * count, 4.8), layout="constrained", squeeze=False
+    )
+    return [*axes[0], None][:2]
 
 
 def new_figure(width: float = 6.4, height: float = 4.8) -> Any:
