@@ -254,7 +254,7 @@ class Lookahead:
         target = objective.update(factor) if isinstance(objective, MamlObjective) else objective.curvature(False)
         pairs = real_pairs(as_float32(params)).items()
         leaves = {name: local(value.detach()).requires_grad_() for name, value in pairs}
-        value, gradients = target[0](leaves, False)
+        value, gradients, _ = target[0](leaves, False)
         known = {name: gradients[name] for name in leaves}
         filled = {n: torch.zeros_like(leaves[n]) if g is None else g.detach() for n, g in known.items()}
         if self._ranks.size == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,10 @@ class AccumulatedProblem:
         """Number of tasks over all batches."""
         return sum(each.tasks for each in self.parts)
 
+    def at_factor(self, factor: float) -> AccumulatedProblem:
+        """Return the problem with every inner rate multiplied by ``factor``."""
+        return AccumulatedProblem(tuple(each.at_factor(factor) for each in self.parts))
+
     def part(self, tasks: int) -> AccumulatedProblem:
         """Return the problem with the first tasks only."""
         kept: list[MetaProblem] = []
@@ -109,6 +113,21 @@ def accumulated(problems: Sequence[Problem]) -> Problem:
 def first_batch(problem: Problem) -> MetaProblem | PlainProblem:
     """Return the first batch of accumulated ones, whose settings are those of all; of a single one, itself."""
     return problem.first if isinstance(problem, AccumulatedProblem) else problem
+
+
+def at_alpha(problem: Problem, alpha: float) -> Problem:
+    """Return a problem with ``alpha`` as its inner rate; several rates keep their proportions."""
+    if isinstance(problem, PlainProblem):
+        return problem
+    if isinstance(problem, AccumulatedProblem):
+        return AccumulatedProblem(tuple(_at_alpha(each, alpha) for each in problem.parts))
+    return _at_alpha(problem, alpha)
+
+
+def _at_alpha(problem: MetaProblem, alpha: float) -> MetaProblem:
+    if problem.uniform:
+        return replace(problem, inner_lr=alpha)
+    return problem.at_factor(alpha / problem.alpha if problem.alpha > 0 else 1.0)
 
 
 def owners(problem: Problem, optimizers: Sequence[Optimizer]) -> list[int]:

@@ -11,7 +11,12 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_maml_guard.tasks.episodes import EpisodeBatch, TaskFamily, episode_generator
 from lightning_maml_guard.utils.checks import check_count, check_flag
-from lightning_maml_guard.utils.lightning_compat import LightningDataModule, holds_one_model, no_loader
+from lightning_maml_guard.utils.lightning_compat import (
+    LightningDataModule,
+    check_data_module,
+    holds_one_model,
+    no_loader,
+)
 
 
 class _Episodes(Dataset[EpisodeBatch]):
@@ -165,6 +170,7 @@ class TaskDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_data_module(self)
         if not isinstance(tasks, TaskFamily):
             raise TypeError(
                 f"Expected argument `tasks` to be a TaskFamily (such as Sinusoid()) but got {type(tasks).__name__}. "
@@ -183,6 +189,10 @@ class TaskDataModule(LightningDataModule):
         self.tasks, self.meta_batch_size, self.steps_per_epoch = tasks, meta_batch_size, steps_per_epoch
         self.val_episodes, self.test_episodes = val_episodes, test_episodes
         self.num_workers, self.resample, self.seed = num_workers, resample, seed
+
+    def prepare_data(self) -> None:
+        """Load the data of the family in one process per machine: what that downloads and decodes, the others find."""
+        self.tasks.setup()
 
     def setup(self, stage: str) -> None:
         """Load the data of the family; without workers, onto the device that trains.

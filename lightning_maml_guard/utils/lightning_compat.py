@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -71,6 +71,12 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def default_loggers() -> tuple[tuple[Any, str], ...]:
+    """Return the loggers of the command line, each with the folder it writes into."""
+    loggers = import_module(f"{PACKAGE}.loggers")
+    return (loggers.CSVLogger, "runs"), (loggers.TensorBoardLogger, "runs/tensorboard")
+
+
 __all__ = [
     "PACKAGE",
     "PACKAGES",
@@ -85,8 +91,10 @@ __all__ = [
     "Plan",
     "RichProgressBar",
     "Trainer",
+    "check_data_module",
     "check_module",
     "check_strategy",
+    "default_loggers",
     "hyperparameters_given",
     "inform",
     "inform_less",
@@ -112,15 +120,26 @@ def check_module(module: Any, chosen: bool) -> None:
             f"Expected {kind} to be a LightningModule as well, of the package whose Trainer you use, but it derives "
             f"from MetaLearning alone. Write class {kind}(MetaLearning, lightning.pytorch.LightningModule)."
         )
-    others = [name for name in imported if name not in of]
-    if others and chosen:
+    if chosen:
+        _warn_of_the_other_package(
+            f"{kind} is a module", of, ", or write class Mine(lightning_maml_guard.MetaLearning, {}.LightningModule)"
+        )
+
+
+def check_data_module(data: Any) -> None:
+    """Warn if the user's Trainer may not accept a data module: its package was imported after this one."""
+    _warn_of_the_other_package(f"{type(data).__name__} is a data module", PACKAGES)
+
+
+def _warn_of_the_other_package(what: str, of: Sequence[str], or_write: str = "") -> None:
+    others = [name for name in _NAMES if sys.modules.get(name) is not None and name not in of]
+    if others:
         warnings.warn(
-            f"{kind} is a module of {of[0]}, and {others[0]} is imported as well, whose Trainer does not accept "
+            f"{what} of {of[0]}, and {others[0]} is imported as well, whose Trainer does not accept "
             f"it: the two packages do not mix. If your Trainer is {of[0]}'s, do nothing. If it is {others[0]}'s, "
-            f"import {others[0].partition('.')[0]} alone and before lightning_maml_guard, or write "
-            f"class Mine(lightning_maml_guard.MetaLearning, {others[0]}.LightningModule).",
+            f"import {others[0].partition('.')[0]} alone and before lightning_maml_guard{or_write.format(others[0])}.",
             GuardWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
