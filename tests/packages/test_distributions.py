@@ -37,7 +37,7 @@ AT_TOP = {
 }  # fmt: skip
 COMPATIBILITY = (ROOT / "docs" / "compatibility.md").read_text()
 FILES = re.compile(
-    r"lightning_maml_guard/(\w+/)*\w+\.(py|yaml|css|typed)|examples/\w+\.(py|png|ipynb)|(tests|benchmarks)/(\w+/)*\w+\.py"
+    r"lightning_maml_guard/(\w+/)*[\w.]+\.(py|yaml|css|j2|typed)|examples/\w+\.(py|png|ipynb)|(tests|benchmarks)/(\w+/)*\w+\.py"
     r"|tests/constraints(-\w+)?\.txt|tests/resume/\w+\.json|\.ci/\w+|\.github/(\w+/)*\w+\.(yml|md)"
     r"|docs/\w+\.md|docs/images/\w+\.png"
 )
@@ -70,7 +70,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     names = set(archive.namelist())
     metadata = {name for name in names if ".dist-info/" in name}
     assert names - metadata == checkout("lightning_maml_guard")
-    assert {"lightning_maml_guard/py.typed", "lightning_maml_guard/guard/html_report.css"} <= names
+    assert {"lightning_maml_guard/py.typed", "lightning_maml_guard/pages/report.css"} <= names
     assert {name.partition(".dist-info/")[2] for name in metadata} == {
         "METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE",
     }  # fmt: skip
