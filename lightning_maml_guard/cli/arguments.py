@@ -28,8 +28,10 @@ DESCRIPTIONS = {
     ),
     "test": "Evaluate a checkpoint (--ckpt_path; without one the network as initialised) on the test episodes.",
     "suggest": (
-        "Measure before training, and suggest learning rates at --margin M (default 0.5) times their critical values, "
-        "over --batches N (default 4) training batches; --guard.NAME options say how to measure."
+        "Try learning rates before training, each for --steps N (default 40) and the better ones four times as long, "
+        "and suggest a pair: the outer rate at --margin M (default 0.25) of the largest that trains. --apply OUT.yaml "
+        "writes the configuration with the pair in it, which fit --config OUT.yaml trains. --batches N (default 4) "
+        "training batches are measured beside it; --guard.NAME options say how."
     ),
     "phase-diagram": (
         "Train a grid of inner and outer learning rates, one of the experiments of Takagi et al., and draw it."
@@ -45,7 +47,7 @@ DATASETS = ("linear", "sinusoid", "omniglot", "miniimagenet")
 DEFAULT_TASK = "sinusoid"
 CONFIGS = Path(__file__).parent / "configs"
 # Options of the command suggest alone.
-SUGGEST_OPTIONS = ("batches", "margin")
+SUGGEST_OPTIONS = ("apply", "batches", "margin", "steps")
 
 
 def _position(task: str) -> tuple[int, str, int]:
@@ -69,7 +71,7 @@ def synopsis() -> str:
     prog = program()
     return f"""usage: {prog} [{"|".join(TASKS)}] [--guard [{"|".join(ACTIONS)}]] [LightningCLI options]
        {prog} fit|validate|test|suggest [the same words and options]
-       {prog} phase-diagram [{"|".join(DATASETS)}] [--help]"""
+       {prog} phase-diagram [{"|".join(DATASETS)}|near-minimum] [--help]"""
 
 
 def exit_with_error(message: str) -> NoReturn:
@@ -139,11 +141,13 @@ def take_data_folder(words: Sequence[str]) -> list[str]:
 
 
 def parse_suggest_options(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Take ``--batches`` and ``--margin`` out: as no part of a configuration, so that one YAML serves every command."""
+    """Take the options of suggest out: as no part of a configuration, so that one YAML serves every command."""
     parser = argparse.ArgumentParser(prog=f"{program()} suggest", add_help=False, allow_abbrev=False)
     count, fraction = partial(check_count, "batches"), partial(check_number, "margin", above=0, below=1)
     parser.add_argument("--batches", type=checked(int, count), default=4)
-    parser.add_argument("--margin", type=checked(float, fraction), default=0.5)
+    parser.add_argument("--margin", type=checked(float, fraction), default=0.25)
+    parser.add_argument("--steps", type=checked(int, partial(check_count, "steps", least=1)), default=40)
+    parser.add_argument("--apply", type=Path, default=None)
     options, rest = parser.parse_known_args(words)
     return vars(options), rest
 

@@ -85,7 +85,7 @@ def main(words: Sequence[str] | None = None) -> Any:
     if command == "suggest" and cli.config["ckpt_path"] is not None:
         exit_with_error("error: suggest measures the network as initialised, so it takes no --ckpt_path. Leave it out.")
     from lightning_maml_guard.cli.commands import RUNS, known_warnings_ignored
-    from lightning_maml_guard.tasks.image_files import DatasetError
+    from lightning_maml_guard.tasks.image_files import DatasetError  # the help comes without torch
 
     with known_warnings_ignored(command, cli):
         try:
@@ -128,7 +128,7 @@ def _built(command: str, given: Sequence[str]) -> GuardCLI:
 
 def _usage_of(command: str) -> str:
     guard = "" if command in EVALUATION else f"[--guard [{'|'.join(ACTIONS)}]] "
-    own = "[--batches N] [--margin M] " if command == "suggest" else ""
+    own = "[--batches N] [--margin M] [--steps N] [--apply OUT.yaml] " if command == "suggest" else ""
     return " ".join(f"{program()} {command} [task] {guard}{own}[options below]".split())
 
 

@@ -15,7 +15,7 @@ from lightning_maml_guard.guard.record import record_of
 from lightning_maml_guard.guard.report import CheckReport, frame
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.schedule import SCHEDULED
-from lightning_maml_guard.guard.settings import check_settings, check_watchable, identity
+from lightning_maml_guard.guard.settings import check_pieces, check_settings, check_watchable, identity
 from lightning_maml_guard.guard.state import Event, to_checkpoint
 from lightning_maml_guard.lookahead.lookahead import LookaheadOptions
 from lightning_maml_guard.messages.advice import Advice
@@ -82,8 +82,8 @@ class ConvergenceGuard(Callback):
         figures: Whether TensorBoard, Weights & Biases and MLflow get pictures of the safe region and the spectrum
             beside the numbers.
         history_size: Checks that ``history`` and ``severities`` keep, the latest ones. Loggers get all of them.
-        allow_untested: Whether to go on under a strategy the guard was not tested with (FSDP, DeepSpeed and others
-            that split a module). A check that fails there is one warning, as ever.
+        allow_untested: Whether to go on under a strategy the guard was not tested with (DeepSpeed and others that split
+            a module in ways of their own). A check that fails there is one warning, as ever.
 
     Attributes:
         spelling: How messages write the guard's arguments; the command line sets its own.
@@ -253,6 +253,7 @@ class ConvergenceGuard(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Apply the caps of a resumed run from its first step on."""
+        check_pieces(trainer, pl_module)
         run = self._run
         with run.only_told("read how long the run will be"):
             run.begin(trainer)

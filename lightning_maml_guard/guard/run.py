@@ -28,7 +28,7 @@ from lightning_maml_guard.messages.sentences import announced, cause
 from lightning_maml_guard.messages.terminal import warn
 from lightning_maml_guard.optim.lr_cap import known_rate, scheduled_rate
 from lightning_maml_guard.optim.rates_ahead import RatesAhead, read_ahead
-from lightning_maml_guard.optim.snapshot import Snapshot, finite
+from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.optim.turns import Turns
 from lightning_maml_guard.stability.hvp import MeasurementCache
 from lightning_maml_guard.stability.objective import objective_of
@@ -37,6 +37,7 @@ from lightning_maml_guard.stability.training_match import TrainingMatch
 from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.double_backward import double_backward
 from lightning_maml_guard.utils.lightning_compat import plan_of
+from lightning_maml_guard.utils.shards import finite
 from lightning_maml_guard.utils.warnings import GuardWarning
 
 
@@ -135,7 +136,7 @@ class GuardedRun:
             self.caps.release()
             self.snapshot = None
         if not self.settings.lookahead.steps:
-            known = isinstance(loss, Tensor) and loss.numel() == 1 and self.cache.ranks.size == 1
+            known = isinstance(loss, Tensor) and loss.numel() == 1 and self.cache.ranks.processes == 1
             value = float(loss.item()) * trainer.accumulate_grad_batches if known else math.nan
             self._finish_match(value)
             if known:
@@ -147,7 +148,7 @@ class GuardedRun:
         value = float(loss.item()) if known else math.nan
         norm = math.nan if self.norm is None else float(self.norm)
         self.norm = None
-        if self.cache.ranks.size > 1:
+        if self.cache.ranks.processes > 1:
             # On every rank, whatever it has: one that stayed away would leave the others waiting.
             had = torch.tensor([float(known), value, norm], device=trainer.strategy.root_device)
             share, value, norm = trainer.strategy.reduce(had, reduce_op="mean").tolist()
@@ -166,8 +167,8 @@ class GuardedRun:
         statistics, lookahead = self.state.statistics, self.settings.lookahead
         told = self.machine.unsafe and not self.settings.acting.caps_rates
         if statistics.update(value, norm) and lookahead.triggers and not told:
-            diverged = statistics.diverged(value, lookahead.divergence_ratio)
-            self.schedule.spike(diverged=diverged, lost=not math.isfinite(value))
+            ratio, lost = lookahead.divergence_ratio, not math.isfinite(value)
+            self.schedule.spike(diverged=statistics.diverged(value, ratio), lost=lost)
 
     def _not_finite(self, loss: float, trainer: Any) -> None:
         """Say that the loss is not finite, and stop where that is the action: no lookahead will."""
@@ -192,12 +193,11 @@ class GuardedRun:
             return
         self.matched = True
         problem = state_problem(source, module, batch, batch_idx)
-        tasks = self.cache.map_of(problem)
         # Compiled code too runs eagerly there: what is traced here would not be compiled again for training.
         with double_backward():
             self.match = TrainingMatch(
                 problem,
-                objective_of(problem, "support", tasks),
+                objective_of(problem, "support", self.cache.map_of(problem)),
                 optimizers,
                 trainer.optimizers,
                 accumulated=trainer.accumulate_grad_batches,
@@ -227,12 +227,11 @@ class GuardedRun:
 
     def resumed(self, plain: Any) -> GuardedRun:
         """Make the run that a checkpoint tells of; one whose state cannot be read starts anew, and says so."""
-        settings, unread = self.settings, None
+        settings, unread, most = self.settings, None, self.settings.history_size
         try:
             state = from_checkpoint(plain)
         except StateError as error:
             state, unread = GuardState(), Reason(Kind.STATE_NOT_READ, detail=str(error))
-        most = settings.history_size
         state.history, state.severities = state.history[-most:], state.severities[-most:]
         run = GuardedRun(settings, state, inert=self.inert, ranks=self.cache.ranks)
         run.take_over(self)
@@ -242,16 +241,17 @@ class GuardedRun:
 
     def saved(self) -> GuardState:
         """Collect the state for a checkpoint, what the live objects hold included."""
-        settings = self.settings
-        # In one of several processes each has batches of its own, and the checkpoint is the first one's.
-        exactly = settings.acting.resumes_exactly and settings.lookahead.steps > 0 and self.cache.ranks.size == 1
+        settings, ranks = self.settings, self.cache.ranks
+        # One of several processes has batches of its own, or pieces, and the checkpoint is the first one's.
+        exactly = settings.acting.resumes_exactly and settings.lookahead.steps > 0 and ranks.processes == 1
+        kept = self.snapshot if settings.rollback and ranks.size == ranks.processes else None
         self.cache.note_the_map()
         return replace(
             self.state,
             watches=self.machine.watches,
             caps=self.caps.caps,
             batches=self.replay.state() if exactly else [],
-            snapshot=self.snapshot.state() if self.snapshot is not None and settings.rollback else None,
+            snapshot=None if kept is None else kept.state(),
         )
 
     def announce(self, reason: Reason, *, just_said: bool = False) -> None:

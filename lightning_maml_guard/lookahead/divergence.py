@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_maml_guard.utils.shards import any_split, norm
+
 # The start is the median of this many first losses: one odd batch does not move it.
 FIRST_LOSSES = 8
 _LOSS_SPIKE, _NORM_SPIKE = 2.0, 4.0
@@ -231,6 +233,8 @@ def gradient_norm(optimizer: Optimizer) -> torch.Tensor | float | None:
     gradients = [g.coalesce().values() if g.is_sparse else g for g in known]
     if not gradients:
         return None
+    if any_split(gradients):
+        return norm(gradients)
     # Equal to get_total_norm here; its sorting by device and type takes 1 % of a small network's step.
     if all(gradient.is_cpu for gradient in gradients):
         return math.hypot(*[norm.item() for norm in torch._foreach_norm(gradients)])

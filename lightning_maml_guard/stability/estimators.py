@@ -105,12 +105,13 @@ def _lanczos(wanted: HessianRequest) -> Spectrum:
     like = next(iter(wanted.params.values()))
     run = run_lanczos(
         wanted.hessian,
-        wanted.hessian.layout.size,
+        wanted.hessian.layout.rows,
         like,
         wanted.blocks,
         krylov=wanted.krylov,
         alpha=wanted.alpha,
         value=wanted.value,
+        space=wanted.hessian.layout.space,
     )
     check_symmetry(run, wanted.noise)
     rounding = max(wanted.noise, run.asymmetry) + run.rounding
@@ -119,7 +120,7 @@ def _lanczos(wanted: HessianRequest) -> Spectrum:
         rounding=rounding,
         matvecs=run.matvecs,
         resolution=wanted.krylov.tol,
-        size=wanted.hessian.layout.size,
+        size=wanted.hessian.layout.rows,
     )
 
 

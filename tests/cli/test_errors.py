@@ -165,6 +165,8 @@ def test_the_commands_have_options_of_their_own(capsys):
             "suggest linear --guard.curvature.tol=7",
             "--guard.curvature.tol: Expected argument `tol` to be a number between 0 and 1",
         ),
+        ("suggest linear --steps=0", "argument --steps: Expected argument `steps` to be an integer of at least 1"),
+        ("suggest linear --apply=none/out.yaml", "--apply: the folder none does not exist. Make it first."),
         ("suggest linear --marginn=1", "unrecognized arguments: --marginn=1. Did you mean --margin?"),
         ("phase-diagram --gird 5", "unrecognized arguments: --gird. Did you mean --grid?"),
         ("phase-diagram sinusoid --gird=5", "unrecognized arguments: --gird=5. Did you mean --grid?"),
