@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -52,10 +53,10 @@ def hand_written(row: Row, network: nn.Module, support: Any, query: Any, optimiz
     return step
 
 
-def ours(strategy: str | int, compiled: bool = False) -> Make:
+def ours(strategy: str | int, compiled: bool = False, batched: bool = True) -> Make:
     def make(row: Row, network: nn.Module, support: Any, query: Any, optimizer: Any) -> Step:
         module = MetaLearningModule(
-            network, row.loss, inner_lr=row.alpha, inner_steps=row.inner_steps, optimizer=optimizer
+            network, inner_lr=row.alpha, inner_steps=row.inner_steps, optimizer=optimizer, batched=batched
         )
         module._first_batch.passed = True  # as after a fit's first step, which alone looks at the labels
         outer = module.configure_optimizers()
@@ -214,6 +215,10 @@ PEERS: dict[str, Make] = {
     "parallel-metalearn, vmap": metalearn("vmap"),
     "parallel-metalearn, sequential": metalearn("sequential"),
 }
+if importlib.util.find_spec("jax") and importlib.util.find_spec("optax"):
+    from benchmarks.meta_step.jax_method import jax_jit
+
+    PEERS["JAX, jit and vmap"] = jax_jit
 OURS: dict[str, Make] = {
     "ours, defaults": ours("auto"),
     "ours, loop": ours("loop"),

@@ -1,31 +1,36 @@
-"""The command line: builds LightningCLI from the words and runs the command."""
+"""The command line: builds LightningCLI from the words and runs the command.
+
+Imports of torch and Lightning stand in the functions that need them: help and an error about a word come without.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from lightning_maml_guard.cli.arguments import (
     ACTIONS,
     COMMANDS,
+    DESCRIPTIONS,
+    EVALUATION,
     SUGGEST_OPTIONS,
+    TRAIN_THEN_TEST,
     exit_with_error,
     parse_suggest_options,
     program,
     run_name,
     synopsis,
+    take_data_folder,
     translate,
 )
-from lightning_maml_guard.cli.commands import EVALUATION, RUNS, TRAIN_THEN_TEST, known_warnings_ignored
-from lightning_maml_guard.cli.parser import GuardCLI, Parser
-from lightning_maml_guard.cli.phase_diagram import main as phase_diagram_command
-from lightning_maml_guard.utils.lightning_compat import PACKAGE, LightningDataModule, LightningModule
 
-__all__ = ["GuardCLI", "console", "main"]
+if TYPE_CHECKING:
+    from lightning_maml_guard.cli.parser import GuardCLI
+
+__all__ = ["console", "main"]
 
 
 def usage() -> str:
@@ -44,11 +49,12 @@ A command before the task word does one thing:
 
 {_summaries()}
 
---print_config prints the configuration as YAML, which --config OWN.yaml reads back, under every command but
-phase-diagram.
+{prog} fit --help lists every option. Under every command but phase-diagram, --print_config prints the
+configuration as YAML, which --config OWN.yaml reads back.
 linear trains on one fixed task, as Takagi et al. assume: its test loss, on other tasks, rises as it learns that one.
 omniglot is a first look of 300 steps; omniglot_5way, omniglot_20way, miniimagenet (1 shot) and miniimagenet_5shot
-follow the published settings (Finn et al. 2017: 60,000 steps, for a GPU). Image data is read from $LMG_DATA.
+follow the published settings (Finn et al. 2017: 60,000 steps, for a GPU). Image data is read from the folder that
+--data FOLDER or $LMG_DATA names (default: data); --data.tasks.download true downloads Omniglot into it.
 """
 
 
@@ -62,9 +68,13 @@ def main(words: Sequence[str] | None = None) -> Any:
     given = sys.argv[1:] if words is None else list(words)
     command = given.pop(0) if given and given[0] in COMMANDS else TRAIN_THEN_TEST
     if command == "phase-diagram":
+        from lightning_maml_guard.cli.phase_diagram import main as phase_diagram_command
+
         return phase_diagram_command(given, f"{program()} phase-diagram")
+    given = take_data_folder(given)
     if command == TRAIN_THEN_TEST and given in (["-h"], ["--help"]):
-        print(usage())
+        print(usage(), end="")
+        raise SystemExit(0)
     options: dict[str, Any] = {}
     if command == "suggest":
         options, given = parse_suggest_options(given)
@@ -74,8 +84,14 @@ def main(words: Sequence[str] | None = None) -> Any:
     cli = _built(command, given)
     if command == "suggest" and cli.config["ckpt_path"] is not None:
         exit_with_error("error: suggest measures the network as initialised, so it takes no --ckpt_path. Leave it out.")
+    from lightning_maml_guard.cli.commands import RUNS, known_warnings_ignored
+    from lightning_maml_guard.tasks.image_files import DatasetError  # the help comes without torch
+
     with known_warnings_ignored(command, cli):
-        RUNS[command](cli, **options)
+        try:
+            RUNS[command](cli, **options)
+        except DatasetError as error:
+            cli.parser.error(f"--data: {error}")
     return cli
 
 
@@ -85,6 +101,10 @@ def console() -> None:
 
 
 def _built(command: str, given: Sequence[str]) -> GuardCLI:
+    words = translate(given)
+    from lightning_maml_guard.cli.parser import GuardCLI, Parser
+    from lightning_maml_guard.utils.lightning_compat import LightningDataModule, LightningModule
+
     return GuardCLI(
         LightningModule,
         LightningDataModule,
@@ -92,15 +112,15 @@ def _built(command: str, given: Sequence[str]) -> GuardCLI:
         subclass_mode_data=True,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={"logger": _loggers(run_name(given))},
+        name=run_name(given),
         parser_class=Parser,
         parser_kwargs={
             "usage": _usage_of(command),
-            "description": _description(RUNS[command]),
+            "description": DESCRIPTIONS[command],
             "trains": command not in EVALUATION,
             "also": SUGGEST_OPTIONS if command == "suggest" else (),
         },
-        args=translate(given),
+        args=words,
         run=False,
         auto_configure_optimizers=False,
     )
@@ -108,28 +128,12 @@ def _built(command: str, given: Sequence[str]) -> GuardCLI:
 
 def _usage_of(command: str) -> str:
     guard = "" if command in EVALUATION else f"[--guard [{'|'.join(ACTIONS)}]] "
-    own = "[--batches N] [--margin M] " if command == "suggest" else ""
+    own = "[--batches N] [--margin M] [--steps N] [--apply OUT.yaml] " if command == "suggest" else ""
     return " ".join(f"{program()} {command} [task] {guard}{own}[options below]".split())
 
 
-def _description(run: Callable[..., None]) -> str:
-    return " ".join((inspect.getdoc(run) or "").split())
-
-
 def _summaries() -> str:
-    texts = {command: _description(run) for command, run in RUNS.items() if command}
-    texts["phase-diagram"] = (
-        "Train a grid of inner and outer learning rates, one of the experiments of Takagi et al., and draw it."
-    )
     return "\n".join(
-        textwrap.fill(text, 112, initial_indent=f"  {command:15s}", subsequent_indent=" " * 17)
-        for command, text in texts.items()
+        textwrap.fill(DESCRIPTIONS[command], 112, initial_indent=f"  {command:15s}", subsequent_indent=" " * 17)
+        for command in COMMANDS
     )
-
-
-def _loggers(name: str) -> list[dict[str, Any]]:
-    folders = {"CSVLogger": "runs", "TensorBoardLogger": "runs/tensorboard"}
-    return [
-        {"class_path": f"{PACKAGE}.loggers.{logger}", "init_args": {"save_dir": folder, "name": name}}
-        for logger, folder in folders.items()
-    ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from argparse import SUPPRESS
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from lightning_maml_guard.cli.arguments import ACTIONS
@@ -12,7 +14,9 @@ from lightning_maml_guard.cli.errors import (
     option_names,
     with_nearest,
     wrong_argument,
+    wrong_for_trainer,
     wrong_option,
+    wrong_rate,
 )
 from lightning_maml_guard.guard.convergence_guard import ConvergenceGuard
 from lightning_maml_guard.messages.spelling import Spelling
@@ -21,8 +25,10 @@ from lightning_maml_guard.utils.lightning_compat import (
     Callback,
     LightningArgumentParser,
     LightningCLI,
+    MisconfigurationException,
     RichProgressBar,
     Trainer,
+    default_loggers,
 )
 
 
@@ -41,8 +47,25 @@ class Parser(LightningArgumentParser):
         super().error(wrong_option(ex, self._actions) or with_nearest(message, known), ex)
 
 
+_IN_WIDE_TERMINALS = ("CustomBarColumn", "ProcessingSpeedColumn")
+
+
 class StepBar(RichProgressBar):
-    """Lightning's default bar, which without a number of epochs would count them as ``Epoch 0/-2``."""
+    """Lightning's default bar on one line of 80 columns, without ``Epoch 0/-2`` where no number of epochs is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theme = replace(self.theme, metrics_format=".3g")
+
+    def configure_columns(self, trainer: Trainer) -> list[Any]:
+        """Leave out of a narrow terminal what the numbers need the room of."""
+        columns: list[Any] = super().configure_columns(trainer)
+        left_out = _IN_WIDE_TERMINALS if shutil.get_terminal_size((100, 24)).columns < 100 else ()
+        return [each for each in columns if type(each).__name__ not in left_out]
+
+    def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
+        """Leave out the run's number, which the folder's name holds."""
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
     def _get_train_description(self, current_epoch: int) -> str:
         described = super()._get_train_description(current_epoch)
@@ -70,6 +93,10 @@ class GuardCLI(LightningCLI):
     guard: ConvergenceGuard | None = None
     suggestion: RateSuggestion | None = None
 
+    def __init__(self, *args: Any, name: str, **kwargs: Any) -> None:
+        self.name = name  # of the folder in runs
+        super().__init__(*args, **kwargs)
+
     def add_arguments_to_parser(self, parser: Any) -> None:
         """Add the two options."""
         parser.add_argument(
@@ -86,7 +113,7 @@ class GuardCLI(LightningCLI):
             "--ckpt_path",
             type=str | None,
             default=None,
-            help="Checkpoint to continue from (fit) or to evaluate (validate, test), or Lightning's 'last' or 'best'.",
+            help="Checkpoint to continue from (fit) or evaluate (validate, test); 'last': the newest in runs/NAME.",
         )
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
@@ -94,14 +121,21 @@ class GuardCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def instantiate_classes(self) -> None:
-        """Build guard, module, data and Trainer; a failed argument check of this package is an error of its option."""
+        """Build guard, module, data and Trainer; a failed check of an argument is an error of its option."""
+        if message := wrong_rate(self.config):
+            self.parser.error(message)
         try:
             super().instantiate_classes()
-        except (TypeError, ValueError) as error:
-            message = wrong_argument(error, self.config)
+        except (TypeError, ValueError, ImportError, MisconfigurationException) as error:
+            message = wrong_argument(error, self.config) or wrong_for_trainer(error)
             if message is None:
                 raise
             self.parser.error(message)
+
+    @property
+    def logs_by_default(self) -> bool:
+        """Return True if the configuration names no logger."""
+        return self._get(self.config_init, "trainer").logger in (None, True)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with the guard among its callbacks."""
@@ -110,6 +144,8 @@ class GuardCLI(LightningCLI):
             self.guard.spelling = OptionSpelling()
             given: list[Callback] | Callback = self._get(self.config_init, "trainer").callbacks or []
             kwargs["callbacks"] = [*(given if isinstance(given, list) else [given]), self.guard]
+        if self.logs_by_default:
+            kwargs["logger"] = [logger(save_dir=folder, name=self.name) for logger, folder in default_loggers()]
         trainer = super().instantiate_trainer(**kwargs)
         bar, among = trainer.progress_bar_callback, trainer.callbacks  # type: ignore[attr-defined]
         if type(bar) is RichProgressBar:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_maml_guard.guard.loggers import Figures, logger_step, warn
+from lightning_maml_guard.guard.loggers import BarRatios, Figures, alert, logger_step
+from lightning_maml_guard.guard.record import Stopwatch
 from lightning_maml_guard.guard.rescale import AppliedCaps
 from lightning_maml_guard.guard.schedule import Schedule
 from lightning_maml_guard.guard.settings import Settings
@@ -24,18 +25,19 @@ from lightning_maml_guard.maml.meta_learning import MetaLearning
 from lightning_maml_guard.messages.advice_sentences import NO_WAY_BACK, advised
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced, cause
+from lightning_maml_guard.messages.terminal import warn
 from lightning_maml_guard.optim.lr_cap import known_rate, scheduled_rate
 from lightning_maml_guard.optim.rates_ahead import RatesAhead, read_ahead
-from lightning_maml_guard.optim.snapshot import Snapshot, finite
+from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.optim.turns import Turns
 from lightning_maml_guard.stability.hvp import MeasurementCache
 from lightning_maml_guard.stability.objective import objective_of
 from lightning_maml_guard.stability.problems import has_meta_problem, state_problem
 from lightning_maml_guard.stability.training_match import TrainingMatch
-from lightning_maml_guard.utils.batch_copy import BatchCopyError
-from lightning_maml_guard.utils.distributed import Ranks, SharedError
+from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.double_backward import double_backward
 from lightning_maml_guard.utils.lightning_compat import plan_of
+from lightning_maml_guard.utils.shards import finite
 from lightning_maml_guard.utils.warnings import GuardWarning
 
 
@@ -56,7 +58,7 @@ class GuardedRun:
         self.replay = ReplayBuffer(settings.lookahead.batches)
         self.replay.load(self.state.batches)
         self.state.batches = []
-        self.figures = Figures(settings.figures)
+        self.figures, self.bar, self.clock = Figures(settings.figures), BarRatios(), Stopwatch()
         # Gradient norm of the step at hand, maybe on the device; None if it is not known.
         self.norm: Tensor | float | None = None
         self._losses: list[float] = []  # of the batches that the step at hand accumulates so far
@@ -68,20 +70,16 @@ class GuardedRun:
 
     def begin(self, trainer: Any) -> None:
         """Take in how far a run will go and what data it has."""
+        self.clock.begin()
         plan = plan_of(trainer)
         self.schedule.planned = None if plan.steps is None else plan.steps + logger_step(trainer)
         self.repeats = plan.batches is not None and plan.batches <= trainer.accumulate_grad_batches
 
     def due(self, trainer: Any, step: int) -> str | None:
         """Return ``"scheduled"``, ``"triggered"`` or None: whether a check is due before a step."""
-        return self.schedule.due(
-            step, rate=known_rate(trainer.optimizers), beta_c=self._beta_c, stalled=self.state.statistics.stalled
-        )
-
-    @property
-    def _beta_c(self) -> float:
-        """The latest limit of the meta rate; ``nan`` while none is known."""
-        return next((each.beta_c for each in reversed(self.state.history) if each.beta_c > 0), math.nan)
+        beta_c = next((each.beta_c for each in reversed(self.state.history) if each.beta_c > 0), math.nan)
+        rate, stalled = known_rate(trainer.optimizers), self.state.statistics.stalled
+        return self.schedule.due(step, rate=rate, beta_c=beta_c, stalled=stalled)
 
     def highest_to_come(self, trainer: Any, optimizers: list[Optimizer], step: int) -> float:
         """The highest meta rate that the schedule has from a step on; ``nan`` without a schedule."""
@@ -131,14 +129,18 @@ class GuardedRun:
 
     def take_step(self, loss: Any, trainer: Any, batch_idx: int) -> None:
         """Compare a step's loss and gradient norm with those of the steps before; a spike calls a check."""
+        self.bar.show(trainer.lightning_module, self.state.history)
+        self.state.losses.end = logger_step(trainer) + 1
         if self.turns.taken():
             self.announce(Reason(Kind.OPTIMIZERS_TAKE_TURNS))
             self.caps.release()
             self.snapshot = None
         if not self.settings.lookahead.steps:
-            known = isinstance(loss, Tensor) and loss.numel() == 1 and self.cache.ranks.size == 1
+            known = isinstance(loss, Tensor) and loss.numel() == 1 and self.cache.ranks.processes == 1
             value = float(loss.item()) * trainer.accumulate_grad_batches if known else math.nan
             self._finish_match(value)
+            if known:
+                self.state.losses.take(value)
             if known and not math.isfinite(value):
                 self._not_finite(value, trainer)
             return
@@ -146,7 +148,7 @@ class GuardedRun:
         value = float(loss.item()) if known else math.nan
         norm = math.nan if self.norm is None else float(self.norm)
         self.norm = None
-        if self.cache.ranks.size > 1:
+        if self.cache.ranks.processes > 1:
             # On every rank, whatever it has: one that stayed away would leave the others waiting.
             had = torch.tensor([float(known), value, norm], device=trainer.strategy.root_device)
             share, value, norm = trainer.strategy.reduce(had, reduce_op="mean").tolist()
@@ -161,11 +163,12 @@ class GuardedRun:
         if not self._losses or ((batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch):
             return
         value, self._losses = sum(self._losses) / len(self._losses), []
+        self.state.losses.take(value)
         statistics, lookahead = self.state.statistics, self.settings.lookahead
         told = self.machine.unsafe and not self.settings.acting.caps_rates
         if statistics.update(value, norm) and lookahead.triggers and not told:
-            diverged = statistics.diverged(value, lookahead.divergence_ratio)
-            self.schedule.spike(diverged=diverged, lost=not math.isfinite(value))
+            ratio, lost = lookahead.divergence_ratio, not math.isfinite(value)
+            self.schedule.spike(diverged=statistics.diverged(value, ratio), lost=lost)
 
     def _not_finite(self, loss: float, trainer: Any) -> None:
         """Say that the loss is not finite, and stop where that is the action: no lookahead will."""
@@ -176,7 +179,7 @@ class GuardedRun:
         if action.speaks:
             self.announce(reason)
             if lost:
-                warn(f"ConvergenceGuard: step {step}: {NO_WAY_BACK}")
+                self.tell(trainer, f"ConvergenceGuard: step {step}: {NO_WAY_BACK}")
         if action.stops or lost:
             self.stop(trainer, step, (reason,))
 
@@ -190,12 +193,11 @@ class GuardedRun:
             return
         self.matched = True
         problem = state_problem(source, module, batch, batch_idx)
-        tasks = self.cache.map_of(problem)
         # Compiled code too runs eagerly there: what is traced here would not be compiled again for training.
         with double_backward():
             self.match = TrainingMatch(
                 problem,
-                objective_of(problem, "support", tasks),
+                objective_of(problem, "support", self.cache.map_of(problem)),
                 optimizers,
                 trainer.optimizers,
                 accumulated=trainer.accumulate_grad_batches,
@@ -218,18 +220,18 @@ class GuardedRun:
         """Go on with the hooks, batches and pictures of a run whose state is replaced while it trains."""
         # Lightning's LearningRateFinder does that: it saves the run, trains, and loads the checkpoint again.
         self.caps.take_over(before.caps)
-        self.figures, self.repeats, self.schedule.planned = before.figures, before.repeats, before.schedule.planned
+        self.figures, self.bar, self.clock = before.figures, before.bar, before.clock
+        self.repeats, self.schedule.planned = before.repeats, before.schedule.planned
         if not self.replay.restored:
             self.replay = before.replay
 
     def resumed(self, plain: Any) -> GuardedRun:
         """Make the run that a checkpoint tells of; one whose state cannot be read starts anew, and says so."""
-        settings, unread = self.settings, None
+        settings, unread, most = self.settings, None, self.settings.history_size
         try:
             state = from_checkpoint(plain)
         except StateError as error:
             state, unread = GuardState(), Reason(Kind.STATE_NOT_READ, detail=str(error))
-        most = settings.history_size
         state.history, state.severities = state.history[-most:], state.severities[-most:]
         run = GuardedRun(settings, state, inert=self.inert, ranks=self.cache.ranks)
         run.take_over(self)
@@ -239,16 +241,17 @@ class GuardedRun:
 
     def saved(self) -> GuardState:
         """Collect the state for a checkpoint, what the live objects hold included."""
-        settings = self.settings
-        # In one of several processes each has batches of its own, and the checkpoint is the first one's.
-        exactly = settings.acting.resumes_exactly and settings.lookahead.steps > 0 and self.cache.ranks.size == 1
+        settings, ranks = self.settings, self.cache.ranks
+        # One of several processes has batches of its own, or pieces, and the checkpoint is the first one's.
+        exactly = settings.acting.resumes_exactly and settings.lookahead.steps > 0 and ranks.processes == 1
+        kept = self.snapshot if settings.rollback and ranks.size == ranks.processes else None
         self.cache.note_the_map()
         return replace(
             self.state,
             watches=self.machine.watches,
             caps=self.caps.caps,
             batches=self.replay.state() if exactly else [],
-            snapshot=self.snapshot.state() if self.snapshot is not None and settings.rollback else None,
+            snapshot=None if kept is None else kept.state(),
         )
 
     def announce(self, reason: Reason, *, just_said: bool = False) -> None:
@@ -285,16 +288,12 @@ class GuardedRun:
         to_do = [] if state.advice is None else [advised(state.advice, spelling)]
         return " ".join([*to_do, *(cause(each, spelling) for each in state.stopping)])
 
+    def tell(self, trainer: Any, message: str) -> None:
+        """Warn, and send an alert through the loggers that have them."""
+        warn(message)
+        with self.only_told("send an alert to a logger"):
+            alert(trainer, message)
+
     def note_severity(self, step: int, severe: float) -> None:
         """Keep what a lookahead said."""
         self.state.severities = [*self.state.severities, (step, severe)][-self.settings.history_size :]
-
-
-def failure_reason(error: Exception, step: int) -> Reason:
-    """State why a check failed, and what kind of failure it was."""
-    if isinstance(error, BatchCopyError):
-        return Reason(Kind.BATCH_NOT_COPIED, what=error.kind, error=type(error).__name__, detail=error.cause, step=step)
-    reason = of_error(Kind.CHECK_FAILED, error, step=step)
-    if isinstance(error, torch.OutOfMemoryError):
-        return replace(reason, effect="out of memory")
-    return replace(reason, effect="other rank", where="") if isinstance(error, SharedError) else reason

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_maml_guard.utils.shards import any_split, norm
+
 # The start is the median of this many first losses: one odd batch does not move it.
 FIRST_LOSSES = 8
 _LOSS_SPIKE, _NORM_SPIKE = 2.0, 4.0
@@ -20,7 +22,8 @@ _MEMORY = 0.9
 # deviations of independent noise. No single change counts for more than `_LARGEST_CHANGE` times that mean.
 _SPREADS, _LARGEST_CHANGE = 4.0, 4.0
 # A loss that is not below this share of an earlier one has not fallen.
-_PROGRESS = 0.85
+# Judged from so many steps on: before, it is noise.
+_PROGRESS, _JUDGED_FROM = 0.85, 8
 # Differences from the mean below this share of a loss are rounding (float32).
 _ROUNDING = 1e-6
 
@@ -180,7 +183,8 @@ class RunningStatistics:
         self.steps += 1
         if self.steps & (self.steps - 1) == 0:
             scale = self.scale
-            self.stalled = self.loss > scale.times(_PROGRESS, self.before) and self.loss > scale.times(0.5, scale.start)
+            remains = self.loss > scale.times(_PROGRESS, self.before) and self.loss > scale.times(0.5, scale.start)
+            self.stalled = remains and self.steps >= _JUDGED_FROM
             self.before = self.loss
 
     def _is_above_mean(self, loss: float) -> bool:
@@ -229,6 +233,8 @@ def gradient_norm(optimizer: Optimizer) -> torch.Tensor | float | None:
     gradients = [g.coalesce().values() if g.is_sparse else g for g in known]
     if not gradients:
         return None
+    if any_split(gradients):
+        return norm(gradients)
     # Equal to get_total_norm here; its sorting by device and type takes 1 % of a small network's step.
     if all(gradient.is_cpu for gradient in gradients):
         return math.hypot(*[norm.item() for norm in torch._foreach_norm(gradients)])

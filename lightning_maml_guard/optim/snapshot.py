@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from lightning_maml_guard.utils.shards import local, split_like
 
 
 class Snapshot:
@@ -47,17 +50,32 @@ class Snapshot:
         snapshot._homes = {}
         return snapshot
 
+    @contextmanager
+    def visited(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], device: torch.device | str | None = None
+    ) -> Iterator[None]:
+        """Put the copies back, and undo that at the end; until then what is there is kept on ``device``."""
+        now = Snapshot(module, optimizers, self.step, device)
+        try:
+            self.restore(module, optimizers)
+            yield
+        finally:
+            now.restore(module, optimizers)
+
     @torch.no_grad()
     def restore(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Put the copies back, in place where a tensor is still there.
 
         Raises a ValueError, and puts nothing back, if module or optimizers hold other tensors than when it was made.
         """
-        held = [[value.shape for value in _tensors(module)], *[len(_held(optimizer)) for optimizer in optimizers]]
+        held = [
+            [local(value).shape for value in _tensors(module)],
+            *[len(_held(optimizer)) for optimizer in optimizers],
+        ]
         if held != [[value.shape for value in self._tensors], *[len(states) for states in self._states]]:
             raise ValueError(f"the module or its optimizers hold other tensors than at step {self.step}")
         for tensor, saved in zip(_tensors(module), self._tensors, strict=True):
-            tensor.copy_(saved)
+            local(tensor).copy_(saved)
         for optimizer, states in zip(optimizers, self._states, strict=True):
             for parameter, saved in zip(_held(optimizer), states, strict=True):
                 if not saved:
@@ -68,16 +86,14 @@ class Snapshot:
                     del live[key]
                 for key, value in saved.items():
                     if isinstance(value, Tensor) and isinstance(live.get(key), Tensor):
-                        live[key].copy_(value)
+                        local(live[key]).copy_(value)
                     elif isinstance(value, Tensor):
-                        live[key] = value.to(self._homes.get((parameter, key), parameter.device), copy=True)
+                        home = self._homes.get((parameter, key), parameter.device)
+                        # Whatever has the shape of a split parameter's piece is split as it is.
+                        like = parameter if value.shape == local(parameter).shape else value
+                        live[key] = split_like(value.to(home, copy=True), like)
                     else:
                         live[key] = copy.copy(value)
-
-
-def finite(module: nn.Module) -> bool:
-    """Return True if every parameter is finite."""
-    return all(bool(torch.isfinite(each).all()) for each in module.parameters())
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -91,4 +107,4 @@ def _held(optimizer: Optimizer) -> list[nn.Parameter]:
 def _kept(value: Any, device: torch.device | str | None) -> Any:
     if not isinstance(value, Tensor):
         return copy.copy(value)
-    return value.detach().to(value.device if device is None else device, copy=True)
+    return local(value).detach().to(value.device if device is None else device, copy=True)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_maml_guard.linalg.lanczos import NonFiniteProductError, start_vector
-from lightning_maml_guard.linalg.layout import Layout, Params
+from lightning_maml_guard.linalg.layout import WHOLE, Layout, Params
 from lightning_maml_guard.linalg.operators import Field, FiniteDifference, Jacobian, Operator
+from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.stability.krylov_stopping import ChangingOperatorError, rounding
 from lightning_maml_guard.stability.objective import MamlObjective, Objective, Target
-from lightning_maml_guard.stability.problems import Problem, first_batch
+from lightning_maml_guard.stability.problems import PlainProblem, Problem, first_batch
 from lightning_maml_guard.utils.checks import first_line
 from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.task_map import TaskMap
@@ -56,6 +58,27 @@ class NetworkFacts:
     checked: set[str] = field(default_factory=set)
     finite: dict[str, Reason] = field(default_factory=dict)
     looped: bool = False
+
+
+# What measurements without a cache found out, by network.
+_KNOWN: WeakKeyDictionary[nn.Module, dict[Any, NetworkFacts]] = WeakKeyDictionary()
+
+
+def facts_of(problem: MetaProblem | PlainProblem, modules: Sequence[nn.Module]) -> NetworkFacts:
+    """Return what is known in this process about a problem's kind on these modules; of none, nothing is."""
+    if not modules:
+        return NetworkFacts()
+    function = problem.task_loss if isinstance(problem, MetaProblem) else problem.loss
+    like = next(iter(problem.params.values()))
+    settings = ("order", "inner_steps", "inner_update", "per_step", "looped", "task_chunk_size")
+    kind = (
+        getattr(getattr(function, "__func__", function), "__code__", type(function)),
+        tuple(str(getattr(problem, name, None)) for name in settings),
+        *(str(like.dtype), like.device.type),
+        # Layers that are put in later, or switched to evaluation, are others.
+        tuple((type(part), part.training) for module in modules for part in module.modules()),
+    )
+    return _KNOWN.setdefault(modules[0], {}).setdefault(kind, NetworkFacts())
 
 
 @dataclass
@@ -122,13 +145,19 @@ class Operators:
         self._other_products += products
         self._other_cost += products * price.product + graphs * price.graph
 
+    def by_task(self, direction: Tensor) -> Tensor:
+        """Measure each task's curvature of the update along a direction with a graph of its own."""
+        assert isinstance(self.objective, MamlObjective)
+        self.charge(1, UPDATE, graphs=1)
+        return self.objective.curvature_by_task(Layout(self.objective.params, self.objective.space).split(direction))
+
     def build(self, name: str, target: Target) -> tuple[Operator, float]:
         """Build an operator whose products count; returns it with the relative error of its products."""
         price = UPDATE if name == META_UPDATE else self.hessian_price
         facts = self.cache.facts
-        if name not in facts.checked and name not in facts.finite:
+        if target.space is WHOLE and name not in facts.checked and name not in facts.finite:
             self.charge(0, price, graphs=_SELF_CHECK)
-        operator, noise = make_operator(name, *target, self.cache)
+        operator, noise = make_operator(name, target, self.cache)
         self._counted.append((operator, price))
         return operator, noise
 
@@ -156,17 +185,19 @@ class Operators:
         return choose(found)  # type: ignore[arg-type]
 
 
-def make_operator(
-    name: str, gradient: Field, params: Params, layout: Layout | None, cache: MeasurementCache
-) -> tuple[Operator, float]:
+def make_operator(name: str, target: Target, cache: MeasurementCache) -> tuple[Operator, float]:
     """Build the operator of a gradient field; returns it with the relative error of its products.
 
     In the first measurement one product is compared with finite differences: some layers' second derivatives are
     silently wrong. Raises torch.OutOfMemoryError if there is no room for the graph.
     """
+    gradient, params, layout = target.field, target.params, target.block
     like = next(iter(params.values()))
     facts = cache.facts
     operator: Operator | None = None
+    if target.space is not WHOLE:  # a sharded module has no double backward
+        operator = FiniteDifference(gradient, params, layout, space=target.space, error=target.error)
+        return operator, _finite_noise(operator.error)
     trouble = None
     if name not in facts.finite:
         torch.manual_seed(0)  # the masks that the finite differences draw, too
@@ -180,7 +211,7 @@ def make_operator(
         operator = FiniteDifference(gradient, params, layout)  # raises what the loss itself raises
     if layout is None:
         operator.across(cache.ranks)
-    return operator, rounding(like) if isinstance(operator, Jacobian) else _finite_noise(like)
+    return operator, rounding(like) if isinstance(operator, Jacobian) else _finite_noise(operator.error)
 
 
 def _double_backward(
@@ -229,6 +260,6 @@ def _mismatch(gradient: Field, params: Params, layout: Layout | None, probe: Ten
     return float((gap / sizes.clamp(min=torch.finfo(sizes.dtype).tiny)).max())
 
 
-def _finite_noise(like: Tensor) -> float:
-    """Relative error of a central difference with the step balanced: of the order of ``eps^(2/3)``."""
-    return float(40 * torch.finfo(like.dtype).eps ** (2 / 3))
+def _finite_noise(error: float) -> float:
+    """Relative error of a central difference with the step balanced: of the order of ``error^(2/3)``."""
+    return float(40 * error ** (2 / 3))

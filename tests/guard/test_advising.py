@@ -118,7 +118,17 @@ def test_a_beta_that_is_too_large_is_named_at_step_0_and_the_run_that_follows_tr
     assert end(again) < 1.2 * healthy()
 
 
-@pytest.mark.parametrize("optimizer", [SGD, Adam])
+def test_where_both_rates_are_too_large_both_are_named_and_the_run_that_follows_trains():
+    guard, said = guarded(HandWritten(alpha=0.2, lr=0.3), sinusoids(5))
+    advice = guard.history[0].advice
+    rates = f"Set the inner rate (inner_lr) to {advice.alpha:g} and the optimizer's lr to {advice.beta:g}."
+    assert advice.cause == Cause.BOTH and first_line(said[0]).endswith(rates)
+    followed = HandWritten(alpha=advice.alpha, lr=advice.beta)
+    guarded(followed, sinusoids(60))
+    assert end(followed) < 1.5 * healthy()
+
+
+@pytest.mark.parametrize("optimizer", [SGD, pytest.param(Adam, marks=pytest.mark.slow)])
 def test_an_alpha_that_takes_the_query_loss_to_nan_at_step_0_is_named_with_a_number(optimizer):
     rates = {"inner_steps": 5, "lr": 0.01 if optimizer is SGD else 1e-3, "optimizer": optimizer}
     module = HandWritten(alpha=0.2, **rates)
@@ -156,7 +166,7 @@ def test_a_warmups_peak_is_named_before_it_is_reached():
         "ConvergenceGuard: step 0: the schedule takes beta to 0.5 at step 59, which is too large. "
         f"Set the optimizer's lr to {advice.beta:g}."
     )
-    assert "it exceeds today's beta_c = " in said[0] and len(said) == 1  # and is not said again on the way
+    assert "it is above the current beta_c = " in said[0] and len(said) == 1  # and is not said again on the way
     again = HandWritten(lr=advice.beta, warmup=60)
     guard, said = guarded(again, sinusoids(80))
     assert end(again) < 1.2 * healthy()
@@ -170,7 +180,7 @@ def test_an_outlier_is_named_with_the_norm_to_clip_to():
     advice = guard.advice
     assert advice.cause == Cause.BATCH and advice.alpha is advice.beta is None and advice.step == 31
     assert "a batch is an outlier; the rates are not to blame" in first_line(said[0])
-    assert f"Set Trainer(gradient_clip_val={advice.gradient_clip_val:g}), or mend the batch." in first_line(said[0])
+    assert f"Set Trainer(gradient_clip_val={advice.gradient_clip_val:g}), or fix the batch." in first_line(said[0])
     assert "the batch of step 30 has a loss of " in said[0]
     module = HandWritten()
     clipped = Trainer(max_epochs=1, gradient_clip_val=advice.gradient_clip_val, **QUIET)
