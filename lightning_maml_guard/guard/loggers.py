@@ -7,20 +7,19 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-
 from lightning_maml_guard.guard.report import CheckReport
-from lightning_maml_guard.messages.spelling import block
 from lightning_maml_guard.plots.region import safe_region
 from lightning_maml_guard.plots.spectrum import histogram, ritz_values
 from lightning_maml_guard.plots.style import new_figure
-from lightning_maml_guard.utils.warnings import GuardWarning
 
 _SAFE = {"safe": 1.0, "edge": 0.5, "unsafe": 0.0}
 
 
-def metrics(report: CheckReport) -> dict[str, float]:
-    """Name a check's numbers as they are logged, ``guard/...``; what is not finite is left out."""
+def metrics(report: CheckReport, *, caps_rates: bool) -> dict[str, float]:
+    """Name a check's numbers as they are logged, ``guard/...``; what is not finite is left out.
+
+    The applied rates are those of a guard that caps rates: of another they are the scheduled ones.
+    """
     values = {
         "alpha": report.alpha,
         "alpha_c": report.alpha_c,
@@ -45,30 +44,45 @@ def metrics(report: CheckReport) -> dict[str, float]:
         "hvps": float(report.hvps),
         "seconds": report.seconds,
     }
+    if not caps_rates:
+        del values["alpha_applied"], values["beta_applied"]
     return {f"guard/{name}": value for name, value in values.items() if math.isfinite(value)}
 
 
+# Not through `self.log(logger=True)`: with log_every_n_steps it would write stale values on wrong steps.
+_UNLOGGED: dict[str, Any] = {"logger": False, "on_step": True, "on_epoch": False, "batch_size": 1}
+
+
 def log_values(trainer: Any, pl_module: Any, values: dict[str, float], step: int) -> None:
-    """Log a check's numbers at the step it was made, to every logger and the progress bar."""
-    ratios = {name: value for name, value in values.items() if name in {"guard/alpha_ratio", "guard/beta_ratio"}}
-    rest = {name: value for name, value in values.items() if name not in ratios}
-    # Not through `self.log(logger=True)`: with log_every_n_steps it would write stale values on wrong steps.
-    options: dict[str, Any] = {"logger": False, "on_step": True, "on_epoch": False, "batch_size": 1}
-    if ratios:
-        pl_module.log_dict(ratios, prog_bar=True, **options)
-    pl_module.log_dict(rest, prog_bar=False, **options)
+    """Log a check's numbers at the step it was made, to every logger and to ``trainer.callback_metrics``."""
+    pl_module.log_dict(values, prog_bar=False, **_UNLOGGED)
     for logger in trainer.loggers:
         logger.log_metrics(values, step=step)
 
 
-def warn(message: str) -> None:
-    """Warn the user once, on rank zero, in one readable block: what happened, why, what to do, a line each."""
-    rank_zero_warn(block(message), category=GuardWarning, stacklevel=6)
+class BarRatios:
+    """Shows the latest ratios in the progress bar, under short names that fit into 80 columns."""
+
+    def __init__(self) -> None:
+        self._shown: CheckReport | None = None
+
+    def show(self, pl_module: Any, history: Sequence[CheckReport]) -> None:
+        """Show those of the last report, once; to be called after the step, so that the user's loss comes first."""
+        if not history or history[-1] is self._shown:
+            return
+        self._shown = report = history[-1]
+        ratios = {"a/ac": report.alpha_ratio, "b/bc": report.beta_ratio}
+        known = {name: ratio for name, ratio in ratios.items() if math.isfinite(ratio)}
+        if known:
+            pl_module.log_dict(known, prog_bar=True, **_UNLOGGED)
 
 
-def inform(message: str) -> None:
-    """Tell the user, on rank zero, without alarm."""
-    rank_zero_info(message)
+def alert(trainer: Any, message: str) -> None:
+    """Send a warning through the loggers that have alerts of their own: Weights & Biases mails or posts it."""
+    title, _, text = message.partition("\n")
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        if _is(logger, "WandbLogger"):
+            logger.experiment.alert(title=title, text=text or title, level="WARN")
 
 
 def logger_step(trainer: Any) -> int:

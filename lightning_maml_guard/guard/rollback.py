@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from lightning_maml_guard.guard.loggers import logger_step, warn
+from lightning_maml_guard.guard.loggers import logger_step
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.lookahead.lookahead import Caps
 from lightning_maml_guard.messages.advice_sentences import advised
@@ -50,7 +50,9 @@ class Rollback:
             advice, to_do = run.state.advice, "Look at the data, the loss and the precision."
             if advice is not None:
                 to_do = advised(advice, run.settings.spelling)
-            warn(f"ConvergenceGuard: training stops. {sentence(reason)}\n{to_do[0].upper()}{to_do[1:]}")
+            run.tell(
+                self.trainer, f"ConvergenceGuard: training stops. {sentence(reason)}\n{to_do[0].upper()}{to_do[1:]}"
+            )
             return False
         run.snapshot.restore(self.module, self.trainer.optimizers)
         run.state.statistics.forget()
@@ -91,4 +93,4 @@ class Rollback:
 
     def _tell(self, reason: Reason) -> None:
         self.run.state.note("rolled back", reason, step=reason.step)
-        warn(announced(reason, self.run.settings.spelling))
+        self.run.tell(self.trainer, announced(reason, self.run.settings.spelling))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_maml_guard.guard.loggers import Figures, logger_step, warn
+from lightning_maml_guard.guard.loggers import BarRatios, Figures, alert, logger_step
+from lightning_maml_guard.guard.record import Stopwatch
 from lightning_maml_guard.guard.rescale import AppliedCaps
 from lightning_maml_guard.guard.schedule import Schedule
 from lightning_maml_guard.guard.settings import Settings
@@ -24,6 +25,7 @@ from lightning_maml_guard.maml.meta_learning import MetaLearning
 from lightning_maml_guard.messages.advice_sentences import NO_WAY_BACK, advised
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced, cause
+from lightning_maml_guard.messages.terminal import warn
 from lightning_maml_guard.optim.lr_cap import known_rate, scheduled_rate
 from lightning_maml_guard.optim.rates_ahead import RatesAhead, read_ahead
 from lightning_maml_guard.optim.snapshot import Snapshot, finite
@@ -32,8 +34,7 @@ from lightning_maml_guard.stability.hvp import MeasurementCache
 from lightning_maml_guard.stability.objective import objective_of
 from lightning_maml_guard.stability.problems import has_meta_problem, state_problem
 from lightning_maml_guard.stability.training_match import TrainingMatch
-from lightning_maml_guard.utils.batch_copy import BatchCopyError
-from lightning_maml_guard.utils.distributed import Ranks, SharedError
+from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.double_backward import double_backward
 from lightning_maml_guard.utils.lightning_compat import plan_of
 from lightning_maml_guard.utils.warnings import GuardWarning
@@ -56,7 +57,7 @@ class GuardedRun:
         self.replay = ReplayBuffer(settings.lookahead.batches)
         self.replay.load(self.state.batches)
         self.state.batches = []
-        self.figures = Figures(settings.figures)
+        self.figures, self.bar, self.clock = Figures(settings.figures), BarRatios(), Stopwatch()
         # Gradient norm of the step at hand, maybe on the device; None if it is not known.
         self.norm: Tensor | float | None = None
         self._losses: list[float] = []  # of the batches that the step at hand accumulates so far
@@ -68,20 +69,16 @@ class GuardedRun:
 
     def begin(self, trainer: Any) -> None:
         """Take in how far a run will go and what data it has."""
+        self.clock.begin()
         plan = plan_of(trainer)
         self.schedule.planned = None if plan.steps is None else plan.steps + logger_step(trainer)
         self.repeats = plan.batches is not None and plan.batches <= trainer.accumulate_grad_batches
 
     def due(self, trainer: Any, step: int) -> str | None:
         """Return ``"scheduled"``, ``"triggered"`` or None: whether a check is due before a step."""
-        return self.schedule.due(
-            step, rate=known_rate(trainer.optimizers), beta_c=self._beta_c, stalled=self.state.statistics.stalled
-        )
-
-    @property
-    def _beta_c(self) -> float:
-        """The latest limit of the meta rate; ``nan`` while none is known."""
-        return next((each.beta_c for each in reversed(self.state.history) if each.beta_c > 0), math.nan)
+        beta_c = next((each.beta_c for each in reversed(self.state.history) if each.beta_c > 0), math.nan)
+        rate, stalled = known_rate(trainer.optimizers), self.state.statistics.stalled
+        return self.schedule.due(step, rate=rate, beta_c=beta_c, stalled=stalled)
 
     def highest_to_come(self, trainer: Any, optimizers: list[Optimizer], step: int) -> float:
         """The highest meta rate that the schedule has from a step on; ``nan`` without a schedule."""
@@ -131,6 +128,8 @@ class GuardedRun:
 
     def take_step(self, loss: Any, trainer: Any, batch_idx: int) -> None:
         """Compare a step's loss and gradient norm with those of the steps before; a spike calls a check."""
+        self.bar.show(trainer.lightning_module, self.state.history)
+        self.state.losses.end = logger_step(trainer) + 1
         if self.turns.taken():
             self.announce(Reason(Kind.OPTIMIZERS_TAKE_TURNS))
             self.caps.release()
@@ -139,6 +138,8 @@ class GuardedRun:
             known = isinstance(loss, Tensor) and loss.numel() == 1 and self.cache.ranks.size == 1
             value = float(loss.item()) * trainer.accumulate_grad_batches if known else math.nan
             self._finish_match(value)
+            if known:
+                self.state.losses.take(value)
             if known and not math.isfinite(value):
                 self._not_finite(value, trainer)
             return
@@ -161,6 +162,7 @@ class GuardedRun:
         if not self._losses or ((batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch):
             return
         value, self._losses = sum(self._losses) / len(self._losses), []
+        self.state.losses.take(value)
         statistics, lookahead = self.state.statistics, self.settings.lookahead
         told = self.machine.unsafe and not self.settings.acting.caps_rates
         if statistics.update(value, norm) and lookahead.triggers and not told:
@@ -176,7 +178,7 @@ class GuardedRun:
         if action.speaks:
             self.announce(reason)
             if lost:
-                warn(f"ConvergenceGuard: step {step}: {NO_WAY_BACK}")
+                self.tell(trainer, f"ConvergenceGuard: step {step}: {NO_WAY_BACK}")
         if action.stops or lost:
             self.stop(trainer, step, (reason,))
 
@@ -218,7 +220,8 @@ class GuardedRun:
         """Go on with the hooks, batches and pictures of a run whose state is replaced while it trains."""
         # Lightning's LearningRateFinder does that: it saves the run, trains, and loads the checkpoint again.
         self.caps.take_over(before.caps)
-        self.figures, self.repeats, self.schedule.planned = before.figures, before.repeats, before.schedule.planned
+        self.figures, self.bar, self.clock = before.figures, before.bar, before.clock
+        self.repeats, self.schedule.planned = before.repeats, before.schedule.planned
         if not self.replay.restored:
             self.replay = before.replay
 
@@ -285,16 +288,12 @@ class GuardedRun:
         to_do = [] if state.advice is None else [advised(state.advice, spelling)]
         return " ".join([*to_do, *(cause(each, spelling) for each in state.stopping)])
 
+    def tell(self, trainer: Any, message: str) -> None:
+        """Warn, and send an alert through the loggers that have them."""
+        warn(message)
+        with self.only_told("send an alert to a logger"):
+            alert(trainer, message)
+
     def note_severity(self, step: int, severe: float) -> None:
         """Keep what a lookahead said."""
         self.state.severities = [*self.state.severities, (step, severe)][-self.settings.history_size :]
-
-
-def failure_reason(error: Exception, step: int) -> Reason:
-    """State why a check failed, and what kind of failure it was."""
-    if isinstance(error, BatchCopyError):
-        return Reason(Kind.BATCH_NOT_COPIED, what=error.kind, error=type(error).__name__, detail=error.cause, step=step)
-    reason = of_error(Kind.CHECK_FAILED, error, step=step)
-    if isinstance(error, torch.OutOfMemoryError):
-        return replace(reason, effect="out of memory")
-    return replace(reason, effect="other rank", where="") if isinstance(error, SharedError) else reason

@@ -20,7 +20,8 @@ _MEMORY = 0.9
 # deviations of independent noise. No single change counts for more than `_LARGEST_CHANGE` times that mean.
 _SPREADS, _LARGEST_CHANGE = 4.0, 4.0
 # A loss that is not below this share of an earlier one has not fallen.
-_PROGRESS = 0.85
+# Judged from so many steps on: before, it is noise.
+_PROGRESS, _JUDGED_FROM = 0.85, 8
 # Differences from the mean below this share of a loss are rounding (float32).
 _ROUNDING = 1e-6
 
@@ -180,7 +181,8 @@ class RunningStatistics:
         self.steps += 1
         if self.steps & (self.steps - 1) == 0:
             scale = self.scale
-            self.stalled = self.loss > scale.times(_PROGRESS, self.before) and self.loss > scale.times(0.5, scale.start)
+            remains = self.loss > scale.times(_PROGRESS, self.before) and self.loss > scale.times(0.5, scale.start)
+            self.stalled = remains and self.steps >= _JUDGED_FROM
             self.before = self.loss
 
     def _is_above_mean(self, loss: float) -> bool:

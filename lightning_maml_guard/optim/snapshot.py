@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,6 +47,18 @@ class Snapshot:
         snapshot.step, snapshot._tensors, snapshot._states = state["step"], state["tensors"], state["states"]
         snapshot._homes = {}
         return snapshot
+
+    @contextmanager
+    def visited(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], device: torch.device | str | None = None
+    ) -> Iterator[None]:
+        """Put the copies back, and undo that at the end; until then what is there is kept on ``device``."""
+        now = Snapshot(module, optimizers, self.step, device)
+        try:
+            self.restore(module, optimizers)
+            yield
+        finally:
+            now.restore(module, optimizers)
 
     @torch.no_grad()
     def restore(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
