@@ -82,7 +82,7 @@ def phase_diagram(
         axis.set_minor_locator(mpl.ticker.LogLocator(subs=(3, 5, 7, 9), numticks=99))
     handles += ax.get_legend_handles_labels()[0]
     if handles:
-        style.legend_below(figure, handles, ncols=2)
+        style.legend_below(figure, handles, columns=2)
     return figure, ax
 
 

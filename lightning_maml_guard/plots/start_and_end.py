@@ -63,5 +63,5 @@ def start_and_end(
         ax.set(xscale="log", yscale="log")
     upper.set(ylabel=style.SHARPNESS_AXIS, title=title)
     lower.set(xlabel=style.INNER_RATE_AXIS, ylabel=style.BETA_C_EXACT)
-    style.legend_below(upper.figure, ncols=2)
+    style.legend_below(upper.figure, columns=2)
     return upper.figure, axes
