@@ -187,7 +187,7 @@ class LadderSearch:
         shape = (len(self.alphas), len(self.betas))
         self._largest_known = np.full(len(self.alphas), math.nan)
         self._losses, self._start = np.full(shape, math.nan), np.full(len(self.alphas), math.nan)
-        with tqdm(desc="rates", unit="step", disable=not self.options.progress) as self._bar:
+        with tqdm(total=self._most(), desc="rates", unit="step", disable=not self.options.progress) as self._bar:
             found = self._race(self._coarse())
         raced = np.full(len(self.alphas), math.nan)
         for column, end in found.items():
@@ -205,6 +205,18 @@ class LadderSearch:
             looped=self._slopes.looped,
             repeated=not self._fresh and not self.held,
         )
+
+    def _most(self) -> int:
+        """The steps of all runs together, if none is dropped because its loss left."""
+        steps, inner, most = self.options.steps, len(self.alphas), 0
+        first = min(max(steps // 4, _LOOK), steps)
+        most += inner * (-(-len(self.betas) // 2) * first + _KEPT_RUNGS * (steps - first))
+        inner, done, more = _better_half(inner, 2), 0, steps
+        while more > 0:
+            most += inner * (_BELOW + 2) * more
+            inner, done = _better_half(inner), done + more
+            more = min(done, self.options.longest - done)
+        return most
 
     def _trial(self, rungs: Mapping[int, Sequence[int]]) -> tuple[Trial, np.ndarray, np.ndarray]:
         """Begin at some meta rates of each inner rate; returns the runs' indices of both rates too."""
@@ -233,7 +245,7 @@ class LadderSearch:
         self._record(trial, columns, places, keep)
         top = {column: _largest(places, keep & (columns == column), trial.trains) for column in set(columns.tolist())}
         best = {c: trial.end[keep & (columns == c) & (places <= top[c])].min() for c in top if top[c] is not None}
-        able = sorted(best, key=best.__getitem__)[: max(-(-len(self.alphas) // 2), 2)]
+        able = sorted(best, key=best.__getitem__)[: _better_half(len(self.alphas), 2)]
         return {column: rung for column in able if (rung := top[column]) is not None}
 
     def _race(self, top: dict[int, int]) -> dict[int, float]:
@@ -263,8 +275,7 @@ class LadderSearch:
                 share = np.abs(np.log(self.betas[places] / (self.margin * self.betas[rung])))
                 share[(columns != column) | ~trial.active] = math.inf
                 largest[column], found[column] = rung, float(trial.end[share.argmin()])
-            left = sorted(found, key=found.__getitem__)
-            left = left[: max(-(-len(left) // 2), 1)]
+            left = sorted(found, key=found.__getitem__)[: _better_half(len(found))]
             if not left or self._race_steps >= self.options.longest:
                 return found
             # Only rungs that are trained on: an inner rate that fell behind keeps the largest rate that was seen.
@@ -272,6 +283,10 @@ class LadderSearch:
             go_on = [c in going and k <= largest[c] for c, k in zip(columns.tolist(), places.tolist(), strict=True)]
             trial.keep(np.array(go_on))
             more = min(self._race_steps, self.options.longest - self._race_steps)
+
+
+def _better_half(count: int, least: int = 1) -> int:
+    return min(max(-(-count // 2), least), count)
 
 
 def _largest(places: np.ndarray, which: np.ndarray, trains: np.ndarray) -> int | None:

@@ -168,7 +168,7 @@ def test_a_strategy_that_splits_the_module_is_refused_until_it_is_asked_for():
     check_strategy(_Trainer(), True)
 
 
-@pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy"])
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
 def test_the_strategies_of_lightning_that_split_a_module_are_refused_in_setup(name):
     import pytorch_lightning.strategies as strategies
 

@@ -41,7 +41,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
     "worst": ("maml", {**LOG, "tasks": "worst"}, {"lr": 0.05}, 1),
     "stated": ("stated", {**LOG, "max_iter": 10}, {"lr": 0.05}, 3),
     "rescale": ("plain", ACT, {"lr": 40.0}, 8),
-    "rescale_maml": ("maml", {**ACT, "steps": 3}, {"lr": 8.0}, 3),
+    "rescale_maml": ("maml", {**ACT, "steps": 0}, {"lr": 2.0, "inner_lr": 0.6}, 1),
     "rolled_back": ("plain", {**ACT, "every_n_steps": 4}, {"lr": 0.05, "struck_at": 1}, 6),
     "resumed": ("plain", ACT, {"lr": 40.0}, 8),
     "killed": ("plain", LOG, {"lr": 0.05, "killed_at": 1}, 100),
