@@ -127,8 +127,8 @@ def exact_limit(
         top, high = ritz_values(*found)[0][-1], highest_allowed(*found, layout.size, rounding=noise)
         return 0 < high <= _CLEAR * top and step.rates(high)[1] > clear_of
 
-    enough = {"enough": is_clear} if may_end_early else {}
-    run = run_lanczos(operator, layout.size, like, None, krylov=krylov, value=value, **enough)
+    enough = is_clear if may_end_early else None
+    run = run_lanczos(operator, layout.size, like, None, krylov=krylov, value=value, enough=enough)
     check_symmetry(run, noise)
     (single,) = run.runs
     error = noise + run.rounding
