@@ -128,7 +128,7 @@ def exact_limit(
         top, high = ritz_values(*found)[0][-1], highest_allowed(*found, layout.rows, rounding=noise)
         return 0 < high <= _CLEAR * top and step.rates(high)[1] > clear_of
 
-    enough = is_clear if may_end_early else lambda run: False
+    enough = is_clear if may_end_early else None
     run = run_lanczos(operator, layout.rows, like, None, krylov=krylov, value=value, space=layout.space, enough=enough)
     check_symmetry(run, noise)
     (single,) = run.runs
