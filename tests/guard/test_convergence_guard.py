@@ -522,7 +522,7 @@ def test_what_is_logged_has_the_reports_names():
     )
     report = CheckReport.of(report, findings=report.findings, alpha_applied=report.alpha, beta_applied=report.beta)
     logged = metrics(report, caps_rates=True)
-    assert {"guard/alpha_c", "guard/poster_alpha_c", "guard/sgd_beta_c", "guard/exact_beta_c"} <= set(logged)
+    assert {"guard/alpha_c", "guard/poster_alpha_c", "guard/sgd_beta_c"} <= set(logged)
     for name, value in logged.items():
         field = {"poster_alpha_c": "simplified_alpha_c"}.get(name.removeprefix("guard/"), name.removeprefix("guard/"))
         assert name == "guard/safe" or value == getattr(report, field)

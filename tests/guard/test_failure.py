@@ -437,7 +437,7 @@ def test_a_logger_that_fails_does_not_end_training_nor_the_guard(tmp_path):
 
 @pytest.mark.filterwarnings("error::lightning_maml_guard.GuardWarning")
 def test_warnings_that_the_user_made_errors_are_errors():
-    with pytest.raises(GuardWarning, match=r"step 0: beta = 30 is too large\. Set the optimizer's lr to 0\.\d"):
+    with pytest.raises(GuardWarning, match=r"step 0: beta = 30 is too large\. Set the optimizer's lr to\s+0\.\d"):
         fit(linear_module(3, 30.0), QUADRATIC, 3, [ConvergenceGuard()])
 
 
