@@ -81,8 +81,7 @@ class Trial:
             if (step + 1) % _LOOK == 0:
                 self._drop()
         if starts:
-            self.start = np.mean(starts, 0)
-            mean = np.mean(ends, 0)
+            self.start, mean = np.mean(starts, 0), np.mean(ends, 0)
             self.end = np.where(self.active & np.isfinite(mean), mean, math.inf)
 
     def keep(self, which: np.ndarray) -> None:
@@ -170,9 +169,8 @@ class LadderSearch:
     def _grid(self) -> np.ndarray:
         """Meta rates, each twice the one before, from hardly any movement to beyond the parameters' own length."""
         present = scheduled_rate(self._optimizers)
-        gradients, _ = self._slopes.gradients(
-            self._first, copies(self._params, 1), self.like.new_tensor(self.alphas[:1])
-        )
+        lowest = self.like.new_tensor(self.alphas[:1])
+        gradients, _ = self._slopes.gradients(self._first, copies(self._params, 1), lowest)
         shadow = ShadowOptimizer(self._optimizers, self._first.params, 1 / present)
         shadow.step({name: value[0] for name, value in gradients.items()})
         moved = {name: shadow.params[name].float() - value.float() for name, value in self._first.params.items()}
@@ -189,9 +187,7 @@ class LadderSearch:
         self._losses, self._start = np.full(shape, math.nan), np.full(len(self.alphas), math.nan)
         with tqdm(total=self._most(), desc="rates", unit="step", disable=not self.options.progress) as self._bar:
             found = self._race(self._coarse())
-        raced = np.full(len(self.alphas), math.nan)
-        for column, end in found.items():
-            raced[column] = end
+        raced = np.array([found.get(column, math.nan) for column in range(len(self.alphas))])
         return RateLadder(
             alphas=self.alphas,
             betas=self.betas,
@@ -208,9 +204,9 @@ class LadderSearch:
 
     def _most(self) -> int:
         """The steps of all runs together, if none is dropped because its loss left."""
-        steps, inner, most = self.options.steps, len(self.alphas), 0
+        steps, inner = self.options.steps, len(self.alphas)
         first = min(max(steps // 4, _LOOK), steps)
-        most += inner * (-(-len(self.betas) // 2) * first + _KEPT_RUNGS * (steps - first))
+        most = inner * (-(-len(self.betas) // 2) * first + _KEPT_RUNGS * (steps - first))
         inner, done, more = _better_half(inner, 2), 0, steps
         while more > 0:
             most += inner * (_BELOW + 2) * more
@@ -265,8 +261,7 @@ class LadderSearch:
             if not self._race_steps:
                 self._record(trial, columns, places, np.ones(len(columns), dtype=bool))
             self._race_steps += more
-            found: dict[int, float] = {}
-            largest: dict[int, int] = {}
+            found, largest = dict[int, float](), dict[int, int]()
             for column in going:
                 rung = _largest(places, trial.active & (columns == column), trial.trains)
                 self._largest_known[column] = math.nan if rung is None else self.betas[rung]

@@ -64,8 +64,8 @@ def test_every_command_over_every_configuration(task, request, monkeypatch, caps
     capsys.readouterr()
     trained.config["ckpt_path"] = None
     applied = [] if images else ["--apply=out.yaml"]
-    found = main(["suggest", *words, "--batches=1", "--margin=0.4", "--steps=5", *guard, *applied]).suggestion
-    assert len(found.reports) == 1 and found.ladder.steps == 5
+    found = main(["suggest", *words, "--batches=1", "--margin=0.4", "--steps=12", *guard, *applied]).suggestion
+    assert len(found.reports) == 1 and found.ladder.steps == 12
     printed_out = capsys.readouterr().out
     assert f"suggested {found.alpha:.3g}" in printed_out
     assert images or Path("runs", "suggest", f"{task}.png").stat().st_size > 10_000

@@ -232,6 +232,8 @@ def test_injected_at_every_line_of_a_check_that_advises(every, watched, monkeypa
 
     def watched_anew(self, *arguments, **options):
         self.run.machine.watches, self.run.state.advice, self.run.state.searches = {}, None, 0
+        if self.run.snapshot is None:  # to take it may have failed at step 0, and it is what there is to go back to
+            self.rollback.keep(0)
         watching(self, *arguments, **options)
 
     monkeypatch.setattr(Check, "check", watched_anew)
@@ -490,7 +492,9 @@ def test_an_optimizer_that_cannot_be_capped_is_told_and_nothing_is_claimed(tmp_p
     state["capped"], state["caps"]["beta"] = [0], 0.1  # as if it could have been capped once
     guard = ConvergenceGuard(action="rescale")
     guard.load_state_dict(state)
-    trainer = type("Trainer", (), {"optimizers": [Hookless([torch.nn.Parameter(torch.ones(1))], lr=1.0)]})()
+    trainer = type(
+        "Trainer", (), {"optimizers": [Hookless([torch.nn.Parameter(torch.ones(1))], lr=1.0)], "strategy": None}
+    )()
     with guard_warns("could not apply the caps that the checkpoint holds; training goes on"):
         guard.on_train_start(trainer, linear_module(3, 0.3))
 
