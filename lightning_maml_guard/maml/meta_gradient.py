@@ -231,7 +231,8 @@ def _sharded(problem: MetaProblem, auxiliary: Auxiliary) -> MetaGradient:
         found = maml.of_task(theta, support, query)
         losses.append(found.loss)
         if auxiliary is not nothing:
-            extra.append(maml.own.call(lambda params, query=query: auxiliary(params, query), found.adapted))
+            given = lambda params, query=query: auxiliary(params, query)  # noqa: E731
+            extra.append(maml.own.call(given, found.adapted))
         for name, value in total.items():
             value += found.gradient[name] / len(tasks)
     gradients = {name: split_like(value, problem.params[name].detach()) for name, value in total.items()}
