@@ -53,10 +53,10 @@ def suggest_rates(
     batches; half of them go on twice as long, then half of those, up to ``ladder.longest`` steps. ``beta`` is suggested
     at ``margin`` of the largest that still trains with all below it, and the ``alpha`` whose pair ends lowest.
 
-    A quarter, because some steps find a rate up to four times too high for a whole run where losses spike, and half of
-    it lost runs: ``python -m benchmarks.suggest`` prints how runs end at other shares. The critical rates at the
-    initialisation are measured and reported beside it. They explain why a rate diverges at once, and bound neither
-    rate: training itself lowers the curvature, to about ``2/alpha`` in the best runs.
+    A quarter, because some steps find a rate up to four times too high for a whole run where losses spike:
+    ``python -m benchmarks.suggest`` prints how runs end at other shares. The critical rates at the initialisation are
+    measured and reported beside it. They explain why a rate diverges at once, and bound neither rate: training itself
+    lowers the curvature.
 
     Args:
         module: A ``MetaLearningModule``, another LightningModule with ``meta_problem`` or ``problem``, or any with

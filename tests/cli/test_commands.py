@@ -63,13 +63,13 @@ def test_every_command_over_every_configuration(task, request, monkeypatch, caps
         assert all(torch.equal(a, b) for a, b in pairs)
     capsys.readouterr()
     trained.config["ckpt_path"] = None
-    applied = [] if images else ["--apply=out.yaml"]
-    found = main(["suggest", *words, "--batches=1", "--margin=0.4", "--steps=12", *guard, *applied]).suggestion
-    assert len(found.reports) == 1 and found.ladder.steps == 12
+    applied = ["--apply=out.yaml"] if task == "linear" else []  # of one sinusoid no rate trains within 5 steps
+    found = main(["suggest", *words, "--batches=1", "--margin=0.4", "--steps=5", *guard, *applied]).suggestion
+    assert len(found.reports) == 1 and found.ladder.steps == 5
     printed_out = capsys.readouterr().out
     assert f"suggested {found.alpha:.3g}" in printed_out
     assert images or Path("runs", "suggest", f"{task}.png").stat().st_size > 10_000
-    if applied and math.isfinite(found.beta):
+    if applied:
         written = yaml.safe_load(Path("out.yaml").read_text())["model"]["init_args"]
         assert (written["inner_lr"], written["optimizer"]["init_args"]["lr"]) == found.suggestion()
 
