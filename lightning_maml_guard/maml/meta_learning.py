@@ -33,7 +33,7 @@ _NO_HYPERPARAMETERS = ("network", "loss", "optimizer", "lr_scheduler", "metrics"
 
 
 class MetaLearning(MixinBase):
-    """The algorithm of :class:`~lightning_maml_guard.MetaLearningModule`, which lists arguments and errors, as a mixin.
+    """The algorithm of :class:`~lightning_maml_guard.MetaLearningModule`, which lists the arguments, as a mixin.
 
     Put it before a LightningModule of the package whose Trainer you use; the two packages' modules do not mix.
 
