@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 
 from lightning_maml_guard.kernels import kernels_enabled
 
@@ -41,7 +41,7 @@ class BatchedStack:
         return (
             bool(self._layers)
             and kernels_enabled()
-            and not _has_any_global_hook()
+            and not any(_global_hooks())
             and all(map(_is_plain, self._parts))
             and self._parts == list(self._network.modules())
         )
@@ -61,6 +61,16 @@ class BatchedStack:
             else:
                 x = layer(x)
         return x
+
+
+def _global_hooks() -> tuple[object, ...]:
+    # torch's own function for this came after 2.6.
+    return (
+        torch_module._global_forward_pre_hooks,
+        torch_module._global_forward_hooks,
+        torch_module._global_backward_pre_hooks,
+        torch_module._global_backward_hooks,
+    )
 
 
 def _layers(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
