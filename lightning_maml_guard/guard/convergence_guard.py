@@ -193,7 +193,9 @@ class ConvergenceGuard(Callback):
 
     def settings(self) -> dict[str, Any]:
         """Read the guard's arguments: their values by name, in the constructor's order."""
-        return {name: getattr(self, name) for name in signature(type(self)).parameters if hasattr(self, name)}
+        given = {name: getattr(self, name) for name in signature(type(self)).parameters if hasattr(self, name)}
+        # Without it checks come as max_cost pays for them, at multiples of the number kept.
+        return given if self.max_cost is None else given | {"every_n_steps": None}
 
     def plot(self, border: Sequence[StabilityReport] = ()) -> Any:
         """Draw the safe region with the path of ``(alpha, beta)`` in it.

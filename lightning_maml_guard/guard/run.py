@@ -104,7 +104,7 @@ class GuardedRun:
     def holds(self, trainer: Any) -> bool:
         """Hold all optimizers where it is not known which to hold; return whether any is held."""
         if not (self.state.capped and self.caps.held):
-            with self.only_told("lower the meta rate"):
+            with self.only_told("lower the outer rate"):
                 self.cap(trainer, list(range(len(trainer.optimizers))))
         return bool(self.state.capped) and self.caps.held
 

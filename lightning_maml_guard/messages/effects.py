@@ -4,15 +4,15 @@ from __future__ import annotations
 
 EFFECTS = {
     "simplified": "simplified MAML's objective, lambda - alpha*lambda^2, curves downwards along the sharpest "
-    "direction, so no meta rate brings it to a minimum.",
+    "direction, so no outer rate brings it to a minimum.",
     "inner loop": "the inner loop itself diverges: along the sharpest direction each inner step multiplies the error "
     "by |1 - alpha*lambda_max| > 1.",
     "first order": "first-order MAML's update, lambda*(1 - alpha*lambda)^K, turns against the sharpest direction, so "
-    "no meta rate brings it to a minimum.",
+    "no outer rate brings it to a minimum.",
     "inner loop, other steps": "the inner loop itself diverges: the error grows along the sharpest direction.",
     "first order, other steps": "first-order MAML's update turns against the sharpest direction, so no rate is stable.",
-    "no stable rate": "no positive meta rate is stable while alpha exceeds alpha_c.",
-    "within the margin": "the meta update is nearer to its limit than the margin allows.",
+    "no stable rate": "no positive outer rate is stable while alpha exceeds alpha_c.",
+    "within the margin": "the update is nearer to its limit than the margin allows.",
 }
 ORDERS = {
     "exact": "(This is the simplified criterion; exact MAML, which this run trains, is a different update and its "

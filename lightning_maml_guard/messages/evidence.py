@@ -44,7 +44,8 @@ EVIDENCE: dict[Kind, Callable[[Reason, Spelling], str]] = {
     Kind.SCHEDULE_AHEAD: _schedule_ahead,
     Kind.ODD_BATCH: _odd_batch,
     Kind.NOT_LEARNING: lambda reason, spelling: (
-        f"the mean loss is {reason.losses[0]:.3g} after {reason.steps} steps; it started at {reason.losses[2]:.3g}."
+        f"the loss hardly falls: it is {reason.losses[0]:.3g} on average after {reason.steps} steps, and the first "
+        f"losses were about {reason.losses[2]:.3g}."
     ),
     Kind.SCHEDULE_NOT_READ: lambda reason, spelling: (
         "the learning rate schedule cannot be read ahead, so each rate is judged when it is due.\n"

@@ -81,7 +81,7 @@ def _beside_limit(reason: Reason) -> str:
 def _above_limit(reason: Reason, spelling: Spelling) -> str:
     effect = EFFECTS.get(reason.effect, "")
     if reason.effect == "grows":
-        effect = "the meta update grows along the sharpest direction."
+        effect = "the update grows along the sharpest direction."
         if reason.growth > 1:
             effect = f"along the sharpest direction each step multiplies the error by {reason.growth:.2g}."
     said = f"{_beside_limit(reason)}: {effect}"
@@ -133,9 +133,11 @@ def _wrong_double_backward(reason: Reason, spelling: Spelling) -> str:
 
 def _lookahead_diverges(reason: Reason, spelling: Spelling) -> str:
     before, after, start = reason.losses
+    # Of two batches the losses differ by as much.
+    started = "" if math.isclose(before, start, rel_tol=0.25) else f" (training started from {start:.3g})"
     return (
         f"The next {reason.steps} steps, tried on copies at {rates(reason.alpha, reason.beta, ' and ')}, take the loss "
-        f"from {before:.3g} to {after:.3g} (training started from {start:.3g})."
+        f"from {before:.3g} to {after:.3g}{started}."
     )
 
 
@@ -201,10 +203,10 @@ def _rolled_back(reason: Reason, spelling: Spelling) -> str:
         f"{reason.counts[1]})."
     )
     if reason.effect == "halved":
-        why = "The curvature there could not be measured, so the meta rate is halved"
+        why = "The curvature there could not be measured, so the outer rate is halved"
         return f"{said} {why}: beta = {reason.beta:.3g}."
     if reason.effect == "not lowered":
-        return f"{said} The meta rate could not be lowered."
+        return f"{said} The outer rate could not be lowered."
     return f"{said}\nApplied from now on: {rates(reason.alpha, reason.beta)}."
 
 

@@ -40,7 +40,7 @@ def happened(history: Sequence[Any], events: Sequence[Any], spelling: Spelling) 
 def why(report: Any, spelling: Spelling) -> list[str]:
     """Say why a report is what it is, and what to do unless the guard did it."""
     acted = report.alpha_applied < report.alpha or report.beta_applied < report.beta
-    said = list(sentences(report.findings, spelling, advised=acted or report.advice is not None))
+    said = list(sentences(report.findings, spelling, advised=acted or report.is_told_what_to_do))
     return said if acted or report.advice is None else [*said, f"To do: {advised(report.advice, spelling)}"]
 
 

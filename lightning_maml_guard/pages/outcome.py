@@ -38,7 +38,7 @@ def summary(record: RunRecord) -> str:
         if record.seconds > 0:
             cost = f"; {record.check_seconds:.2g} s of {record.seconds:.3g} s ({_share(record)} %)"
         lines.append(f"{counted(len(history), 'check')}: {states}{cost}.")
-        lines.append(f"At the last one, step {history[-1].step}: {', '.join(_rates(history[-1]))}.")
+        lines.append(f"At the last check, step {history[-1].step}: {', '.join(_rates(history[-1]))}.")
     else:
         lines.append("No check was made.")
     if record.advice is not None:

@@ -10,7 +10,7 @@ from lightning_maml_guard.messages.advice import Advice
 from lightning_maml_guard.messages.reasons import UNKNOWN_INTERVAL, Reason
 from lightning_maml_guard.messages.sentences import sentences
 from lightning_maml_guard.stability.estimators import Spectrum
-from lightning_maml_guard.theory.limits import UNRESOLVED, Limit
+from lightning_maml_guard.theory.limits import EDGE, UNRESOLVED, Limit
 from lightning_maml_guard.theory.multiplier import Interval
 from lightning_maml_guard.theory.ritz import ritz_pairs
 
@@ -132,7 +132,12 @@ class StabilityReport:
     @property
     def reasons(self) -> tuple[str, ...]:
         """The findings in words: why the status is what it is, and what to do unless ``advice`` says it."""
-        return sentences(self.findings, advised=self.advice is not None)
+        return sentences(self.findings, advised=self.is_told_what_to_do)
+
+    @property
+    def is_told_what_to_do(self) -> bool:
+        """Whether nothing is left to say of what to do: ``advice`` says it, or the run survives its next steps."""
+        return self.advice is not None or self.status == EDGE
 
     @property
     def notices(self) -> tuple[str, ...]:

@@ -66,8 +66,8 @@ class RateSuggestion:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """The findings in words."""
-        return sentences(self.findings)
+        """The findings in words; what to do is what is suggested."""
+        return sentences(self.findings, advised=not math.isnan(self.beta))
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -163,7 +163,7 @@ class RateSuggestion:
         said = "none suggested"
         if not math.isnan(self.beta):
             said = f"largest that trains {self.beta / self.margin:.3g}, suggested {self.beta:.3g}"
-        kind = "learning rate beta" if math.isnan(self.configured_alpha) else "meta rate beta"
+        kind = "learning rate beta" if math.isnan(self.configured_alpha) else "outer rate beta"
         lines.append(f"  {kind}: configured {self.configured_beta:.3g}, {beta_c}, {said}")
         if self.ladder is not None and not math.isnan(self.losses[0]):
             on = "the batches trained on" if self.ladder.repeated else "batches not trained on"

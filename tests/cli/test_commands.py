@@ -185,7 +185,8 @@ def test_a_rate_that_was_not_judged_is_said_to_be(caplog):
     with caplog.at_level("INFO"):
         main(["fit", *words_of("sinusoid"), "--guard=log"])
     assert any(
-        "At the last one, step 0: " in record.message and "(not judged)." in record.message for record in caplog.records
+        "At the last check, step 0: " in record.message and "(not judged)." in record.message
+        for record in caplog.records
     )
 
 
@@ -194,7 +195,7 @@ def test_the_last_line_of_a_run_says_which_rates_were_applied_in_place_of_the_co
     with caplog.at_level("INFO"), guard_warns("beta = 5 is too large"):
         last = main(["fit", *words_of("linear"), *rates, "--guard=rescale"]).guard.history[-1]
     assert last.alpha_applied < 0.4 and last.beta_applied < 5
-    (verdict,) = [one_line(record.message) for record in caplog.records if "At the last one" in record.message]
+    (verdict,) = [one_line(record.message) for record in caplog.records if "At the last check" in record.message]
     assert f"alpha = 0.4 is {times(last.alpha_ratio)} alpha_c = {last.alpha_c:.3g}, applied as" in verdict
     assert last.beta_c == 0 and f"beta = 5 exceeds beta_c = 0, applied as {last.beta_applied:.3g}." in verdict
 
@@ -300,7 +301,7 @@ def test_a_run_says_what_concerns_its_user_and_no_more(capsys, caplog, monkeypat
         trained, warned, shown = said("fit", "--guard=log", "--guard.every_n_steps=3", "--trainer.max_steps=4")
     assert trained.trainer.global_step == 4 and "Epoch 1 " in shown and "/-" not in shown
     last = trained.guard.history[-1]
-    (verdict,) = [one_line(record.message) for record in caplog.records if "At the last one" in record.message]
+    (verdict,) = [one_line(record.message) for record in caplog.records if "At the last check" in record.message]
     assert verdict == one_line(trained.guard.summary()) and f"2 checks: 2 {last.status}; " in verdict
     (checkpoint,) = Path("runs/linear/version_0/checkpoints").glob("*.ckpt")
     told = warned + said("test", f"--ckpt_path={checkpoint}")[1]

@@ -387,7 +387,7 @@ def test_a_problem_that_cannot_be_stated_is_no_bar_to_a_rollback(applied):
     """What is said to be lowered is: all optimizers, as it is not known which of them are meant."""
     module = Ragged(1e6)
     guard, reached = ConvergenceGuard(every_n_steps=4, action="rescale"), applied(module.weight)
-    with guard_warns(r"the loss was 4e\+12 at step 2.*rolled back to step 0.*the meta rate is halved: beta = 5e\+05"):
+    with guard_warns(r"the loss was 4e\+12 at step 2.*rolled back to step 0.*the outer rate is halved: beta = 5e\+05"):
         trainer = fit(module, RAGGED, 40, [guard])
     assert guard.stopped_step is not None and is_free_of_hooks(trainer)  # after ten of them
     assert reached[:2] == [1e6, 1e6] and set(reached[2:]) == {1e6 / 2**k for k in range(1, 11)}
@@ -481,8 +481,8 @@ def test_an_optimizer_that_cannot_be_capped_is_told_and_nothing_is_claimed(tmp_p
         said = [one_line(each.message) for each in caught if each.category is GuardWarning]
         assert not any("halved" in text or "Applied" in text for text in said)
         if rollback:
-            assert "could not lower the meta rate; training goes on" in said[1] and len(said) == 4
-            assert all(text.endswith("The meta rate could not be lowered.") for text in said[2:])
+            assert "could not lower the outer rate; training goes on" in said[1] and len(said) == 4
+            assert all(text.endswith("The outer rate could not be lowered.") for text in said[2:])
         else:
             assert len(said) == 1
         assert trainer.global_step == 5 and guard.history == [] and guard.state_dict()["capped"] == []

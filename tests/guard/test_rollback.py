@@ -352,6 +352,10 @@ def test_the_edge_is_logged_and_not_warned_about():
             fit(module, BATCH, 15, [guard])
         assert [report.status for report in guard.history] == ["safe", "edge", "edge"]
         assert all(report.beta_ratio > 1 for report in guard.history[1:]) and guard.advice is None
+        # There is nothing to do, so nothing to lower.
+        assert all(
+            "beta = 0.637 is" in (said := " ".join(each.reasons)) and "Lower" not in said for each in guard.history[1:]
+        )
 
 
 def test_a_run_that_begins_at_the_edge_is_told_of_the_rates_that_learn():

@@ -240,7 +240,7 @@ EXAMPLES = [
     ),
     (
         Reason(Kind.NOT_LEARNING, losses=(2.9, nan, 3.25), steps=64),
-        "the mean loss is 2.9 after 64 steps; it started at 3.25.",
+        "the loss hardly falls: it is 2.9 on average after 64 steps, and the first losses were about 3.25.",
     ),
     (
         Reason(Kind.SCHEDULE_NOT_READ, error="NotImplementedError", detail="it has no state_dict"),
@@ -332,11 +332,11 @@ ALPHA = Reason(Kind.ABOVE_LIMIT, rate="alpha", value=0.4, limit=0.25, interval=(
 @pytest.mark.parametrize(
     ("reason", "ending"),
     [
-        (replace(BETA, growth=nan), "the meta update grows along the sharpest direction."),
-        (replace(BETA, effect="no stable rate"), "no positive meta rate is stable while alpha exceeds alpha_c."),
+        (replace(BETA, growth=nan), "the update grows along the sharpest direction."),
+        (replace(BETA, effect="no stable rate"), "no positive outer rate is stable while alpha exceeds alpha_c."),
         (
             replace(BETA, value=0.6, effect="within the margin"),
-            "the meta update is nearer to its limit than the margin allows.",
+            "the update is nearer to its limit than the margin allows.",
         ),
         (
             replace(ALPHA, effect="inner loop"),
@@ -345,13 +345,13 @@ ALPHA = Reason(Kind.ABOVE_LIMIT, rate="alpha", value=0.4, limit=0.25, interval=(
         ),
         (
             replace(ALPHA, effect="first order"),
-            "first-order MAML's update, lambda*(1 - alpha*lambda)^K, turns against the sharpest direction, so no meta "
+            "first-order MAML's update, lambda*(1 - alpha*lambda)^K, turns against the sharpest direction, so no outer "
             "rate brings it to a minimum.",
         ),
         (
             replace(ALPHA, effect="simplified", order="first"),
             "simplified MAML's objective, lambda - alpha*lambda^2, curves downwards along the sharpest direction, so no "
-            "meta rate brings it to a minimum. (This is the simplified criterion; it holds for first-order MAML with one "
+            "outer rate brings it to a minimum. (This is the simplified criterion; it holds for first-order MAML with one "
             "inner step.)",
         ),
     ],
@@ -365,13 +365,14 @@ def test_where_only_a_part_is_known_the_rest_is_left_out():
     assert sentence(known) == (
         "The next 10 steps, tried on copies at beta = 1.5, take the loss from 2 to 99 (training started from 1)."
     )
+    assert sentence(replace(known, losses=(1.1, 99.0, 1.0))).endswith("take the loss from 1.1 to 99.")
     assert "so there is nothing to roll back to." in sentence(Reason(Kind.NO_SNAPSHOT, step=0, steps=-1, **FAILED))
     assert sentence(Reason(Kind.ROLLED_BACK_AT_END, steps=10)) == (
         "the last step made parameters non-finite, so parameters and optimizer state were rolled back to step 10."
     )
     halved = Reason(Kind.ROLLED_BACK, step=15, steps=10, counts=(1, 10), beta=0.05, effect="halved")
     assert sentence(halved).endswith(
-        "The curvature there could not be measured, so the meta rate is halved: beta = 0.05."
+        "The curvature there could not be measured, so the outer rate is halved: beta = 0.05."
     )
     assert rates(nan, 0.5) == "beta = 0.5" and rates(0.1, 0.5) == "alpha = 0.1, beta = 0.5"
 

@@ -71,7 +71,7 @@ def test_a_summary_has_states_cost_rates_and_advice():
     outcome_line, checked, rates, to_do = summary(found).splitlines()
     assert outcome_line == "ConvergenceGuard: Trained 100 steps; the loss went from 1 to 0.75."
     assert checked == "2 checks: 2 safe; 0.25 s of 10 s (2.5 %)."
-    assert rates.startswith("At the last one, step 100: alpha = 0.05 is 0.2x alpha_c = 0.25, applied as 0.02, beta")
+    assert rates.startswith("At the last check, step 100: alpha = 0.05 is 0.2x alpha_c = 0.25, applied as 0.02, beta")
     assert rates.endswith("applied as 0.05.") and to_do == f"Advice: {advice}"
 
 

@@ -147,6 +147,7 @@ def test_rollbacks_and_stops_are_told_and_survive_a_checkpoint(tmp_path):
     with guard_warns("Training stops"):
         fit(linear_module(4, 1.5, inner_lr=0.05, order="simplified"), BATCH, 5, [stopped])
     again = ConvergenceGuard(action="stop")
+    assert again.settings()["every_n_steps"] is None  # as given, not as counted
     again.load_state_dict(stopped.state_dict())
     told = happened(again.history, again.events, IN_PYTHON)
     assert [event.kind for event in told] == ["unsafe", "stopped"] and "beta = 1.5 is 2.4x" in told[1].why

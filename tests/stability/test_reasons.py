@@ -91,7 +91,7 @@ def test_an_alpha_message_says_what_the_simplified_criterion_means_for_the_order
 
 
 def test_other_messages():
-    assert "no positive meta rate is stable while alpha exceeds alpha_c" in words(None, limit(0.1, 0.0))[0]
+    assert "no positive outer rate is stable while alpha exceeds alpha_c" in words(None, limit(0.1, 0.0))[0]
     assert "nearer to its limit than the margin allows" in words(None, limit(0.9, 1.0), margin=0.5)[0]
     assert (
         "beta = 0.9 is 0.9x beta_c = 1 (1 to 1), above the margin of 0.5: "

@@ -180,10 +180,11 @@ def test_what_is_printed_and_drawn():
     assert lines[0].startswith(f"Rates before training ({found.ladder.taken} steps at up to 22 pairs of rates on cop")
     assert lines[0].endswith(" s; critical values over 2 batches):")
     assert lines[1] == "  inner rate alpha: configured 0.1, alpha_c 0.25, suggested 0.125"
-    assert lines[2].startswith("  meta rate beta: configured 3, beta_c ")
+    assert lines[2].startswith("  outer rate beta: configured 3, beta_c ")
     assert lines[2].endswith(f"largest that trains {4 * found.beta:.3g}, suggested {found.beta:.3g}")
     assert lines[3].startswith("  at the suggested pair the loss of the batches trained on goes from")
     assert lines[4].startswith("The configured rates are unsafe. beta = 3 is 2.2x")
+    assert "Lower" not in str(found)  # what to set is what is suggested
     assert all(len(line) <= 100 for line in lines[4:])
     figure, ax = found.plot()
     assert ax.get_xscale() == "log" and "before training" in [text.get_text() for text in ax.get_legend().get_texts()]
