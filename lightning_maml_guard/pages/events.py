@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from lightning_maml_guard.messages.advice_sentences import advised
 from lightning_maml_guard.messages.reasons import Kind
 from lightning_maml_guard.messages.sentences import sentences
-from lightning_maml_guard.messages.spelling import Spelling
+from lightning_maml_guard.messages.spelling import Spelling, rates
 
 ROLLED_BACK, STOPPED = "rolled back", "stopped"
 CAPPED, RELEASED = "capped", "released"
@@ -41,6 +41,8 @@ def why(report: Any, spelling: Spelling) -> list[str]:
     """Say why a report is what it is, and what to do unless the guard did it."""
     acted = report.alpha_applied < report.alpha or report.beta_applied < report.beta
     said = list(sentences(report.findings, spelling, advised=acted or report.is_told_what_to_do))
+    if acted and said:
+        return [*said, f"Applied instead: {rates(report.alpha_applied, report.beta_applied)}."]
     return said if acted or report.advice is None else [*said, f"To do: {advised(report.advice, spelling)}"]
 
 

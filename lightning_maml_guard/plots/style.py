@@ -126,12 +126,12 @@ def legend_below(figure: Any, handles: Any = None, columns: int = 3) -> None:
     figure.legend(loc="outside lower center", ncols=columns, fontsize="small", frameon=False, **chosen)
 
 
-def legend_under(ax: Any) -> None:
+def legend_under(ax: Any, columns: int = 3) -> None:
     """Put a legend below the axes and their label, where it covers nothing."""
     transforms, figure = import_matplotlib("transforms").transforms, ax.get_figure(root=True)
     down = transforms.ScaledTranslation(0, -0.5, figure.dpi_scale_trans)
     place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "bbox_transform": ax.transAxes + down}
-    ax.legend(fontsize="small", frameon=False, ncols=2 if is_narrow(ax) else 3, columnspacing=1.2, **place)
+    ax.legend(fontsize="small", frameon=False, ncols=2 if is_narrow(ax) else columns, columnspacing=1.2, **place)
 
 
 def legend_beside(ax: Any, *, label_below: bool = False) -> None:
