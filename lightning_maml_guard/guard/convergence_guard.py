@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_maml_guard.guard.actions import ACTIONS, Action
 from lightning_maml_guard.guard.check import Check
-from lightning_maml_guard.guard.loggers import logger_step, takes_no_steps
+from lightning_maml_guard.guard.loggers import log_values, logger_step, takes_no_steps
 from lightning_maml_guard.guard.report import CheckReport, frame
+from lightning_maml_guard.guard.rollback import Rollback
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.schedule import SCHEDULED
 from lightning_maml_guard.guard.settings import check_settings, check_watchable, identity
@@ -266,6 +267,11 @@ class ConvergenceGuard(Callback):
         step = logger_step(trainer)
         due = run.due(trainer, step)
         if due is None:
+            if run.keeps(step):
+                Rollback(run, trainer, pl_module).keep(step)
+            with run.only_told("log the ratios of now"):
+                if ratios := run.ratios(trainer, step):
+                    log_values(trainer, pl_module, ratios, step)
             return
         last, unsafe = self.history[-1:], run.machine.unsafe
         Check(run, trainer, pl_module).check(batch, batch_idx, step, scheduled=due == SCHEDULED)
@@ -293,7 +299,7 @@ class ConvergenceGuard(Callback):
         """Roll back a last step that made the run diverge, and send the last pictures."""
         run = self._run
         with run.only_told("roll the last step back"):
-            Check(run, trainer, pl_module).end()
+            Rollback(run, trainer, pl_module).end()
         if not self._inert:
             with run.only_told("send the last pictures to a logger (figures=False sends none)"):
                 run.figures.at_end(trainer, self.history)
@@ -305,7 +311,7 @@ class ConvergenceGuard(Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take the hooks out of the optimizers, and drop the batches and the snapshot."""
         self._run.caps.release()
-        self._run.snapshot = None
+        self._run.ring.kept.clear()
         self._run.replay.clear()
 
     def state_dict(self) -> dict[str, Any]:

@@ -34,8 +34,6 @@ def metrics(report: CheckReport) -> dict[str, float]:
         "predicted_change": report.predicted_change,
         "lambda_max": report.lambda_max,
         "lambda_min": report.lambda_min,
-        "alpha_ratio": report.alpha_ratio,
-        "beta_ratio": report.beta_ratio,
         "alpha_applied": report.alpha_applied,
         "beta_applied": report.beta_applied,
         "safe": _SAFE.get(report.status, math.nan),
@@ -44,8 +42,10 @@ def metrics(report: CheckReport) -> dict[str, float]:
         "adaptation_gain": report.adaptation_gain,
         "hvps": float(report.hvps),
         "seconds": report.seconds,
+        "limits_age": 0.0,
     }
-    return {f"guard/{name}": value for name, value in values.items() if math.isfinite(value)}
+    finite = {f"guard/{name}": value for name, value in values.items() if math.isfinite(value)}
+    return finite | report.ratios(report.alpha_applied, report.beta_applied)
 
 
 def log_values(trainer: Any, pl_module: Any, values: dict[str, float], step: int) -> None:

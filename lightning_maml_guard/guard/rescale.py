@@ -32,8 +32,8 @@ LADDER: tuple[tuple[float | None, float], ...] = (
     (0.25, 1 / 16),
     (None, 1 / 256),
 )
-# Factor by which capped rates rise per check.
-RELEASE = 1.5
+# Factor by which capped rates rise, and how often at most in one check.
+RELEASE, RUNGS = 2.0, 3
 
 LookUnder = Callable[[Caps], LookaheadResult]
 BY_RATIO = Scale()
@@ -97,36 +97,47 @@ def lowered(
     return best or min(tried, key=lambda each: tried[each].end)
 
 
-def raised(
-    report: StabilityReport,
+def released(
+    alpha: float,
+    beta: float,
     caps: Caps,
-    margin: float,
     present: LookaheadResult,
     look: LookUnder,
+    *,
     scale: Scale = BY_RATIO,
+    allows: Callable[[Caps], bool] = lambda caps: True,
 ) -> Caps:
-    """Release capped rates by ``RELEASE`` per check, up to ``margin`` times their limits.
+    """Release capped rates by ``RELEASE`` again and again, as long as a lookahead at the higher ones ends lower.
 
-    Higher rates are taken if their lookahead ends no worse than ``present``, the one under the caps so far.
+    Args:
+        alpha: The inner rate as configured.
+        beta: The meta rate as scheduled.
+        caps: The caps so far.
+        present: The lookahead under them.
+        look: Looks ahead under caps.
+        scale: How losses are compared.
+        allows: Whether caps may be tried.
+
+    Returns:
+        The caps to apply.
     """
-    alpha, beta = caps.applied(report.alpha, report.beta)
-    higher_alpha = _towards(alpha, margin * report.alpha_c)
-    higher_beta = _towards(beta, margin * report.safe_beta_c)
-    both = Caps(
-        None if caps.alpha is None or higher_alpha >= report.alpha else higher_alpha,
-        None if caps.beta is None or higher_beta >= report.beta else higher_beta,
-    )
-    for candidate in dict.fromkeys((both, Caps(caps.alpha, both.beta), Caps(both.alpha, caps.beta))):
-        if candidate == caps:
-            continue
-        found = look(candidate)
-        if all(found.end <= scale.times(CALM, loss) for loss in (found.begin, present.end)):
-            return candidate
+    end = present.end
+    for _ in range(RUNGS):
+        both = Caps(_raised(caps.alpha, alpha), _raised(caps.beta, beta))
+        for candidate in dict.fromkeys((both, Caps(caps.alpha, both.beta), Caps(both.alpha, caps.beta))):
+            if candidate == caps or not allows(candidate):
+                continue
+            found = look(candidate)
+            if found.end <= min(end, scale.times(CALM, found.begin)):
+                caps, end = candidate, found.end
+                break
+        else:
+            break
     return caps
 
 
-def _towards(rate: float, limit: float) -> float:
-    return rate if math.isnan(limit) else max(rate, min(RELEASE * rate, limit))
+def _raised(cap: float | None, rate: float) -> float | None:
+    return None if cap is None or RELEASE * cap >= rate else RELEASE * cap
 
 
 def at_limits(report: StabilityReport, caps: Caps, margin: float, reach_alpha: bool) -> Caps:

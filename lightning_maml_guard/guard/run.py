@@ -13,30 +13,33 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_maml_guard.guard.loggers import Figures, logger_step, warn
+from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.rescale import AppliedCaps
 from lightning_maml_guard.guard.schedule import Schedule
 from lightning_maml_guard.guard.settings import Settings
 from lightning_maml_guard.guard.state import GuardState, StateError, from_checkpoint
 from lightning_maml_guard.guard.state_machine import StateMachine
-from lightning_maml_guard.lookahead.divergence import gradient_norm
 from lightning_maml_guard.lookahead.replay_buffer import ReplayBuffer
 from lightning_maml_guard.maml.meta_learning import MetaLearning
 from lightning_maml_guard.messages.advice_sentences import NO_WAY_BACK, advised
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced, cause
+from lightning_maml_guard.optim.clipping import gradient_norm
 from lightning_maml_guard.optim.lr_cap import known_rate, scheduled_rate
 from lightning_maml_guard.optim.rates_ahead import RatesAhead, read_ahead
-from lightning_maml_guard.optim.snapshot import Snapshot, finite
+from lightning_maml_guard.optim.snapshot import Snapshot, SnapshotRing, finite
 from lightning_maml_guard.optim.turns import Turns
 from lightning_maml_guard.stability.hvp import MeasurementCache
 from lightning_maml_guard.stability.objective import objective_of
 from lightning_maml_guard.stability.problems import has_meta_problem, state_problem
 from lightning_maml_guard.stability.training_match import TrainingMatch
-from lightning_maml_guard.utils.batch_copy import BatchCopyError
-from lightning_maml_guard.utils.distributed import Ranks, SharedError
+from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.double_backward import double_backward
 from lightning_maml_guard.utils.lightning_compat import plan_of
 from lightning_maml_guard.utils.warnings import GuardWarning
+
+# Shares by which logged ratios have to move before they are logged again.
+_LITTLE, _MUCH = 1e-3, 0.1
 
 
 class GuardedRun:
@@ -51,8 +54,8 @@ class GuardedRun:
         self.machine = StateMachine(settings.patience, settings.lookahead.divergence_ratio, self.state.watches)
         self.caps = AppliedCaps(settings.acting.caps_rates and not inert, self.state.caps)
         # The live objects take over what a checkpoint held; `saved` asks them for it.
-        kept, self.state.snapshot = self.state.snapshot, None
-        self.snapshot = None if kept is None else Snapshot.restored(kept)
+        kept, self.state.snapshot, self.state.snapshots = self.state.kept, None, []
+        self.ring = SnapshotRing([Snapshot.restored(each) for each in kept])
         self.replay = ReplayBuffer(settings.lookahead.batches)
         self.replay.load(self.state.batches)
         self.state.batches = []
@@ -64,7 +67,13 @@ class GuardedRun:
         self.matched = False
         self.turns = Turns()
         self.ahead: RatesAhead | None = None
+        self._ratios: tuple[CheckReport, dict[str, float]] | None = None  # as they were logged last
         self.repeats = False  # whether every step uses the same batch: then nothing is drawn from its tasks
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """What a rollback goes to."""
+        return self.ring.latest
 
     def begin(self, trainer: Any) -> None:
         """Take in how far a run will go and what data it has."""
@@ -74,9 +83,15 @@ class GuardedRun:
 
     def due(self, trainer: Any, step: int) -> str | None:
         """Return ``"scheduled"``, ``"triggered"`` or None: whether a check is due before a step."""
-        return self.schedule.due(
-            step, rate=known_rate(trainer.optimizers), beta_c=self._beta_c, stalled=self.state.statistics.stalled
-        )
+        rate, caps = known_rate(trainer.optimizers), self.caps.caps
+        capped = self.caps.active and (caps.alpha is not None or (caps.beta is not None and rate > caps.beta))
+        stalled = self.state.statistics.stalled
+        return self.schedule.due(step, rate=rate, beta_c=self._beta_c, stalled=stalled, capped=capped)
+
+    def keeps(self, step: int) -> bool:
+        """Whether the state before a step is to be kept: the last copy is old, and the run is well."""
+        well = self.state.statistics.rests and not self.schedule.state.spiked and not self.machine.unsafe
+        return well and self.ring.is_due(step)
 
     @property
     def _beta_c(self) -> float:
@@ -92,6 +107,23 @@ class GuardedRun:
             if self.ahead.failure is not None:
                 self.announce(of_error(Kind.SCHEDULE_NOT_READ, self.ahead.failure))
         return self.ahead.peak(step)[0]
+
+    def ratios(self, trainer: Any, step: int) -> dict[str, float]:
+        """The ratios at the rates that are applied now, to be logged; empty while they are as they were logged last."""
+        owned = [trainer.optimizers[index] for index in self.state.capped if index < len(trainer.optimizers)]
+        if not (self.state.history and owned):
+            return {}
+        report = self.state.history[-1]
+        found = report.ratios(*self.caps.caps.applied(report.alpha, known_rate(owned)))
+        if self._ratios is None or self._ratios[0] is not report:
+            self._ratios = report, report.ratios(report.alpha_applied, report.beta_applied)
+        # Soon where they have moved much, else when other values are logged.
+        least = _LITTLE if step % trainer.log_every_n_steps == 0 else _MUCH
+        before = self._ratios[1]
+        if all(abs(value - before[name]) <= least * before[name] for name, value in found.items() if name in before):
+            return {}
+        self._ratios = report, found
+        return found | {"guard/limits_age": float(step - (report.step or 0))}
 
     def cap(self, trainer: Any, owned: list[int]) -> None:
         """Hold the optimizers that move the problem's parameters at the caps."""
@@ -134,7 +166,7 @@ class GuardedRun:
         if self.turns.taken():
             self.announce(Reason(Kind.OPTIMIZERS_TAKE_TURNS))
             self.caps.release()
-            self.snapshot = None
+            self.ring.kept.clear()
         if not self.settings.lookahead.steps:
             known = isinstance(loss, Tensor) and loss.numel() == 1 and self.cache.ranks.size == 1
             value = float(loss.item()) * trainer.accumulate_grad_batches if known else math.nan
@@ -163,8 +195,8 @@ class GuardedRun:
         value, self._losses = sum(self._losses) / len(self._losses), []
         statistics, lookahead = self.state.statistics, self.settings.lookahead
         told = self.machine.unsafe and not self.settings.acting.caps_rates
-        if statistics.update(value, norm) and lookahead.triggers and not told:
-            diverged = statistics.diverged(value, lookahead.divergence_ratio)
+        if (statistics.update(value, norm) or statistics.lost) and lookahead.triggers and not told:
+            diverged = statistics.diverged(value, lookahead.divergence_ratio) or statistics.lost
             self.schedule.spike(diverged=diverged, lost=not math.isfinite(value))
 
     def _not_finite(self, loss: float, trainer: Any) -> None:
@@ -248,7 +280,7 @@ class GuardedRun:
             watches=self.machine.watches,
             caps=self.caps.caps,
             batches=self.replay.state() if exactly else [],
-            snapshot=self.snapshot.state() if self.snapshot is not None and settings.rollback else None,
+            snapshots=self.ring.state() if settings.rollback else [],
         )
 
     def announce(self, reason: Reason, *, just_said: bool = False) -> None:
@@ -288,13 +320,3 @@ class GuardedRun:
     def note_severity(self, step: int, severe: float) -> None:
         """Keep what a lookahead said."""
         self.state.severities = [*self.state.severities, (step, severe)][-self.settings.history_size :]
-
-
-def failure_reason(error: Exception, step: int) -> Reason:
-    """State why a check failed, and what kind of failure it was."""
-    if isinstance(error, BatchCopyError):
-        return Reason(Kind.BATCH_NOT_COPIED, what=error.kind, error=type(error).__name__, detail=error.cause, step=step)
-    reason = of_error(Kind.CHECK_FAILED, error, step=step)
-    if isinstance(error, torch.OutOfMemoryError):
-        return replace(reason, effect="out of memory")
-    return replace(reason, effect="other rank", where="") if isinstance(error, SharedError) else reason

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.schedule import ScheduleState
 from lightning_maml_guard.guard.state_machine import Watch
+from lightning_maml_guard.lookahead.ceiling import Ceiling
 from lightning_maml_guard.lookahead.divergence import RunningStatistics
 from lightning_maml_guard.lookahead.lookahead import Caps
 from lightning_maml_guard.messages.advice import Advice
@@ -60,7 +61,10 @@ class GuardState:
         facts: What is known of the network.
         clipped_to: Length to which training_step was seen to clip a gradient by itself; ``nan`` where it was not.
         batches: The lookahead's batches, on the host.
-        snapshot: The state to roll back to.
+        snapshot: The state to roll back to, in a checkpoint of before there were several.
+        snapshots: The states to roll back to, the oldest first.
+        wasted: Steps that rollbacks threw away.
+        ceiling: Rates that failed.
         advice: The latest advice.
         advised: What was advised on although the run survived, each once.
         searches: Searches for rates to set so far.
@@ -84,6 +88,9 @@ class GuardState:
     clipped_to: float = math.nan
     batches: list[Any] = field(default_factory=list)
     snapshot: dict[str, Any] | None = None
+    snapshots: list[Any] = field(default_factory=list)
+    wasted: int = 0
+    ceiling: Ceiling = field(default_factory=Ceiling)
     advice: Advice | None = None
     advised: list[str] = field(default_factory=list)
     searches: int = 0
@@ -100,6 +107,11 @@ class GuardState:
         reason = Reason(Kind.NETWORK_COLLAPSED, value=lambda_max, limit=self.sharpest, losses=losses, step=step)
         return None if reason.key in self.announced else reason
 
+    @property
+    def kept(self) -> list[dict[str, Any]]:
+        """The states to roll back to, in whichever way they were saved."""
+        return self.snapshots or ([] if self.snapshot is None else [self.snapshot])
+
     def note(self, kind: str, *reasons: Reason, step: int | None) -> None:
         """Keep an event, for the run's report."""
         self.events = [*self.events, Event(step, kind, reasons)][-_EVENTS:]
@@ -107,7 +119,8 @@ class GuardState:
 
 def to_checkpoint(state: GuardState) -> dict[str, Any]:
     """Convert a state to primitives and tensors, so that a checkpoint loads with ``weights_only``."""
-    own = {"batches": state.batches, "snapshot": state.snapshot}  # plain already, tuples of optimizers' included
+    # Plain already, tuples of optimizers' included.
+    own = {"batches": state.batches, "snapshot": state.snapshot, "snapshots": state.snapshots}
     return {each.name: own.get(each.name, _to_plain(getattr(state, each.name))) for each in fields(state)}
 
 
@@ -139,7 +152,8 @@ def _check_ranges(state: GuardState) -> None:
     numbers |= {"schedule.spent": schedule.spent, "schedule.latest": schedule.latest, "schedule.gap": schedule.gap - 1}
     numbers |= {"schedule.alarms": schedule.alarms}
     numbers |= {f"watches.{name}.failed": watch.failed for name, watch in state.watches.items()}
-    numbers |= {"capped": min(state.capped, default=0), "searches": state.searches}
+    numbers |= {"capped": min(state.capped, default=0), "searches": state.searches, "wasted": state.wasted}
+    numbers |= {"ceiling.wait": state.ceiling.wait - 1, "schedule.ease_gap": schedule.ease_gap - 1}
     for name, value in numbers.items():
         if value is not None and not value >= 0:
             raise StateError(f"`{name}` is out of its range ({value})")
@@ -149,8 +163,9 @@ def _check_ranges(state: GuardState) -> None:
     for batch in state.batches:
         pair = isinstance(batch, (list, tuple)) and len(batch) == 2
         _expect(pair and isinstance(batch[0], (list, tuple)) and type(batch[1]) is int, "batches", batch)
-    if state.snapshot is not None:
-        _check_snapshot(state.snapshot)
+    for snapshot in state.kept:
+        _expect(isinstance(snapshot, dict), "snapshots", snapshot)
+        _check_snapshot(snapshot)
 
 
 def _check_snapshot(snapshot: dict[str, Any]) -> None:

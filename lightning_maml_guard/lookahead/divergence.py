@@ -8,10 +8,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 
-import torch
-from torch import nn
-from torch.optim import Optimizer
-
 # The start is the median of this many first losses: one odd batch does not move it.
 FIRST_LOSSES = 8
 _LOSS_SPIKE, _NORM_SPIKE = 2.0, 4.0
@@ -23,6 +19,13 @@ _SPREADS, _LARGEST_CHANGE = 4.0, 4.0
 _PROGRESS = 0.85
 # Differences from the mean below this share of a loss are rounding (float32).
 _ROUNDING = 1e-6
+# The lowest running mean is known, and a mean is that of its own steps, after so many.
+_SETTLED = 16
+# What a run has to have learned, as a share of the start, before it can lose it; and how far the mean of a run that
+# keeps it may stray from its lowest value, in units of the mean step-to-step change (about 5 standard deviations).
+_LEARNED, _STRAYS = 0.2, 1.5
+# Beyond this share of what was learned, and of that distance, a mean has left its best so far that it is looked into.
+_SLIPPING = 0.5
 
 
 def severity(end: float, start: float, unit: float | None = None) -> float:
@@ -57,19 +60,32 @@ class Scale:
         start: Loss that training started from; ``nan`` before the first step.
         unit: What distances are measured in; None while every loss was positive.
         settled: Whether there were enough losses to tell; else a lookahead's own are taken in.
+        best: The lowest running mean; ``nan`` before anything was learned.
+        rung: What a loss may rise by above ``best``: twice that is half of what was learned, or beyond the noise of a
+            batch, whichever is more.
     """
 
     start: float = math.nan
     unit: float | None = None
     settled: bool = False
+    best: float = math.nan
+    rung: float = math.nan
 
     def times(self, factor: float, loss: float) -> float:
         """``factor`` times a loss; with a unit, as much above it as that is above the start of positive losses."""
         return factor * loss if self.unit is None else loss + (factor - 1) * self.unit
 
-    def severity(self, end: float) -> float:
-        """Measure how far the loss is from the start; see :func:`severity`."""
-        return severity(end, self.start, self.unit)
+    def severity(self, end: float, begin: float = math.nan) -> float:
+        """Measure how far the loss is from the start; see :func:`severity`.
+
+        Given the loss of the same batch before, the rise counts as well, as ``log(1 + rise / rung)``, as far as it
+        leads above the best mean: a run that has learned diverges before it is back at its start.
+        """
+        far = severity(end, self.start, self.unit)
+        if math.isnan(begin) or math.isnan(self.best) or not math.isfinite(end):
+            return far
+        rises = min(severity(end, each, self.rung) for each in (begin, self.best))
+        return max(far, rises) if rises > 0 else far
 
     def diverged(self, loss: float, ratio: float) -> bool:
         """Return True if a loss is not finite, or above ``ratio`` times the one that training started from."""
@@ -103,6 +119,9 @@ class RunningStatistics:
         steps: Steps whose loss was finite.
         before: The running mean when half as many steps were taken, or when the number was last a power of two.
         stalled: Whether the loss did not fall between the last two powers of two.
+        best: The lowest running mean.
+        since: Steps that the running mean is of.
+        chance: Loss of a classifier that guesses; ``nan`` where it is not known.
     """
 
     first: tuple[float, ...] = ()
@@ -115,6 +134,9 @@ class RunningStatistics:
     steps: int = 0
     before: float = math.nan
     stalled: bool = False
+    best: float = math.inf
+    since: int = 0
+    chance: float = math.nan
 
     @property
     def start(self) -> float:
@@ -133,9 +155,57 @@ class RunningStatistics:
 
     def _scale(self, start: float) -> Scale:
         settled = len(self.first) == FIRST_LOSSES
-        if self._lowest > 0:
-            return Scale(start, None, settled)
-        return Scale(start, max(start - self._lowest, self._noise), settled)
+        unit = None if self._lowest > 0 else max(start - self._lowest, self._noise)
+        if not self._has_learned(start):
+            return Scale(start, unit, settled)
+        rung = min(max((self._untrained(start) - self.best) / 4, self._noise / 2), start if unit is None else unit)
+        return Scale(start, unit, settled, self.best, rung)
+
+    @property
+    def untrained(self) -> float:
+        """The loss without learning: that of the start, or of guessing where that is lower."""
+        return self._untrained(self.start)
+
+    def _untrained(self, start: float) -> float:
+        return min(start, self.chance) if self.chance < math.inf else start
+
+    def _has_learned(self, start: float) -> bool:
+        learned = self._untrained(start) - self.best
+        return learned > (_LEARNED * start if self._lowest > 0 else self._noise / 2)
+
+    @property
+    def lost(self) -> bool:
+        """Whether half of what was learned is lost: the running mean is that far from its lowest value."""
+        return self.is_off(self.loss, 1.0)
+
+    @property
+    def slips(self) -> bool:
+        """Whether the running mean has left its lowest value by so much that it is to be looked into."""
+        return self.is_off(self.loss)
+
+    def is_off(self, mean: float, share: float = _SLIPPING) -> bool:
+        """Whether a mean over some batches has left the lowest one by such a share of what was learned."""
+        if self.since < FIRST_LOSSES or not self._has_learned(self.start):
+            return False
+        strays = 0.0 if math.isnan(self.spread) else _STRAYS * self.spread
+        return mean - self.best > share * max((self.untrained - self.best) / 2, strays)
+
+    @property
+    def rests(self) -> bool:
+        """Whether the last loss and the mean are near the best so far: no spike, nothing lost."""
+        if self.last is None or not math.isfinite(self.last) or self.slips:
+            return False
+        return not (self.since > 1 and self._is_above_mean(self.last))
+
+    def rebase(self, mean: float) -> bool:
+        """Take a mean for the best, and for the start if it is higher, as the tasks are harder; True if any changed."""
+        if not mean > min(self.best, self.start):
+            return False
+        if self.best < math.inf:
+            self.best = mean
+        if mean > self.start:
+            self.first = (mean,) * len(self.first)
+        return True
 
     @property
     def _lowest(self) -> float:
@@ -163,6 +233,9 @@ class RunningStatistics:
         spiked = not finite or self._is_above_mean(loss) or norm > _NORM_SPIKE * self.norm
         if finite:
             self.loss = loss if math.isnan(self.loss) else _MEMORY * self.loss + (1 - _MEMORY) * loss
+            self.since += 1
+            if self.since >= _SETTLED:
+                self.best = min(self.best, self.loss)
             self._take_progress()
         if math.isfinite(norm):
             self.norm = norm if math.isnan(self.norm) else _MEMORY * self.norm + (1 - _MEMORY) * norm
@@ -175,6 +248,7 @@ class RunningStatistics:
     def forget(self) -> None:
         """Drop the running means of a run that was rolled back: beside a lost loss nothing is a spike."""
         self.loss = self.norm = math.nan
+        self.since = 0
 
     def _take_progress(self) -> None:
         self.steps += 1
@@ -221,17 +295,3 @@ def passes(severe: float, ratio: float) -> bool:
 def undecided(ratio: float) -> float:
     """Return a severity at which nothing is decided."""
     return 0.75 * math.log(ratio)
-
-
-def gradient_norm(optimizer: Optimizer) -> torch.Tensor | float | None:
-    """Compute the norm of the gradient an optimizer is about to use: on a CPU a number, None without a gradient."""
-    known = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    gradients = [g.coalesce().values() if g.is_sparse else g for g in known]
-    if not gradients:
-        return None
-    # Equal to get_total_norm here; its sorting by device and type takes 1 % of a small network's step.
-    if all(gradient.is_cpu for gradient in gradients):
-        return math.hypot(*[norm.item() for norm in torch._foreach_norm(gradients)])
-    if len({(gradient.device, gradient.dtype) for gradient in gradients}) == 1:
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    return nn.utils.get_total_norm(gradients)

@@ -196,11 +196,11 @@ class Lookahead:
         self.begin = result.begin
         scale = scale.over(result.losses)
         found = [result]
-        if not passes(scale.severity(result.end), ratio) and self.batches > 1:
+        if not passes(scale.severity(result.end, result.begin), ratio) and self.batches > 1:
             found += [self.under(caps, (self.batches * share) // 3, beta_factor) for share in (1, 2)]
-        found.sort(key=lambda each: scale.severity(each.end))
+        found.sort(key=lambda each: scale.severity(each.end, each.begin))
         median = found[len(found) // 2]
-        return median, scale, scale.severity(median.end)
+        return median, scale, scale.severity(median.end, median.begin)
 
     def run(
         self,

@@ -38,6 +38,25 @@ def _odd_batch(reason: Reason, spelling: Spelling) -> str:
     )
 
 
+def _learning_lost(reason: Reason, spelling: Spelling) -> str:
+    best, now, start = reason.losses
+    return (
+        f"the run has collapsed, it has lost at least half of what it had learned: on the latest batches the loss is "
+        f"{now:.3g}; with the parameters of step {reason.steps} it is {best:.3g}, before training {start:.3g}."
+    )
+
+
+def _stalled(reason: Reason, spelling: Spelling) -> str:
+    now, _, start = reason.losses
+    said = f"training has stalled: after {reason.steps} steps the mean loss is {now:.3g}, it started at {start:.3g}"
+    if not math.isnan(reason.limit):
+        said += f", and guessing would give {reason.limit:.3g}"
+    units = (
+        f" {reason.counts[0]} of {reason.counts[1]} ReLU units are 0 on the whole batch." if reason.counts[1] else ""
+    )
+    return f"{said}.{units}"
+
+
 EVIDENCE: dict[Kind, Callable[[Reason, Spelling], str]] = {
     Kind.ADAPTATION_HARMFUL: _adaptation_harmful,
     Kind.RATES_TRIED: _rates_tried,
@@ -46,6 +65,8 @@ EVIDENCE: dict[Kind, Callable[[Reason, Spelling], str]] = {
     Kind.NOT_LEARNING: lambda reason, spelling: (
         f"the mean loss is {reason.losses[0]:.3g} after {reason.steps} steps; it started at {reason.losses[2]:.3g}."
     ),
+    Kind.LEARNING_LOST: _learning_lost,
+    Kind.STALLED: _stalled,
     Kind.SCHEDULE_NOT_READ: lambda reason, spelling: (
         "the learning rate schedule cannot be read ahead, so it is looked at as it comes.\n"
         f"Cause: {reason.error}: {reason.detail}"

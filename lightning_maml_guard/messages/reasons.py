@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
+import torch
+
 from lightning_maml_guard.theory.multiplier import Interval
+from lightning_maml_guard.utils.batch_copy import BatchCopyError
 from lightning_maml_guard.utils.checks import encodable
+from lightning_maml_guard.utils.distributed import SharedError
 
 UNKNOWN_INTERVAL: Interval = (math.nan, math.nan)
 
@@ -38,6 +42,8 @@ class Kind(str, Enum):
     ODD_BATCH = "odd batch"
     UNITS_DIED = "units died"
     NOT_LEARNING = "not learning"
+    LEARNING_LOST = "learning lost"
+    STALLED = "stalled"
     SCHEDULE_NOT_READ = "schedule not read"
     # What a guard has to say once.
     CHECK_FAILED = "check failed"
@@ -102,7 +108,7 @@ class Reason:
         alpha: Inner rate that was tried or is applied.
         beta: Meta rate that was tried or is applied.
         losses: Loss before, loss after, and the loss that training started from.
-        steps: Number of steps a lookahead took; of rollbacks the step returned to.
+        steps: Number of steps a lookahead took; of rollbacks the step returned to, and ``value`` the steps thrown away.
         counts: How many of how many: rollbacks so far and at most, or units that are dead.
         what: What it is about in the code: an operator's name, or what could not be done.
         error: Type of an exception.
@@ -145,6 +151,16 @@ def of_error(kind: Kind, error: BaseException, *, what: str = "", step: int | No
     """State a failure as a reason: its type, its text, and the place in the user's code that it came from."""
     detail = encodable(str(error))
     return Reason(kind, what=what, error=type(error).__name__, detail=detail, where=_place(error), step=step)
+
+
+def failure_reason(error: Exception, step: int) -> Reason:
+    """State why a check failed, and what kind of failure it was."""
+    if isinstance(error, BatchCopyError):
+        return Reason(Kind.BATCH_NOT_COPIED, what=error.kind, error=type(error).__name__, detail=error.cause, step=step)
+    reason = of_error(Kind.CHECK_FAILED, error, step=step)
+    if isinstance(error, torch.OutOfMemoryError):
+        return replace(reason, effect="out of memory")
+    return replace(reason, effect="other rank", where="") if isinstance(error, SharedError) else reason
 
 
 def _place(error: BaseException) -> str:
