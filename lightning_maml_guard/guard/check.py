@@ -84,12 +84,14 @@ class Check:
             collapsed = None
             if learning is not None and learning.lost:
                 collapsed, look.severity = self.rollback.lost(learning, look, step), max(look.severity, math.log(ratio))
-            adviser = Adviser(run, trainer, module, look, step)
+            adviser, stuck = Adviser(run, trainer, module, look, step), run.state.statistics.stuck
             adviser.look_at_peak()
             adviser.look_at_progress()
         failing = look.present is not None and fails(look.severity, ratio)
         if failing:
             run.schedule.confirm()
+        elif stuck and adviser.news is None:
+            self.rollback.warn_of_stall(look.problem, step)
         if look.present is not None:
             run.note_severity(step, look.severity)
             if not scheduled and not failing and adviser.news is None:
@@ -98,7 +100,7 @@ class Check:
                     caps = self._eased(look, step) if well else run.caps.caps
                 run.caps.apply(module, caps)
                 self._charge(look, 0.0, adviser.gradients)
-                log_values(trainer, module, look.metrics | self._applied(look), step)
+                log_values(trainer, module, look.metrics, step)
                 if well:
                     self.rollback.keep(step)
                 return
@@ -164,6 +166,7 @@ class Check:
                 self._rolled_back = None  # its rates are lowered
             if passes(look.severity, ratio):
                 self.rollback.keep(step)
+        self.rollback.warn_of_collapse(look.problem, report, transition.state, step)
         # 5. Keep and log what was found.
         self._charge(look, report.cost, adviser.gradients)
         run.schedule.state.unjudged = not run.state.history and report.beta_status == UNRESOLVED
@@ -196,13 +199,6 @@ class Check:
         found = self.settings.acting.release(caps, look.present, lookahead, look.scale, allows)
         run.schedule.ease(step, changed=found != caps)
         return found
-
-    def _applied(self, look: Look) -> dict[str, float]:
-        """The rates that are applied, for the loggers; of a run that is not capped, none."""
-        if look.lookahead is None or not self.settings.acting.caps_rates:
-            return {}
-        alpha, beta = self.run.caps.caps.applied(look.lookahead.alpha, look.lookahead.beta)
-        return {"guard/beta_applied": beta} | ({} if math.isnan(alpha) else {"guard/alpha_applied": alpha})
 
     def _is_lost(self, loss: float) -> bool:
         """Whether no lower rate can help: parameters are not finite, and the run was not rolled back."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_maml_guard.guard.actions import ACTIONS, Action
 from lightning_maml_guard.guard.check import Check
-from lightning_maml_guard.guard.loggers import log_values, logger_step, takes_no_steps
+from lightning_maml_guard.guard.loggers import logger_step, takes_no_steps
 from lightning_maml_guard.guard.report import CheckReport, frame
 from lightning_maml_guard.guard.rollback import Rollback
 from lightning_maml_guard.guard.run import GuardedRun
@@ -73,11 +73,10 @@ class ConvergenceGuard(Callback):
         problem: ``(pl_module, batch) -> MetaProblem``, for modules that have no ``meta_problem``. The inner rate of
             such a module is out of reach: ``rescale`` then caps the meta rate alone. Without both, the module's own
             ``training_step`` is watched as plain training: ``beta_c`` only.
-        rollback: With ``action="rescale"`` (None: yes): keep parameters, buffers and optimizer state of the last check
-            that passed, and go back to them when the loss diverges; the batches since are skipped and the meta rate at
-            least halved.
+        rollback: With ``action="rescale"`` (None: yes): keep a few copies of parameters, buffers and optimizer state,
+            and go back to the latest good one when the loss diverges or half of what was learned is lost.
         max_rollbacks: Rollbacks before the guard stops the run and says so.
-        snapshot_device: Where that copy is kept (``"cpu"``); None: beside the parameters.
+        snapshot_device: Where they are kept (``"cpu"``); None: beside the parameters.
         max_cost: Without ``every_n_steps``: share of the training's work that checks may take, counted in gradients
             and matrix-vector products, so that the same run checks at the same steps. A check is left out until the
             steps taken pay for it, but for the first ones and that of a diverged loss (``docs/guide.md``).
@@ -267,11 +266,8 @@ class ConvergenceGuard(Callback):
         step = logger_step(trainer)
         due = run.due(trainer, step)
         if due is None:
-            if run.keeps(step):
-                Rollback(run, trainer, pl_module).keep(step)
-            with run.only_told("log the ratios of now"):
-                if ratios := run.ratios(trainer, step):
-                    log_values(trainer, pl_module, ratios, step)
+            Rollback(run, trainer, pl_module).keep_if_due(step)
+            run.log_ratios(trainer, pl_module, step)
             return
         last, unsafe = self.history[-1:], run.machine.unsafe
         Check(run, trainer, pl_module).check(batch, batch_idx, step, scheduled=due == SCHEDULED)

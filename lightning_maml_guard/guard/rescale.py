@@ -168,6 +168,10 @@ class AppliedCaps:
         """Whether optimizers' steps are capped."""
         return self._lr_cap is not None
 
+    def lowers(self, beta: float) -> bool:
+        """Whether a rate is held below what is configured; ``beta`` is the scheduled meta rate."""
+        return self.active and (self.caps.alpha is not None or self.caps.applied(math.nan, beta)[1] < beta)
+
     def hold(self, optimizers: Sequence[Optimizer], holds: Callable[[], bool] | None = None) -> None:
         """Cap the steps of these optimizers and of no others, while ``holds`` (None: always)."""
         self.release()

@@ -18,7 +18,9 @@ from lightning_maml_guard.messages.advice_sentences import advised
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced, sentence
 from lightning_maml_guard.optim.snapshot import finite, visited
-from lightning_maml_guard.stability.problems import Problem
+from lightning_maml_guard.stability.problems import Problem, dead_units
+from lightning_maml_guard.stability.report import StabilityReport
+from lightning_maml_guard.theory.limits import SAFE
 from lightning_maml_guard.utils.isolation import undisturbed
 
 # Snapshots that are tried from, the youngest first.
@@ -48,6 +50,13 @@ class Rollback:
             earlier = -1 if run.snapshot is None else run.snapshot.step
             run.announce(replace(of_error(Kind.NO_SNAPSHOT, error, step=step), steps=earlier))
 
+    def keep_if_due(self, step: int) -> None:
+        """Keep the state before a step if the last copy is old and the run is well."""
+        run = self.run
+        well = run.state.statistics.rests and not run.schedule.state.spiked and not run.machine.unsafe
+        if well and run.ring.is_due(step):
+            self.keep(step)
+
     def compare(self, look: Look) -> Learning | None:
         """Compare a run whose loss has left its best with its snapshots; None where it has not, or without any.
 
@@ -76,10 +85,34 @@ class Rollback:
         assert ring.latest is not None
         return lost_reason(found, ring.latest.step, step)
 
+    def warn_of_collapse(self, problem: Problem, report: StabilityReport, status: str, step: int) -> None:
+        """Warn where nearly all curvature is gone and the loss is where it began, because the network's units died."""
+        reason = self.run.state.collapse(report.lambda_max, step)
+        if reason is None or status != SAFE or not self.run.settings.acting.speaks:
+            return
+        with undisturbed(self.trainer, self.module):
+            found = dead_units(problem)
+        if found.most:
+            self.run.announce(replace(reason, counts=(found.dead, found.units)))
+
+    def warn_of_stall(self, problem: Problem, step: int) -> None:
+        """Say that a run does not learn, and whether that is because its units have died."""
+        statistics = self.run.state.statistics
+        if not self.run.settings.acting.speaks:
+            return
+        with undisturbed(self.trainer, self.module):
+            found = dead_units(problem)
+        losses = statistics.loss, math.nan, statistics.start
+        counts = (found.dead, found.units) if found.most else (0, 0)
+        reason = Reason(Kind.STALLED, losses=losses, limit=statistics.chance, steps=statistics.steps, counts=counts)
+        self.run.announce(replace(reason, step=step))
+
     def _learning(self, look: Look) -> Learning:
         problems = [look.problems[index] for index in spread_out(len(look.problems))]
         lookahead = self._lookahead(problems, look)
-        found = compared(lookahead, self.module, self.run.ring.kept, self.run.state.statistics.untrained)
+        found = compared(
+            lookahead, self.module, self.trainer.optimizers, self.run.ring.kept, self.run.state.statistics.untrained
+        )
         look.lookahead.gradients += lookahead.gradients  # type: ignore[union-attr]
         return found
 
@@ -101,7 +134,7 @@ class Rollback:
         half = Caps(caps.alpha, caps.applied(math.nan, before.beta)[1] / 2)
         ends: dict[int, float] = {}
         for snapshot in good[:_TRIED]:
-            with visited(self.module, snapshot, self.trainer.optimizers):
+            with visited(self.module, self.trainer.optimizers, snapshot):
                 look.lookahead = self._without_odd(look)
                 tried = look.lookahead.under(half)
             ends[snapshot.step] = tried.end

@@ -6,14 +6,15 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_maml_guard.guard.loggers import Figures, logger_step, warn
-from lightning_maml_guard.guard.report import CheckReport
+from lightning_maml_guard.guard.loggers import Figures, log_values, logger_step, warn
+from lightning_maml_guard.guard.report import LoggedRatios
 from lightning_maml_guard.guard.rescale import AppliedCaps
 from lightning_maml_guard.guard.schedule import Schedule
 from lightning_maml_guard.guard.settings import Settings
@@ -37,9 +38,6 @@ from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.double_backward import double_backward
 from lightning_maml_guard.utils.lightning_compat import plan_of
 from lightning_maml_guard.utils.warnings import GuardWarning
-
-# Shares by which logged ratios have to move before they are logged again.
-_LITTLE, _MUCH = 1e-3, 0.1
 
 
 class GuardedRun:
@@ -67,7 +65,7 @@ class GuardedRun:
         self.matched = False
         self.turns = Turns()
         self.ahead: RatesAhead | None = None
-        self._ratios: tuple[CheckReport, dict[str, float]] | None = None  # as they were logged last
+        self._ratios = LoggedRatios()
         self.repeats = False  # whether every step uses the same batch: then nothing is drawn from its tasks
 
     @property
@@ -83,15 +81,9 @@ class GuardedRun:
 
     def due(self, trainer: Any, step: int) -> str | None:
         """Return ``"scheduled"``, ``"triggered"`` or None: whether a check is due before a step."""
-        rate, caps = known_rate(trainer.optimizers), self.caps.caps
-        capped = self.caps.active and (caps.alpha is not None or (caps.beta is not None and rate > caps.beta))
-        stalled = self.state.statistics.stalled
+        rate, stalled = known_rate(trainer.optimizers), self.state.statistics.stalled
+        capped = self.caps.lowers(rate)
         return self.schedule.due(step, rate=rate, beta_c=self._beta_c, stalled=stalled, capped=capped)
-
-    def keeps(self, step: int) -> bool:
-        """Whether the state before a step is to be kept: the last copy is old, and the run is well."""
-        well = self.state.statistics.rests and not self.schedule.state.spiked and not self.machine.unsafe
-        return well and self.ring.is_due(step)
 
     @property
     def _beta_c(self) -> float:
@@ -108,22 +100,14 @@ class GuardedRun:
                 self.announce(of_error(Kind.SCHEDULE_NOT_READ, self.ahead.failure))
         return self.ahead.peak(step)[0]
 
-    def ratios(self, trainer: Any, step: int) -> dict[str, float]:
-        """The ratios at the rates that are applied now, to be logged; empty while they are as they were logged last."""
-        owned = [trainer.optimizers[index] for index in self.state.capped if index < len(trainer.optimizers)]
-        if not (self.state.history and owned):
-            return {}
-        report = self.state.history[-1]
-        found = report.ratios(*self.caps.caps.applied(report.alpha, known_rate(owned)))
-        if self._ratios is None or self._ratios[0] is not report:
-            self._ratios = report, report.ratios(report.alpha_applied, report.beta_applied)
-        # Soon where they have moved much, else when other values are logged.
-        least = _LITTLE if step % trainer.log_every_n_steps == 0 else _MUCH
-        before = self._ratios[1]
-        if all(abs(value - before[name]) <= least * before[name] for name, value in found.items() if name in before):
-            return {}
-        self._ratios = report, found
-        return found | {"guard/limits_age": float(step - (report.step or 0))}
+    def log_ratios(self, trainer: Any, module: Any, step: int) -> None:
+        """Log the ratios at the rates that are applied now, where they have moved since the last time."""
+        owned, often = self.state.capped, step % trainer.log_every_n_steps == 0
+        if self.state.history and owned:
+            with self.only_told("log the ratios at the rates of now"):
+                rate = known_rate([trainer.optimizers[index] for index in owned])
+                if moved := self._ratios.moved(self.state.history[-1], self.caps.caps, rate, step, often=often):
+                    log_values(trainer, module, moved, step)
 
     def cap(self, trainer: Any, owned: list[int]) -> None:
         """Hold the optimizers that move the problem's parameters at the caps."""
@@ -148,12 +132,11 @@ class GuardedRun:
         if self.match is not None:
             with self.only_told("compare the gradient with the problem's"):
                 self.match.take_gradient(optimizer)
-        if not (self.settings.lookahead.triggers and self.settings.lookahead.steps):
-            return
-        try:
-            self.norm = gradient_norm(optimizer)
-        except Exception as error:
-            self.announce(of_error(Kind.NO_GRADIENT_NORM, error))
+        if self.settings.lookahead.triggers and self.settings.lookahead.steps:
+            try:
+                self.norm = gradient_norm(optimizer)
+            except Exception as error:
+                self.announce(of_error(Kind.NO_GRADIENT_NORM, error))
 
     def take_batch(self, batch: Any, batch_idx: int, accumulated: int) -> None:
         """Keep the batch of the coming step: for the lookaheads, and for the curvature of an accumulated batch."""
@@ -169,15 +152,13 @@ class GuardedRun:
             self.ring.kept.clear()
         if not self.settings.lookahead.steps:
             known = isinstance(loss, Tensor) and loss.numel() == 1 and self.cache.ranks.size == 1
-            value = float(loss.item()) * trainer.accumulate_grad_batches if known else math.nan
-            self._finish_match(value)
+            self._finish_match(value := float(loss.item()) * trainer.accumulate_grad_batches if known else math.nan)
             if known and not math.isfinite(value):
                 self._not_finite(value, trainer)
             return
         known = isinstance(loss, Tensor) and loss.numel() == 1
         value = float(loss.item()) if known else math.nan
-        norm = math.nan if self.norm is None else float(self.norm)
-        self.norm = None
+        norm, self.norm = math.nan if self.norm is None else float(self.norm), None
         if self.cache.ranks.size > 1:
             # On every rank, whatever it has: one that stayed away would leave the others waiting.
             had = torch.tensor([float(known), value, norm], device=trainer.strategy.root_device)
@@ -192,7 +173,7 @@ class GuardedRun:
         # One batch after another is accumulated: the step's loss is their mean.
         if not self._losses or ((batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch):
             return
-        value, self._losses = sum(self._losses) / len(self._losses), []
+        value, self._losses = fmean(self._losses), []
         statistics, lookahead = self.state.statistics, self.settings.lookahead
         told = self.machine.unsafe and not self.settings.acting.caps_rates
         if (statistics.update(value, norm) or statistics.lost) and lookahead.triggers and not told:
@@ -203,8 +184,8 @@ class GuardedRun:
         """Say that the loss is not finite, and stop where that is the action: no lookahead will."""
         step = logger_step(trainer)
         reason = Reason(Kind.LOSS_NOT_FINITE, losses=(loss, math.nan, math.nan), step=step)
-        action = self.settings.acting
-        lost = action.caps_rates and not finite(trainer.lightning_module)
+        action, module = self.settings.acting, trainer.lightning_module
+        lost = action.caps_rates and not finite(module)
         if action.speaks:
             self.announce(reason)
             if lost:
@@ -222,12 +203,11 @@ class GuardedRun:
             return
         self.matched = True
         problem = state_problem(source, module, batch, batch_idx)
-        tasks = self.cache.map_of(problem)
         # Compiled code too runs eagerly there: what is traced here would not be compiled again for training.
         with double_backward():
             self.match = TrainingMatch(
                 problem,
-                objective_of(problem, "support", tasks),
+                objective_of(problem, "support", self.cache.map_of(problem)),
                 optimizers,
                 trainer.optimizers,
                 accumulated=trainer.accumulate_grad_batches,

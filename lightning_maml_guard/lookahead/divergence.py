@@ -17,15 +17,16 @@ _MEMORY = 0.9
 _SPREADS, _LARGEST_CHANGE = 4.0, 4.0
 # A loss that is not below this share of an earlier one has not fallen.
 _PROGRESS = 0.85
+# One that is above this share of the loss without learning is stuck.
+_STUCK = 0.9
 # Differences from the mean below this share of a loss are rounding (float32).
 _ROUNDING = 1e-6
-# The lowest running mean is known, and a mean is that of its own steps, after so many.
+# The lowest running mean is known after so many steps.
 _SETTLED = 16
-# What a run has to have learned, as a share of the start, before it can lose it; and how far the mean of a run that
-# keeps it may stray from its lowest value, in units of the mean step-to-step change (about 5 standard deviations).
-_LEARNED, _STRAYS = 0.2, 1.5
-# Beyond this share of what was learned, and of that distance, a mean has left its best so far that it is looked into.
-_SLIPPING = 0.5
+# What a run has to have learned, as a share of the start, before it can lose it; how far the mean of one that keeps it
+# strays from its lowest value, as a share of a batch's noise (5 standard deviations); and the share of that, or of half
+# of what was learned, from which on it is looked into.
+_LEARNED, _STRAYS, _SLIPPING = 0.2, 0.375, 0.5
 
 
 def severity(end: float, start: float, unit: float | None = None) -> float:
@@ -167,11 +168,10 @@ class RunningStatistics:
         return self._untrained(self.start)
 
     def _untrained(self, start: float) -> float:
-        return min(start, self.chance) if self.chance < math.inf else start
+        return start if math.isnan(self.chance) else min(start, self.chance)
 
     def _has_learned(self, start: float) -> bool:
-        learned = self._untrained(start) - self.best
-        return learned > (_LEARNED * start if self._lowest > 0 else self._noise / 2)
+        return self._untrained(start) - self.best > (_LEARNED * start if self._lowest > 0 else self._noise / 2)
 
     @property
     def lost(self) -> bool:
@@ -187,25 +187,27 @@ class RunningStatistics:
         """Whether a mean over some batches has left the lowest one by such a share of what was learned."""
         if self.since < FIRST_LOSSES or not self._has_learned(self.start):
             return False
-        strays = 0.0 if math.isnan(self.spread) else _STRAYS * self.spread
-        return mean - self.best > share * max((self.untrained - self.best) / 2, strays)
+        return mean - self.best > share * max((self.untrained - self.best) / 2, _STRAYS * self._noise)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the loss does not fall, and is still nearly that without learning."""
+        return self.stalled and self.loss > self.scale.times(_STUCK, self.untrained)
 
     @property
     def rests(self) -> bool:
         """Whether the last loss and the mean are near the best so far: no spike, nothing lost."""
-        if self.last is None or not math.isfinite(self.last) or self.slips:
-            return False
-        return not (self.since > 1 and self._is_above_mean(self.last))
+        well = self.last is not None and math.isfinite(self.last) and not self.slips
+        return well and not (self.since > 1 and self._is_above_mean(self.last or 0.0))
 
     def rebase(self, mean: float) -> bool:
         """Take a mean for the best, and for the start if it is higher, as the tasks are harder; True if any changed."""
-        if not mean > min(self.best, self.start):
-            return False
-        if self.best < math.inf:
+        changes = mean > min(self.best, self.start)
+        if changes and self.best < math.inf:
             self.best = mean
         if mean > self.start:
             self.first = (mean,) * len(self.first)
-        return True
+        return changes
 
     @property
     def _lowest(self) -> float:

@@ -13,6 +13,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from lightning_maml_guard.lookahead.lookahead import Lookahead
@@ -81,16 +82,22 @@ class Learning:
         found = [
             index
             for index, losses in enumerate(self.kept)
-            if median([loss - a for loss, a in zip(losses, best, strict=True)]) <= near
+            if median([loss - a if loss < math.inf else math.inf for loss, a in zip(losses, best, strict=True)]) <= near
         ]
-        return found[::-1]
+        return (found or list(range(len(self.kept))))[::-1]
 
 
-def compared(lookahead: Lookahead, module: nn.Module, kept: Sequence[Snapshot], untrained: float) -> Learning:
+def compared(
+    lookahead: Lookahead,
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    kept: Sequence[Snapshot],
+    untrained: float,
+) -> Learning:
     """Compare the parameters of now with those of snapshots, on the batches of a lookahead."""
     kept_losses = []
     for snapshot in kept:
-        with visited(module, snapshot):
+        with visited(module, optimizers, snapshot):
             kept_losses.append(_finite(lookahead.untrained()))
     return Learning(_finite(lookahead.untrained()), tuple(kept_losses), untrained)
 

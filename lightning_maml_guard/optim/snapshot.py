@@ -89,12 +89,6 @@ class Snapshot:
         return True
 
     @torch.no_grad()
-    def restore_tensors(self, module: nn.Module) -> None:
-        """Put parameters and buffers back, and leave the optimizers alone."""
-        for tensor, saved in zip(_tensors(module), self._tensors, strict=True):
-            tensor.copy_(saved)
-
-    @torch.no_grad()
     def restore(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Put the copies back, in place where a tensor is still there.
 
@@ -103,7 +97,8 @@ class Snapshot:
         held = [[value.shape for value in _tensors(module)], *[len(_held(optimizer)) for optimizer in optimizers]]
         if held != [[value.shape for value in self._tensors], *[len(states) for states in self._states]]:
             raise ValueError(f"the module or its optimizers hold other tensors than at step {self.step}")
-        self.restore_tensors(module)
+        for tensor, saved in zip(_tensors(module), self._tensors, strict=True):
+            tensor.copy_(saved)
         for optimizer, states in zip(optimizers, self._states, strict=True):
             for parameter, saved in zip(_held(optimizer), states, strict=True):
                 if not saved:
@@ -184,14 +179,11 @@ def _gap(ages: Sequence[int], index: int) -> float:
 
 
 @contextmanager
-def visited(module: nn.Module, snapshot: Snapshot, optimizers: Sequence[Optimizer] = ()) -> Iterator[None]:
-    """Go to a snapshot and come back; optimizers that are not given keep their state."""
+def visited(module: nn.Module, optimizers: Sequence[Optimizer], snapshot: Snapshot) -> Iterator[None]:
+    """Go to a snapshot and come back."""
     now = Snapshot(module, optimizers, snapshot.step)
     try:
-        if optimizers:
-            snapshot.restore(module, optimizers)
-        else:
-            snapshot.restore_tensors(module)
+        snapshot.restore(module, optimizers)
         yield
     finally:
         now.restore(module, optimizers)
