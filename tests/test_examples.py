@@ -57,7 +57,7 @@ def test_the_hand_written_modules_problem_is_what_it_trains(inner_steps):
 
 
 def test_the_hand_written_module_is_stopped_before_it_diverges_and_trains_at_what_was_measured(capsys):
-    with guard_warns(r"beta = 0\.5 is too large\. Set .* steps tried on copies let the loss leave"):
+    with guard_warns(r"beta = 0\.5 is too large\. Set .* steps tried on copies diverge"):
         stopped, trained = example("existing_maml")["main"]()
     assert stopped.stopped_step == 0 and stopped.history[0].alpha == 0.01
     assert (stopped.advice.cause, stopped.advice.alpha) == ("beta", None)

@@ -10,7 +10,7 @@ from benchmarks.house import ROOT, Checkout
 CHECKOUT = Checkout(ROOT)
 MOST_FILES, MOST_LINES = 15, 300
 # A quarter of it is the class's docstring, which LightningCLI shows as help.
-LONGER = {"guard/convergence_guard.py": 330}
+LONGER = {"guard/convergence_guard.py": 345}
 
 
 def test_the_command_prints_every_room_beside_another_checkout():

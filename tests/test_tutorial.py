@@ -50,8 +50,8 @@ def story(notebook):
     assert math.isfinite(start) and not math.isfinite(lost) and 0 < lost_at < 20
 
     first_line = r"^ConvergenceGuard: step 0: beta = 1 is too large\. Set the optimizer's lr to #\."
-    advised, beta_c = read("which", rf"{first_line} Why: beta = 1 exceeds beta_c = #")
-    assert 0.1 * beta_c < advised < beta_c < 0.5 and "alpha = 0.01 exceeds" not in printed(cells["which"])
+    advised, beta_c = read("which", rf"{first_line} Why: beta = 1 is [\d.]+x beta_c = #")
+    assert 0.1 * beta_c < advised < beta_c < 0.5 and "alpha = 0.01 is" not in printed(cells["which"])
 
     alpha, beta = read(
         "before", "alpha: configured 0.01, alpha_c .*?, suggested # .* at the suggested alpha, suggested #"
@@ -70,7 +70,7 @@ def story(notebook):
     assert capped == pytest.approx(0.5 * beta_c, rel=0.02) and rescaled < 0.8 * start
 
     first_line = r"^ConvergenceGuard: step 0: alpha = 0\.2 is too large\. Set the inner rate \(inner_lr\) to #\."
-    advised_alpha, alpha_c = read("inner", rf"{first_line} Why: alpha = 0\.2 exceeds alpha_c = #")
+    advised_alpha, alpha_c = read("inner", rf"{first_line} Why: alpha = 0\.2 is [\d.]+x alpha_c = #")
     assert 0.1 * alpha_c < advised_alpha < alpha_c
     high, inner_lost = read("inner", r"alpha = 0\.2: loss # at step 0, # at step")
     _, adapted = read("inner", "advised alpha: loss # at step 0, # over the last 20 steps")

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import re
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from benchmarks.advice.plot import draw
 from benchmarks.advice.report import line, report, trace
 from benchmarks.advice.score import figures
 from benchmarks.advice.study import study
+from benchmarks.common.workers import each_done
 
 # Seeds 10 to 12 were to be reported first; a look at some runs of seed 10 led to a change, so they are not any more.
 SEEDS = {"tune": (0, 1, 2, 10, 11, 12), "report": (20, 21, 22)}
@@ -70,18 +69,13 @@ def main() -> None:
 
 
 def _each(jobs: list[tuple[Configuration, int]], given: argparse.Namespace) -> Any:
-    """Yield the studies as they are done; one worker works in this process."""
+    """Yield the studies as they are done."""
     folder = given.out / "cache"
     each = [
         partial(study, config, seed, folder, guarded=given.guard, peers=given.peers and seed in given.peer_seeds)
         for config, seed in jobs
     ]
-    if given.workers == 1:
-        yield from (job() for job in each)
-        return
-    with ProcessPoolExecutor(given.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(job) for job in each]):
-            yield done.result()
+    return each_done(each, given.workers)
 
 
 if __name__ == "__main__":

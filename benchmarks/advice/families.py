@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
 
-from benchmarks.advice.modules import Conv, HandMAML, Lstm, Params, Transformer, perceptron
-from benchmarks.advice.schedules import lr_scheduler, make_optimizer
-from lightning_maml_guard import EpisodeBatch, MetaLearningModule, MetaProblem
+from benchmarks.common.data import Batch
+from benchmarks.common.modules import Conv, HandMAML, Lstm, Params, Transformer, perceptron
+from benchmarks.common.schedules import lr_scheduler, make_optimizer
+from lightning_maml_guard import EpisodeBatch, MetaLearningModule
 from lightning_maml_guard.networks import conv4, mlp
-from lightning_maml_guard.tasks.episodes import episode_generator
-from lightning_maml_guard.tasks.images import Omniglot
 
-DATA = os.environ.get("LMG_DATA", str(Path(__file__).parents[3] / "shared" / "data"))
-Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 TASKS = 4
 JUDGED_TASKS = 20
 
@@ -54,41 +47,6 @@ FAMILIES = {
     "our relu": Family("sinusoid", 250, ours=True),
     "our conv": Family("omniglot", 100, ours=True),
 }
-
-
-# The targets are noisy, as measured ones are: without a floor, runs that end far below anything that matters would
-# differ by large factors.
-def _sinusoids(tasks: int, generator: torch.Generator) -> Batch:
-    amplitude = 0.1 + 4.9 * torch.rand(tasks, 1, 1, generator=generator)
-    phase = math.pi * torch.rand(tasks, 1, 1, generator=generator)
-    x = 10 * torch.rand(tasks, 20, 1, generator=generator) - 5
-    y = amplitude * torch.sin(x + phase) + 0.5 * torch.randn(x.shape, generator=generator)
-    return x[:, :10], y[:, :10], x[:, 10:], y[:, 10:]
-
-
-def _sequences(tasks: int, generator: torch.Generator, length: int = 6) -> Batch:
-    """Draw windows of a sine; a task asks for the next value times its own gain."""
-    gain = 0.5 + 2.5 * torch.rand(tasks, 1, 1, generator=generator)
-    speed = 0.6 + 0.6 * torch.rand(tasks, 1, 1, generator=generator)
-    start = 2 * math.pi * torch.rand(tasks, 20, 1, generator=generator)
-    wave = torch.sin(start + speed * torch.arange(length + 1))
-    x, y = wave[..., :length, None], gain * wave[..., length:]
-    y = y + 0.3 * torch.randn(y.shape, generator=generator)
-    return x[:, :10], y[:, :10], x[:, 10:], y[:, 10:]
-
-
-@cache
-def _omniglot() -> Omniglot:
-    return Omniglot(DATA, n_way=3, k_shot=3, queries=3)
-
-
-def draw(data: str, tasks: int, seed: int, split: str, index: int) -> Batch:
-    """Draw a meta-batch, which depends on the arguments alone."""
-    generator = episode_generator(seed, split, index)
-    if data == "omniglot":
-        (xs, ys), (xq, yq) = _omniglot().sample(tasks, generator, split)
-        return xs, ys, xq, yq
-    return (_sinusoids if data == "sinusoid" else _sequences)(tasks, generator)
 
 
 def criterion(family: Family) -> Any:
@@ -144,20 +102,6 @@ def make_module(name: str, setting: Any, seed: int) -> pl.LightningModule:
     module = _Ours(net, criterion(family), inner_lr=setting.alpha, inner_steps=setting.inner_steps, order=setting.order)
     module.lr, module.setting = setting.beta, setting
     return module
-
-
-def meta_problem(module: HandMAML, batch: Batch) -> MetaProblem:
-    """State a hand-written module's step to the guard, as docs/guide.md shows."""
-    xs, ys, xq, yq = batch
-    return MetaProblem(
-        params=dict(module.net.named_parameters()),
-        task_loss=module.task_loss,
-        support=(xs, ys),
-        query=(xq, yq),
-        inner_lr=module.alpha,
-        inner_steps=module.inner_steps,
-        order="first" if module.first_order else "exact",
-    )
 
 
 def as_given(name: str, batch: Batch) -> Any:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,8 +12,10 @@ from typing import Any
 import torch
 
 from benchmarks.advice.configurations import HEALTHY, Configuration
-from benchmarks.advice.schedules import peak_step
-from benchmarks.advice.training import FINDER, Setting, find_lr, quiet, train
+from benchmarks.advice.training import FINDER, Setting, find_lr, train
+from benchmarks.common.kept import Kept
+from benchmarks.common.lightning import quiet
+from benchmarks.common.schedules import peak_step
 
 RUNS_VERSION = 2  # of what the cache holds: raise it where runs without a guard change
 LEFT = 3.0
@@ -31,19 +30,10 @@ class Runs:
     """Runs without a guard, kept on disk: they depend on their setting and seed alone."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        self.kept = Kept(folder)
 
     def _kept(self, what: str, setting: Setting, seed: int, compute: Callable[[], Any]) -> Any:
-        key = f"{what} {RUNS_VERSION} {torch.__version__} {setting!r} {setting.steps} {seed}"
-        path = self.folder / f"{hashlib.sha1(key.encode()).hexdigest()[:20]}.json"
-        if path.exists():
-            return json.loads(path.read_text())
-        found = compute()
-        written = path.with_suffix(f".{os.getpid()}")
-        written.write_text(json.dumps(found))
-        written.replace(path)
-        return found
+        return self.kept.get(f"{what} {RUNS_VERSION} {torch.__version__} {setting!r} {setting.steps} {seed}", compute)
 
     def plain(self, setting: Setting, seed: int) -> dict[str, Any]:
         """Train without a guard."""

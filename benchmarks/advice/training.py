@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import math
 import tempfile
 import time
@@ -24,15 +23,15 @@ from benchmarks.advice.families import (
     FAMILIES,
     JUDGED_TASKS,
     TASKS,
-    Batch,
     as_given,
     dead_share,
-    draw,
     evaluate,
     make_module,
-    meta_problem,
 )
-from benchmarks.advice.schedules import EPOCHS
+from benchmarks.common.data import Batch, draw
+from benchmarks.common.lightning import TRAINER
+from benchmarks.common.modules import meta_problem
+from benchmarks.common.schedules import EPOCHS
 from lightning_maml_guard import ConvergenceGuard
 
 OUTLIER_SCALE = 30.0
@@ -41,13 +40,6 @@ JUDGED_BEFORE_END = (0, 10, 20)  # steps before the end at which a run is evalua
 AFTERWORD = 1  # steps that a broken run under the guard goes on after its first advice
 # Lightning's own range begins at 1e-8, where losses of resampled tasks are noise and the steepest place is anywhere.
 FINDER: dict[str, Any] = {"min_lr": 1e-4, "max_lr": 10.0, "num_training": 100}
-_TRAINER: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 @dataclass(frozen=True)
@@ -182,13 +174,6 @@ def _own(setting: Setting, seed: int) -> int:
     return seed + 1000 * FAMILIES[setting.family].ours
 
 
-def quiet() -> None:
-    """Silence Lightning and the guard's own log in this process."""
-    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_maml_guard"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.ERROR)
-
-
 def train(setting: Setting, seed: int, *, guarded: bool = False, ends: bool = True) -> dict[str, Any]:
     """Train a run.
 
@@ -227,7 +212,7 @@ def train(setting: Setting, seed: int, *, guarded: bool = False, ends: bool = Tr
             callbacks=callbacks,
             gradient_clip_val=setting.clip,
             num_sanity_val_steps=0,
-            **_TRAINER,
+            **TRAINER,
         )
         trainer.fit(module, _loader(setting, seed))
     finals = [loss if math.isfinite(loss) else math.inf for loss in losses.finals]
@@ -273,7 +258,7 @@ def find_lr(setting: Setting, seed: int) -> float | None:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         trainer = pl.Trainer(
-            max_steps=setting.steps, default_root_dir=folder, **{**_TRAINER, "enable_checkpointing": True}
+            max_steps=setting.steps, default_root_dir=folder, **{**TRAINER, "enable_checkpointing": True}
         )
         found = Tuner(trainer).lr_find(
             module,

@@ -8,17 +8,17 @@ chosen on ``--set tune`` (seed 0).
 from __future__ import annotations
 
 import argparse
-import ast
 import json
-import multiprocessing
 import random
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.common.options import add_options, options_of
+from benchmarks.common.workers import each_done
 from benchmarks.guard_bench.columns import STEPS, columns
 from benchmarks.guard_bench.guarded import (
     ARMS,
@@ -43,17 +43,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of the columns, at random")
     parser.add_argument("--columns", type=int, help="this number of columns, at random")
     parser.add_argument("--families", nargs="+", help="only these")
-    parser.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="of every guard: margin=0.5, curvature.criterion=simplified",
-    )
+    add_options(parser)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("guard_bench"))
     given = parser.parse_args()
-    options = dict(map(_option, given.option))
+    options = options_of(given)
     chosen = columns(SEEDS[given.set])
     if given.families:
         chosen = [column for column in chosen if column.family in given.families]
@@ -64,14 +58,11 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     runs: list[Run] = []
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(given.workers, mp_context=context) as pool:
-        for done in as_completed([pool.submit(both, column, options) for column in chosen]):
-            column, found, seconds = done.result()
-            runs += found
-            torch.save(runs, given.out / "runs.pt")
-            outcomes = " ".join(f"{run.plain.outcome[0]}{run.guarded[ROLLBACK].trace.outcome[0]}" for run in found)
-            print(f"{len(runs):4d} runs  {seconds:5.0f} s  {outcomes}  {column}", flush=True)
+    for column, found, seconds in each_done([partial(both, column, options) for column in chosen], given.workers):
+        runs += found
+        torch.save(runs, given.out / "runs.pt")
+        outcomes = " ".join(f"{run.plain.outcome[0]}{run.guarded[ROLLBACK].trace.outcome[0]}" for run in found)
+        print(f"{len(runs):4d} runs  {seconds:5.0f} s  {outcomes}  {column}", flush=True)
     runs.sort(key=lambda run: (str(run.column), run.beta))
     result = figures(runs)
     result["set"], result["options"] = given.set, options
@@ -80,14 +71,6 @@ def main() -> None:
     (given.out / "guard_bench.json").write_text(json.dumps(result, indent=1))
     draw(result, given.out / "guard_bench.png")
     print(f"written: {given.out}/guard_bench.json, guard_bench.png, runs.pt")
-
-
-def _option(text: str) -> tuple[str, Any]:
-    name, value = text.split("=", 1)
-    try:
-        return name, ast.literal_eval(value)
-    except ValueError:
-        return name, value
 
 
 def figures(runs: list[Run]) -> dict[str, Any]:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, Optimizer
 
+from benchmarks.common.data import DATA
+from benchmarks.common.schedules import make_optimizer
 from lightning_maml_guard import EpisodeBatch, MetaLearningModule
 from lightning_maml_guard.networks import conv4, mlp
 from lightning_maml_guard.tasks.episodes import TaskFamily, episode_generator
 from lightning_maml_guard.tasks.images import Omniglot
 from lightning_maml_guard.tasks.regression import LinearRegression, Sinusoid
 
-DATA = os.environ.get("LMG_DATA", str(Path(__file__).parents[3] / "shared" / "data"))
 STEPS = 100
 # Runs go on this much longer before they count as healthy: a warning ahead of a later divergence is not a false alarm.
 AFTERMATH = 20
@@ -126,13 +124,6 @@ class Column:
             order=self.order,
             optimizer=lambda params: make_optimizer(self.optimizer, params, beta),
         )
-
-
-def make_optimizer(name: str, params, lr: float) -> Optimizer:
-    """Build a meta-optimizer."""
-    if name == "adam":
-        return Adam(params, lr=lr)
-    return SGD(params, lr=lr, momentum=0.9 if name == "momentum" else 0.0)
 
 
 def columns(seeds: range) -> list[Column]:

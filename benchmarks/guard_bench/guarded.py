@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 import warnings
@@ -13,9 +12,11 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.common.lightning import TRAINER, quiet
+from benchmarks.common.options import guard_arguments
 from benchmarks.guard_bench.columns import AFTERMATH, STEPS, Column
 from benchmarks.guard_bench.remedies import Trace
-from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, LookaheadOptions
+from lightning_maml_guard import ConvergenceGuard
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
 
 # Runs of 120 steps stand for longer ones, so the guard that warns checks every 5 steps and those that act every 10. At
@@ -95,21 +96,9 @@ def run_column(column: Column, arms: tuple[str, ...], **options) -> dict[str, li
     Returns:
         Runs by arm, one per outer learning rate.
     """
-    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_maml_guard"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.ERROR)
+    quiet()
     batches = _Batches(column, STEPS + AFTERMATH)
     return {arm: [_run(column, beta, batches, {**ARMS[arm], **options}) for beta in column.betas] for arm in arms}
-
-
-def guard_arguments(options: dict[str, Any]) -> dict[str, Any]:
-    """Gather options such as ``curvature.criterion`` in the dataclasses that the guard takes."""
-    found = {name: value for name, value in options.items() if "." not in name}
-    for group, made in (("curvature", CurvatureOptions), ("lookahead", LookaheadOptions)):
-        inner = {name.partition(".")[2]: value for name, value in options.items() if name.startswith(f"{group}.")}
-        if inner:
-            found[group] = made(**inner)
-    return found
 
 
 def _run(column: Column, beta: float, batches: _Batches, options: dict) -> Guarded:
@@ -121,13 +110,9 @@ def _run(column: Column, beta: float, batches: _Batches, options: dict) -> Guard
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = pl.Trainer(
-            accelerator="cpu",
             max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             callbacks=[guard, recorder],
+            **TRAINER,
         )
         trainer.fit(module, DataLoader(batches, batch_size=None))
     said = [str(each.message) for each in caught if "ConvergenceGuard" in str(each.message)]

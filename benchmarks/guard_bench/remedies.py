@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from benchmarks.common.detectors import LEFT
 from benchmarks.guard_bench.columns import AFTERMATH, STEPS, Column
 from lightning_maml_guard.phase.divergence import NEVER, divergence_steps
 from lightning_maml_guard.phase.gradients import copies, grid_gradient, grid_loss
@@ -16,7 +17,6 @@ UNGUARDED, CLIP_1, CLIP_10, HALVE = "unguarded", "clip 1", "clip 10", "halve on 
 REMEDIES = (UNGUARDED, CLIP_1, CLIP_10, HALVE)
 META_OPTIMIZERS: dict[str, MetaOptimizer] = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adam": Adam()}
 SPIKE = 2.0
-LEFT = 5.0
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,13 @@ from statistics import median
 import numpy as np
 from scipy.stats import mannwhitneyu
 
+from benchmarks.common.detectors import early_stopping, finite, spike_detection, spike_ratios, up_to
 from benchmarks.guard_bench.columns import STEPS, Column
 from benchmarks.guard_bench.guarded import WARN, WARN_DEFAULT, Guarded
-from benchmarks.guard_bench.remedies import LEFT, UNGUARDED, Trace
+from benchmarks.guard_bench.remedies import UNGUARDED, Trace
 
 LEADS = (1, 3, 5, 10)
 FALSE_ALARMS = 0.02
-# Stands for infinity; its negative for no check at all. Scores are only ranked.
-HUGE = 1e9
 
 
 @dataclass(frozen=True)
@@ -54,46 +53,17 @@ class Run:
         return self.guarded[arm].trace if arm in self.guarded else self.remedies[arm]
 
 
-def _finite(value: float) -> float:
-    return HUGE if math.isnan(value) else max(min(value, HUGE), -HUGE)
-
-
-def _up_to(series: list[tuple[int, float]], last: int) -> float:
-    return max((_finite(value) for step, value in series if step <= last), default=-HUGE)
-
-
-def _ratios(values: tuple[float, ...]) -> list[tuple[int, float]]:
-    """Each value divided by the running mean of the values before it."""
-    running, found = math.nan, []
-    for step, value in enumerate(values):
-        found.append((step, value / running if not math.isnan(running) else 1.0))
-        if math.isfinite(value):
-            running = value if math.isnan(running) else 0.9 * running + 0.1 * value
-    return found
-
-
-def _early_stopping(run: Run) -> list[tuple[int, float]]:
-    # EarlyStopping(check_finite=True, divergence_threshold=5x the start): yes or no.
-    bar = LEFT * run.plain.start
-    return [(s, 0.0 if math.isfinite(v) and v <= bar else 1.0) for s, v in enumerate(run.plain.losses)]
-
-
-def _spike_detection(run: Run) -> list[tuple[int, float]]:
-    # SpikeDetection(rtol=2, atol=None): not finite, or above the running mean by twice that mean.
-    return [(s, 1.0 if not math.isfinite(v) or v >= 1 + 2.0 else 0.0) for s, v in _ratios(run.plain.losses)]
-
-
 DETECTORS = {
     "guard, every 5 steps": lambda run: run.guarded[WARN].severities,
     "guard, defaults": lambda run: run.guarded[WARN_DEFAULT].severities,
     "beta/beta_c or alpha/alpha_c": lambda run: [
-        (s, max(_finite(b) if not math.isnan(b) else 0.0, _finite(a) if not math.isnan(a) else 0.0))
+        (s, max(finite(b) if not math.isnan(b) else 0.0, finite(a) if not math.isnan(a) else 0.0))
         for s, b, a in run.guarded[WARN].ratios
     ],
-    "loss-spike ratio": lambda run: _ratios(run.plain.losses),
-    "gradient-norm spike": lambda run: _ratios(run.plain.norms),
-    "EarlyStopping rule": _early_stopping,
-    "SpikeDetection rule": _spike_detection,
+    "loss-spike ratio": lambda run: spike_ratios(run.plain.losses),
+    "gradient-norm spike": lambda run: spike_ratios(run.plain.norms),
+    "EarlyStopping rule": lambda run: early_stopping(run.plain.losses, run.plain.start),
+    "SpikeDetection rule": lambda run: spike_detection(run.plain.losses),
     "beta * lambda_max / 2 at the start": lambda run: [(0, run.beta / run.guarded[WARN].init_rate)],
 }
 
@@ -111,11 +81,11 @@ def detection(runs: list[Run]) -> dict[str, dict[int, tuple[float, float, int]]]
     table: dict[str, dict[int, tuple[float, float, int]]] = {}
     for name, detector in DETECTORS.items():
         # A healthy run is scored over the reported steps; the later ones only show that it stays healthy.
-        negatives = [_up_to(detector(run), STEPS - 1) for run in healthy]
+        negatives = [up_to(detector(run), STEPS - 1) for run in healthy]
         table[name] = {}
         for lead in LEADS:
             diverging = [r for r in runs if r.plain.outcome == "diverged" and (r.plain.departure or 0) >= lead]
-            positives = [_up_to(detector(run), run.plain.departure - lead) for run in diverging]
+            positives = [up_to(detector(run), run.plain.departure - lead) for run in diverging]
             if not positives or not negatives:
                 continue
             auroc = float(mannwhitneyu(positives, negatives).statistic) / (len(positives) * len(negatives))
@@ -160,7 +130,7 @@ def rescue(runs: list[Run], arm: str) -> dict[str, object]:
             best[run.column] = min(best.get(run.column, math.inf), run.plain.final)
     diverging = [run for run in runs if run.plain.outcome == "diverged"]
     finals = {run.name: run.trace(arm).final for run in diverging}
-    ratios = [_finite(run.trace(arm).final / best[run.column]) for run in diverging if run.column in best]
+    ratios = [finite(run.trace(arm).final / best[run.column]) for run in diverging if run.column in best]
     return {
         "diverging": len(diverging),
         "finite": float(np.mean([math.isfinite(value) for value in finals.values()])),
@@ -189,7 +159,7 @@ def harm(runs: list[Run], arm: str) -> dict[str, object]:
     healthy = [run for run in runs if run.plain.outcome == "healthy"]
     # A remedy of the vmapped engine is compared with the vmapped engine's own unguarded run.
     plain = {id(run): run.plain if arm in run.guarded else run.remedies[UNGUARDED] for run in healthy}
-    ratios = [_finite(run.trace(arm).final / plain[id(run)].final) for run in healthy]
+    ratios = [finite(run.trace(arm).final / plain[id(run)].final) for run in healthy]
     return {
         "healthy": len(healthy),
         "median": median(ratios),

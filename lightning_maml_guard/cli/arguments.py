@@ -1,4 +1,7 @@
-"""Commands, task words and ``--guard [action]``: the words of the command line, as options of LightningCLI."""
+"""Commands, task words and ``--guard [action]``: the words of the command line, as options of LightningCLI.
+
+Nothing here imports torch or Lightning, so that help and an error about a word come at once.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,32 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lightning_maml_guard.guard.convergence_guard import ACTIONS
 from lightning_maml_guard.utils.checks import check_count, check_number, checked
 
-COMMANDS = ("fit", "validate", "test", "suggest", "phase-diagram")
+# What each command does, as its help says it; the task word alone trains and then tests.
+TRAIN_THEN_TEST = ""
+DESCRIPTIONS = {
+    TRAIN_THEN_TEST: (
+        "Train MAML on a task and test it; with --guard, watch the learning rates and draw the safe region."
+    ),
+    "fit": "Train MAML on a task; with --guard, watch the learning rates and draw the safe region.",
+    "validate": (
+        "Evaluate a checkpoint (--ckpt_path; without one the network as initialised) on the validation episodes."
+    ),
+    "test": "Evaluate a checkpoint (--ckpt_path; without one the network as initialised) on the test episodes.",
+    "suggest": (
+        "Measure before training, and suggest learning rates at --margin M (default 0.5) times their critical values, "
+        "over --batches N (default 4) training batches; --guard.NAME options say how to measure."
+    ),
+    "phase-diagram": (
+        "Train a grid of inner and outer learning rates, one of the experiments of Takagi et al., and draw it."
+    ),
+}
+COMMANDS = tuple(filter(None, DESCRIPTIONS))
+# Commands that evaluate a checkpoint and train nothing.
+EVALUATION = ("validate", "test")
+# The guard's actions, in the order of guard.actions.
+ACTIONS = ("log", "warn", "rescale", "stop")
 # Data sets from simple to hard, which are the panels of phase-diagram too.
 DATASETS = ("linear", "sinusoid", "omniglot", "miniimagenet")
 DEFAULT_TASK = "sinusoid"

@@ -1,4 +1,4 @@
-"""What each command does, and what it prints: the docstrings of the commands are their help."""
+"""What each command does, and what it prints."""
 
 from __future__ import annotations
 
@@ -11,25 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_maml_guard.cli.arguments import EVALUATION, TRAIN_THEN_TEST
 from lightning_maml_guard.cli.parser import GuardCLI
 from lightning_maml_guard.guard.convergence_guard import ConvergenceGuard
-from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.messages.advice_sentences import advised
 from lightning_maml_guard.messages.notices import not_written
-from lightning_maml_guard.messages.spelling import block
+from lightning_maml_guard.messages.terminal import inform, warn
 from lightning_maml_guard.stability.estimators import estimates_per_task
 from lightning_maml_guard.tasks.datamodule import TaskDataModule
 from lightning_maml_guard.tuner.suggest_rates import suggest_rates
 from lightning_maml_guard.tuner.suggestion import RateSuggestion
 from lightning_maml_guard.utils.io import write_atomically
-from lightning_maml_guard.utils.lightning_compat import inform
-from lightning_maml_guard.utils.warnings import GuardWarning
 
-TRAIN_THEN_TEST = ""
-# Commands that evaluate a checkpoint and train nothing.
-EVALUATION = ("validate", "test")
 # What suggest takes from the configuration's Trainer.
 _TRAINER_OPTIONS = ("accelerator", "precision", "gradient_clip_val", "gradient_clip_algorithm")
 # Lightning's own code causes it in every run (2.6.6 under torch 2.13).
@@ -57,20 +51,17 @@ def known_warnings_ignored(command: str, cli: GuardCLI) -> Iterator[None]:
 
 
 def _train_then_test(cli: GuardCLI) -> None:
-    """Train MAML on a task and test it; with --guard, watch the learning rates and draw the safe region."""
     _train(cli)
     cli.trainer.test(cli.model, datamodule=cli.datamodule)
     _conclude(cli)
 
 
 def _fit(cli: GuardCLI) -> None:
-    """Train MAML on a task; with --guard, watch the learning rates and draw the safe region."""
     _train(cli)
     _conclude(cli)
 
 
 def _validate(cli: GuardCLI) -> None:
-    """Evaluate a checkpoint (--ckpt_path; without one the network as initialised) on the validation episodes."""
     if getattr(cli.datamodule, "val_episodes", None) == 0:
         cli.parser.error(
             "--data.val_episodes: validate judges on the validation episodes, of which there are 0. Pass a number of "
@@ -81,15 +72,11 @@ def _validate(cli: GuardCLI) -> None:
 
 
 def _test(cli: GuardCLI) -> None:
-    """Evaluate a checkpoint (--ckpt_path; without one the network as initialised) on the test episodes."""
     _warn_untrained(cli, "test")
     cli.trainer.test(cli.model, datamodule=cli.datamodule, **_checkpoint(cli))
 
 
 def _suggest(cli: GuardCLI, name: str, batches: int, margin: float) -> None:
-    """Measure before training, and suggest learning rates at --margin M (default 0.5) times their critical values,
-    over --batches N (default 4) training batches; --guard.NAME options say how to measure.
-    """
     found = cli.suggestion = suggest_rates(
         cli.model,
         cli.datamodule,
@@ -133,10 +120,9 @@ def _warn_untrained(cli: GuardCLI, command: str) -> None:
     kept = sorted(folder.glob(f"{pattern}*.ckpt"), key=lambda path: path.stat().st_mtime)
     unknown = f"{folder}/{pattern.replace('*', 'version_N')}NAME.ckpt"
     path = f"{kept[-1]} (the newest in {folder})" if kept else unknown
-    rank_zero_warn(
+    warn(
         f"{command} judges the initial parameters, as no --ckpt_path was passed. Pass --ckpt_path {path} to judge "
-        "the trained ones.",
-        category=GuardWarning,
+        "the trained ones."
     )
 
 
@@ -166,8 +152,8 @@ def _conclude(cli: GuardCLI) -> None:
     folder, guard = cli.trainer.log_dir, cli.guard
     if guard is None or folder is None or not cli.trainer.is_global_zero:
         return
-    if guard.history:
-        inform(_last_check(guard.history))
+    if guard.history and not guard.acting.speaks:  # else it has summed the run up by itself
+        inform(guard.summary())
     if any(report.lambda_max > 0 for report in guard.history):
         _save_safe_region(guard, Path(folder) / "safe_region.png")
 
@@ -181,7 +167,7 @@ def _save_safe_region(drawable: ConvergenceGuard | RateSuggestion, path: Path) -
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda stream: figure.savefig(stream, dpi=150, format="png"), mode=0o644)
     except OSError as error:
-        rank_zero_warn(block(not_written("the picture of the safe region", path, error)), category=GuardWarning)
+        warn(not_written("the picture of the safe region", path, error))
         return
     inform(f"ConvergenceGuard: the safe region is drawn in {path}")
 
@@ -201,16 +187,3 @@ def _what_to_do(guard: ConvergenceGuard | None) -> str:
     if guard.action == "log":
         return "--guard log warns of nothing: --guard tells the rate to lower, and --guard rescale lowers it."
     return "No check of the guard saw it coming: --guard.every_n_steps 5 looks more often."
-
-
-def _last_check(history: list[CheckReport]) -> str:
-    last = history[-1]
-    rates = [_rate_of(last, "alpha", last.alpha_ratio), _rate_of(last, "beta", last.beta_ratio)]
-    count = f"{len(history)} checks, the last" if len(history) > 1 else "1 check,"
-    return f"ConvergenceGuard: {count} at step {last.step}: {last.status}, {', '.join(rates)}."
-
-
-def _rate_of(report: CheckReport, name: str, ratio: float) -> str:
-    text = f"{name} not judged" if math.isnan(ratio) else f"{name} at {ratio:.2g} of {name}_c"
-    applied = report.applied_instead(name)
-    return f"{text} ({applied})" if applied else text

@@ -1,18 +1,23 @@
-"""The command line: builds LightningCLI from the words and runs the command."""
+"""The command line: builds LightningCLI from the words and runs the command.
+
+Imports of torch and Lightning stand in the functions that need them: help and an error about a word come without.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from lightning_maml_guard.cli.arguments import (
     ACTIONS,
     COMMANDS,
+    DESCRIPTIONS,
+    EVALUATION,
     SUGGEST_OPTIONS,
+    TRAIN_THEN_TEST,
     exit_with_error,
     parse_suggest_options,
     program,
@@ -20,12 +25,11 @@ from lightning_maml_guard.cli.arguments import (
     synopsis,
     translate,
 )
-from lightning_maml_guard.cli.commands import EVALUATION, RUNS, TRAIN_THEN_TEST, known_warnings_ignored
-from lightning_maml_guard.cli.parser import GuardCLI, Parser
-from lightning_maml_guard.cli.phase_diagram import main as phase_diagram_command
-from lightning_maml_guard.utils.lightning_compat import PACKAGE, LightningDataModule, LightningModule
 
-__all__ = ["GuardCLI", "console", "main"]
+if TYPE_CHECKING:
+    from lightning_maml_guard.cli.parser import GuardCLI
+
+__all__ = ["console", "main"]
 
 
 def usage() -> str:
@@ -44,8 +48,8 @@ A command before the task word does one thing:
 
 {_summaries()}
 
---print_config prints the configuration as YAML, which --config OWN.yaml reads back, under every command but
-phase-diagram.
+{prog} fit --help lists every option. Under every command but phase-diagram, --print_config prints the
+configuration as YAML, which --config OWN.yaml reads back.
 linear trains on one fixed task, as Takagi et al. assume: its test loss, on other tasks, rises as it learns that one.
 omniglot is a first look of 300 steps; omniglot_5way, omniglot_20way, miniimagenet (1 shot) and miniimagenet_5shot
 follow the published settings (Finn et al. 2017: 60,000 steps, for a GPU). Image data is read from $LMG_DATA.
@@ -62,9 +66,12 @@ def main(words: Sequence[str] | None = None) -> Any:
     given = sys.argv[1:] if words is None else list(words)
     command = given.pop(0) if given and given[0] in COMMANDS else TRAIN_THEN_TEST
     if command == "phase-diagram":
+        from lightning_maml_guard.cli.phase_diagram import main as phase_diagram_command
+
         return phase_diagram_command(given, f"{program()} phase-diagram")
     if command == TRAIN_THEN_TEST and given in (["-h"], ["--help"]):
-        print(usage())
+        print(usage(), end="")
+        raise SystemExit(0)
     options: dict[str, Any] = {}
     if command == "suggest":
         options, given = parse_suggest_options(given)
@@ -74,6 +81,8 @@ def main(words: Sequence[str] | None = None) -> Any:
     cli = _built(command, given)
     if command == "suggest" and cli.config["ckpt_path"] is not None:
         exit_with_error("error: suggest measures the network as initialised, so it takes no --ckpt_path. Leave it out.")
+    from lightning_maml_guard.cli.commands import RUNS, known_warnings_ignored
+
     with known_warnings_ignored(command, cli):
         RUNS[command](cli, **options)
     return cli
@@ -85,6 +94,10 @@ def console() -> None:
 
 
 def _built(command: str, given: Sequence[str]) -> GuardCLI:
+    words = translate(given)
+    from lightning_maml_guard.cli.parser import GuardCLI, Parser
+    from lightning_maml_guard.utils.lightning_compat import LightningDataModule, LightningModule
+
     return GuardCLI(
         LightningModule,
         LightningDataModule,
@@ -96,11 +109,11 @@ def _built(command: str, given: Sequence[str]) -> GuardCLI:
         parser_class=Parser,
         parser_kwargs={
             "usage": _usage_of(command),
-            "description": _description(RUNS[command]),
+            "description": DESCRIPTIONS[command],
             "trains": command not in EVALUATION,
             "also": SUGGEST_OPTIONS if command == "suggest" else (),
         },
-        args=translate(given),
+        args=words,
         run=False,
         auto_configure_optimizers=False,
     )
@@ -112,22 +125,16 @@ def _usage_of(command: str) -> str:
     return " ".join(f"{program()} {command} [task] {guard}{own}[options below]".split())
 
 
-def _description(run: Callable[..., None]) -> str:
-    return " ".join((inspect.getdoc(run) or "").split())
-
-
 def _summaries() -> str:
-    texts = {command: _description(run) for command, run in RUNS.items() if command}
-    texts["phase-diagram"] = (
-        "Train a grid of inner and outer learning rates, one of the experiments of Takagi et al., and draw it."
-    )
     return "\n".join(
-        textwrap.fill(text, 112, initial_indent=f"  {command:15s}", subsequent_indent=" " * 17)
-        for command, text in texts.items()
+        textwrap.fill(DESCRIPTIONS[command], 112, initial_indent=f"  {command:15s}", subsequent_indent=" " * 17)
+        for command in COMMANDS
     )
 
 
 def _loggers(name: str) -> list[dict[str, Any]]:
+    from lightning_maml_guard.utils.lightning_compat import PACKAGE
+
     folders = {"CSVLogger": "runs", "TensorBoardLogger": "runs/tensorboard"}
     return [
         {"class_path": f"{PACKAGE}.loggers.{logger}", "init_args": {"save_dir": folder, "name": name}}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from argparse import SUPPRESS
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from lightning_maml_guard.cli.arguments import ACTIONS
@@ -41,8 +43,25 @@ class Parser(LightningArgumentParser):
         super().error(wrong_option(ex, self._actions) or with_nearest(message, known), ex)
 
 
+_IN_WIDE_TERMINALS = ("CustomBarColumn", "ProcessingSpeedColumn")
+
+
 class StepBar(RichProgressBar):
-    """Lightning's default bar, which without a number of epochs would count them as ``Epoch 0/-2``."""
+    """Lightning's default bar on one line of 80 columns, without ``Epoch 0/-2`` where no number of epochs is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theme = replace(self.theme, metrics_format=".3g")
+
+    def configure_columns(self, trainer: Trainer) -> list[Any]:
+        """Leave out of a narrow terminal what the numbers need the room of."""
+        columns: list[Any] = super().configure_columns(trainer)
+        left_out = _IN_WIDE_TERMINALS if shutil.get_terminal_size((100, 24)).columns < 100 else ()
+        return [each for each in columns if type(each).__name__ not in left_out]
+
+    def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
+        """Leave out the run's number, which the folder's name holds."""
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
     def _get_train_description(self, current_epoch: int) -> str:
         described = super()._get_train_description(current_epoch)

@@ -11,32 +11,29 @@ from typing import Any
 
 from lightning_maml_guard.guard.look import Look, fresh
 from lightning_maml_guard.guard.run import GuardedRun
+from lightning_maml_guard.guard.schedule import LOOKAHEAD_GRADIENT
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.lookahead import Lookahead, lookahead_of
-from lightning_maml_guard.lookahead.rate_search import TRIAL_STEPS, Found, RateSearch
+from lightning_maml_guard.lookahead.rate_search import PROBE_GRADIENTS, TRIAL_STEPS, Found, RateSearch
 from lightning_maml_guard.lookahead.rates_to_set import (
     CLEAR,
     CLEARLY,
-    inner_rate,
+    Rates,
+    RatesToSet,
     is_innocent,
-    meta_rate,
     ratios,
     share_of_start,
 )
 from lightning_maml_guard.messages.advice import Advice, Cause, settable
 from lightning_maml_guard.messages.reasons import Kind, Reason
-from lightning_maml_guard.optim.snapshot import Snapshot
-from lightning_maml_guard.stability.problems import Problem, dead_units
+from lightning_maml_guard.stability.measure import measure
+from lightning_maml_guard.stability.problems import PlainProblem, Problem
 from lightning_maml_guard.stability.report import StabilityReport
 
-# A run's parameters count as sane while its loss is below this many times the one that training started from.
-_SANE = 1.5
 # A batch is odd if its loss at sane parameters is this many times the others' median; of so many others at least.
 _ODD, _OTHERS = 5.0, 3
 # Lower rates must end lower by this share of the loss where a rate is so many times its limit.
 _CLEARLY_BEYOND, _BEYOND = 0.05, 2.0
-# Share of its units that a network has lost when they are named as the cause.
-_DEAD = 0.5
 # A search may cost as much as some hundred steps, so that one run makes no more than so many.
 _MOST_SEARCHES = 4
 
@@ -47,21 +44,22 @@ class Adviser:
     def __init__(self, run: GuardedRun, trainer: Any, module: Any, look: Look, step: int) -> None:
         self._run, self._trainer, self._module, self._look, self._step = run, trainer, module, look, step
         self._ratio = run.settings.lookahead.divergence_ratio
-        self._counted: list[Lookahead] = []  # of searches, whose cost is that of the check
+        self._counted: list[Lookahead] = []  # whose cost is the check's
+        self._measured = 0.0  # cost of measurements
         self._further: dict[bool, RateSearch] = {}  # from where the run is, by whether alpha is a suspect
         self._at_peak: Found | None = None  # what was found at the rate that the schedule goes to, if it is too high
         self._stalled: Found | None = None  # and where a run does not learn
 
     @property
-    def gradients(self) -> int:
-        """Gradients that searches computed."""
-        return sum(each.gradients for each in self._counted)
+    def cost(self) -> float:
+        """What advising cost, in training steps."""
+        return self._measured + LOOKAHEAD_GRADIENT * sum(each.gradients for each in self._counted)
 
     @property
     def news(self) -> Kind | None:
         """What a look found that calls for advice although the run survives the next steps; once each."""
         look, told = self._look, self._run.state.advised
-        if not self._is_sane:
+        if not self._look.is_sane:
             return None
         if self._at_peak is not None:
             return Kind.SCHEDULE_AHEAD
@@ -71,13 +69,19 @@ class Adviser:
 
     def look_at_peak(self) -> None:
         """Try the rate that the schedule goes to, until it was found too high."""
-        if self._look.rises and self._is_sane and Kind.SCHEDULE_AHEAD.value not in self._run.state.advised:
+        told, first = self._run.state.advised, not self._run.state.history
+        if (
+            self._look.rises
+            and self._look.is_sane
+            and Kind.SCHEDULE_AHEAD.value not in told
+            and (first or self._is_paid)
+        ):
             self._at_peak = self._better(self._look.harmful)
 
     def look_at_progress(self) -> None:
         """Where the loss does not fall, see whether it would at lower rates."""
-        state = self._run.state
-        if state.statistics.stalled and self._is_sane and state.advice is None and self._look.lookahead is not None:
+        state, sane = self._run.state, self._look.is_sane and self._look.lookahead is not None
+        if state.statistics.stalled and sane and state.advice is None and self._is_paid:
             self._stalled = self._better(self._look.harmful)
             state.statistics.stalled = False
 
@@ -91,6 +95,11 @@ class Adviser:
             return None
         beyond = any(ratio > _BEYOND for ratio in known)
         return self._better(self._suspects_alpha(report), _CLEARLY_BEYOND if beyond else CLEARLY)
+
+    @property
+    def _is_paid(self) -> bool:
+        """Whether the run pays for one more longer look."""
+        return self._run.schedule.affords(LOOKAHEAD_GRADIENT * PROBE_GRADIENTS, self._step)
 
     def _better(self, alpha_suspect: bool, share: float = CLEARLY) -> Found | None:
         """Try the rates for more steps than a lookahead; what was found, if lower ones do clearly better."""
@@ -118,8 +127,7 @@ class Adviser:
             found = replace(report.advice or Advice(cause=Cause.UNKNOWN), step=self._step, evidence=findings)
         elif self._stands(report, news):
             assert state.advice is not None
-            evidence = findings if self._is_sane else findings[-1:]
-            found = replace(state.advice, step=self._step, evidence=evidence)
+            found = replace(state.advice, step=self._step, evidence=findings if self._look.is_sane else findings[-1:])
         else:
             state.searches += 1
             found = self._found(report, findings, further, None if transition.entered else news)
@@ -166,17 +174,26 @@ class Adviser:
             return self._of_rates(found, report, findings)
 
     def _suspects_alpha(self, report: StabilityReport) -> bool:
-        return self._look.harmful or math.isnan(report.alpha_c)
+        return self._look.harmful or not report.alpha_ratio <= 1
+
+    def _measured_at(self, factor: float) -> StabilityReport:
+        """Measure the limits at a factor on the inner rates."""
+        problem, run = self._look.problem, self._run
+        assert not isinstance(problem, PlainProblem)
+        given: dict[str, Any] = {"optimizer": self._look.optimizers, "curvature": run.settings.curvature}
+        report = measure(problem.at_factor(factor), **given, cache=run.cache)
+        self._measured += report.cost
+        return report
 
     def _search(self, problems: Sequence[Problem], alpha_suspect: bool) -> RateSearch:
         lookahead = self._lookahead(fresh(self._run, problems))
-        self._counted.append(lookahead)
         peak = self._peak / lookahead.beta if lookahead.beta > 0 else 1.0
         return RateSearch(lookahead, self._look.scale, self._ratio, alpha_suspect=alpha_suspect, peak=peak)
 
     def _lookahead(self, problems: Sequence[Problem]) -> Lookahead:
-        run = self._run
-        return lookahead_of(problems, self._look.optimizers, 1, self._trainer, run.cache, run.state.clipped_to)
+        run, optimizers = self._run, self._look.optimizers
+        self._counted.append(lookahead_of(problems, optimizers, 1, self._trainer, run.cache, run.state.clipped_to))
+        return self._counted[-1]
 
     @property
     def _rises(self) -> bool:
@@ -192,37 +209,24 @@ class Adviser:
 
     def _configured(self, rate: float) -> float:
         """The number to configure for a meta rate."""
-        ahead = self._run.ahead
-        return rate if ahead is None else ahead.lr_for_peak(rate)
-
-    @property
-    def _is_sane(self) -> bool:
-        """Whether the run is still where it learned."""
-        lookahead, scale = self._look.lookahead, self._look.scale
-        return lookahead is None or lookahead.begin <= scale.times(_SANE, scale.start)
+        return rate if self._run.ahead is None else self._run.ahead.lr_for_peak(rate)
 
     @contextmanager
     def _sane(self) -> Iterator[int]:
         """Go to the last sane state of the run, whose step is given, and come back."""
         run, step, snapshot = self._run, self._step, self._run.snapshot
-        if self._is_sane or snapshot is None or snapshot.step >= step:
+        if self._look.is_sane or snapshot is None or snapshot.step >= step:
             yield step
             return
-        now = Snapshot(self._module, self._trainer.optimizers, step, run.settings.snapshot_device)
-        try:
-            snapshot.restore(self._module, self._trainer.optimizers)
+        with snapshot.visited(self._module, self._trainer.optimizers, run.settings.snapshot_device):
             yield snapshot.step
-        finally:
-            now.restore(self._module, self._trainer.optimizers)
 
     def _without_odd(self) -> tuple[list[Problem], int | None]:
         """Leave out a batch that is unlike the others; its index."""
         problems = self._look.problems
         if len(problems) <= _OTHERS or self._run.repeats:
             return problems, None
-        lookahead = self._lookahead(problems)
-        self._counted.append(lookahead)
-        losses = [loss if math.isfinite(loss) else math.inf for loss in lookahead.untrained()]
+        losses = [loss if math.isfinite(loss) else math.inf for loss in self._lookahead(problems).untrained()]
         worst = max(range(len(losses)), key=losses.__getitem__)
         others = [loss for index, loss in enumerate(losses) if index != worst]
         if not losses[worst] > self._look.scale.times(_ODD, median(others)):
@@ -231,12 +235,11 @@ class Adviser:
 
     def _of_batch(self, problems: Sequence[Problem], odd: int, report: StabilityReport) -> Advice:
         """Advise to clip what an odd batch does: at twice the gradients of the others."""
-        norms = self._lookahead(problems).gradient_norms()
         odd_loss, *others = self._lookahead([self._look.problems[odd], *problems]).untrained()
-        losses = (odd_loss, median(others), self._look.scale.start)
+        losses = odd_loss, median(others), self._look.scale.start
         return Advice(
             cause=Cause.BATCH,
-            gradient_clip_val=settable(2 * median(norms)),
+            gradient_clip_val=settable(2 * median(self._lookahead(problems).gradient_norms())),
             step=self._step,
             evidence=(Reason(Kind.ODD_BATCH, losses=losses, step=self._step - odd),),
             configured_alpha=report.alpha,
@@ -251,17 +254,19 @@ class Adviser:
     def _of_rates(self, found: Found, report: StabilityReport, findings: tuple[Reason, ...]) -> Advice:
         to_blame = found.best.trains and not is_innocent(found, report, self._look.scale)
         alpha, beta = report.alpha, self._peak
-        lower_alpha, lower_beta = (to_blame and factor < 1 for factor in found.best.at)
-        died = self._died() if lower_beta and not lower_alpha else None
+        rates, best, look = Rates(), found.best.at, self._look
+        if to_blame:
+            search = self._search(look.problems, alpha_suspect=True)
+            to_set = RatesToSet(search, look.optimizers, look.problem, beta, self._run.repeats, self._measured_at)
+            rates = to_set.of(found, report, self._smallest_alpha_c(report))
+        lower_alpha, lower_beta = (rate is not None for rate in rates)
+        died = self._look.died if lower_beta and not lower_alpha else ()
         causes = {
             (True, True): Cause.BOTH,
             (True, False): Cause.ALPHA,
             (False, True): Cause.DEAD_UNITS if died else Cause.SCHEDULE if self._rises else Cause.BETA,
             (False, False): Cause.UNKNOWN,
         }
-        best, look = found.best.at, self._look
-        inner = inner_rate(best.alpha, report, self._smallest_alpha_c(report), look.problem)
-        lowered = meta_rate(found, report, beta, look.optimizers, look.problem, repeats=self._run.repeats)
         tried = Reason(
             Kind.RATES_TRIED,
             losses=(found.present.end, found.best.end, self._look.scale.start),
@@ -271,10 +276,10 @@ class Adviser:
         )
         return Advice(
             cause=causes[lower_alpha, lower_beta],
-            alpha=settable(inner) if lower_alpha else None,
-            beta=settable(self._configured(lowered)) if lower_beta else None,
+            alpha=None if rates.alpha is None else settable(rates.alpha),
+            beta=None if rates.beta is None else settable(self._configured(rates.beta)),
             step=self._step,
-            evidence=(*findings, *self.crossing(report), *([died] if died else []), tried),
+            evidence=(*findings, *self.crossing(report), *died, tried),
             configured_alpha=alpha,
             configured_beta=beta,
             setting="lr" if self._run.ahead is None else self._run.ahead.setting,
@@ -289,12 +294,3 @@ class Adviser:
         peak, step = ahead.peak()
         crossing = ahead.first_above(report.beta_c, self._step)
         return (Reason(Kind.SCHEDULE_AHEAD, beta=peak, steps=step, limit=report.beta_c, step=crossing),)
-
-    def _died(self) -> Reason | None:
-        """The units that are dead where the run is now, if most are and the loss has not left."""
-        if not self._is_sane or not math.isfinite(self._look.severity):
-            return None
-        counted = dead_units(self._look.problem)
-        if counted.units == 0 or counted.dead < _DEAD * counted.units:
-            return None
-        return Reason(Kind.UNITS_DIED, counts=(counted.dead, counted.units))

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_maml_guard.guard.actions import Situation
 from lightning_maml_guard.guard.advising import Adviser
-from lightning_maml_guard.guard.loggers import inform, log_values, metrics, warn
+from lightning_maml_guard.guard.loggers import log_values, metrics
 from lightning_maml_guard.guard.look import Look, look_at
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.rescale import reaches_alpha
@@ -22,8 +22,9 @@ from lightning_maml_guard.lookahead.learning import chance_loss
 from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult, lookahead_reason
 from lightning_maml_guard.messages.advice import Advice, Cause
 from lightning_maml_guard.messages.advice_sentences import NO_WAY_BACK, advice_given
-from lightning_maml_guard.messages.reasons import Kind, Reason, failure_reason
+from lightning_maml_guard.messages.reasons import Kind, Reason, of_check
 from lightning_maml_guard.messages.sentences import announced, returned
+from lightning_maml_guard.messages.terminal import inform
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.snapshot import finite
 from lightning_maml_guard.stability.measure import measure
@@ -60,7 +61,7 @@ class Check:
             # without acting on it is changed again by the next.
             if not self._acted:
                 run.machine.watches = watches
-            run.announce(failure_reason(error, step))
+            run.announce(of_check(error, step))
             if self._rolled_back is not None:
                 optimizers, present = self._rolled_back
                 self.rollback.halve(present.begin, scheduled_rate(optimizers), step, held=run.holds(self.trainer))
@@ -99,7 +100,7 @@ class Check:
                 with undisturbed(trainer, module):
                     caps = self._eased(look, step) if well else run.caps.caps
                 run.caps.apply(module, caps)
-                self._charge(look, 0.0, adviser.gradients)
+                self._charge(look, adviser.cost)
                 log_values(trainer, module, look.metrics, step)
                 if well:
                     self.rollback.keep(step)
@@ -168,7 +169,7 @@ class Check:
                 self.rollback.keep(step)
         self.rollback.warn_of_collapse(look.problem, report, transition.state, step)
         # 5. Keep and log what was found.
-        self._charge(look, report.cost, adviser.gradients)
+        self._charge(look, report.cost + adviser.cost)
         run.schedule.state.unjudged = not run.state.history and report.beta_status == UNRESOLVED
         alpha, beta = run.caps.caps.applied(report.alpha, report.beta)
         if trainer.fast_dev_run:
@@ -185,7 +186,7 @@ class Check:
             advice=advice,
         )
         run.state.history = [*run.state.history, found][-settings.history_size :]
-        log_values(trainer, module, metrics(found), step)
+        log_values(trainer, module, metrics(found, caps_rates=settings.acting.caps_rates), step)
 
     def _eased(self, look: Look, step: int) -> Caps:
         """The caps of a run that is well, released as far as lookaheads allow."""
@@ -228,9 +229,9 @@ class Check:
             effect = action.effect(spelling, alpha, beta, helps=helps) if acts else []
             if lost:
                 effect = [NO_WAY_BACK]
-            warn(advice_given(step, advice, effect, spelling))
+            run.tell(self.trainer, advice_given(step, advice, effect, spelling))
         elif lost and action.speaks:
-            warn(f"ConvergenceGuard: step {step}: {NO_WAY_BACK}")
+            run.tell(self.trainer, f"ConvergenceGuard: step {step}: {NO_WAY_BACK}")
         if lost or (transition.state == UNSAFE and action.stops):
             run.stop(self.trainer, step, report.findings if advice is None else advice.evidence)
         if action.speaks:
@@ -259,7 +260,7 @@ class Check:
         except Exception as error:
             if not self._looked:
                 raise
-            run.announce(replace(failure_reason(error, step), kind=Kind.NO_CURVATURE_MEASURED))
+            run.announce(replace(of_check(error, step), kind=Kind.NO_CURVATURE_MEASURED))
             reason = Reason(Kind.NOT_MEASURED, detail=f"{type(error).__name__}: {error}", step=step)
             alpha, beta = getattr(problem, "alpha", math.nan), scheduled_rate(optimizers)
             criterion = settings.curvature.criterion
@@ -293,6 +294,6 @@ class Check:
             run.state.advice = run.state.advice or advice
         self._act(report, advice, transition, caps, step, lost=lost)
 
-    def _charge(self, look: Look, measured: float, gradients: int = 0) -> None:
-        gradients += 0 if look.lookahead is None else look.lookahead.gradients
-        self.run.schedule.charge(lookahead_gradients=gradients, measured=measured + look.cost)
+    def _charge(self, look: Look, cost: float) -> None:
+        gradients = 0 if look.lookahead is None else look.lookahead.gradients
+        self.run.schedule.charge(lookahead_gradients=gradients, measured=cost + look.cost)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_maml_guard.guard.actions import ACTIONS, Action
 from lightning_maml_guard.guard.check import Check
 from lightning_maml_guard.guard.loggers import logger_step, takes_no_steps
+from lightning_maml_guard.guard.record import record_of
 from lightning_maml_guard.guard.report import CheckReport, frame
 from lightning_maml_guard.guard.rollback import Rollback
 from lightning_maml_guard.guard.run import GuardedRun
@@ -20,13 +22,12 @@ from lightning_maml_guard.lookahead.lookahead import LookaheadOptions
 from lightning_maml_guard.messages.advice import Advice
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling
+from lightning_maml_guard.messages.terminal import inform
+from lightning_maml_guard.pages.outcome import summary
 from lightning_maml_guard.stability.options import CurvatureOptions
 from lightning_maml_guard.stability.problems import ProblemSource
-from lightning_maml_guard.utils.lightning_compat import (
-    Callback,
-    check_strategy,
-    ranks_of,
-)
+from lightning_maml_guard.stability.report import StabilityReport
+from lightning_maml_guard.utils.lightning_compat import Callback, check_strategy, ranks_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,8 +59,6 @@ class ConvergenceGuard(Callback):
                  is never touched
     ``stop``     the Trainer is asked to stop (``stopped_step``, ``stopping_reason``)
     ===========  ================================================================================
-
-    The defaults were chosen on GuardBench's tuning set; its figures are in ``docs/benchmarks.md``.
 
     Args:
         every_n_steps: Optimizer steps between two checks; the first is at step 0. None: every 100 steps, as far as
@@ -196,15 +195,18 @@ class ConvergenceGuard(Callback):
         """Read the guard's arguments: their values by name, in the constructor's order."""
         return {name: getattr(self, name) for name in signature(type(self)).parameters if hasattr(self, name)}
 
-    def plot(self) -> Any:
+    def plot(self, border: Sequence[StabilityReport] = ()) -> Any:
         """Draw the safe region with the path of ``(alpha, beta)`` in it.
+
+        Args:
+            border: Measurements at larger inner rates (``stability.measure.measure_border``), to draw the region there.
 
         Returns:
             ``(fig, ax)`` of matplotlib.
         """
         from lightning_maml_guard.plots.region import safe_region
 
-        return safe_region(self.history)
+        return safe_region(self.history, border=border)
 
     def report(self, path: str | Path) -> Path:
         """Write one self-contained HTML page about the run: no network, readable in light, dark and on paper.
@@ -221,9 +223,17 @@ class ConvergenceGuard(Callback):
             FileNotFoundError: If the folder does not exist.
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        from lightning_maml_guard.guard.html_report import write
+        from lightning_maml_guard.pages.report import write
 
-        return write(self, path)
+        return write(record_of(self, self._run.state, self._run.clock), path)
+
+    def summary(self) -> str:
+        """Sum the run up: how it came out, its checks and what they cost, the rates applied, what to set.
+
+        Returns:
+            A few lines; printed at the end of a run unless ``action="log"``.
+        """
+        return summary(record_of(self, self._run.state, self._run.clock))
 
     @cached_property  # Lightning reads it six times a step, for the names of its profiler
     def state_key(self) -> str:
@@ -267,10 +277,12 @@ class ConvergenceGuard(Callback):
         due = run.due(trainer, step)
         if due is None:
             Rollback(run, trainer, pl_module).keep_if_due(step)
-            run.log_ratios(trainer, pl_module, step)
+            with run.only_told("log the ratios at the rates of now"):
+                run.bar.move(trainer, pl_module, self.history, run.caps.caps, run.state.capped, step)
             return
         last, unsafe = self.history[-1:], run.machine.unsafe
-        Check(run, trainer, pl_module).check(batch, batch_idx, step, scheduled=due == SCHEDULED)
+        with run.clock.checking():
+            Check(run, trainer, pl_module).check(batch, batch_idx, step, scheduled=due == SCHEDULED)
         if self.history[-1:] != last:
             with run.only_told("send a picture or histogram to a logger (figures=False sends none)"):
                 run.figures.after_check(trainer, self.history, changed=run.machine.unsafe != unsafe)
@@ -292,13 +304,16 @@ class ConvergenceGuard(Callback):
                 self._run.replay.after_step()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Roll back a last step that made the run diverge, and send the last pictures."""
+        """Roll back a last step that made the run diverge, send the last pictures, and sum the run up."""
         run = self._run
         with run.only_told("roll the last step back"):
             Rollback(run, trainer, pl_module).end()
         if not self._inert:
             with run.only_told("send the last pictures to a logger (figures=False sends none)"):
                 run.figures.at_end(trainer, self.history)
+            run.clock.end()
+            if self.acting.speaks:
+                inform(self.summary())
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Take the hooks out of the optimizers: Lightning tears a run down only where it ends by itself."""

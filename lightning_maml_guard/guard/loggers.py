@@ -7,20 +7,21 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-
 from lightning_maml_guard.guard.report import CheckReport
-from lightning_maml_guard.messages.spelling import block
+from lightning_maml_guard.lookahead.lookahead import Caps
+from lightning_maml_guard.optim.lr_cap import known_rate
 from lightning_maml_guard.plots.region import safe_region
 from lightning_maml_guard.plots.spectrum import histogram, ritz_values
 from lightning_maml_guard.plots.style import new_figure
-from lightning_maml_guard.utils.warnings import GuardWarning
 
 _SAFE = {"safe": 1.0, "edge": 0.5, "unsafe": 0.0}
 
 
-def metrics(report: CheckReport) -> dict[str, float]:
-    """Name a check's numbers as they are logged, ``guard/...``; what is not finite is left out."""
+def metrics(report: CheckReport, *, caps_rates: bool) -> dict[str, float]:
+    """Name a check's numbers as they are logged, ``guard/...``; what is not finite is left out.
+
+    The applied rates are those of a guard that caps rates: of another they are the scheduled ones.
+    """
     values = {
         "alpha": report.alpha,
         "alpha_c": report.alpha_c,
@@ -44,31 +45,76 @@ def metrics(report: CheckReport) -> dict[str, float]:
         "seconds": report.seconds,
         "limits_age": 0.0,
     }
+    if not caps_rates:
+        del values["alpha_applied"], values["beta_applied"]
     finite = {f"guard/{name}": value for name, value in values.items() if math.isfinite(value)}
     return finite | report.ratios(report.alpha_applied, report.beta_applied)
 
 
+# Not through `self.log(logger=True)`: with log_every_n_steps it would write stale values on wrong steps.
+_UNLOGGED: dict[str, Any] = {"logger": False, "on_step": True, "on_epoch": False, "batch_size": 1}
+
+
 def log_values(trainer: Any, pl_module: Any, values: dict[str, float], step: int) -> None:
-    """Log a check's numbers at the step it was made, to every logger and the progress bar."""
-    ratios = {name: value for name, value in values.items() if name in {"guard/alpha_ratio", "guard/beta_ratio"}}
-    rest = {name: value for name, value in values.items() if name not in ratios}
-    # Not through `self.log(logger=True)`: with log_every_n_steps it would write stale values on wrong steps.
-    options: dict[str, Any] = {"logger": False, "on_step": True, "on_epoch": False, "batch_size": 1}
-    if ratios:
-        pl_module.log_dict(ratios, prog_bar=True, **options)
-    pl_module.log_dict(rest, prog_bar=False, **options)
+    """Log a check's numbers at the step it was made, to every logger and to ``trainer.callback_metrics``."""
+    pl_module.log_dict(values, prog_bar=False, **_UNLOGGED)
     for logger in trainer.loggers:
         logger.log_metrics(values, step=step)
 
 
-def warn(message: str) -> None:
-    """Warn the user once, on rank zero, in one readable block: what happened, why, what to do, a line each."""
-    rank_zero_warn(block(message), category=GuardWarning, stacklevel=6)
+# Shares by which ratios have to move before they are logged again: where other values are logged too, and elsewhere.
+_LITTLE, _MUCH = 1e-3, 0.1
+_SHORT = {"guard/alpha_ratio": "a/ac", "guard/beta_ratio": "b/bc"}
 
 
-def inform(message: str) -> None:
-    """Tell the user, on rank zero, without alarm."""
-    rank_zero_info(message)
+class Ratios:
+    """The latest ratios: in the progress bar, and at the loggers as the applied rates move between checks."""
+
+    def __init__(self) -> None:
+        self._report: CheckReport | None = None
+        self._latest: dict[str, float] = {}
+        self._shown: dict[str, float] = {}
+
+    def take(self, history: Sequence[CheckReport]) -> CheckReport | None:
+        """Go on from the last report; None before the first."""
+        if history and history[-1] is not self._report:
+            self._report = history[-1]
+            self._latest = self._report.ratios(self._report.alpha_applied, self._report.beta_applied)
+        return self._report
+
+    def move(
+        self, trainer: Any, pl_module: Any, history: Sequence[CheckReport], caps: Caps, owned: Sequence[int], step: int
+    ) -> None:
+        """Log the ratios at the rates of a coming step, with the age of their limits, where they have moved."""
+        report = self.take(history)
+        if report is None or not owned:
+            return
+        beta = known_rate([trainer.optimizers[index] for index in owned])
+        found, before = report.ratios(*caps.applied(report.alpha, beta)), self._latest
+        least = _LITTLE if step % trainer.log_every_n_steps == 0 else _MUCH
+        if all(abs(ratio - before[name]) <= least * before[name] for name, ratio in found.items() if name in before):
+            return
+        self._latest = found
+        log_values(trainer, pl_module, found | {"guard/limits_age": float(step - (report.step or 0))}, step)
+
+    def show(self, pl_module: Any, history: Sequence[CheckReport]) -> None:
+        """Show them in the progress bar, under short names that fit into 80 columns.
+
+        To be called after the step, so that the user's loss comes first.
+        """
+        self.take(history)
+        if self._latest and self._latest is not self._shown:
+            self._shown = self._latest
+            short = {_SHORT[name]: ratio for name, ratio in self._latest.items()}
+            pl_module.log_dict(short, prog_bar=True, **_UNLOGGED)
+
+
+def alert(trainer: Any, message: str) -> None:
+    """Send a warning through the loggers that have alerts of their own: Weights & Biases mails or posts it."""
+    title, _, text = message.partition("\n")
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        if _is(logger, "WandbLogger"):
+            logger.experiment.alert(title=title, text=text or title, level="WARN")
 
 
 def logger_step(trainer: Any) -> int:

@@ -16,7 +16,10 @@ from lightning_maml_guard.lookahead.resampled import resampled
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.optim.shadow import ClosureError
 from lightning_maml_guard.stability.adaptation import ENDS_COST, Adaptation, adaptation
-from lightning_maml_guard.stability.problems import Problem, accumulated, owners, state_problem
+from lightning_maml_guard.stability.problems import Problem, accumulated, dead_units, owners, state_problem
+
+# A run's parameters count as sane while its loss is below this many times the one that training started from.
+_SANE = 1.5
 
 
 @dataclass
@@ -79,6 +82,19 @@ class Look:
         return (reason,)
 
     @property
+    def is_sane(self) -> bool:
+        """Whether the run is still where it learned."""
+        return self.lookahead is None or self.lookahead.begin <= self.scale.times(_SANE, self.scale.start)
+
+    @property
+    def died(self) -> tuple[Reason, ...]:
+        """The units that are dead where the run is now, if most are and the loss has not left."""
+        if not self.is_sane or not math.isfinite(self.severity):
+            return ()
+        found = dead_units(self.problem)
+        return (Reason(Kind.UNITS_DIED, counts=(found.dead, found.units)),) if found.most else ()
+
+    @property
     def harmful(self) -> bool:
         """Whether adaptation makes tasks worse."""
         return self.adaptation is not None and self.adaptation.harmful
@@ -91,7 +107,9 @@ def look_at(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_idx: i
     run.turns.watch(optimizers)
     look = Look(problem, owned, optimizers, scale=run.state.statistics.scale)
     _look_ahead(look, run, trainer, module, step)
-    look.adaptation = _adapted(run, problem)
+    look.adaptation = found = _adapted(run, problem)
+    if found is not None:
+        run.state.losses.adapt(step, found.before, found.after)
     return look
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from lightning_maml_guard.lookahead.lookahead import Caps
 from lightning_maml_guard.messages.reasons import Reason
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import Limit
@@ -17,9 +16,6 @@ if TYPE_CHECKING:
 
 _NO_NUMBERS = {"spectrum", "step", "findings", "notes", "advice"}
 _DERIVED = ("alpha_ratio", "beta_ratio", "simplified_alpha_c")
-
-# Shares by which logged ratios have to move before they are logged again.
-_LITTLE, _MUCH = 1e-3, 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,28 +63,6 @@ class CheckReport(StabilityReport):
     def _rate_line(self, name: str) -> str:
         line, applied = super()._rate_line(name), self.applied_instead(name)
         return f"{line}; {applied}" if applied else line
-
-
-class LoggedRatios:
-    """The ratios as they were logged last: between checks they move with the rates that are applied."""
-
-    def __init__(self) -> None:
-        self._report: CheckReport | None = None
-        self._logged: dict[str, float] = {}
-
-    def moved(self, report: CheckReport, caps: Caps, beta: float, step: int, *, often: bool) -> dict[str, float]:
-        """Return the ratios at a scheduled rate under caps, and the limits' age, if they are to be logged again.
-
-        That is soon where they have moved much, and little suffices where other values are logged too (``often``).
-        """
-        if report is not self._report:
-            self._report, self._logged = report, report.ratios(report.alpha_applied, report.beta_applied)
-        found, least = report.ratios(*caps.applied(report.alpha, beta)), _LITTLE if often else _MUCH
-        before = self._logged
-        if all(abs(value - before[name]) <= least * before[name] for name, value in found.items() if name in before):
-            return {}
-        self._logged = found
-        return found | {"guard/limits_age": float(step - (report.step or 0))}
 
 
 def frame(history: Sequence[CheckReport]) -> pd.DataFrame:

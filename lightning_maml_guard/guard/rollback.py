@@ -8,7 +8,7 @@ from dataclasses import replace
 from statistics import fmean, median
 from typing import Any
 
-from lightning_maml_guard.guard.loggers import logger_step, warn
+from lightning_maml_guard.guard.loggers import logger_step
 from lightning_maml_guard.guard.look import Look, stated
 from lightning_maml_guard.guard.rescale import CALM
 from lightning_maml_guard.guard.run import GuardedRun
@@ -17,7 +17,7 @@ from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, lookahead_
 from lightning_maml_guard.messages.advice_sentences import advised
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced, sentence
-from lightning_maml_guard.optim.snapshot import finite, visited
+from lightning_maml_guard.optim.snapshot import finite
 from lightning_maml_guard.stability.problems import Problem, dead_units
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import SAFE
@@ -134,7 +134,7 @@ class Rollback:
         half = Caps(caps.alpha, caps.applied(math.nan, before.beta)[1] / 2)
         ends: dict[int, float] = {}
         for snapshot in good[:_TRIED]:
-            with visited(self.module, self.trainer.optimizers, snapshot):
+            with snapshot.visited(self.module, self.trainer.optimizers):
                 look.lookahead = self._without_odd(look)
                 tried = look.lookahead.under(half)
             ends[snapshot.step] = tried.end
@@ -172,7 +172,9 @@ class Rollback:
             advice, to_do = run.state.advice, "Look at the data, the loss and the precision."
             if advice is not None:
                 to_do = advised(advice, run.settings.spelling)
-            warn(f"ConvergenceGuard: training stops. {sentence(reason)}\n{to_do[0].upper()}{to_do[1:]}")
+            run.tell(
+                self.trainer, f"ConvergenceGuard: training stops. {sentence(reason)}\n{to_do[0].upper()}{to_do[1:]}"
+            )
             return False
         if look is not None:
             with undisturbed(self.trainer, self.module):
@@ -236,4 +238,4 @@ class Rollback:
 
     def _tell(self, reason: Reason) -> None:
         self.run.state.note("rolled back", reason, step=reason.step)
-        warn(announced(reason, self.run.settings.spelling))
+        self.run.tell(self.trainer, announced(reason, self.run.settings.spelling))

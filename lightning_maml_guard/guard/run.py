@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_maml_guard.guard.loggers import Figures, log_values, logger_step, warn
-from lightning_maml_guard.guard.report import LoggedRatios
+from lightning_maml_guard.guard.loggers import Figures, Ratios, alert, logger_step
+from lightning_maml_guard.guard.record import Stopwatch
 from lightning_maml_guard.guard.rescale import AppliedCaps
 from lightning_maml_guard.guard.schedule import Schedule
 from lightning_maml_guard.guard.settings import Settings
@@ -25,6 +25,7 @@ from lightning_maml_guard.maml.meta_learning import MetaLearning
 from lightning_maml_guard.messages.advice_sentences import NO_WAY_BACK, advised
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced, cause
+from lightning_maml_guard.messages.terminal import warn
 from lightning_maml_guard.optim.clipping import gradient_norm
 from lightning_maml_guard.optim.lr_cap import known_rate, scheduled_rate
 from lightning_maml_guard.optim.rates_ahead import RatesAhead, read_ahead
@@ -51,21 +52,18 @@ class GuardedRun:
         self.schedule = Schedule(settings.every_n_steps, settings.max_cost, self.state.schedule)
         self.machine = StateMachine(settings.patience, settings.lookahead.divergence_ratio, self.state.watches)
         self.caps = AppliedCaps(settings.acting.caps_rates and not inert, self.state.caps)
-        # The live objects take over what a checkpoint held; `saved` asks them for it.
         kept, self.state.snapshot, self.state.snapshots = self.state.kept, None, []
         self.ring = SnapshotRing([Snapshot.restored(each) for each in kept])
         self.replay = ReplayBuffer(settings.lookahead.batches)
         self.replay.load(self.state.batches)
         self.state.batches = []
-        self.figures = Figures(settings.figures)
-        # Gradient norm of the step at hand, maybe on the device; None if it is not known.
-        self.norm: Tensor | float | None = None
+        self.figures, self.bar, self.clock = Figures(settings.figures), Ratios(), Stopwatch()
+        self.norm: Tensor | float | None = None  # of the gradient at hand, maybe on the device; None: not known
         self._losses: list[float] = []  # of the batches that the step at hand accumulates so far
         self.match: TrainingMatch | None = None  # the problem beside the step at hand, if that is to be compared
         self.matched = False
         self.turns = Turns()
         self.ahead: RatesAhead | None = None
-        self._ratios = LoggedRatios()
         self.repeats = False  # whether every step uses the same batch: then nothing is drawn from its tasks
 
     @property
@@ -75,20 +73,16 @@ class GuardedRun:
 
     def begin(self, trainer: Any) -> None:
         """Take in how far a run will go and what data it has."""
+        self.clock.begin()
         plan = plan_of(trainer)
         self.schedule.planned = None if plan.steps is None else plan.steps + logger_step(trainer)
         self.repeats = plan.batches is not None and plan.batches <= trainer.accumulate_grad_batches
 
     def due(self, trainer: Any, step: int) -> str | None:
         """Return ``"scheduled"``, ``"triggered"`` or None: whether a check is due before a step."""
+        beta_c = next((each.beta_c for each in reversed(self.state.history) if each.beta_c > 0), math.nan)
         rate, stalled = known_rate(trainer.optimizers), self.state.statistics.stalled
-        capped = self.caps.lowers(rate)
-        return self.schedule.due(step, rate=rate, beta_c=self._beta_c, stalled=stalled, capped=capped)
-
-    @property
-    def _beta_c(self) -> float:
-        """The latest limit of the meta rate; ``nan`` while none is known."""
-        return next((each.beta_c for each in reversed(self.state.history) if each.beta_c > 0), math.nan)
+        return self.schedule.due(step, rate=rate, beta_c=beta_c, stalled=stalled, capped=self.caps.lowers(rate))
 
     def highest_to_come(self, trainer: Any, optimizers: list[Optimizer], step: int) -> float:
         """The highest meta rate that the schedule has from a step on; ``nan`` without a schedule."""
@@ -99,15 +93,6 @@ class GuardedRun:
             if self.ahead.failure is not None:
                 self.announce(of_error(Kind.SCHEDULE_NOT_READ, self.ahead.failure))
         return self.ahead.peak(step)[0]
-
-    def log_ratios(self, trainer: Any, module: Any, step: int) -> None:
-        """Log the ratios at the rates that are applied now, where they have moved since the last time."""
-        owned, often = self.state.capped, step % trainer.log_every_n_steps == 0
-        if self.state.history and owned:
-            with self.only_told("log the ratios at the rates of now"):
-                rate = known_rate([trainer.optimizers[index] for index in owned])
-                if moved := self._ratios.moved(self.state.history[-1], self.caps.caps, rate, step, often=often):
-                    log_values(trainer, module, moved, step)
 
     def cap(self, trainer: Any, owned: list[int]) -> None:
         """Hold the optimizers that move the problem's parameters at the caps."""
@@ -146,13 +131,18 @@ class GuardedRun:
 
     def take_step(self, loss: Any, trainer: Any, batch_idx: int) -> None:
         """Compare a step's loss and gradient norm with those of the steps before; a spike calls a check."""
+        self.bar.show(trainer.lightning_module, self.state.history)
+        self.state.losses.end = logger_step(trainer) + 1
         if self.turns.taken():
             self.announce(Reason(Kind.OPTIMIZERS_TAKE_TURNS))
             self.caps.release()
             self.ring.kept.clear()
         if not self.settings.lookahead.steps:
             known = isinstance(loss, Tensor) and loss.numel() == 1 and self.cache.ranks.size == 1
-            self._finish_match(value := float(loss.item()) * trainer.accumulate_grad_batches if known else math.nan)
+            value = float(loss.item()) * trainer.accumulate_grad_batches if known else math.nan
+            self._finish_match(value)
+            if known:
+                self.state.losses.take(value)
             if known and not math.isfinite(value):
                 self._not_finite(value, trainer)
             return
@@ -174,6 +164,7 @@ class GuardedRun:
         if not self._losses or ((batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch):
             return
         value, self._losses = fmean(self._losses), []
+        self.state.losses.take(value)
         statistics, lookahead = self.state.statistics, self.settings.lookahead
         told = self.machine.unsafe and not self.settings.acting.caps_rates
         if (statistics.update(value, norm) or statistics.lost) and lookahead.triggers and not told:
@@ -189,7 +180,7 @@ class GuardedRun:
         if action.speaks:
             self.announce(reason)
             if lost:
-                warn(f"ConvergenceGuard: step {step}: {NO_WAY_BACK}")
+                self.tell(trainer, f"ConvergenceGuard: step {step}: {NO_WAY_BACK}")
         if action.stops or lost:
             self.stop(trainer, step, (reason,))
 
@@ -230,7 +221,8 @@ class GuardedRun:
         """Go on with the hooks, batches and pictures of a run whose state is replaced while it trains."""
         # Lightning's LearningRateFinder does that: it saves the run, trains, and loads the checkpoint again.
         self.caps.take_over(before.caps)
-        self.figures, self.repeats, self.schedule.planned = before.figures, before.repeats, before.schedule.planned
+        self.figures, self.bar, self.clock = before.figures, before.bar, before.clock
+        self.repeats, self.schedule.planned = before.repeats, before.schedule.planned
         if not self.replay.restored:
             self.replay = before.replay
 
@@ -296,6 +288,12 @@ class GuardedRun:
             return None
         to_do = [] if state.advice is None else [advised(state.advice, spelling)]
         return " ".join([*to_do, *(cause(each, spelling) for each in state.stopping)])
+
+    def tell(self, trainer: Any, message: str) -> None:
+        """Warn, and send an alert through the loggers that have them."""
+        warn(message)
+        with self.only_told("send an alert to a logger"):
+            alert(trainer, message)
 
     def note_severity(self, step: int, severe: float) -> None:
         """Keep what a lookahead said."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 LOOKAHEAD_GRADIENT = 1.2
 # About the cost of a check that measures no curvature.
 _LOOK = 15.0
+# What a run is given before it has paid for it, in training steps: the first check, a few looks, two longer ones.
+_CREDIT = 300.0
 # The last early check, and the one of a run whose loss does not fall.
 _BEGINNING, _STALLED = 128, 64
 # Early checks that a short run is given although it does not pay for them.
@@ -96,7 +98,7 @@ class Schedule:
         early = self._early(step, stalled) or (capped and since >= 2 and step >= state.ease_at)
         scheduled = (on_time and paid) or (state.unjudged and (on_time or early))
         grown = self._grown(rate, beta_c, since)
-        if not (scheduled or early or grown) and not self._called(since, paid):
+        if not (scheduled or early or grown) and not self._called(step, since, paid):
             return None
         if self.share is None:
             if not (scheduled or early):
@@ -166,11 +168,17 @@ class Schedule:
         state = self.state
         return self.share is None or state.spent == 0 or state.spent + state.latest <= self.share * step
 
+    def affords(self, cost: float, step: int) -> bool:
+        """Return True if the run as planned pays for a cost, in training steps, beside what every run is given."""
+        if self.share is None:
+            return True
+        return self.state.spent + cost <= self.share * max(self.planned or 0, step) + _CREDIT
+
     @property
     def _longest(self) -> int:
         return max(self.every_n_steps // 2, 2)
 
-    def _called(self, since: float, paid: bool) -> bool:
+    def _called(self, step: int, since: float, paid: bool) -> bool:
         state = self.state
         if not state.spiked:
             return False
@@ -179,4 +187,5 @@ class Schedule:
         if self.share is None:
             return since >= state.gap
         # The first few are on credit: a run that diverges early has paid for nothing.
-        return (paid and since >= 2) or (state.gap <= self._longest and since >= state.gap)
+        credit = state.gap <= self._longest and self.affords(_LOOK, step)
+        return (paid and since >= 2) or (credit and since >= state.gap)

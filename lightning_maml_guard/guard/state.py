@@ -18,6 +18,7 @@ from lightning_maml_guard.guard.state_machine import Watch
 from lightning_maml_guard.lookahead.ceiling import Ceiling
 from lightning_maml_guard.lookahead.divergence import RunningStatistics
 from lightning_maml_guard.lookahead.lookahead import Caps
+from lightning_maml_guard.lookahead.loss_curve import LossCurve
 from lightning_maml_guard.messages.advice import Advice
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.stability.hvp import NetworkFacts
@@ -48,6 +49,7 @@ class GuardState:
         history: The latest checks.
         severities: Steps and severities of the latest lookaheads, those between checks included.
         events: Rollbacks, stops and notices, the latest ones.
+        losses: The losses of the steps.
         announced: Keys of the reasons that were announced, each once.
         schedule: When to check next.
         statistics: The running loss and gradient norm.
@@ -74,6 +76,7 @@ class GuardState:
     history: list[CheckReport] = field(default_factory=list)
     severities: list[tuple[int, float]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    losses: LossCurve = field(default_factory=LossCurve)
     announced: set[str] = field(default_factory=set)
     schedule: ScheduleState = field(default_factory=ScheduleState)
     statistics: RunningStatistics = field(default_factory=RunningStatistics)
@@ -154,6 +157,7 @@ def _check_ranges(state: GuardState) -> None:
     numbers |= {f"watches.{name}.failed": watch.failed for name, watch in state.watches.items()}
     numbers |= {"capped": min(state.capped, default=0), "searches": state.searches, "wasted": state.wasted}
     numbers |= {"ceiling.wait": state.ceiling.wait - 1, "schedule.ease_gap": schedule.ease_gap - 1}
+    numbers |= {"losses.end": state.losses.end, "losses.stride": state.losses.stride - 1}
     for name, value in numbers.items():
         if value is not None and not value >= 0:
             raise StateError(f"`{name}` is out of its range ({value})")

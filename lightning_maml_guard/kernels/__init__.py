@@ -3,10 +3,12 @@
 - ``norm_block``: batch norm, ReLU and 2x2 pooling as one operation, also on other devices and under ``vmap``.
 - ``first_block``: the first block of a network for images with one channel, from patches.
 - ``channels_last``: convolutions in channels-last layout.
+- ``batched_stack``: linear layers, activations and layer norms of several tasks at once.
 - ``allocator``: memory kept between training steps (glibc).
 
 They are on by default. The environment variable ``LMG_KERNELS=0`` (or ``off``) switches all of them off: networks then
-run their layers one after another and the allocator is left alone. It is read once, when this package is imported.
+run their layers one after another, vmap runs the tasks, and the allocator is left alone. It is read once, when this
+package is imported.
 """
 
 from __future__ import annotations

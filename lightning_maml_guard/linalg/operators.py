@@ -8,7 +8,7 @@ Finite differences are the alternative for fields that cannot be differentiated 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +26,13 @@ class FieldValue(NamedTuple):
     Attributes:
         value: The scalar whose gradient it is; with one scalar per task, their sum.
         gradients: ``G``, by parameter; None where it does not depend on one.
+        by_task: The parameters in the graph as groups of tasks have them, with a leading task dimension; empty where
+            the field does not tell the tasks apart.
     """
 
     value: Tensor
     gradients: dict[str, Tensor | None]
+    by_task: Sequence[Params] = ()
 
 
 # (params that require a gradient, whether the result must be differentiable again) -> value and gradient
@@ -74,7 +77,7 @@ class Jacobian:
         self.layout = layout or Layout(params)
         self.batch = 0 if layout is None else 1
         self._leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
-        self.value, gradients = field(self._leaves, True)
+        self.value, gradients, self._by_task = field(self._leaves, True)
         self._gradients: Params | None = _filled(gradients, self._leaves)
         # Flat gradient, shape `(n,)` or `(tasks, n)`.
         self.gradient = self.layout.flatten(self._gradients, self.batch).detach()
@@ -105,9 +108,39 @@ class Jacobian:
         flat = self.layout.flatten(dict(zip(self._leaves, products, strict=True)), self.batch).detach()
         return self._ranks.mean(flat)
 
+    def along_by_task(self, vector: Tensor) -> Tensor | None:
+        """Return ``v . J_task v`` of every task of this process, where ``J`` is the mean over them; None if unknown.
+
+        One product: the derivative of ``v . G`` towards each task's own copy of the parameters.
+        """
+        if not self._by_task or self._gradients is None:
+            return None
+        self.matvecs += 1
+        pieces = self.layout.split(vector)
+        outputs = {name: g for name, g in self._gradients.items() if g.requires_grad}
+        copies = [value for group in self._by_task for value in group.values()]
+        found = iter(
+            torch.autograd.grad(
+                list(outputs.values()),
+                copies,
+                grad_outputs=[pieces[name].to(output.dtype) for name, output in outputs.items()],
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            if outputs
+            else map(torch.zeros_like, copies)
+        )
+        groups = [
+            torch.stack([(next(found) * pieces[name]).flatten(1).sum(1) for name in group]).sum(0)
+            for group in self._by_task
+        ]
+        along = torch.cat(groups)
+        return len(along) * along.detach()
+
     def release(self) -> None:
         """Free graph and gradient, several times the size of the parameters; no product is possible any more."""
-        self._gradients = None
+        self._gradients, self._by_task = None, ()
         self.gradient = self.gradient.new_empty(0)
 
 
@@ -143,11 +176,15 @@ class FiniteDifference:
     def _evaluate(self, point: Tensor) -> tuple[Tensor, Tensor]:
         leaves = {name: piece.detach().requires_grad_() for name, piece in self.layout.split(point).items()}
         torch.manual_seed(0)
-        value, gradients = self._field(leaves, False)
+        value, gradients, _ = self._field(leaves, False)
         return value, self.layout.flatten(_filled(gradients, leaves), self.batch).detach()
 
     def __call__(self, vector: Tensor) -> Tensor:
         return self.product(vector)
+
+    def along_by_task(self, vector: Tensor) -> None:
+        """Return None: differences of the mean do not tell the tasks apart."""
+        return None
 
     def release(self) -> None:
         """Do nothing: there is no graph to free."""

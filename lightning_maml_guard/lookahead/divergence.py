@@ -16,9 +16,8 @@ _MEMORY = 0.9
 # deviations of independent noise. No single change counts for more than `_LARGEST_CHANGE` times that mean.
 _SPREADS, _LARGEST_CHANGE = 4.0, 4.0
 # A loss that is not below this share of an earlier one has not fallen.
-_PROGRESS = 0.85
-# One that is above this share of the loss without learning is stuck.
-_STUCK = 0.9
+# Judged from so many steps on: before, it is noise. One above this share of the loss without learning is stuck, later.
+_PROGRESS, _JUDGED_FROM, _STUCK, _STUCK_FROM = 0.85, 8, 0.9, 64
 # Differences from the mean below this share of a loss are rounding (float32).
 _ROUNDING = 1e-6
 # The lowest running mean is known after so many steps.
@@ -192,7 +191,7 @@ class RunningStatistics:
     @property
     def stuck(self) -> bool:
         """Whether the loss does not fall, and is still nearly that without learning."""
-        return self.stalled and self.loss > self.scale.times(_STUCK, self.untrained)
+        return self.stalled and self.steps >= _STUCK_FROM and self.loss > self.scale.times(_STUCK, self.untrained)
 
     @property
     def rests(self) -> bool:
@@ -256,7 +255,8 @@ class RunningStatistics:
         self.steps += 1
         if self.steps & (self.steps - 1) == 0:
             scale = self.scale
-            self.stalled = self.loss > scale.times(_PROGRESS, self.before) and self.loss > scale.times(0.5, scale.start)
+            remains = self.loss > scale.times(_PROGRESS, self.before) and self.loss > scale.times(0.5, scale.start)
+            self.stalled = remains and self.steps >= _JUDGED_FROM
             self.before = self.loss
 
     def _is_above_mean(self, loss: float) -> bool:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_maml_guard.lookahead.lookahead import Lookahead
 from lightning_maml_guard.maml.evaluation import default_loss
 from lightning_maml_guard.messages.reasons import Kind, Reason
-from lightning_maml_guard.optim.snapshot import Snapshot, visited
+from lightning_maml_guard.optim.snapshot import Snapshot
 
 # Batches to compare on.
 PROBES = 4
@@ -97,7 +97,7 @@ def compared(
     """Compare the parameters of now with those of snapshots, on the batches of a lookahead."""
     kept_losses = []
     for snapshot in kept:
-        with visited(module, optimizers, snapshot):
+        with snapshot.visited(module, optimizers):
             kept_losses.append(_finite(lookahead.untrained()))
     return Learning(_finite(lookahead.untrained()), tuple(kept_losses), untrained)
 

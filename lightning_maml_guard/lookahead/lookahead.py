@@ -251,7 +251,7 @@ class Lookahead:
         objective = self._objectives[index % len(self._objectives)]
         target = objective.update(factor) if isinstance(objective, MamlObjective) else objective.curvature(False)
         leaves = {name: value.detach().requires_grad_() for name, value in real_pairs(as_float32(params)).items()}
-        value, gradients = target[0](leaves, False)
+        value, gradients, _ = target[0](leaves, False)
         known = {name: gradients[name] for name in leaves}
         filled = {n: torch.zeros_like(leaves[n]) if g is None else g.detach() for n, g in known.items()}
         if self._ranks.size == 1:

@@ -13,6 +13,9 @@ from lightning_maml_guard.lookahead.lookahead import Lookahead
 
 # Steps that each pair of rates is tried for: rates that survive 10 steps may diverge within 30.
 TRIAL_STEPS = 30
+# Steps that rates have to last for before they are advised: with a memory, or where both rates are too high, 30 say
+# little.
+LASTING_STEPS = 100
 # The meta rate to set is the lowest that learns so large a share of what the best one does: the best one over a few
 # steps is too high for a whole run.
 FLAT = 0.7
@@ -28,8 +31,10 @@ ALPHA_LADDER = tuple(2.0**-k for k in range(1, 9))
 BETA_LADDER = tuple(2.0**-k for k in range(1, 15))
 # Inner rates below the best one that are tried before the ladder ends.
 PATIENCE = 2
-# Factors on the meta rate, then on the inner rate, that are tried to see whether lower rates do better.
+# Factors on the inner rate and on the meta rate that are tried to see whether lower rates do better.
 PROBES = ((1.0, 0.25), (1.0, 1 / 16))
+# Gradients that this takes in a run that is well: it stops at the first of them.
+PROBE_GRADIENTS = 2 * TRIAL_STEPS
 
 
 class Factors(NamedTuple):
@@ -95,9 +100,9 @@ class RateSearch:
         peak: float = 1.0,
         steps: int = TRIAL_STEPS,
     ) -> None:
-        self._lookahead, self._scale, self._ratio, self._peak, self._steps = lookahead, scale, ratio, peak, steps
+        self._lookahead, self._scale, self._ratio, self._peak, self.steps = lookahead, scale, ratio, peak, steps
         self._alpha_suspect, self._has_alpha = alpha_suspect, not math.isnan(lookahead.alpha)
-        self._known: dict[Factors, Trial] = {}
+        self._known: dict[tuple[Factors, int], Trial] = {}
         self._untrained: dict[float, tuple[float, ...]] = {}
 
     def untrained(self, alpha: float) -> tuple[float, ...]:
@@ -114,31 +119,38 @@ class RateSearch:
             return min(adapted, self.untrained(0.0), key=_mean)
         return adapted
 
-    def at(self, alpha: float = 1.0, beta: float = 1.0) -> Trial:
-        """Try factors on the rates."""
-        at = Factors(alpha, beta)
-        if at not in self._known:
-            self._known[at] = self._tried(at)
-        return self._known[at]
+    def at(self, alpha: float = 1.0, beta: float = 1.0, steps: int | None = None) -> Trial:
+        """Try factors on the rates, for another number of steps if one is given."""
+        key = Factors(alpha, beta), steps or self.steps
+        if key not in self._known:
+            self._known[key] = self._tried(*key)
+        return self._known[key]
 
-    def _tried(self, at: Factors) -> Trial:
+    def _tried(self, at: Factors, steps: int) -> Trial:
         start, untrained = self.reference, self.untrained(at.alpha)
         # A loss may begin high, where the inner rate is to blame, but may not rise.
         highest = self._scale.times(self._ratio, max(*start, *untrained))
         if not math.isfinite(highest):
             return Trial(at, math.inf, -math.inf, trains=False)
-        losses = self._lookahead.run(at.alpha, at.beta * self._peak, steps=self._steps, highest=highest).losses
+        losses = self._lookahead.run(at.alpha, at.beta * self._peak, steps=steps, highest=highest).losses
         if not all(loss <= highest for loss in losses):
             return Trial(at, math.inf, -math.inf, trains=False)
-        last = range(self._steps)[-max(self._steps // 4, 1) :]
+        last = range(steps)[-max(steps // 4, 1) :]
         end = _mean([losses[step] for step in last])
         before = _mean([start[step % len(start)] for step in last])  # of the same batches
         return Trial(at, end, before - end, trains=end <= before)
 
     def probe(self) -> tuple[Trial, Trial]:
-        """Try the rates as they are and a few lower ones: the former, and the one of all that learns most."""
-        present = self.at()
-        return present, _best([present, *(self.at(*each) for each in PROBES)])
+        """Try the rates as they are and a few lower ones: the former, and the one of all that learns most.
+
+        Where a run trains at a lower rate and learns less than at its own, it is not tried at still lower ones.
+        """
+        tried = [self.at()]
+        for factors in PROBES:
+            tried.append(self.at(*factors))
+            if tried[-1].trains and tried[-1].learned < tried[0].learned:
+                break
+        return tried[0], _best(tried)
 
     def find(self) -> Found:
         """Find which rate to lower, and to what.
@@ -169,6 +181,10 @@ class RateSearch:
     def find_alpha(self) -> Found:
         """Find the inner rate to set where the meta rate is to be left alone."""
         return self._found_alpha(self._alphas())
+
+    def find_beta(self, alpha: float) -> Found:
+        """Find the meta rate to set at a factor on the inner rates."""
+        return self._found_beta(self._betas(alpha))
 
     def _betas(self, alpha: float = 1.0, strides: int = 1) -> list[Trial]:
         """Try lower and lower meta rates until one learns much less than the best one."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch.optim import Optimizer
 
 from lightning_maml_guard.lookahead.divergence import Scale
-from lightning_maml_guard.lookahead.rate_search import Found
+from lightning_maml_guard.lookahead.rate_search import LASTING_STEPS, Found, RateSearch
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.optim.stability_limits import is_preconditioned
 from lightning_maml_guard.stability.problems import Problem, first_batch
@@ -17,43 +19,100 @@ from lightning_maml_guard.stability.report import StabilityReport
 # The numbers here were chosen on AdviceBench's tuning seeds.
 # Of a limit, the share to set: s for one inner step, s / K**s for K.
 _OF_LIMIT = 0.6
+# A meta rate so many times its limit is lowered too where an inner rate is.
+_BEYOND = 2.0
 # Trials that learn at rates so much higher than a share of the limit contradict it.
 _FAR_BELOW = 0.15
 # Lower rates must end lower by this share of the loss before they are advised to a run that does not diverge.
 CLEARLY = 0.1
+# So often a meta rate is halved until it lasts, and once more then.
+_HALVED = 7
 # Rates below this share of their limits are not suspected.
 CLEAR = 0.5
 
 
-def inner_rate(factor: float, report: StabilityReport, alpha_c: float, problem: Problem) -> float:
-    """The inner rate to set: from its limit, where that is known; else the one that learned most, by its factor.
+class Rates(NamedTuple):
+    """The rates to set; None where one is to be left as it is."""
 
-    What adaptation does within a few steps says little about a whole run.
+    alpha: float | None = None
+    beta: float | None = None
+
+
+@dataclass(frozen=True)
+class RatesToSet:
+    """Goes from what a search found to the rates to set.
+
+    Args:
+        search: Tries rates.
+        optimizers: They move the problem's parameters.
+        problem: The problem of the coming step.
+        beta: The meta rate to replace.
+        repeats: Whether every step uses the same batch, so that its noise sets no limit.
+        measured: Measures the limits at a factor on the inner rates.
     """
-    rate = _share_of(alpha_c, problem)
-    return rate if rate < report.alpha / 2 else factor * report.alpha
 
+    search: RateSearch
+    optimizers: Sequence[Optimizer]
+    problem: Problem
+    beta: float
+    repeats: bool
+    measured: Callable[[float], StabilityReport]
 
-def meta_rate(
-    found: Found,
-    report: StabilityReport,
-    beta: float,
-    optimizers: Sequence[Optimizer],
-    problem: Problem,
-    *,
-    repeats: bool,
-) -> float:
-    """The meta rate to set in place of ``beta``: from its limit, where the trials do not contradict it; else theirs.
+    def of(self, found: Found, report: StabilityReport, alpha_c: float) -> Rates:
+        """The rates to set; ``alpha_c`` is the smallest limit of the inner rate seen so far.
 
-    ``repeats``: every step uses the same batch, so that its noise sets no limit.
-    """
-    flat, most = found.flat * beta, found.most * beta
-    if not math.isfinite(report.beta_c) or any(map(is_preconditioned, optimizers)):
-        return min(flat, most)
-    limit = report.beta_c if repeats or math.isnan(report.beta_c_noise) else report.beta_c_noise
-    # Limits at an inner rate beyond its own say nothing.
-    rate = _share_of(limit, problem) if found.best.at.alpha == 1 and not report.alpha_ratio > 1 else math.nan
-    return min(rate, most) if rate > _FAR_BELOW * flat else math.sqrt(min(flat, most) * most)
+        The meta rate's limit is another one where the inner rate is lowered: it is measured there.
+        """
+        factor, lower_beta = 1.0, found.best.at.beta < 1
+        lower_alpha, alpha = found.best.at.alpha < 1, report.alpha
+        if lower_alpha:
+            factor = self._inner_factor(found, report, alpha_c)
+            report = self.measured(factor)
+            if not lower_beta and self.beta > _BEYOND * self._limit(report):
+                both = self.search.find_beta(factor)
+                lower_beta = both.best.learned >= self.search.at(factor).learned
+                found = both if lower_beta else found
+        beta = self._meta_factor(found, report) if lower_beta else 1.0
+        if lower_alpha or lower_beta:
+            beta = self._lasting(factor, beta)
+        return Rates(factor * alpha if lower_alpha else None, beta * self.beta if beta < 1 else None)
+
+    def _inner_factor(self, found: Found, report: StabilityReport, alpha_c: float) -> float:
+        """From the limit, where that is known; else the one that learned most.
+
+        What adaptation does within a few steps says little about a whole run.
+        """
+        factor = self._share_of(alpha_c) / report.alpha
+        return factor if factor < 0.5 else found.best.at.alpha
+
+    def _meta_factor(self, found: Found, report: StabilityReport) -> float:
+        """From the limit, where the trials do not contradict it; else theirs."""
+        limit = self._limit(report)
+        if not math.isfinite(limit):
+            return min(found.flat, found.most)
+        # Limits at an inner rate beyond its own say nothing.
+        factor = math.nan if report.alpha_ratio > 1 else self._share_of(limit) / self.beta
+        if factor > _FAR_BELOW * found.flat:
+            return min(factor, found.most)
+        return math.sqrt(min(found.flat, found.most) * found.most)
+
+    def _lasting(self, alpha: float, beta: float) -> float:
+        """The factor on the meta rate, lowered until the loss survives many more steps than a search's trials."""
+        for halved in range(_HALVED):
+            if self.search.at(alpha, beta * 0.5**halved, LASTING_STEPS).trains:
+                return beta * 0.5 ** (halved + 1) if halved else beta
+        return beta
+
+    def _limit(self, report: StabilityReport) -> float:
+        """The meta rate's limit, with the noise of the tasks where they are drawn anew; ``nan`` if it says nothing."""
+        if not math.isfinite(report.beta_c) or any(map(is_preconditioned, self.optimizers)):
+            return math.nan
+        return report.beta_c if self.repeats or math.isnan(report.beta_c_noise) else report.beta_c_noise
+
+    def _share_of(self, limit: float) -> float:
+        first = first_batch(self.problem)
+        steps = first.inner_steps if isinstance(first, MetaProblem) else 1
+        return _OF_LIMIT * limit / steps**_OF_LIMIT
 
 
 def is_innocent(found: Found, report: StabilityReport, scale: Scale) -> bool:
@@ -71,9 +130,3 @@ def ratios(report: StabilityReport) -> list[float]:
 def share_of_start(scale: Scale, share: float) -> float:
     """A share of the loss that training started from, in the units that losses are compared in."""
     return scale.times(1 + share, scale.start) - scale.start
-
-
-def _share_of(limit: float, problem: Problem) -> float:
-    first = first_batch(problem)
-    steps = first.inner_steps if isinstance(first, MetaProblem) else 1
-    return _OF_LIMIT * limit / steps**_OF_LIMIT

@@ -48,6 +48,13 @@ def default_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(prediction, target)
 
 
+def loss_of_each(loss: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, target: Tensor) -> Tensor:
+    """Compute the loss of every task; prediction and target have a leading task dimension."""
+    if loss is default_loss and target.is_floating_point() and prediction.shape == target.shape:
+        return (prediction - target).square().flatten(1).mean(1)
+    return torch.func.vmap(loss, randomness="different")(prediction, target)
+
+
 def check_loss(loss: Any) -> None:
     """Raise if a ``loss`` that was given cannot be called on a prediction and a target."""
     if loss is None:

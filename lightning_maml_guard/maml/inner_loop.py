@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -32,7 +32,15 @@ def gradient(function: Callable[[P], tuple[Tensor, T]], point: P) -> tuple[P, T]
     """
     if inside_transform():
         return torch.func.grad(function, has_aux=True)(point)  # of one task: a scalar
-    leaves, spec = tree_flatten(point)
+    # Of the usual dict of tensors, without the cost of a general tree.
+    flat = type(point) is dict and all(isinstance(each, Tensor) for each in cast(Params, point).values())
+    leaves, spec = (list(cast(Params, point).values()), None) if flat else tree_flatten(point)
+
+    def together(values: list[Tensor]) -> P:
+        if spec is None:
+            return cast(P, dict(zip(cast(Params, point), values, strict=True)))
+        return tree_unflatten(values, spec)
+
     connected = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     with torch.enable_grad():
         # New tensors, so that tensors the function closes over count as constants, as they do for torch.func.
@@ -40,13 +48,13 @@ def gradient(function: Callable[[P], tuple[Tensor, T]], point: P) -> tuple[P, T]
             leaf.view_as(leaf) if connected and leaf.requires_grad else leaf.detach().requires_grad_()
             for leaf in leaves
         ]
-        value, extra = function(tree_unflatten(leaves, spec))
+        value, extra = function(together(leaves))
         found = (
             torch.autograd.grad(value.sum(), leaves, create_graph=connected, allow_unused=True, materialize_grads=True)
             if value.requires_grad
             else [torch.zeros_like(leaf) for leaf in leaves]
         )
-    return tree_unflatten(list(found), spec), extra if connected else tree_map(_detached, extra)
+    return together(list(found)), extra if connected else tree_map(_detached, extra)
 
 
 def _detached(value: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_maml_guard.linalg.operators import Field, FieldValue, gradient_of
 from lightning_maml_guard.maml.inner_loop import InnerRate, Params, adapted_loss
 from lightning_maml_guard.maml.inner_updates import beside
-from lightning_maml_guard.maml.meta_gradient import SideBySide, task_meta_gradient, task_meta_gradients
+from lightning_maml_guard.maml.meta_gradient import SideBySide, meta_gradient_at, task_meta_gradient
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.utils.task_map import TaskMap, task_count
 
@@ -31,24 +31,41 @@ def meta_field(problem: MetaProblem, tasks: TaskMap) -> Field:
     """
     rates = problem.rate_by_step()
     if is_symmetric(problem):
-        return gradient_of(lambda params: _query_losses(problem, params, rates, tasks).mean())
+
+        def exact(params: Params, differentiable: bool) -> FieldValue:
+            copies: list[Params] = []
+            loss = gradient_of(lambda theta: _query_losses(problem, theta, rates, tasks, copies).mean())
+            found = loss(params, differentiable)
+            while sum(len(next(iter(group.values()))) for group in copies) > problem.tasks:
+                del copies[0]  # of a vmap that failed before the loop
+            return found._replace(by_task=copies)
+
+        return exact
 
     def field(params: Params, differentiable: bool) -> FieldValue:
         # The gradients inside need no graph outside.
         with torch.set_grad_enabled(differentiable):
-            (gradients, _), (losses, _) = task_meta_gradients(problem, params, rates, tasks)
-        return FieldValue(losses.mean().detach(), {name: value.mean(0) for name, value in gradients.items()})
+            found = meta_gradient_at(problem, params, rates, tasks)
+        return FieldValue(found.losses.mean().detach(), dict(found.gradients))
 
     return field
 
 
-def _query_losses(problem: MetaProblem, params: Params, rates: InnerRate, tasks: TaskMap) -> Tensor:
+def _query_losses(
+    problem: MetaProblem, params: Params, rates: InnerRate, tasks: TaskMap, copies: list[Params]
+) -> Tensor:
+    """The query losses after adaptation, and in ``copies`` the parameters of every group of tasks."""
+
     def one(support: Any, query: Any) -> Tensor:
-        return adapted_loss(problem.loss, params, rates, support, query, problem.inner_steps, problem.inner_update)[0]
+        own = {name: value.unsqueeze(0) for name, value in params.items()}
+        copies.append(own)
+        theta = {name: value[0] for name, value in own.items()}
+        return adapted_loss(problem.loss, theta, rates, support, query, problem.inner_steps, problem.inner_update)[0]
 
     def together(support: Any, query: Any) -> Tensor:
         side = SideBySide(params, rates, task_count(support, "support"))
-        loss, update = side.over(problem.loss), beside(problem.inner_update)
+        copies.append(side.params)
+        loss, update = problem.side_by_side(), beside(problem.inner_update)
         return adapted_loss(loss, side.params, side.rates, support, query, problem.inner_steps, update)[0]
 
     return tasks.apply(one, together, problem.support, problem.query)

@@ -146,13 +146,12 @@ def meta_gradient(
     """Compute the mean meta-gradient over a problem's tasks; the problem's tensors are detached."""
     tasks = tasks or TaskMap(problem.task_chunk_size, problem.looped)
     params = {name: value.detach() for name, value in problem.params.items()}
-    found = task_meta_gradients(
+    return meta_gradient_at(
         problem, params, problem.rate_by_step(), tasks, learn_rates=learn_rates, auxiliary=auxiliary
     )
-    return averaged(found, learn_rates)
 
 
-def task_meta_gradients(
+def meta_gradient_at(
     problem: MetaProblem,
     params: Params,
     rates: InnerRate,
@@ -160,8 +159,8 @@ def task_meta_gradients(
     *,
     learn_rates: bool = False,
     auxiliary: Auxiliary = nothing,
-) -> Any:
-    """Return what ``task_meta_gradient`` does, of every task; ``problem``'s own parameters and rates are not read."""
+) -> MetaGradient:
+    """Compute the mean meta-gradient; ``problem``'s own parameters and rates are not read."""
     options: dict[str, Any] = {"inner_steps": problem.inner_steps, "order": problem.order, "learn_rates": learn_rates}
     update = problem.inner_update
 
@@ -171,12 +170,13 @@ def task_meta_gradients(
         )
 
     def together(support: Any, query: Any) -> Any:
-        count = task_count(support, "support")
-        side = SideBySide(params, rates, count)
-        loss = side.over(problem.loss)
-        # A call of vmap takes 3 % of a small network's step.
-        extra = (lambda *_: torch.zeros(count)) if auxiliary is nothing else side.over(auxiliary)
+        gradients, report = of_each(support, query)
+        return tree_map(lambda value: value.sum(0), gradients), report
+
+    def of_each(support: Any, query: Any) -> Any:
+        loss = problem.side_by_side()
         if problem.order == "exact" and sequential_queries.is_worthwhile(params, query):
+            side = SideBySide(params, rates, task_count(support, "support"))
             return sequential_queries.exact_gradients(
                 problem.loss,
                 loss,
@@ -189,11 +189,32 @@ def task_meta_gradients(
                 inner_steps=problem.inner_steps,
                 learn_rates=learn_rates,
             )
-        return task_meta_gradient(
-            loss, side.params, side.rates, support, query, auxiliary=extra, update=beside(update), **options
-        )
+        return batch_meta_gradients(loss, params, rates, support, query, auxiliary=auxiliary, update=update, **options)
 
-    return tasks.apply(one, together, problem.support, problem.query)
+    total, (losses, extra) = tasks.apply(one, together, problem.support, problem.query, added=True)
+    gradients, rate_gradients = tree_map(lambda value: value / problem.tasks, total)
+    return MetaGradient(gradients, rate_gradients if learn_rates else None, losses, extra)
+
+
+def batch_meta_gradients(
+    losses: TaskLoss,
+    params: Params,
+    rates: InnerRate,
+    support: Any,
+    query: Any,
+    *,
+    auxiliary: Auxiliary = nothing,
+    update: InnerUpdate = None,
+    **options: Any,
+) -> Any:
+    """Return what ``task_meta_gradient`` does, of every task at once; ``losses`` is of several tasks."""
+    count = task_count(support, "support")
+    side = SideBySide(params, rates, count)
+    # A call of vmap takes 3 % of a small network's step.
+    extra = (lambda *_: torch.zeros(count)) if auxiliary is nothing else side.over(auxiliary)
+    return task_meta_gradient(
+        losses, side.params, side.rates, support, query, auxiliary=extra, update=beside(update), **options
+    )
 
 
 def averaged(found: Any, learn_rates: bool) -> MetaGradient:

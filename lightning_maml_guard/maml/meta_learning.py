@@ -72,6 +72,7 @@ class MetaLearning(MixinBase):
         vectorize: int | str = "auto",  # LightningCLI tries the types in this order
         compile: bool = False,
         keep_memory: bool = True,
+        batched: bool = True,
     ) -> None:
         super().__init__()
         check_module(self, self._package_was_chosen)
@@ -81,7 +82,7 @@ class MetaLearning(MixinBase):
         if eval_inner_steps is not None:
             check_count("eval_inner_steps", eval_inner_steps, 0)
         strategy = check_strategy(vectorize, task_chunk_size)
-        for name, value in (("compile", compile), ("keep_memory", keep_memory)):
+        for name, value in {"compile": compile, "keep_memory": keep_memory, "batched": batched}.items():
             check_flag(name, value)
         check_loss(loss)
         check_factories(optimizer, lr_scheduler)
@@ -90,18 +91,17 @@ class MetaLearning(MixinBase):
         elif type(self).__init__ is MetaLearning.__init__:  # a subclass with its own arguments saves those
             self.save_hyperparameters(ignore=_NO_HYPERPARAMETERS)
         self.network, self.loss, self.order = network, loss or default_loss, order
-        self.inner_steps = inner_steps
+        self.inner_steps, self.inner_lr, self.inner_update = inner_steps, inner_lr, inner_update
         self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
-        self.inner_lr, self.inner_update = inner_lr, inner_update
         self.inner_lr_cap: float | None = None  # set by a guard that rescales
         self.inner_rates = InnerRates(trainable(network), inner_lr, adapt, learn_inner_lr, inner_steps)
         self.learned_rates = self.inner_rates.learned  # registered here, for the optimizer and checkpoints
-        self.vectorization = Vectorization(strategy, network)
+        self.vectorization = Vectorization(strategy, network, batched)
         self.compiled = CompiledMetaGradient() if compile else None
         self.episodes = EpisodeEvaluation(metrics)
         self.train_metrics = self.episodes.metrics and self.episodes.metrics.clone(prefix="train/")
-        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        self._call, self._memory, self._first_batch = StatelessCall(network), KeptMemory(keep_memory), FirstBatch()
+        self._optimizer, self._lr_scheduler, self._first_batch = optimizer, lr_scheduler, FirstBatch()
+        self._call, self._memory = StatelessCall(network), KeptMemory(keep_memory)
 
     def forward(self, x: Tensor) -> Tensor:
         """Predict one task's outputs from its inputs, without adaptation."""
@@ -151,9 +151,10 @@ class MetaLearning(MixinBase):
             The problem.
 
         Raises:
-            ValueError: If the batch is not a pair.
+            ValueError: If the batch is no pair.
         """
         check_batch(batch)
+        own = (type(self).task_loss, type(self).predict) == (MetaLearning.task_loss, MetaLearning.predict)
         problem = MetaProblem(
             params=self.theta(),
             task_loss=self.task_loss,
@@ -165,16 +166,17 @@ class MetaLearning(MixinBase):
             task_chunk_size=self.task_map.chunk_size,
             looped=self.task_map.looped,
             inner_update=self.inner_update,
+            task_losses=self.vectorization.task_losses(self.network, self.loss, batch) if own else None,
         )
         self._first_batch.read((problem.support, problem.query))
-        return problem
+        return self.vectorization.compared(problem)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean query loss after adaptation; its backward is the configured meta-gradient."""
         self._memory.step()
         problem = self.meta_problem(batch)
-        # Compiled from the second step on: the first one also checks the batch.
-        compute = self.compiled if self.compiled is not None and self._first_batch.passed else meta_gradient
+        # The first step, which also checks the batch, is not compiled.
+        compute = self.compiled if self.compiled and self._first_batch.passed else meta_gradient
         with explained(problem):
             learned = self.learned_rates is not None
             result = compute(problem, tasks=self.task_map, learn_rates=learned, auxiliary=self._auxiliary())
@@ -186,8 +188,7 @@ class MetaLearning(MixinBase):
         if self.train_metrics is not None:
             self.train_metrics(torch.cat(list(result.auxiliary)), torch.cat([y for _, y in each_task(problem.query)]))
             self.log_dict(self.train_metrics, batch_size=problem.tasks)
-        parameters, gradients = zip(*trained, strict=True)
-        return AttachGradient.apply(loss, gradients, *parameters)
+        return AttachGradient.apply(loss, [gradient for _, gradient in trained], *(each for each, _ in trained))
 
     def _auxiliary(self) -> Auxiliary:
         return nothing if self.train_metrics is None else lambda params, query: self.predict(params, query[0])
@@ -197,7 +198,7 @@ class MetaLearning(MixinBase):
         self._evaluate("val", batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Evaluate the episodes of a batch before and after adaptation."""
+        """Do the same in a test."""
         self._evaluate("test", batch)
 
     def _evaluate(self, stage: str, batch: Any) -> None:
@@ -279,8 +280,9 @@ class MetaLearningModule(MetaLearning, LightningModule):
         compile: Run the meta-gradient under ``torch.compile``: a minute or more at the start, then small networks take
             a fraction of the time. The guard measures without.
         keep_memory: During a fit on the CPU (glibc): keep freed memory in the process instead of mapping it anew in
-            every step, which makes up to a third of a convolutional network's. Given back at the end of the fit; the
-            environment's ``MALLOC_`` settings and preloaded allocators go first.
+            every step, up to a third of a convolutional network's. The environment's ``MALLOC_`` settings go first.
+        batched: Run the tasks through a network of ``nn.Sequential``, ``nn.Linear``, ``nn.LayerNorm`` and activations
+            by batched matrix products instead of vmap, if that gives the same on the first batch.
 
     Raises:
         TypeError: If the network is not a module, or a function not callable.

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_maml_guard.kernels.batched_stack import BatchedStack
+from lightning_maml_guard.maml.evaluation import loss_of_each
+from lightning_maml_guard.maml.inner_loop import Params
+from lightning_maml_guard.maml.meta_gradient import meta_gradient
+from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.utils.checks import check_count, shown
-from lightning_maml_guard.utils.task_map import Strategy, TaskMap, task_map
+from lightning_maml_guard.utils.random_state import preserved_randomness
+from lightning_maml_guard.utils.task_map import Strategy, TaskMap, is_listed, task_map
+from lightning_maml_guard.utils.warnings import GuardWarning
 
 ENVIRONMENT = "LMG_VECTORIZE"
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def check_strategy(vectorize: Any, task_chunk_size: int | None) -> Strategy:
@@ -62,8 +74,10 @@ def from_environment() -> Strategy | None:
 class Vectorization:
     """How one module runs over the tasks of a batch."""
 
-    def __init__(self, asked: Strategy, network: nn.Module) -> None:
+    def __init__(self, asked: Strategy, network: nn.Module, batched: bool) -> None:
         self._asked = asked
+        self._stack = BatchedStack(network) if batched else None
+        self._agrees: bool | None = None  # the stack with the general path; None: not compared yet
         self._network = [network]  # in a list: not a second registration of the module
         self._chosen: Strategy | None = None
         self._map = TaskMap()
@@ -82,3 +96,63 @@ class Vectorization:
             strategy = from_environment() or rule(self._network[0], device)
         if strategy != self._chosen:
             self._chosen, self._map = strategy, task_map(strategy)
+
+    def task_losses(self, network: nn.Module, loss: Loss, batch: Any) -> Callable[[Params, Any], Tensor] | None:
+        """Return the losses of several tasks at once where that needs no vmap: of a stack of plain layers."""
+        stack = self._stack
+        if stack is None or self._agrees is False or network is not self._network[0] or self.tasks.looped:
+            return None
+        if not all(map(_is_of_examples, batch)) or not stack.is_applicable:
+            return None
+        return partial(_losses, stack, loss)
+
+    def compared(self, problem: MetaProblem) -> MetaProblem:
+        """Return the problem, without its ``task_losses`` if these are not what its ``task_loss`` says.
+
+        They are compared once, on the first batch that both can compute.
+        """
+        if problem.task_losses is None or self._agrees:
+            return problem
+        general = replace(problem, task_losses=None)
+        try:
+            with preserved_randomness():
+                self._agrees = _agree(problem, general)
+        except Exception:  # of the batch: who computes with it next raises the same, with the words for it
+            return general
+        if self._agrees is False:
+            warnings.warn(
+                "Running the tasks of a batch by batched matrix products gives another meta-gradient than running the "
+                "network on each, so they are vmapped. Pass batched=False, and nothing is compared.",
+                GuardWarning,
+                stacklevel=3,
+            )
+        return problem if self._agrees else general
+
+
+def _is_of_examples(data: Any) -> bool:
+    """Whether these are the tasks' ``(x, y)``, each ``x`` of at least two dimensions."""
+    if is_listed(data) or not isinstance(data, (tuple, list)) or len(data) != 2:
+        return False
+    x, y = data
+    return isinstance(x, Tensor) and isinstance(y, Tensor) and x.dim() > 2 and x.is_floating_point()
+
+
+def _losses(stack: BatchedStack, loss: Loss, params: Params, data: Any) -> Tensor:
+    x, y = data
+    return loss_of_each(loss, stack(params, x), y)
+
+
+def _agree(problem: MetaProblem, general: MetaProblem) -> bool | None:
+    """Compare two ways to compute one meta-gradient; None where it is not finite."""
+    found, expected = (meta_gradient(each, tasks=TaskMap(strict=True)) for each in (problem, general))
+    distance, size = torch.zeros(()), torch.zeros(())
+    pairs = [(found.losses, expected.losses), *((found.gradients[n], g) for n, g in expected.gradients.items())]
+    for own, other in pairs:
+        distance = distance + (own - other).double().square().sum().cpu()
+        size = size + other.double().square().sum().cpu()
+    if not bool(torch.isfinite(size)):
+        return None
+    device = expected.losses.device.type
+    mixed = torch.is_autocast_enabled(device)
+    precision = torch.get_autocast_dtype(device) if mixed else expected.losses.dtype
+    return bool(distance.sqrt() <= 10 * torch.finfo(precision).eps ** 0.5 * size.sqrt())

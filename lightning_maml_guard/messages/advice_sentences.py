@@ -31,7 +31,7 @@ def advised(advice: Advice, spelling: Spelling = IN_PYTHON) -> str:
         owner = "optimizer" if advice.setting == "lr" else "schedule"
         to_set.append(f"the {owner}'s {advice.setting} to {advice.beta:.3g}")
     if advice.gradient_clip_val is not None:
-        to_set.append(f"{spelling.trainer(gradient_clip_val=advice.gradient_clip_val)}, or mend the batch")
+        to_set.append(f"{spelling.trainer(gradient_clip_val=advice.gradient_clip_val)}, or fix the batch")
     if not to_set:
         return f"{wrong}. Look at the data, the loss and the precision."
     return f"{wrong}. Set {' and '.join(to_set)}."

@@ -18,7 +18,7 @@ def _adaptation_harmful(reason: Reason, spelling: Spelling) -> str:
 
 def _rates_tried(reason: Reason, spelling: Spelling) -> str:
     present, lowered, _ = reason.losses
-    now = f"end at a loss of {present:.3g}" if math.isfinite(present) else "let the loss leave"
+    now = f"end at a loss of {present:.3g}" if math.isfinite(present) else "diverge"
     end = f"{lowered:.3g}" if math.isfinite(lowered) else "no finite loss either"
     return f"{reason.steps} steps tried on copies {now}; with {rates(reason.alpha, reason.beta)} they end at {end}."
 
@@ -26,8 +26,8 @@ def _rates_tried(reason: Reason, spelling: Spelling) -> str:
 def _schedule_ahead(reason: Reason, spelling: Spelling) -> str:
     peak = f"the schedule takes beta to {reason.beta:.3g} at step {reason.steps}"
     if reason.step is None:
-        return f"{peak}; beta_c at the parameters of now is {reason.limit:.3g}."
-    return f"{peak}; it exceeds today's beta_c = {reason.limit:.3g} from step {reason.step} on."
+        return f"{peak}; the current beta_c is {reason.limit:.3g}."
+    return f"{peak}; from step {reason.step} on it is above the current beta_c = {reason.limit:.3g}."
 
 
 def _odd_batch(reason: Reason, spelling: Spelling) -> str:
@@ -68,7 +68,7 @@ EVIDENCE: dict[Kind, Callable[[Reason, Spelling], str]] = {
     Kind.LEARNING_LOST: _learning_lost,
     Kind.STALLED: _stalled,
     Kind.SCHEDULE_NOT_READ: lambda reason, spelling: (
-        "the learning rate schedule cannot be read ahead, so it is looked at as it comes.\n"
+        "the learning rate schedule cannot be read ahead, so each rate is judged when it is due.\n"
         f"Cause: {reason.error}: {reason.detail}"
     ),
     Kind.UNITS_DIED: lambda reason, spelling: (

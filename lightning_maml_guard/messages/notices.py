@@ -11,7 +11,7 @@ from lightning_maml_guard.messages.spelling import Spelling
 def not_written(what: str, path: object, error: OSError) -> str:
     """Say that a file could not be written."""
     return (
-        f"ConvergenceGuard: {what} could not be written to {path}; a file of before is left as it was.\n"
+        f"ConvergenceGuard: {what} could not be written to {path}; an older file there is unchanged.\n"
         f"Cause: {type(error).__name__}: {error}\nTo do: Make room, or write elsewhere."
     )
 
@@ -19,13 +19,13 @@ def not_written(what: str, path: object, error: OSError) -> str:
 def _batch_not_copied(reason: Reason, spelling: Spelling) -> str:
     return (
         f"the batch at step {reason.step} cannot be copied ({reason.what}), so it is not checked; training goes on. A "
-        f"check works on a copy, so that training is given the batch as it was.\nCause: {reason.detail}\nTo do: Leave "
+        f"check works on a copy, so that training gets the batch unchanged.\nCause: {reason.detail}\nTo do: Leave "
         f"out of the batch what cannot be copied, or give {reason.what} a method clone()."
     )
 
 
 def _state_not_read(reason: Reason, spelling: Spelling) -> str:
-    return f"guard state not read, starting anew: the checkpoint holds something else.\nCause: {reason.detail}"
+    return f"the guard's state in the checkpoint cannot be read, so it starts anew.\nCause: {reason.detail}"
 
 
 NOTICES: dict[Kind, Callable[[Reason, Spelling], str]] = {

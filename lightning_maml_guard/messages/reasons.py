@@ -16,6 +16,8 @@ from lightning_maml_guard.utils.checks import encodable
 from lightning_maml_guard.utils.distributed import SharedError
 
 UNKNOWN_INTERVAL: Interval = (math.nan, math.nan)
+# Effect of a failure that comes from a file of the user's.
+IN_USERS_CODE = "in the user's code"
 
 
 class Kind(str, Enum):
@@ -149,11 +151,12 @@ class Reason:
 
 def of_error(kind: Kind, error: BaseException, *, what: str = "", step: int | None = None) -> Reason:
     """State a failure as a reason: its type, its text, and the place in the user's code that it came from."""
-    detail = encodable(str(error))
-    return Reason(kind, what=what, error=type(error).__name__, detail=detail, where=_place(error), step=step)
+    detail, (where, users) = encodable(str(error)), _place(error)
+    effect = IN_USERS_CODE if users else ""
+    return Reason(kind, what=what, error=type(error).__name__, detail=detail, where=where, effect=effect, step=step)
 
 
-def failure_reason(error: Exception, step: int) -> Reason:
+def of_check(error: Exception, step: int) -> Reason:
     """State why a check failed, and what kind of failure it was."""
     if isinstance(error, BatchCopyError):
         return Reason(Kind.BATCH_NOT_COPIED, what=error.kind, error=type(error).__name__, detail=error.cause, step=step)
@@ -163,17 +166,20 @@ def failure_reason(error: Exception, step: int) -> Reason:
     return replace(reason, effect="other rank", where="") if isinstance(error, SharedError) else reason
 
 
-def _place(error: BaseException) -> str:
-    """Name the innermost frame in a file of the user's, of what an error was raised from or its own; else its last."""
+def _place(error: BaseException) -> tuple[str, bool]:
+    """Name the innermost frame in a file of the user's, of what an error was raised from or its own; else its last.
+
+    Returns whether it is the user's as well.
+    """
     errors = [error]
     while errors[0].__cause__ is not None:
         errors.insert(0, errors[0].__cause__)
     for each in errors:
         for frame in reversed(traceback.extract_tb(each.__traceback__)):
             if _is_users(frame.filename):
-                return _named(frame)
+                return _named(frame), True
     trace = traceback.extract_tb(error.__traceback__)
-    return _named(trace[-1]) if trace else ""
+    return _named(trace[-1]) if trace else "", False
 
 
 def _is_users(filename: str) -> bool:

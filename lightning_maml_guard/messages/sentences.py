@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from lightning_maml_guard.messages.effects import EFFECTS, ORDERS
 from lightning_maml_guard.messages.evidence import EVIDENCE
 from lightning_maml_guard.messages.notices import NOTICES
-from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy
-from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling, rates
+from lightning_maml_guard.messages.reasons import IN_USERS_CODE, Kind, Reason, Remedy
+from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling, rates, times
 from lightning_maml_guard.messages.training_sentences import TRAINING
 
 
@@ -18,9 +18,9 @@ def sentence(reason: Reason, spelling: Spelling = IN_PYTHON) -> str:
     return " ".join(filter(None, (cause(reason, spelling), remedy(reason, spelling))))
 
 
-def sentences(reasons: Sequence[Reason], spelling: Spelling = IN_PYTHON) -> tuple[str, ...]:
-    """Put several reasons into words, a text each."""
-    return tuple(sentence(each, spelling) for each in reasons)
+def sentences(reasons: Sequence[Reason], spelling: Spelling = IN_PYTHON, *, advised: bool = False) -> tuple[str, ...]:
+    """Put several reasons into words, a text each; ``advised``: advice beside them says what to do."""
+    return tuple((cause if advised else sentence)(each, spelling) for each in reasons)
 
 
 def cause(reason: Reason, spelling: Spelling = IN_PYTHON) -> str:
@@ -63,35 +63,34 @@ def returned(step: int, *, safe: bool, applied: float, configured: float) -> str
     return f"ConvergenceGuard: step {step}: {said}"
 
 
-def _source(reason: Reason) -> str:
-    parts = [f"interval {reason.interval[0]:.3g} to {reason.interval[1]:.3g}"]
-    return f"({', '.join(parts + _cost(reason))})"
+def _limit(reason: Reason) -> str:
+    low, high = reason.interval
+    return f"{reason.rate}_c = {reason.limit:.3g} ({low:.3g} to {high:.3g})"
 
 
-def _cost(reason: Reason) -> list[str]:
-    hvps = [f"{reason.hvps} Hessian-vector products"] if reason.hvps else []
-    return hvps if reason.step is None else [*hvps, f"step {reason.step}"]
-
-
-def _threshold(reason: Reason) -> str:
-    scaled = f"{reason.margin:g} * " if reason.margin != 1 else ""
-    return f"{scaled}{reason.rate}_c = {reason.margin * reason.limit:.3g}"
+def _beside_limit(reason: Reason) -> str:
+    """Say how many times its limit a rate is; ``margin`` only where the limit itself is kept."""
+    rate = f"{reason.rate} = {reason.value:.3g}"
+    if not reason.limit > 0:
+        return f"{rate} exceeds {_limit(reason)}"
+    share = reason.value / reason.limit
+    said = f"{rate} is {times(share)} {_limit(reason)}"
+    return said if reason.margin == 1 or share > 1 else f"{said}, above the margin of {reason.margin:g}"
 
 
 def _above_limit(reason: Reason, spelling: Spelling) -> str:
     effect = EFFECTS.get(reason.effect, "")
     if reason.effect == "grows":
-        by = f" by {reason.growth:.2g} per step" if reason.growth > 1 else ""
-        effect = f"the meta update grows along the sharpest direction{by}."
-    said = f"{reason.rate} = {reason.value:.3g} exceeds {_threshold(reason)} {_source(reason)}: {effect}"
+        effect = "the meta update grows along the sharpest direction."
+        if reason.growth > 1:
+            effect = f"along the sharpest direction each step multiplies the error by {reason.growth:.2g}."
+    said = f"{_beside_limit(reason)}: {effect}"
     return f"{said} {ORDERS[reason.order]}" if reason.order else said
 
 
 def _too_close(reason: Reason, spelling: Spelling) -> str:
-    return (
-        f"{reason.rate} = {reason.value:.3g} is too close to {_threshold(reason)} {_source(reason)} to be called safe "
-        "or unsafe."
-    )
+    scaled = f"{reason.margin:g} * " if reason.margin != 1 else ""
+    return f"{reason.rate} = {reason.value:.3g} is too close to {scaled}{_limit(reason)} to be called safe or unsafe."
 
 
 def _not_judged(reason: Reason, spelling: Spelling) -> str:
@@ -100,9 +99,8 @@ def _not_judged(reason: Reason, spelling: Spelling) -> str:
 
 def _no_curvature(reason: Reason, spelling: Spelling) -> str:
     return (
-        f"The loss has no curvature at these parameters and this batch ({', '.join(_cost(reason))}), so no limit "
-        "follows; that is not the same as safe. ReLU networks with dead units and losses that are linear look like "
-        "this."
+        "The loss has no curvature at these parameters and this batch, so there is no limit to compare with. That is "
+        "not the same as safe: ReLU networks with dead units and linear losses look like this."
     )
 
 
@@ -146,30 +144,32 @@ def _loss_not_finite(reason: Reason, spelling: Spelling) -> str:
 
 
 def _check_failed(reason: Reason, spelling: Spelling) -> str:
-    where = f" ({reason.where})" if reason.where else ""
+    where = f" ({reason.where})" if reason.where and reason.effect != IN_USERS_CODE else ""
     to_do = {
+        IN_USERS_CODE: f"Fix {reason.where}.",
         "out of memory": "A check needs about max_iter vectors of the parameters' size and the graph of a second "
         "derivative: lower max_iter or the module's task_chunk_size, or pass max_tasks, basis='bfloat16' or 'cpu' "
         "(curvature options), or steps=0 or batches=1 (lookahead options).",
-        "other rank": "Look at that rank; the others are well.",
-    }.get(reason.effect, "If it comes from code of yours (the problem, the loss, a logger), fix it there.")
+        "other rank": "Look at that rank; the other ranks are fine.",
+    }.get(reason.effect, "If it comes from your code (the problem, the loss, a logger), fix it there.")
     alone = reason.kind is Kind.NO_CURVATURE_MEASURED
-    but = " to measure the curvature; it judges by the next steps alone" if alone else "; training goes on without it"
+    what = " to measure the curvature" if alone else ""
+    until = "The lookahead alone judges" if alone else "Training continues unguarded"
     return (
-        f"the check at step {reason.step} failed{but}.\nCause: {reason.error}: {reason.detail}{where}.\nTo do: {to_do} "
-        "This is said once for each cause."
+        f"the check at step {reason.step} failed{what}.\nCause: {reason.error}: {reason.detail}{where}\nTo do: {to_do} "
+        f"{until} until a check succeeds. This is said once for each cause."
     )
 
 
 def _no_lookahead(reason: Reason, spelling: Spelling) -> str:
     if reason.effect == "before training":
         return f"The next steps cannot be tried. {reason.detail}"
-    return f"judging by curvature alone, for the next steps cannot be tried. {reason.detail}"
+    return f"the next steps cannot be tried, so curvature alone decides. {reason.detail}"
 
 
 def _no_gradient_norm(reason: Reason, spelling: Spelling) -> str:
     return (
-        "between checks it looks when the loss jumps, but not when the gradient norm does: the norm could not be "
+        "a jump of the loss still calls a check, a jump of the gradient norm does not: the norm could not be "
         f"computed.\nCause: {reason.error}: {reason.detail}"
     )
 
@@ -189,7 +189,7 @@ def _network_collapsed(reason: Reason, spelling: Spelling) -> str:
     return (
         f"step {reason.step} is stable, but the run may have lost its network.\nWhy: lambda_max = {reason.value:.3g} "
         f"is {reason.value / reason.limit:.2g} of what it was, while the loss ({loss:.3g}) is near where training "
-        f"started ({start:.3g}): {dead}, and no rate brings them back.\nTo do: Start again with lower rates "
+        f"started ({start:.3g}): {dead}.\nTo do: Start again with lower rates "
         f"({spelling.guard(action='rescale', margin=0.5)} keeps them lower), or with another activation."
     )
 

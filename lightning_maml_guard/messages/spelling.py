@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
 import textwrap
 from typing import Any
 
-_WIDTH = 100
+_NARROWEST, _WIDEST = 40, 100
 
 
 class Spelling:
@@ -28,15 +29,21 @@ class Spelling:
 IN_PYTHON = Spelling()
 
 
+def times(share: float) -> str:
+    """Write how many times its limit a rate is: two digits, and three around 1."""
+    return f"{share:.{3 if 0.95 < share < 1.05 else 2}g}x"
+
+
 def rates(alpha: float, beta: float, joint: str = ", ") -> str:
     """Write a pair of rates, the inner one only where there is an inner loop."""
     return ("" if math.isnan(alpha) else f"alpha = {alpha:.3g}{joint}") + f"beta = {beta:.3g}"
 
 
 def block(message: str) -> str:
-    """Wrap a message for a terminal: all lines but the first are indented."""
+    """Wrap a message to the terminal, between words; all lines but the first are indented."""
     first, *others = message.splitlines()
-    options: dict[str, Any] = {"width": _WIDTH, "break_long_words": False, "break_on_hyphens": False}
+    width = min(max(shutil.get_terminal_size((_WIDEST, 24)).columns, _NARROWEST), _WIDEST)
+    options: dict[str, Any] = {"width": width, "break_long_words": False, "break_on_hyphens": False}
     lines = textwrap.wrap(first, subsequent_indent="  ", **options)
     for other in others:
         lines += textwrap.wrap(other, initial_indent="  ", subsequent_indent="    ", **options)

@@ -88,6 +88,18 @@ class Snapshot:
         self.step = step
         return True
 
+    @contextmanager
+    def visited(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], device: torch.device | str | None = None
+    ) -> Iterator[None]:
+        """Put the copies back, and undo that at the end; until then what is there is kept on ``device``."""
+        now = Snapshot(module, optimizers, self.step, device)
+        try:
+            self.restore(module, optimizers)
+            yield
+        finally:
+            now.restore(module, optimizers)
+
     @torch.no_grad()
     def restore(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Put the copies back, in place where a tensor is still there.
@@ -176,17 +188,6 @@ class SnapshotRing:
 
 def _gap(ages: Sequence[int], index: int) -> float:
     return ages[index - 1] / ages[index + 1]
-
-
-@contextmanager
-def visited(module: nn.Module, optimizers: Sequence[Optimizer], snapshot: Snapshot) -> Iterator[None]:
-    """Go to a snapshot and come back."""
-    now = Snapshot(module, optimizers, snapshot.step)
-    try:
-        snapshot.restore(module, optimizers)
-        yield
-    finally:
-        now.restore(module, optimizers)
 
 
 def finite(module: nn.Module) -> bool:

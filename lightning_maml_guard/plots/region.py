@@ -23,6 +23,7 @@ def safe_region(
     *,
     rates: Sequence[float] = (),
     which: str = "last check",
+    border: Sequence[StabilityReport] = (),
 ) -> tuple[Any, Any]:
     """Draw the safe region ``alpha <= alpha_c, beta < beta_c(alpha)`` with the path of the rates in it.
 
@@ -30,14 +31,17 @@ def safe_region(
     ``beta_c(alpha)`` of the simplified criterion (Takagi et al.), scaled to pass through the ``beta_c`` that was
     measured for the optimizer; checks that could not measure one are left out if others could. With
     ``criterion="exact"`` the curve holds at the measured ``alpha``: beyond it, where exact MAML's ``beta_c`` may fall
-    instead, it is dashed and nothing is filled. Where no ``beta_c`` was measured (Adam before its first step), the
-    curve is that of plain SGD, and its label says so. Rates that a guard capped are joined to those applied.
+    instead, it is dashed and nothing is filled, unless ``border`` holds measurements there. Where no ``beta_c`` was
+    measured (Adam before its first step), the inner rates below ``alpha_c`` are filled alone. Rates that a guard capped
+    are joined to those applied.
 
     Args:
         reports: Reports of the checks, oldest first.
         ax: Axes to draw on (default: a new figure).
         rates: Outer learning rates that the axis must reach as well.
         which: How the legend calls the report whose region is filled, the last one.
+        border: Reports of the last report's parameters and batch at larger inner rates, ascending; see
+            :func:`~lightning_maml_guard.stability.measure.measure_border`.
 
     Returns:
         ``(fig, ax)``.
@@ -77,25 +81,38 @@ def safe_region(
     low = min(min(r.alpha, alpha) if alpha > 0 else r.alpha_c for r, alpha, _ in with_applied)
     low = min([low, *(measured[i].alpha_c for i in shown)]) / 30
     borders = {i: _border(measured[i], low) for i in shown}
-    reached = [*rates, *(beta for _, curve in borders.values() for beta in curve)]
+    curves = [curve for i, curve in borders.items() if math.isfinite(measured[i].safe_beta_c)]
+    reached = [*rates, *(beta for _, curve in curves for beta in curve), *(each.beta_c for each in border)]
     reached += [rate for r, _, beta in with_applied for rate in (r.beta, beta)]
     reached = [rate for rate in reached if math.isfinite(rate) and rate > 0]
-    floor, ceiling = min(reached) / 3, max(reached) * 3
-    for i, border in borders.items():
+    floor, ceiling = (min(reached) / 3, max(reached) * 3) if reached else (0.1, 10.0)
+    for i, curve in borders.items():
         last = i == shown[-1]
-        _draw_border(axes, measured[i], border, floor, colours(norm(steps[i])), which if last else None)
+        if not math.isfinite(measured[i].safe_beta_c):
+            _draw_inner_limit(axes, measured[i], colours(norm(steps[i])), low if last else None)
+            continue
+        name = which if last else None
+        _draw_border(axes, measured[i], curve, floor, colours(norm(steps[i])), name, border if last else ())
+    if len(shown) > 1:
+        axes.plot([], [], color=colours(norm(steps[shown[0]])), linewidth=1.0, label=style.EARLIER_BORDERS)
     _draw_rates(axes, measured, steps, colours, norm)
     axes.set(
         xscale="log",
         yscale="log",
         xlabel=style.INNER_RATE_AXIS,
         ylabel=style.OUTER_RATE_AXIS,
-        title=style.REGION_TITLE,
     )
     axes.set_ylim(floor, ceiling)
-    axes.legend(loc="best", frameon=True, framealpha=0.9)
+    narrow = style.is_narrow(axes)
+    if not narrow:  # there the colour bar is above
+        axes.set_title(style.REGION_TITLE)
+    if narrow:
+        style.legend_below(axes.figure, ncols=1)
+    else:
+        axes.legend(loc="best", frameon=True, framealpha=0.9)
     if count > 1:
-        axes.figure.colorbar(mpl.cm.ScalarMappable(norm, colours), ax=axes, label=style.CHECK_STEP_AXIS)
+        place: dict[str, Any] = {"location": "top", "aspect": 40} if narrow else {}
+        axes.figure.colorbar(mpl.cm.ScalarMappable(norm, colours), ax=axes, label=style.CHECK_STEP_AXIS, **place)
     elif measured[0].step is not None:
         axes.set_title(f"{style.REGION_TITLE}, step {measured[0].step}")
     return axes.figure, axes
@@ -108,13 +125,25 @@ def _draw_border(
     floor: float,
     colour: Any,
     which: str | None,
+    measured: Sequence[StabilityReport],
 ) -> None:
-    """Draw the border of one check's region; with ``which``, that of the last check, fill the region as well."""
+    """Draw the border of one check's region; with ``which``, that of the last check, fill the region as well.
+
+    ``measured`` are reports at larger inner rates.
+    """
     alphas, curve = border
     line: dict[str, Any] = {"color": colour, "linewidth": 1.0 if which is None else 2.2}
     line["zorder"] = 2 if which is None else 3
     valid = sum(alpha <= report.safe_alpha for alpha in alphas) if report.criterion == "exact" else len(alphas)
+    if measured:
+        known = [(each.alpha, each.beta_c if each.beta_c > 0 else floor) for each in measured]
+        alphas, curve = [*alphas[:valid], *(a for a, _ in known)], [*curve[:valid], *(b for _, b in known)]
+        valid = len(alphas)
+        dots: dict[str, Any] = {"color": colour, "linestyle": "none", "marker": ".", "markersize": 9, "zorder": 4}
+        ax.plot(*zip(*known, strict=True), label=style.BORDER_MEASURED, **dots)
     outline = [*alphas, alphas[-1]], [*curve, floor]
+    if which is not None:
+        line["label"] = f"{style.BORDER}, {which}"
     if valid < len(alphas):
         ax.plot(alphas[:valid], curve[:valid], **line)
         outline = outline[0][max(valid - 1, 0) :], outline[1][max(valid - 1, 0) :]
@@ -122,9 +151,16 @@ def _draw_border(
     if valid == len(alphas) or which is not None:
         ax.plot(*outline, **line)
     if which is not None:
-        name = style.SAFE_REGION if math.isfinite(report.safe_beta_c) else style.SGD_SAFE_REGION
-        filled: dict[str, Any] = {"color": colour, "alpha": 0.18, "linewidth": 0, "label": f"{name}, {which}"}
-        ax.fill_between(alphas[:valid], floor, curve[:valid], **filled)
+        filled: dict[str, Any] = {"color": colour, "alpha": 0.18, "linewidth": 0}
+        ax.fill_between(alphas[:valid], floor, curve[:valid], label=f"{style.SAFE_REGION}, {which}", **filled)
+
+
+def _draw_inner_limit(ax: Any, report: StabilityReport, colour: Any, low: float | None) -> None:
+    """Draw ``alpha_c`` alone, where no outer rate could be judged; from ``low`` on it is filled."""
+    ax.axvline(report.alpha_c, color=colour, linewidth=1.0 if low is None else 2.2, zorder=2)
+    if low is not None:
+        ax.axvspan(low, report.alpha_c, color=colour, alpha=0.18, linewidth=0, label=style.INNER_REGION)
+        ax.set_xlim(low, 3 * report.alpha_c)
 
 
 def _draw_rates(ax: Any, measured: Sequence[StabilityReport], steps: Sequence[float], colours: Any, norm: Any) -> None:

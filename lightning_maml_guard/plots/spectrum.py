@@ -107,7 +107,7 @@ def ritz_values(report: StabilityReport, ax: Axes | None = None, *, title: str |
         ylabel=style.WEIGHT_AXIS,
         title=f"Spectrum{step}" if title is None else title,
     )
-    ax.legend(loc="best", fontsize="small", framealpha=0.9)
+    style.legend_under(ax)
     return ax.figure, ax
 
 

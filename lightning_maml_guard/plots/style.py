@@ -10,7 +10,9 @@ STATE_COLOURS = {"safe": "#009E73", "edge": "#E69F00", "unsafe": "#D55E00", "unr
 ALPHA_COLOUR, BETA_COLOUR = "#0072B2", "#CC79A7"
 LIMIT_COLOUR = STATE_COLOURS["unsafe"]
 PASSED_COLOUR, MARGIN_COLOUR = STATE_COLOURS["safe"], STATE_COLOURS["edge"]
-SPECTRUM_COLOUR = ALPHA_COLOUR
+SPECTRUM_COLOUR = AFTER_COLOUR = ALPHA_COLOUR
+BEFORE_COLOUR = "#56B4E9"
+ROLLED_BACK_COLOUR = "0.5"
 EXACT_COLOUR = "black"
 MARKER_COLOUR, MARKER_EDGE = "0.6", "black"
 UNTRAINED_COLOUR, DIVERGED_COLOUR = "0.82", "0.35"
@@ -22,20 +24,34 @@ EIGENVALUE_AXIS, DENSITY_AXIS = r"eigenvalue $\lambda$ of the task loss's Hessia
 WEIGHT_AXIS = "weight (share of a random vector)"
 STEP_AXIS, CHECK_STEP_AXIS = "training step", "training step of the check"
 ERROR_AXIS = "training error"
+LOSS_TITLE, LOSS = "Training loss", "loss"
+BEFORE_ADAPTATION, AFTER_ADAPTATION = "before adaptation", "after adaptation"
 
-SAFE_REGION, SGD_SAFE_REGION = "safe region", "plain SGD's safe region"
-BEYOND_MEASURED = r"simplified curve beyond the measured $\alpha$"
+SAFE_REGION, INNER_REGION = "safe region", r"$\alpha < \alpha_c$; $\beta$ is not judged"
+BORDER, EARLIER_BORDERS = r"$\beta_c(\alpha)$", r"$\beta_c(\alpha)$, earlier checks"
+BEYOND_MEASURED = r"simplified criterion beyond the measured $\alpha$"
+BORDER_MEASURED = r"$\beta_c$ measured at other $\alpha$"
 CONFIGURED_RATES, APPLIED_RATES = "configured rates", "applied rates"
 ALPHA_C_SIMPLIFIED = r"$\alpha_c$, simplified"
 BETA_C_SIMPLIFIED, BETA_C_EXACT = r"$\beta_c(\alpha)$, simplified", r"$\beta_c(\alpha)$, exact"
 UNTRAINED, DIVERGED, FOUND = "did not train", "diverged", "found by training"
-CRITICAL, LOOKAHEAD, DIVERGED_BEYOND = "critical", "lookahead", "diverged, beyond the picture"
+CRITICAL, LOOKAHEAD, DIVERGED_BEYOND = "critical", "lookahead", "beyond the picture"
 RITZ_VALUES, SMOOTHED_DENSITY = "Ritz values", "density, smoothed"
 
 REGION_TITLE, ERROR_TITLE = "Safe region of the learning rates", "Training error after meta-training"
 STATES_TITLE, RATIOS_TITLE = "State of the run", "Rates over their critical values"
-LOOKAHEADS_TITLE = "Severity of the lookaheads: log(loss after / loss at the start)"
+LOOKAHEADS_TITLE = "Lookaheads: log(loss after / start)"
 SPECTRUM_TITLE = "Eigenvalue spectrum"
+
+# What happened in a run, as marks on its loss: marker and colour.
+EVENT_MARKS = {
+    "unsafe": ("x", LIMIT_COLOUR),
+    "capped": ("v", MARGIN_COLOUR),
+    "rolled back": ("<", ROLLED_BACK_COLOUR),
+    "stopped": ("s", LIMIT_COLOUR),
+}
+# Widths in inches of a page and of a phone's screen; a figure narrower than the limit puts its legends below.
+WIDE, NARROW, NARROW_BELOW = 8.8, 3.7, 5.0
 
 # Beyond that many checks a line alone is easier to read.
 MOST_MARKERS = 60
@@ -68,12 +84,40 @@ def new_figure(width: float = 6.4, height: float = 4.8) -> Any:
     return figure
 
 
-def legend_below(figure: Any, handles: Any = None) -> None:
+def is_narrow(ax: Any) -> bool:
+    """Return True if the figure of an axes is for a phone's screen."""
+    return bool(ax.get_figure(root=True).get_figwidth() < NARROW_BELOW)
+
+
+def plain_ticks(axis: Any, low: float, high: float) -> None:
+    """Write the ticks of a log axis that spans few powers of ten as plain numbers."""
+    ticker = import_matplotlib("ticker").ticker
+    if low > 0 and high / low < 300:
+        axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(ticker.FormatStrFormatter("%.3g"))
+        axis.set_minor_formatter(ticker.NullFormatter())
+
+
+def legend_below(figure: Any, handles: Any = None, ncols: int = 3) -> None:
     """Put a legend of all labels, or of the handles, below the axes."""
     chosen = {} if handles is None else {"handles": handles}
-    figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False, **chosen)
+    figure.legend(loc="outside lower center", ncols=ncols, fontsize="small", frameon=False, **chosen)
 
 
-def legend_beside(ax: Any) -> None:
-    """Put a legend to the right of the axes."""
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small", frameon=False)
+def legend_under(ax: Any) -> None:
+    """Put a legend below the axes and their label, where it covers nothing."""
+    transforms, figure = import_matplotlib("transforms").transforms, ax.get_figure(root=True)
+    down = transforms.ScaledTranslation(0, -0.5, figure.dpi_scale_trans)
+    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "bbox_transform": ax.transAxes + down}
+    ax.legend(fontsize="small", frameon=False, ncols=2 if is_narrow(ax) else 3, columnspacing=1.2, **place)
+
+
+def legend_beside(ax: Any, *, label_below: bool = False) -> None:
+    """Put a legend to the right of the axes; on a narrow figure below them, and below a label of theirs."""
+    options: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+    if is_narrow(ax):
+        transforms, figure = import_matplotlib("transforms").transforms, ax.get_figure(root=True)
+        down = transforms.ScaledTranslation(-0.45, -0.52 if label_below else -0.04, figure.dpi_scale_trans)
+        options = {"loc": "upper left", "bbox_to_anchor": (0.0, 0.0), "ncols": 2, "borderaxespad": 0.2}
+        options |= {"bbox_transform": ax.transAxes + down, "columnspacing": 0.8, "handlelength": 1.4}
+    ax.legend(fontsize="small", frameon=False, **options)

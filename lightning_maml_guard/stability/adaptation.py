@@ -208,7 +208,7 @@ def _of_batch(problem: MetaProblem, task_map: TaskMap, each_step: bool) -> Adapt
 
     def together(support: Any, query: Any) -> tuple[Tensor, Tensor]:
         side = SideBySide(params, rates, task_count(support, "support"))
-        loss, update = side.over(problem.loss), beside(problem.inner_update)
+        loss, update = problem.side_by_side(), beside(problem.inner_update)
         return _losses(loss, side.params, side.rates, support, query, steps, update, each_step)
 
     query, support = task_map.apply(one, together, problem.support, problem.query)

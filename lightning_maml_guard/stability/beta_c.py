@@ -15,7 +15,7 @@ from lightning_maml_guard.linalg.layout import Layout, Params
 from lightning_maml_guard.linalg.operators import Operator, scaled, simplified
 from lightning_maml_guard.optim.linearized_step import LinearizedStep
 from lightning_maml_guard.stability.estimators import Spectrum
-from lightning_maml_guard.stability.hvp import HESSIAN, UPDATE, Operators
+from lightning_maml_guard.stability.hvp import HESSIAN, Operators
 from lightning_maml_guard.stability.krylov_stopping import (
     Krylov,
     check_symmetry,
@@ -174,21 +174,18 @@ def is_turned(maml: MamlObjective, operators: Operators, step: LinearizedStep, d
 
 
 def mean_square_limit(
-    maml: MamlObjective,
+    along: Tensor,
     operators: Operators,
     step: LinearizedStep,
     direction: Tensor,
     tasks: int,
     change: Tensor | None,
 ) -> tuple[float, float]:
-    """Find the limit for tasks drawn anew at every step, from their curvatures along the direction that binds.
+    """Find the limit for tasks drawn anew at every step, from their curvatures ``along`` the direction that binds.
 
     Returns the predicted change of the coming step, brought to the host in the same transfer, and the limit; ``tasks``
     counts those of all ranks.
     """
-    direction = step.unscaled(direction)
-    along = maml.curvature_by_task(Layout(maml.params).split(direction))
-    operators.charge(1, UPDATE, graphs=1)
     # One transfer to the host for all of it.
     single = [direction.new_tensor(math.nan) if change is None else change, step.shift_along(direction)]
     predicted, shift, *own = torch.cat([torch.stack(single).double(), along.double()]).cpu().tolist()

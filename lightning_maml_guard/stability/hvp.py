@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_maml_guard.linalg.lanczos import NonFiniteProductError, start_vector
 from lightning_maml_guard.linalg.layout import Layout, Params
 from lightning_maml_guard.linalg.operators import Field, FiniteDifference, Jacobian, Operator
+from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.stability.krylov_stopping import ChangingOperatorError, rounding
 from lightning_maml_guard.stability.objective import MamlObjective, Objective, Target
-from lightning_maml_guard.stability.problems import Problem, first_batch
+from lightning_maml_guard.stability.problems import PlainProblem, Problem, first_batch
 from lightning_maml_guard.utils.checks import first_line
 from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.task_map import TaskMap
@@ -56,6 +58,27 @@ class NetworkFacts:
     checked: set[str] = field(default_factory=set)
     finite: dict[str, Reason] = field(default_factory=dict)
     looped: bool = False
+
+
+# What measurements without a cache found out, by network.
+_KNOWN: WeakKeyDictionary[nn.Module, dict[Any, NetworkFacts]] = WeakKeyDictionary()
+
+
+def facts_of(problem: MetaProblem | PlainProblem, modules: Sequence[nn.Module]) -> NetworkFacts:
+    """Return what is known in this process about a problem's kind on these modules; of none, nothing is."""
+    if not modules:
+        return NetworkFacts()
+    function = problem.task_loss if isinstance(problem, MetaProblem) else problem.loss
+    like = next(iter(problem.params.values()))
+    settings = ("order", "inner_steps", "inner_update", "per_step", "looped", "task_chunk_size")
+    kind = (
+        getattr(getattr(function, "__func__", function), "__code__", type(function)),
+        tuple(str(getattr(problem, name, None)) for name in settings),
+        *(str(like.dtype), like.device.type),
+        # Layers that are put in later, or switched to evaluation, are others.
+        tuple((type(part), part.training) for module in modules for part in module.modules()),
+    )
+    return _KNOWN.setdefault(modules[0], {}).setdefault(kind, NetworkFacts())
 
 
 @dataclass
@@ -121,6 +144,12 @@ class Operators:
         """Count what no operator counts itself."""
         self._other_products += products
         self._other_cost += products * price.product + graphs * price.graph
+
+    def by_task(self, direction: Tensor) -> Tensor:
+        """Measure each task's curvature of the update along a direction with a graph of its own."""
+        assert isinstance(self.objective, MamlObjective)
+        self.charge(1, UPDATE, graphs=1)
+        return self.objective.curvature_by_task(Layout(self.objective.params).split(direction))
 
     def build(self, name: str, target: Target) -> tuple[Operator, float]:
         """Build an operator whose products count; returns it with the relative error of its products."""

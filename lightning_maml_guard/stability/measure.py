@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack, nullcontext
 
 import torch
@@ -12,7 +13,7 @@ from lightning_maml_guard.maml.batch_errors import explained, has_nan
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.messages.reasons import Reason
 from lightning_maml_guard.optim.stability_limits import Optimizers, listed
-from lightning_maml_guard.stability.hvp import MeasurementCache
+from lightning_maml_guard.stability.hvp import MeasurementCache, facts_of
 from lightning_maml_guard.stability.krylov_stopping import ChangingOperatorError
 from lightning_maml_guard.stability.measurement import Measurement
 from lightning_maml_guard.stability.objective import objective_of
@@ -66,8 +67,8 @@ def measure(
         curvature: How to measure; see :class:`~lightning_maml_guard.CurvatureOptions`.
         margin: Fraction of the critical values that counts as the threshold.
         step: Training step, for the messages.
-        cache: What earlier measurements of the same network found out, a :class:`MeasurementCache`; pass one object to
-            every call of a loop, and the self-check of the second derivatives is made once.
+        cache: What earlier measurements of the same network found out, a :class:`MeasurementCache`, which a guard keeps
+            for its run. Without one a process checks the second derivatives of a network once for each kind of problem.
         check_against: The loss of training on the same batch. If the problem's is another one, ``notes`` of the report
             hold why that may be.
 
@@ -117,12 +118,13 @@ def measure(
             "or pass the MeasurementCache() of the calls before."
         )
     reference = None if check_against is None else check_reference(check_against)
-    whole, cache, share = problem, cache or MeasurementCache(), 1.0
+    modules = modules_of(one.task_loss if isinstance(one, MetaProblem) else one.loss)
+    whole, cache, share = problem, cache or MeasurementCache(facts_of(one, modules)), 1.0
     if not isinstance(problem, PlainProblem) and curvature.max_tasks is not None:
         part = problem.part(curvature.max_tasks)
         problem, share = part, part.tasks / problem.tasks
     with ExitStack() as isolation, preserved_randomness(), double_backward():
-        for module in modules_of(one.task_loss if isinstance(one, MetaProblem) else one.loss):
+        for module in modules:
             isolation.enter_context(isolated(module))
         torch.manual_seed(0)  # the same dropout masks in every check, so that their numbers can be compared
         task_map = cache.map_of(one)
@@ -149,3 +151,49 @@ def measure(
         except (NonFiniteProductError, ChangingOperatorError) as error:
             padded = isinstance(error, NonFiniteProductError) and isinstance(one, MetaProblem) and has_nan(one)
             return measurement.failed(error, padded=padded)
+
+
+# Beyond the inner rate as configured, a decade in six steps.
+_BORDER = tuple(10 ** (k / 6) for k in range(1, 7))
+
+
+def measure_border(
+    problem: MetaProblem,
+    *,
+    beta: float | None = None,
+    optimizer: Optimizers | None = None,
+    curvature: CurvatureOptions = CurvatureOptions(),  # noqa: B008 (frozen)
+) -> list[StabilityReport]:
+    """Measure the critical meta rate at inner rates up to ten times the configured one, for a picture of the region.
+
+    It costs up to six measurements.
+
+    Args:
+        problem: The problem, such as ``module.meta_problem(batch)``.
+        beta: Meta rate of plain SGD; see :func:`measure`.
+        optimizer: The live optimizer.
+        curvature: How to measure.
+
+    Returns:
+        A report per inner rate, ascending, as far as the inner rate is below its own limit and ``beta_c`` is known:
+        what ``guard.plot(border=...)`` and ``plots.safe_region(..., border=...)`` draw.
+
+    Raises:
+        TypeError: If ``problem`` has no inner loop, or as :func:`measure` does.
+        ValueError: As :func:`measure` does.
+        BatchError: As :func:`measure` does.
+    """
+    if not isinstance(problem, MetaProblem):
+        raise TypeError(
+            f"Expected argument `problem` to be a MetaProblem but got {type(problem).__name__}. Plain training has no "
+            "inner rate, so that there is no border to draw."
+        )
+    found: list[StabilityReport] = []
+    cache = MeasurementCache()
+    for factor in _BORDER:
+        scaled = problem.at_factor(factor)
+        report = measure(scaled, beta=beta, optimizer=optimizer, curvature=curvature, cache=cache)
+        if report.alpha_ratio > 1 or not math.isfinite(report.beta_c):
+            break
+        found.append(report)
+    return found

@@ -108,16 +108,26 @@ class Measurement:
         simplified = None if self._exact else self._simplified_limits(hessian, spectrum, alpha_limit)
         if self._maml is not None:
             hessian.release()
-        jacobian, exact_beta = self._exact_limit_at_configured(hessian)
+        # Of the simplified criterion nobody asked for the update's own Jacobian, whose products are most of a check.
+        jacobian: Operator | None = hessian if self._maml is None else None
+        exact_beta = UNKNOWN
+        if self._exact:
+            jacobian, exact_beta = self._exact_limit_if_finite(1.0)
         change = predicted_change(jacobian, self._optimizer, self._beta, objective.live)
+        direction = None if self._tasks < 2 or self._update.decoupled else exact_beta.direction
+        if direction is not None:
+            direction = self._update.unscaled(direction)
+        by_task = None
         if jacobian is not None:
+            by_task = None if direction is None else jacobian.along_by_task(direction)
             jacobian.release()
+        if direction is not None and by_task is None:
+            by_task = operators.by_task(direction)
         if self._exact and exact_beta.beta_c == 0 and not alpha_limit.ratio > 1:
             alpha_limit = alpha_c.sharpest(alpha_limit)
         beta = simplified or self._exact_limits(alpha_limit, exact_beta)
-        direction = None if self._tasks < 2 or self._update.decoupled else exact_beta.direction
-        if self._maml is not None and direction is not None:
-            found = mean_square_limit(self._maml, operators, self._update, direction, self._tasks, change)
+        if direction is not None and by_task is not None:
+            found = mean_square_limit(by_task, operators, self._update, direction, self._tasks, change)
         else:  # read from the device only where mean_square_limit does not bring it along
             found = math.nan if change is None else float(change), math.nan
         predicted, noise_limit = found
@@ -208,19 +218,6 @@ class Measurement:
             "notes": tuple(self._notes),
             "step": self._at_step,
         }
-
-    def _exact_limit_at_configured(self, hessian: Operator) -> tuple[Operator | None, MetaRateLimit]:
-        """Measure the update's own Jacobian; where nothing acts on it, a failure costs that number alone."""
-        if self._maml is None:
-            return hessian, UNKNOWN
-        if self._exact:
-            return self._exact_limit_if_finite(1.0)
-        try:
-            with self._operators.ranks.together():
-                return self._exact_limit(1.0)
-        except Exception as error:
-            self._notes.append(of_error(Kind.NO_EXACT_LIMIT, error, step=self._at_step))
-            return None, UNKNOWN
 
     def _exact_limit_if_finite(self, factor: float) -> tuple[Operator | None, MetaRateLimit]:
         """The same; unknown where the query loss is not finite, as an inner rate beyond its own limit makes it."""

@@ -59,6 +59,10 @@ class AccumulatedProblem:
         """Number of tasks over all batches."""
         return sum(each.tasks for each in self.parts)
 
+    def at_factor(self, factor: float) -> AccumulatedProblem:
+        """Return the problem with every inner rate multiplied by ``factor``."""
+        return AccumulatedProblem(tuple(each.at_factor(factor) for each in self.parts))
+
     def part(self, tasks: int) -> AccumulatedProblem:
         """Return the problem with the first tasks only."""
         kept: list[MetaProblem] = []

@@ -26,7 +26,7 @@ class StabilityReport:
         beta_c: Its critical value for the optimizer as it runs; ``nan`` if no statement can be made.
         sgd_beta_c: The simplified criterion's ``beta_c`` for plain SGD, whatever the optimizer.
         exact_beta_c: The critical meta rate of the update as configured, from its Jacobian; ``nan`` where it was not
-            measured.
+            measured, as under ``criterion="simplified"``.
         lambda_max: Largest eigenvalue of the Hessian.
         lambda_min: Smallest Ritz value seen.
         status: ``"safe"``, ``"unsafe"`` or ``"unresolved"``.
@@ -45,9 +45,10 @@ class StabilityReport:
         seconds: Wall time.
         exact_beta_c_interval: Where ``exact_beta_c`` lies.
         beta_c_noise: Meta rate below which the mean square shrinks when the tasks are drawn anew at every step;
-            ``nan`` for a single task.
+            ``nan`` for a single task and under ``criterion="simplified"``.
         mean_alpha_c: With ``tasks="worst"``, the ``alpha_c`` of the mean task loss; else ``nan``.
-        predicted_change: Change of the meta loss the coming step predicts, ``-g.u + 1/2 u.J.u``.
+        predicted_change: Change of the meta loss the coming step predicts, ``-g.u + 1/2 u.J.u``; of MAML ``nan`` under
+            ``criterion="simplified"``.
         criterion: Whose conditions the status is about: ``"simplified"`` or ``"exact"``.
         notes: What keeps a rate from being judged and will last, as data; :attr:`notices` has it in words.
         step: Training step, if the caller gave one.
@@ -118,7 +119,8 @@ class StabilityReport:
             f"  lambda_max = {self.lambda_max:.3g}, lambda_min = {self.lambda_min:.3g}; {self.hvps} Hessian-vector "
             f"products, {self.seconds:.2g} s"
         )
-        return "\n".join([*lines, *(f"  {reason}" for reason in self.reasons)])
+        to_do = [] if self.advice is None else [f"  To do: {self.advice}"]
+        return "\n".join([*lines, *(f"  {reason}" for reason in self.reasons), *to_do])
 
     def _rate_line(self, name: str) -> str:
         rate, critical, ratio = getattr(self, name), getattr(self, f"{name}_c"), getattr(self, f"{name}_ratio")
@@ -129,8 +131,8 @@ class StabilityReport:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """The findings in words: why the status is what it is, and what to do."""
-        return sentences(self.findings)
+        """The findings in words: why the status is what it is, and what to do unless ``advice`` says it."""
+        return sentences(self.findings, advised=self.advice is not None)
 
     @property
     def notices(self) -> tuple[str, ...]:

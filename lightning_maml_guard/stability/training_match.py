@@ -143,7 +143,7 @@ class TrainingMatch:
             with preserved_randomness():
                 torch.manual_seed(draw)
                 leaves = {name: value.detach().requires_grad_() for name, value in target[1].items()}
-                value, gradients = target[0](leaves, False)
+                value, gradients, _ = target[0](leaves, False)
             if draw == 0:
                 layout = Layout(leaves)
                 known = {n: torch.zeros_like(leaves[n]) if (g := gradients[n]) is None else g.detach() for n in leaves}

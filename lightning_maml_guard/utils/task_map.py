@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import register_pytree_node, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils import _pytree
+from torch.utils._pytree import register_pytree_node, tree_flatten, tree_map, tree_unflatten
 
 from lightning_maml_guard.utils.checks import check_count, first_line
 from lightning_maml_guard.utils.warnings import GuardWarning
@@ -23,6 +24,13 @@ class TaskList(list[Any]):
 
 
 register_pytree_node(TaskList, lambda tasks: (list(tasks), None), lambda tasks, context: TaskList(tasks))
+
+
+def tree_leaves(data: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:
+    """Do what torch's function of this name does; of the usual ``(x, y)`` without its cost."""
+    if type(data) is tuple and all(isinstance(each, Tensor) for each in data):
+        return list(data)
+    return _pytree.tree_leaves(data, is_leaf=is_leaf)
 
 
 def is_listed(data: Any) -> bool:
@@ -155,11 +163,15 @@ class TaskMap:
             lambda: self._loop(function, args, in_dims),
         )
 
-    def apply(self, one: Callable[..., T], together: Callable[..., T], *args: Any) -> T:
-        """Map a function given in two forms: of one task, and of several tasks in a leading dimension."""
+    def apply(self, one: Callable[..., T], together: Callable[..., T], *args: Any, added: bool = False) -> T:
+        """Map a function given in two forms: of one task, and of several tasks in a leading dimension.
+
+        ``added``: it returns a pair, whose first part is the sum over its tasks and is added up as the tasks are run.
+        """
+        zeros = (0,) * len(args)
         if _any_listed(args):
-            return self._loop(one, args, (0,) * len(args))
-        return self._try(lambda: self._in_chunks(together, args), lambda: self._loop(one, args, (0,) * len(args)))
+            return self._loop(one, args, zeros, added)
+        return self._try(lambda: self._in_chunks(together, args, added), lambda: self._loop(one, args, zeros, added))
 
     def _try(self, vectorised: Callable[[], T], looped: Callable[[], T]) -> T:
         if self.looped:
@@ -179,25 +191,26 @@ class TaskMap:
             )
             return result
 
-    def _in_chunks(self, together: Callable[..., T], args: tuple[Any, ...]) -> T:
+    def _in_chunks(self, together: Callable[..., T], args: tuple[Any, ...], added: bool) -> T:
         count = tree_leaves(args)[0].shape[0]
         size = self.chunk_size or count
         if size >= count:
             return together(*args)
-        outputs = [
+        outputs = (
             together(*tree_map(lambda leaf, at=start: leaf[at : at + size], args)) for start in range(0, count, size)
-        ]
-        return _joined(outputs, torch.cat)
+        )
+        return _joined(outputs, torch.cat, added)
 
     @staticmethod
-    def _loop(function: Callable[..., T], args: tuple[Any, ...], in_dims: tuple[int | None, ...]) -> T:
+    def _loop(
+        function: Callable[..., T], args: tuple[Any, ...], in_dims: tuple[int | None, ...], added: bool = False
+    ) -> T:
         mapped = [arg for arg, dim in zip(args, in_dims, strict=True) if dim is not None]
-        outputs = []
-        for index in range(len(tree_leaves(mapped, is_leaf=is_listed)[0])):
-            outputs.append(
-                function(*(arg if dim is None else _task(arg, index) for arg, dim in zip(args, in_dims, strict=True)))
-            )
-        return _joined(outputs, _stacked)
+        outputs = (
+            function(*(arg if dim is None else _task(arg, index) for arg, dim in zip(args, in_dims, strict=True)))
+            for index in range(len(tree_leaves(mapped, is_leaf=is_listed)[0]))
+        )
+        return _joined(outputs, _stacked, added)
 
 
 def _any_listed(args: tuple[Any, ...]) -> bool:
@@ -210,9 +223,26 @@ def _stacked(group: Sequence[Tensor]) -> Any:
     return torch.stack(tuple(group)) if same else TaskList(group)
 
 
-def _joined(outputs: list[T], join: Callable[[Any], Any]) -> T:
-    leaves, spec = zip(*(tree_flatten(output) for output in outputs), strict=True)
-    return tree_unflatten([join(group) for group in zip(*leaves, strict=True)], spec[0])
+def _joined(outputs: Iterable[Any], join: Callable[[Any], Any], added: bool = False) -> Any:
+    """Join what the tasks' function returned, one after another; ``added``: the first part of it is summed."""
+    total: list[Tensor] = []
+    rest, spec = [], None
+    for count, output in enumerate(outputs):
+        if added:
+            leaves, spec = tree_flatten(output[0])
+            total = _sum(total, leaves, count) if count else leaves
+        rest.append(output[1] if added else output)
+    leaves_of_each, specs = zip(*(tree_flatten(each) for each in rest), strict=True)
+    found = tree_unflatten([join(group) for group in zip(*leaves_of_each, strict=True)], specs[0])
+    return (tree_unflatten(total, cast(Any, spec)), found) if added else found
+
+
+def _sum(total: list[Tensor], more: list[Tensor], count: int) -> list[Tensor]:
+    # In place from the third on: two entries of the first may be one tensor, and a graph may hold any.
+    if count == 1 or any(each.requires_grad for each in (*total, *more)):
+        return [one + other for one, other in zip(total, more, strict=True)]
+    torch._foreach_add_(total, more)
+    return total
 
 
 def task_map(strategy: Strategy, strict: bool = False) -> TaskMap:

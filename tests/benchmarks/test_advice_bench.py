@@ -7,10 +7,10 @@ import torch
 
 from benchmarks.advice.configurations import BASES, BY_BETA, CAUSES, HEALTHY, Configuration, configurations
 from benchmarks.advice.families import FAMILIES, evaluate, make_module
-from benchmarks.advice.schedules import SCHEDULES, peak_step
 from benchmarks.advice.score import BASE, GUARD, figures
 from benchmarks.advice.study import advised, leaving_step
 from benchmarks.advice.training import Setting
+from benchmarks.common.schedules import SCHEDULES, peak_step
 
 
 def _advice(cause, step=0, alpha=None, beta=None, clip=None):

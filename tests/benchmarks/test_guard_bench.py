@@ -5,8 +5,9 @@ import math
 
 import pytest
 
+from benchmarks.common.options import guard_arguments
 from benchmarks.guard_bench.columns import Column
-from benchmarks.guard_bench.guarded import WARN, Guarded, guard_arguments, run_column
+from benchmarks.guard_bench.guarded import WARN, Guarded, run_column
 from benchmarks.guard_bench.remedies import REMEDIES, UNGUARDED, Trace, train_column
 from benchmarks.guard_bench.score import Run, detection, false_alarms, harm, rescue
 from lightning_maml_guard import CurvatureOptions, LookaheadOptions

@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 
 from lightning_maml_guard import ConvergenceGuard, GuardWarning
 from lightning_maml_guard.cli import commands as _cli_runs
-from lightning_maml_guard.cli import main as cli
+from lightning_maml_guard.cli import parser
 from lightning_maml_guard.cli.arguments import COMMANDS, CONFIGS, TASKS
 from lightning_maml_guard.cli.main import console, main
-from tests.helpers import full_disk, guard_warns
+from lightning_maml_guard.messages.spelling import times
+from tests.helpers import full_disk, guard_warns, one_line
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 SMALL = ["--trainer.max_steps=1", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -53,7 +54,7 @@ def test_every_command_over_every_configuration(task, request, monkeypatch, caps
     assert trained.guard.action == ("log" if images else "warn") and len(trained.guard.history) == 1
     (checkpoint,) = Path("runs", task, "version_0").glob("checkpoints/*.ckpt")
     if images:  # most of a command's time goes into parsing: once is enough
-        monkeypatch.setattr(cli, "GuardCLI", lambda *arguments, **named: trained)
+        monkeypatch.setattr(parser, "GuardCLI", lambda *arguments, **named: trained)
         trained.config["ckpt_path"] = str(checkpoint)
     for command, key in (("validate", "val/loss"), ("test", "test/loss")):
         judged = main([command, *words, f"--ckpt_path={checkpoint}"])
@@ -165,7 +166,7 @@ def test_a_rate_that_was_not_judged_is_said_to_be(caplog):
     with caplog.at_level("INFO"):
         main(["fit", *words_of("sinusoid"), "--guard=log"])
     assert any(
-        "check, at step 0: " in record.message and "beta not judged." in record.message for record in caplog.records
+        "At the last one, step 0: " in record.message and "(not judged)." in record.message for record in caplog.records
     )
 
 
@@ -174,10 +175,11 @@ def test_the_last_line_of_a_run_says_which_rates_were_applied_in_place_of_the_co
     with caplog.at_level("INFO"), guard_warns("beta = 5 is too large"):
         last = main(["fit", *words_of("linear"), *rates, "--guard=rescale"]).guard.history[-1]
     assert last.alpha_applied < 0.4 and last.beta_applied < 5
-    (verdict,) = [record.message for record in caplog.records if " checks, the last at " in record.message]
-    assert verdict.endswith(
-        f": {last.status}, alpha at {last.alpha_ratio:.2g} of alpha_c (applied {last.alpha_applied:.3g}), beta at "
-        f"{last.beta_ratio:.2g} of beta_c (applied {last.beta_applied:.3g})."
+    (verdict,) = [one_line(record.message) for record in caplog.records if "At the last one" in record.message]
+    assert f"alpha = 0.4 is {times(last.alpha_ratio)} alpha_c = {last.alpha_c:.3g}, applied as" in verdict
+    assert (
+        f"beta = 5 is {times(last.beta_ratio)} beta_c = {last.beta_c:.3g}, applied as {last.beta_applied:.3g}."
+        in verdict
     )
 
 
@@ -285,11 +287,8 @@ def test_a_run_says_what_concerns_its_user_and_no_more(capsys, caplog, monkeypat
         trained, warned, shown = said("fit", "--guard=log", "--guard.every_n_steps=3", "--trainer.max_steps=4")
     assert trained.trainer.global_step == 4 and "Epoch 1 " in shown and "/-" not in shown
     last = trained.guard.history[-1]
-    (verdict,) = [record.message for record in caplog.records if "of beta_c" in record.message]
-    assert verdict == (
-        f"ConvergenceGuard: 2 checks, the last at step 3: {last.status}, alpha at {last.alpha_ratio:.2g} of alpha_c, "
-        f"beta at {last.beta_ratio:.2g} of beta_c."
-    )
+    (verdict,) = [one_line(record.message) for record in caplog.records if "At the last one" in record.message]
+    assert verdict == one_line(trained.guard.summary()) and f"2 checks: 2 {last.status}; " in verdict
     (checkpoint,) = Path("runs/linear/version_0/checkpoints").glob("*.ckpt")
     told = warned + said("test", f"--ckpt_path={checkpoint}")[1]
     for pointless in (

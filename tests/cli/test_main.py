@@ -200,7 +200,7 @@ def test_omniglot_without_its_data_says_where_to_put_it(monkeypatch):
     ],
 )
 def test_a_run_outside_the_safe_region_warns_and_names_options(action, said):
-    beta_c = r"beta = 5 exceeds beta_c = 0\.655"
+    beta_c = r"beta = 5 is 7\.6x beta_c = 0\.655"
     with guard_warns(
         rf"^ConvergenceGuard: step 0: beta = 5 is too large\. Set the optimizer's lr to \S+\. .*{beta_c}.*{said}"
     ):

@@ -156,7 +156,7 @@ def test_a_warmups_peak_is_named_before_it_is_reached():
         "ConvergenceGuard: step 0: the schedule takes beta to 0.5 at step 59, which is too large. "
         f"Set the optimizer's lr to {advice.beta:g}."
     )
-    assert "it exceeds today's beta_c = " in said[0] and len(said) == 1  # and is not said again on the way
+    assert "it is above the current beta_c = " in said[0] and len(said) == 1  # and is not said again on the way
     again = HandWritten(lr=advice.beta, warmup=60)
     guard, said = guarded(again, sinusoids(80))
     assert end(again) < 1.2 * healthy()
@@ -170,7 +170,7 @@ def test_an_outlier_is_named_with_the_norm_to_clip_to():
     advice = guard.advice
     assert advice.cause == Cause.BATCH and advice.alpha is advice.beta is None and advice.step == 31
     assert "a batch is an outlier; the rates are not to blame" in first_line(said[0])
-    assert f"Set Trainer(gradient_clip_val={advice.gradient_clip_val:g}), or mend the batch." in first_line(said[0])
+    assert f"Set Trainer(gradient_clip_val={advice.gradient_clip_val:g}), or fix the batch." in first_line(said[0])
     assert "the batch of step 30 has a loss of " in said[0]
     module = HandWritten()
     clipped = Trainer(max_epochs=1, gradient_clip_val=advice.gradient_clip_val, **QUIET)

@@ -275,7 +275,7 @@ def test_a_failed_check_says_where_why_and_what_to_do(error, remedy):
     plain, module = linear_module(3, 0.1), linear_module(3, 0.1)
     fit(plain, QUADRATIC, 6)
     guard = ConvergenceGuard(every_n_steps=1, problem=raises(error))
-    said = rf"the check at step 2 failed; training goes on without it. Cause: {type(error).__name__}: {error} "
+    said = rf"the check at step 2 failed. Cause: {type(error).__name__}: {error} "
     with guard_warns(said + rf"\(test_failure.py, line \d+, in problem\)\. To do: .*{remedy}") as caught:
         fit(module, QUADRATIC, 6, [guard])
     assert len([each for each in caught if each.category is GuardWarning]) == 1

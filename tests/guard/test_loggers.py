@@ -171,7 +171,7 @@ def test_a_history_is_a_pandas_table(monkeypatch):
     assert table["status"].tolist() == [report.status for report in guard.history]
     assert table["beta_ratio"].tolist() == [report.beta_ratio for report in guard.history]
     assert table.loc[0, "beta_c_low"] <= table.loc[0, "beta_c"] <= table.loc[0, "beta_c_high"]
-    assert "beta = 1.5 exceeds" in table.loc[0, "reasons"] and math.isfinite(table["severity"].iloc[0])
+    assert "beta = 1.5 is 2.4x" in table.loc[0, "reasons"] and math.isfinite(table["severity"].iloc[0])
     empty = ConvergenceGuard().frame()
     assert empty.shape == (0, table.shape[1]) and list(empty.columns) == list(table.columns)
     monkeypatch.setitem(sys.modules, "pandas", None)

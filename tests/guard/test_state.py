@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from lightning_maml_guard import ConvergenceGuard
-from lightning_maml_guard.guard.html_report import happened
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.schedule import ScheduleState
 from lightning_maml_guard.guard.state import VERSION, Event, GuardState, StateError, from_checkpoint, to_checkpoint
@@ -21,10 +20,12 @@ from lightning_maml_guard.linalg.lanczos import Tridiagonal
 from lightning_maml_guard.linalg.pyhessian import PowerIteration
 from lightning_maml_guard.lookahead.divergence import RunningStatistics
 from lightning_maml_guard.lookahead.lookahead import Caps
+from lightning_maml_guard.lookahead.loss_curve import LossCurve, LossPoint
 from lightning_maml_guard.messages.advice import Advice, Cause
 from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy
 from lightning_maml_guard.messages.sentences import cause as cause_of
 from lightning_maml_guard.messages.spelling import IN_PYTHON
+from lightning_maml_guard.pages.events import happened
 from lightning_maml_guard.stability.estimators import Spectrum
 from lightning_maml_guard.stability.hvp import NetworkFacts
 from lightning_maml_guard.utils.lightning_compat import Callback
@@ -137,6 +138,7 @@ def full():
             ),
             Event(None, "notice", (EVERYTHING, BEHIND)),
         ],
+        losses=LossCurve([LossPoint(0, 1.25, 1.0, inf, 1), LossPoint(2, nan, inf, inf, 0)], 2, [(0, 2.0, 1.0)], 4),
         announced={BEHIND.key, "another"},
         schedule=ScheduleState(
             last=4,
@@ -190,7 +192,17 @@ def full():
 def test_the_full_state_is_full():
     """So that a field that is added is thought of here."""
     state = full()
-    for value in (state, state.schedule, state.statistics, state.caps, state.facts, EVERYTHING, REPORT, ADVICE):
+    for value in (
+        state,
+        state.schedule,
+        state.statistics,
+        state.losses,
+        state.caps,
+        state.facts,
+        EVERYTHING,
+        REPORT,
+        ADVICE,
+    ):
         for each in fields(value):
             default = each.default if each.default_factory is MISSING else each.default_factory()
             assert each.name in {"version", "kind"} or getattr(value, each.name) != default, each.name
@@ -234,7 +246,7 @@ def test_a_guard_hands_its_state_on():
     assert_same(second.state_dict(), first.state_dict())
     assert second.stopping_reason == f"{ADVICE} {cause_of(EVERYTHING)}" and second.stopped_step == 9
     assert second.advice == ADVICE and str(second.advice).endswith(
-        "Set the inner rate (inner_lr) to 0.02 and the schedule's max_lr to 0.3 and Trainer(gradient_clip_val=1.5), or mend "
+        "Set the inner rate (inner_lr) to 0.02 and the schedule's max_lr to 0.3 and Trainer(gradient_clip_val=1.5), or fix "
         "the batch."
     )
     assert second._run.snapshot.step == 2 and second._run.caps.caps == Caps(0.045, 0.5)
@@ -321,6 +333,7 @@ def test_a_flat_state_of_before_the_tree_loads_into_the_same_values():
         full(),
         history=[report, replace(report, spectrum=POWER.spectrum)],
         severities=[(0, 2.5), (3, inf)],
+        losses=LossCurve(),
         schedule=replace(full().schedule, lost=False, alarms=0, looked=inf, highest=0.0),
         advice=None,
         advised=[],
@@ -402,7 +415,7 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_a_state_that_cannot_be_read_is_one_warning_and_the_guard_starts_anew(what):
     guard = ConvergenceGuard(action="rescale", rollback=True)
-    with guard_warns("guard state not read, starting anew: .* Cause: [`i]") as caught:
+    with guard_warns("the guard's state in the checkpoint cannot be read, so it starts anew. Cause: [`i]") as caught:
         guard.load_state_dict(WRONG[what](to_checkpoint(full())))
     assert len(caught) == 1 and [event.kind for event in guard.events] == ["notice"]
     fresh = GuardState(events=guard.events, announced=guard._run.state.announced)

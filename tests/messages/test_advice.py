@@ -46,7 +46,7 @@ EXAMPLES = [
     ),
     (
         Advice(cause=Cause.BATCH, gradient_clip_val=2.5, **RATES),
-        "a batch is an outlier; the rates are not to blame. Set Trainer(gradient_clip_val=2.5), or mend the batch.",
+        "a batch is an outlier; the rates are not to blame. Set Trainer(gradient_clip_val=2.5), or fix the batch.",
     ),
     (
         Advice(cause=Cause.DEAD_UNITS, beta=0.05, **RATES),
@@ -80,7 +80,7 @@ def test_the_causes_are_the_documented_words():
 def test_on_the_command_line_the_options_of_the_trainer_are_spelled_as_it_takes_them():
     batch = next(advice for advice, _ in EXAMPLES if advice.cause is Cause.BATCH)
     assert advised(batch, OptionSpelling()) == (
-        "a batch is an outlier; the rates are not to blame. Set --trainer.gradient_clip_val 2.5, or mend the batch."
+        "a batch is an outlier; the rates are not to blame. Set --trainer.gradient_clip_val 2.5, or fix the batch."
     )
     assert OptionSpelling().trainer(gradient_clip_val=2.5, max_steps=9) == (
         "--trainer.gradient_clip_val 2.5 --trainer.max_steps 9"

@@ -11,7 +11,7 @@ import torch
 
 from lightning_maml_guard import MetaProblem
 from lightning_maml_guard.maml.batch_errors import explained
-from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy, of_error
+from lightning_maml_guard.messages.reasons import IN_USERS_CODE, Kind, Reason, Remedy, of_error
 from lightning_maml_guard.messages.sentences import (
     announced,
     cause,
@@ -42,14 +42,13 @@ EXAMPLES = [
             remedy=Remedy.LOWER_BETA,
             **MEASURED,
         ),
-        "beta = 1.5 exceeds 0.9 * beta_c = 0.562 (interval 0.6 to 0.65, 12 Hessian-vector products, step"
-        " 3): the meta update grows along the sharpest direction by 3.8 per step. Lower the optimizer's "
-        "lr below 0.562.",
+        "beta = 1.5 is 2.4x beta_c = 0.625 (0.6 to 0.65): along the sharpest direction each step multiplies the error "
+        "by 3.8. Lower the optimizer's lr below 0.562.",
     ),
     (
         Reason(Kind.TOO_CLOSE, rate="alpha", value=0.24, limit=0.25, remedy=Remedy.MEASURE_SHARPER, **MEASURED),
-        "alpha = 0.24 is too close to alpha_c = 0.25 (interval 0.6 to 0.65, 12 Hessian-vector products, "
-        "step 3) to be called safe or unsafe. Raise max_iter or lower tol for a sharper answer.",
+        "alpha = 0.24 is too close to alpha_c = 0.25 (0.6 to 0.65) to be called safe or unsafe. Raise max_iter or lower "
+        "tol for a sharper answer.",
     ),
     (
         Reason(Kind.NOT_JUDGED, rate="beta", detail="Adamax is not known."),
@@ -62,9 +61,8 @@ EXAMPLES = [
     ),
     (
         Reason(Kind.NO_CURVATURE, hvps=2, step=0),
-        "The loss has no curvature at these parameters and this batch (2 Hessian-vector products, step "
-        "0), so no limit follows; that is not the same as safe. ReLU networks with dead units and losses"
-        " that are linear look like this.",
+        "The loss has no curvature at these parameters and this batch, so there is no limit to compare with. That is "
+        "not the same as safe: ReLU networks with dead units and linear losses look like this.",
     ),
     (
         Reason(Kind.NOT_MEASURED, detail="The task loss is nan."),
@@ -106,17 +104,24 @@ EXAMPLES = [
     ),
     (
         Reason(Kind.CHECK_FAILED, step=6, **FAILED),
-        "the check at step 6 failed; training goes on without it.\n"
-        "Cause: OSError: disk full (data.py, line 3, in load).\n"
-        "To do: If it comes from code of yours (the problem, the loss, a logger), fix it there. This is "
-        "said once for each cause.",
+        "the check at step 6 failed.\n"
+        "Cause: OSError: disk full (data.py, line 3, in load)\n"
+        "To do: If it comes from your code (the problem, the loss, a logger), fix it there. Training continues unguarded "
+        "until a check succeeds. This is said once for each cause.",
+    ),
+    (
+        Reason(Kind.CHECK_FAILED, step=6, effect=IN_USERS_CODE, **FAILED),
+        "the check at step 6 failed.\n"
+        "Cause: OSError: disk full\n"
+        "To do: Fix data.py, line 3, in load. Training continues unguarded until a check succeeds. This is said once for "
+        "each cause.",
     ),
     (
         Reason(Kind.NO_CURVATURE_MEASURED, step=6, **FAILED),
-        "the check at step 6 failed to measure the curvature; it judges by the next steps alone.\n"
-        "Cause: OSError: disk full (data.py, line 3, in load).\n"
-        "To do: If it comes from code of yours (the problem, the loss, a logger), fix it there. This is "
-        "said once for each cause.",
+        "the check at step 6 failed to measure the curvature.\n"
+        "Cause: OSError: disk full (data.py, line 3, in load)\n"
+        "To do: If it comes from your code (the problem, the loss, a logger), fix it there. The lookahead alone judges "
+        "until a check succeeds. This is said once for each cause.",
     ),
     (
         Reason(Kind.LOSS_DIVERGED, losses=(1234.5, nan, 1.5), remedy=Remedy.LOWER_BETA_UNSPECIFIED),
@@ -131,23 +136,22 @@ EXAMPLES = [
             Kind.BATCH_NOT_COPIED, step=4, what="lock", error="BatchCopyError", detail="cannot pickle 'lock' object"
         ),
         "the batch at step 4 cannot be copied (lock), so it is not checked; training goes on. A check works on a copy, "
-        "so that training is given the batch as it was.\n"
+        "so that training gets the batch unchanged.\n"
         "Cause: cannot pickle 'lock' object\n"
         "To do: Leave out of the batch what cannot be copied, or give lock a method clone().",
     ),
     (
         Reason(Kind.STATE_NOT_READ, detail="`caps.beta` is out of its range (-5)"),
-        "guard state not read, starting anew: the checkpoint holds something else.\n"
+        "the guard's state in the checkpoint cannot be read, so it starts anew.\n"
         "Cause: `caps.beta` is out of its range (-5)",
     ),
     (
         Reason(Kind.NO_LOOKAHEAD, detail="LBFGS needs a closure."),
-        "judging by curvature alone, for the next steps cannot be tried. LBFGS needs a closure.",
+        "the next steps cannot be tried, so curvature alone decides. LBFGS needs a closure.",
     ),
     (
         Reason(Kind.NO_GRADIENT_NORM, error="OSError", detail="disk full"),
-        "between checks it looks when the loss jumps, but not when the gradient norm does: the norm "
-        "could not be computed.\n"
+        "a jump of the loss still calls a check, a jump of the gradient norm does not: the norm could not be computed.\n"
         "Cause: OSError: disk full",
     ),
     (
@@ -160,7 +164,7 @@ EXAMPLES = [
         Reason(Kind.NETWORK_COLLAPSED, step=15, value=0.5, limit=10.0, losses=(nan, 0.98, 1.0)),
         "step 15 is stable, but the run may have lost its network.\n"
         "Why: lambda_max = 0.5 is 0.05 of what it was, while the loss (0.98) is near where training "
-        "started (1): this happens when ReLUs have died, and no rate brings them back.\n"
+        "started (1): this happens when ReLUs have died.\n"
         "To do: Start again with lower rates (ConvergenceGuard(action='rescale', margin=0.5) keeps them "
         "lower), or with another activation.",
     ),
@@ -168,7 +172,7 @@ EXAMPLES = [
         Reason(Kind.NETWORK_COLLAPSED, step=15, value=0.5, limit=10.0, losses=(nan, 0.98, 1.0), counts=(37, 40)),
         "step 15 is stable, but the run may have lost its network.\n"
         "Why: lambda_max = 0.5 is 0.05 of what it was, while the loss (0.98) is near where training "
-        "started (1): 37 of 40 ReLU units are 0 on the whole batch, and no rate brings them back.\n"
+        "started (1): 37 of 40 ReLU units are 0 on the whole batch.\n"
         "To do: Start again with lower rates (ConvergenceGuard(action='rescale', margin=0.5) keeps them "
         "lower), or with another activation.",
     ),
@@ -222,15 +226,15 @@ EXAMPLES = [
     ),
     (
         Reason(Kind.RATES_TRIED, losses=(math.inf, math.inf, 1.0), steps=30, beta=0.125),
-        "30 steps tried on copies let the loss leave; with beta = 0.125 they end at no finite loss either.",
+        "30 steps tried on copies diverge; with beta = 0.125 they end at no finite loss either.",
     ),
     (
         Reason(Kind.SCHEDULE_AHEAD, beta=0.3, limit=0.177, steps=300, step=178),
-        "the schedule takes beta to 0.3 at step 300; it exceeds today's beta_c = 0.177 from step 178 on.",
+        "the schedule takes beta to 0.3 at step 300; from step 178 on it is above the current beta_c = 0.177.",
     ),
     (
         Reason(Kind.SCHEDULE_AHEAD, beta=0.3, limit=0.177, steps=300),
-        "the schedule takes beta to 0.3 at step 300; beta_c at the parameters of now is 0.177.",
+        "the schedule takes beta to 0.3 at step 300; the current beta_c is 0.177.",
     ),
     (
         Reason(Kind.ODD_BATCH, losses=(1e4, 1.25, 1.5), step=12),
@@ -247,7 +251,7 @@ EXAMPLES = [
     ),
     (
         Reason(Kind.SCHEDULE_NOT_READ, error="NotImplementedError", detail="it has no state_dict"),
-        "the learning rate schedule cannot be read ahead, so it is looked at as it comes.\n"
+        "the learning rate schedule cannot be read ahead, so each rate is judged when it is due.\n"
         "Cause: NotImplementedError: it has no state_dict",
     ),
     (
@@ -337,7 +341,10 @@ ALPHA = Reason(Kind.ABOVE_LIMIT, rate="alpha", value=0.4, limit=0.25, interval=(
     [
         (replace(BETA, growth=nan), "the meta update grows along the sharpest direction."),
         (replace(BETA, effect="no stable rate"), "no positive meta rate is stable while alpha exceeds alpha_c."),
-        (replace(BETA, effect="within the margin"), "the meta update is nearer to its limit than the margin allows."),
+        (
+            replace(BETA, value=0.6, effect="within the margin"),
+            "the meta update is nearer to its limit than the margin allows.",
+        ),
         (
             replace(ALPHA, effect="inner loop"),
             "the inner loop itself diverges: along the sharpest direction each inner step multiplies the error by "
@@ -390,7 +397,7 @@ def test_of_a_return_what_is_true_is_said():
 
 
 def test_an_announcement_names_the_step_once():
-    assert announced(BETA).startswith("ConvergenceGuard: step 3: beta = 1.5 exceeds")
+    assert announced(BETA).startswith("ConvergenceGuard: step 3: beta = 1.5 is 2.4x")
     failed = Reason(Kind.CHECK_FAILED, step=6, **FAILED)
     assert announced(failed).startswith("ConvergenceGuard: the check at step 6 failed")
     assert sentences([BETA, failed]) == (sentence(BETA), sentence(failed))
@@ -401,7 +408,7 @@ def test_an_exception_becomes_a_reason_with_the_place_it_came_from():
         {}["gone"]
     except KeyError as error:
         reason = of_error(Kind.CHECK_FAILED, error, step=2)
-    assert (reason.error, reason.detail, reason.step) == ("KeyError", "'gone'", 2)
+    assert (reason.error, reason.detail, reason.step, reason.effect) == ("KeyError", "'gone'", 2, IN_USERS_CODE)
     assert reason.where.startswith("test_sentences.py, line ") and reason.where.endswith(
         "in test_an_exception_becomes_a_reason_with_the_place_it_came_from"
     )

@@ -36,7 +36,7 @@ AT_TOP = {
     "pyproject.toml", ".gitignore", ".pre-commit-config.yaml",
 }  # fmt: skip
 FILES = re.compile(
-    r"lightning_maml_guard/(\w+/)*\w+\.(py|yaml|css|typed)|examples/\w+\.(py|png|ipynb)|(tests|benchmarks)/(\w+/)*\w+\.py"
+    r"lightning_maml_guard/(\w+/)*[\w.]+\.(py|yaml|css|j2|typed)|examples/\w+\.(py|png|ipynb)|(tests|benchmarks)/(\w+/)*\w+\.py"
     r"|tests/constraints(-\w+)?\.txt|tests/resume/\w+\.json|\.ci/\w+|\.github/(\w+/)+\w+\.yml"
     r"|docs/\w+\.md|docs/images/\w+\.png"
 )
@@ -69,7 +69,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     names = set(archive.namelist())
     metadata = {name for name in names if ".dist-info/" in name}
     assert names - metadata == checkout("lightning_maml_guard")
-    assert {"lightning_maml_guard/py.typed", "lightning_maml_guard/guard/html_report.css"} <= names
+    assert {"lightning_maml_guard/py.typed", "lightning_maml_guard/pages/report.css"} <= names
     assert {name.partition(".dist-info/")[2] for name in metadata} == {
         "METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE",
     }  # fmt: skip

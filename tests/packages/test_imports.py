@@ -34,3 +34,31 @@ def test_type_checkers_and_dir_see_the_names_that_are_imported_on_first_use():
     told = {alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert told == set(lightning_maml_guard._HOMES) == set(lightning_maml_guard.__all__) - {"GuardWarning"}
     assert told <= set(dir(lightning_maml_guard))
+
+
+def test_help_and_an_error_about_a_word_bring_neither_torch_nor_lightning():
+    code = """
+import sys
+from lightning_maml_guard.cli.main import main
+try:
+    main({words})
+except SystemExit as stopped:
+    assert stopped.code == {status}, stopped.code
+else:
+    raise AssertionError("no exit")
+assert not {{"torch", "pytorch_lightning", "lightning", "jsonargparse"}} & set(sys.modules)
+"""
+    for words, status in ((["--help"], 0), (["cifar"], 2), (["fit", "sinusoid", "--guard", "maybe"], 2)):
+        given = code.format(words=words, status=status)
+        done = subprocess.run([sys.executable, "-c", given], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert "sinusoid" in done.stdout + done.stderr
+
+
+def test_the_command_line_knows_the_actions_and_commands_that_there_are():
+    from lightning_maml_guard.cli.arguments import ACTIONS as WORDS
+    from lightning_maml_guard.cli.arguments import DESCRIPTIONS
+    from lightning_maml_guard.cli.commands import RUNS
+    from lightning_maml_guard.guard.actions import ACTIONS
+
+    assert tuple(ACTIONS) == WORDS and set(RUNS) == set(DESCRIPTIONS) - {"phase-diagram"}

@@ -1,4 +1,5 @@
 import builtins
+import dataclasses
 import math
 
 import matplotlib
@@ -9,7 +10,9 @@ from torch.optim import SGD
 
 from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, measure
 from lightning_maml_guard.guard.report import CheckReport
-from lightning_maml_guard.plots import phase_diagram, safe_region, spectrum
+from lightning_maml_guard.lookahead.loss_curve import LossCurve
+from lightning_maml_guard.plots import phase_diagram, ritz_values, run_history, safe_region, spectrum, style
+from lightning_maml_guard.stability.measure import measure_border
 from tests.helpers import linear_module, quadratic_batch
 
 matplotlib.use("Agg")
@@ -32,13 +35,15 @@ def test_the_border_is_beta_c_up_to_alpha_c():
     from lightning_maml_guard import critical_rates
 
     figure, ax = safe_region(reports())
-    curve = ax.lines[-1].get_xydata()
+    curve = max(ax.lines, key=lambda line: line.get_linewidth()).get_xydata()
     for alpha, beta in curve[:-1:20]:
         assert beta == pytest.approx(critical_rates([0.3, 1.0, 2.0, 4.0], min(alpha, 0.25)).beta_c, rel=1e-6)
     assert curve[-1, 0] == pytest.approx(0.25)
     assert ax.get_xscale() == ax.get_yscale() == "log"
     assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        r"$\beta_c(\alpha)$, last check",
         "safe region, last check",
+        r"$\beta_c(\alpha)$, earlier checks",
         "configured rates",
     ]
     matplotlib.pyplot.close(figure)
@@ -46,7 +51,7 @@ def test_the_border_is_beta_c_up_to_alpha_c():
 
 def test_the_caller_names_the_report_that_is_filled():
     figure, ax = safe_region(reports(), which="smallest")
-    assert ax.get_legend().get_texts()[0].get_text() == "safe region, smallest"
+    assert [each.get_text() for each in ax.get_legend().get_texts()][1] == "safe region, smallest"
     matplotlib.pyplot.close(figure)
 
 
@@ -63,6 +68,70 @@ def test_capped_rates_are_joined_to_the_configured_ones():
     figure, ax = safe_region(capped)
     assert "applied rates" in [text.get_text() for text in ax.get_legend().get_texts()]
     matplotlib.pyplot.close(figure)
+
+
+def checks():
+    """What a guard keeps of two checks, with rates that it capped."""
+    return [CheckReport.of(r, findings=(), alpha_applied=0.02, beta_applied=0.05) for r in reports()]
+
+
+def test_the_region_beyond_the_own_alpha_is_what_was_measured_there():
+    problem = linear_module(4, 0.1, inner_lr=0.05).meta_problem(quadratic_batch([0.3, 1.0, 2.0, 4.0]))
+    report, border = measure(problem, beta=0.1), measure_border(problem, beta=0.1)
+    assert [each.alpha for each in border] == pytest.approx([0.05 * 10 ** (k / 6) for k in range(1, 6)])
+    eigenvalues = np.array([0.3, 1.0, 2.0, 4.0])
+    for each in border:  # exact MAML on a quadratic (THEORY): 2 / max lambda (1 - alpha lambda)^2
+        assert each.beta_c == pytest.approx(2 / (eigenvalues * (1 - each.alpha * eigenvalues) ** 2).max(), rel=1e-3)
+        assert each.alpha < 2 / 4
+    figure, ax = safe_region([report], border=border)
+    curve = max(ax.lines, key=lambda line: line.get_linewidth())
+    assert curve.get_xydata()[-2].tolist() == [border[-1].alpha, border[-1].beta_c] and curve.get_linestyle() == "-"
+    (filled,) = [part for part in ax.collections if part.get_label() == "safe region, last check"]
+    assert filled.get_paths()[0].get_extents().x1 == pytest.approx(border[-1].alpha)
+    with pytest.raises(TypeError, match="Plain training has no inner rate"):
+        measure_border(object(), beta=0.1)
+    matplotlib.pyplot.close(figure)
+
+
+def test_where_no_outer_rate_was_judged_the_inner_ones_are_drawn_alone():
+    unjudged = [dataclasses.replace(each, beta_c=math.nan, safe_beta_c=math.nan) for each in reports()]
+    figure, ax = safe_region(unjudged)
+    said = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert r"$\alpha < \alpha_c$; $\beta$ is not judged" in said and not any("safe region" in each for each in said)
+    assert max(line.get_xdata()[0] for line in ax.lines if len(line.get_xdata())) == pytest.approx(0.25)
+    matplotlib.pyplot.close(figure)
+
+
+def test_a_run_is_drawn_to_its_end_with_its_loss_and_what_happened():
+    losses = LossCurve()
+    for step in range(160):
+        losses.end = step + 1
+        losses.take(1e6 if 80 <= step < 90 else 2.0 - step / 100)
+    losses.adapt(0, 3.0, 2.0), losses.adapt(100, 2.5, 1.0)
+    events, back = [(0, "unsafe"), (0, "capped"), (90, "rolled back")], [(70, 90)]
+    for width in (style.WIDE, style.NARROW):
+        figure, (loss, states, ratios) = run_history(
+            checks(), losses=losses, events=events, rolled_back=back, end=160, width=width
+        )
+        assert loss.get_title() == "Training loss" and loss.get_yscale() == "log"
+        assert loss.get_xlim() == states.get_xlim() == (0, 160)
+        bars = [path.get_extents() for part in states.collections for path in part.get_paths()]
+        assert max(each.x1 for each in bars) == 160
+        lines = {line.get_label(): line.get_xydata() for line in loss.lines}
+        assert lines["after adaptation"][10].tolist() == [10.0, 1.9] and np.isnan(lines["after adaptation"][85, 1])
+        assert lines["before adaptation"].tolist() == [[0.0, 3.0], [100.0, 2.5]]
+        assert lines["beyond the picture"][:, 0].tolist() == list(range(80, 90))
+        assert lines["rolled back"][:, 0].tolist() == [90] and {"unsafe", "capped"} <= set(lines)
+        assert loss.get_ylim()[1] < 100
+    alone, axes = run_history(checks())
+    assert len(axes) == 2 and axes[0].get_xlim() == (0, 200)
+
+
+def test_a_legend_covers_no_ritz_value():
+    figure = style.new_figure(5.4, 3.4)
+    _, ax = ritz_values(checks()[0], figure.subplots())
+    figure.canvas.draw()
+    assert ax.get_legend().get_window_extent().y1 < ax.get_window_extent().y0
 
 
 def test_the_curve_passes_through_the_measured_beta_c_of_the_optimizer():
@@ -111,7 +180,7 @@ def test_a_missing_matplotlib_is_said(monkeypatch):
 
 def test_alpha_beyond_its_limit_still_draws():
     figure, ax = safe_region(reports(alphas=(0.4, 0.4)))
-    assert len(ax.lines) == 2 and torch.isfinite(torch.tensor(ax.get_ylim())).all()
+    assert len(ax.lines) == 3 and torch.isfinite(torch.tensor(ax.get_ylim())).all()
     matplotlib.pyplot.close(figure)
 
 

@@ -124,6 +124,16 @@ def test_an_operator_that_changes_between_products_is_named():
     assert "do not belong to one symmetric matrix" in report.reasons[0] and "preserve_rng_state" in report.reasons[0]
 
 
+def test_a_process_checks_a_networks_second_derivatives_once():
+    module = MetaLearningModule(mlp(1, (4,), 1, activation="tanh"))
+    batch = Sinusoid().sample(2, torch.Generator().manual_seed(0))
+    first, second = (measure(module.meta_problem(batch), beta=0.1) for _ in range(2))
+    assert first.cost > second.cost + 5 and first.exact_beta_c == second.exact_beta_c
+    module.network[1] = nn.Softplus()  # another layer, and another Hessian
+    assert measure(module.meta_problem(batch), beta=0.1).cost > second.cost + 5
+    assert measure(module.meta_problem(batch), beta=0.1, cache=MeasurementCache()).cost > second.cost + 5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dropout_gives_one_stable_number(dtype):
     torch.manual_seed(0)
@@ -131,9 +141,9 @@ def test_dropout_gives_one_stable_number(dtype):
     module = MetaLearningModule(network, inner_lr=0.01)
     batch = Sinusoid().sample(4, torch.Generator().manual_seed(0))
     problem = module.meta_problem(tuple(tuple(part.to(dtype) for part in pair) for pair in batch))
-    first = measure(problem, beta=0.1, curvature=CurvatureOptions(criterion="simplified"))
+    first = measure(problem, beta=0.1)
     torch.rand(5)
-    second = measure(problem, beta=0.1, curvature=CurvatureOptions(criterion="simplified"))
+    second = measure(problem, beta=0.1)
     assert first.lambda_max == second.lambda_max and first.exact_beta_c == second.exact_beta_c
     assert first.status == "safe" and not first.notices
 

@@ -58,14 +58,14 @@ def test_no_finite_limit_is_safe():
 def test_a_beta_message_says_what_happened_why_and_what_to_do():
     (reason,) = words(None, Limit(0.3, 0.11, (0.10, 0.12)), hvps=8, step=400, plain_sgd=True)
     assert reason == (
-        "beta = 0.3 exceeds beta_c = 0.11 (interval 0.1 to 0.12, 8 Hessian-vector products, step 400): the meta update "
-        "grows along the sharpest direction by 4.5 per step. Lower the optimizer's lr below 0.11."
+        "beta = 0.3 is 2.7x beta_c = 0.11 (0.1 to 0.12): along the sharpest direction each step multiplies the error by "
+        "4.5. Lower the optimizer's lr below 0.11."
     )
 
 
 def test_an_alpha_message_says_what_happened_why_and_what_to_do():
     (reason,) = words(limit(0.3, 0.25), None)
-    assert reason.startswith("alpha = 0.3 exceeds alpha_c = 0.25 (interval 0.25 to 0.25): simplified MAML's objective")
+    assert reason.startswith("alpha = 0.3 is 1.2x alpha_c = 0.25 (0.25 to 0.25): simplified MAML's objective")
     assert reason.endswith("Lower the inner rate (inner_lr) below 0.25.")
 
 
@@ -93,7 +93,10 @@ def test_an_alpha_message_says_what_the_simplified_criterion_means_for_the_order
 def test_other_messages():
     assert "no positive meta rate is stable while alpha exceeds alpha_c" in words(None, limit(0.1, 0.0))[0]
     assert "nearer to its limit than the margin allows" in words(None, limit(0.9, 1.0), margin=0.5)[0]
-    assert "exceeds 0.5 * beta_c = 0.5" in words(None, limit(0.9, 1.0), margin=0.5)[0]
+    assert (
+        "beta = 0.9 is 0.9x beta_c = 1 (1 to 1), above the margin of 0.5: "
+        in words(None, limit(0.9, 1.0), margin=0.5)[0]
+    )
     assert "grows along the sharpest direction. Lower" in words(None, limit(2.0, 1.0))[0]
     unknown = Limit(0.1, math.nan, (math.nan, math.nan))
     assert words(None, unknown, beta_note="Adam sleeps.") == ("beta is not judged: Adam sleeps.",)

@@ -128,7 +128,7 @@ def test_the_runs_precision_is_kept():
 def test_unsafe_rates_get_the_guards_own_verdict():
     module = on_quadratic(beta=3.0)
     found = suggest_rates(module, loader(quadratic_batch(list(VALUES))))
-    assert found.status == "unsafe" and found.reasons[0].startswith("beta = 3 exceeds beta_c = 1.39")
+    assert found.status == "unsafe" and found.reasons[0].startswith("beta = 3 is 2.2x beta_c = 1.39")
     assert "The next 10 steps, tried on copies at alpha = 0.1 and beta = 3" in found.reasons[1]
     guard = ConvergenceGuard(action="log")
     fit(module, quadratic_batch(list(VALUES)), 1, [guard])
@@ -167,14 +167,15 @@ def test_what_is_printed_and_drawn():
     assert lines[3].startswith(
         f"  10 steps tried on copies at alpha = 0.125 and beta = {found.beta:.3g}: the loss goes"
     )
-    assert lines[4].startswith("The configured rates are unsafe. beta = 3 exceeds")
+    assert lines[4].startswith("The configured rates are unsafe. beta = 3 is 2.2x")
     assert all(len(line) <= 100 for line in lines[4:])
     at_edge = str(suggest_rates(on_quadratic(beta=1.5), loader(*batches), lookahead=LookaheadOptions(steps=1)))
-    assert "\nThe configured rates are at the edge. beta = 1.5 exceeds" in at_edge
+    assert "\nThe configured rates are at the edge. beta = 1.5 is" in at_edge
     figure, ax = found.plot()
     said = {text.get_text() for text in ax.get_legend().get_texts()}
-    beyond = "simplified curve beyond the measured $\\alpha$"
-    assert said == {"safe region, smallest", beyond, "configured rates", "suggested rates"}
+    beyond, curve = "simplified criterion beyond the measured $\\alpha$", r"$\beta_c(\alpha)$, earlier checks"
+    marks = {"configured rates", "suggested rates"}
+    assert said == marks | {"safe region, smallest", r"$\beta_c(\alpha)$, smallest", beyond, curve}
     (filled,) = [part for part in ax.collections if part.get_label() == "safe region, smallest"]
     reached = filled.get_paths()[0].get_extents()
     assert reached.y0 <= ax.get_ylim()[0] * (1 + 1e-6) and reached.x1 == pytest.approx(found.alpha, rel=1e-6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import (
     OneCycleLR,
 )
 
+Schedule = str | Callable[[int], float]  # a name, or the factor of each step
 EPOCHS = 10  # of a run whose schedule steps by epochs; others have one
 SCHEDULES = ("", "warmup", "warmup epochs", "restarts", "warmup restarts", "onecycle", "cosine")
 
@@ -37,9 +38,11 @@ def _warmup_restarts(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (along % 1.0)))
 
 
-def lr_scheduler(name: str, optimizer: Optimizer, lr: float, steps: int) -> dict[str, Any] | None:
-    """Build a schedule that peaks at ``lr``, in Lightning's dict."""
+def lr_scheduler(name: Schedule, optimizer: Optimizer, lr: float, steps: int) -> dict[str, Any] | None:
+    """Build a schedule that peaks at ``lr``, in Lightning's dict; one given as a function multiplies ``lr``."""
     made: LRScheduler
+    if callable(name):
+        return {"scheduler": LambdaLR(optimizer, name), "interval": "step"}
     if not name:
         return None
     if name == "warmup epochs":

@@ -1,4 +1,4 @@
-"""MAML written by hand, as users write it: networks and LightningModules that share no code with the package."""
+"""MAML written by hand, as users write it: networks and a LightningModule that share no code with the package."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from benchmarks.advice.schedules import lr_scheduler, make_optimizer
+from benchmarks.common.schedules import Schedule, lr_scheduler, make_optimizer
+from lightning_maml_guard import MetaProblem
 
 Params = dict[str, Tensor]
 
@@ -91,7 +92,7 @@ class HandMAML(pl.LightningModule):
         inner_steps: int,
         first_order: bool,
         optimizer: str,
-        schedule: str,
+        schedule: Schedule,
         steps: int,
         vectorised: bool,
     ) -> None:
@@ -138,3 +139,17 @@ class HandMAML(pl.LightningModule):
         optimizer = make_optimizer(self.optimizer_name, self.net.parameters(), self.lr)
         schedule = lr_scheduler(self.schedule_name, optimizer, self.lr, self.steps)
         return optimizer if schedule is None else {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+def meta_problem(module: HandMAML, batch: Any) -> MetaProblem:
+    """State a hand-written module's step to the guard, as docs/guide.md shows."""
+    xs, ys, xq, yq = batch
+    return MetaProblem(
+        params=dict(module.net.named_parameters()),
+        task_loss=module.task_loss,
+        support=(xs, ys),
+        query=(xq, yq),
+        inner_lr=module.alpha,
+        inner_steps=module.inner_steps,
+        order="first" if module.first_order else "exact",
+    )

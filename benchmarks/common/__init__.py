@@ -1,0 +1,1 @@
+"""What several benchmarks share: hand-written modules, data, schedules, kept runs, detectors."""

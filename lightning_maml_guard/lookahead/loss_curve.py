@@ -1,0 +1,82 @@
+"""The loss over a whole run, in a few hundred points however long the run is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+# Twice as many points are merged in pairs.
+_POINTS = 200
+
+
+class LossPoint(NamedTuple):
+    """The losses of some consecutive steps: how many were finite, their mean, and the ends with what was not finite."""
+
+    step: int
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    def joined(self, later: LossPoint) -> LossPoint:
+        """Take the steps of the next point in."""
+        count = self.count + later.count
+        parts = [(point.mean, point.count / count) for point in (self, later) if point.count] if count else []
+        mean = sum(mean * share for mean, share in parts) if parts else math.nan
+        return LossPoint(self.step, mean, min(self.low, later.low), max(self.high, later.high), count)
+
+
+@dataclass
+class LossCurve:
+    """The losses of a run's steps, and at the checks those before and after adaptation.
+
+    Attributes:
+        points: The steps' losses, ``stride`` steps each.
+        stride: Steps per point.
+        adapted: Step, mean query loss before adaptation and after it, at the latest checks that looked.
+        end: Steps taken so far, whether or not their losses are known.
+    """
+
+    points: list[LossPoint] = field(default_factory=list)
+    stride: int = 1
+    adapted: list[tuple[int, float, float]] = field(default_factory=list)
+    end: int = 0
+
+    def take(self, loss: float) -> None:
+        """Take the loss of the latest step in, the one before ``end``; what is not finite counts as ``inf``."""
+        step, finite = self.end - 1, math.isfinite(loss)
+        value = loss if finite else math.inf
+        point = LossPoint(step, loss if finite else math.nan, value, value, int(finite))
+        if self.points and step - self.points[-1].step < self.stride:
+            self.points[-1] = self.points[-1].joined(point)
+            return
+        self.points.append(point)
+        if len(self.points) == 2 * _POINTS:
+            self.stride *= 2
+            self.points = _merged(self.points, self.stride)
+
+    def adapt(self, step: int, before: float, after: float) -> None:
+        """Take the losses before and after adaptation in."""
+        self.adapted = [*self.adapted, (step, before, after)][-2 * _POINTS :]
+
+    @property
+    def ended(self) -> float:
+        """The mean loss of the latest two points; ``inf`` where the latest is not finite, ``nan`` without any."""
+        if not self.points:
+            return math.nan
+        latest = self.points[-1]
+        if not latest.count or math.isinf(latest.high):
+            return math.inf
+        before = self.points[-2] if len(self.points) > 1 else latest
+        return before.joined(latest).mean if math.isfinite(before.high) else latest.mean
+
+
+def _merged(points: list[LossPoint], stride: int) -> list[LossPoint]:
+    found: list[LossPoint] = []
+    for point in points:
+        if found and point.step - found[-1].step < stride:
+            found[-1] = found[-1].joined(point)
+        else:
+            found.append(point)
+    return found
