@@ -52,8 +52,8 @@ class GuardedRun:
         self.schedule = Schedule(settings.every_n_steps, settings.max_cost, self.state.schedule)
         self.machine = StateMachine(settings.patience, settings.lookahead.divergence_ratio, self.state.watches)
         self.caps = AppliedCaps(settings.acting.caps_rates and not inert, self.state.caps)
-        kept, self.state.snapshot, self.state.snapshots = self.state.kept, None, []
-        self.ring = SnapshotRing([Snapshot.restored(each) for each in kept])
+        self.ring = SnapshotRing([Snapshot.restored(each) for each in self.state.snapshots])
+        self.state.snapshots = []
         self.replay = ReplayBuffer(settings.lookahead.batches)
         self.replay.load(self.state.batches)
         self.state.batches = []

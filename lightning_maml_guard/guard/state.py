@@ -63,7 +63,6 @@ class GuardState:
         facts: What is known of the network.
         clipped_to: Length to which training_step was seen to clip a gradient by itself; ``nan`` where it was not.
         batches: The lookahead's batches, on the host.
-        snapshot: The state to roll back to, in a checkpoint of before there were several.
         snapshots: The states to roll back to, the oldest first.
         wasted: Steps that rollbacks threw away.
         ceiling: Rates that failed.
@@ -90,7 +89,6 @@ class GuardState:
     facts: NetworkFacts = field(default_factory=NetworkFacts)
     clipped_to: float = math.nan
     batches: list[Any] = field(default_factory=list)
-    snapshot: dict[str, Any] | None = None
     snapshots: list[Any] = field(default_factory=list)
     wasted: int = 0
     ceiling: Ceiling = field(default_factory=Ceiling)
@@ -110,11 +108,6 @@ class GuardState:
         reason = Reason(Kind.NETWORK_COLLAPSED, value=lambda_max, limit=self.sharpest, losses=losses, step=step)
         return None if reason.key in self.announced else reason
 
-    @property
-    def kept(self) -> list[dict[str, Any]]:
-        """The states to roll back to, in whichever way they were saved."""
-        return self.snapshots or ([] if self.snapshot is None else [self.snapshot])
-
     def note(self, kind: str, *reasons: Reason, step: int | None) -> None:
         """Keep an event, for the run's report."""
         self.events = [*self.events, Event(step, kind, reasons)][-_EVENTS:]
@@ -123,7 +116,7 @@ class GuardState:
 def to_checkpoint(state: GuardState) -> dict[str, Any]:
     """Convert a state to primitives and tensors, so that a checkpoint loads with ``weights_only``."""
     # Plain already, tuples of optimizers' included.
-    own = {"batches": state.batches, "snapshot": state.snapshot, "snapshots": state.snapshots}
+    own = {"batches": state.batches, "snapshots": state.snapshots}
     return {each.name: own.get(each.name, _to_plain(getattr(state, each.name))) for each in fields(state)}
 
 
@@ -143,6 +136,8 @@ def from_checkpoint(plain: Any) -> GuardState:
             plain = _from_flat(plain)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise StateError(f"it is not laid out as release 0.1 did ({type(error).__name__}: {error})") from error
+    if plain.get("snapshot") is not None:  # of before there were several
+        plain = plain | {"snapshots": [plain["snapshot"]]}
     state: GuardState = _from_plain(GuardState, plain, "")
     _check_ranges(state)
     return state
@@ -167,7 +162,7 @@ def _check_ranges(state: GuardState) -> None:
     for batch in state.batches:
         pair = isinstance(batch, (list, tuple)) and len(batch) == 2
         _expect(pair and isinstance(batch[0], (list, tuple)) and type(batch[1]) is int, "batches", batch)
-    for snapshot in state.kept:
+    for snapshot in state.snapshots:
         _expect(isinstance(snapshot, dict), "snapshots", snapshot)
         _check_snapshot(snapshot)
 
