@@ -1,7 +1,7 @@
 # `make help` lists the targets. They use the environment that `make setup` makes; `make test PYTHON=python` uses another.
 PYTHON ?= .venv/bin/python
 
-.PHONY: help setup test lint docs bench house
+.PHONY: help setup test lint docs site bench house
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ lint:  ## ruff and mypy
 
 docs:  ## run the code blocks of README.md and docs/
 	$(PYTHON) -m pytest -n 0 --no-cov tests/test_readme.py
+
+site:  ## build the documentation site into build/docs; a warning is an error
+	.ci/docs
 
 bench:  ## list the benchmarks and how to run one
 	@$(PYTHON) -m benchmarks

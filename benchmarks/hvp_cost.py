@@ -55,18 +55,18 @@ def costs(problem: MetaProblem, turns: int) -> dict[str, float]:
     """Time of each, divided by the time of a training step."""
     tasks = TaskMap(problem.task_chunk_size, looped=problem.looped)
     objective = MamlObjective(problem, "support", tasks)
-    field, params, _ = objective.update(1.0)
+    field, params, *_ = objective.update(1.0)
     leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
     plain = gradient_of(objective.mean_loss)
     with double_backward():
-        update, curvature = Jacobian(*objective.update(1.0)), Jacobian(*objective.curvature(False))
+        update, curvature = Jacobian(*objective.update(1.0)[:3]), Jacobian(*objective.curvature(False)[:3])
         vector = torch.randn(update.layout.size, generator=torch.Generator().manual_seed(0))
         took = timed(
             {
                 "step": lambda: field(leaves, False),
-                "J graph": lambda: Jacobian(*objective.update(1.0)),
+                "J graph": lambda: Jacobian(*objective.update(1.0)[:3]),
                 "J": lambda: update(vector),
-                "H graph": lambda: Jacobian(*objective.curvature(False)),
+                "H graph": lambda: Jacobian(*objective.curvature(False)[:3]),
                 "H": lambda: curvature(vector),
                 "by task": lambda: objective.curvature_by_task(update.layout.split(vector)),
                 "plain step": lambda: plain(leaves, False),

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lightning_maml_guard.tasks.datamodule import TaskDataModule
     from lightning_maml_guard.tasks.episodes import EpisodeBatch
     from lightning_maml_guard.theory.critical_rates import CriticalRates, critical_rates
+    from lightning_maml_guard.tuner.ladder import LadderOptions
+    from lightning_maml_guard.tuner.rate_finder import RateFinder
     from lightning_maml_guard.tuner.suggest_rates import suggest_rates
     from lightning_maml_guard.tuner.suggestion import RateSuggestion
 
@@ -34,12 +36,14 @@ _HOMES = {
     "CriticalRates": "theory.critical_rates",
     "CurvatureOptions": "stability.options",
     "EpisodeBatch": "tasks.episodes",
+    "LadderOptions": "tuner.ladder",
     "LookaheadOptions": "lookahead.lookahead",
     "MeasurementCache": "stability.hvp",
     "MetaLearning": "maml.meta_learning",
     "MetaLearningModule": "maml.meta_learning",
     "MetaProblem": "maml.problem",
     "PhaseDiagram": "phase.result",
+    "RateFinder": "tuner.rate_finder",
     "RateSuggestion": "tuner.suggestion",
     "StabilityReport": "stability.report",
     "TaskDataModule": "tasks.datamodule",
@@ -57,12 +61,14 @@ __all__ = [
     "CurvatureOptions",
     "EpisodeBatch",
     "GuardWarning",
+    "LadderOptions",
     "LookaheadOptions",
     "MeasurementCache",
     "MetaLearning",
     "MetaLearningModule",
     "MetaProblem",
     "PhaseDiagram",
+    "RateFinder",
     "RateSuggestion",
     "StabilityReport",
     "TaskDataModule",

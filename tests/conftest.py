@@ -34,6 +34,7 @@ def caches(tmp_path_factory):
 def elsewhere(tmp_path, monkeypatch, caches):
     """A working folder and caches of its own, for what writes into them."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LMG_DATA", os.environ.get("LMG_DATA", "data"))  # so that what --data sets ends with the test
     monkeypatch.setenv("XDG_CACHE_HOME", str(caches))  # decoded images: once a session, not into the user's home
     return tmp_path
 

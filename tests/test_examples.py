@@ -4,6 +4,7 @@ import re
 import runpy
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -114,3 +115,35 @@ def test_plain_trainings_limit_is_that_of_the_dense_hessian():
         curvature=CurvatureOptions(criterion="simplified", tol=1e-6),
     )
     assert report.beta_c == pytest.approx(3.8 / top, rel=1e-4)
+
+
+def test_an_optuna_trial_that_cannot_converge_is_pruned_and_its_advice_is_tried_next():
+    optuna = pytest.importorskip("optuna", reason="Optuna is not installed")
+    objective, study = example("sweep_optuna")["objective"], optuna.create_study()
+    study.enqueue_trial({"inner_lr": 0.01, "lr": 1.0})
+    with guard_warns(r"beta = 1 is too large.*Training stops after this step"):
+        study.optimize(lambda trial: objective(trial, 3), n_trials=2)
+    pruned, tried = study.trials
+    assert pruned.state is optuna.trial.TrialState.PRUNED and tried.state is optuna.trial.TrialState.COMPLETE
+    assert tried.params["inner_lr"] == 0.01 and 0.01 < tried.params["lr"] < 0.14 and 1 < tried.value < 5
+
+
+@pytest.mark.parametrize("lr", [1.0, 0.05])
+def test_a_run_of_a_sweep_is_ended_by_the_guard_with_an_alert_or_evaluated(lr, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="the client of Weights & Biases is not installed")
+    begin, alerts, logged = wandb.init, [], []
+
+    def chosen():  # what wandb.agent does: a run whose config holds the rates
+        run = begin(config={"inner_lr": 0.01, "lr": lr}, mode="offline", dir=tmp_path)
+        monkeypatch.setattr(run, "alert", lambda **given: alerts.append(given))
+        monkeypatch.setattr(run, "log", lambda values, **_: logged.append(values))
+        return run
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(wandb, "init", chosen)
+    with guard_warns("beta = 1 is too large") if lr == 1.0 else nullcontext():
+        guard = example("sweep_wandb")["train"](3)
+    assert (guard.stopped_step is None) == any("val/loss" in each for each in logged) == (lr < 1)
+    assert any("guard/beta_ratio" in each for each in logged)
+    assert [each["title"] for each in alerts] == ([f"ConvergenceGuard: step 0: {guard.advice}"] if lr == 1.0 else [])

@@ -13,6 +13,7 @@ ROOMS = (
     "messages",
     "kernels",
     "linalg",
+    "sharding",
     "networks",
     "tasks",
     "maml",

@@ -75,7 +75,7 @@ class Case:
         """``H`` of the mean support loss, or the Jacobian ``J`` of the meta-update; ``own``: with torch's own norms."""
         with nullcontext() if own else double_backward():  # as in a check
             objective = MamlObjective(in_dtype(self.problem, dtype), "support", self.module.task_map)
-            return Jacobian(*(objective.curvature(False) if which == "H" else objective.update()))
+            return Jacobian(*(objective.curvature(False) if which == "H" else objective.update())[:3])
 
 
 def in_dtype(problem: MetaProblem, dtype: torch.dtype) -> MetaProblem:

@@ -124,12 +124,15 @@ def rescue(runs: list[Run], remedy: str) -> dict[str, Any]:
         if not known:
             continue
         learn = [end["final"] / run["best"] if end["fate"] == LEARNING else math.inf for run, end in known]
+        # A cosine schedule ends lower than any constant rate, a rescued run's included.
+        level = [each * run["best"] / run["best constant"] for each, (run, _) in zip(learn, known, strict=True)]
         found[name] = {
             "runs": len(known),
             "finite": sum(math.isfinite(end["final"]) for _, end in known) / len(known),
             "learning": sum(math.isfinite(each) for each in learn) / len(known),
             "within 1.5x": sum(each <= NEAR for each in learn) / len(known),
             "within 1.1x": sum(each <= NEARER for each in learn) / len(known),
+            "within 1.5x of constant": sum(each <= NEAR for each in level) / len(known),
         }
     return found
 
@@ -150,6 +153,18 @@ def harm(runs: list[Run], remedy: str = RESCALE) -> dict[str, Any]:
             run["name"] for run, _ in healthy if abs(run[WARN]["final"] / run["final"] - 1) > ROUNDING
         ],
     }
+
+
+def near(runs: list[Run]) -> tuple[float, float, float]:
+    """Shares of the healthy runs within 1.5x and 1.1x of the best, and 1.5x of the best constant rate's.
+
+    A rescue cannot hope for more.
+    """
+    healthy = [run for run in runs if run["healthy"]]
+    size = max(len(healthy), 1)
+    bars = ((NEAR, "best"), (NEARER, "best"), (NEAR, "best constant"))
+    first, second, third = (sum(run["final"] <= bar * run[name] for run in healthy) / size for bar, name in bars)
+    return first, second, third
 
 
 def thrown(runs: list[Run]) -> dict[str, Any]:
@@ -176,6 +191,7 @@ def figures(runs: list[Run]) -> dict[str, Any]:
         "runs": len(runs),
         "fates": {each: sum(run["fate"] == each for run in runs) for each in FATES},
         "healthy": sum(run["healthy"] for run in runs),
+        "near": near(runs),
         "deaths": deaths(runs),
         "detection": detection(runs),
         "told": told(runs),

@@ -56,10 +56,11 @@ def study(
 
 def _run(kept: Kept, setting: Setting, options: dict[str, Any]) -> dict[str, Any]:
     drifts = setting.what.strength == GAIN
-    references = [
-        _kept(kept, Setting(setting.family, each, setting.seed, setting.steps, drifts)) for each in REFERENCES
-    ]
-    best = min(final_loss(each["after"]) for each in references)
+    references = {
+        each: _kept(kept, Setting(setting.family, each, setting.seed, setting.steps, drifts)) for each in REFERENCES
+    }
+    finals = {name: final_loss(each["after"]) for name, each in references.items()}
+    best = min(finals.values())
     plain = _kept(kept, setting)
     start, every = plain["start"], stride_of(setting.steps)
     sampled = plain["after"][:-1:every] + plain["after"][-1:]  # as under a guard
@@ -72,6 +73,7 @@ def _run(kept: Kept, setting: Setting, options: dict[str, Any]) -> dict[str, Any
         "steps": setting.steps,
         "start": start,
         "best": best,
+        "best constant": min(final for name, final in finals.items() if name != "cosine"),
         "scored": best <= LEARNS * start,
         "fate": fate(sampled, start, best),
         "final": final_loss(sampled),
@@ -83,7 +85,7 @@ def _run(kept: Kept, setting: Setting, options: dict[str, Any]) -> dict[str, Any
     died = run["fate"] in {DIVERGED, COLLAPSED}
     run["death"] = death(plain["after"], start, best) if died else None
     if run["death"] is None:  # of a stalled run, or one that died in its last steps
-        run["due"] = setting.steps if died else onset(references[0]["after"], start, best)
+        run["due"] = setting.steps if died else onset(references["steady"]["after"], start, best)
     else:
         run["due"] = run["death"]
     run["healthy"] = run["fate"] == LEARNING and not run["excursion"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -214,6 +215,10 @@ PEERS: dict[str, Make] = {
     "parallel-metalearn, vmap": metalearn("vmap"),
     "parallel-metalearn, sequential": metalearn("sequential"),
 }
+if importlib.util.find_spec("jax") and importlib.util.find_spec("optax"):
+    from benchmarks.meta_step.jax_method import jax_jit
+
+    PEERS["JAX, jit and vmap"] = jax_jit
 OURS: dict[str, Make] = {
     "ours, defaults": ours("auto"),
     "ours, loop": ours("loop"),

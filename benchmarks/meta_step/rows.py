@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -130,3 +130,30 @@ ROWS = {
         "transformer regressor, 8 tasks, 20 shots, K=1", Transformer, (1,), 8, 0, 20, 20, 0.01, 1, 2 * 32 * 32 * 16.0, 5
     ),
 }
+
+
+def _wide(width: int) -> Callable[[], nn.Module]:
+    return lambda: mlp(hidden=(width, width))
+
+
+_BASE = ROWS["sinusoid"]
+ROWS |= {
+    f"sinusoid-K{steps}": replace(_BASE, title=f"the sinusoid MLP, K={steps}", inner_steps=steps, burst=30)
+    for steps in (5, 10)
+}
+ROWS |= {
+    f"sinusoid-{tasks}": replace(_BASE, title=f"the sinusoid MLP, {tasks} tasks", tasks=tasks, burst=50)
+    for tasks in (4, 64)
+}
+ROWS |= {
+    f"mlp-{width}": replace(
+        _BASE,
+        title=f"MLP 1-{width}-{width}-1, 25 tasks, K=1",
+        network=_wide(width),
+        flops=2.0 * (width * width + 2 * width),
+        burst=max(1, 4000 // (width * max(1, width // 160))),
+    )
+    for width in (80, 160, 320, 640, 2048)
+}
+ROWS["omniglot-10"] = replace(ROWS["omniglot-5"], title="Omniglot conv4-64, 32 tasks, K=10", inner_steps=10)
+ROWS["omniglot-64"] = replace(ROWS["omniglot"], title="Omniglot conv4-64, 64 tasks, K=1", tasks=64)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lightning_maml_guard.utils.checks import check_count, check_number, checked
+from lightning_maml_guard.utils.checks import check_count, check_number, checked, did_you_mean
 
 # What each command does, as its help says it; the task word alone trains and then tests.
 TRAIN_THEN_TEST = ""
@@ -27,8 +28,10 @@ DESCRIPTIONS = {
     ),
     "test": "Evaluate a checkpoint (--ckpt_path; without one the network as initialised) on the test episodes.",
     "suggest": (
-        "Measure before training, and suggest learning rates at --margin M (default 0.5) times their critical values, "
-        "over --batches N (default 4) training batches; --guard.NAME options say how to measure."
+        "Try learning rates before training, each for --steps N (default 40) and the better ones four times as long, "
+        "and suggest a pair: the outer rate at --margin M (default 0.25) of the largest that trains. --apply OUT.yaml "
+        "writes the configuration with the pair in it, which fit --config OUT.yaml trains. --batches N (default 4) "
+        "training batches are measured beside it; --guard.NAME options say how."
     ),
     "phase-diagram": (
         "Train a grid of inner and outer learning rates, one of the experiments of Takagi et al., and draw it."
@@ -44,7 +47,7 @@ DATASETS = ("linear", "sinusoid", "omniglot", "miniimagenet")
 DEFAULT_TASK = "sinusoid"
 CONFIGS = Path(__file__).parent / "configs"
 # Options of the command suggest alone.
-SUGGEST_OPTIONS = ("batches", "margin")
+SUGGEST_OPTIONS = ("apply", "batches", "margin", "steps")
 
 
 def _position(task: str) -> tuple[int, str, int]:
@@ -68,7 +71,7 @@ def synopsis() -> str:
     prog = program()
     return f"""usage: {prog} [{"|".join(TASKS)}] [--guard [{"|".join(ACTIONS)}]] [LightningCLI options]
        {prog} fit|validate|test|suggest [the same words and options]
-       {prog} phase-diagram [{"|".join(DATASETS)}] [--help]"""
+       {prog} phase-diagram [{"|".join(DATASETS)}|near-minimum] [--help]"""
 
 
 def exit_with_error(message: str) -> NoReturn:
@@ -85,7 +88,7 @@ def translate(words: Sequence[str]) -> list[str]:
         if task not in TASKS:
             exit_with_error(
                 f"{synopsis()}\nerror: expected the task to be one of {', '.join(TASKS)} but got {task!r}. Before it "
-                f"may stand one of {', '.join(COMMANDS)}."
+                f"may stand one of {', '.join(COMMANDS)}. {did_you_mean(task, (*TASKS, *COMMANDS))}".rstrip()
             )
     own_config = _config_files(rest)
     options = [] if own_config and not task else ["--config", str(CONFIGS / f"{task or DEFAULT_TASK}.yaml")]
@@ -102,7 +105,8 @@ def translate(words: Sequence[str]) -> list[str]:
             action = rest.pop(0)
         if action not in {"", *ACTIONS}:
             exit_with_error(
-                f"{synopsis()}\nerror: expected --guard to be one of {', '.join(ACTIONS)} but got {action!r}."
+                f"{synopsis()}\nerror: expected --guard to be one of {', '.join(ACTIONS)} but got {action!r}. "
+                f"{did_you_mean(action, ACTIONS)}".rstrip()
             )
         options += ["--guard=lightning_maml_guard.ConvergenceGuard", f"--guard.action={action or 'warn'}"]
     return options
@@ -113,15 +117,37 @@ def run_name(words: Sequence[str]) -> str:
     if words and words[0] in TASKS:
         return words[0]
     files = _config_files(words)
-    return Path(files[-1]).stem if files else DEFAULT_TASK
+    if not files:
+        return DEFAULT_TASK
+    path = Path(files[-1])
+    # The configuration that a run has saved, runs/NAME/version_N/config.yaml, goes on under that run's name.
+    saved = path.name == "config.yaml" and path.parent.name.startswith("version_")
+    return path.parent.parent.name if saved else path.stem
+
+
+def take_data_folder(words: Sequence[str]) -> list[str]:
+    """Take ``--data FOLDER`` out, and let ``$LMG_DATA`` name the folder; ``--data CLASS`` is LightningCLI's."""
+    rest = list(words)
+    for index, word in enumerate(rest):
+        name, _, value = word.partition("=")
+        given = [value] if value else rest[index + 1 : index + 2]
+        if name != "--data" or not given or not ("/" in given[0] or Path(given[0]).is_dir()):
+            continue
+        if not Path(given[0]).expanduser().exists():
+            exit_with_error(f"error: --data: there is no folder {given[0]}. Name the folder that the data sets lie in.")
+        os.environ["LMG_DATA"] = given[0]  # the environment, so that processes started from here find it
+        return rest[:index] + rest[index + (1 if value else 2) :]
+    return rest
 
 
 def parse_suggest_options(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Take ``--batches`` and ``--margin`` out: as no part of a configuration, so that one YAML serves every command."""
+    """Take the options of suggest out: as no part of a configuration, so that one YAML serves every command."""
     parser = argparse.ArgumentParser(prog=f"{program()} suggest", add_help=False, allow_abbrev=False)
     count, fraction = partial(check_count, "batches"), partial(check_number, "margin", above=0, below=1)
     parser.add_argument("--batches", type=checked(int, count), default=4)
-    parser.add_argument("--margin", type=checked(float, fraction), default=0.5)
+    parser.add_argument("--margin", type=checked(float, fraction), default=0.25)
+    parser.add_argument("--steps", type=checked(int, partial(check_count, "steps", least=1)), default=40)
+    parser.add_argument("--apply", type=Path, default=None)
     options, rest = parser.parse_known_args(words)
     return vars(options), rest
 

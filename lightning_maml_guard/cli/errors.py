@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pydoc
 import re
+import sys
 import traceback
 from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,8 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from types import CodeType, FrameType, FunctionType, NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
+
+from lightning_maml_guard.utils.checks import check_number, did_you_mean, first_line
 
 _OURS = f"{__name__.partition('.')[0]}."
 _UNRECOGNIZED = "unrecognized arguments: "
@@ -21,6 +24,9 @@ _UNRECOGNIZED = "unrecognized arguments: "
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _QUOTED = re.compile(r"'([^']+)'")
 _WRONG_TYPE = re.compile(r"Expected a (?:<class '[^']+'>|[\w.]+\[.*\]|collections\.abc\.\w+)(?=\. Got value: )")
+# Also in their text: a path that names nothing in a module that there is, and a name that is no class of the option's.
+_NOT_IN_MODULE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
+_NO_CLASS = re.compile(r"(?:Expected a dot import path string: |Got value: )(\w+)$")
 
 
 class ClassOptionError(ArgumentError):
@@ -66,7 +72,29 @@ def wrong_option(error: BaseException | None, options: Sequence[Action]) -> str 
     hint = next((getattr(option, "_typehint", None) for option in options if option.dest == keys[-1]), None)
     if hint is not None and (wrong := _WRONG_TYPE.search(said)):
         said = f"Expected {_type_name(hint)}{said[wrong.end() :]}"
-    return f"--{'.'.join(keys)}: {said}"
+    meant = _class_meant(said, hint)
+    return f"--{'.'.join(keys)}: {said}" + (f". {meant}" if meant else "")
+
+
+def wrong_for_trainer(error: BaseException) -> str | None:
+    """Describe what Lightning's Trainer rejected of its options; None for errors of other places."""
+    *_, (last, _) = traceback.walk_tb(error.__traceback__)
+    module = last.f_globals.get("__name__", "")
+    return (
+        f"--trainer: {first_line(error)}" if module.startswith(("pytorch_lightning.", "lightning.pytorch.")) else None
+    )
+
+
+def wrong_rate(config: Mapping[str, Any]) -> str | None:
+    """Describe the first option of an optimizer or schedule that is no learning rate; torch takes inf for one."""
+    for key, value in config.items():
+        name = key.rpartition(".")[2]
+        if name in {"lr", "max_lr"} and isinstance(value, (int, float)):
+            try:
+                check_number(name, value, least=0)
+            except ValueError as error:
+                return f"--{key.replace('.init_args', '')}: {error}"
+    return None
 
 
 def wrong_argument(error: BaseException, config: Mapping[str, Any]) -> str | None:
@@ -87,9 +115,26 @@ def wrong_argument(error: BaseException, config: Mapping[str, Any]) -> str | Non
     if not called:
         return None
     key, parameters = called[-1]
-    name = re.search(r"argument `(\w+)", str(error))
+    name = re.search(r"[Aa]rgument `(\w+)", str(error))
     option = f"{key}.{name[1]}" if name and name[1] in parameters else key
     return f"--{option.replace('.init_args', '')}: {error}"
+
+
+def _class_meant(said: str, hint: Any) -> str:
+    """Name the class or function that was probably meant by a path that leads nowhere."""
+    if found := _NOT_IN_MODULE.search(said):
+        module = sys.modules[found[1]]
+        near = did_you_mean(found[2], [name for name in vars(module) if not name.startswith("_")])
+        return near.replace("mean '", f"mean '{found[1]}.")
+    found = _NO_CLASS.search(said)
+    return did_you_mean(found[1], _classes(hint)) if found else ""
+
+
+def _classes(hint: Any) -> set[str]:
+    """The classes that an option of this type takes by their name alone."""
+    if isinstance(hint, type) and get_origin(hint) is None:
+        return {hint.__name__}.union(*map(_classes, hint.__subclasses__())) if hint.__module__ != "builtins" else set()
+    return set().union(*(_classes(part) for part in get_args(hint) if not isinstance(part, list)))
 
 
 def _unknown_option(error: BaseException, text: str) -> str | None:

@@ -23,6 +23,7 @@ from lightning_maml_guard.cli.arguments import (
     program,
     run_name,
     synopsis,
+    take_data_folder,
     translate,
 )
 
@@ -52,7 +53,8 @@ A command before the task word does one thing:
 configuration as YAML, which --config OWN.yaml reads back.
 linear trains on one fixed task, as Takagi et al. assume: its test loss, on other tasks, rises as it learns that one.
 omniglot is a first look of 300 steps; omniglot_5way, omniglot_20way, miniimagenet (1 shot) and miniimagenet_5shot
-follow the published settings (Finn et al. 2017: 60,000 steps, for a GPU). Image data is read from $LMG_DATA.
+follow the published settings (Finn et al. 2017: 60,000 steps, for a GPU). Image data is read from the folder that
+--data FOLDER or $LMG_DATA names (default: data); --data.tasks.download true downloads Omniglot into it.
 """
 
 
@@ -69,6 +71,7 @@ def main(words: Sequence[str] | None = None) -> Any:
         from lightning_maml_guard.cli.phase_diagram import main as phase_diagram_command
 
         return phase_diagram_command(given, f"{program()} phase-diagram")
+    given = take_data_folder(given)
     if command == TRAIN_THEN_TEST and given in (["-h"], ["--help"]):
         print(usage(), end="")
         raise SystemExit(0)
@@ -82,9 +85,13 @@ def main(words: Sequence[str] | None = None) -> Any:
     if command == "suggest" and cli.config["ckpt_path"] is not None:
         exit_with_error("error: suggest measures the network as initialised, so it takes no --ckpt_path. Leave it out.")
     from lightning_maml_guard.cli.commands import RUNS, known_warnings_ignored
+    from lightning_maml_guard.tasks.image_files import DatasetError  # the help comes without torch
 
     with known_warnings_ignored(command, cli):
-        RUNS[command](cli, **options)
+        try:
+            RUNS[command](cli, **options)
+        except DatasetError as error:
+            cli.parser.error(f"--data: {error}")
     return cli
 
 
@@ -105,7 +112,7 @@ def _built(command: str, given: Sequence[str]) -> GuardCLI:
         subclass_mode_data=True,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={"logger": _loggers(run_name(given))},
+        name=run_name(given),
         parser_class=Parser,
         parser_kwargs={
             "usage": _usage_of(command),
@@ -121,7 +128,7 @@ def _built(command: str, given: Sequence[str]) -> GuardCLI:
 
 def _usage_of(command: str) -> str:
     guard = "" if command in EVALUATION else f"[--guard [{'|'.join(ACTIONS)}]] "
-    own = "[--batches N] [--margin M] " if command == "suggest" else ""
+    own = "[--batches N] [--margin M] [--steps N] [--apply OUT.yaml] " if command == "suggest" else ""
     return " ".join(f"{program()} {command} [task] {guard}{own}[options below]".split())
 
 
@@ -130,13 +137,3 @@ def _summaries() -> str:
         textwrap.fill(DESCRIPTIONS[command], 112, initial_indent=f"  {command:15s}", subsequent_indent=" " * 17)
         for command in COMMANDS
     )
-
-
-def _loggers(name: str) -> list[dict[str, Any]]:
-    from lightning_maml_guard.utils.lightning_compat import PACKAGE
-
-    folders = {"CSVLogger": "runs", "TensorBoardLogger": "runs/tensorboard"}
-    return [
-        {"class_path": f"{PACKAGE}.loggers.{logger}", "init_args": {"save_dir": folder, "name": name}}
-        for logger, folder in folders.items()
-    ]

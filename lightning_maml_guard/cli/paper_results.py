@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,58 +20,73 @@ from lightning_maml_guard.phase.result import TRAINED_SHARE, PhaseDiagram
 from lightning_maml_guard.utils.double_backward import double_backward
 from lightning_maml_guard.utils.task_map import TaskMap
 
-# The critical rates that are compared with the largest beta that trained, as arguments of PhaseDiagram.correlation.
-PREDICTIONS = {
-    f"{name}, {'smallest along healthy runs' if along else 'at the start'}": (name, along)
-    for name in ("beta_c", "exact_beta_c")
-    for along in (False, True)
-}
-# On networks, what counts as trained decides the sign of the growth: rates that barely lower the error go further.
+# The critical rates before training that are compared with the largest beta that trained.
+PREDICTIONS = {"beta_c at the start": "beta_c", "exact beta_c at the start": "exact_beta_c"}
+# On networks it matters what counts as trained: rates that barely lower the error go further.
 SHARES = {f"{share:g} of the error before training": share for share in (TRAINED_SHARE, 0.5, 0.25)}
 
 
 def results(diagram: PhaseDiagram) -> dict[str, Any]:
-    """Return the largest rates that trained, the critical rates, and how the two are related."""
+    """Return the largest rates that trained, how they grow with ``alpha``, and the critical rates.
+
+    ``curve`` holds one value per inner rate. Gains are in decades of the outer rate.
+    """
     return {
-        "trained means": "final error at most 0.9 of that before training, both with and without adaptation",
-        "alpha": diagram.alphas,
-        "largest beta that trained": diagram.largest_beta,
-        "beta_c at the start": diagram.at_start("beta_c"),
-        "beta_c, smallest along healthy runs": diagram.smallest_along("beta_c"),
-        "exact beta_c at the start": diagram.at_start("exact_beta_c"),
-        "exact beta_c, smallest along healthy runs": diagram.smallest_along("exact_beta_c"),
-        "alpha_c at the start": _alpha_c(diagram),
-        "largest alpha that trained": _largest_alpha(diagram, TRAINED_SHARE),
-        "Spearman with largest beta": {
-            which: diagram.correlation(*prediction) for which, prediction in PREDICTIONS.items()
+        "trained means": trained_means(diagram),
+        "curve": {
+            "alpha": diagram.alphas,
+            "largest beta that trained": diagram.largest_beta,
+            "best beta": diagram.best_beta,
+            "beta_c at the start": diagram.at_start("beta_c"),
+            "exact beta_c at the start": diagram.at_start("exact_beta_c"),
+            "exact beta_c at the end": diagram.at_end_of_best("exact_beta_c"),
+            "alpha * lambda_max at the start": _sharpness(diagram, diagram.at_start("alpha_c")),
+            "alpha * lambda_max at the end": _sharpness(diagram, diagram.at_end_of_best("alpha_c")),
         },
-        "claim by what counts as trained": {which: _growth(diagram, share) for which, share in SHARES.items()},
+        **gain(diagram),
+        "beta at alpha = 0": diagram.beta_without_adaptation,
+        "alpha_c at the start": float(np.fmin.reduce(diagram.at_start("alpha_c"))),
+        "Spearman with largest beta": {which: diagram.correlation(name) for which, name in PREDICTIONS.items()},
+        "gain by what counts as trained": {which: gain(diagram, share) for which, share in SHARES.items()},
         "trained": int(diagram.trained.sum()),
         "diverged": int(diagram.diverged.sum()),
         "runs": int(diagram.final.size),
     }
 
 
-def growth_limits(diagram: PhaseDiagram, share: float) -> dict[str, float]:
-    """Return the inner rates towards which the largest beta is said to grow."""
+def gain(diagram: PhaseDiagram, share: float = TRAINED_SHARE) -> dict[str, float]:
+    """Return the growth of the largest beta with ``alpha`` as PANEL.json holds it."""
+    found = diagram.gain(share)
     return {
-        "towards alpha_c": _alpha_c(diagram),
-        "towards the largest alpha that trained": _largest_alpha(diagram, share),
+        "peak_gain": found.peak,
+        "peak_alpha": found.peak_alpha,
+        "gain_at_largest_alpha": found.at_largest_alpha,
+        "smallest_alpha": found.smallest_alpha,
+        "largest_alpha": found.largest_alpha,
     }
 
 
-def _growth(diagram: PhaseDiagram, share: float) -> dict[str, float]:
-    """Takagi et al. claim that the largest beta grows with alpha up to alpha_c: positive where it does."""
-    return {where: diagram.growth_towards_limit(limit, share) for where, limit in growth_limits(diagram, share).items()}
+def over_seeds(seeds: Sequence[int], diagrams: Sequence[PhaseDiagram]) -> list[dict[str, Any]]:
+    """Return the growth and the curve of each seed."""
+    return [
+        {
+            "seed": seed,
+            **gain(diagram),
+            "curve": {"alpha": diagram.alphas, "largest beta that trained": diagram.largest_beta},
+        }
+        for seed, diagram in zip(seeds, diagrams, strict=True)
+    ]
 
 
-def _alpha_c(diagram: PhaseDiagram) -> float:
-    return float(np.fmin.reduce(diagram.at_start("alpha_c")))
+def trained_means(diagram: PhaseDiagram) -> str:
+    """Return in words what counts as trained."""
+    also = "" if math.isinf(diagram.chance) else f" and of chance ({diagram.chance:.3g})"
+    return f"final error at most {TRAINED_SHARE:g} of that before training, with and without adaptation{also}"
 
 
-def _largest_alpha(diagram: PhaseDiagram, share: float) -> float:
-    found = diagram.alphas[diagram.trained_to(share).any(1)]
-    return float(found.max()) if len(found) else math.nan
+def _sharpness(diagram: PhaseDiagram, alpha_c: np.ndarray) -> np.ndarray:
+    """``alpha * lambda_max``: ``alpha_c`` is ``1 / (K * lambda_max)``."""
+    return diagram.alphas / (diagram.inner_steps * alpha_c)
 
 
 def bisected_and_measured(problem: MetaProblem, steps: int, count: int) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from lightning_maml_guard.cli.errors import (
     option_names,
     with_nearest,
     wrong_argument,
+    wrong_for_trainer,
     wrong_option,
+    wrong_rate,
 )
 from lightning_maml_guard.guard.convergence_guard import ConvergenceGuard
 from lightning_maml_guard.messages.spelling import Spelling
@@ -23,8 +25,10 @@ from lightning_maml_guard.utils.lightning_compat import (
     Callback,
     LightningArgumentParser,
     LightningCLI,
+    MisconfigurationException,
     RichProgressBar,
     Trainer,
+    default_loggers,
 )
 
 
@@ -89,6 +93,10 @@ class GuardCLI(LightningCLI):
     guard: ConvergenceGuard | None = None
     suggestion: RateSuggestion | None = None
 
+    def __init__(self, *args: Any, name: str, **kwargs: Any) -> None:
+        self.name = name  # of the folder in runs
+        super().__init__(*args, **kwargs)
+
     def add_arguments_to_parser(self, parser: Any) -> None:
         """Add the two options."""
         parser.add_argument(
@@ -105,7 +113,7 @@ class GuardCLI(LightningCLI):
             "--ckpt_path",
             type=str | None,
             default=None,
-            help="Checkpoint to continue from (fit) or to evaluate (validate, test), or Lightning's 'last' or 'best'.",
+            help="Checkpoint to continue from (fit) or evaluate (validate, test); 'last': the newest in runs/NAME.",
         )
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
@@ -113,14 +121,21 @@ class GuardCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def instantiate_classes(self) -> None:
-        """Build guard, module, data and Trainer; a failed argument check of this package is an error of its option."""
+        """Build guard, module, data and Trainer; a failed check of an argument is an error of its option."""
+        if message := wrong_rate(self.config):
+            self.parser.error(message)
         try:
             super().instantiate_classes()
-        except (TypeError, ValueError) as error:
-            message = wrong_argument(error, self.config)
+        except (TypeError, ValueError, ImportError, MisconfigurationException) as error:
+            message = wrong_argument(error, self.config) or wrong_for_trainer(error)
             if message is None:
                 raise
             self.parser.error(message)
+
+    @property
+    def logs_by_default(self) -> bool:
+        """Return True if the configuration names no logger."""
+        return self._get(self.config_init, "trainer").logger in (None, True)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with the guard among its callbacks."""
@@ -129,6 +144,8 @@ class GuardCLI(LightningCLI):
             self.guard.spelling = OptionSpelling()
             given: list[Callback] | Callback = self._get(self.config_init, "trainer").callbacks or []
             kwargs["callbacks"] = [*(given if isinstance(given, list) else [given]), self.guard]
+        if self.logs_by_default:
+            kwargs["logger"] = [logger(save_dir=folder, name=self.name) for logger, folder in default_loggers()]
         trainer = super().instantiate_trainer(**kwargs)
         bar, among = trainer.progress_bar_callback, trainer.callbacks  # type: ignore[attr-defined]
         if type(bar) is RichProgressBar:

@@ -34,6 +34,8 @@ from lightning_maml_guard.stability.report import StabilityReport
 _ODD, _OTHERS = 5.0, 3
 # Lower rates must end lower by this share of the loss where a rate is so many times its limit.
 _CLEARLY_BEYOND, _BEYOND = 0.05, 2.0
+# An inner rate so many times its limit is a suspect.
+_SUSPECT = 1.25
 # A search may cost as much as some hundred steps, so that one run makes no more than so many.
 _MOST_SEARCHES = 4
 
@@ -174,7 +176,7 @@ class Adviser:
             return self._of_rates(found, report, findings)
 
     def _suspects_alpha(self, report: StabilityReport) -> bool:
-        return self._look.harmful or not report.alpha_ratio <= 1
+        return self._look.harmful or not report.alpha_ratio <= _SUSPECT
 
     def _measured_at(self, factor: float) -> StabilityReport:
         """Measure the limits at a factor on the inner rates."""
@@ -246,19 +248,14 @@ class Adviser:
             configured_beta=self._configured(self._peak),
         )
 
-    def _smallest_alpha_c(self, report: StabilityReport) -> float:
-        """The smallest limit seen on the way to a report."""
-        before = [each for each in self._run.state.history if (each.step or 0) <= (report.step or 0)]
-        return min((each.alpha_c for each in (*before, report) if each.alpha_c > 0), default=math.nan)
-
     def _of_rates(self, found: Found, report: StabilityReport, findings: tuple[Reason, ...]) -> Advice:
         to_blame = found.best.trains and not is_innocent(found, report, self._look.scale)
         alpha, beta = report.alpha, self._peak
-        rates, best, look = Rates(), found.best.at, self._look
+        rates, best, look, step = Rates(), found.best.at, self._look, report.step or 0
         if to_blame:
             search = self._search(look.problems, alpha_suspect=True)
             to_set = RatesToSet(search, look.optimizers, look.problem, beta, self._run.repeats, self._measured_at)
-            rates = to_set.of(found, report, self._smallest_alpha_c(report))
+            rates = to_set.of(found, report, [each for each in self._run.state.history if (each.step or 0) <= step])
         lower_alpha, lower_beta = (rate is not None for rate in rates)
         died = self._look.died if lower_beta and not lower_alpha else ()
         causes = {

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_maml_guard.guard.actions import Situation
 from lightning_maml_guard.guard.advising import Adviser
-from lightning_maml_guard.guard.loggers import log_values, metrics
+from lightning_maml_guard.guard.loggers import log_check, log_values
 from lightning_maml_guard.guard.look import Look, look_at
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.rescale import reaches_alpha
@@ -26,12 +26,12 @@ from lightning_maml_guard.messages.reasons import Kind, Reason, of_check
 from lightning_maml_guard.messages.sentences import announced, returned
 from lightning_maml_guard.messages.terminal import inform
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
-from lightning_maml_guard.optim.snapshot import finite
 from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.stability.problems import Problem
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import SAFE, UNRESOLVED, UNSAFE
 from lightning_maml_guard.utils.isolation import undisturbed
+from lightning_maml_guard.utils.shards import finite, reshard
 from lightning_maml_guard.utils.warnings import GuardWarning
 
 
@@ -41,6 +41,7 @@ class Check:
     def __init__(self, run: GuardedRun, trainer: Any, module: Any) -> None:
         self.settings, self.run, self.trainer, self.module = run.settings, run, trainer, module
         self.rollback = Rollback(run, trainer, module)
+        reshard(module)
         # Where the run was rolled back by this check: what lowers its rates if the rest of the check fails.
         self._rolled_back: tuple[list[Optimizer], LookaheadResult] | None = None
         self._acted = False
@@ -186,7 +187,7 @@ class Check:
             advice=advice,
         )
         run.state.history = [*run.state.history, found][-settings.history_size :]
-        log_values(trainer, module, metrics(found, caps_rates=settings.acting.caps_rates), step)
+        log_check(trainer, module, found, step, caps_rates=settings.acting.caps_rates)
 
     def _eased(self, look: Look, step: int) -> Caps:
         """The caps of a run that is well, released as far as lookaheads allow."""

@@ -16,7 +16,7 @@ from lightning_maml_guard.guard.report import CheckReport, frame
 from lightning_maml_guard.guard.rollback import Rollback
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.schedule import SCHEDULED
-from lightning_maml_guard.guard.settings import check_settings, check_watchable, identity
+from lightning_maml_guard.guard.settings import check_pieces, check_settings, check_watchable, identity
 from lightning_maml_guard.guard.state import Event, to_checkpoint
 from lightning_maml_guard.lookahead.lookahead import LookaheadOptions
 from lightning_maml_guard.messages.advice import Advice
@@ -61,10 +61,10 @@ class ConvergenceGuard(Callback):
     ===========  ================================================================================
 
     Args:
-        every_n_steps: Optimizer steps between two checks; the first is at step 0. None: every 100 steps, as far as
-            ``max_cost`` allows.
+        every_n_steps: Optimizer steps between two checks; the first is at step 0. None: as often as ``max_cost`` pays
+            for, at multiples of 100.
         action: ``"log"``, ``"warn"``, ``"rescale"`` or ``"stop"``.
-        margin: Fraction of the critical values that counts as the threshold; ``rescale`` goes to that.
+        margin: Fraction of the critical values that counts as the threshold, at most 1; ``rescale`` goes to that.
         curvature: How curvature is measured, see :class:`CurvatureOptions`. What is logged as ``alpha_c`` and
             ``beta_c`` is what its ``criterion`` judges.
         lookahead: How the next steps are tried, see :class:`LookaheadOptions`; ``steps=0`` judges by the ratios alone.
@@ -82,8 +82,8 @@ class ConvergenceGuard(Callback):
         figures: Whether TensorBoard, Weights & Biases and MLflow get pictures of the safe region and the spectrum
             beside the numbers.
         history_size: Checks that ``history`` and ``severities`` keep, the latest ones. Loggers get all of them.
-        allow_untested: Whether to go on under a strategy the guard was not tested with (FSDP, DeepSpeed and others
-            that split a module). A check that fails there is one warning, as ever.
+        allow_untested: Whether to go on under a strategy the guard was not tested with (DeepSpeed and others that split
+            a module in ways of their own). A check that fails there is one warning, as ever.
 
     Attributes:
         spelling: How messages write the guard's arguments; the command line sets its own.
@@ -253,6 +253,7 @@ class ConvergenceGuard(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Apply the caps of a resumed run from its first step on."""
+        check_pieces(trainer, pl_module)
         run = self._run
         with run.only_told("read how long the run will be"):
             run.begin(trainer)
@@ -274,8 +275,7 @@ class ConvergenceGuard(Callback):
         if batch_idx % trainer.accumulate_grad_batches or run.turns.found:
             return  # gradients of a step that is half done must not outlive a rollback
         step = logger_step(trainer)
-        due = run.due(trainer, step)
-        if due is None:
+        if (due := run.due(trainer, step)) is None:
             Rollback(run, trainer, pl_module).keep_if_due(step)
             with run.only_told("log the ratios at the rates of now"):
                 run.bar.move(trainer, pl_module, self.history, run.caps.caps, run.state.capped, step)

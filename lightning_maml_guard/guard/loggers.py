@@ -13,8 +13,9 @@ from lightning_maml_guard.optim.lr_cap import known_rate
 from lightning_maml_guard.plots.region import safe_region
 from lightning_maml_guard.plots.spectrum import histogram, ritz_values
 from lightning_maml_guard.plots.style import new_figure
+from lightning_maml_guard.theory.limits import EDGE, SAFE, UNSAFE
 
-_SAFE = {"safe": 1.0, "edge": 0.5, "unsafe": 0.0}
+_SAFE = {SAFE: 1.0, EDGE: 0.5, UNSAFE: 0.0}
 
 
 def metrics(report: CheckReport, *, caps_rates: bool) -> dict[str, float]:
@@ -55,8 +56,14 @@ def metrics(report: CheckReport, *, caps_rates: bool) -> dict[str, float]:
 _UNLOGGED: dict[str, Any] = {"logger": False, "on_step": True, "on_epoch": False, "batch_size": 1}
 
 
+def log_check(trainer: Any, pl_module: Any, report: CheckReport, step: int, *, caps_rates: bool) -> None:
+    """Log a check; ``trainer.callback_metrics`` has ``guard/unsafe`` too, which is always known, to be monitored."""
+    pl_module.log_dict({"guard/unsafe": float(report.status == UNSAFE)}, prog_bar=False, **_UNLOGGED)
+    log_values(trainer, pl_module, metrics(report, caps_rates=caps_rates), step)
+
+
 def log_values(trainer: Any, pl_module: Any, values: dict[str, float], step: int) -> None:
-    """Log a check's numbers at the step it was made, to every logger and to ``trainer.callback_metrics``."""
+    """Log numbers at the step they were found, to every logger and to ``trainer.callback_metrics``."""
     pl_module.log_dict(values, prog_bar=False, **_UNLOGGED)
     for logger in trainer.loggers:
         logger.log_metrics(values, step=step)

@@ -17,11 +17,11 @@ from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, lookahead_
 from lightning_maml_guard.messages.advice_sentences import advised
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced, sentence
-from lightning_maml_guard.optim.snapshot import finite
 from lightning_maml_guard.stability.problems import Problem, dead_units
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import SAFE
 from lightning_maml_guard.utils.isolation import undisturbed
+from lightning_maml_guard.utils.shards import finite
 
 # Snapshots that are tried from, the youngest first.
 _TRIED = 3

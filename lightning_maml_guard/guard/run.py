@@ -29,7 +29,7 @@ from lightning_maml_guard.messages.terminal import warn
 from lightning_maml_guard.optim.clipping import gradient_norm
 from lightning_maml_guard.optim.lr_cap import known_rate, scheduled_rate
 from lightning_maml_guard.optim.rates_ahead import RatesAhead, read_ahead
-from lightning_maml_guard.optim.snapshot import Snapshot, SnapshotRing, finite
+from lightning_maml_guard.optim.snapshot import Snapshot, SnapshotRing
 from lightning_maml_guard.optim.turns import Turns
 from lightning_maml_guard.stability.hvp import MeasurementCache
 from lightning_maml_guard.stability.objective import objective_of
@@ -38,6 +38,7 @@ from lightning_maml_guard.stability.training_match import TrainingMatch
 from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.double_backward import double_backward
 from lightning_maml_guard.utils.lightning_compat import plan_of
+from lightning_maml_guard.utils.shards import finite
 from lightning_maml_guard.utils.warnings import GuardWarning
 
 
@@ -61,8 +62,7 @@ class GuardedRun:
         self.norm: Tensor | float | None = None  # of the gradient at hand, maybe on the device; None: not known
         self._losses: list[float] = []  # of the batches that the step at hand accumulates so far
         self.match: TrainingMatch | None = None  # the problem beside the step at hand, if that is to be compared
-        self.matched = False
-        self.turns = Turns()
+        self.matched, self.turns = False, Turns()
         self.ahead: RatesAhead | None = None
         self.repeats = False  # whether every step uses the same batch: then nothing is drawn from its tasks
 
@@ -138,7 +138,7 @@ class GuardedRun:
             self.caps.release()
             self.ring.kept.clear()
         if not self.settings.lookahead.steps:
-            known = isinstance(loss, Tensor) and loss.numel() == 1 and self.cache.ranks.size == 1
+            known = isinstance(loss, Tensor) and loss.numel() == 1 and self.cache.ranks.processes == 1
             value = float(loss.item()) * trainer.accumulate_grad_batches if known else math.nan
             self._finish_match(value)
             if known:
@@ -149,7 +149,7 @@ class GuardedRun:
         known = isinstance(loss, Tensor) and loss.numel() == 1
         value = float(loss.item()) if known else math.nan
         norm, self.norm = math.nan if self.norm is None else float(self.norm), None
-        if self.cache.ranks.size > 1:
+        if self.cache.ranks.processes > 1:
             # On every rank, whatever it has: one that stayed away would leave the others waiting.
             had = torch.tensor([float(known), value, norm], device=trainer.strategy.root_device)
             share, value, norm = trainer.strategy.reduce(had, reduce_op="mean").tolist()
@@ -175,8 +175,8 @@ class GuardedRun:
         """Say that the loss is not finite, and stop where that is the action: no lookahead will."""
         step = logger_step(trainer)
         reason = Reason(Kind.LOSS_NOT_FINITE, losses=(loss, math.nan, math.nan), step=step)
-        action, module = self.settings.acting, trainer.lightning_module
-        lost = action.caps_rates and not finite(module)
+        action = self.settings.acting
+        lost = action.caps_rates and not finite(trainer.lightning_module)
         if action.speaks:
             self.announce(reason)
             if lost:
@@ -228,12 +228,11 @@ class GuardedRun:
 
     def resumed(self, plain: Any) -> GuardedRun:
         """Make the run that a checkpoint tells of; one whose state cannot be read starts anew, and says so."""
-        settings, unread = self.settings, None
+        settings, unread, most = self.settings, None, self.settings.history_size
         try:
             state = from_checkpoint(plain)
         except StateError as error:
             state, unread = GuardState(), Reason(Kind.STATE_NOT_READ, detail=str(error))
-        most = settings.history_size
         state.history, state.severities = state.history[-most:], state.severities[-most:]
         run = GuardedRun(settings, state, inert=self.inert, ranks=self.cache.ranks)
         run.take_over(self)
@@ -243,16 +242,17 @@ class GuardedRun:
 
     def saved(self) -> GuardState:
         """Collect the state for a checkpoint, what the live objects hold included."""
-        settings = self.settings
-        # In one of several processes each has batches of its own, and the checkpoint is the first one's.
-        exactly = settings.acting.resumes_exactly and settings.lookahead.steps > 0 and self.cache.ranks.size == 1
+        settings, ranks = self.settings, self.cache.ranks
+        # One of several processes has batches of its own, or pieces, and the checkpoint is the first one's.
+        exactly = settings.acting.resumes_exactly and settings.lookahead.steps > 0 and ranks.processes == 1
+        kept = self.ring.state() if settings.rollback and ranks.size == ranks.processes else []
         self.cache.note_the_map()
         return replace(
             self.state,
             watches=self.machine.watches,
             caps=self.caps.caps,
             batches=self.replay.state() if exactly else [],
-            snapshots=self.ring.state() if settings.rollback else [],
+            snapshots=kept,
         )
 
     def announce(self, reason: Reason, *, just_said: bool = False) -> None:

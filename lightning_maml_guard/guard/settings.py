@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
+
 from lightning_maml_guard.guard.actions import ACTIONS, Action
 from lightning_maml_guard.lookahead.lookahead import LookaheadOptions, check_lookahead
 from lightning_maml_guard.messages.spelling import Spelling
 from lightning_maml_guard.messages.training_sentences import take_turns
+from lightning_maml_guard.sharding.space import Split
 from lightning_maml_guard.stability.options import CurvatureOptions, check_curvature
 from lightning_maml_guard.stability.problems import ProblemSource, has_meta_problem
 from lightning_maml_guard.theory.limits import check_margin
 from lightning_maml_guard.utils.checks import check_choice, check_count, check_device, check_flag, check_number
-from lightning_maml_guard.utils.lightning_compat import MisconfigurationException
+from lightning_maml_guard.utils.lightning_compat import MisconfigurationException, holds_one_model
+from lightning_maml_guard.utils.shards import any_split, reshard
 
 
 class Settings(Protocol):
@@ -92,3 +96,27 @@ def check_watchable(settings: Settings, trainer: Any, pl_module: Any) -> None:
             f"ConvergenceGuard(estimator='pyhessian') measures one process's loss, but {trainer.world_size} train "
             "together. Use estimator='lanczos', whose products are averaged over them."
         )
+    if holds_one_model(trainer) and settings.curvature.estimator != "lanczos":
+        raise MisconfigurationException(
+            "ConvergenceGuard takes no estimator but 'lanczos' under ModelParallelStrategy: each process holds a piece "
+            "of every vector, and products of vectors are sums over all processes. Use estimator='lanczos'."
+        )
+
+
+def check_pieces(trainer: Any, pl_module: Any) -> None:
+    """Raise a MisconfigurationException where a model's parameters are not split in a way that can be measured."""
+    if not holds_one_model(trainer):
+        return
+    reshard(pl_module)
+    trained = {name: value for name, value in pl_module.named_parameters() if value.requires_grad}
+    split = {name: value for name, value in trained.items() if any_split([value])}
+    half = sorted({str(value.dtype) for value in split.values() if value.dtype in (torch.float16, torch.bfloat16)})
+    try:
+        Split(split or trained)
+        if half:
+            raise ValueError(
+                f"Expected parameters in float32 or float64 but got {half}: differences of gradients in half precision "
+                "are noise. Use precision='bf16-mixed', which keeps the parameters in float32."
+            )
+    except ValueError as error:
+        raise MisconfigurationException(f"ConvergenceGuard cannot watch this model. {error}") from error

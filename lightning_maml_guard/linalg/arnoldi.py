@@ -19,6 +19,7 @@ from lightning_maml_guard.linalg.lanczos import (
     steps_of,
     unit,
 )
+from lightning_maml_guard.linalg.layout import WHOLE, Space
 
 
 class ArnoldiRun(NamedTuple):
@@ -48,6 +49,7 @@ def arnoldi(
     sync_every: int | None = None,
     basis: str = "device",
     value: Watched | None = None,
+    space: Space = WHOLE,
 ) -> ArnoldiRun:
     """Run Arnoldi from a start vector of shape ``(n,)``.
 
@@ -55,21 +57,22 @@ def arnoldi(
     Problems", section 6.2). ``stop`` is called with ``H`` and the residual's norm; the other arguments are those of
     :func:`~lightning_maml_guard.linalg.lanczos.lanczos`.
     """
-    steps, sync_every = steps_of(start, max_iter, sync_every)
-    kept = Basis(steps, start, basis)
+    rows = start.shape[-1] if space.rows is None else space.rows
+    steps, sync_every = steps_of(rows, start, max_iter, sync_every)
+    kept = Basis(steps, start, basis, space)
     # The last three rows: what rounding took from each vector, the overlaps, and the watched value.
     hessenberg = start.new_zeros((steps + 4, steps))
     if value is not None:
         hessenberg[-1] = value[1]
-    vector = start / torch.linalg.vector_norm(start)
-    norm = torch.zeros_like(start[0])
+    vector = start / space.norm(start)
+    norm = start.new_zeros(())
     found, residual, spill = np.zeros((0, 0)), 0.0, 0.0
     eps = torch.finfo(start.dtype).eps
     for step in range(steps):
         vector, lost = kept.append(vector)
         rest = kept.without(matvec(vector))
         hessenberg[-3, step], hessenberg[-2, step] = lost * norm, rest.overlap
-        norm, vector = unit(rest.vector)
+        norm, vector = unit(rest.vector, space)
         hessenberg[: step + 1, step] = rest.coefficients
         hessenberg[step + 1, step] = norm
         del rest  # in bfloat16 the basis keeps another copy
@@ -83,7 +86,7 @@ def arnoldi(
             below = np.diagonal(square, -1)
             ends = np.flatnonzero(below <= 32 * eps * np.abs(square).max())
             length = int(ends[0]) + 1 if ends.size else step + 1
-            done = bool(ends.size) or length == start.shape[-1]
+            done = bool(ends.size) or length == rows
             found, residual = square[:length, :length], 0.0 if done else float(below[length - 1])
             gap = 2**0.5 * float(np.linalg.norm(host[-2, :length]))
             gone = float(below[length - 1]) if done and not kept.exact else 0.0

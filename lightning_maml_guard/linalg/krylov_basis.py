@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_maml_guard.linalg.layout import WHOLE, Space
+
 BASES = ("device", "cpu", "bfloat16")
 
 # Entries of a panel, and of a group of panels. The caches of a host are small; on a device every launch costs time.
@@ -44,17 +46,19 @@ class Basis:
 
     In bfloat16 a vector is rounded before anything is computed with it, then brought back to norm 1. The vector that is
     multiplied and the one that is kept are the same, and products with it have the usual precision.
+
+    In a ``space`` that is split over processes each keeps its entries, and products are summed over all.
     """
 
-    def __init__(self, count: int, like: Tensor, kind: str = "device") -> None:
+    def __init__(self, count: int, like: Tensor, kind: str = "device", space: Space = WHOLE) -> None:
         self.exact = kind != "bfloat16"
-        self.length = 0
+        self.length, self._space = 0, space
         self._shape, self._size, self._kind = like.shape, like.shape[-1], like.dtype
         host = like.device.type == "cpu"
         panel, self._group = (_HOST_PANEL, _HOST_GROUP) if host else (_DEVICE_PANEL, _DEVICE_GROUP)
         self._blocks = math.prod(like.shape[:-1])
-        self._pieces = math.ceil(self._size / panel)
-        self._width = math.ceil(self._size / self._pieces)
+        self._pieces = max(math.ceil(self._size / panel), 1)  # a process may hold no entry
+        self._width = max(math.ceil(self._size / self._pieces), 1)
         self._device = like.device
         self._offloaded = kind == "cpu" and not host
         self._store = torch.empty(
@@ -76,11 +80,11 @@ class Basis:
             return vector, self._nothing
         rounded = vector.to(torch.bfloat16)
         kept = rounded.to(self._kind)
-        norm = torch.linalg.vector_norm(kept, dim=-1, keepdim=True).clamp(min=torch.finfo(self._kind).tiny)
+        norm = self._space.norm(kept).clamp(min=torch.finfo(self._kind).tiny)
         self._scales[:, index] = 1 / norm.reshape(self._blocks)
         kept /= norm
         self._write(index, self._panels(rounded))
-        return kept, torch.linalg.vector_norm(kept - vector, dim=-1)
+        return kept, self._space.norm(kept - vector).squeeze(-1)
 
     def without(self, vector: Tensor) -> Rest:
         """Project a vector, which is not changed, on the complement of the space by repeated Gram-Schmidt.
@@ -174,4 +178,5 @@ class Basis:
     def _gathered(self, parts: list[Tensor]) -> Tensor:
         """Sum products by panel to one per block, shape ``(blocks, k)``."""
         panels = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return panels if self._pieces == 1 else panels.reshape(self._blocks, self._pieces, -1).sum(1)
+        own = panels if self._pieces == 1 else panels.reshape(self._blocks, self._pieces, -1).sum(1)
+        return self._space.total(own)

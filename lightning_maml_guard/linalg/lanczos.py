@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_maml_guard.linalg.krylov_basis import Basis
+from lightning_maml_guard.linalg.layout import WHOLE, Space
 
 Matvec = Callable[[Tensor], Tensor]
 # The name of a scalar and the scalar; it comes to the host with the coefficients and must be finite.
@@ -80,6 +81,7 @@ def lanczos(
     sync_every: int | None = None,
     basis: str = "device",
     value: Watched | None = None,
+    space: Space = WHOLE,
 ) -> LanczosRun:
     """Run Lanczos from start vectors of shape ``(*batch, n)`` on a symmetric matrix, or on a batch of them at once.
 
@@ -89,12 +91,14 @@ def lanczos(
 
     The start must be the same on every rank. ``stop`` is called every ``sync_every`` steps with the tridiagonals so
     far, and ends the run with True. ``basis`` is a kind of :class:`~lightning_maml_guard.linalg.krylov_basis.Basis`.
-    Raises a NonFiniteProductError if a product, or the watched ``value``, is not finite.
+    Raises a NonFiniteProductError if a product, or the watched ``value``, is not finite. In a ``space`` that is split
+    over processes ``start`` and the products are the entries that lie here.
     """
-    steps, sync_every = steps_of(start, max_iter, sync_every)
-    kept = Basis(steps, start, basis)
-    vector = start / torch.linalg.vector_norm(start, dim=-1, keepdim=True)
-    norm = torch.zeros_like(start[..., 0])
+    rows = start.shape[-1] if space.rows is None else space.rows
+    steps, sync_every = steps_of(rows, start, max_iter, sync_every)
+    kept = Basis(steps, start, basis, space)
+    vector = start / space.norm(start)
+    norm = start.new_zeros(start.shape[:-1])
     watched = [] if value is None else [value[1].to(norm.dtype).expand(norm.shape)]
     columns: list[Tensor] = []
     found = _Found([], False, 0.0, 0.0)
@@ -109,40 +113,47 @@ def lanczos(
         column = [rest.coefficients[-1], stray.abs().amax(0) if step else torch.zeros_like(norm)]
         if not kept.exact:
             column += [lost * norm, torch.linalg.vector_norm(stray, dim=0), rest.overlap]
-        norm, vector = unit(rest.vector)
+        norm, vector = unit(rest.vector, space)
         del rest  # in bfloat16 the basis keeps another copy
         columns.append(torch.stack([*column, *watched, norm]))
         if (step + 1) % sync_every == 0 or step + 1 == steps:
-            found = _to_host(columns, start.shape[-1], exact=kept.exact, value=value)
+            found = _to_host(columns, rows, exact=kept.exact, value=value)
             converged = found.exhausted or (stop is not None and stop(found.runs))
             if converged:
                 break
     return LanczosRun(found.runs, kept, len(columns), converged, found.asymmetry, found.rounding)
 
 
-def steps_of(start: Tensor, max_iter: int, sync_every: int | None) -> tuple[int, int]:
+def steps_of(rows: int, start: Tensor, max_iter: int, sync_every: int | None) -> tuple[int, int]:
     """Return the number of steps and of steps between two transfers; raise a ValueError if there are none."""
     if sync_every is None:
         sync_every = _SYNC_ON_HOST if start.device.type == "cpu" else _SYNC_ON_DEVICE
-    if start.shape[-1] == 0 or max_iter < 1 or sync_every < 1:
+    if rows == 0 or max_iter < 1 or sync_every < 1:
         raise ValueError(
             "Expected a start vector with at least one entry and `max_iter`, `sync_every` of at least 1 but got "
             f"shape {tuple(start.shape)}, max_iter={max_iter!r}, sync_every={sync_every!r}."
         )
-    return min(max_iter, start.shape[-1]), sync_every
+    return min(max_iter, rows), sync_every
 
 
-def unit(rest: Tensor) -> tuple[Tensor, Tensor]:
+def unit(rest: Tensor, space: Space = WHOLE) -> tuple[Tensor, Tensor]:
     """Split vectors, which are overwritten, into their norms and their directions; 0 where the norm is 0."""
-    norm = torch.linalg.vector_norm(rest, dim=-1, keepdim=True)
+    norm = space.norm(rest)
     # The squares of tiny entries, as of a network with dead units, underflow; such a norm would give any length.
     tiny = torch.finfo(norm.dtype).tiny
-    largest = torch.linalg.vector_norm(rest, ord=torch.inf, dim=-1, keepdim=True).clamp(min=tiny)
+    largest = space.largest(_largest(rest)).clamp(min=tiny)
     divisor = torch.where(norm < tiny**0.5, largest, torch.ones_like(norm))
     rest /= divisor
-    length = torch.linalg.vector_norm(rest, dim=-1, keepdim=True)
+    length = space.norm(rest)
     rest /= length.clamp(min=tiny**0.5)
     return (divisor * length).squeeze(-1), rest
+
+
+def _largest(rest: Tensor) -> Tensor:
+    """The largest entries in size; 0 where there is no entry."""
+    if not rest.shape[-1]:
+        return rest.new_zeros((*rest.shape[:-1], 1))
+    return torch.linalg.vector_norm(rest, ord=torch.inf, dim=-1, keepdim=True)
 
 
 class _Found(NamedTuple):
@@ -197,10 +208,5 @@ def non_finite(step: int) -> str:
 
 
 def start_vector(shape: Sequence[int], like: Tensor, seed: int = 0) -> Tensor:
-    """Draw a standard normal start vector, without touching any global random state.
-
-    It is drawn on the CPU, so that it is the same on every device and rank, and takes the dtype and device of ``like``.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
-    return drawn.to(like.device, like.dtype, non_blocking=True)
+    """Draw standard normal start vectors, as :meth:`Space.start` does, that lie here as a whole."""
+    return WHOLE.start(shape, like, seed)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_maml_guard.linalg.lanczos import Matvec
-from lightning_maml_guard.linalg.layout import Layout, Params
+from lightning_maml_guard.linalg.layout import WHOLE, Layout, Params, Space
 from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.task_map import TaskMap
 
@@ -155,16 +155,20 @@ class FiniteDifference:
     """Products with the Jacobian itself by central differences of the gradient field: two gradients per product.
 
     Every evaluation starts from the same random state, so that dropout does not make it another function each time.
+    ``error`` is the relative error of the gradients, beside rounding. In a ``space`` that is split over processes
+    ``params`` and vectors are the entries that lie here, and the field's values those of all processes together.
     """
 
-    def __init__(self, field: Field, params: Params, layout: Layout | None = None) -> None:
-        self.layout = layout or Layout(params)
+    def __init__(
+        self, field: Field, params: Params, layout: Layout | None = None, *, space: Space = WHOLE, error: float = 0.0
+    ) -> None:
+        self.layout = layout or Layout(params, space)
         self.batch = 0 if layout is None else 1
         self._field = field
         self._centre = self.layout.flatten({name: value.detach() for name, value in params.items()}, self.batch)
-        norm = torch.linalg.vector_norm(self._centre, dim=-1, keepdim=True)
-        # Balances the rounding of the gradients against the third derivative.
-        self._step = torch.finfo(self._centre.dtype).eps ** (1 / 3) * (1 + norm)
+        # Balances the error of the gradients against the third derivative.
+        self.error = max(torch.finfo(self._centre.dtype).eps, error)
+        self._step = self.error ** (1 / 3) * (1 + self.layout.space.norm(self._centre))
         self.value, self.gradient = self._evaluate(self._centre)
         self._ranks = Ranks()
         self.matvecs = 0
@@ -192,7 +196,7 @@ class FiniteDifference:
     def product(self, vector: Tensor, stretch: float = 1.0) -> Tensor:
         """Multiply with a vector, with the step of the difference scaled by ``stretch``."""
         self.matvecs += 1
-        length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
+        length = self.layout.space.norm(vector)
         reach = stretch * self._step / length.clamp(min=torch.finfo(vector.dtype).tiny)
         ahead, behind = (self._evaluate(self._centre + side * reach * vector)[1] for side in (1.0, -1.0))
         return self._ranks.mean((ahead - behind) / (2 * reach))

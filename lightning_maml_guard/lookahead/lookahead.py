@@ -29,6 +29,7 @@ from lightning_maml_guard.utils.checks import check_count, check_flag, check_num
 from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.double_backward import double_backward
 from lightning_maml_guard.utils.random_state import preserved_randomness
+from lightning_maml_guard.utils.shards import local
 from lightning_maml_guard.utils.task_map import TaskMap, as_float32
 
 
@@ -245,12 +246,14 @@ class Lookahead:
             torch.manual_seed(0)
             found = [self._evaluate(self._live, index, 1.0)[1] for index in range(self.batches)]
         self.gradients += self.batches
-        return tuple(float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(g.values()))))) for g in found)
+        space = self._objectives[0].space
+        return tuple(float(space.norm(torch.stack(torch._foreach_norm(list(g.values()))))) for g in found)
 
     def _evaluate(self, params: Params, index: int, factor: float) -> tuple[Tensor, Params]:
         objective = self._objectives[index % len(self._objectives)]
         target = objective.update(factor) if isinstance(objective, MamlObjective) else objective.curvature(False)
-        leaves = {name: value.detach().requires_grad_() for name, value in real_pairs(as_float32(params)).items()}
+        pairs = real_pairs(as_float32(params)).items()
+        leaves = {name: local(value.detach()).requires_grad_() for name, value in pairs}
         value, gradients, _ = target[0](leaves, False)
         known = {name: gradients[name] for name in leaves}
         filled = {n: torch.zeros_like(leaves[n]) if g is None else g.detach() for n, g in known.items()}

@@ -17,12 +17,12 @@ class LossPoint(NamedTuple):
     mean: float
     low: float
     high: float
-    count: int
+    finite: int
 
     def joined(self, later: LossPoint) -> LossPoint:
         """Take the steps of the next point in."""
-        count = self.count + later.count
-        parts = [(point.mean, point.count / count) for point in (self, later) if point.count] if count else []
+        count = self.finite + later.finite
+        parts = [(point.mean, point.finite / count) for point in (self, later) if point.finite] if count else []
         mean = sum(mean * share for mean, share in parts) if parts else math.nan
         return LossPoint(self.step, mean, min(self.low, later.low), max(self.high, later.high), count)
 
@@ -66,7 +66,7 @@ class LossCurve:
         if not self.points:
             return math.nan
         latest = self.points[-1]
-        if not latest.count or math.isinf(latest.high):
+        if not latest.finite or math.isinf(latest.high):
             return math.inf
         before = self.points[-2] if len(self.points) > 1 else latest
         return before.joined(latest).mean if math.isfinite(before.high) else latest.mean

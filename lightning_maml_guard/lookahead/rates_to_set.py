@@ -58,21 +58,24 @@ class RatesToSet:
     repeats: bool
     measured: Callable[[float], StabilityReport]
 
-    def of(self, found: Found, report: StabilityReport, alpha_c: float) -> Rates:
-        """The rates to set; ``alpha_c`` is the smallest limit of the inner rate seen so far.
+    def of(self, found: Found, report: StabilityReport, earlier: Sequence[StabilityReport]) -> Rates:
+        """The rates to set, by the smallest limits of a report and of earlier ones.
 
         The meta rate's limit is another one where the inner rate is lowered: it is measured there.
         """
+        seen = [*earlier, report]
         factor, lower_beta = 1.0, found.best.at.beta < 1
         lower_alpha, alpha = found.best.at.alpha < 1, report.alpha
         if lower_alpha:
+            alpha_c = min((each.alpha_c for each in seen if each.alpha_c > 0), default=math.nan)
             factor = self._inner_factor(found, report, alpha_c)
             report = self.measured(factor)
+            seen = [report]
             if not lower_beta and self.beta > _BEYOND * self._limit(report):
                 both = self.search.find_beta(factor)
                 lower_beta = both.best.learned >= self.search.at(factor).learned
                 found = both if lower_beta else found
-        beta = self._meta_factor(found, report) if lower_beta else 1.0
+        beta = self._meta_factor(found, report, seen) if lower_beta else 1.0
         if lower_alpha or lower_beta:
             beta = self._lasting(factor, beta)
         return Rates(factor * alpha if lower_alpha else None, beta * self.beta if beta < 1 else None)
@@ -85,9 +88,10 @@ class RatesToSet:
         factor = self._share_of(alpha_c) / report.alpha
         return factor if factor < 0.5 else found.best.at.alpha
 
-    def _meta_factor(self, found: Found, report: StabilityReport) -> float:
-        """From the limit, where the trials do not contradict it; else theirs."""
+    def _meta_factor(self, found: Found, report: StabilityReport, seen: Sequence[StabilityReport]) -> float:
+        """From the smallest limit, where the trials do not contradict it; else theirs."""
         limit = self._limit(report)
+        limit = min((each for each in map(self._limit, seen) if each > 0), default=limit)
         if not math.isfinite(limit):
             return min(found.flat, found.most)
         # Limits at an inner rate beyond its own say nothing.

@@ -14,7 +14,9 @@ from torchmetrics.utilities import dim_zero_cat
 from lightning_maml_guard.maml.batch_errors import explained
 from lightning_maml_guard.maml.inner_loop import Params, adapted_loss
 from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.sharding.meta_gradient import ShardedMaml
 from lightning_maml_guard.utils.checks import check_function
+from lightning_maml_guard.utils.shards import any_split
 from lightning_maml_guard.utils.task_map import TaskMap, each_task
 
 Predict = Callable[[Params, Tensor], Tensor]
@@ -146,6 +148,8 @@ def evaluate_tasks(
     problem: MetaProblem, inner_steps: int, predict: Predict | None, tasks: TaskMap
 ) -> dict[str, Tensor]:
     """Evaluate each task's query set: ``loss`` and ``prediction`` (unless None), after adaptation and ``_before``."""
+    if any_split(problem.params.values()):
+        return _evaluated_in_pieces(problem, inner_steps, predict)
     params = {name: value.detach() for name, value in problem.params.items()}
     rates = problem.rate_by_step()
 
@@ -157,6 +161,23 @@ def evaluate_tasks(
         return found
 
     return tasks(one, problem.support, problem.query, in_dims=(0, 0))
+
+
+def _evaluated_in_pieces(problem: MetaProblem, inner_steps: int, predict: Predict | None) -> dict[str, Any]:
+    """The same on sharded parameters, one task after another."""
+    maml = ShardedMaml.of(problem)
+    theta, rows = maml.own.point(), []
+    for support, query in zip(each_task(problem.support), each_task(problem.query), strict=True):
+        _, adapted = maml.adapt(theta, support, inner_steps)
+        row: dict[str, Any] = {}
+        for suffix, at in (("", adapted), ("_before", theta)):
+            row[f"loss{suffix}"] = maml.value(query, at)
+            if predict is not None:
+                x = query[0]
+                row[f"prediction{suffix}"] = maml.own.call(lambda live, x=x: predict(live, x), at)  # type: ignore[misc]
+        rows.append(row)
+    found: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
+    return {name: torch.stack(each) if name.startswith("loss") else each for name, each in found.items()}
 
 
 def _short_name(metric: Metric) -> str:

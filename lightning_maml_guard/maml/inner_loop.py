@@ -50,11 +50,15 @@ def gradient(function: Callable[[P], tuple[Tensor, T]], point: P) -> tuple[P, T]
         ]
         value, extra = function(together(leaves))
         found = (
-            torch.autograd.grad(value.sum(), leaves, create_graph=connected, allow_unused=True, materialize_grads=True)
+            torch.autograd.grad(value.sum(), leaves, create_graph=connected, allow_unused=True)
             if value.requires_grad
-            else [torch.zeros_like(leaf) for leaf in leaves]
+            else [None for _ in leaves]
         )
-    return together(list(found)), extra if connected else tree_map(_detached, extra)
+        # Not by materialize_grads: torch 2.6 makes zeros that require a gradient whether a graph is asked for or not.
+        full = [
+            torch.zeros_like(x, requires_grad=connected) if g is None else g for g, x in zip(found, leaves, strict=True)
+        ]
+    return together(full), extra if connected else tree_map(_detached, extra)
 
 
 def _detached(value: Any) -> Any:

@@ -8,6 +8,7 @@ through norm layers (torch 2.13). Where torch.func takes the gradients (under to
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -27,7 +28,9 @@ from lightning_maml_guard.maml.inner_loop import (
 )
 from lightning_maml_guard.maml.inner_updates import beside
 from lightning_maml_guard.maml.problem import MetaProblem
-from lightning_maml_guard.utils.task_map import TaskMap, task_count
+from lightning_maml_guard.sharding.meta_gradient import ShardedMaml
+from lightning_maml_guard.utils.shards import any_split, split_like
+from lightning_maml_guard.utils.task_map import TaskMap, each_task, task_count
 
 Auxiliary = Callable[[Params, Any], Any]
 
@@ -144,6 +147,8 @@ def meta_gradient(
     auxiliary: Auxiliary = nothing,
 ) -> MetaGradient:
     """Compute the mean meta-gradient over a problem's tasks; the problem's tensors are detached."""
+    if any_split(problem.params.values()):
+        return _sharded(problem, auxiliary)
     tasks = tasks or TaskMap(problem.task_chunk_size, problem.looped)
     params = {name: value.detach() for name, value in problem.params.items()}
     return meta_gradient_at(
@@ -215,6 +220,27 @@ def batch_meta_gradients(
     return task_meta_gradient(
         losses, side.params, side.rates, support, query, auxiliary=extra, update=beside(update), **options
     )
+
+
+def _sharded(problem: MetaProblem, auxiliary: Auxiliary) -> MetaGradient:
+    """The same on sharded parameters, one task after another, by the module's own backward."""
+    maml = ShardedMaml.of(problem)
+    theta, tasks = maml.own.point(), list(zip(each_task(problem.support), each_task(problem.query), strict=True))
+    total = {name: torch.zeros_like(value) for name, value in theta.items()}
+    losses, extra = [], []
+    for support, query in tasks:
+        found = maml.of_task(theta, support, query)
+        losses.append(found.loss)
+        if auxiliary is not nothing:
+            extra.append(maml.own.call(partial(_given, auxiliary, query), found.adapted))
+        for name, value in total.items():
+            value += found.gradient[name] / len(tasks)
+    gradients = {name: split_like(value, problem.params[name].detach()) for name, value in total.items()}
+    return MetaGradient(gradients, None, torch.stack(losses), extra)
+
+
+def _given(function: Auxiliary, query: Any, params: Params) -> Any:
+    return function(params, query)
 
 
 def averaged(found: Any, learn_rates: bool) -> MetaGradient:

@@ -22,6 +22,7 @@ from lightning_maml_guard.maml.outer_optimizer import check_factories, make_opti
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.maml.stateless_call import NOTHING_TO_TRAIN, StatelessCall, check_network, trainable
 from lightning_maml_guard.maml.vectorization import Vectorization, check_strategy
+from lightning_maml_guard.sharding.meta_gradient import check_in_pieces
 from lightning_maml_guard.theory.multiplier import check_order
 from lightning_maml_guard.utils.checks import check_count, check_flag
 from lightning_maml_guard.utils.lightning_compat import LightningModule, MixinBase, check_module, hyperparameters_given
@@ -76,7 +77,7 @@ class MetaLearning(MixinBase):
     ) -> None:
         super().__init__()
         check_module(self, self._package_was_chosen)
-        check_network(network)
+        check_network(network, self)
         check_order(order, inner_steps)
         inner_lr = checked_rate(inner_lr, inner_steps, learn_inner_lr)
         if eval_inner_steps is not None:
@@ -94,6 +95,7 @@ class MetaLearning(MixinBase):
         self.inner_steps, self.inner_lr, self.inner_update = inner_steps, inner_lr, inner_update
         self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
         self.inner_lr_cap: float | None = None  # set by a guard that rescales
+        self.outer_lr: float | None = None  # set by a RateSuggestion: the optimizer's rate, whatever its function says
         self.inner_rates = InnerRates(trainable(network), inner_lr, adapt, learn_inner_lr, inner_steps)
         self.learned_rates = self.inner_rates.learned  # registered here, for the optimizer and checkpoints
         self.vectorization = Vectorization(strategy, network, batched)
@@ -223,6 +225,7 @@ class MetaLearning(MixinBase):
     def on_fit_start(self) -> None:
         """Forget the cap a checkpoint held (a guard that rescales sets its own), and keep the memory of the steps."""
         self.inner_lr_cap = None
+        check_in_pieces(self.theta(), self.compiled, self.learned_rates, self.inner_update)
         self.vectorization.choose(self.device)
         self._memory.start(self, self.device.type == "cpu")
 
@@ -236,7 +239,8 @@ class MetaLearning(MixinBase):
             raise ValueError(NOTHING_TO_TRAIN)
         trained = [*self.theta().values(), *(self.learned_rates or [])]
         precision = str(getattr(self._trainer, "precision", ""))
-        return make_optimizer(dict(self.named_parameters()), trained, self._optimizer, self._lr_scheduler, precision)
+        named = dict(self.named_parameters())
+        return make_optimizer(named, trained, self._optimizer, self._lr_scheduler, precision, self.outer_lr)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the cap a guard holds the inner rate at, so that evaluation adapts as training did."""

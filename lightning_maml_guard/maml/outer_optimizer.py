@@ -32,10 +32,12 @@ def make_optimizer(
     optimizer: OptimizerFactory | None,
     lr_scheduler: SchedulerFactory | None,
     precision: str = "",
+    lr: float | None = None,
 ) -> Any:
     """Return the optimizer, or what Lightning takes for an optimizer with a scheduler.
 
     The optimizer gets all ``named`` parameters that require a gradient; the meta-gradient moves only the ``trained``.
+    Where ``lr`` is given, it is the largest rate over the optimizer's groups, which keep their proportions.
     """
     known = {id(value) for value in trained}
     parameters = [value for value in named.values() if value.requires_grad]
@@ -61,6 +63,10 @@ def make_optimizer(
             f"Expected argument `optimizer` to return a torch.optim.Optimizer but got {shown(made)}. Return "
             "one, as lambda params: SGD(params, lr=0.1) does."
         )
+    if lr is not None:
+        highest = max(float(group["lr"]) for group in made.param_groups)
+        for group in made.param_groups:
+            group["lr"] = group["lr"] * (lr / highest)  # not in place: groups can share one tensor
     if lr_scheduler is None:
         return made
     scheduler = lr_scheduler(made)

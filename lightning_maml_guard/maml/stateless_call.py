@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_maml_guard.maml.inner_loop import Params
 from lightning_maml_guard.utils.double_backward import BatchStatistics
+from lightning_maml_guard.utils.lightning_compat import overrides
 
 NOTHING_TO_TRAIN = (
     "The network has no parameter to train: it has none at all, or all of them are frozen (requires_grad=False). "
@@ -38,8 +40,11 @@ def trainable(network: nn.Module) -> Params:
     return {name: value for name, value in network.named_parameters() if value.requires_grad}
 
 
-def check_network(network: nn.Module) -> None:
-    """Raise if this is no network, if nothing in it trains, or if its parameters hold no values."""
+def check_network(network: nn.Module, owner: Any = None) -> None:
+    """Raise if this is no network, if nothing in it trains, or if its parameters hold no values.
+
+    They may be empty, on the meta device, where ``owner``, its LightningModule, has a ``configure_model`` of its own.
+    """
     if not isinstance(network, nn.Module):
         raise TypeError(
             f"Expected argument `network` to be a torch.nn.Module but got {type(network).__name__}. Pass an "
@@ -47,7 +52,8 @@ def check_network(network: nn.Module) -> None:
         )
     if not trainable(network):
         raise ValueError(NOTHING_TO_TRAIN)
-    empty = [name for name, value in network.named_parameters() if value.is_meta]
+    made_later = owner is not None and overrides(owner, "configure_model")
+    empty = [] if made_later else [name for name, value in network.named_parameters() if value.is_meta]
     if empty:
         raise ValueError(
             f"Expected argument `network` to hold values but got parameters on the meta device: {empty}. Build it "

@@ -69,10 +69,8 @@ class Kind(str, Enum):
     ROLLED_BACK_AT_END = "rolled back at the end"
     TOO_MANY_ROLLBACKS = "too many rollbacks"
     # What a tuner has to say of its suggestion.
-    NO_ALPHA_LIMIT = "no alpha limit"
     NO_BETA_SUGGESTED = "no beta suggested"
-    BETA_HALVED = "beta halved"
-    NO_BETA_SURVIVES = "no beta survives"
+    NO_RATE_TRAINS = "no rate trains"
     # A sentence of an older version, read from a checkpoint.
     TEXT = "text"
 

@@ -225,21 +225,10 @@ def _too_many_rollbacks(reason: Reason, spelling: Spelling) -> str:
     )
 
 
-def _no_beta_suggested(reason: Reason, spelling: Spelling) -> str:
-    why = {
-        "none is stable": "none is stable at this inner rate.",
-        "nothing limits it": "no curvature limits it.",
-    }.get(reason.effect, "it is not known.")
-    if reason.because is not None:
-        not_judged = reason.because.kind is Kind.NOT_JUDGED
-        why = reason.because.detail if not_judged else cause(reason.because, spelling)
-    return f"No meta rate is suggested: {why}"
-
-
-def _beta_halved(reason: Reason, spelling: Spelling) -> str:
+def _no_rate_trains(reason: Reason, spelling: Spelling) -> str:
     return (
-        f"beta = {reason.beta:.3g}, {reason.margin:g} of its critical value, does not survive the lookahead: it was "
-        f"halved {reason.steps} times."
+        f"No rates are suggested: at none of those tried is the loss within {reason.steps} steps on copies below that "
+        "before training. More steps tell more (ladder=LadderOptions(steps=...)), or the data or the loss is at fault."
     )
 
 
@@ -276,10 +265,6 @@ _CAUSES: dict[Kind, Callable[[Reason, Spelling], str]] = {
     Kind.ROLLED_BACK: _rolled_back,
     Kind.ROLLED_BACK_AT_END: _rolled_back_at_end,
     Kind.TOO_MANY_ROLLBACKS: _too_many_rollbacks,
-    Kind.NO_ALPHA_LIMIT: lambda reason, spelling: "No finite alpha_c was measured, so the configured inner rate stays.",
-    Kind.NO_BETA_SUGGESTED: _no_beta_suggested,
-    Kind.BETA_HALVED: _beta_halved,
-    Kind.NO_BETA_SURVIVES: lambda reason, spelling: (
-        f"No beta from {reason.value:.3g} down to {reason.beta:.3g} survives the lookahead."
-    ),
+    Kind.NO_BETA_SUGGESTED: lambda reason, spelling: f"No rates are suggested, for none were tried: {reason.detail}.",
+    Kind.NO_RATE_TRAINS: _no_rate_trains,
 }

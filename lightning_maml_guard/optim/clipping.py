@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_maml_guard.optim.shadow import Clip
+from lightning_maml_guard.utils.shards import any_split, norm
 
 
 def trainer_clipping(trainer: Any) -> Clip | None:
@@ -95,9 +96,11 @@ def gradient_norm(optimizer: Optimizer) -> torch.Tensor | float | None:
     gradients = [g.coalesce().values() if g.is_sparse else g for g in known]
     if not gradients:
         return None
+    if any_split(gradients):
+        return norm(gradients)
     # Equal to get_total_norm here; its sorting by device and type takes 1 % of a small network's step.
     if all(gradient.is_cpu for gradient in gradients):
-        return math.hypot(*[norm.item() for norm in torch._foreach_norm(gradients)])
+        return math.hypot(*[each.item() for each in torch._foreach_norm(gradients)])
     if len({(gradient.device, gradient.dtype) for gradient in gradients}) == 1:
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     return nn.utils.get_total_norm(gradients)

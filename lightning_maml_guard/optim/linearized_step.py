@@ -22,6 +22,7 @@ from lightning_maml_guard.optim.stability_limits import (
     stability_limit,
 )
 from lightning_maml_guard.theory.linear_response import Response
+from lightning_maml_guard.utils.shards import local
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class LinearizedStep:
 
 
 def _flat(values: Params) -> Tensor:
-    return torch.cat([value.flatten() for value in values.values()])
+    return torch.cat([local(value).flatten() for value in values.values()])
 
 
 def linearized_step(optimizers: Optimizers | None, params: Params) -> LinearizedStep:

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer, SparseAdam
+from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, SparseAdam
 from torch.utils._pytree import tree_map
 
 from lightning_maml_guard.linalg.layout import Params, real_pairs, unpaired
 from lightning_maml_guard.linalg.operators import Operator
 from lightning_maml_guard.optim.stability_limits import Optimizers, listed, unwrap
+from lightning_maml_guard.utils.shards import split_like
 
 # Clips the `.grad` of a copy's parameters in place; a hook gets the copy itself and, beside each of its parameters, the
 # live one it stands for.
@@ -29,13 +30,14 @@ ClipHook = Callable[[Optimizer, list[tuple[nn.Parameter, Tensor]]], None]
 class ShadowOptimizer:
     """A copy of an optimizer that steps copies of its parameters, at ``factor`` times its learning rates.
 
-    Of several optimizers each is copied, and they step one after another on the same copies. Raises a ClosureError if
-    an optimizer needs a closure, so that one gradient does not make a step.
+    Of several optimizers each is copied, and they step one after another on the same copies. With ``runs``, every copy
+    has that many entries in a leading dimension, which suits optimizers that step each entry by itself (``BY_ENTRY``).
+    Raises a ClosureError if an optimizer needs a closure, so that one gradient does not make a step.
     """
 
-    def __init__(self, optimizers: Optimizers, params: Params, factor: float = 1.0) -> None:
-        self._live = params
-        self.params = {name: value.detach().clone() for name, value in params.items()}
+    def __init__(self, optimizers: Optimizers, params: Params, factor: float = 1.0, runs: int | None = None) -> None:
+        self._live, self._runs = params, runs
+        self.params = {name: self._spread(value, value) for name, value in params.items()}
         self._moved: dict[str, nn.Parameter] = {}
         self._copies = [self._copy(each, factor) for each in listed(optimizers)]
 
@@ -54,13 +56,17 @@ class ShadowOptimizer:
                 if name is None:
                     continue
                 if name not in self._moved:
-                    self._moved[name] = nn.Parameter(parameter.detach().clone())
+                    self._moved[name] = nn.Parameter(self._spread(parameter, parameter))
                     self.params[name] = self._moved[name].detach()
                 replica = self._moved[name]
                 own.append(name)
                 moved.append(replica)
                 if parameter in optimizer.state:
-                    shadow.state[replica] = {key: _cloned(value) for key, value in optimizer.state[parameter].items()}
+                    known = optimizer.state[parameter].items()
+                    shadow.state[replica] = {
+                        key: _cloned(value) if key in _COUNTERS else self._spread(_cloned(value), parameter)
+                        for key, value in known
+                    }
             rest = {key: _cloned(value) for key, value in group.items() if key != "params"}
             shadow.param_groups.append({**rest, "lr": rest["lr"] * factor, "params": moved})
         replicas: dict[int, Tensor] = {id(self._live[name]): self._moved[name] for name in own}
@@ -70,10 +76,35 @@ class ShadowOptimizer:
         shadow.__dict__.update(tree_map(lambda leaf: _copied(leaf, replicas), rest))
         return shadow, own
 
+    def _spread(self, value: Any, parameter: Tensor) -> Any:
+        """Copy a parameter, or a state of its shape, for every run."""
+        if not isinstance(value, Tensor) or value.shape != parameter.shape or self._runs is None:
+            return value.detach().clone() if value is parameter else value
+        return value.detach().expand(self._runs, *value.shape).clone()
+
+    def keep(self, runs: Tensor) -> None:
+        """Go on with some of the runs, by their indices."""
+        for name, value in self.params.items():
+            if name not in self._moved:
+                self.params[name] = value[runs]
+        for name, replica in self._moved.items():
+            shape = replica.shape
+            replica.data = replica.data[runs]
+            replica.grad = None
+            self.params[name] = replica.detach()
+            for shadow, _ in self._copies:
+                for key, value in shadow.state.get(replica, {}).items():
+                    if isinstance(value, Tensor) and value.shape == shape:
+                        shadow.state[replica][key] = value[runs]
+
+    def owned(self) -> list[tuple[Optimizer, list[str]]]:
+        """List the copies with the names of the parameters that each moves."""
+        return self._copies
+
     def step(self, gradient: Params, clip: Clip | None = None, hook: ClipHook | None = None) -> None:
         """Step along a gradient, by name; ``clip`` and ``hook`` clip the parameters' ``.grad``, as the run does."""
         for name, replica in self._moved.items():
-            replica.grad = gradient[name].to(replica.dtype).clone()
+            replica.grad = split_like(gradient[name].to(replica.dtype).clone(), replica)
         for shadow, own in self._copies:
             for name in own if isinstance(shadow, SparseAdam) else ():
                 dense = self._moved[name].grad
@@ -83,6 +114,12 @@ class ShadowOptimizer:
             if hook is not None:
                 hook(shadow, [(self._moved[name], self._live[name]) for name in own])
             type(shadow).step(shadow)
+
+
+# Entries of an optimizer's state that are one number, also of a parameter that is one number.
+_COUNTERS = frozenset({"step", "mu_product"})
+# Optimizers whose step treats every entry by itself, and whose movement is in proportion to their rate.
+BY_ENTRY = (SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad, Adadelta)
 
 
 class ClosureError(TypeError):
@@ -126,7 +163,7 @@ def predicted_change(
         if found is None:
             return None
         update = jacobian.layout.flatten(real_pairs(found)).to(gradient)
-    return -(gradient @ update) + 0.5 * (update @ jacobian(update))
+    return jacobian.layout.space.total(-(gradient @ update) + 0.5 * (update @ jacobian(update)))
 
 
 def _copied(leaf: Any, replicas: dict[int, Tensor]) -> Any:

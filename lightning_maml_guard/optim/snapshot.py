@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_maml_guard.utils.shards import local, split_like
+
 # Copies that are kept: at most so many, and no more than two where that takes more bytes.
 _MOST, _BYTES = 5, 2**28
 # Steps between two copies: a share of the steps so far, at least some.
@@ -67,7 +69,7 @@ class Snapshot:
         live = [[optimizer.state.get(p, {}) for p in _held(optimizer)] for optimizer in optimizers]
         pairs = [(saved, now) for saved, now in zip(self._states, live, strict=False)]
         matched = [(old, new) for saved, now in pairs for old, new in zip(saved, now, strict=False)]
-        tensors = _tensors(module)
+        tensors = [local(each) for each in _tensors(module)]
         alike = (
             [len(saved) for saved in self._states] == [len(now) for now in live]
             and all(_kinds(old) == _kinds(new) for old, new in matched)
@@ -75,12 +77,12 @@ class Snapshot:
         )
         if not alike:
             return False
-        into, values = list(self._tensors), tensors
+        into, values = list(self._tensors), list(tensors)
         for old, new in matched:
             for key, value in new.items():
                 if isinstance(value, Tensor):
                     into.append(old[key])
-                    values.append(value)
+                    values.append(local(value))
                 else:
                     old[key] = copy.copy(value)
         if into:
@@ -106,11 +108,14 @@ class Snapshot:
 
         Raises a ValueError, and puts nothing back, if module or optimizers hold other tensors than when it was made.
         """
-        held = [[value.shape for value in _tensors(module)], *[len(_held(optimizer)) for optimizer in optimizers]]
+        held = [
+            [local(value).shape for value in _tensors(module)],
+            *[len(_held(optimizer)) for optimizer in optimizers],
+        ]
         if held != [[value.shape for value in self._tensors], *[len(states) for states in self._states]]:
             raise ValueError(f"the module or its optimizers hold other tensors than at step {self.step}")
         for tensor, saved in zip(_tensors(module), self._tensors, strict=True):
-            tensor.copy_(saved)
+            local(tensor).copy_(saved)
         for optimizer, states in zip(optimizers, self._states, strict=True):
             for parameter, saved in zip(_held(optimizer), states, strict=True):
                 if not saved:
@@ -121,9 +126,12 @@ class Snapshot:
                     del live[key]
                 for key, value in saved.items():
                     if isinstance(value, Tensor) and isinstance(live.get(key), Tensor):
-                        live[key].copy_(value)
+                        local(live[key]).copy_(value)
                     elif isinstance(value, Tensor):
-                        live[key] = value.to(self._homes.get((parameter, key), parameter.device), copy=True)
+                        home = self._homes.get((parameter, key), parameter.device)
+                        # Whatever has the shape of a split parameter's piece is split as it is.
+                        like = parameter if value.shape == local(parameter).shape else value
+                        live[key] = split_like(value.to(home, copy=True), like)
                     else:
                         live[key] = copy.copy(value)
 
@@ -190,11 +198,6 @@ def _gap(ages: Sequence[int], index: int) -> float:
     return ages[index - 1] / ages[index + 1]
 
 
-def finite(module: nn.Module) -> bool:
-    """Return True if every parameter is finite."""
-    return all(bool(torch.isfinite(each).all()) for each in module.parameters())
-
-
 def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
@@ -206,11 +209,11 @@ def _held(optimizer: Optimizer) -> list[nn.Parameter]:
 def _kept(value: Any, device: torch.device | str | None) -> Any:
     if not isinstance(value, Tensor):
         return copy.copy(value)
-    return value.detach().to(value.device if device is None else device, copy=True)
+    return local(value).detach().to(value.device if device is None else device, copy=True)
 
 
 def _kind(value: Any) -> Any:
-    return (value.shape, value.dtype) if isinstance(value, Tensor) else None
+    return (local(value).shape, value.dtype) if isinstance(value, Tensor) else None
 
 
 def _kinds(state: dict[str, Any]) -> dict[str, Any]:

@@ -85,12 +85,11 @@ def rollbacks(events: Sequence[Any]) -> list[Rollback]:
 
 def parameters_of(step: int, made: Sequence[Rollback]) -> str:
     """Say whose parameters were measured at a step, where they are not those that training went on with."""
-    for each in made:
-        if step == each.at:
-            return f"after the rollback to step {each.to}"
-        if each.to < step < each.at:
-            return f"rolled back at step {each.at}"
-    return ""
+    back = next((each for each in made if each.to < step < each.at), None)
+    if back is not None:
+        return f"rolled back at step {back.at}"
+    gone = next((each for each in made if each.at == step), None)
+    return "" if gone is None else f"after the rollback to step {gone.to}"
 
 
 def note_on_parameters(step: int, made: Sequence[Rollback]) -> str:

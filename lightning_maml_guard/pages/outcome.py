@@ -36,7 +36,7 @@ def summary(record: RunRecord) -> str:
         states = ", ".join(f"{number} {state}" for state, number in Counter(each.status for each in history).items())
         cost = ""
         if record.seconds > 0:
-            cost = f"; {record.check_seconds:.2g} s of {record.seconds:.3g} s ({_share(record):.2g} %)"
+            cost = f"; {record.check_seconds:.2g} s of {record.seconds:.3g} s ({_share(record)} %)"
         lines.append(f"{counted(len(history), 'check')}: {states}{cost}.")
         lines.append(f"At the last one, step {history[-1].step}: {', '.join(_rates(history[-1]))}.")
     else:
@@ -68,8 +68,9 @@ def _rate(report: object, name: str) -> str:
     return f"{text}, applied as {applied:.3g}" if applied < rate else text
 
 
-def _share(record: RunRecord) -> float:
-    return 100 * record.check_seconds / record.seconds
+def _share(record: RunRecord) -> str:
+    share = 100 * record.check_seconds / record.seconds
+    return f"{share:.0f}" if share >= 10 else f"{share:.2g}"
 
 
 def _diverged_or_trained(record: RunRecord) -> str:
@@ -82,4 +83,6 @@ def _ended(record: RunRecord) -> str:
     start, last = record.start, record.losses.ended
     if math.isnan(last):
         return ""
-    return f"the loss went from {start:.3g} to {last:.3g}" if math.isfinite(last) else "the loss is not finite"
+    if not math.isfinite(last):
+        return "the loss is not finite"
+    return f"the loss went from {start:.3g} to {last:.3g}" if record.steps > 1 else f"the loss is {last:.3g}"

@@ -149,7 +149,8 @@ def _picture(draw: Callable[[float], Any], shows: str, note: str = "", wide: flo
     from lightning_maml_guard.plots.style import NARROW
     from lightning_maml_guard.plots.svg import svg
 
-    return Picture(*(Markup(svg(draw(width))) for width in (wide, NARROW)), shows, note)
+    broad, narrow = (Markup(svg(draw(width))) for width in (wide, NARROW))
+    return Picture(broad, narrow, shows, note)
 
 
 def _on_new(width: float, draw: Callable[[Any], Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The largest convergent learning rates of full-batch trainings, found by training many rates at once and bisecting."""
+"""The largest learning rates that converge, or train, found by training many rates at once and bisecting."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.phase.gradients import copies, grid_gradient
 from lightning_maml_guard.phase.optimizers import MetaOptimizer, Params, meta_optimizer
+from lightning_maml_guard.phase.result import TRAINED_SHARE, PhaseDiagram
+from lightning_maml_guard.phase.train import GridSettings, as_family, train_runs
 from lightning_maml_guard.utils.checks import check_count
 
 # A run whose meta-gradient has shrunk to this share of its start has converged; what follows is rounding.
@@ -88,6 +90,75 @@ def critical_alpha(
         return converges(problem, each, torch.full_like(each, beta), steps, optimizer).reshape(alphas.shape)
 
     ((inside, outside),) = _bisect(converge, 1, low, high, relative, points, "inner learning rate")
+    return float(inside), float(outside)
+
+
+def border(
+    problem_family: MetaProblem | Callable[[int], MetaProblem],
+    diagram: PhaseDiagram,
+    alpha: float,
+    *,
+    optimizer: str | MetaOptimizer = "sgd",
+    judged_on: MetaProblem | None = None,
+    relative: float = 0.05,
+    points: int = 3,
+    share: float = TRAINED_SHARE,
+) -> tuple[float, float]:
+    """Refine a column of a phase diagram: bisect between its largest outer rate that trained and the next one.
+
+    Every round trains ``points`` outer rates between the two at once, for as many steps as the diagram did.
+
+    Args:
+        problem_family: As :func:`~lightning_maml_guard.phase_diagram` was given it.
+        diagram: The diagram.
+        alpha: The column: the inner rate of the diagram nearest to this one.
+        optimizer: As it was given it.
+        judged_on: As it was given it.
+        relative: Stops once the two rates differ by no more than this share.
+        points: Outer rates per round.
+        share: What counts as trained; see :meth:`PhaseDiagram.trained_to`.
+
+    Returns:
+        The largest outer rate found to train, and the smallest found not to. Of a column with gaps, those at the first.
+
+    Raises:
+        ValueError: If no outer rate of the column trained, or the largest of them did, or a run does not end as the
+            diagram says.
+
+    Example:
+        >>> import torch
+        >>> from lightning_maml_guard import MetaProblem, phase_diagram
+        >>> from lightning_maml_guard.phase.bisection import border
+        >>> data = torch.tensor([[[1.0, 0.0], [0.0, 0.5]]]), torch.zeros(1, 2, 1)
+        >>> loss = lambda params, batch: ((batch[0] @ params["w"] - batch[1]) ** 2).sum()
+        >>> problem = MetaProblem({"w": torch.ones(2, 1)}, loss, data, data, order="simplified")
+        >>> found = phase_diagram(problem, [0.1, 0.2], [0.5, 5.0], 40, measure_every=0, progress=False)
+        >>> [round(rate, 2) for rate in border(problem, found, 0.1)]  # beta_c = 2/(2 - 0.1 * 4) = 1.25
+        [1.24, 1.28]
+    """
+    column = int(np.abs(diagram.alphas - alpha).argmin())
+    trained = np.flatnonzero(diagram.trained_to(share)[column])
+    gaps = np.flatnonzero(np.diff(trained) > 1)
+    last = int(trained[gaps[0] if len(gaps) else -1]) if len(trained) else -1
+    if not 0 <= last < len(diagram.betas) - 1:
+        what = "no outer learning rate trained" if last < 0 else "the largest outer learning rate trained"
+        raise ValueError(
+            f"There is no border in the column alpha={diagram.alphas[column]:g}: {what}. Draw a diagram with "
+            f"{'lower' if last < 0 else 'higher'} `betas`."
+        )
+    family = as_family(problem_family)
+    first = family(0)
+    settings = GridSettings(family, judged_on or first, meta_optimizer(optimizer), len(diagram.losses), ())
+    like = next(iter(first.params.values()))
+
+    def trains(betas: np.ndarray) -> np.ndarray:
+        each = torch.from_numpy(betas).to(like).reshape(-1)
+        found = train_runs(settings, torch.full_like(each, float(diagram.alphas[column])), each)
+        least = torch.minimum(found["start"], found["unadapted"])
+        return (torch.isfinite(found["final"]) & (found["final"] <= share * least)).numpy().reshape(betas.shape)
+
+    low, high = diagram.betas[last : last + 2]
+    ((inside, outside),) = _bisect(trains, 1, float(low), float(high), relative, points, "outer learning rate")
     return float(inside), float(outside)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from functools import partial as partial_of
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,19 +16,16 @@ from tqdm import tqdm
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.phase.checkpoint import ChunkStore
 from lightning_maml_guard.phase.divergence import divergence_steps
-from lightning_maml_guard.phase.gradients import bytes_per_run
+from lightning_maml_guard.phase.gradients import runs_at_once
 from lightning_maml_guard.phase.optimizers import MetaOptimizer, meta_optimizer
 from lightning_maml_guard.phase.result import PhaseDiagram
-from lightning_maml_guard.phase.train import Family, GridSettings, train_runs
+from lightning_maml_guard.phase.train import GridSettings, as_family, train_runs
 from lightning_maml_guard.theory.multiplier import check_rate
 from lightning_maml_guard.utils.checks import check_count
 from lightning_maml_guard.utils.distributed import ProcessGroup, Ranks
 from lightning_maml_guard.utils.io import fingerprint
 
 __all__ = ["PhaseDiagram", "phase_diagram"]
-
-# What the intermediate results of one step may take on a CPU; more gains nothing once the caches overflow.
-_CPU_BYTES = 1e9
 
 
 def phase_diagram(
@@ -44,6 +41,7 @@ def phase_diagram(
     max_iter: int = 20,
     tol: float = 1e-2,
     divergence: float = 5.0,
+    chance: float = math.inf,
     chunk_size: int | None = None,
     memory: float | None = None,
     partial: str | os.PathLike[str] | None = None,
@@ -73,6 +71,8 @@ def phase_diagram(
         max_iter: Most matrix-vector products of a measurement.
         tol: Relative residual at which a measurement stops.
         divergence: A run has diverged when its loss exceeds this many times its start.
+        chance: Error that is reached without learning, such as ``log(n)`` for n classes. A run counts as trained
+            only if its final error is at most 0.9 of that too.
         chunk_size: Runs trained at once (None: as many as fit ``memory`` and keep every rank busy).
         memory: Bytes a chunk may take (None: 1e9 on a CPU, half of a GPU's memory).
         partial: Folder in which unfinished work is saved, at least every minute; the same call goes on from there.
@@ -99,7 +99,7 @@ def phase_diagram(
         >>> found.trained.tolist()
         [[True, False], [True, False]]
     """
-    family = _family(problem_family)
+    family = as_family(problem_family)
     columns, rows = _axis("alphas", alphas), _axis("betas", betas)
     check_count("steps", steps)
     check_count("max_iter", max_iter)
@@ -107,7 +107,7 @@ def phase_diagram(
         check_count("measure_every", measure_every, 0)
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
-    for name, value in (("tol", tol), ("divergence", divergence), ("memory", memory)):
+    for name, value in (("tol", tol), ("divergence", divergence), ("chance", chance), ("memory", memory)):
         if value is not None and not value > 0:
             raise ValueError(f"Expected argument `{name}` to be a number above 0 but got {value!r}.")
     first = family(0)
@@ -170,28 +170,10 @@ def phase_diagram(
         order=first.order,
         inner_steps=first.inner_steps,
         optimizer=repr(settings.optimizer),
+        chance=chance,
+        divergence=divergence,
         **shaped,
     )
-
-
-def _family(given: Any) -> Family:
-    if isinstance(given, MetaProblem):
-        return lambda step: given
-    if not callable(given):
-        raise TypeError(
-            "Expected argument `problem_family` to be a MetaProblem or a function step -> MetaProblem but got "
-            f"{type(given).__name__}."
-        )
-
-    def checked(step: int) -> MetaProblem:
-        problem = given(step)
-        if not isinstance(problem, MetaProblem):
-            raise TypeError(
-                f"Expected `problem_family` to return a MetaProblem but got {type(problem).__name__} for step {step}."
-            )
-        return problem
-
-    return checked
 
 
 def _axis(name: str, values: Iterable[float]) -> np.ndarray:
@@ -212,10 +194,7 @@ def _ranks(device: torch.device) -> tuple[Ranks, int]:
 
 
 def _chunk_size(problem: MetaProblem, runs: int, memory: float | None, ranks: Ranks) -> int:
-    device = next(iter(problem.params.values())).device
-    if memory is None:
-        memory = torch.cuda.get_device_properties(device).total_memory / 2 if device.type == "cuda" else _CPU_BYTES
-    fit = max(1, int(memory / max(bytes_per_run(problem), 1)))
+    fit = runs_at_once(problem, memory)
     # The same on every rank, and equal parts: a last chunk of a few runs would take as long as a full one.
     largest = min([*ranks.gather(fit), -(-runs // ranks.size)])
     parts = -(-runs // largest)

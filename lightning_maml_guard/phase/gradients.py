@@ -6,7 +6,7 @@ that they are right under every transform.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,10 @@ from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.utils.checks import first_line
 from lightning_maml_guard.utils.double_backward import PrimitiveNorms
 from lightning_maml_guard.utils.task_map import TaskMap
+
+RatesOf = Callable[[MetaProblem, Tensor], InnerRate]
+# What the intermediate results of one step may take on a CPU; more gains nothing once the caches overflow.
+_CPU_BYTES = 1e9
 
 
 class GridError(ValueError):
@@ -43,11 +47,26 @@ def inner_rates(problem: MetaProblem, alpha: Tensor) -> InnerRate:
     return dict.fromkeys(problem.inner_lr, alpha) if isinstance(problem.inner_lr, dict) else alpha
 
 
-def adapted_losses(problem: MetaProblem, params: Params, alphas: Tensor, *, randomness: str) -> Tensor:
+def scaled_rates(problem: MetaProblem, alpha: Tensor) -> InnerRate:
+    """The problem's own rates, scaled so that the largest is ``alpha``: they stay in proportion."""
+    if problem.uniform:
+        return alpha
+    factor = alpha / problem.alpha if problem.alpha > 0 else 0 * alpha
+
+    def scaled(rate: Any) -> Any:
+        return {name: each * factor for name, each in rate.items()} if isinstance(rate, dict) else rate * factor
+
+    rates = problem.rate_by_step()
+    return tuple(map(scaled, rates)) if isinstance(rates, tuple) else scaled(rates)
+
+
+def adapted_losses(
+    problem: MetaProblem, params: Params, alphas: Tensor, *, randomness: str, rates_of: RatesOf = inner_rates
+) -> Tensor:
     """Mean query loss after adaptation of every run, shape ``(runs,)``, differentiable in ``params``."""
 
     def run(theta: Params, alpha: Tensor) -> Tensor:
-        rates = inner_rates(problem, alpha)
+        rates = rates_of(problem, alpha)
 
         def one(support: Any, query: Any) -> Tensor:
             update = problem.inner_update
@@ -58,13 +77,15 @@ def adapted_losses(problem: MetaProblem, params: Params, alphas: Tensor, *, rand
     return torch.func.vmap(run, randomness=randomness)(params, alphas)
 
 
-def grid_loss(problem: MetaProblem, params: Params, alphas: Tensor) -> Tensor:
+def grid_loss(problem: MetaProblem, params: Params, alphas: Tensor, rates_of: RatesOf = inner_rates) -> Tensor:
     """Mean query loss after adaptation of every run, shape ``(runs,)``, as training sees it."""
-    with _vectorized():
-        return adapted_losses(problem, params, alphas, randomness="different")
+    with vectorized():
+        return adapted_losses(problem, params, alphas, randomness="different", rates_of=rates_of)
 
 
-def grid_gradient(problem: MetaProblem, params: Params, alphas: Tensor) -> tuple[Params, Tensor]:
+def grid_gradient(
+    problem: MetaProblem, params: Params, alphas: Tensor, rates_of: RatesOf = inner_rates
+) -> tuple[Params, Tensor]:
     """Mean meta-gradient ``G`` of every run, and its mean query loss after adaptation, shape ``(runs,)``.
 
     All runs see the tasks of ``problem``, whose own parameters and inner learning rate are not read. Parameters and
@@ -72,7 +93,7 @@ def grid_gradient(problem: MetaProblem, params: Params, alphas: Tensor) -> tuple
     """
 
     def run(theta: Params, alpha: Tensor) -> tuple[Params, Tensor]:
-        rates = inner_rates(problem, alpha)
+        rates = rates_of(problem, alpha)
 
         def one(support: Any, query: Any) -> tuple[Params, Tensor]:
             (gradient, _), (loss, _) = task_meta_gradient(
@@ -90,15 +111,23 @@ def grid_gradient(problem: MetaProblem, params: Params, alphas: Tensor) -> tuple
         gradients, losses = _over_tasks(problem, one, "different")
         return {name: each.mean(0) for name, each in gradients.items()}, losses.mean()
 
-    with _vectorized():
+    with vectorized():
         return torch.func.vmap(run, randomness="different")(params, alphas)
+
+
+def runs_at_once(problem: MetaProblem, memory: float | None = None) -> int:
+    """Runs that fit ``memory`` bytes (None: 1e9 on a CPU, half of a GPU's memory)."""
+    device = next(iter(problem.params.values())).device
+    if memory is None:
+        memory = torch.cuda.get_device_properties(device).total_memory / 2 if device.type == "cuda" else _CPU_BYTES
+    return max(1, int(memory / max(bytes_per_run(problem), 1)))
 
 
 def bytes_per_run(problem: MetaProblem) -> int:
     """Upper bound on the memory of one run's step: the sum of all its intermediate results."""
     alpha = next(iter(problem.params.values())).detach().new_zeros(1)
     with _CountBytes() as count:
-        grid_gradient(problem, copies(problem.params, 1), alpha)
+        grid_gradient(problem, copies(problem.params, 1), alpha, scaled_rates)
     return count.total
 
 
@@ -110,7 +139,7 @@ def _over_tasks(problem: MetaProblem, one: Any, randomness: str) -> Any:
 
 
 @contextmanager
-def _vectorized() -> Iterator[None]:
+def vectorized() -> Iterator[None]:
     """Norms from primitives and differentiable attention; raises a GridError if a task loss cannot be vmapped."""
     try:
         with PrimitiveNorms(), sdpa_kernel(SDPBackend.MATH):

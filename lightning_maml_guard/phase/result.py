@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,24 @@ from lightning_maml_guard.utils.io import write_atomically
 TRAINED_SHARE = 0.9
 # Inner learning rates that a comparison with what trained needs: one for each third, and 3 for a rank correlation.
 FEWEST = 3
+
+
+class Gain(NamedTuple):
+    """How the largest outer rate that trained grows with ``alpha``, in decades over that at ``smallest_alpha``.
+
+    Attributes:
+        peak: Growth to the largest of them.
+        peak_alpha: Smallest inner rate that has it.
+        at_largest_alpha: Growth to ``largest_alpha``.
+        smallest_alpha: Smallest inner rate above 0 at which any outer rate trained.
+        largest_alpha: Largest inner rate at which any trained.
+    """
+
+    peak: float
+    peak_alpha: float
+    at_largest_alpha: float
+    smallest_alpha: float
+    largest_alpha: float
 
 
 @dataclass(frozen=True)
@@ -38,6 +56,8 @@ class PhaseDiagram:
         order: How the meta-gradient was taken.
         inner_steps: Number ``K`` of inner steps.
         optimizer: The meta-optimizer, as ``repr`` shows it.
+        chance: Error that is reached without learning, such as ``log(n)`` for n classes; ``inf`` if there is none.
+        divergence: A run has diverged when its loss exceeds this many times its start.
     """
 
     alphas: np.ndarray
@@ -54,19 +74,22 @@ class PhaseDiagram:
     order: str
     inner_steps: int
     optimizer: str
+    chance: float = math.inf
+    divergence: float = 5.0
+    trained_share: ClassVar[float] = TRAINED_SHARE
 
     @property
     def trained(self) -> np.ndarray:
         """Which runs trained, shape ``(A, B)``: their final error is at most 0.9 of that before training.
 
         This must hold for the error with and without adaptation, because adaptation at a high rate can make the error
-        before training arbitrarily large. The margin is there because a network whose units have died stays near the
-        error of its start.
+        before training arbitrarily large, and for ``chance``, because an untrained network can be worse than that. The
+        margin is there because a network whose units have died stays near the error of its start.
         """
         return self.trained_to(TRAINED_SHARE)
 
     def trained_to(self, share: float) -> np.ndarray:
-        """Compare the final error with a share of that before training, with and without adaptation.
+        """Compare the final error with a share of that before training, with and without adaptation, and of chance.
 
         Args:
             share: The share; ``trained`` uses 0.9.
@@ -74,7 +97,8 @@ class PhaseDiagram:
         Returns:
             True where the final error is at most that, shape ``(A, B)``.
         """
-        return np.isfinite(self.final) & (self.final <= share * np.minimum(self.start, self.unadapted))
+        before = np.minimum(np.minimum(self.start, self.unadapted), self.chance)
+        return np.isfinite(self.final) & (self.final <= share * before)
 
     @property
     def diverged(self) -> np.ndarray:
@@ -97,6 +121,12 @@ class PhaseDiagram:
         """
         trained = self.trained_to(share)
         return np.where(trained.any(1), np.where(trained, self.betas, -np.inf).max(1), math.nan)
+
+    @property
+    def contiguous_beta(self) -> np.ndarray:
+        """Largest outer rate up to which all trained at each inner one, shape ``(A,)``; ``nan`` where none did."""
+        count = np.logical_and.accumulate(self.trained, axis=1).sum(1)
+        return np.where(count > 0, self.betas[np.maximum(count, 1) - 1], math.nan)
 
     def at_start(self, name: str) -> np.ndarray:
         """Look up a critical rate before training.
@@ -147,37 +177,60 @@ class PhaseDiagram:
         both = np.isfinite(predicted) & np.isfinite(self.largest_beta)
         return predicted[both], self.largest_beta[both]
 
-    def growth_towards_limit(self, limit: float, share: float = TRAINED_SHARE) -> float:
-        """Measure how the largest usable outer rate grows as ``alpha`` nears a limit, as Takagi et al. claim it does.
+    def gain(self, share: float = TRAINED_SHARE) -> Gain:
+        """Measure how far the largest usable outer rate grows with ``alpha``, which Takagi et al. say it does.
 
         Args:
-            limit: The limit, ``alpha_c`` say.
             share: What counts as trained; see :meth:`trained_to`.
 
         Returns:
-            Mean of ``log10`` of the largest outer rate that trained over the upper third of the inner rates up to the
-            limit, minus that over the lower third. Positive if it grows; ``nan`` if any trained at fewer than 3 of
-            these inner rates.
-        """
-        inside = self.trained_up_to(limit, share)
-        if len(inside) < FEWEST:
-            return math.nan
-        third = len(inside) // 3
-        logs = np.log10(inside)
-        return float(logs[-third:].mean() - logs[:third].mean())
-
-    def trained_up_to(self, limit: float, share: float = TRAINED_SHARE) -> np.ndarray:
-        """List the largest outer rates that trained at the inner rates up to a limit.
-
-        Args:
-            limit: The limit of ``alpha``; ``inf`` for all inner rates.
-            share: What counts as trained; see :meth:`trained_to`.
-
-        Returns:
-            One for each of these inner rates at which any trained, in ascending order of the inner rates.
+            The growth in decades, from the smallest ``alpha`` above 0 at which any outer rate trained; ``nan`` if none
+            trained at fewer than 3 of these inner rates.
         """
         largest = self.largest_beta_to(share)
-        return largest[(self.alphas <= limit) & np.isfinite(largest)]
+        usable = (self.alphas > 0) & np.isfinite(largest)
+        if usable.sum() < FEWEST:
+            return Gain(math.nan, math.nan, math.nan, math.nan, math.nan)
+        alphas, decades = self.alphas[usable], np.log10(largest[usable])
+        decades -= decades[0]
+        top = int(decades.argmax())
+        return Gain(*(float(each) for each in (decades[top], alphas[top], decades[-1], alphas[0], alphas[-1])))
+
+    @property
+    def beta_without_adaptation(self) -> float:
+        """Largest outer learning rate at ``alpha = 0`` below the smallest that diverged there.
+
+        ``nan`` if the grid has no ``alpha = 0``, or if none or all of its outer rates diverged there.
+        """
+        diverged = self.diverged[self.alphas == 0].any(0)
+        first = int(diverged.argmax()) if diverged.any() else 0
+        return float(self.betas[first - 1]) if first else math.nan
+
+    @property
+    def best_beta(self) -> np.ndarray:
+        """Outer learning rate of the run with the smallest final error at each inner one, shape ``(A,)``.
+
+        ``nan`` where none trained.
+        """
+        return np.where(self.trained.any(1), self.betas[self._best], math.nan)
+
+    def at_end_of_best(self, name: str) -> np.ndarray:
+        """Look up a critical rate after training, in the run of :attr:`best_beta` at each inner learning rate.
+
+        Args:
+            name: ``"alpha_c"``, ``"beta_c"`` or ``"exact_beta_c"``.
+
+        Returns:
+            Shape ``(A,)``; ``nan`` where none trained or it was not measured.
+        """
+        values = getattr(self, name)
+        if not len(values):
+            return np.full(len(self.alphas), math.nan)
+        return np.where(self.trained.any(1), values[-1, np.arange(len(self.alphas)), self._best], math.nan)
+
+    @property
+    def _best(self) -> np.ndarray:
+        return np.where(self.trained, self.final, math.inf).argmin(1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the diagram to an npz file, replacing it only once all is written.
@@ -202,10 +255,11 @@ class PhaseDiagram:
             ValueError: If the file holds no phase diagram.
         """
         with np.load(path, allow_pickle=False) as archive:
-            missing = [each.name for each in fields(cls) if each.name not in archive]
+            missing = [each.name for each in fields(cls) if each.name not in archive and each.default is MISSING]
             if missing:
                 raise ValueError(f"{path} is no phase diagram: it lacks {missing}. Write one with PhaseDiagram.save.")
-            values: dict[str, Any] = {each.name: archive[each.name] for each in fields(cls)}
+            values: dict[str, Any] = {each.name: archive[each.name] for each in fields(cls) if each.name in archive}
+        values |= {name: float(values[name]) for name in ("chance", "divergence") if name in values}
         values |= {
             "order": str(values["order"]),
             "inner_steps": int(values["inner_steps"]),

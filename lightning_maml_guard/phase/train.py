@@ -25,6 +25,27 @@ _CLEANUP_STEPS = 25
 _SAVE_SECONDS = 60.0
 
 
+def as_family(given: Any) -> Family:
+    """Return the function from a step to its problem; raise a TypeError if it is none."""
+    if isinstance(given, MetaProblem):
+        return lambda step: given
+    if not callable(given):
+        raise TypeError(
+            "Expected argument `problem_family` to be a MetaProblem or a function step -> MetaProblem but got "
+            f"{type(given).__name__}."
+        )
+
+    def checked(step: int) -> MetaProblem:
+        problem = given(step)
+        if not isinstance(problem, MetaProblem):
+            raise TypeError(
+                f"Expected `problem_family` to return a MetaProblem but got {type(problem).__name__} for step {step}."
+            )
+        return problem
+
+    return checked
+
+
 @dataclass(frozen=True)
 class GridSettings:
     """What all runs of a grid share."""

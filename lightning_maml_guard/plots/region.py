@@ -107,7 +107,7 @@ def safe_region(
     if not narrow:  # there the colour bar is above
         axes.set_title(style.REGION_TITLE)
     if narrow:
-        style.legend_below(axes.figure, ncols=1)
+        style.legend_below(axes.figure, columns=1)
     else:
         axes.legend(loc="best", frameon=True, framealpha=0.9)
     if count > 1:

@@ -86,7 +86,7 @@ def _draw_losses(ax: Axes, losses: LossCurve, events: Sequence[tuple[int, str]])
     finite = sorted(value for p in points for value in (p.mean, p.low, p.high) if math.isfinite(value))
     before = [(step, value) for step, value, _ in losses.adapted if math.isfinite(value)]
     lowest = min([*finite, *(value for _, value in before)], default=0.0)
-    middle = max(next((p.mean for p in points if p.count), 1.0), finite[len(finite) // 2] if finite else 1.0)
+    middle = max(next((p.mean for p in points if p.finite), 1.0), finite[len(finite) // 2] if finite else 1.0)
     ceiling = _CEILING * middle if lowest > 0 else math.inf
     x = [p.step + (losses.stride - 1) / 2 for p in points]
     shown = [p.mean if p.mean <= ceiling else math.nan for p in points]

@@ -16,6 +16,8 @@ ROLLED_BACK_COLOUR = "0.5"
 EXACT_COLOUR = "black"
 MARKER_COLOUR, MARKER_EDGE = "0.6", "black"
 UNTRAINED_COLOUR, DIVERGED_COLOUR = "0.82", "0.35"
+CURVE_COLOUR = BETA_COLOUR
+START_COLOUR, END_COLOUR = MARKER_COLOUR, ALPHA_COLOUR
 FOUND_COLOUR = OUTLINE_COLOUR = "white"
 STEP_COLOURMAP = ERROR_COLOURMAP = "viridis"
 
@@ -23,9 +25,12 @@ INNER_RATE_AXIS, OUTER_RATE_AXIS = r"inner learning rate $\alpha$", r"outer lear
 EIGENVALUE_AXIS, DENSITY_AXIS = r"eigenvalue $\lambda$ of the task loss's Hessian", "density of eigenvalues"
 WEIGHT_AXIS = "weight (share of a random vector)"
 STEP_AXIS, CHECK_STEP_AXIS = "training step", "training step of the check"
-ERROR_AXIS = "training error"
+ERROR_AXIS = "training error of the runs that trained"
+SHARPNESS_AXIS = r"$\alpha\,\lambda_{\max}$"
 LOSS_TITLE, LOSS = "Training loss", "loss"
 BEFORE_ADAPTATION, AFTER_ADAPTATION = "before adaptation", "after adaptation"
+LEARNING_RATE, BEFORE_TRAINING = "plain training", "before training"
+LOSS_AXIS = "loss on batches not trained on"
 
 SAFE_REGION, INNER_REGION = "safe region", r"$\alpha < \alpha_c$; $\beta$ is not judged"
 BORDER, EARLIER_BORDERS = r"$\beta_c(\alpha)$", r"$\beta_c(\alpha)$, earlier checks"
@@ -35,13 +40,22 @@ CONFIGURED_RATES, APPLIED_RATES = "configured rates", "applied rates"
 ALPHA_C_SIMPLIFIED = r"$\alpha_c$, simplified"
 BETA_C_SIMPLIFIED, BETA_C_EXACT = r"$\beta_c(\alpha)$, simplified", r"$\beta_c(\alpha)$, exact"
 UNTRAINED, DIVERGED, FOUND = "did not train", "diverged", "found by training"
+LARGEST_BETA, LARGEST_ALPHA = r"largest $\beta$ that trained", r"largest $\alpha$ that trained"
+LARGEST_BETA_OF_OTHERS = f"{LARGEST_BETA}, other seeds"
+BETA_WITHOUT_ADAPTATION = r"largest $\beta$ before divergence at $\alpha = 0$"
+CONTIGUOUS_BETA = r"largest $\beta$ up to which all trained"
+BETA_C_THEORY = r"$\beta_c(\alpha)$, theory"
+BEST_BETA, START, END = r"best $\beta$ (smallest error)", "before training", "after it, in the best run"
 CRITICAL, LOOKAHEAD, DIVERGED_BEYOND = "critical", "lookahead", "beyond the picture"
 RITZ_VALUES, SMOOTHED_DENSITY = "Ritz values", "density, smoothed"
 
 REGION_TITLE, ERROR_TITLE = "Safe region of the learning rates", "Training error after meta-training"
 STATES_TITLE, RATIOS_TITLE = "State of the run", "Rates over their critical values"
 LOOKAHEADS_TITLE = "Lookaheads: log(loss after / start)"
+LADDER_TITLE = "Rates tried before training"
 SPECTRUM_TITLE = "Eigenvalue spectrum"
+NEAR_MINIMUM_TITLE = "Training from near a minimum"
+START_AND_END_TITLE = "What training does to the curvature"
 
 # What happened in a run, as marks on its loss: marker and colour.
 EVENT_MARKS = {
@@ -76,6 +90,14 @@ def axes_or_new(ax: Any) -> Any:
     return ax
 
 
+def axes_side_by_side(count: int) -> list[Any]:
+    """Return two places of a new figure of pyplot: axes, and the second ones, or None where ``count`` is 1."""
+    _, axes = import_matplotlib("pyplot").pyplot.subplots(
+        1, count, figsize=(6.4 * count, 4.8), layout="constrained", squeeze=False
+    )
+    return [*axes[0], None][:2]
+
+
 def new_figure(width: float = 6.4, height: float = 4.8) -> Any:
     """Make a figure without pyplot: a training's user keeps the backend, the settings and the open figures."""
     mpl = import_matplotlib("figure", "backends.backend_agg")
@@ -98,10 +120,10 @@ def plain_ticks(axis: Any, low: float, high: float) -> None:
         axis.set_minor_formatter(ticker.NullFormatter())
 
 
-def legend_below(figure: Any, handles: Any = None, ncols: int = 3) -> None:
+def legend_below(figure: Any, handles: Any = None, columns: int = 3) -> None:
     """Put a legend of all labels, or of the handles, below the axes."""
     chosen = {} if handles is None else {"handles": handles}
-    figure.legend(loc="outside lower center", ncols=ncols, fontsize="small", frameon=False, **chosen)
+    figure.legend(loc="outside lower center", ncols=columns, fontsize="small", frameon=False, **chosen)
 
 
 def legend_under(ax: Any) -> None:

@@ -14,11 +14,13 @@ from lightning_maml_guard.maml.inner_loop import InnerRate, InnerUpdate, Params,
 from lightning_maml_guard.maml.inner_updates import beside
 from lightning_maml_guard.maml.meta_gradient import SideBySide
 from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.sharding.meta_gradient import ShardedMaml
 from lightning_maml_guard.stability.objective import in_float32
 from lightning_maml_guard.stability.problems import AccumulatedProblem, PlainProblem, Problem
 from lightning_maml_guard.utils.double_backward import double_backward
 from lightning_maml_guard.utils.random_state import preserved_randomness
-from lightning_maml_guard.utils.task_map import TaskMap, task_count
+from lightning_maml_guard.utils.shards import any_split
+from lightning_maml_guard.utils.task_map import TaskMap, each_task, task_count
 
 # In training steps, with the query losses of each inner step and without: the upper end of what
 # `python -m benchmarks.hvp_cost` measures, which is that of first-order MAML (exact MAML: half as much).
@@ -200,7 +202,23 @@ def largest_helpful(problem: MetaProblem | AccumulatedProblem, task_map: TaskMap
     return best
 
 
+def _of_shards(problem: MetaProblem, each_step: bool) -> Adaptation:
+    """The same on sharded parameters, one task after another."""
+    maml = ShardedMaml.of(problem)
+    queries, supports, theta, last = [], [], maml.own.point(), problem.inner_steps
+    for support, query in zip(each_task(problem.support), each_task(problem.query), strict=True):
+        steps, adapted = maml.adapt(theta, support)
+        points = [*(step.point for step in steps), adapted]
+        known = [point for index, point in enumerate(points) if each_step or index in {0, last}]
+        queries.append(torch.stack([maml.value(query, point) for point in known]))
+        supports.append(torch.stack([*(step.loss for step in steps), maml.value(support, adapted)]))
+    query, support = (torch.stack(each).detach().double().cpu() for each in (queries, supports))
+    return Adaptation(query, support, (problem.tasks,))
+
+
 def _of_batch(problem: MetaProblem, task_map: TaskMap, each_step: bool) -> Adaptation:
+    if any_split(problem.params.values()):
+        return _of_shards(problem, each_step)
     params, rates, steps = problem.params, problem.rate_by_step(), problem.inner_steps
 
     def one(support: Any, query: Any) -> tuple[Tensor, Tensor]:

@@ -91,7 +91,11 @@ class InnerRateLimit:
         assert self.maml is not None
         like = next(iter(self.maml.params.values())).new_empty(())
         found = self.operators.over_blocks(
-            lambda: top_eigenvalue(matvec, hessian.layout.size, like, blocks, krylov=self.krylov), blocks, max
+            lambda: top_eigenvalue(
+                matvec, hessian.layout.rows, like, blocks, krylov=self.krylov, space=hessian.layout.space
+            ),
+            blocks,
+            max,
         )
         return _limit(self.maml.alpha, reach, *found)
 

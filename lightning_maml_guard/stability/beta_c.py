@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_maml_guard.linalg.krylov_basis import Basis
-from lightning_maml_guard.linalg.lanczos import Matvec, Watched, check_finite
+from lightning_maml_guard.linalg.lanczos import Matvec, Tridiagonal, Watched, check_finite
 from lightning_maml_guard.linalg.layout import Layout, Params
 from lightning_maml_guard.linalg.operators import Operator, scaled, simplified
 from lightning_maml_guard.optim.linearized_step import LinearizedStep
@@ -27,7 +27,13 @@ from lightning_maml_guard.stability.objective import MamlObjective
 from lightning_maml_guard.theory.complex_ritz import complex_limit, complex_ritz
 from lightning_maml_guard.theory.critical_rates import CriticalRates
 from lightning_maml_guard.theory.multiplier import Interval
-from lightning_maml_guard.theory.ritz import rates_from_lanczos, ritz_pairs, ritz_values
+from lightning_maml_guard.theory.ritz import (
+    highest_allowed,
+    lanczos_resolved,
+    rates_from_lanczos,
+    ritz_pairs,
+    ritz_values,
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,9 @@ class MetaRateLimit:
     direction: Tensor | None = None
     lowest_direction: Tensor | None = None
 
+
+# A run that ends early bounds the largest eigenvalue to within this factor; it may at such a tolerance or above.
+_CLEAR, _COARSE = 2.0, 1e-2
 
 UNKNOWN = MetaRateLimit(math.nan, (math.nan, math.nan))
 
@@ -84,7 +93,8 @@ def simplified_limit(
     layout = hessian.layout
     flat_rates: Tensor | float = inner_steps * (alpha if rates is None else layout.flatten(rates).to(like))
     operator = _as_stepped(simplified(hessian, flat_rates), step, layout, like)
-    return _from_top(*top_eigenvalue(operator, layout.size, like, blocks, krylov=krylov), step)
+    top = top_eigenvalue(operator, layout.rows, like, blocks, krylov=krylov, space=layout.space)
+    return _from_top(*top, step)
 
 
 def exact_limit(
@@ -96,10 +106,12 @@ def exact_limit(
     krylov: Krylov,
     noise: float,
     value: Watched,
+    clear_of: float = math.nan,
 ) -> MetaRateLimit:
     """Compute ``beta_c`` of the update as configured, from the Jacobian ``J`` of its meta-gradient.
 
     Lanczos where ``J`` is symmetric, else Arnoldi. The limit is ``inf`` where no direction has positive curvature.
+    Unless ``tol`` asks for more, a Lanczos run ends once the limit is above ``clear_of`` for certain, to a factor of 2.
     """
     if step.note:
         check_finite(value)
@@ -107,26 +119,38 @@ def exact_limit(
     layout = jacobian.layout
     operator = _as_stepped(jacobian, step, layout, like)
     if not symmetric:
-        return _nonsymmetric(operator, layout.size, step, like, krylov, noise, value)
-    run = run_lanczos(operator, layout.size, like, None, krylov=krylov, value=value)
+        return _nonsymmetric(operator, layout, step, like, krylov, noise, value)
+
+    def is_clear(found: Tridiagonal) -> bool:
+        top, high = ritz_values(*found)[0][-1], highest_allowed(*found, layout.rows)
+        return krylov.tol >= _COARSE and 0 < high <= _CLEAR * top and step.rates(high)[1] > clear_of
+
+    run = run_lanczos(
+        operator, layout.rows, like, None, krylov=krylov, value=value, enough=is_clear, space=layout.space
+    )
     check_symmetry(run, noise)
     (single,) = run.runs
-    top = rates_from_lanczos(*single, 0.0, rounding=noise + run.rounding, resolution=krylov.tol, size=layout.size)
-    limit = _from_top(top.lambda_max, top.lambda_max_interval, step)
+    error = noise + run.rounding
+    top = rates_from_lanczos(*single, 0.0, rounding=error, resolution=krylov.tol, size=layout.rows)
+    low, high = top.lambda_max_interval
+    if not lanczos_resolved(*single, 0.0, krylov.tol) and is_clear(single):
+        high = max(high, highest_allowed(*single, layout.rows) * (1 + error))
+    limit = _from_top(top.lambda_max, (low, high), step)
     (values, residuals), vectors = ritz_values(*single), ritz_pairs(*single)[1]
     negative = values[0] + residuals[0] < -(krylov.tol + run.rounding) * abs(values).max()
     return MetaRateLimit(
         limit.beta_c,
         limit.interval,
-        _combine(run.basis, vectors[:, -1]),
-        _combine(run.basis, vectors[:, 0]) if negative else None,
+        _combine(run.basis, vectors[:, -1], layout),
+        _combine(run.basis, vectors[:, 0], layout) if negative else None,
     )
 
 
 def _nonsymmetric(
-    operator: Matvec, size: int, step: LinearizedStep, like: Tensor, krylov: Krylov, noise: float, value: Watched
+    operator: Matvec, layout: Layout, step: LinearizedStep, like: Tensor, krylov: Krylov, noise: float, value: Watched
 ) -> MetaRateLimit:
-    run = run_arnoldi(operator, size, like, step, krylov=krylov, noise=noise, value=value)
+    size, space = layout.rows, layout.space
+    run = run_arnoldi(operator, size, like, step, krylov=krylov, noise=noise, value=value, space=space)
     ritz = complex_ritz(run.hessenberg, run.residual, noise, run.spill, size)
     limit = complex_limit(ritz, step.responses, tol=krylov.tol, decay=step.decoupled)
     lowest = int(ritz.values.real.argmin())
@@ -134,8 +158,8 @@ def _nonsymmetric(
     return MetaRateLimit(
         limit.rate,
         limit.interval,
-        None if limit.index is None else _combine(run.basis, ritz.vectors[:, limit.index].real),
-        _combine(run.basis, ritz.vectors[:, lowest].real) if negative else None,
+        None if limit.index is None else _combine(run.basis, ritz.vectors[:, limit.index].real, layout),
+        _combine(run.basis, ritz.vectors[:, lowest].real, layout) if negative else None,
     )
 
 
@@ -153,9 +177,9 @@ def _from_top(top: float, interval: Interval, step: LinearizedStep) -> MetaRateL
     return MetaRateLimit(step.rates(top)[0], (step.rates(high)[1], step.rates(low)[2]))
 
 
-def _combine(basis: Basis, weights: np.ndarray) -> Tensor:
+def _combine(basis: Basis, weights: np.ndarray, layout: Layout) -> Tensor:
     vector = basis.combine(torch.as_tensor(np.ascontiguousarray(weights)))
-    return vector / torch.linalg.vector_norm(vector)
+    return vector / layout.space.norm(vector)
 
 
 def is_turned(maml: MamlObjective, operators: Operators, step: LinearizedStep, direction: Tensor) -> bool:
@@ -164,10 +188,10 @@ def is_turned(maml: MamlObjective, operators: Operators, step: LinearizedStep, d
     if maml.symmetric or maml.alpha == 0:
         return False
     direction = step.unscaled(direction)
-    direction = direction / torch.linalg.vector_norm(direction)
+    direction = direction / maml.space.norm(direction)
     operator, _ = operators.build(HESSIAN, maml.curvature(True))
     rows = direction.expand(maml.tasks, -1)
-    curvatures = torch.cat(operators.ranks.gather((rows * operator(rows)).sum(-1).cpu()))
+    curvatures = torch.cat(operators.ranks.gather(maml.space.total((rows * operator(rows)).sum(-1)).cpu()))
     operator.release()
     beyond = curvatures * maml.alpha > maml.inner_limit
     return bool(beyond.any()) and bool(curvatures.mean() > 0)
@@ -187,7 +211,10 @@ def mean_square_limit(
     counts those of all ranks.
     """
     # One transfer to the host for all of it.
-    single = [direction.new_tensor(math.nan) if change is None else change, step.shift_along(direction)]
+    single = [
+        direction.new_tensor(math.nan) if change is None else change,
+        operators.objective.space.total(step.shift_along(direction)),
+    ]
     predicted, shift, *own = torch.cat([torch.stack(single).double(), along.double()]).cpu().tolist()
     parts = operators.ranks.gather(own)
     each = torch.tensor([value for part in parts for value in part], dtype=torch.float64)

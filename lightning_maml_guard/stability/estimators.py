@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
@@ -104,12 +105,13 @@ def _lanczos(wanted: HessianRequest) -> Spectrum:
     like = next(iter(wanted.params.values()))
     run = run_lanczos(
         wanted.hessian,
-        wanted.hessian.layout.size,
+        wanted.hessian.layout.rows,
         like,
         wanted.blocks,
         krylov=wanted.krylov,
         alpha=wanted.alpha,
         value=wanted.value,
+        space=wanted.hessian.layout.space,
     )
     check_symmetry(run, wanted.noise)
     rounding = max(wanted.noise, run.asymmetry) + run.rounding
@@ -118,7 +120,7 @@ def _lanczos(wanted: HessianRequest) -> Spectrum:
         rounding=rounding,
         matvecs=run.matvecs,
         resolution=wanted.krylov.tol,
-        size=wanted.hessian.layout.size,
+        size=wanted.hessian.layout.rows,
     )
 
 
@@ -130,18 +132,26 @@ def _pyhessian(wanted: HessianRequest) -> Spectrum:
 
 @dataclass(frozen=True)
 class RegisteredEstimator:
-    """An estimator, whether it treats one block per task, and whether its products are counted by the operator."""
+    """An estimator.
+
+    Attributes:
+        estimate: The function.
+        per_task: Whether it treats one block per task.
+        counts_itself: Whether its products are not seen by the operator it is given.
+        package: The package that it needs and others do not.
+    """
 
     estimate: Callable[[HessianRequest], Spectrum]
     per_task: bool = False
     counts_itself: bool = False
+    package: str | None = None
 
 
 # A new estimator is a function from a request to a Spectrum, and a row here.
 ESTIMATORS: dict[str, RegisteredEstimator] = {
     "lanczos": RegisteredEstimator(_lanczos, per_task=True),
     # On copies of its own, so that the operator does not see its products.
-    "pyhessian": RegisteredEstimator(_pyhessian, counts_itself=True),
+    "pyhessian": RegisteredEstimator(_pyhessian, counts_itself=True, package="pyhessian"),
 }
 
 
@@ -178,10 +188,16 @@ def counts_itself(estimator: Estimator) -> bool:
 
 
 def check_estimator(estimator: Any) -> None:
-    """Raise a ValueError if an estimator is neither registered nor callable."""
+    """Raise a ValueError if an estimator is neither registered nor callable, an ImportError without its package."""
     if not callable(estimator) and not (isinstance(estimator, str) and estimator in ESTIMATORS):
         known = ", ".join(repr(name) for name in ESTIMATORS)
         raise ValueError(
             f"Expected argument `estimator` to be {known} or a callable (matvec, start vector) -> eigenvalues but got "
             f"{shown(estimator)}. Pass one of these words, or a function."
+        )
+    package = ESTIMATORS[estimator].package if isinstance(estimator, str) else None
+    if package and find_spec(package) is None:
+        raise ModuleNotFoundError(
+            f"Argument `estimator` = {estimator!r} needs the package {package}, which is not installed. Run "
+            f"pip install {package}, or leave `estimator` out: the default needs no other package."
         )

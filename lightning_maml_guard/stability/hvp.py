@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_maml_guard.linalg.lanczos import NonFiniteProductError, start_vector
-from lightning_maml_guard.linalg.layout import Layout, Params
+from lightning_maml_guard.linalg.layout import WHOLE, Layout, Params
 from lightning_maml_guard.linalg.operators import Field, FiniteDifference, Jacobian, Operator
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.messages.reasons import Kind, Reason
@@ -149,15 +149,15 @@ class Operators:
         """Measure each task's curvature of the update along a direction with a graph of its own."""
         assert isinstance(self.objective, MamlObjective)
         self.charge(1, UPDATE, graphs=1)
-        return self.objective.curvature_by_task(Layout(self.objective.params).split(direction))
+        return self.objective.curvature_by_task(Layout(self.objective.params, self.objective.space).split(direction))
 
     def build(self, name: str, target: Target) -> tuple[Operator, float]:
         """Build an operator whose products count; returns it with the relative error of its products."""
         price = UPDATE if name == META_UPDATE else self.hessian_price
         facts = self.cache.facts
-        if name not in facts.checked and name not in facts.finite:
+        if target.space is WHOLE and name not in facts.checked and name not in facts.finite:
             self.charge(0, price, graphs=_SELF_CHECK)
-        operator, noise = make_operator(name, *target, self.cache)
+        operator, noise = make_operator(name, target, self.cache)
         self._counted.append((operator, price))
         return operator, noise
 
@@ -185,17 +185,19 @@ class Operators:
         return choose(found)  # type: ignore[arg-type]
 
 
-def make_operator(
-    name: str, gradient: Field, params: Params, layout: Layout | None, cache: MeasurementCache
-) -> tuple[Operator, float]:
+def make_operator(name: str, target: Target, cache: MeasurementCache) -> tuple[Operator, float]:
     """Build the operator of a gradient field; returns it with the relative error of its products.
 
     In the first measurement one product is compared with finite differences: some layers' second derivatives are
     silently wrong. Raises torch.OutOfMemoryError if there is no room for the graph.
     """
+    gradient, params, layout = target.field, target.params, target.block
     like = next(iter(params.values()))
     facts = cache.facts
     operator: Operator | None = None
+    if target.space is not WHOLE:  # a sharded module has no double backward
+        operator = FiniteDifference(gradient, params, layout, space=target.space, error=target.error)
+        return operator, _finite_noise(operator.error)
     trouble = None
     if name not in facts.finite:
         torch.manual_seed(0)  # the masks that the finite differences draw, too
@@ -209,7 +211,7 @@ def make_operator(
         operator = FiniteDifference(gradient, params, layout)  # raises what the loss itself raises
     if layout is None:
         operator.across(cache.ranks)
-    return operator, rounding(like) if isinstance(operator, Jacobian) else _finite_noise(like)
+    return operator, rounding(like) if isinstance(operator, Jacobian) else _finite_noise(operator.error)
 
 
 def _double_backward(
@@ -258,6 +260,6 @@ def _mismatch(gradient: Field, params: Params, layout: Layout | None, probe: Ten
     return float((gap / sizes.clamp(min=torch.finfo(sizes.dtype).tiny)).max())
 
 
-def _finite_noise(like: Tensor) -> float:
-    """Relative error of a central difference with the step balanced: of the order of ``eps^(2/3)``."""
-    return float(40 * torch.finfo(like.dtype).eps ** (2 / 3))
+def _finite_noise(error: float) -> float:
+    """Relative error of a central difference with the step balanced: of the order of ``error^(2/3)``."""
+    return float(40 * error ** (2 / 3))

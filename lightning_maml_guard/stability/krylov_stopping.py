@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_maml_guard.linalg.arnoldi import ArnoldiRun, arnoldi
-from lightning_maml_guard.linalg.lanczos import LanczosRun, Matvec, Tridiagonal, Watched, lanczos, start_vector
+from lightning_maml_guard.linalg.lanczos import LanczosRun, Matvec, Tridiagonal, Watched, lanczos
+from lightning_maml_guard.linalg.layout import WHOLE, Space
 from lightning_maml_guard.optim.linearized_step import LinearizedStep
 from lightning_maml_guard.theory.complex_ritz import arnoldi_resolved
 from lightning_maml_guard.theory.multiplier import Interval
@@ -38,10 +39,10 @@ class Krylov:
 
 
 def top_eigenvalue(
-    matvec: Matvec, size: int, like: Tensor, blocks: int | None, *, krylov: Krylov
+    matvec: Matvec, size: int, like: Tensor, blocks: int | None, *, krylov: Krylov, space: Space = WHOLE
 ) -> tuple[float, Interval]:
     """Find the largest eigenvalue of a symmetric operator, over all of its blocks, and its interval."""
-    run = run_lanczos(matvec, size, like, blocks, krylov=krylov)
+    run = run_lanczos(matvec, size, like, blocks, krylov=krylov, space=space)
     error = rounding(like) + run.rounding
     tops = [rates_from_lanczos(*each, 0.0, rounding=error, resolution=krylov.tol, size=size) for each in run.runs]
     top = max(tops, key=lambda each: each.lambda_max)
@@ -57,14 +58,16 @@ def run_lanczos(
     krylov: Krylov,
     alpha: float = 0.0,
     value: Watched | None = None,
+    enough: Callable[[Tridiagonal], bool] = lambda run: False,
+    space: Space = WHOLE,
 ) -> LanczosRun:
-    """Run Lanczos until the top (and, for ``alpha > 0``, ``beta_c``) is known to a relative residual."""
-    start = start_vector((size,) if blocks is None else (blocks, size), like)
+    """Run Lanczos until the top (and, for ``alpha > 0``, ``beta_c``) is known to a relative residual, or enough is."""
+    start = space.start((size,) if blocks is None else (blocks, size), like)
 
     def resolved(runs: Sequence[Tridiagonal]) -> bool:
-        return all(lanczos_resolved(*run, alpha, krylov.tol) for run in runs)
+        return all(lanczos_resolved(*run, alpha, krylov.tol) or enough(run) for run in runs)
 
-    return lanczos(matvec, start, max_iter=krylov.max_iter, stop=resolved, basis=krylov.basis, value=value)
+    return lanczos(matvec, start, max_iter=krylov.max_iter, stop=resolved, basis=krylov.basis, value=value, space=space)
 
 
 class ChangingOperatorError(ArithmeticError):
@@ -93,6 +96,7 @@ def run_arnoldi(
     krylov: Krylov,
     noise: float,
     value: Watched | None = None,
+    space: Space = WHOLE,
 ) -> ArnoldiRun:
     """Run Arnoldi until the meta rate's limit is known to a relative accuracy."""
 
@@ -102,8 +106,8 @@ def run_arnoldi(
             hessenberg, residual, settled, tol=krylov.tol, rounding=noise, decay=step.decoupled, size=size
         )
 
-    start = start_vector((size,), like)
-    return arnoldi(matvec, start, max_iter=krylov.max_iter, stop=resolved, basis=krylov.basis, value=value)
+    start = space.start((size,), like)
+    return arnoldi(matvec, start, max_iter=krylov.max_iter, stop=resolved, basis=krylov.basis, value=value, space=space)
 
 
 def rounding(like: Tensor) -> float:

@@ -38,6 +38,9 @@ from lightning_maml_guard.stability.reasons import Basis, from_limits, judge, no
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import Limit
 
+# A limit of the meta rate that is so many times above it need not be known more closely.
+_CLEAR = 2.0
+
 
 @dataclass(frozen=True)
 class _BetaLimits:
@@ -241,6 +244,7 @@ class Measurement:
             krylov=self._options.krylov,
             noise=noise,
             value=("The query loss after adaptation", jacobian.value),
+            clear_of=_CLEAR * self._beta / self._margin,
         )
         lowest = limit.lowest_direction
         if lowest is not None and is_turned(self._maml, self._operators, self._update, lowest):

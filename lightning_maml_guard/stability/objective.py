@@ -6,22 +6,40 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_maml_guard.linalg.layout import Layout, Params, real_pairs, unpaired
+from lightning_maml_guard.linalg.layout import WHOLE, Layout, Params, Space, real_pairs, unpaired
 from lightning_maml_guard.linalg.operators import Field, FieldValue, gradient_of, task_gradient
 from lightning_maml_guard.maml.batch_errors import has_nan
 from lightning_maml_guard.maml.jacobian import curvature_by_task, is_symmetric, meta_field
 from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.sharding.meta_gradient import ShardedMaml
+from lightning_maml_guard.sharding.own_backward import OwnBackward
 from lightning_maml_guard.stability.inner_limit import inner_loop_limit
 from lightning_maml_guard.stability.problems import AccumulatedProblem, PlainProblem, Problem
+from lightning_maml_guard.utils.shards import any_split
 from lightning_maml_guard.utils.task_map import TaskMap, as_float32
 
-# What an operator is made of: a gradient field, where to take it, and the layout of one block if there are several.
-Target = tuple[Field, Params, Layout | None]
+
+class Target(NamedTuple):
+    """What an operator is made of.
+
+    Attributes:
+        field: A gradient field.
+        params: Where to take it.
+        block: The layout of one block if there are several.
+        space: Where the vectors' entries lie.
+        error: Relative error of the field, beside rounding.
+    """
+
+    field: Field
+    params: Params
+    block: Layout | None = None
+    space: Space = WHOLE
+    error: float = 0.0
 
 
 class PlainObjective:
@@ -33,12 +51,21 @@ class PlainObjective:
 
     def __init__(self, problem: PlainProblem) -> None:
         self.live = problem.params
-        self.params: Params = real_pairs(as_float32({name: value.detach() for name, value in problem.params.items()}))
-        self.mean_loss: Callable[[Params], Tensor] = lambda pairs: problem.loss(unpaired(pairs, problem.params))
+        self.params: Params
+        self.mean_loss: Callable[[Params], Tensor]
+        self.space: Space = WHOLE
+        self._field: Field | None = None
+        if any_split(problem.params.values()):
+            own = OwnBackward(problem.params, problem.loss)
+            self.params, self.space, self._field = own.point(), own.space, own.field(problem.loss)
+            self.mean_loss = partial(own.value, problem.loss)
+            return
+        self.params = real_pairs(as_float32({name: value.detach() for name, value in problem.params.items()}))
+        self.mean_loss = lambda pairs: problem.loss(unpaired(pairs, problem.params))
 
     def curvature(self, per_task: bool) -> Target:
         """Make the gradient field whose Jacobian is ``H``: of the mean task loss, or one block per task."""
-        return gradient_of(self.mean_loss), self.params, None
+        return Target(self._field or gradient_of(self.mean_loss), self.params, space=self.space)
 
 
 class MamlObjective:
@@ -51,13 +78,20 @@ class MamlObjective:
         parts = stated.parts if isinstance(stated, AccumulatedProblem) else (stated,)
         problem = parts[0]
         self.live, self.order, self.alpha = problem.params, problem.order, problem.alpha
-        self.params: Params = as_float32({name: value.detach() for name, value in problem.params.items()})
+        self._sharded: list[ShardedMaml] = []
+        if any_split(problem.params.values()):
+            self._sharded = [ShardedMaml.of(each) for each in parts]
+        own = self._sharded[0].own if self._sharded else None
+        self.space: Space = WHOLE if own is None else own.space
+        self.params: Params = in_float32(problem).params if own is None else own.point()
         # The simplified criterion is about one step; K simplified steps act as K*alpha (theory.critical_rates).
         self.inner_steps = problem.inner_steps if problem.order == "simplified" else 1
         self.tasks = stated.tasks
         self.symmetric = is_symmetric(problem)
         inner = inner_loop_limit(problem)
         self.inner_limit, self.rates, self.alpha_note = inner.limit, inner.rates, inner.note
+        if own is not None and inner.rates is not None:
+            self.rates = {name: own.space.piece(name, rate) for name, rate in inner.rates.items()}
         self.lower_bound = inner.lower_bound
         # Whether the inner loop is the one of Takagi et al., whose beta_c the Hessian's spectrum has at hand.
         self.uniform_steps = problem.uniform and problem.inner_update is None
@@ -77,6 +111,8 @@ class MamlObjective:
 
     def mean_loss(self, params: Params) -> Tensor:
         """Compute the mean over the tasks of the loss whose Hessian is measured."""
+        if self._sharded:
+            return self.curvature(False).field(params, False).value
         means = [
             self._map(partial(_task_loss, each), params, self._sets(each), in_dims=(None, 0)).mean()
             for each in self._problems
@@ -85,6 +121,8 @@ class MamlObjective:
 
     def curvature(self, per_task: bool) -> Target:
         """Make the gradient field whose Jacobian is ``H``: of the mean task loss, or one block per task."""
+        if self._sharded:
+            return self._sharded_curvature(per_task)
         targets = [
             task_gradient(
                 partial(_task_loss, each),
@@ -97,29 +135,55 @@ class MamlObjective:
             for each in self._problems
         ]
         if len(targets) == 1:
-            return targets[0]
+            return Target(*targets[0])
         fields = [field for field, _, _ in targets]
         if not per_task:
-            return _mean_field(fields), self.params, None
+            return Target(_mean_field(fields), self.params)
         copies = {name: torch.cat([params[name] for _, params, _ in targets]) for name in self.params}
-        return _side_by_side(fields, [each.tasks for each in self._problems]), copies, targets[0][2]
+        return Target(_side_by_side(fields, [each.tasks for each in self._problems]), copies, targets[0][2])
+
+    def _sharded_curvature(self, per_task: bool) -> Target:
+        pairs = zip(self._sharded, self._problems, strict=True)
+        fields = [maml.curvature(self._sets(each), per_task=per_task) for maml, each in pairs]
+        if not per_task:
+            return Target(fields[0] if len(fields) == 1 else _mean_field(fields), self.params, space=self.space)
+        block = Layout(self.params, self.space)
+        copies = {name: value.expand(self.tasks, *value.shape) for name, value in self.params.items()}
+        counts = [each.tasks for each in self._problems]
+        field = fields[0] if len(fields) == 1 else _side_by_side(fields, counts)
+        return Target(field, copies, block, self.space)
 
     def update(self, factor: float = 1.0) -> Target:
         """Make the gradient field of the configured update, whose Jacobian is ``J``, at scaled inner rates."""
-        fields = [meta_field(each.at_factor(factor), self._map) for each in self._problems]
-        return fields[0] if len(fields) == 1 else _mean_field(fields), self.params, None
+        if self._sharded:
+            scaled = [ShardedMaml.of(each.at_factor(factor)) for each in self._problems]
+            fields = [maml.field(each.support, each.query) for maml, each in zip(scaled, self._problems, strict=True)]
+            error = scaled[0].error
+        else:
+            fields, error = [meta_field(each.at_factor(factor), self._map) for each in self._problems], 0.0
+        field = fields[0] if len(fields) == 1 else _mean_field(fields)
+        return Target(field, self.params, space=self.space, error=error)
 
     def curvature_by_task(self, direction: Params) -> Tensor:
         """Measure each task's curvature of the update along a direction, shape ``(tasks,)``."""
-        found = [curvature_by_task(each, self.params, direction, self._map) for each in self._problems]
+        pairs = zip(self._sharded, self._problems, strict=False)
+        found = [maml.curvature_by_task(self.params, direction, each.support, each.query) for maml, each in pairs] or [
+            curvature_by_task(each, self.params, direction, self._map) for each in self._problems
+        ]
         return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def in_float32(problem: MetaProblem) -> MetaProblem:
-    """Return a problem as it is measured: without a graph, its half-precision tensors in float32."""
+    """Return a problem as it is measured: without a graph, its half-precision tensors in float32.
+
+    Sharded parameters stay the live ones, in which their module computes.
+    """
+    params = problem.params
+    if not any_split(params.values()):
+        params = as_float32({name: value.detach() for name, value in params.items()})
     return replace(
         problem,
-        params=as_float32({name: value.detach() for name, value in problem.params.items()}),
+        params=params,
         support=as_float32(problem.support),
         query=as_float32(problem.query),
         inner_lr=problem.inner_lr if problem.uniform else as_float32(problem.inner_lr),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from lightning_maml_guard.utils.activations import DeadUnits, ReluUnits
 from lightning_maml_guard.utils.batch_copy import copied
 from lightning_maml_guard.utils.checks import shown
 from lightning_maml_guard.utils.double_backward import double_backward
+from lightning_maml_guard.utils.shards import any_split
 from lightning_maml_guard.utils.task_map import as_float32, each_task
 
 
@@ -114,6 +115,21 @@ def first_batch(problem: Problem) -> MetaProblem | PlainProblem:
     return problem.first if isinstance(problem, AccumulatedProblem) else problem
 
 
+def at_alpha(problem: Problem, alpha: float) -> Problem:
+    """Return a problem with ``alpha`` as its inner rate; several rates keep their proportions."""
+    if isinstance(problem, PlainProblem):
+        return problem
+    if isinstance(problem, AccumulatedProblem):
+        return AccumulatedProblem(tuple(_at_alpha(each, alpha) for each in problem.parts))
+    return _at_alpha(problem, alpha)
+
+
+def _at_alpha(problem: MetaProblem, alpha: float) -> MetaProblem:
+    if problem.uniform:
+        return replace(problem, inner_lr=alpha)
+    return problem.at_factor(alpha / problem.alpha if problem.alpha > 0 else 1.0)
+
+
 def owners(problem: Problem, optimizers: Sequence[Optimizer]) -> list[int]:
     """Find the indices of the optimizers that move a problem's parameters; all if none does (measure then says so)."""
     moved = {id(value) for value in problem.params.values()}
@@ -127,9 +143,11 @@ def owners(problem: Problem, optimizers: Sequence[Optimizer]) -> list[int]:
 
 def dead_units(problem: Problem) -> DeadUnits:
     """Count the units of ReLU-like activations that are 0 on all of a problem's data, one task after another."""
-    params: Params = {
-        name: as_float32(value.detach()).requires_grad_(value.requires_grad) for name, value in problem.params.items()
-    }
+    params = problem.params
+    if not any_split(params.values()):
+        params = {
+            name: as_float32(value.detach()).requires_grad_(value.requires_grad) for name, value in params.items()
+        }
     watch = ReluUnits()
 
     with double_backward(), watch:
@@ -170,6 +188,8 @@ def training_step_problem(module: nn.Module, batch: Any, batch_idx: int) -> Plai
     signature = inspect.signature(module.training_step)  # type: ignore[arg-type]
     step = _TrainingStep(module, (batch, batch_idx) if len(signature.parameters) > 1 else (batch,))
     params: Params = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    if any_split(params.values()):
+        return PlainProblem(params, lambda live: step())  # by the module's own parameters, which are these
     names = {id(value): name for name, value in params.items()}
     # Every place a parameter is registered at, so that tied parameters and shared submodules get one tensor without
     # functional_call's own tying, which replaces a shared submodule's live parameters (pytorch#164759).

@@ -18,6 +18,7 @@ from lightning_maml_guard.stability.objective import MamlObjective, Objective
 from lightning_maml_guard.stability.problems import MetaProblem, Problem
 from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.random_state import preserved_randomness
+from lightning_maml_guard.utils.shards import local
 
 # Relative difference of losses, and of gradients, that is no mismatch: rounding, kinks and other orders of summation.
 _LOSS, _GRADIENT = 0.01, 0.1
@@ -75,7 +76,7 @@ class TrainingMatch:
         half: bool = False,
         ranks: Ranks | None = None,
     ) -> None:
-        self._params, self._ranks = problem.params, ranks or Ranks()
+        self._params, self._ranks, self._space = problem.params, ranks or Ranks(), objective.space
         self._optimizers, self._others = list(optimizers), list(others) or list(optimizers)
         self._tasks: int = getattr(problem, "tasks", 1)
         self._accumulated, self._half = accumulated, half
@@ -100,8 +101,8 @@ class TrainingMatch:
                 self._lacking = self._lacking or (gradient is not None and bool(gradient.any()))
                 continue
             own = self._gradient[name].double()
-            gradient = torch.zeros_like(own) if gradient is None else gradient.detach().double()
-            products = torch.stack([(own * gradient).sum(), (gradient**2).sum(), (own**2).sum()])
+            gradient = torch.zeros_like(own) if gradient is None else local(gradient.detach()).double()
+            products = self._space.total(torch.stack([(own * gradient).sum(), (gradient**2).sum(), (own**2).sum()]))
             along, size, own_size = products.tolist()
             self._along, self._size, self._own_size = self._along + along, self._size + size, self._own_size + own_size
             self._seen.add(name)

@@ -11,7 +11,12 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_maml_guard.tasks.episodes import EpisodeBatch, TaskFamily, episode_generator
 from lightning_maml_guard.utils.checks import check_count, check_flag
-from lightning_maml_guard.utils.lightning_compat import LightningDataModule, no_loader
+from lightning_maml_guard.utils.lightning_compat import (
+    LightningDataModule,
+    check_data_module,
+    holds_one_model,
+    no_loader,
+)
 
 
 class _Episodes(Dataset[EpisodeBatch]):
@@ -37,10 +42,11 @@ class EpochSampler(DistributedSampler[int]):
     Args:
         length: Batches per epoch.
         resample: False: every index is the first of the process, so that every step has the same tasks.
+        shared: True: all processes draw the same tasks, as they must where they hold one model in pieces.
     """
 
-    def __init__(self, length: int, resample: bool = True) -> None:
-        together = dist.is_available() and dist.is_initialized()
+    def __init__(self, length: int, resample: bool = True, shared: bool = False) -> None:
+        together = not shared and dist.is_available() and dist.is_initialized()
         self.num_replicas, self.rank = (dist.get_world_size(), dist.get_rank()) if together else (1, 0)
         self.length, self.resample, self.epoch = length, resample, 0
         # After a resume: how many batches of which epoch were already loaded.
@@ -63,6 +69,22 @@ class EpochSampler(DistributedSampler[int]):
         self.skip = 0
         for step in range(first, self.length):
             yield (self.epoch * self.length + step) * self.num_replicas + self.rank if self.resample else self.rank
+
+
+class _EveryIndex(DistributedSampler[int]):
+    """All indices, in order, on every process: all hold one model and go through the same tasks together."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def set_epoch(self, epoch: int) -> None:
+        """Do nothing: every epoch has the same tasks."""
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.length))
 
 
 class EpisodeLoader(DataLoader[EpisodeBatch]):
@@ -110,7 +132,8 @@ class TaskDataModule(LightningDataModule):
 
     Every meta-batch is drawn from its own seed, which is made from ``seed``, the split and the number of the batch.
     Runs are therefore reproducible with any number of workers and when resumed, also in the middle of an epoch. Each of
-    several processes draws ``meta_batch_size`` tasks of its own per step.
+    several processes draws ``meta_batch_size`` tasks of its own per step; under ``ModelParallelStrategy``, where they
+    hold one model in pieces, all draw the same.
 
     Args:
         tasks: The family of tasks.
@@ -147,6 +170,7 @@ class TaskDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_data_module(self)
         if not isinstance(tasks, TaskFamily):
             raise TypeError(
                 f"Expected argument `tasks` to be a TaskFamily (such as Sinusoid()) but got {type(tasks).__name__}. "
@@ -166,6 +190,10 @@ class TaskDataModule(LightningDataModule):
         self.val_episodes, self.test_episodes = val_episodes, test_episodes
         self.num_workers, self.resample, self.seed = num_workers, resample, seed
 
+    def prepare_data(self) -> None:
+        """Load the data of the family in one process per machine: what that downloads and decodes, the others find."""
+        self.tasks.setup()
+
     def setup(self, stage: str) -> None:
         """Load the data of the family; without workers, onto the device that trains.
 
@@ -183,7 +211,7 @@ class TaskDataModule(LightningDataModule):
             A loader of ``steps_per_epoch`` meta-batches.
         """
         episodes = _Episodes(self.tasks, "train", self.meta_batch_size, self.steps_per_epoch, self.seed)
-        sampler = EpochSampler(self.steps_per_epoch, self.resample)
+        sampler = EpochSampler(self.steps_per_epoch, self.resample, self._shared)
         return EpisodeLoader(episodes, sampler=sampler, **self._options)
 
     def val_dataloader(self) -> Any:
@@ -209,7 +237,12 @@ class TaskDataModule(LightningDataModule):
     def _evaluation(self, split: str, number: int) -> DataLoader[EpisodeBatch]:
         batches, remainder = -(-number // self.meta_batch_size), number % self.meta_batch_size
         episodes = _Episodes(self.tasks, split, self.meta_batch_size, batches, self.seed, remainder)
-        return DataLoader(episodes, **self._options)
+        return DataLoader(episodes, sampler=_EveryIndex(batches) if self._shared else None, **self._options)
+
+    @property
+    def _shared(self) -> bool:
+        """Whether the processes go through the same tasks."""
+        return self.trainer is not None and holds_one_model(self.trainer)
 
     @property
     def _options(self) -> dict[str, Any]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from lightning_maml_guard.tasks.image_files import Source, decode
+from lightning_maml_guard.tasks.image_files import DatasetError, Source
 from lightning_maml_guard.utils.io import fingerprint, out_of_room, replacing, reserve, user_cache
 from lightning_maml_guard.utils.warnings import GuardWarning
 
@@ -27,6 +29,7 @@ def cached_images(
     *,
     size: int,
     channels: int = 3,
+    box: bool = False,
     progress: bool = True,
 ) -> np.ndarray:
     """Decode images once; map the result into memory from then on.
@@ -43,6 +46,7 @@ def cached_images(
         stamps: What ``source.stamps()`` returns.
         size: Height and width to scale to, in pixels.
         channels: 3 for colours, 1 for grey.
+        box: Average over boxes of pixels when scaling, instead of interpolating.
         progress: Show a progress bar while decoding.
 
     Returns:
@@ -53,7 +57,8 @@ def cached_images(
         PermissionError: If neither folder can be written.
         OSError: If neither folder has room for the array (of one, the other cannot be written).
     """
-    content = fingerprint(json.dumps([_VERSION, [[name, *stamps[name]] for name in names]]))[:24]
+    version = [_VERSION, "box"] if box else _VERSION
+    content = fingerprint(json.dumps([version, [[name, *stamps[name]] for name in names]]))[:24]
     place = fingerprint(str(source.path.resolve()))[:8]
     stem = f"{source.path.stem}-{place}-{channels}x{size}"
     shape = len(names), channels, size, size
@@ -70,7 +75,7 @@ def cached_images(
         try:
             if not _writable(folder):
                 continue
-            _decode(source, names, path, shape, progress)
+            _decode(source, names, path, shape, box, progress)
         except OSError as error:
             if not out_of_room(error):
                 raise
@@ -90,15 +95,18 @@ def cached_images(
     raise PermissionError(f"{text}Let XDG_CACHE_HOME name a folder that can be written to.")
 
 
-def _decode(source: Source, names: Sequence[str], path: Path, shape: tuple[int, ...], progress: bool) -> None:
+def _decode(
+    source: Source, names: Sequence[str], path: Path, shape: tuple[int, ...], box: bool, progress: bool
+) -> None:
     _, channels, size, _ = shape
+    pillow()  # before the progress bar
     # Written, not mapped: on a full disk a write is an error, and a store into mapped memory ends Python.
     with replacing(path, mode=0o644) as temporary, temporary.open("wb") as stream:  # readable by all: it may be shared
         np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
         reserve(stream, math.prod(shape))
         label = f"decoding {source.path.name}"
         for name in tqdm(names, desc=label, unit="image", disable=not progress):
-            stream.write(decode(source.read(name), f"{name} of {source.path}", size, channels).tobytes())
+            stream.write(decode(source.read(name), f"{name} of {source.path}", size, channels, box=box).tobytes())
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -127,3 +135,50 @@ def _writable(folder: Path) -> bool:
         if out_of_room(error):
             raise
         return False  # no permission, a read-only file system, or a file in the place of the folder
+
+
+def pillow() -> Any:
+    """Return Pillow's module ``Image``; raises a ModuleNotFoundError that says what to install."""
+    try:
+        from PIL import Image
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Images are decoded by Pillow, which is not installed: pip install 'lightning-maml-guard[examples]'."
+        ) from error
+    return Image
+
+
+def decode(
+    data: bytes,
+    name: str,
+    size: int,
+    channels: int = 3,
+    *,
+    box: bool = False,
+) -> np.ndarray:
+    """Decode an image.
+
+    Args:
+        data: The bytes of the file.
+        name: Name of the file, for the error.
+        size: Height and width to scale to, in pixels; an image of this size is left as it is.
+        channels: 3 for colours, 1 for grey.
+        box: Average over boxes of pixels when scaling, instead of interpolating.
+
+    Returns:
+        Shape ``(channels, size, size)``, uint8.
+
+    Raises:
+        DatasetError: If it cannot be decoded.
+    """
+    Image = pillow()  # noqa: N806
+    try:
+        # The formats are named: to guess one, Pillow hands an EPS file to Ghostscript, which runs it.
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+            whole = image.convert("RGB" if channels == 3 else "L")
+            if whole.size != (size, size):
+                whole = whole.resize((size, size), Image.Resampling.BOX if box else Image.Resampling.BILINEAR)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
+        raise DatasetError(f"The image {name} is damaged ({error}). Unpack or copy it again.") from error
+    pixels = np.asarray(whole, dtype=np.uint8)
+    return pixels.transpose(2, 0, 1) if channels == 3 else pixels[None]

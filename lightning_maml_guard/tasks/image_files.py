@@ -13,8 +13,6 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 IMAGES = (".png", ".jpg", ".jpeg")
 # Largest file that is read, in bytes: no image or split file of a data set is larger.
 LARGEST = 1 << 27
@@ -191,45 +189,6 @@ def check_size(size: int, name: str, where: Path) -> None:
             f"{name} in {where} holds {size / 1e6:.0f} MB, and files of more than {LARGEST / 1e6:.0f} MB are not "
             "read: no image is as large. Remove it, or put a smaller image in its place."
         )
-
-
-def decode(
-    data: bytes,
-    name: str,
-    size: int,
-    channels: int = 3,
-    *,
-    formats: tuple[str, ...] = ("PNG", "JPEG"),
-    box: bool = False,
-) -> np.ndarray:
-    """Decode an image.
-
-    Args:
-        data: The bytes of the file.
-        name: Name of the file, for the error.
-        size: Height and width to scale to, in pixels; an image of this size is left as it is.
-        channels: 3 for colours, 1 for grey.
-        formats: Formats that are read.
-        box: Average over boxes of pixels when scaling, instead of interpolating.
-
-    Returns:
-        Shape ``(channels, size, size)``, uint8.
-
-    Raises:
-        DatasetError: If it cannot be decoded.
-    """
-    from PIL import Image
-
-    try:
-        # The formats are named: to guess one, Pillow hands an EPS file to Ghostscript, which runs it.
-        with Image.open(io.BytesIO(data), formats=formats) as image:
-            whole = image.convert("RGB" if channels == 3 else "L")
-            if whole.size != (size, size):
-                whole = whole.resize((size, size), Image.Resampling.BOX if box else Image.Resampling.BILINEAR)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
-        raise DatasetError(f"The image {name} is damaged ({error}). Unpack or copy it again.") from error
-    pixels = np.asarray(whole, dtype=np.uint8)
-    return pixels.transpose(2, 0, 1) if channels == 3 else pixels[None]
 
 
 class Line(NamedTuple):

@@ -22,7 +22,7 @@ from lightning_maml_guard.tasks.image_files import (
     data_root,
     read_split,
 )
-from lightning_maml_guard.tasks.omniglot import DRAWERS, load_omniglot
+from lightning_maml_guard.tasks.omniglot import DRAWERS, download_omniglot, load_omniglot
 from lightning_maml_guard.utils.checks import check_count, check_flag, check_folder, shown
 
 __all__ = ["ClassFolders", "DatasetError", "ImageFamily", "MiniImageNet", "Omniglot", "data_root", "load_omniglot"]
@@ -43,6 +43,7 @@ class Omniglot(ImageFamily):
         queries: Query images per class.
         rotations: Count each character, rotated by 90, 180 and 270 degrees, as further classes, in training.
         split_seed: Seed of the split over characters.
+        download: Download from the data set's authors what is not in ``root`` (14 MB).
 
     Raises:
         ValueError: If an episode needs less than 1 class or image, or more images than 20, or if another argument is
@@ -57,21 +58,26 @@ class Omniglot(ImageFamily):
         queries: int = 1,
         rotations: bool = True,
         split_seed: int = 0,
+        download: bool = False,
     ) -> None:
         check_folder("root", root)
         check_episode(n_way, k_shot, queries, 1623, DRAWERS)
         check_flag("rotations", rotations)
+        check_flag("download", download)
         check_count("split_seed", split_seed, 0, math.inf)
         super().__init__(n_way, k_shot, queries, rotations)
-        self.root, self.split_seed = root, split_seed
+        self.root, self.split_seed, self.download = root, split_seed, download
 
     def load(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Load the images into memory (26 MB).
+        """Load the images into memory (26 MB); download them first if asked to.
 
         Returns:
             See :meth:`ImageFamily.load`.
         """
-        images = torch.from_numpy(load_omniglot(data_root(self.root))).unsqueeze(2)
+        root = data_root(self.root)
+        if self.download:
+            download_omniglot(root)
+        images = torch.from_numpy(load_omniglot(root)).unsqueeze(2)
         order = torch.from_numpy(np.random.default_rng(self.split_seed).permutation(len(images)))
         train, val = (1100, 100) if len(images) >= 1300 else (len(images) * 2 // 3, max(len(images) // 12, 1))
         classes = dict(zip(SPLITS, order.split([train, val, len(images) - train - val]), strict=True))
@@ -218,7 +224,10 @@ class ClassFolders(ImageFamily):
 
 _WANTED = (
     "Put there the folder images with train.csv, val.csv and test.csv beside it (columns filename, label; Ravi "
-    "and Larochelle's split), or a miniimagenet*.zip of them; or name the folder, with LMG_DATA=/path or `root`."
+    "and Larochelle's split), or a miniimagenet*.zip of them; or name the folder, with LMG_DATA=/path, `root`, or "
+    "--data /path at the command line. It cannot be downloaded here: its images are ImageNet's, whose terms forbid to "
+    "pass them on. Ask for them at https://image-net.org/download; the three files of the split are in "
+    "https://github.com/twitter-research/meta-learning-lstm, folder data/miniImagenet."
 )
 
 

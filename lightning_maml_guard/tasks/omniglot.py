@@ -8,21 +8,35 @@ from pathlib import Path
 
 import numpy as np
 
+from lightning_maml_guard.tasks.download import download
+from lightning_maml_guard.tasks.image_cache import cached_images
 from lightning_maml_guard.tasks.image_files import (
     DatasetError,
     FolderSource,
     Source,
     ZipSource,
     check_size,
-    decode,
 )
 
-_PARTS = ("images_background", "images_evaluation")
+# The archives of the data set's authors, with their MD5.
+_AUTHORS = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
+_PARTS = {
+    "images_background": "68d2efa1b9178cc56df9314c21c6e718",
+    "images_evaluation": "6b91aef0f799c5bb55b94e3f2daec811",
+}
 DRAWERS = 20
 
 
+def download_omniglot(root: Path) -> None:
+    """Download what of Omniglot is not in ``root``; raises a DatasetError if that fails."""
+    if not (root / "omniglot.npz").is_file():
+        for part, md5 in _PARTS.items():
+            if _source(root, part) is None:
+                download(f"{_AUTHORS}/{part}.zip", root / f"omniglot_{part}.zip", md5)
+
+
 def load_omniglot(root: Path) -> np.ndarray:
-    """Load the images of every character.
+    """Load the images of every character; those of folders and archives are decoded once, see :func:`cached_images`.
 
     Args:
         root: Folder that holds the npz file, the official folders or their zip archives.
@@ -35,34 +49,34 @@ def load_omniglot(root: Path) -> np.ndarray:
     """
     if (root / "omniglot.npz").is_file():
         return _from_npz(root / "omniglot.npz")
-    characters: dict[str, list[np.ndarray]] = {}
-    found = False
-    for part in _PARTS:
-        source = _source(root, part)
-        if source is None:
-            continue
-        found = True
-        for name in source.stamps():
-            if name.endswith(".png"):
-                # The names in an archive begin with the name of the part already.
-                full = f"{part}/{name}" if isinstance(source, FolderSource) else name
-                image = decode(source.read(name), full, 28, 1, formats=("PNG",), box=True)
-                characters.setdefault(full.rpartition("/")[0], []).append(255 - image[0])
-    if not found:
+    sources = {part: source for part in _PARTS if (source := _source(root, part))}
+    if not sources:
         raise DatasetError(
-            f"Omniglot was not found in {root.resolve()}. Put there omniglot_images_background.zip and "
+            f"Omniglot was not found in {root.resolve()}. Omniglot(download=True) downloads it, at the command line "
+            "--data.tasks.download true. Or put there omniglot_images_background.zip and "
             "omniglot_images_evaluation.zip (the archives images_background.zip and images_evaluation.zip of "
             "https://github.com/brendenlake/omniglot, folder python), their unpacked folders images_background and "
-            "images_evaluation, or omniglot.npz; or name the folder they lie in, with LMG_DATA=/path or `root`."
+            "images_evaluation, or omniglot.npz; or name the folder they lie in, with LMG_DATA=/path, `root`, or "
+            "--data /path at the command line."
         )
-    short = {name: len(images) for name, images in characters.items() if len(images) != DRAWERS}
-    if short or not characters:
-        name, number = next(iter(short.items()), (str(root), 0))
-        raise DatasetError(
-            f"Omniglot in {root.resolve()} is incomplete: {name} holds {number} images instead of {DRAWERS}"
-            f"{f' (and {len(short) - 1} characters more)' if len(short) > 1 else ''}. Unpack the archive again."
-        )
-    return np.stack([np.stack(characters[name]) for name in sorted(characters)])
+    decoded = []
+    for part, source in sources.items():
+        stamps = source.stamps()
+        characters: dict[str, list[str]] = {}
+        for name in stamps:
+            if name.endswith(".png"):
+                characters.setdefault(name.rpartition("/")[0], []).append(name)
+        names = [name for character in sorted(characters) for name in characters[character]]
+        ink = cached_images(source, names, stamps, size=28, channels=1, box=True)
+        short = {name: len(found) for name, found in characters.items() if len(found) != DRAWERS}
+        if short or not characters:
+            name, number = next(iter(short.items()), (part, 0))
+            raise DatasetError(
+                f"Omniglot in {root.resolve()} is incomplete: {name} holds {number} images instead of {DRAWERS}"
+                f"{f' (and {len(short) - 1} characters more)' if len(short) > 1 else ''}. Unpack the archive again."
+            )
+        decoded.append(255 - ink.reshape(-1, DRAWERS, 28, 28))
+    return np.concatenate(decoded)
 
 
 def _from_npz(path: Path) -> np.ndarray:

@@ -54,5 +54,5 @@ def worst(*statuses: str) -> str:
 
 
 def check_margin(margin: float) -> None:
-    """Raise a ValueError if the margin is not a positive finite number."""
-    check_number("margin", margin, above=0)
+    """Raise a ValueError if the margin is not a number above 0 and at most 1: beyond a limit, training diverges."""
+    check_number("margin", margin, above=0, most=1)

@@ -27,6 +27,13 @@ def ritz_values(diagonal: Sequence[float], off_diagonal: Sequence[float]) -> tup
     return values, abs(float(off_diagonal[-1])) * np.abs(vectors[-1])
 
 
+def highest_allowed(diagonal: Sequence[float], off_diagonal: Sequence[float], size: int) -> float:
+    """Return the largest eigenvalue that a Lanczos run from a random start allows, whatever it has resolved."""
+    values, residuals = ritz_values(diagonal, off_diagonal)
+    hidden = largest_hidden(values, inclusion_level(np.asarray(off_diagonal), size))
+    return max(hidden, float(values[-1] + residuals[-1]))
+
+
 def ritz_pairs(diagonal: Sequence[float], off_diagonal: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Compute the Ritz values, ascending, and in columns their vectors in the coordinates of the Lanczos basis."""
     values, vectors = np.linalg.eigh(_tridiagonal(diagonal, off_diagonal))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -15,150 +18,227 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_maml_guard.guard.state_machine import Watch, advance
 from lightning_maml_guard.lookahead.divergence import Scale, fails
-from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, LookaheadOptions, lookahead_of, lookahead_reason
+from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadOptions, lookahead_of, lookahead_reason
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.messages.reasons import Kind, Reason
-from lightning_maml_guard.optim.shadow import ClosureError
+from lightning_maml_guard.optim.clipping import run_clipping
+from lightning_maml_guard.optim.rates_ahead import read_ahead
+from lightning_maml_guard.optim.shadow import BY_ENTRY, ClosureError
+from lightning_maml_guard.optim.stability_limits import listed
+from lightning_maml_guard.phase.ladder import RateLadder
+from lightning_maml_guard.phase.rungs import Slopes
 from lightning_maml_guard.stability.hvp import MeasurementCache
 from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.stability.options import CurvatureOptions
-from lightning_maml_guard.stability.problems import Problem, ProblemSource, owners, state_problem
+from lightning_maml_guard.stability.problems import (
+    Problem,
+    ProblemSource,
+    accumulated,
+    at_alpha,
+    first_batch,
+    owners,
+    state_problem,
+)
 from lightning_maml_guard.stability.report import StabilityReport
+from lightning_maml_guard.tuner.ladder import LadderOptions
+from lightning_maml_guard.tuner.search import UNITS, LadderSearch
 from lightning_maml_guard.tuner.suggestion import RateSuggestion
 from lightning_maml_guard.utils.isolation import isolated
-from lightning_maml_guard.utils.lightning_compat import Callback
+from lightning_maml_guard.utils.lightning_compat import plan_of
 
-_HALVINGS = 10
+# Batches that are set aside to judge on where a loader has too few for every rung's steps, and those it needs for that.
+_HELD, _ENOUGH_TO_HOLD = 4, 8
+# Batches of such a loader that are kept, and gone through again and again.
+_KEPT = 64
+# Factor within which an inner rate of the ladder gives way to the configured one.
+_NEAR = 1.3
 
 
-class MeasureAtStart(Callback):
-    """Measures where training would start, and lets it end there.
+@dataclass(frozen=True)
+class Finder:
+    """Finds rates where a training would start.
 
-    Attributes:
-        found: The suggestion; None as long as there was no batch.
+    Args:
+        draw: From a Trainer to its training batches, without end, on its device.
+        problem: States a batch's problem; None for the module's own way.
+        curvature: How to measure.
+        lookahead: How the configured rates are judged.
+        ladder: How rates are tried.
+        margin: Share of the largest meta rate that trains.
+        batches: Optimizer steps to measure.
     """
+
+    draw: Callable[[Any], Iterator[Any]]
+    problem: ProblemSource | None
+    curvature: CurvatureOptions
+    lookahead: LookaheadOptions
+    ladder: LadderOptions
+    margin: float
+    batches: int
+
+    def find(self, trainer: Any, pl_module: Any) -> RateSuggestion | None:
+        """Measure and try; None if there is no batch. Raises a ValueError if there is no optimizer."""
+        began = time.perf_counter()
+        optimizers = [each for each in trainer.optimizers if any(group["params"] for group in each.param_groups)]
+        if not optimizers:
+            raise ValueError(
+                f"Expected configure_optimizers of {type(pl_module).__name__} to return an optimizer but got none: "
+                "there is no rate to judge. Return one, such as torch.optim.SGD(self.parameters(), lr=0.1)."
+            )
+        ahead = read_ahead(plan_of(trainer), optimizers, 0)
+        with isolated(pl_module), _at_the_peak(optimizers, ahead.setting):
+            torch.manual_seed(0)
+            drawn = self._problems(trainer, pl_module)
+            steps = trainer.num_training_batches / trainer.accumulate_grad_batches
+            problems = list(itertools.islice(drawn, math.ceil(min(self.batches, steps))))
+            if not problems:
+                return None
+            owned = [optimizers[index] for index in owners(problems[0], optimizers)]
+            found = _Suggesting(self, problems, drawn, owned, trainer).suggest()
+        return replace(found, setting=ahead.setting, seconds=time.perf_counter() - began)
+
+    def _problems(self, trainer: Any, pl_module: Any) -> Iterator[Problem]:
+        """State the problem of every optimizer step: one batch, or those that the run accumulates."""
+        stated = (state_problem(self.problem, pl_module, batch, i) for i, batch in enumerate(self.draw(trainer)))
+        while parts := list(itertools.islice(stated, trainer.accumulate_grad_batches)):
+            yield accumulated(parts)
+
+
+@contextmanager
+def _at_the_peak(optimizers: Sequence[Optimizer], setting: str) -> Iterator[None]:
+    """Set the rates to which a schedule goes: one that warms up has put its first, low rate there already."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    kept = [group["lr"] for group in groups]
+    try:
+        for group in groups:
+            group["lr"] = group.get("max_lr" if setting == "max_lr" else "initial_lr", group["lr"])
+        yield
+    finally:
+        for group, rate in zip(groups, kept, strict=True):
+            group["lr"] = rate
+
+
+class _Suggesting:
+    """One search for rates."""
 
     def __init__(
         self,
-        draw: Callable[[Any], Iterator[Any]],
-        problem: ProblemSource | None,
-        curvature: CurvatureOptions,
-        lookahead: LookaheadOptions,
-        margin: float,
+        finder: Finder,
+        problems: list[Problem],
+        drawn: Iterator[Problem],
+        optimizers: list[Optimizer],
+        trainer: Any,
     ) -> None:
-        super().__init__()
-        self.draw, self.problem, self.margin = draw, problem, margin
-        self.curvature, self.lookahead = curvature, lookahead
-        self.found: RateSuggestion | None = None
+        self._finder, self._problems, self._drawn = finder, problems, drawn
+        self._optimizers, self._trainer = optimizers, trainer
         self._cache = MeasurementCache()
-        self._resampled = True
+        self._resampled = len(problems) < 2 or not _same(problems[0], problems[1])
+        self._notes: list[Reason] = []
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Measure. Raises a ValueError if there is no optimizer."""
-        trainer.should_stop = True
-        optimizers = [each for each in trainer.optimizers if any(group["params"] for group in each.param_groups)]
-        kind = type(pl_module).__name__
-        if not optimizers:
-            raise ValueError(
-                f"Expected configure_optimizers of {kind} to return an optimizer but got none: there is no rate to "
-                "judge. Return one, such as torch.optim.SGD(self.parameters(), lr=0.1)."
-            )
-        for group in itertools.chain.from_iterable(each.param_groups for each in optimizers):
-            # A scheduler that warms up has put its first, low rate there already.
-            group["lr"] = group.get("initial_lr", group["lr"])
-        with isolated(pl_module):
-            problems = [state_problem(self.problem, pl_module, b, i) for i, b in enumerate(self.draw(trainer))]
-            if not problems:
-                return
-            self._resampled = len(problems) < 2 or not _same(problems[0], problems[1])
-            owned = owners(problems[0], optimizers)
-            self.found = self._suggest(problems, [optimizers[index] for index in owned], trainer)
-
-    def _suggest(self, problems: Sequence[Problem], optimizers: Sequence[Optimizer], trainer: Any) -> RateSuggestion:
-        reports = self._measured(problems, optimizers)
+    def suggest(self) -> RateSuggestion:
+        reports = self._measured(self._problems)
         judged = max(reports, key=_ratio)
-        lookahead, notes = self._lookahead(problems, optimizers, trainer)
-        status, findings = judged.status, judged.findings
-        ratio = self.lookahead.divergence_ratio
-        if lookahead is not None:
-            present, scale, severe = lookahead.judged(Caps(), Scale(), ratio)
-            status = advance(Watch(), judged.status, severe, ratio=ratio).state
-            if fails(severe, ratio):
-                seen = lookahead_reason(present, scale.start, judged.alpha, judged.beta)
-                findings = (*findings, seen)
-        alpha_c = _smallest(report.alpha_c for report in reports)
-        alpha = self._alpha(judged.alpha, alpha_c, notes)
+        status, findings = self._judged(judged)
+        ladder = self._climbed(judged, reports)
+        alpha, beta, losses = judged.alpha, math.nan, (math.nan, math.nan)
+        if ladder is not None:
+            best = ladder.best
+            if best is None:
+                self._notes.append(Reason(Kind.NO_RATE_TRAINS, steps=ladder.steps))
+            else:
+                alpha, beta = float(ladder.alphas[best]), self._finder.margin * float(ladder.largest[best])
+                losses = (float(ladder.start[best]), float(ladder.raced[best]))
         at = reports
         if alpha != judged.alpha and not math.isnan(alpha):
-            at = self._measured([_at(problem, alpha) for problem in problems], optimizers)
-        beta_c = _smallest(report.beta_c for report in at)
+            at = self._measured([at_alpha(problem, alpha) for problem in self._problems])
         noise = _smallest(report.beta_c_noise for report in at) if self._resampled else math.nan
-        limit = _smallest((beta_c, noise)) if not math.isnan(beta_c) else math.nan
-        beta = self.margin * limit if 0 < limit < math.inf else math.nan
-        if math.isnan(beta):
-            notes += list({reason.key: reason for reason in map(_no_beta, at)}.values())
-        losses = (math.nan, math.nan)
-        if lookahead is not None:
-            beta, losses = self._tried(lookahead, alpha, beta, notes)
         return RateSuggestion(
             alpha=alpha,
             beta=beta,
-            alpha_c=alpha_c,
-            beta_c=beta_c,
+            alpha_c=_smallest(report.alpha_c for report in reports),
+            beta_c=_smallest(report.beta_c for report in at),
             beta_c_noise=noise,
             configured_alpha=judged.alpha,
             configured_beta=judged.beta,
             status=status,
             findings=findings,
-            margin=self.margin,
-            notes=tuple(notes),
+            margin=self._finder.margin,
+            notes=tuple(self._notes),
             reports=tuple(reports),
             suggested_reports=tuple(at),
-            lookahead=losses,
-            lookahead_steps=self.lookahead.steps,
+            ladder=ladder,
+            losses=losses,
         )
 
-    def _measured(self, problems: Sequence[Problem], optimizers: Sequence[Optimizer]) -> list[StabilityReport]:
-        found = [measure(each, optimizer=optimizers, curvature=self.curvature, cache=self._cache) for each in problems]
+    def _measured(self, problems: Sequence[Problem]) -> list[StabilityReport]:
+        curvature, cache = self._finder.curvature, self._cache
+        found = [measure(each, optimizer=self._optimizers, curvature=curvature, cache=cache) for each in problems]
         return [replace(report, step=index) for index, report in enumerate(found)]
 
-    def _lookahead(
-        self, problems: Sequence[Problem], optimizers: Sequence[Optimizer], trainer: Any
-    ) -> tuple[Lookahead | None, list[Reason]]:
-        steps = self.lookahead.steps
-        if not steps:
-            return None, []
+    def _judged(self, judged: StabilityReport) -> tuple[str, tuple[Reason, ...]]:
+        """The status of the configured rates, with a lookahead as a guard makes it, and why."""
+        options = self._finder.lookahead
+        if not options.steps:
+            return judged.status, judged.findings
         try:
-            return lookahead_of(problems, optimizers, steps, trainer, self._cache), []
+            lookahead = lookahead_of(self._problems, self._optimizers, options.steps, self._trainer, self._cache)
         except ClosureError as error:
-            return None, [Reason(Kind.NO_LOOKAHEAD, effect="before training", detail=str(error))]
+            self._notes.append(Reason(Kind.NO_LOOKAHEAD, effect="before training", detail=str(error)))
+            return judged.status, judged.findings
+        ratio = options.divergence_ratio
+        present, scale, severe = lookahead.judged(Caps(), Scale(), ratio)
+        status = advance(Watch(), judged.status, severe, ratio=ratio).state
+        if not fails(severe, ratio):
+            return status, judged.findings
+        return status, (*judged.findings, lookahead_reason(present, scale.start, judged.alpha, judged.beta))
 
-    def _alpha(self, configured: float, alpha_c: float, notes: list[Reason]) -> float:
-        if math.isnan(configured) or 0 < alpha_c < math.inf:
-            return self.margin * alpha_c
-        notes.append(Reason(Kind.NO_ALPHA_LIMIT))
-        return configured
-
-    def _tried(
-        self, lookahead: Lookahead, alpha: float, beta: float, notes: list[Reason]
-    ) -> tuple[float, tuple[float, float]]:
-        """Halve ``beta`` until the loss survives the lookahead; returns it with the losses before and after."""
-        inner = alpha / lookahead.alpha if lookahead.alpha > 0 else 1.0
-        given = lookahead.beta if math.isnan(beta) else beta
-        tries = 1 if math.isnan(beta) else _HALVINGS
-        for halved in range(tries):
-            factor = given * 0.5**halved / lookahead.beta if lookahead.beta > 0 else 1.0
-            result = lookahead.run(inner, factor)
-            severe = Scale().over(result.losses).severity(result.end)
-            if not fails(severe, self.lookahead.divergence_ratio):
-                break
+    def _climbed(self, judged: StabilityReport, reports: Sequence[StabilityReport]) -> RateLadder | None:
+        """Try rates; None, with a note, where that cannot be done."""
+        options = self._finder.ladder
+        unknown = next((each for each in listed(self._optimizers) if type(each) not in BY_ENTRY), None)
+        if not options.steps:
+            detail = "the ladder has no steps"
+        elif unknown is not None:
+            detail = f"the step of {type(unknown).__name__} is not one of a rate for each run"
+        elif not 0 < judged.beta < math.inf:
+            detail = f"the configured one is {judged.beta:g}, so the proportions of the groups are not known"
         else:
-            if not math.isnan(beta):
-                notes.append(Reason(Kind.NO_BETA_SURVIVES, value=beta, beta=beta * 0.5**halved))
-            return math.nan, (result.begin, result.end)
-        if halved:
-            notes.append(Reason(Kind.BETA_HALVED, beta=beta, margin=self.margin, steps=halved))
-        return beta * 0.5**halved, (result.begin, result.end)
+            clip, hook, seen = run_clipping(self._trainer)
+            if not seen:
+                self._notes.append(Reason(Kind.CLIPPING_NOT_SEEN))
+            alphas = options.alphas or _alphas(judged.alpha, reports, first_batch(self._problems[0]))
+            slopes = Slopes(self._cache.map_of(self._problems[0]))
+            return LadderSearch(
+                *self._stream(), self._optimizers, alphas, options, self._finder.margin, slopes, clip, hook
+            ).find()
+        self._notes.append(Reason(Kind.NO_BETA_SUGGESTED, effect="not tried", detail=detail))
+        return None
+
+    def _stream(self) -> tuple[Iterator[Problem], list[Problem], bool]:
+        """The problems to train on, those set aside to judge on, and whether every one is new."""
+        count = self._trainer.num_training_batches / self._trainer.accumulate_grad_batches
+        ladder = self._finder.ladder
+        if not self._resampled:
+            return itertools.cycle(self._problems[:1]), [], False
+        if count >= self._finder.batches + ladder.steps + ladder.longest + 1:
+            return self._drawn, [], True
+        kept = [*self._problems, *itertools.islice(self._drawn, max(min(int(count), _KEPT) - len(self._problems), 0))]
+        if len(kept) < _ENOUGH_TO_HOLD:
+            return itertools.cycle(kept), [], False
+        return itertools.cycle(kept[_HELD:]), kept[:_HELD], False
+
+
+def _alphas(configured: float, reports: Sequence[StabilityReport], problem: Problem) -> list[float]:
+    """The inner rates to try: some around what the curvature says, and the configured one."""
+    if math.isnan(configured):
+        return [math.nan]
+    sharpest = [report.lambda_max for report in reports if 0 < report.lambda_max < math.inf]
+    plain = isinstance(problem, MetaProblem) and problem.inner_update is None
+    unit = 1 / median(sharpest) if sharpest and plain else (configured or 1.0) / UNITS[len(UNITS) // 2]
+    others = [unit * factor for factor in UNITS]
+    if not configured > 0:
+        return others
+    return [configured, *(each for each in others if not 1 / _NEAR < each / configured < _NEAR)]
 
 
 def _smallest(limits: Any) -> float:
@@ -183,22 +263,3 @@ def _comparable(values: Tensor) -> Tensor:
 
 def _ratio(report: StabilityReport) -> float:
     return max(ratio if not math.isnan(ratio) else -1.0 for ratio in (report.alpha_ratio, report.beta_ratio))
-
-
-def _at(problem: Problem, alpha: float) -> Problem:
-    if not isinstance(problem, MetaProblem):
-        return problem
-    if problem.uniform:
-        return replace(problem, inner_lr=alpha)
-    return problem.at_factor(alpha / problem.alpha if problem.alpha > 0 else 1.0)
-
-
-def _no_beta(report: StabilityReport) -> Reason:
-    """Why a report gives no meta rate."""
-    if report.beta_c == 0:
-        return Reason(Kind.NO_BETA_SUGGESTED, effect="none is stable", detail="none is stable")
-    if report.beta_c == math.inf:
-        return Reason(Kind.NO_BETA_SUGGESTED, effect="nothing limits it", detail="nothing limits it")
-    because = next((each for each in report.findings if each.rate == "beta"), next(iter(report.findings), None))
-    key = "" if because is None else because.key
-    return Reason(Kind.NO_BETA_SUGGESTED, because=because, detail=key)

@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,14 +15,15 @@ from torch.utils._pytree import tree_leaves
 from lightning_maml_guard.lookahead.lookahead import LookaheadOptions, check_lookahead
 from lightning_maml_guard.stability.options import CurvatureOptions, check_curvature
 from lightning_maml_guard.stability.problems import ProblemSource, has_meta_problem
-from lightning_maml_guard.tuner.at_start import MeasureAtStart
+from lightning_maml_guard.tuner.at_start import Finder
+from lightning_maml_guard.tuner.ladder import LadderOptions, check_ladder
 from lightning_maml_guard.tuner.suggestion import RateSuggestion
 from lightning_maml_guard.utils.checks import check_count, check_number, shown
-from lightning_maml_guard.utils.lightning_compat import inform_less, tools_for
+from lightning_maml_guard.utils.lightning_compat import Callback, inform_less, tools_for
 from lightning_maml_guard.utils.random_state import preserved_randomness
 
 # The sharpest task and not the mean: one task beyond its limit can end a run.
-_WORST_TASK = CurvatureOptions(tasks="worst")
+WORST_TASK = CurvatureOptions(tasks="worst")
 
 
 def suggest_rates(
@@ -29,51 +31,52 @@ def suggest_rates(
     datamodule: Any = None,
     *,
     batches: int = 4,
-    margin: float = 0.5,
+    margin: float = 0.25,
     problem: ProblemSource | None = None,
-    curvature: CurvatureOptions = _WORST_TASK,
+    curvature: CurvatureOptions = WORST_TASK,
     lookahead: LookaheadOptions = LookaheadOptions(),  # noqa: B008 (frozen)
+    ladder: LadderOptions = LadderOptions(),  # noqa: B008 (frozen)
     accelerator: str = "auto",
     precision: str | int | None = None,
     gradient_clip_val: float | None = None,
     gradient_clip_algorithm: str | None = None,
+    accumulate_grad_batches: int = 1,
 ) -> RateSuggestion:
-    """Measure the critical rates before training, and suggest a pair inside them.
+    """Try rates before training, on copies, and suggest a pair that trains.
 
-    Works on a copy of the module: a Trainer of its own prepares and sets up the data, moves the copy to the device,
-    builds its optimizer and draws the first training batches; nothing is trained, and module, random states and data
-    stay as they were. Each batch is measured as :class:`~lightning_maml_guard.ConvergenceGuard` does before its first
-    step. ``alpha`` is suggested at ``margin`` times the smallest ``alpha_c`` over the batches, ``beta`` at ``margin``
-    times the smallest ``beta_c`` *at that* ``alpha``; where batches bring new tasks, at ``margin`` times the
-    mean-square limit ``beta_c_noise`` if that is smaller. The pair is then tried for ``lookahead.steps`` steps on
-    copies, and ``beta`` halved until the loss survives.
+    Works on a copy of the module: a Trainer of its own prepares and sets up the data, moves the copy to the device and
+    builds its optimizer; module, random states and data stay as they were. Pairs of an inner rate ``alpha`` and a meta
+    rate ``beta`` are trained side by side for ``ladder.steps`` steps, each from the initial parameters with the run's
+    own optimizer, its groups, weight decay and clipping, at constant rates (under a schedule: where it peaks), on
+    batches as the data gives them. Each loss is that of batches no rung has trained on. Rungs whose loss leaves are
+    dropped. At each ``alpha`` the largest ``beta`` that trains, with all below it, is looked for on three streams of
+    batches; the smallest counts, and ``beta`` is suggested at ``margin`` of it. Of the inner rates, those whose pairs
+    end lower are trained on, up to four times as long; the one that ends lowest is suggested.
 
-    The smallest limit and not the median, and the sharpest task's ``alpha_c`` and not the mean's, because one task
-    beyond its limit can end a run: of 8 sinusoid runs (4 tasks per step, 300 steps of SGD, 4 seeds without and 4 with
-    momentum 0.9) 7 stayed finite at the suggested pairs; at half of the mean task loss's limits all 3 that were tried
-    with momentum diverged. The numbers are those of the initialisation: curvature often grows while the network trains;
-    that is what the margin is for, and what a guard then watches.
-
-    Adam, AdamW, NAdam, RMSprop and Adagrad have no second moment before their first step, hence no preconditioned
-    Jacobian and no ``beta_c``: no meta rate is suggested for them. The lookahead takes the configured one instead.
+    A quarter, because a few steps find a rate up to about twice too high for a whole run, and what trains at one rate
+    nearly always trains at half of it: ``python -m benchmarks.suggest`` has the figures. The critical rates at the
+    initialisation are measured and reported beside it. They explain why a rate diverges at once, and bound neither
+    rate: training itself lowers the curvature, to about ``2/alpha`` in the best runs.
 
     Args:
         module: A ``MetaLearningModule``, another LightningModule with ``meta_problem`` or ``problem``, or any with
             automatic optimisation, whose ``training_step`` is then plain training: ``beta`` only.
         datamodule: A LightningDataModule, a dataloader, or None for the module's own ``train_dataloader``.
-        batches: Training batches to measure.
-        margin: Fraction of the critical values to suggest, between 0 and 1.
+        batches: Optimizer steps whose batches are measured.
+        margin: Share of the largest meta rate that trains to suggest, between 0 and 1.
         problem: ``(module, batch) -> MetaProblem``, for modules that have no ``meta_problem``.
         curvature: How to measure; by default that of the sharpest (``"worst"``) task of a batch.
-        lookahead: How the pair is tried; ``steps=0``: not at all. ``batches`` and ``triggers`` do not apply.
+        lookahead: How the configured pair is judged; ``steps=0``: by its limits alone. ``batches`` and ``triggers`` do
+            not apply.
+        ladder: How rates are tried.
         accelerator: Lightning's name of the accelerator.
         precision: The run's, as its Trainer takes it.
-        gradient_clip_val: The run's, as its Trainer takes it; the lookahead clips with it. The limits are those of
-            unclipped gradients, and those of a single batch where the run accumulates several.
+        gradient_clip_val: The run's, as its Trainer takes it. The critical rates are those of unclipped gradients.
         gradient_clip_algorithm: The run's, as its Trainer takes it.
+        accumulate_grad_batches: The run's, as its Trainer takes it: every step averages so many batches.
 
     Returns:
-        The suggestion, with ``.suggestion()``, ``.plot()`` and a readable ``str``.
+        The suggestion, with ``.suggestion()``, ``.plot()``, ``.apply(module)`` and a readable ``str``.
 
     Raises:
         TypeError: If ``module`` is no LightningModule or cannot be copied, or if ``datamodule`` gives no batches.
@@ -82,25 +85,27 @@ def suggest_rates(
 
     Example:
         >>> import torch
-        >>> from lightning_maml_guard import MetaLearningModule, TaskDataModule, suggest_rates
+        >>> from lightning_maml_guard import LadderOptions, MetaLearningModule, TaskDataModule, suggest_rates
         >>> from lightning_maml_guard.networks import mlp
         >>> from lightning_maml_guard.tasks.regression import Sinusoid
         >>> sgd = lambda parameters: torch.optim.SGD(parameters, lr=1.0)
-        >>> found = suggest_rates(MetaLearningModule(mlp(), optimizer=sgd), TaskDataModule(Sinusoid()))
+        >>> quick = LadderOptions(steps=10, alphas=(0.01, 0.02), progress=False)
+        >>> found = suggest_rates(MetaLearningModule(mlp(), optimizer=sgd), TaskDataModule(Sinusoid()), ladder=quick)
         >>> alpha, beta = found.suggestion()
-        >>> 0 < alpha < found.alpha_c, 0 < beta < found.beta_c
+        >>> alpha in (0.01, 0.02), 0 < beta < 1
         (True, True)
     """
     check_count("batches", batches)
+    check_count("accumulate_grad_batches", accumulate_grad_batches)
     check_number("margin", margin, above=0, below=1)
     check_curvature(curvature)
     check_lookahead(lookahead)
+    check_ladder(ladder)
     trainer_class, combined_loader = tools_for(module, "module")
     _check_sources(module, datamodule, problem)
-    with preserved_randomness(), inform_less(), _kept(datamodule):
-        start = MeasureAtStart(
-            lambda trainer: _batches(trainer, combined_loader, batches), problem, curvature, lookahead, margin
-        )
+    with preserved_randomness(), inform_less(), data_kept(datamodule):
+        draw = partial(training_batches, combined_loader)
+        start = _FindAtStart(Finder(draw, problem, curvature, lookahead, ladder, margin, batches))
         trainer = trainer_class(
             max_epochs=1,
             accelerator=accelerator,
@@ -108,6 +113,7 @@ def suggest_rates(
             precision=precision,
             gradient_clip_val=gradient_clip_val,
             gradient_clip_algorithm=gradient_clip_algorithm,
+            accumulate_grad_batches=accumulate_grad_batches,
             callbacks=[start],
             limit_val_batches=0,
             num_sanity_val_steps=0,
@@ -125,12 +131,37 @@ def suggest_rates(
     return start.found
 
 
-def _batches(trainer: Any, combined_loader: Any, count: int) -> Iterator[Any]:
+class _FindAtStart(Callback):
+    """Finds rates where training would start, and lets it end there."""
+
+    def __init__(self, finder: Finder) -> None:
+        super().__init__()
+        self._finder = finder
+        self.found: RateSuggestion | None = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        trainer.should_stop = True
+        self.found = self._finder.find(trainer, pl_module)
+
+
+def training_batches(combined_loader: Any, trainer: Any) -> Iterator[Any]:
+    """Yield a Trainer's training batches on its device, epoch after epoch; nothing if there is none."""
     loaders = combined_loader(trainer.train_dataloader, "max_size_cycle")
-    for batch, _, _ in itertools.islice(iter(loaders), count):
-        _check_values(batch)
-        yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
-    loaders.reset()
+    samplers: list[Any] = [getattr(loader, "sampler", None) for loader in tree_leaves(trainer.train_dataloader)]
+    try:
+        for epoch in itertools.count():
+            for sampler in samplers:
+                if callable(getattr(sampler, "set_epoch", None)):
+                    sampler.set_epoch(epoch)
+            drawn = 0
+            for batch, _, _ in iter(loaders):
+                drawn += 1
+                _check_values(batch)
+                yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+            if not drawn:
+                return
+    finally:
+        loaders.reset()
 
 
 def _check_values(batch: Any) -> None:
@@ -157,7 +188,7 @@ def _copied(module: Any) -> Any:
 
 
 @contextmanager
-def _kept(datamodule: Any) -> Iterator[None]:
+def data_kept(datamodule: Any) -> Iterator[None]:
     """Put a datamodule's Trainer and the generators of loaders back on leaving."""
     attached = getattr(datamodule, "trainer", None)
     # Before the Trainer sees them: it draws from a loader's generator when it checks that it can be iterated.
@@ -177,13 +208,18 @@ def _kept(datamodule: Any) -> Iterator[None]:
             generator.set_state(state)
 
 
-def _check_sources(module: Any, datamodule: Any, problem: Any) -> None:
-    kind = type(module).__name__
+def check_problem(problem: Any) -> None:
+    """Raise a ValueError if ``problem`` is no function."""
     if problem is not None and not callable(problem):
         raise ValueError(
             f"Expected argument `problem` to be a function (module, batch) -> MetaProblem but got {shown(problem)}. "
             "Pass such a function, or None for the module's own `meta_problem`."
         )
+
+
+def _check_sources(module: Any, datamodule: Any, problem: Any) -> None:
+    kind = type(module).__name__
+    check_problem(problem)
     if problem is None and not has_meta_problem(module) and not module.automatic_optimization:
         raise ValueError(
             f"Expected {kind} to state its problem, for with manual optimisation its training_step takes optimizer "

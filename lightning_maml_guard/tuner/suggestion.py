@@ -6,26 +6,29 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from lightning_maml_guard import plots
 from lightning_maml_guard.messages.reasons import Reason
 from lightning_maml_guard.messages.sentences import sentences
 from lightning_maml_guard.messages.spelling import block
-from lightning_maml_guard.plots.style import LIMIT_COLOUR, MARKER_COLOUR, MARKER_EDGE
+from lightning_maml_guard.phase.ladder import RateLadder
+from lightning_maml_guard.plots.style import LIMIT_COLOUR, MARKER_COLOUR, MARKER_EDGE, axes_side_by_side
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import EDGE, UNRESOLVED
 
 
 @dataclass(frozen=True)
 class RateSuggestion:
-    """The critical rates at initialisation, and a pair of rates inside them.
+    """A pair of rates that trains, and the critical rates at initialisation.
 
     Attributes:
-        alpha: Suggested inner rate, ``margin * alpha_c``; ``nan`` in plain training.
-        beta: Suggested meta rate, ``margin`` times the smaller of ``beta_c`` and ``beta_c_noise``, halved until a
-            lookahead survives; ``nan`` where theory gives none (Adam and its kin before their first step, curvature
-            that could not be measured): ``notices`` say why.
+        alpha: Suggested inner rate; ``nan`` in plain training.
+        beta: Suggested meta rate, ``margin`` times the largest that trains at that inner rate; under a schedule its
+            peak. ``nan`` where no rates could be tried or none trains: ``notices`` say why.
         alpha_c: Smallest critical inner rate over the batches, as configured.
-        beta_c: Smallest critical meta rate over the batches, at the suggested ``alpha``.
+        beta_c: Smallest critical meta rate over the batches, at the suggested ``alpha``; ``nan`` where it is not known
+            (Adam and its kin before their first step, curvature that could not be measured).
         beta_c_noise: Smallest meta rate over the batches below which the mean square shrinks when every step draws new
             tasks, at the suggested ``alpha``; ``nan`` where every step has the same, or one.
         configured_alpha: The module's inner rate; ``nan`` in plain training.
@@ -33,13 +36,14 @@ class RateSuggestion:
         status: Of the configured rates, by the batch nearest to its limits and a lookahead as a guard makes it:
             ``"safe"``, ``"edge"``, ``"unsafe"`` or ``"unresolved"``.
         findings: Why, and what to do, as data; ``reasons`` has them in words.
-        margin: Fraction of the critical values that is suggested.
+        margin: Share of the largest meta rate that is suggested.
         notes: What the reader of the suggestion should know, as data; ``notices`` has it in words.
         reports: The measurement of each batch with the rates as configured; ``step`` is the batch's number.
         suggested_reports: The measurement of each batch at the suggested ``alpha``.
-        lookahead: Loss before and after the next steps, tried on copies at the suggested rates (the configured meta
-            rate where none is suggested); ``nan`` without a lookahead.
-        lookahead_steps: Number of those steps.
+        ladder: The rates that were tried; None where none were.
+        losses: Loss before training and after ``ladder.race_steps`` steps at the suggested pair; ``nan`` without one.
+        setting: The argument that ``beta`` is for: ``"lr"``, or a cyclic schedule's ``"max_lr"``.
+        seconds: Wall time of it all.
     """
 
     alpha: float
@@ -55,8 +59,10 @@ class RateSuggestion:
     notes: tuple[Reason, ...]
     reports: tuple[StabilityReport, ...]
     suggested_reports: tuple[StabilityReport, ...]
-    lookahead: tuple[float, float]
-    lookahead_steps: int
+    ladder: RateLadder | None
+    losses: tuple[float, float]
+    setting: str = "lr"
+    seconds: float = math.nan
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -76,76 +82,107 @@ class RateSuggestion:
         """
         return self.alpha, self.beta
 
-    def plot(self, ax: Any = None) -> tuple[Any, Any]:
-        """Draw the safe region of every batch, with the configured and the suggested rates.
+    def apply(self, module: Any, alpha: str | None = None, beta: str | None = None) -> None:
+        """Set the pair in a module, before ``trainer.fit``; also in its ``hparams``, where those hold the rates.
 
-        The filled region is that of the batch with the smallest limits. Where no limit of the optimizer is known yet,
-        the region is that of the simplified criterion for plain SGD.
+        Of a ``MetaLearningModule`` the inner rates (learned ones and those of each step keep their proportions) and
+        the rate of the optimizer that it makes, whose groups keep theirs. Of another module the attributes, its own or
+        of its ``hparams``, that ``configure_optimizers`` and the training step read.
 
         Args:
-            ax: Axes to draw on (default: a new figure).
-
-        Returns:
-            ``(fig, ax)``.
+            module: The module.
+            alpha: Name of the inner rate (default: ``inner_lr``, else ``alpha``).
+            beta: Name of the learning rate (default: ``lr``, else ``learning_rate``).
 
         Raises:
-            ValueError: In plain training, or if no batch had a finite limit.
+            ValueError: If there is no such attribute, or nothing is suggested.
+        """
+        from lightning_maml_guard.tuner.applied import apply_rates  # which needs Lightning
+
+        apply_rates(self, module, alpha, beta)
+
+    def plot(self, ax: Any = None) -> tuple[Any, Any]:
+        """Draw the loss over ``beta`` for each ``alpha`` that was tried, with the suggestion marked.
+
+        Beside it, where ``ax`` is not given, the safe region of every batch, with the configured and the suggested
+        rates. The filled region is that of the batch with the smallest limits. Where no limit of the optimizer is known
+        yet, the region is that of the simplified criterion for plain SGD.
+
+        Args:
+            ax: Axes for the ladder (default: a new figure).
+
+        Returns:
+            ``(fig, ax)`` of the ladder; the safe region's axes are ``fig.axes[1]``.
+
+        Raises:
+            ValueError: If no rates were tried.
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        if math.isnan(self.configured_alpha):
-            raise ValueError(
-                f"Plain training has no inner rate, so there is no region to draw but got plot() of one: beta_c = "
-                f"{self.beta_c:.3g} is its only limit. Print the suggestion instead."
-            )
+        if self.ladder is None:
+            raise ValueError("There is no ladder to draw: no rates were tried. Print the suggestion, which says why.")
+        beside = None
+        if ax is None:
+            regions = not math.isnan(self.configured_alpha) and any(map(_has_limits, self.suggested_reports))
+            ax, beside = axes_side_by_side(2 if regions else 1)
+        figure, axes = plots.rate_ladder(self.ladder, self.suggestion(), ax)
+        if beside is not None:
+            self._draw_region(beside)
+        return figure, axes
+
+    def _draw_region(self, ax: Any) -> None:
         # Without their meta rate: what is marked are the configured and the suggested pair, not the mixture measured.
         measured = [replace(report, beta=math.nan) for report in self.suggested_reports]
         measured.sort(key=lambda report: -_reach(report))
         figure, axes = plots.safe_region(measured, ax, rates=[self.beta, self.configured_beta], which="smallest")
         if len(measured) > 1:
             figure.axes[-1].set(ylabel="batch", yticks=range(len(measured)))
-        beta, name = self.beta, "suggested rates"
-        if math.isnan(beta):
-            beta, name = self.configured_beta, "suggested alpha, configured beta"
         marks = {"edgecolors": MARKER_EDGE, "linewidths": 0.6, "zorder": 7}
         axes.scatter(self.configured_alpha, self.configured_beta, color=MARKER_COLOUR, s=36, **marks)
-        axes.scatter(self.alpha, beta, marker="*", s=180, color=LIMIT_COLOUR, label=name, **marks)
+        if not math.isnan(self.beta):
+            star = {"marker": "*", "s": 180, "color": LIMIT_COLOUR, "label": "suggested rates"}
+            axes.scatter(self.alpha, self.beta, **star, **marks)
         axes.set_title("Safe region before training")
         axes.legend(loc="best", frameon=True, framealpha=0.9)
-        return figure, axes
 
     def __str__(self) -> str:
         over = _counted(len(self.reports), "batch", "batches")
-        lines = [f"Rates before training, over {over} (the smallest limits count; margin {self.margin:g}):"]
+        tried = "no rates were tried"
+        if self.ladder is not None:
+            pairs = int(np.isfinite(self.ladder.alphas).sum() or 1) * len(self.ladder.betas)
+            tried = f"{self.ladder.taken} steps at up to {pairs} pairs of rates on copies, {self.seconds:.1f} s"
+        lines = [f"Rates before training ({tried}; critical values over {over}):"]
         if not math.isnan(self.configured_alpha):
             lines.append(
                 f"  inner rate alpha: configured {self.configured_alpha:.3g}, alpha_c {self.alpha_c:.3g}, "
                 f"suggested {self.alpha:.3g}"
             )
-        beta_c = f"beta_c {self.beta_c:.3g}" if not math.isnan(self.beta_c) else "beta_c not known"
+        where = "" if math.isnan(self.configured_alpha) else " at the suggested alpha"
+        beta_c = f"beta_c {self.beta_c:.3g}{where}" if not math.isnan(self.beta_c) else "beta_c not known"
         if not math.isnan(self.beta_c_noise):
             beta_c += f" ({self.beta_c_noise:.3g} while every step draws new tasks)"
-        where = "" if math.isnan(self.configured_alpha) else " at the suggested alpha"
-        said = f"suggested {self.beta:.3g}" if not math.isnan(self.beta) else "none suggested"
+        said = "none suggested"
+        if not math.isnan(self.beta):
+            said = f"largest that trains {self.beta / self.margin:.3g}, suggested {self.beta:.3g}"
         kind = "learning rate beta" if math.isnan(self.configured_alpha) else "meta rate beta"
-        lines.append(f"  {kind}: configured {self.configured_beta:.3g}, {beta_c}{where}, {said}")
-        if not math.isnan(self.lookahead[0]):
-            beta = self.configured_beta if math.isnan(self.beta) else self.beta
-            pair = f"beta = {beta:.3g}" if math.isnan(self.alpha) else f"alpha = {self.alpha:.3g} and beta = {beta:.3g}"
+        lines.append(f"  {kind}: configured {self.configured_beta:.3g}, {beta_c}, {said}")
+        if self.ladder is not None and not math.isnan(self.losses[0]):
+            on = "the batches trained on" if self.ladder.repeated else "batches not trained on"
             lines.append(
-                f"  {_counted(self.lookahead_steps, 'step', 'steps')} tried on copies at {pair}: the loss goes from "
-                f"{self.lookahead[0]:.3g} to {self.lookahead[1]:.3g}"
+                f"  at the suggested {'rate' if math.isnan(self.alpha) else 'pair'} the loss of {on} goes from "
+                f"{self.losses[0]:.3g} to {self.losses[1]:.3g} in {self.ladder.race_steps} steps"
             )
         words = {EDGE: "are at the edge", UNRESOLVED: "could not be judged in full"}
         state = words.get(self.status, f"are {self.status}")
-        # What keeps a rate from being judged also keeps it from being suggested: said once.
-        told = {note.because.key for note in self.notes if note.because is not None}
-        verdict = sentences([each for each in self.findings if each.key not in told])
-        ending = [" ".join([f"The configured rates {state}.", *verdict]), *self.notices]
+        ending = [" ".join([f"The configured rates {state}.", *self.reasons]), *self.notices]
         return "\n".join([*lines, *map(block, ending)])
 
 
 def _counted(number: int, one: str, many: str) -> str:
     return f"{number} {one if number == 1 else many}"
+
+
+def _has_limits(report: StabilityReport) -> bool:
+    return report.lambda_max > 0
 
 
 def _reach(report: StabilityReport) -> float:

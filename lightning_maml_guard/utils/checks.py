@@ -44,7 +44,13 @@ def check_count(name: str, value: Any, least: int = 1, most: float = sys.maxsize
 
 
 def check_number(
-    name: str, value: Any, *, least: float | None = None, above: float | None = None, below: float | None = None
+    name: str,
+    value: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
 ) -> None:
     """Raise a ValueError if a value is not a finite number within its limits."""
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
@@ -54,10 +60,13 @@ def check_number(
         and (least is None or value >= least)
         and (above is None or value > above)
         and (below is None or value < below)
+        and (most is None or value <= most)
     ):
         return
     if below is not None:
         allowed = f"number between {above:g} and {below:g}"
+    elif most is not None:
+        allowed = f"number above {above:g} and at most {most:g}"
     else:
         allowed = f"finite number above {above:g}" if above is not None else f"finite number of at least {least:g}"
     remedy = "Choose one in that range" if number else "Pass a plain number; float(x) makes one of text or a tensor"
@@ -73,14 +82,21 @@ def check_flag(name: str, value: Any) -> None:
         )
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a question after the nearest of the known names, or an empty text; case does not count."""
+    by_lower = {each.lower(): each for each in known}
+    near = get_close_matches(name.lower(), list(by_lower), 1)
+    return f"Did you mean {by_lower[near[0]]!r}?" if near else ""
+
+
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     """Raise a ValueError if a word is not among those allowed."""
     if isinstance(value, str) and value in allowed:
         return
-    near = get_close_matches(value, allowed, 1) if isinstance(value, str) else []
+    meant = did_you_mean(value, allowed) if isinstance(value, str) else ""
     raise ValueError(
         f"Expected argument `{name}` to be one of {tuple(allowed)} but got {shown(value)}. "
-        + (f"Did you mean {near[0]!r}?" if near else "Pass one of these words.")
+        f"{meant or 'Pass one of these words.'}"
     )
 
 
@@ -155,7 +171,8 @@ def checked(kind: Callable[[str], Any], check: Callable[[Any], None]) -> Callabl
         try:
             check(value)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
+            said, _, _ = str(error).partition(". ")  # what follows is advice on Python's types
+            raise argparse.ArgumentTypeError(said) from error
         return value
 
     return parse

@@ -14,9 +14,13 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """A single process: every mean is the value itself."""
+    """A single process: every mean is the value itself.
+
+    ``size`` counts those that measure batches of their own, ``processes`` those that train together.
+    """
 
     size = 1
+    processes = 1
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Average a tensor over the ranks; the result is bitwise the same on every rank."""
@@ -44,7 +48,7 @@ class ProcessGroup(Ranks):
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.size = dist.get_world_size()
+        self.size = self.processes = dist.get_world_size()
         self._device = device
 
     def mean(self, tensor: Tensor) -> Tensor:
@@ -77,6 +81,28 @@ class ProcessGroup(Ranks):
             raise SharedError("; ".join(f"on rank {rank}: {each}" for rank, each in enumerate(told) if each))
 
     def _collect(self, value: T) -> list[T]:
-        found: list[Any] = [None] * self.size
+        found: list[Any] = [None] * self.processes
         dist.all_gather_object(found, value)
         return found
+
+
+class OneModel(ProcessGroup):
+    """The ranks that hold one model in pieces and go through its batches together: they measure as one process does.
+
+    A loss and a gradient are those of all ranks by the module's own backward. What only one rank can know (its data)
+    counts as rank 0 knows it, so that all decide alike. A rank that fails inside of the module's own collectives cannot
+    meet the others: the job then ends, as it does in training.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        super().__init__(device)
+        self.size = 1
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        self._meet()
+        told: list[Any] = [value]
+        dist.broadcast_object_list(told)
+        return told

@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_info as inform
 
-from lightning_maml_guard.utils.distributed import ProcessGroup, Ranks
+from lightning_maml_guard.utils.distributed import OneModel, ProcessGroup, Ranks
 from lightning_maml_guard.utils.warnings import GuardWarning
 
 # Two packages with the same code and different classes: a Trainer of one does not accept a module of the other.
@@ -71,6 +71,12 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def default_loggers() -> tuple[tuple[Any, str], ...]:
+    """Return the loggers of the command line, each with the folder it writes into."""
+    loggers = import_module(f"{PACKAGE}.loggers")
+    return (loggers.CSVLogger, "runs"), (loggers.TensorBoardLogger, "runs/tensorboard")
+
+
 __all__ = [
     "PACKAGE",
     "PACKAGES",
@@ -85,8 +91,10 @@ __all__ = [
     "Plan",
     "RichProgressBar",
     "Trainer",
+    "check_data_module",
     "check_module",
     "check_strategy",
+    "default_loggers",
     "hyperparameters_given",
     "inform",
     "inform_less",
@@ -112,15 +120,26 @@ def check_module(module: Any, chosen: bool) -> None:
             f"Expected {kind} to be a LightningModule as well, of the package whose Trainer you use, but it derives "
             f"from MetaLearning alone. Write class {kind}(MetaLearning, lightning.pytorch.LightningModule)."
         )
-    others = [name for name in imported if name not in of]
-    if others and chosen:
+    if chosen:
+        _warn_of_the_other_package(
+            f"{kind} is a module", of, ", or write class Mine(lightning_maml_guard.MetaLearning, {}.LightningModule)"
+        )
+
+
+def check_data_module(data: Any) -> None:
+    """Warn if the user's Trainer may not accept a data module: its package was imported after this one."""
+    _warn_of_the_other_package(f"{type(data).__name__} is a data module", PACKAGES)
+
+
+def _warn_of_the_other_package(what: str, of: Sequence[str], or_write: str = "") -> None:
+    others = [name for name in _NAMES if sys.modules.get(name) is not None and name not in of]
+    if others:
         warnings.warn(
-            f"{kind} is a module of {of[0]}, and {others[0]} is imported as well, whose Trainer does not accept "
+            f"{what} of {of[0]}, and {others[0]} is imported as well, whose Trainer does not accept "
             f"it: the two packages do not mix. If your Trainer is {of[0]}'s, do nothing. If it is {others[0]}'s, "
-            f"import {others[0].partition('.')[0]} alone and before lightning_maml_guard, or write "
-            f"class Mine(lightning_maml_guard.MetaLearning, {others[0]}.LightningModule).",
+            f"import {others[0].partition('.')[0]} alone and before lightning_maml_guard{or_write.format(others[0])}.",
             GuardWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -177,27 +196,37 @@ def inform_less() -> Iterator[None]:
             logger.setLevel(level)
 
 
-# Strategies that keep whole parameters on every process. By name, so that both packages' classes, and those derived
-# from them, are known.
-_TESTED_STRATEGIES = frozenset({"SingleDeviceStrategy", "DDPStrategy"})
+# Strategies by name, so that both packages' classes, and those derived from them, are known: the one that keeps the
+# pieces of one model on its processes, and those that keep whole parameters on every process.
+_SHARDING = "ModelParallelStrategy"
+_TESTED_STRATEGIES = frozenset({"SingleDeviceStrategy", "DDPStrategy", _SHARDING})
+
+
+def _is_one_of(trainer: Any, names: Collection[str]) -> bool:
+    return any(base.__name__ in names for base in type(trainer.strategy).__mro__)
 
 
 def check_strategy(trainer: Any, allow_untested: bool) -> None:
     """Raise a MisconfigurationException under a strategy that the guard was not tested with."""
-    strategy = type(trainer.strategy)
-    if allow_untested or any(base.__name__ in _TESTED_STRATEGIES for base in strategy.__mro__):
+    if allow_untested or _is_one_of(trainer, _TESTED_STRATEGIES):
         return
     raise MisconfigurationException(
-        f"ConvergenceGuard was not tested with {strategy.__name__}: it needs the whole parameters on every process, "
-        "and second derivatives through gathered pieces fail or are wrong. Use strategy='ddp' or one device, or pass "
+        f"ConvergenceGuard was not tested with {type(trainer.strategy).__name__}: it needs whole parameters, or pieces "
+        "that fully_shard made. Use strategy='ddp', one device, or ModelParallelStrategy with fully_shard, or pass "
         "ConvergenceGuard(allow_untested=True): a check that fails is then one warning, and training goes on."
     )
+
+
+def holds_one_model(trainer: Any) -> bool:
+    """Return True if the processes hold one model in pieces, and go through the same tasks together."""
+    return _is_one_of(trainer, {_SHARDING})
 
 
 def ranks_of(trainer: Any) -> Ranks:
     """Find the processes that train together."""
     if trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
-        return ProcessGroup(trainer.strategy.root_device)
+        group = OneModel if holds_one_model(trainer) else ProcessGroup
+        return group(trainer.strategy.root_device)
     return Ranks()
 
 

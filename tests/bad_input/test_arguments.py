@@ -208,7 +208,7 @@ def test_a_word_out_of_the_list_is_refused_and_the_near_one_named(row):
     ("make", "name", "allowed", "values"),
     [
         *(
-            (make, "margin", "a finite number above 0", (0, -1, math.nan, math.inf))
+            (make, "margin", "a number above 0 and at most 1", (0, -1, 1.5, math.nan, math.inf))
             for make in (ConvergenceGuard, measured)
         ),
         (CurvatureOptions, "tol", "a number between 0 and 1", (0, 1, -1.0, math.nan)),

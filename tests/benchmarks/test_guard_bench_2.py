@@ -82,6 +82,7 @@ def _run(name, outcome, death_at, severities, cause="beta", acted=(LEARNING, 0.2
         "steps": 300,
         "start": 1.0,
         "best": 0.2,
+        "best constant": 0.25,
         "fate": outcome,
         "final": 0.2 if outcome == LEARNING else math.inf,
         "death": death_at,
@@ -126,7 +127,9 @@ def test_figures_by_hand():
     assert found["told by peers"][ALERTS[0]] == (3, 4)
     assert found["false alarms"] == {GUARD: (1, 540), ALERTS[0]: (0, 540)}
     died = {"runs": 3, "finite": 2 / 3, "learning": 2 / 3, "within 1.5x": 1 / 3, "within 1.1x": 0.0}
+    died["within 1.5x of constant"] = 1 / 3
     assert found["rescue"][RESCALE]["died"] == died and found["rescue"][RESCALE]["stalled"]["learning"] == 0
+    assert found["near"] == (1.0, 1.0, 1.0)
     assert found["harm"] == {
         "runs": 2,
         "median": pytest.approx(1.05),

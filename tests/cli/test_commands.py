@@ -63,25 +63,39 @@ def test_every_command_over_every_configuration(task, request, monkeypatch, caps
         assert all(torch.equal(a, b) for a, b in pairs)
     capsys.readouterr()
     trained.config["ckpt_path"] = None
-    found = main(["suggest", *words, "--batches=1", "--margin=0.4", *guard]).suggestion
-    assert len(found.reports) == 1 and found.lookahead_steps == (0 if images else 2)
-    alpha_c = found.alpha_c if math.isfinite(found.alpha_c) else found.configured_alpha / 0.4
-    assert found.alpha == pytest.approx(0.4 * alpha_c)
-    assert f"suggested {found.alpha:.3g}" in capsys.readouterr().out
+    applied = [] if images else ["--apply=out.yaml"]
+    found = main(["suggest", *words, "--batches=1", "--margin=0.4", "--steps=5", *guard, *applied]).suggestion
+    assert len(found.reports) == 1 and found.ladder.steps == 5
+    printed_out = capsys.readouterr().out
+    assert f"suggested {found.alpha:.3g}" in printed_out
     assert images or Path("runs", "suggest", f"{task}.png").stat().st_size > 10_000
+    if applied and math.isfinite(found.beta):
+        written = yaml.safe_load(Path("out.yaml").read_text())["model"]["init_args"]
+        assert (written["inner_lr"], written["optimizer"]["init_args"]["lr"]) == found.suggestion()
 
 
 def test_phase_diagram_is_the_example(monkeypatch, capsys):
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    found = main(["phase-diagram", "sinusoid", "--grid", "2", "--steps", "3", "--threads", "1"])
-    assert found["runs"] == 4 and "sinusoid: " in capsys.readouterr().out
+    found = main(["phase-diagram", "sinusoid", "--grid", "2", "--steps", "3", "--threads", "1", "--seeds", "2"])
+    assert found["runs"] == 6 and "sinusoid: " in capsys.readouterr().out
+    assert [each["seed"] for each in found["seeds"]] == [0, 1] and Path(
+        "runs/phase_diagram/sinusoid_seed1.npz"
+    ).exists()
     assert Path("runs/phase_diagram/sinusoid.png").stat().st_size > 10_000
     for words, said in (
         (
             ["circle"],
-            "error: expected the panel to be one of linear, sinusoid, omniglot, miniimagenet but got 'circle'.",
+            "error: expected the panel to be one of linear, sinusoid, omniglot, miniimagenet, near-minimum but got "
+            "'circle'.",
         ),
+        (["--full", "--resampled"], "argument --resampled: not allowed with argument --full"),
+        (
+            ["linear", "--resampled"],
+            "argument --resampled: the panel linear does not have it: leave it out, or take sinusoid, omniglot, miniimagenet.",
+        ),
+        (["near-minimum", "--full"], "argument --full: the panel near-minimum does not have it: leave it out"),
+        (["--seeds", "0"], "argument --seeds: Expected argument `seeds` to be an integer of at least 1 but got 0"),
         (["linear", "sinusoid"], "error: unrecognized arguments: sinusoid\n"),
         (["--grid", "1"], "argument --grid: Expected argument `grid` to be an integer of at least 2 but got 1"),
         (["--steps", "0"], "argument --steps: Expected argument `steps` to be an integer of at least 1 but got 0"),
@@ -114,12 +128,17 @@ def test_yaml_goes_out_and_in(command, capsys, elsewhere):
 
 def test_one_yaml_serves_the_other_commands(capsys, elsewhere):
     (elsewhere / "own.yaml").write_text(printed(capsys, ["fit", *words_of("linear"), "--guard", "--print_config"]))
-    # What the YAML says of the logger is where a fit with it keeps its checkpoints.
+    # A fit with it logs under the file's name, and keeps its checkpoints there.
     with guard_warns(
-        r"test judges the initial parameters, .* --ckpt_path runs/linear/version_N/checkpoints/NAME\.ckpt to"
+        r"test judges the initial parameters, .* --ckpt_path runs/own/version_N/checkpoints/NAME\.ckpt to"
     ):
         assert float(main(["test", "--config=own.yaml"]).trainer.callback_metrics["test/loss"]) > 0
-    assert main(["suggest", "--config=own.yaml", "--batches=1"]).suggestion.beta > 0
+    assert main(["suggest", "--config=own.yaml", "--batches=1", "--steps=8"]).suggestion.beta > 0
+    main(["fit", "--config=own.yaml", "--trainer.max_steps=1"])
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["own", "suggest", "tensorboard"]
+    (checkpoint,) = Path("runs/own").glob("version_*/checkpoints/*.ckpt")
+    tested = main(["test", f"--config={checkpoint.parents[1]}/config.yaml", "--ckpt_path=last"])
+    assert tested.trainer.ckpt_path == str(checkpoint)
 
 
 def test_who_judges_untrained_parameters_is_told_of_the_newest_checkpoint():
@@ -189,7 +208,7 @@ def test_suggest_follows_the_trainer(monkeypatch):
     monkeypatch.setattr(
         _cli_runs, "suggest_rates", lambda *args, **options: asked.append(options) or original(*args, **options)
     )
-    command = ["suggest", *words_of("linear"), "--batches=1"]
+    command = ["suggest", *words_of("linear"), "--batches=1", "--steps=8"]
     single = main(command).suggestion
     double = main([*command, "--trainer.precision=64-true", "--trainer.gradient_clip_val=0.5"]).suggestion
     assert double.alpha_c == pytest.approx(single.alpha_c, rel=1e-4) and double.alpha_c != single.alpha_c
@@ -212,11 +231,10 @@ def test_the_linear_task_learns_its_one_task_and_no_other():
 
 def test_what_fit_suggests_is_what_fit_takes():
     words = words_of("linear")
-    found = main(["suggest", *words, "--batches=1"]).suggestion
-    rates = [f"--model.inner_lr={found.alpha}", f"--model.optimizer.lr={found.beta}"]
-    guard = main(["fit", *words, "--guard=log", "--guard.curvature.criterion=exact", *rates]).guard
-    assert guard.history[0].status == "safe"
-    assert guard.history[0].beta_ratio == pytest.approx(0.5, rel=1e-3)
+    found = main(["suggest", *words, "--batches=1", "--steps=8", "--apply=out.yaml"]).suggestion
+    guard = main(["fit", "--config=out.yaml", "--guard=log", "--trainer.max_steps=1"]).guard
+    assert (guard.history[0].alpha, guard.history[0].beta) == pytest.approx(found.suggestion())
+    assert guard.history[0].status in {"safe", "edge"}
 
 
 @pytest.mark.parametrize(
@@ -250,9 +268,7 @@ def test_help_tells_what_each_command_does(capsys):
     assert "linear trains on one fixed task, as Takagi et al. assume: its test loss, on other tasks, rises" in text
     said = " ".join(printed(capsys, ["suggest", "--help"]).split())
     assert "usage: lightning-maml-guard suggest " in said
-    assert (
-        "suggest learning rates at --margin M (default 0.5) times their critical values" in said and "--guard" in said
-    )
+    assert "the outer rate at --margin M (default 0.25) of the largest that trains" in said and "--guard" in said
     assert "--guard" not in printed(capsys, ["test", "--help"])
 
 

@@ -66,7 +66,7 @@ def refused(capsys, run, *words):
             "--guard.curvature.criterion: * one of ('simplified', 'exact') but got 'exakt'. Did you",
         ),
         ("--guard.action=mad", "--guard.action: * one of ('log', 'warn', 'rescale', 'stop') but got 'mad'."),
-        ("--guard.margin=0", "--guard.margin: * a finite number above 0 but got 0.0."),
+        ("--guard.margin=0", "--guard.margin: * a number above 0 and at most 1 but got 0.0."),
         (
             "--guard.curvature.estimator=arnoldi",
             "--guard.curvature.estimator: * 'lanczos', 'pyhessian' or a callable * but got 'arnoldi'.",
@@ -94,6 +94,20 @@ def refused(capsys, run, *words):
         ("--model.optimizer.lrr=5", "unrecognized option --model.optimizer.lrr. Did you mean --model.optimizer.lr?"),
         ("--data.tasks.shotz=5", "unrecognized option --data.tasks.shotz. Did you mean --data.tasks.shots?"),
         ("--trainer.max_stepps=5", "unrecognized arguments: --trainer.max_stepps=5. Did you mean --trainer.max_steps?"),
+        ("--guard.margin=1.5", "--guard.margin: * a number above 0 and at most 1 but got 1.5."),
+        ("--model.optimizer.lr=1e400", "--model.optimizer.lr: * a finite number of at least 0 but got inf."),
+        ("--model.optimizer.lr=-1", "--model.optimizer.lr: * a finite number of at least 0 but got -1.0."),
+        ("--model.optimizer=torch.optim.Sgd", "--model.optimizer: * Did you mean 'torch.optim.SGD'?$"),
+        ("--model.optimizer=SGDD", "--model.optimizer: * Did you mean 'SGD'?$"),
+        ("--model=MetaLearningModul", "--model: * Did you mean 'MetaLearningModule'?$"),
+        (
+            "--model.network=lightning_maml_guard.networks.mpl",
+            "--model.network: * Did you mean 'lightning_maml_guard.networks.mlp'?$",
+        ),
+        ("--data.tasks=Sinusoidd", "--data.tasks: * Did you mean 'Sinusoid'?$"),
+        ("--trainer.callbacks=ModelChekpoint", "--trainer.callbacks: * Did you mean 'ModelCheckpoint'?$"),
+        ("--trainer.accelerator=gpuu", "--trainer: You selected an invalid accelerator name"),
+        ("--trainer.limit_train_batches=1.5", "--trainer: You have passed invalid value 1.5 for limit_train_batches"),
         ("--modle.inner_lr=5", "unrecognized arguments: --modle.inner_lr=5. Did you mean --model.inner_lr?"),
         ("--gaurd", "unrecognized arguments: --gaurd. Did you mean --guard?"),
         ("--guard.zzz=1", "unrecognized option --guard.zzz.$"),
@@ -151,16 +165,40 @@ def test_the_commands_have_options_of_their_own(capsys):
             "suggest linear --guard.curvature.tol=7",
             "--guard.curvature.tol: Expected argument `tol` to be a number between 0 and 1",
         ),
+        ("suggest linear --steps=0", "argument --steps: Expected argument `steps` to be an integer of at least 1"),
+        ("suggest linear --apply=none/out.yaml", "--apply: the folder none does not exist. Make it first."),
         ("suggest linear --marginn=1", "unrecognized arguments: --marginn=1. Did you mean --margin?"),
         ("phase-diagram --gird 5", "unrecognized arguments: --gird. Did you mean --grid?"),
         ("phase-diagram sinusoid --gird=5", "unrecognized arguments: --gird=5. Did you mean --grid?"),
+        (
+            "phase-diagram omniglott",
+            "expected the panel to be one of linear, sinusoid, omniglot, miniimagenet but got 'omniglott'. Did you mean 'omniglot'?",
+        ),
+        ("phase-diagram omniglot --data /nowhere", "--data: Omniglot was not found in /nowhere."),
+        ("test omniglot --data /nowhere", "--data: there is no folder /nowhere."),
+        ("fit omniglot --data=.", "--data: Omniglot was not found in "),
+        ("suggest miniimagenet --data .", "--data: miniImageNet was not found in "),
+        ("linaer", "expected the task to be one of"),
+        (
+            "--guard reskale",
+            "expected --guard to be one of log, warn, rescale, stop but got 'reskale'. Did you mean 'rescale'?",
+        ),
+        (
+            "fit linear --ckpt_path best",
+            "--ckpt_path: only the process that trains knows which checkpoint is the 'best'.",
+        ),
+        (
+            "validate linear --ckpt_path last",
+            "--ckpt_path: there is no checkpoint in runs/linear. Train first, or name the file.",
+        ),
+        ("fit linear --ckpt_path none.ckpt", "--ckpt_path: there is no checkpoint none.ckpt."),
         ("phase-diagram --zzz", "unrecognized arguments: --zzz"),
         ("fit linear --marginn=1", "unrecognized arguments: --marginn=1"),
         ("test linear --gaurd", "unrecognized arguments: --gaurd"),
         ("validate linear --data.val_episodes=0", "--data.val_episodes: validate judges on the validation episodes"),
     ):
         line = refused(capsys, main, *words.split())
-        assert line.startswith(said) and ("Did you mean" in said or "Did you mean" not in line)
+        assert line.startswith(said) and ("Did you mean" in said or "Did you mean" not in line or words == "linaer")
 
 
 def test_a_missing_jsonargparse_is_named(monkeypatch, capsys):

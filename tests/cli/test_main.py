@@ -72,6 +72,8 @@ def test_a_run_has_the_name_of_its_task_or_of_its_own_configuration():
         ("--config somewhere/own.yaml", "own"),
         ("--guard -c own.yaml --config=other.v2.yaml --x 1", "other.v2"),
         ("linear --config own.yaml", "linear"),
+        ("--config runs/mine/version_3/config.yaml", "mine"),
+        ("--config version_3/other.yaml", "other"),
     ):
         assert run_name(words.split()) == name
 
@@ -177,18 +179,6 @@ def test_miniimagenet_on_real_images_with_intervals(data_folder, monkeypatch):
     found = cli.trainer.callback_metrics
     assert 0 <= float(found["test/accuracy"]) <= 1 and 0 <= float(found["test/accuracy_ci95"]) < 1
     assert cli.model.eval_inner_steps == 10
-
-
-def test_miniimagenet_without_its_data_says_where_to_put_it(monkeypatch):
-    monkeypatch.delenv("LMG_DATA", raising=False)
-    with pytest.raises(FileNotFoundError, match="miniImageNet was not found"):
-        main(["miniimagenet", *SHORT])
-
-
-def test_omniglot_without_its_data_says_where_to_put_it(monkeypatch):
-    monkeypatch.delenv("LMG_DATA", raising=False)
-    with pytest.raises(FileNotFoundError, match="Omniglot was not found"):
-        main(["omniglot", *SHORT])
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,17 @@ def test_a_beta_that_is_too_large_is_named_at_step_0_and_the_run_that_follows_tr
     assert end(again) < 1.2 * healthy()
 
 
-@pytest.mark.parametrize("optimizer", [SGD, Adam])
+def test_where_both_rates_are_too_large_both_are_named_and_the_run_that_follows_trains():
+    guard, said = guarded(HandWritten(alpha=0.2, lr=0.3), sinusoids(5))
+    advice = guard.history[0].advice
+    rates = f"Set the inner rate (inner_lr) to {advice.alpha:g} and the optimizer's lr to {advice.beta:g}."
+    assert advice.cause == Cause.BOTH and first_line(said[0]).endswith(rates)
+    followed = HandWritten(alpha=advice.alpha, lr=advice.beta)
+    guarded(followed, sinusoids(60))
+    assert end(followed) < 1.5 * healthy()
+
+
+@pytest.mark.parametrize("optimizer", [SGD, pytest.param(Adam, marks=pytest.mark.slow)])
 def test_an_alpha_that_takes_the_query_loss_to_nan_at_step_0_is_named_with_a_number(optimizer):
     rates = {"inner_steps": 5, "lr": 0.01 if optimizer is SGD else 1e-3, "optimizer": optimizer}
     module = HandWritten(alpha=0.2, **rates)

@@ -365,7 +365,7 @@ def test_arguments_keep_their_names_and_the_guard_pickles():
         ({"every_n_steps": True}, "`every_n_steps` to be an integer of at least 1 but got True"),
         ({"patience": 0}, "`patience` to be an integer of at least 1 but got 0"),
         ({"action": "panic"}, "`action` to be one of .* but got 'panic'"),
-        ({"margin": -1}, "`margin` to be a finite number above 0 but got -1"),
+        ({"margin": -1}, "`margin` to be a number above 0 and at most 1 but got -1"),
         ({"criterion": "none"}, "`criterion` to be one of"),
         ({"estimator": "magic"}, "`estimator` to be"),
         ({"tol": 2}, "`tol` to be a number between 0 and 1 but got 2"),

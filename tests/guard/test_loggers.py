@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_maml_guard import ConvergenceGuard
@@ -79,6 +80,51 @@ def test_wandb_gets_them(tmp_path, monkeypatch):
     wandb.finish()
     names = [path.name.rsplit("_", 2)[0] for path in tmp_path.rglob("media/images/guard/*.png")]
     assert sorted(names) == ["safe_region", "safe_region", "spectrum", "spectrum"]
+
+
+def test_a_warning_is_sent_as_an_alert_and_one_that_cannot_be_sent_costs_a_warning(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="the client of Weights & Biases is not installed")
+    from pytorch_lightning.loggers import WandbLogger
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger, alerts = WandbLogger(save_dir=tmp_path, offline=True), []
+    monkeypatch.setattr(logger.experiment, "alert", lambda **given: alerts.append(given))
+    guard, trainer = run([logger, CSVLogger(tmp_path)], steps=4, figures=False)
+    (one,) = alerts
+    assert one["title"] == f"ConvergenceGuard: step 0: {guard.advice}" and one["level"] == "WARN"
+    assert one["text"].startswith("Why: beta = 1.5 is 2.4x") and "Applied from now on" in one["text"]
+
+    def unreachable(**_):
+        raise ConnectionError("no server")
+
+    monkeypatch.setattr(logger.experiment, "alert", unreachable)
+    with guard_warns("could not send an alert to a logger; training goes on. Cause: ConnectionError: no server"):
+        guard, trainer = run(logger, steps=4, figures=False)
+    assert trainer.global_step == 4 and len(guard.history) == 2
+    logger.experiment.finish()
+
+
+def test_other_callbacks_monitor_the_guards_state(tmp_path):
+    """Known from the first check on, whatever was measured; kept over epochs in which no check is made."""
+    stop = EarlyStopping("guard/unsafe", mode="min", divergence_threshold=0.5, check_on_train_epoch_end=True)
+    keep = ModelCheckpoint(tmp_path, "{step}", monitor="guard/severity", mode="min", save_on_train_epoch_end=True)
+    options = {"max_epochs": 5, "max_steps": -1, "logger": False, "enable_checkpointing": True}
+    trainer = fit(
+        linear_module(4, 1.5, inner_lr=0.05, order="simplified"),
+        BATCH,
+        2,
+        [ConvergenceGuard(action="log"), stop],
+        **options,
+    )
+    assert trainer.current_epoch == 1 and trainer.global_step == 2 and "guard/unsafe" in stop.monitor
+    guard = ConvergenceGuard(every_n_steps=4, action="log")
+    healthy = linear_module(4, 0.3, inner_lr=0.05, order="simplified")
+    stop = EarlyStopping(
+        "guard/unsafe", mode="min", divergence_threshold=0.5, patience=9, check_on_train_epoch_end=True
+    )
+    trainer = fit(healthy, BATCH, 2, [guard, stop, keep], **options)
+    assert trainer.global_step == 10 and float(trainer.callback_metrics["guard/unsafe"]) == 0.0
+    assert keep.best_model_score == pytest.approx(min(value for _, value in guard.severities), rel=1e-6)
 
 
 def test_mlflow_gets_them(tmp_path, monkeypatch):

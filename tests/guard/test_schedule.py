@@ -305,3 +305,14 @@ def test_a_measurement_is_counted_by_what_its_graphs_and_products_are_of(kind, m
         paid = [prices[name].graph * (1 + self_check) + prices[name].product * each.matvecs for name, each in made]
         assert report.cost == pytest.approx(sum(paid) + others)
         assert report.hvps == sum(each.matvecs for _, each in made) + (others > 0)
+
+
+@given(st.floats(0, 1000), st.floats(0, 1000), st.integers(1, 10**6))
+def test_a_run_affords_what_its_plan_pays_and_a_fixed_credit(spent, cost, planned):
+    schedule = Schedule(100, 0.02)
+    schedule.charge(lookahead_gradients=0, measured=spent)
+    schedule.planned = planned
+    assert schedule.affords(cost, 0) == (spent + cost <= 0.02 * planned + 300)
+    schedule.planned = None
+    assert schedule.affords(cost, planned) == (spent + cost <= 0.02 * planned + 300)  # as far as it has come
+    assert Schedule(100).affords(1e9, 0)

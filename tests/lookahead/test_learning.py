@@ -50,7 +50,7 @@ def test_noise_is_no_lost_learning():
 
 def test_a_classifier_falls_back_to_guessing_and_not_to_its_start():
     """It began worse than guessing, so that guessing again is hardly half of the way back to the start."""
-    falling = [2.6 * 0.9**step + 0.4 for step in range(60)]
+    falling = [6.0 * 0.9**step + 0.4 for step in range(80)]
     guessing = [*falling, *[math.log(5)] * 15]
     assert after(guessing, math.log(5)).lost and not after(guessing).lost
 

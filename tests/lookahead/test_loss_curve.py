@@ -25,14 +25,14 @@ def test_however_long_a_run_its_points_are_few_and_hold_every_loss(steps):
     assert starts == list(range(0, steps, curve.stride))
     for point in curve.points:
         held = losses[point.step : point.step + curve.stride]
-        assert (point.low, point.high, point.count) == (held.min(), held.max(), len(held))
+        assert (point.low, point.high, point.finite) == (held.min(), held.max(), len(held))
         assert point.mean == pytest.approx(held.mean(), abs=1e-12)
 
 
 def test_a_loss_that_is_not_finite_is_seen_and_leaves_the_mean_alone():
     curve = of([1.0] * 400 + [math.nan, 3.0])
     last = curve.points[-1]
-    assert (last.mean, last.low, last.high, last.count) == (3.0, 3.0, math.inf, 1)
+    assert (last.mean, last.low, last.high, last.finite) == (3.0, 3.0, math.inf, 1)
     assert math.isinf(curve.ended) and of([2.0, 4.0]).ended == 3.0 and math.isnan(LossCurve().ended)
     assert of([math.inf, 4.0]).ended == 4.0
 

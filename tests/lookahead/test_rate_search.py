@@ -184,6 +184,17 @@ def test_a_probe_sees_that_lower_rates_do_better_where_the_rates_as_they_are_sur
     assert best.at.beta < 1 and best.learned > 4.0
 
 
+def test_a_probe_ends_at_the_first_lower_rate_that_learns_less():
+    lookahead = plain([1.0, 0.5], lambda p: SGD(p, lr=0.5))
+    tried = search(lookahead)
+    tried.probe()
+    made = lookahead.gradients
+    tried.at(beta=0.25)
+    assert lookahead.gradients == made
+    tried.at(beta=1 / 16)
+    assert lookahead.gradients > made
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_where_the_loss_is_not_finite_at_any_rate_nothing_trains(value):
     weight = nn.Parameter(torch.ones(1))

@@ -196,20 +196,13 @@ EXAMPLES = [
         "The loss was nan at step 15 after 2 rollbacks (max_rollbacks), each with lower rates.",
     ),
     (
-        Reason(Kind.NO_ALPHA_LIMIT),
-        "No finite alpha_c was measured, so the configured inner rate stays.",
+        Reason(Kind.NO_BETA_SUGGESTED, detail="the ladder has no steps"),
+        "No rates are suggested, for none were tried: the ladder has no steps.",
     ),
     (
-        Reason(Kind.NO_BETA_SUGGESTED, because=Reason(Kind.NOT_JUDGED, rate="beta", detail="Adamax is not known.")),
-        "No meta rate is suggested: Adamax is not known.",
-    ),
-    (
-        Reason(Kind.BETA_HALVED, beta=0.5, margin=0.9, steps=3),
-        "beta = 0.5, 0.9 of its critical value, does not survive the lookahead: it was halved 3 times.",
-    ),
-    (
-        Reason(Kind.NO_BETA_SURVIVES, value=0.5, beta=0.001),
-        "No beta from 0.5 down to 0.001 survives the lookahead.",
+        Reason(Kind.NO_RATE_TRAINS, steps=40),
+        "No rates are suggested: at none of those tried is the loss within 40 steps on copies below that before "
+        "training. More steps tell more (ladder=LadderOptions(steps=...)), or the data or the loss is at fault.",
     ),
     (
         Reason(Kind.ADAPTATION_HARMFUL, alpha=0.5, losses=(3.1, 770.0, nan)),
@@ -380,8 +373,6 @@ def test_where_only_a_part_is_known_the_rest_is_left_out():
     assert sentence(halved).endswith(
         "The curvature there could not be measured, so the meta rate is halved: beta = 0.05."
     )
-    for effect, why in {"none is stable": "none is stable at this inner rate.", "": "it is not known."}.items():
-        assert sentence(Reason(Kind.NO_BETA_SUGGESTED, effect=effect)) == f"No meta rate is suggested: {why}"
     assert rates(nan, 0.5) == "beta = 0.5" and rates(0.1, 0.5) == "alpha = 0.1, beta = 0.5"
 
 

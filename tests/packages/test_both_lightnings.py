@@ -106,6 +106,18 @@ def test_the_command_line_is_that_of_the_package_that_is_used(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_a_data_module_in_the_other_packages_trainer_gives_our_message(tmp_path):
+    done = run(
+        "from lightning_maml_guard import TaskDataModule\n" + FOREIGN + "train(pl, Plain(), episodes())", tmp_path
+    )
+    assert done.returncode != 0
+    assert (
+        "TaskDataModule is a data module of pytorch_lightning, and lightning.pytorch is imported as well, whose Trainer "
+        "does not accept it: the two packages do not mix. If your Trainer is pytorch_lightning's, do nothing. If it is "
+        "lightning.pytorch's, import lightning alone and before lightning_maml_guard."
+    ) in done.stderr.replace("\n", " ")
+
+
 def test_mixing_gives_our_message(tmp_path):
     done = run(ALONE, tmp_path, first="", then="import lightning.pytorch as pl")
     assert done.returncode != 0

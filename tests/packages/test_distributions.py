@@ -33,11 +33,12 @@ LEFT_OUT = shutil.ignore_patterns(
 )
 AT_TOP = {
     "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "PKG-INFO", "README.md", "SECURITY.md",
-    "pyproject.toml", ".gitignore", ".pre-commit-config.yaml",
+    "CODE_OF_CONDUCT.md", "pyproject.toml", ".gitignore", ".pre-commit-config.yaml", "recipe/meta.yaml",
 }  # fmt: skip
+COMPATIBILITY = (ROOT / "docs" / "compatibility.md").read_text()
 FILES = re.compile(
     r"lightning_maml_guard/(\w+/)*[\w.]+\.(py|yaml|css|j2|typed)|examples/\w+\.(py|png|ipynb)|(tests|benchmarks)/(\w+/)*\w+\.py"
-    r"|tests/constraints(-\w+)?\.txt|tests/resume/\w+\.json|\.ci/\w+|\.github/(\w+/)+\w+\.yml"
+    r"|tests/constraints(-\w+)?\.txt|tests/resume/\w+\.json|\.ci/\w+|\.github/(\w+/)*\w+\.(yml|md)"
     r"|docs/\w+\.md|docs/images/\w+\.png"
 )
 
@@ -75,7 +76,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     }  # fmt: skip
     (told,) = [archive.read(name) for name in metadata if name.endswith("METADATA")]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    versions = {message_from_bytes(told)["Version"], citation["version"], lightning_maml_guard.__version__}
+    (recipe,) = re.findall(r'set version = "([^"]+)"', (ROOT / "recipe" / "meta.yaml").read_text())
+    versions = {message_from_bytes(told)["Version"], citation["version"], recipe, lightning_maml_guard.__version__}
     assert len(versions) == 1
 
 
@@ -87,7 +89,26 @@ def test_the_sdist_holds_what_its_tests_need_and_nothing_else(built):
     )
 
 
-def test_the_workflow_runs_scripts_that_exist():
-    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
-    commands = workflow["jobs"]["tests"]["strategy"]["matrix"]["command"]
-    assert {command.split()[0] for command in commands} == checkout(".ci")
+def test_the_conda_recipe_needs_what_the_package_needs_but_pyhessian():
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {re.split(r"[<>!=\[]", each)[0] for each in project["dependencies"]}
+    recipe = (ROOT / "recipe" / "meta.yaml").read_text()
+    (run,) = re.findall(r"  run:\n((?:    - .*\n)+)", recipe)
+    assert set(re.findall(r"- ([\w-]+)", run)) - {"python"} == wanted - {"pyhessian", "torch"} | {"pytorch", "aiohttp"}
+    (without,) = re.findall(r"pip install --no-deps lightning-maml-guard\npip install (.*)\n", COMPATIBILITY)
+    assert {re.split(r"[<>!=\[']+", each.strip("'"))[0] for each in without.split()} == wanted - {"pyhessian"}
+
+
+def test_the_workflows_run_scripts_that_exist():
+    for path in (ROOT / ".github" / "workflows").iterdir():
+        jobs = yaml.safe_load(path.read_text())["jobs"].values()
+        scripts = re.findall(r"bash (\.ci/\w+)", str(jobs))
+        assert scripts and set(scripts) <= checkout(".ci"), path
+
+
+def test_names_of_compatibility_are_those_of_the_matrix():
+    script = (ROOT / ".ci" / "compatibility").read_text()
+    (matrix,) = re.findall(r"versions: \[(.*?)\]", (ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    names = {matrix, *re.findall(r"versions: ([\w.-]+) }", (ROOT / ".github" / "workflows" / "ci.yml").read_text())}
+    assert {"lowest", "newest", "torch-2.6.0"} <= names
+    assert all(f"  {name})" in script or name.startswith("torch-") for name in names)

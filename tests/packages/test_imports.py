@@ -8,7 +8,14 @@ from pathlib import Path
 import lightning_maml_guard
 
 # Callback, modules and what trains with them; everything else is mathematics.
-OF_LIGHTNING = {"ConvergenceGuard", "MetaLearning", "MetaLearningModule", "TaskDataModule", "suggest_rates"}
+OF_LIGHTNING = {
+    "ConvergenceGuard",
+    "MetaLearning",
+    "MetaLearningModule",
+    "RateFinder",
+    "TaskDataModule",
+    "suggest_rates",
+}
 HEAVY = ["pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "matplotlib"]
 HEAVY += ["pandas", "scipy", "torch._dynamo"]
 CODE = """

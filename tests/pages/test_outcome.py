@@ -44,13 +44,13 @@ def rolled_back(at, to, kind=Kind.ROLLED_BACK):
         (record(1.0, 9.0, 9.0), "Diverged within 3 steps; the loss went from 1 to 9"),
         (record(1.0, 2.0, nan), "Diverged within 3 steps; the loss is not finite"),
         (record(-2.0, -4.0, -4.0), "Trained 3 steps; the loss went from -2 to -4"),
-        (record(1.0, stopped_step=1), "Stopped by the guard at step 1; the loss went from 1 to 1"),
+        (record(1.0, stopped_step=1), "Stopped by the guard at step 1; the loss is 1"),
         (
             record(1.0, 0.5, 0.5, events=[rolled_back(148, 140)]),
             "Diverged at step 148; rolled back to 140; the loss went from 1 to 0.5",
         ),
         (
-            record(1.0, events=[rolled_back(8, 4), rolled_back(9, 4)], stopped_step=9),
+            record(1.0, 1.0, events=[rolled_back(8, 4), rolled_back(9, 4)], stopped_step=9),
             "Diverged at step 9; rolled back to 4 (rollback 2); stopped by the guard at step 9; the loss went from 1 to 1",
         ),
     ],

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -135,6 +136,12 @@ def test_on_a_full_disk_an_older_report_stays_and_there_is_a_warning(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o644
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is a folder that not even root can write to")
+def test_in_a_folder_that_cannot_be_written_to_there_is_a_warning():
+    with guard_warns(r"the report could not be written to /proc/run.html; .*Cause: \w+Error: .*To do: Make room"):
+        ConvergenceGuard().report("/proc/run.html")
+
+
 def test_rollbacks_and_stops_are_told_and_survive_a_checkpoint(tmp_path):
     stopped = ConvergenceGuard(action="stop")
     with guard_warns("Training stops"):
@@ -172,6 +179,8 @@ def test_no_spectrum_of_rolled_back_parameters_is_shown_without_saying_so(rescue
     words = checked(guard.report(tmp_path / "a.html").read_text()).words
     said = "These parameters were rolled back at step 9: training did not go on with them."
     assert words.count(said) == 2  # below the spectrum, and above the last check's numbers
+    guard._run.state.events = []
+    roll_back(guard, at=8, to=2)
     roll_back(guard, at=8, to=2)
     words = checked(guard.report(tmp_path / "b.html").read_text()).words
     assert "Measured at step 8, after the rollback to step 2" in words

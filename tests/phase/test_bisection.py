@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from lightning_maml_guard import critical_rates
-from lightning_maml_guard.phase.bisection import converges, critical_alpha, critical_betas
+from lightning_maml_guard import MetaProblem, critical_rates, phase_diagram
+from lightning_maml_guard.phase.bisection import border, converges, critical_alpha, critical_betas
+from lightning_maml_guard.phase.optimizers import SGD
 from tests.helpers import linear_module, quadratic_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,3 +50,25 @@ def test_a_bracket_that_holds_no_limit_is_refused():
 def test_a_run_at_rounding_has_converged():
     alphas, betas = (torch.full((1,), value, dtype=torch.float64) for value in (0.1, 0.5))
     assert converges(problem(), alphas, betas, 2000).all()
+
+
+def test_a_column_of_a_diagram_is_refined_to_its_border():
+    data = torch.tensor([[[1.0, 0.0], [0.0, 0.5]]]).double(), torch.zeros(1, 2, 1).double()
+    loss = lambda params, batch: ((batch[0] @ params["w"] - batch[1]) ** 2).sum()  # noqa: E731
+    problem = MetaProblem({"w": torch.ones(2, 1).double()}, loss, data, data, order="simplified")
+    steps = {"measure_every": 0, "progress": False, "optimizer": SGD(0.5)}
+    found = phase_diagram(problem, [0.1, 0.2], [0.5, 5.0], 150, **steps)
+    for alpha in found.alphas:
+        limit = 2 * 1.5 / (2 - alpha * 4)
+        inside, outside = border(problem, found, float(alpha), relative=0.01, optimizer=SGD(0.5))
+        assert inside < limit < outside * 1.01 and outside / inside <= 1.01
+    with pytest.raises(ValueError, match="low=0.5 does not converge|high=5 still converges"):
+        border(lambda step: problem, found, 0.1, optimizer=SGD(0.99))
+    none = phase_diagram(problem, [0.1], [50.0, 60.0], 20, **steps)
+    with pytest.raises(
+        ValueError, match="alpha=0.1: no outer learning rate trained. Draw a diagram with lower `betas`"
+    ):
+        border(problem, none, 0.1)
+    every = phase_diagram(problem, [0.1], [0.1, 0.2], 20, **steps)
+    with pytest.raises(ValueError, match="the largest outer learning rate trained. Draw a diagram with higher"):
+        border(problem, every, 0.1)

@@ -187,8 +187,10 @@ def test_trained_is_below_the_start_with_and_without_adaptation():
     assert found.trained.tolist() == [[True, False, True]]
     assert replace(found, start=np.full((1, 3), 0.6)).trained.tolist() == [[False, False, True]]
     assert replace(found, unadapted=np.full((1, 3), 0.4)).trained.tolist() == [[False] * 3]
+    assert replace(found, chance=0.9).trained.tolist() == [[False, False, True]]
     kind = KINDS["sinusoid"]
-    grid = quiet(family(kind), [0.1], [0.01], 1)
+    grid = quiet(family(kind), [0.1], [0.01], 1, chance=0.9, divergence=3.0)
+    assert (grid.chance, grid.divergence) == (0.9, 3.0)
     one = module(kind, 0.0)
     assert grid.unadapted[0, 0] == pytest.approx(error(one, kind.batch(0)), rel=1e-12) != grid.start[0, 0]
 
@@ -236,6 +238,9 @@ def test_a_diagram_is_saved_and_loaded(tmp_path, measured):
             else getattr(again, name) == value
         )
     assert [p.name for p in tmp_path.iterdir()] == ["grid.npz"]
+    with np.load(tmp_path / "grid.npz") as new:
+        np.savez(tmp_path / "old.npz", **{name: new[name] for name in new if name not in ("chance", "divergence")})
+    assert PhaseDiagram.load(tmp_path / "old.npz").chance == np.inf
     np.savez(tmp_path / "other.npz", alphas=np.zeros(1))
     with pytest.raises(ValueError, match=r"other\.npz is no phase diagram: it lacks \['betas'"):
         PhaseDiagram.load(tmp_path / "other.npz")
@@ -256,11 +261,32 @@ def test_what_follows_from_a_diagram_by_hand():
     found = hand_made([[0.5, 2, np.inf], [0.5, 2, 2], [0.5, 0.5, 2], [0.5, 2, 0.5], [2, 2, 2]], [1, 2, 3, 4, np.nan])
     assert found.largest_beta == pytest.approx([1, 1, 10, 100, np.nan], nan_ok=True)
     assert found.correlation("beta_c") == pytest.approx(stats.spearmanr([1, 2, 3, 4], [1, 1, 10, 100])[0])
-    assert found.growth_towards_limit(4.0) == pytest.approx(2.0)
-    assert found.growth_towards_limit(3.0) == pytest.approx(1.0)
-    assert np.isnan(found.growth_towards_limit(2.0))
+    assert found.contiguous_beta == pytest.approx([1, 1, 10, 1, np.nan], nan_ok=True)
+    assert found.gain() == pytest.approx((2, 4, 2, 1, 4))
+    assert np.isnan(found.gain(0.4)).all()
+    humped = hand_made([[2, 2, 2], [2, 0.5, 2], [2, 2, 0.4], [2, 2, 0.3], [0.5, 2, 2]], [1, 2, 3, 4, 5])
+    assert humped.gain() == pytest.approx((1, 3, -1, 2, 5)) and np.isnan(humped.gain(0.4)).all()
+    assert humped.best_beta == pytest.approx([np.nan, 10, 100, 100, 1], nan_ok=True)
     falling = hand_made([[2, 2, 0.5], [2, 0.5, 2], [0.5, 2, 2]], [1, 2, 3])
-    assert falling.growth_towards_limit(9.0) == pytest.approx(-2.0) and falling.correlation("beta_c") == -1.0
+    assert falling.gain() == pytest.approx((0, 1, -2, 1, 3)) and falling.correlation("beta_c") == -1.0
+
+
+def test_an_inner_rate_of_0_is_the_reference_and_no_part_of_the_growth():
+    found = hand_made([[0.5, 2, 2], [2, 0.5, 2], [2, 2, 0.5], [2, 2, 0.5]], [1] * 4)
+    found = replace(found, alphas=np.array([0.0, 1.0, 2.0, 3.0]))
+    assert found.gain().peak == pytest.approx(1) and found.gain().smallest_alpha == 1
+    assert found.beta_without_adaptation == 1.0  # the others of its column diverged
+    assert np.isnan(replace(found, divergence_step=np.full((4, 3), -1)).beta_without_adaptation)
+    assert np.isnan(replace(found, alphas=np.arange(1.0, 5.0)).beta_without_adaptation)
+
+
+def test_the_end_is_that_of_the_best_run():
+    found = hand_made([[0.5, 0.4, 2], [2, 2, 2], [0.3, 2, 0.2]], [1] * 3)
+    rates = np.stack([np.zeros((3, 3)), np.arange(9.0).reshape(3, 3)])
+    found = replace(found, measured_steps=np.array([0, 5]), exact_beta_c=rates)
+    assert found.at_end_of_best("exact_beta_c") == pytest.approx([1, np.nan, 8], nan_ok=True)
+    unmeasured = replace(found, exact_beta_c=np.zeros((0, 3, 3)))
+    assert np.isnan(unmeasured.at_end_of_best("exact_beta_c")).all()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -289,6 +315,7 @@ def test_the_correlation_is_nan_when_there_is_nothing_to_correlate():
         ({"chunk_size": 0}, "`chunk_size` to be an integer of at least 1"),
         ({"measure_every": -1}, "`measure_every` to be an integer of at least 0"),
         ({"tol": 0.0}, "`tol` to be a number above 0"),
+        ({"chance": 0.0}, "`chance` to be a number above 0"),
         ({"memory": -1.0}, "`memory` to be a number above 0"),
     ],
 )

@@ -1,5 +1,7 @@
 """The registry of estimators: one function and one row make a new one."""
 
+import sys
+
 import pytest
 import torch
 
@@ -47,6 +49,15 @@ def test_a_row_says_whether_the_estimator_treats_each_task_by_itself(problem, mo
     assert report.lambda_max == pytest.approx(4.0, rel=1e-6)
     with pytest.raises(ValueError, match="'lanczos', 'pyhessian', 'mine' or a callable"):
         CurvatureOptions(estimator="guess")
+
+
+def test_without_pyhessian_only_its_estimator_is_missing_and_says_so(problem, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyhessian", None)
+    with pytest.raises(
+        ImportError, match="`estimator` = 'pyhessian' needs the package pyhessian.*pip install pyhessian"
+    ):
+        CurvatureOptions(estimator="pyhessian")
+    assert measure(problem, beta=0.1).lambda_max == pytest.approx(4.0, rel=1e-6)
 
 
 def test_products_that_the_operator_does_not_see_are_counted(problem, monkeypatch):

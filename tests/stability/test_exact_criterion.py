@@ -212,6 +212,30 @@ def test_a_negative_curvature_stays_out_of_the_formula():
     assert measure(problem, beta=0.1).exact_beta_c == pytest.approx(2 / (2 * 0.8**2))
 
 
+def test_a_meta_rate_far_below_its_limit_costs_few_products_and_the_interval_holds():
+    generator, missed, early, late = torch.Generator().manual_seed(0), 0, 0, 0
+    for index in range(60):
+        size = (30, 300)[index % 2]
+        # From an even spread to a few large ones: squares of x are the Hessian's eigenvalues, and J's at alpha = 0.
+        x = torch.rand(size, generator=generator, dtype=torch.float64) ** (0.5 + index % 7)
+        problem = MetaProblem({"w": torch.zeros(size, dtype=torch.float64)}, own_loss, x[None], x[None], inner_lr=1e-9)
+        true = 2 / float(x.square().max())
+        quick = measure(problem, beta=1e-3 * true)
+        low, high = quick.exact_beta_c_interval
+        missed += not low <= true <= high * (1 + 1e-6)
+        assert quick.status == "safe" and low > 2e-3 * true and low <= quick.exact_beta_c <= high
+        assert quick.exact_beta_c == pytest.approx(true, rel=1.0) and true / low < 2.01
+        near = measure(problem, beta=0.8 * true)
+        early, late = early + quick.hvps, late + near.hvps
+        unknown = measure(problem)  # without a rate there is nothing to be clear of
+        assert unknown.exact_beta_c == near.exact_beta_c and near.hvps == unknown.hvps + 1
+    assert missed <= 3 and early < 0.8 * late
+
+
+def own_loss(params, x):
+    return (x * params["w"]).square().sum() / 2
+
+
 def test_under_the_simplified_criterion_the_updates_own_jacobian_is_not_measured():
     problem = quadratic("exact", 2)
     full = measure(problem, beta=0.1)

@@ -1,6 +1,7 @@
 """miniImageNet and class folders: what is read, what is cached, what is refused."""
 
 import os
+import sys
 import zipfile
 
 import numpy as np
@@ -107,6 +108,19 @@ def test_it_is_decoded_once_beside_the_data_and_anew_when_the_source_changes(min
     again.setup()
     (second,) = caches(beside)
     assert second != first and again._images[0, :, 0, 0].tolist() == list(colour(24, 12))
+
+
+def test_a_data_module_decodes_before_the_processes_of_a_machine_set_up(mini, monkeypatch):
+    TaskDataModule(family(mini)).prepare_data()  # Lightning's hook of one process per machine
+    monkeypatch.setattr("lightning_maml_guard.tasks.image_cache._decode", None)
+    TaskDataModule(family(mini)).setup("fit")
+
+
+def test_a_missing_pillow_is_said_before_anything_is_decoded(mini, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ModuleNotFoundError, match=r"decoded by Pillow.*pip install 'lightning-maml-guard\[examples\]'"):
+        family(mini).setup()
+    assert "decoding" not in capsys.readouterr().err
 
 
 def test_the_users_cache_is_used_where_the_data_is_read_only(mini, cache_home):

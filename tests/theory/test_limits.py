@@ -16,7 +16,7 @@ def test_ratios():
     assert limit(0.3, math.inf).ratio == 0.0
 
 
-@pytest.mark.parametrize("margin", [0, -1.0, math.nan, math.inf, "wide", True])
+@pytest.mark.parametrize("margin", [0, -1.0, 1.01, math.nan, math.inf, "wide", True])
 def test_a_bad_margin_is_refused(margin):
-    with pytest.raises(ValueError, match="`margin` to be a finite number above 0 but got"):
+    with pytest.raises(ValueError, match="`margin` to be a number above 0 and at most 1 but got"):
         check_margin(margin)

@@ -1,0 +1,290 @@
+"""The search for a pair of rates that trains: pairs trained side by side for some steps, on copies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from lightning_maml_guard.linalg.layout import Params
+from lightning_maml_guard.lookahead.divergence import Scale
+from lightning_maml_guard.optim.clipping import ModuleClipping
+from lightning_maml_guard.optim.lr_cap import scheduled_rate
+from lightning_maml_guard.optim.shadow import Clip, ShadowOptimizer
+from lightning_maml_guard.phase.gradients import copies
+from lightning_maml_guard.phase.ladder import RateLadder
+from lightning_maml_guard.phase.rungs import Rungs, Slopes
+from lightning_maml_guard.stability.problems import Problem
+from lightning_maml_guard.tuner.ladder import LadderOptions
+from lightning_maml_guard.utils.task_map import as_float32
+
+# Inner rates in units of 1/lambda_max before training, from below its limit of 2 to far beyond: training itself lowers
+# the curvature, and in 102 trained columns the best inner rates began at 1.25 to 50.
+UNITS = (0.5, 1.25, 3.0, 8.0, 20.0, 50.0)
+# Meta rates in units of the one whose first step is as long as the parameters, as powers of 2.
+_LOWEST, _HIGHEST = -16, 5
+# A loss above this many times that before training ends a rung.
+_RATIO = 4.0
+# Meta rates at an inner rate that are trained on after the first look, four times apart; and below the largest of them
+# in the race, each twice the one before.
+_KEPT_RUNGS, _BELOW = 3, 3
+# Steps between two looks for such losses.
+_LOOK = 5
+
+
+class Trial:
+    """Pairs of an inner rate's index and a meta rate in training, all from the start."""
+
+    def __init__(self, search: LadderSearch, pairs: Sequence[tuple[int, float]]) -> None:
+        self._search = search
+        self.columns = np.array([column for column, _ in pairs])
+        betas = search.like.new_tensor([beta for _, beta in pairs])
+        self._rungs = search.rungs(search.like.new_tensor(search.alphas[self.columns]), betas)
+        self._latest = np.full((_LOOK, len(pairs)), -math.inf)
+        self.end = np.full(len(pairs), math.inf)
+        self.start = np.full(len(pairs), math.nan)
+
+    @property
+    def active(self) -> np.ndarray:
+        """Whether each run is still trained, shape ``(runs,)``."""
+        return np.isin(np.arange(len(self.columns)), self._rungs.index.cpu().numpy())
+
+    @property
+    def trains(self) -> np.ndarray:
+        """Whether each run stayed and ended no higher than before training."""
+        return self.active & (self.end <= self.start)
+
+    def advance(self, steps: int, judged: int = 0) -> None:
+        """Train some steps; the loss over the last ``judged`` of them becomes ``end``, beside that before training."""
+        search = self._search
+        ends, starts = [], []
+        for step in range(steps):
+            if not len(self._rungs):
+                break
+            problem = next(search.problems)
+            judging = step >= steps - judged
+            held = search.held[step % len(search.held)] if search.held else None
+            if judging and held is not None:
+                ends.append(self._spread(self._rungs.losses(held)))
+            losses = self._spread(self._rungs.step(problem))
+            if judging:
+                starts.append(search.untrained(held or problem)[self.columns])
+                # A batch that is new is judged before it is trained on.
+                ends += [losses] if held is None else []
+            self._latest[step % _LOOK] = losses
+            search.count(len(self._rungs))
+            if (step + 1) % _LOOK == 0:
+                self._drop()
+        if starts:
+            self.start = np.mean(starts, 0)
+            mean = np.mean(ends, 0)
+            self.end = np.where(self.active & np.isfinite(mean), mean, math.inf)
+
+    def keep(self, which: np.ndarray) -> None:
+        """Go on with some of the runs, by a mask over all."""
+        index = self._rungs.index
+        self._rungs.keep(torch.from_numpy(which).to(index.device)[index])
+
+    def _drop(self) -> None:
+        """End the runs whose loss left: most of the latest ones are not finite or too high."""
+        left = ~(self._latest <= self._search.highest[self.columns])
+        self.keep(2 * left.sum(0) <= _LOOK)
+
+    def _spread(self, losses: Tensor) -> np.ndarray:
+        found = np.full(len(self.columns), math.nan)
+        found[self._rungs.index.cpu().numpy()] = losses.double().cpu().numpy()
+        return found
+
+
+class LadderSearch:
+    """Finds a pair of rates that trains, by training.
+
+    Args:
+        problems: The training batches' problems, without end.
+        held: Problems that are never trained on, to judge on; without any, each batch is judged before its step.
+        fresh: Whether every batch is new.
+        optimizers: What steps the parameters.
+        alphas: Inner rates to try; ``nan`` alone in plain training.
+        options: How.
+        margin: Share of the largest meta rate that trains.
+        slopes: Computes losses and gradients.
+        clip: Clips a list of parameters' gradients in place.
+        hook: Clips as the module does.
+    """
+
+    def __init__(
+        self,
+        problems: Iterator[Problem],
+        held: Sequence[Problem],
+        fresh: bool,
+        optimizers: Sequence[Optimizer],
+        alphas: Sequence[float],
+        options: LadderOptions,
+        margin: float,
+        slopes: Slopes,
+        clip: Clip | None = None,
+        hook: ModuleClipping | None = None,
+    ) -> None:
+        self.problems, self.held, self._fresh = problems, list(held), fresh
+        self.alphas, self.options, self.margin = np.array(sorted(alphas)), options, margin
+        self._optimizers, self._slopes, self._clip, self._hook = optimizers, slopes, clip, hook
+        self._first = self.held[0] if self.held else next(problems)
+        self._params: Params = as_float32({name: value.detach() for name, value in self._first.params.items()})
+        self.like = next(iter(self._params.values()))
+        self._untrained: dict[int, np.ndarray] = {}
+        self.taken, self._race_steps, self._bar = 0, 0, tqdm(disable=True)
+        before = self._before(self._first)
+        scale = Scale().over([float(loss) for loss in before if math.isfinite(loss)] or [math.nan])
+        self.highest = np.array([scale.times(_RATIO, max(loss, before[-1])) for loss in before[:-1]])
+        self.betas = self._grid()
+
+    def rungs(self, alphas: Tensor, betas: Tensor) -> Rungs:
+        """Put runs at the start."""
+        return Rungs(self._first, self._optimizers, alphas, betas, self._slopes, self._clip, self._hook)
+
+    def untrained(self, problem: Problem) -> np.ndarray:
+        """The loss of a batch before training at each inner rate, the lower one of with and without adaptation."""
+        if id(problem) in self._untrained:
+            return self._untrained[id(problem)]
+        before = self._before(problem)
+        found = np.fmin(before[:-1], before[-1])
+        if not self._fresh:  # the same few batches come again and again
+            self._untrained[id(problem)] = found
+        return found
+
+    def count(self, steps: int) -> None:
+        """Count the steps of all runs together."""
+        self.taken += steps
+        self._bar.update(steps)
+
+    def _before(self, problem: Problem) -> np.ndarray:
+        """The losses before training at each inner rate, and then hardly adapted."""
+        alphas = self.like.new_tensor([*self.alphas, 1e-6 * self.alphas[0]])
+        return self._slopes.losses(problem, copies(self._params, len(alphas)), alphas).double().cpu().numpy()
+
+    def _grid(self) -> np.ndarray:
+        """Meta rates, each twice the one before, from hardly any movement to beyond the parameters' own length."""
+        present = scheduled_rate(self._optimizers)
+        gradients, _ = self._slopes.gradients(
+            self._first, copies(self._params, 1), self.like.new_tensor(self.alphas[:1])
+        )
+        shadow = ShadowOptimizer(self._optimizers, self._first.params, 1 / present)
+        shadow.step({name: value[0] for name, value in gradients.items()})
+        moved = {name: shadow.params[name].float() - value.float() for name, value in self._first.params.items()}
+        length, move = _norm(self._params), _norm(moved)
+        scale = (length or 1.0) / move if 0 < move < math.inf else 1.0
+        # The configured rate is one of them.
+        middle = round(math.log2(scale / present))
+        return present * 2.0 ** np.arange(middle + _LOWEST, middle + _HIGHEST + 1)
+
+    def find(self) -> RateLadder:
+        """Climb the ladder."""
+        shape = (len(self.alphas), len(self.betas))
+        self._largest_known = np.full(len(self.alphas), math.nan)
+        self._losses, self._start = np.full(shape, math.nan), np.full(len(self.alphas), math.nan)
+        with tqdm(desc="rates", unit="step", disable=not self.options.progress) as self._bar:
+            found = self._race(self._coarse())
+        raced = np.full(len(self.alphas), math.nan)
+        for column, end in found.items():
+            raced[column] = end
+        return RateLadder(
+            alphas=self.alphas,
+            betas=self.betas,
+            losses=self._losses,
+            start=self._start,
+            largest=self._largest_known,
+            raced=raced,
+            steps=self.options.steps,
+            race_steps=self._race_steps,
+            taken=self.taken,
+            looped=self._slopes.looped,
+            repeated=not self._fresh and not self.held,
+        )
+
+    def _trial(self, rungs: Mapping[int, Sequence[int]]) -> tuple[Trial, np.ndarray, np.ndarray]:
+        """Begin at some meta rates of each inner rate; returns the runs' indices of both rates too."""
+        columns, places = np.array([(column, rung) for column in rungs for rung in rungs[column]]).T
+        return Trial(self, list(zip(columns.tolist(), self.betas[places].tolist(), strict=True))), columns, places
+
+    def _record(self, trial: Trial, columns: np.ndarray, places: np.ndarray, which: np.ndarray) -> None:
+        """Keep the losses at the end of the rungs' steps, for the picture."""
+        self._losses[columns[which], places[which]] = trial.end[which]
+        self._start[columns] = trial.start
+
+    def _coarse(self) -> dict[int, int]:
+        """Try every other meta rate at every inner rate; returns the largest that trains, of the better inner rates."""
+        steps = self.options.steps
+        first = min(max(steps // 4, _LOOK), steps)
+        rungs = list(range(len(self.betas) - 1, -1, -2))[::-1]
+        trial, columns, places = self._trial(dict.fromkeys(range(len(self.alphas)), rungs))
+        trial.advance(first, 0 if first < steps else first)
+        active, keep = trial.active, np.zeros(len(columns), dtype=bool)
+        for column in range(len(self.alphas)):
+            own = np.flatnonzero(columns == column)
+            stays = int(np.argmin([*active[own], False]))  # all below this one stayed
+            keep[own[max(stays - _KEPT_RUNGS, 0) : stays]] = True
+        trial.keep(keep)
+        trial.advance(steps - first, max(steps // 4, 1))
+        self._record(trial, columns, places, keep)
+        top = {column: _largest(places, keep & (columns == column), trial.trains) for column in set(columns.tolist())}
+        best = {c: trial.end[keep & (columns == c) & (places <= top[c])].min() for c in top if top[c] is not None}
+        able = sorted(best, key=best.__getitem__)[: max(-(-len(self.alphas) // 2), 2)]
+        return {column: rung for column in able if (rung := top[column]) is not None}
+
+    def _race(self, top: dict[int, int]) -> dict[int, float]:
+        """Train the rungs around the largest ones on, from the start and on new batches, ever fewer inner rates longer.
+
+        Returns the loss at the suggested share of the largest meta rate, of the inner rates that went on longest.
+        """
+        self._race_steps, more = 0, self.options.steps
+        if not top:
+            return {}
+        last = len(self.betas) - 1
+        rungs = {column: range(max(rung - _BELOW, 0), min(rung + 1, last) + 1) for column, rung in top.items()}
+        trial, columns, places = self._trial(rungs)
+        going = set(top)
+        while True:
+            trial.advance(more, max(more // 4, 1))
+            if not self._race_steps:
+                self._record(trial, columns, places, np.ones(len(columns), dtype=bool))
+            self._race_steps += more
+            found: dict[int, float] = {}
+            largest: dict[int, int] = {}
+            for column in going:
+                rung = _largest(places, trial.active & (columns == column), trial.trains)
+                self._largest_known[column] = math.nan if rung is None else self.betas[rung]
+                if rung is None:
+                    continue
+                share = np.abs(np.log(self.betas[places] / (self.margin * self.betas[rung])))
+                share[(columns != column) | ~trial.active] = math.inf
+                largest[column], found[column] = rung, float(trial.end[share.argmin()])
+            left = sorted(found, key=found.__getitem__)
+            left = left[: max(-(-len(left) // 2), 1)]
+            if not left or self._race_steps >= self.options.longest:
+                return found
+            # Only rungs that are trained on: an inner rate that fell behind keeps the largest rate that was seen.
+            going = set(left)
+            go_on = [c in going and k <= largest[c] for c, k in zip(columns.tolist(), places.tolist(), strict=True)]
+            trial.keep(np.array(go_on))
+            more = min(self._race_steps, self.options.longest - self._race_steps)
+
+
+def _largest(places: np.ndarray, which: np.ndarray, trains: np.ndarray) -> int | None:
+    """The largest rung of some runs that trains, below the first that does not; None where none trains."""
+    order = np.flatnonzero(which)
+    found: int | None = None
+    for run in order[np.argsort(places[order])]:
+        if trains[run]:
+            found = int(places[run])
+        elif found is not None:
+            break
+    return found
+
+
+def _norm(values: Params) -> float:
+    return float(torch.stack([value.detach().float().norm() for value in values.values()]).norm())

@@ -1,0 +1,102 @@
+"""From what trials and limits say to the rates to set, on quadratics, beside plain loops of arithmetic."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+
+from lightning_maml_guard import MetaProblem, measure
+from lightning_maml_guard.lookahead.divergence import Scale
+from lightning_maml_guard.lookahead.lookahead import Lookahead
+from lightning_maml_guard.lookahead.rate_search import LASTING_STEPS, TRIAL_STEPS, Found, RateSearch
+from lightning_maml_guard.lookahead.rates_to_set import RatesToSet
+from lightning_maml_guard.stability.problems import PlainProblem
+
+
+def to_set(problem, beta, measured=None):
+    """What goes from a search to rates, and the search."""
+    optimizer = SGD(list(problem.params.values()), lr=beta)
+    search = RateSearch(Lookahead([problem], optimizer, 1), Scale(), 3.0, alpha_suspect=True)
+    return RatesToSet(search, [optimizer], problem, beta, repeats=False, measured=measured), search
+
+
+def plain(curvatures):
+    """Half a quadratic along each axis, from 1 on each."""
+    curvature = torch.tensor(curvatures, dtype=torch.float64)
+    weight = nn.Parameter(torch.ones(len(curvatures), dtype=torch.float64))
+    return PlainProblem({"w": weight}, lambda p: 0.5 * (curvature * p["w"] ** 2).sum())
+
+
+def meta(curvatures, alpha):
+    """Two tasks with their minima at -1 and 1 along each axis, from 3 on each."""
+    curvature = torch.tensor(curvatures, dtype=torch.float64)
+    weight = nn.Parameter(torch.full((len(curvatures),), 3.0, dtype=torch.float64))
+    data = (torch.tensor([[-1.0], [1.0]], dtype=torch.float64).expand(-1, len(curvatures)),)
+    loss = lambda p, task: 0.5 * (curvature * (p["w"] - task[0]) ** 2).sum()  # noqa: E731
+    return MetaProblem({"w": weight}, loss, data, data, alpha)
+
+
+def descended(curvatures, rate, steps):
+    """The loss of plain gradient descent, by arithmetic."""
+    return sum(0.5 * each * (1 - rate * each) ** (2 * steps) for each in curvatures)
+
+
+# One direction grows by 0.8 % a step and holds a third of the loss: the others, which shrink, hide it for 30 steps.
+SLOW, RATE = [100.0, *[40.0] * 5], 0.02008
+
+
+def test_rates_that_survive_a_trial_and_die_later_are_lowered_further():
+    start = descended(SLOW, RATE, 0)
+    assert descended(SLOW, RATE, TRIAL_STEPS) < start < descended(SLOW, RATE, LASTING_STEPS)
+    problem = plain(SLOW)
+    setter, search = to_set(problem, 2 * RATE)
+    tried = search.at(1.0, 0.5)
+    assert tried.trains and not search.at(1.0, 0.5, LASTING_STEPS).trains
+    unknown = replace(measure(problem, beta=2 * RATE), beta_c=math.nan)
+    rates = setter.of(Found(search.at(), tried, 0.5, 0.5), unknown, [])
+    assert rates.alpha is None and rates.beta == pytest.approx(2 * RATE / 8)  # half of the first one that lasts
+    assert descended(SLOW, rates.beta, 5000) < 0.01 * start
+
+
+def test_the_meta_rate_goes_by_the_smallest_limit_seen():
+    problem = plain([10.0, 1.0])
+    setter, search = to_set(problem, 2.0)
+    found, report = search.find(), measure(problem, beta=2.0)
+    assert report.beta_c == pytest.approx(0.2)
+    earlier = replace(report, beta_c=0.08)
+    assert setter.of(found, report, []).beta == pytest.approx(0.0625)  # half of the largest one tried that trains
+    assert setter.of(found, report, [earlier]).beta == pytest.approx(0.6 * 0.08)
+    assert setter.of(found, earlier, [report]).beta == pytest.approx(0.6 * 0.08)
+
+
+@pytest.mark.parametrize(("limit", "both"), [(0.5, True), (10.0, False)])
+def test_the_meta_rate_is_lowered_too_where_it_is_far_beyond_its_limit_at_the_inner_rate_advised(limit, both):
+    """At alpha = 0.3 the meta rate's own limit is 12.5; near it a lower rate learns no less within a trial."""
+    alpha, beta, asked = 2.0, 12.0, []
+    problem = meta([4.0, 3.0], alpha)
+
+    def measured(factor):
+        asked.append(factor)
+        return replace(measure(problem.at_factor(factor), beta=beta), beta_c=limit, beta_c_noise=math.nan)
+
+    setter, search = to_set(problem, beta, measured)
+    best = search.at(0.15)
+    assert best.trains and not search.at().trains
+    rates = setter.of(Found(search.at(), best), measure(problem, beta=beta), [])
+    assert asked == [pytest.approx(0.6 * 0.5 / alpha, rel=1e-3)]  # the inner loop converges below 2/4
+    assert rates.alpha == pytest.approx(0.3, rel=1e-3)
+    assert (rates.beta is not None) == both
+    if both:
+        assert 0 < rates.beta < beta / 2
+
+
+def test_a_limit_far_below_what_trials_learn_at_is_contradicted():
+    """Omniglot trains far beyond its limits at the start: a tenth of the rate that learns most is not advised."""
+    problem = plain([10.0, 1.0])
+    setter, search = to_set(problem, 2.0)
+    found = search.find()
+    report = replace(measure(problem, beta=2.0), beta_c=1e-4)
+    assert setter.of(found, report, []).beta > 0.1 * found.flat * 2.0
