@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--max-iter", type=int, default=20)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    curvature = CurvatureOptions(criterion="simplified", max_iter=given.max_iter)
+    curvature = CurvatureOptions(max_iter=given.max_iter)
     counts: Counter[tuple[str, str, str]] = Counter()
     products: dict[str, list[int]] = {order: [] for order in ORDERS}
     for seed in range(given.first, given.first + given.problems):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import sys
 import time
 import warnings
@@ -30,9 +31,11 @@ class Kit:
         out: Folder to write into.
         seconds: Time for all parts.
         device: Where they run.
+        chosen: Only parts in whose name this is found.
     """
 
-    def __init__(self, out: Path, seconds: float, device: torch.device) -> None:
+    def __init__(self, out: Path, seconds: float, device: torch.device, chosen: str = "") -> None:
+        self.chosen = chosen
         self.out, self.seconds, self.device, self.began = out, seconds, device, time.perf_counter()
         self.found: dict[str, Any] = {}
         self.failed = False
@@ -44,6 +47,8 @@ class Kit:
 
     def part(self, name: str, least: float, compute: Callable[[], Rows]) -> None:
         """Run a part if at least so many seconds are left; a failure is kept with its error."""
+        if not re.search(self.chosen, name):
+            return
         began = time.perf_counter()
         if self.left < least:
             rows: Rows = [{"not measured": f"{self.left:.0f} s left, it takes at least {least:.0f}"}]
@@ -127,11 +132,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--seconds", type=float, default=460.0)
+    parser.add_argument("--parts", default="", metavar="PATTERN", help="only parts in whose name it is found")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     given.out.mkdir(parents=True, exist_ok=True)
-    kit, small, diagrams = Kit(given.out, given.seconds, device), device.type == "cpu", []
+    kit, small, diagrams = Kit(given.out, given.seconds, device, given.parts), device.type == "cpu", []
 
     def grid() -> Rows:
         rows, diagram = speed.grid(device, *((4, 10) if small else (16, 200)))

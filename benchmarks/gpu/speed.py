@@ -267,10 +267,8 @@ def panel(name: str, device: torch.device, left: float, small: bool) -> dict[str
     """A panel of the paper at its published size, with as many steps as fit the time that is left."""
     full = FULL[name]
     if small:
-        full = replace(
-            full, alphas=(*full.alphas[:2], 3), betas=(*full.betas[:2], 3), meta_batch_size=2, judged_tasks=2
-        )
-    axes = np.logspace(*full.alphas), np.logspace(*full.betas)
+        full = replace(full, alphas=full.alphas[:3], betas=full.betas[:3], batch=2, judged=2)
+    axes = full.alphas, full.betas
 
     def run(steps: int) -> float:
         family, judged = problems(full, device, 0)

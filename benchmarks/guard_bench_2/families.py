@@ -67,8 +67,8 @@ class Family:
 
 
 FAMILIES = {
-    "relu": Family("sinusoid", OURS, "sgd", 0.03, 0.02, rate=40, inner=12),
-    "gelu": Family("sinusoid", OURS, "momentum", 0.03, 0.004, rate=40, inner=12),
+    "relu": Family("harmonic", OURS, "sgd", 0.03, 0.03, rate=40, inner=25),
+    "gelu": Family("harmonic", OURS, "momentum", 0.03, 0.005, rate=40, inner=15, gain=4.0),
     "softplus": Family("harmonic", BY_HAND, "adam", 0.03, 0.005, rate=60, inner=20, gain=10.0, inner_steps=2),
     "lstm": Family("sequence", BY_HAND, "adam", 0.1, 0.03, rate=30, inner=30, gain=8.0),
     "blobs": Family("blobs", BY_HAND, "momentum", 0.3, 0.02, rate=40, inner=30, gain=8.0, order="first", classes=5),

@@ -91,9 +91,7 @@ def report(result: dict[str, Any]) -> None:
         row(f"work of checks, {steps} steps", [_share(group["work"].get(steps)) for group in each])
     for found in result["overhead"]:
         ratios = " ".join(f"{ratio:.2f}" for ratio in found["cpu"])
-        print(
-            f"healthy sinusoid run of {found['steps']} steps: CPU time x {ratios}; counted work {1 + found['work']:.2f}x"
-        )
+        print(f"healthy ReLU run of {found['steps']} steps: CPU time x {ratios}; counted work {1 + found['work']:.2f}x")
     print(f"false alarms of the {GUARD}:" + "".join(f"\n   {name}" for name in result["alarmed"]))
     changed = [name for group in each for name in group["harm"].get("changed by warnings", [])]
     print(f"healthy runs that a guard changes that only warns: {changed or 'none'}")

@@ -111,7 +111,7 @@ def _outcome(result: dict[str, Any], start: float, best: float) -> dict[str, Any
 
 
 def overhead(steps: int, pairs: int) -> dict[str, Any]:
-    """Measure what the guard at its defaults costs a healthy sinusoid run.
+    """Measure what the guard at its defaults costs a healthy run of the ReLU family.
 
     Args:
         steps: Steps of the run.

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from benchmarks.advice.modules import Lstm, Transformer, perceptron
-from benchmarks.advice.schedules import make_optimizer
+from benchmarks.common.modules import Lstm, Transformer, perceptron
+from benchmarks.common.schedules import make_optimizer
 from lightning_maml_guard import EpisodeBatch, MetaLearningModule, TaskDataModule
 from lightning_maml_guard.networks import conv4, mlp
 from lightning_maml_guard.stability.problems import PlainProblem, Problem, training_step_problem

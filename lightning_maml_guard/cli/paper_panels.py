@@ -63,8 +63,21 @@ def _with_zero(alphas: np.ndarray) -> np.ndarray:
     return np.concatenate([[0.0], alphas])
 
 
-# Sizes for two CPU cores and minutes. On images a step sees the same few images with their labels drawn anew: a network
-# memorises fixed tasks without adaptation, and then no inner rate is needed.
+# On images a step sees the same few images with their labels drawn anew: a network memorises fixed tasks without
+# adaptation, and then no inner rate is needed.
+_OMNIGLOT = Panel(
+    lambda: conv4(WAYS, filters=8, strided=True),
+    lambda: Omniglot(n_way=WAYS, k_shot=1, queries=1),
+    "labels",
+    batch=4,
+    judged=4,
+    alphas=_with_zero(np.logspace(-1.8, 1.06, 14)),
+    betas=np.logspace(-1.2, 1.22, 12),
+    steps=120,
+    chance=math.log(WAYS),
+    max_iter=12,
+)
+# Sizes for two CPU cores and minutes.
 SMALL = {
     "linear": Panel(
         lambda: mlp(10, hidden=()).double(),
@@ -88,29 +101,13 @@ SMALL = {
         betas=ticks(1e-2, 9),
         steps=500,
     ),
-    "omniglot": Panel(
-        lambda: conv4(WAYS, filters=8, strided=True),
-        lambda: Omniglot(n_way=WAYS, k_shot=1, queries=1),
-        "labels",
-        batch=4,
-        judged=4,
-        alphas=_with_zero(np.logspace(-1.8, 1.06, 14)),
-        betas=np.logspace(-1.2, 1.22, 12),
-        steps=120,
-        chance=math.log(WAYS),
-        max_iter=12,
-    ),
-    "miniimagenet": Panel(
-        lambda: conv4(WAYS, channels=3, filters=8, image_size=32, strided=True),
-        lambda: MiniImageNet(n_way=WAYS, k_shot=1, queries=3, image_size=32),
-        "labels",
+    "omniglot": _OMNIGLOT,
+    "miniimagenet": replace(
+        _OMNIGLOT,
+        network=lambda: conv4(WAYS, channels=3, filters=8, image_size=32, strided=True),
+        tasks=lambda: MiniImageNet(n_way=WAYS, k_shot=1, queries=3, image_size=32),
         batch=2,
         judged=2,
-        alphas=_with_zero(np.logspace(-1.8, 1.06, 14)),
-        betas=np.logspace(-1.2, 1.22, 12),
-        steps=120,
-        chance=math.log(WAYS),
-        max_iter=12,
     ),
 }
 # As above, with tasks drawn anew and, on images, the published number of steps and of inner steps.

@@ -27,7 +27,7 @@ from lightning_maml_guard.lookahead.rates_to_set import (
 from lightning_maml_guard.messages.advice import Advice, Cause, settable
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.stability.measure import measure
-from lightning_maml_guard.stability.problems import PlainProblem, Problem
+from lightning_maml_guard.stability.problems import PlainProblem, Problem, first_batch
 from lightning_maml_guard.stability.report import StabilityReport
 
 # A batch is odd if its loss at sane parameters is this many times the others' median; of so many others at least.
@@ -176,7 +176,10 @@ class Adviser:
             return self._of_rates(found, report, findings)
 
     def _suspects_alpha(self, report: StabilityReport) -> bool:
-        return self._look.harmful or not report.alpha_ratio <= _SUSPECT
+        steps = getattr(first_batch(self._look.problem), "inner_steps", 1)
+        # A single inner step beyond its limit may help, as on Omniglot; several diverge.
+        beyond = report.alpha_ratio > _SUSPECT and steps > 1
+        return self._look.harmful or math.isnan(report.alpha_c) or beyond
 
     def _measured_at(self, factor: float) -> StabilityReport:
         """Measure the limits at a factor on the inner rates."""

@@ -48,13 +48,18 @@ class LossCurve:
         step, finite = self.end - 1, math.isfinite(loss)
         value = loss if finite else math.inf
         point = LossPoint(step, loss if finite else math.nan, value, value, int(finite))
-        if self.points and step - self.points[-1].step < self.stride:
-            self.points[-1] = self.points[-1].joined(point)
-            return
-        self.points.append(point)
+        self._put(point)
         if len(self.points) == 2 * _POINTS:
-            self.stride *= 2
-            self.points = _merged(self.points, self.stride)
+            points, self.points, self.stride = self.points, [], 2 * self.stride
+            for each in points:
+                self._put(each)
+
+    def _put(self, point: LossPoint) -> None:
+        """Append a point, or join it to the latest one if that is less than a stride old."""
+        if self.points and point.step - self.points[-1].step < self.stride:
+            self.points[-1] = self.points[-1].joined(point)
+        else:
+            self.points.append(point)
 
     def adapt(self, step: int, before: float, after: float) -> None:
         """Take the losses before and after adaptation in."""
@@ -70,13 +75,3 @@ class LossCurve:
             return math.inf
         before = self.points[-2] if len(self.points) > 1 else latest
         return before.joined(latest).mean if math.isfinite(before.high) else latest.mean
-
-
-def _merged(points: list[LossPoint], stride: int) -> list[LossPoint]:
-    found: list[LossPoint] = []
-    for point in points:
-        if found and point.step - found[-1].step < stride:
-            found[-1] = found[-1].joined(point)
-        else:
-            found.append(point)
-    return found

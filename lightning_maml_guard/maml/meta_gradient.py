@@ -8,7 +8,6 @@ through norm layers (torch 2.13). Where torch.func takes the gradients (under to
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -232,15 +231,12 @@ def _sharded(problem: MetaProblem, auxiliary: Auxiliary) -> MetaGradient:
         found = maml.of_task(theta, support, query)
         losses.append(found.loss)
         if auxiliary is not nothing:
-            extra.append(maml.own.call(partial(_given, auxiliary, query), found.adapted))
+            given = lambda params, query=query: auxiliary(params, query)  # noqa: E731
+            extra.append(maml.own.call(given, found.adapted))
         for name, value in total.items():
             value += found.gradient[name] / len(tasks)
     gradients = {name: split_like(value, problem.params[name].detach()) for name, value in total.items()}
     return MetaGradient(gradients, None, torch.stack(losses), extra)
-
-
-def _given(function: Auxiliary, query: Any, params: Params) -> Any:
-    return function(params, query)
 
 
 def averaged(found: Any, learn_rates: bool) -> MetaGradient:

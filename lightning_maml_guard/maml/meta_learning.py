@@ -37,10 +37,6 @@ class MetaLearning(MixinBase):
 
     Put it before a LightningModule of the package whose Trainer you use; the two packages' modules do not mix.
 
-    Raises:
-        TypeError: If the network is not a module, or a function not callable.
-        ValueError: If another argument is not allowed, or if the network has nothing to train.
-
     Example:
         >>> from pytorch_lightning import LightningModule
         >>> from lightning_maml_guard import MetaLearning
@@ -80,8 +76,7 @@ class MetaLearning(MixinBase):
         check_network(network, self)
         check_order(order, inner_steps)
         inner_lr = checked_rate(inner_lr, inner_steps, learn_inner_lr)
-        if eval_inner_steps is not None:
-            check_count("eval_inner_steps", eval_inner_steps, 0)
+        check_count("eval_inner_steps", 0 if eval_inner_steps is None else eval_inner_steps, 0)
         strategy = check_strategy(vectorize, task_chunk_size)
         for name, value in {"compile": compile, "keep_memory": keep_memory, "batched": batched}.items():
             check_flag(name, value)
@@ -91,8 +86,8 @@ class MetaLearning(MixinBase):
             self.save_hyperparameters()  # LightningCLI's configuration: plain values, the network's included
         elif type(self).__init__ is MetaLearning.__init__:  # a subclass with its own arguments saves those
             self.save_hyperparameters(ignore=_NO_HYPERPARAMETERS)
-        self.network, self.loss, self.order = network, loss or default_loss, order
-        self.inner_steps, self.inner_lr, self.inner_update = inner_steps, inner_lr, inner_update
+        self.network, self.loss, self.order, self.inner_steps = network, loss or default_loss, order, inner_steps
+        self.inner_lr, self.inner_update = inner_lr, inner_update
         self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
         self.inner_lr_cap: float | None = None  # set by a guard that rescales
         self.outer_lr: float | None = None  # set by a RateSuggestion: the optimizer's rate, whatever its function says
@@ -279,12 +274,11 @@ class MetaLearningModule(MetaLearning, LightningModule):
         task_chunk_size: Tasks vmapped at once; the same as a number for ``vectorize``. Lower it when memory runs out.
         metrics: A torchmetrics metric or collection, updated with the query set's predictions.
         vectorize: How to run over the tasks of a batch: ``"all"`` vmapped at once, a number of them at a time,
-            ``"loop"``: one after another; the gradients are the same up to rounding. ``"auto"`` is ``"loop"`` for
-            a network with a layer of 200,000 weights or more on a CPU, else ``"all"``; ``LMG_VECTORIZE`` overrides it.
-        compile: Run the meta-gradient under ``torch.compile``: a minute or more at the start, then small networks take
-            a fraction of the time. The guard measures without.
-        keep_memory: During a fit on the CPU (glibc): keep freed memory in the process instead of mapping it anew in
-            every step, up to a third of a convolutional network's. The environment's ``MALLOC_`` settings go first.
+            ``"loop"``: one after another; equal up to rounding. ``"auto"`` is ``"loop"`` for a network with a layer of
+            200,000 weights or more on a CPU, else ``"all"``; ``LMG_VECTORIZE`` overrides it.
+        compile: Run the meta-gradient under ``torch.compile``: a minute or more at the start. Not in a guard's checks.
+        keep_memory: During a fit on the CPU (glibc): keep freed memory instead of mapping it anew in every step. The
+            environment's ``MALLOC_`` settings go first.
         batched: Run the tasks through a network of ``nn.Sequential``, ``nn.Linear``, ``nn.LayerNorm`` and activations
             by batched matrix products instead of vmap, if that gives the same on the first batch.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -145,14 +146,12 @@ def _losses(stack: BatchedStack, loss: Loss, params: Params, data: Any) -> Tenso
 def _agree(problem: MetaProblem, general: MetaProblem) -> bool | None:
     """Compare two ways to compute one meta-gradient; None where it is not finite."""
     found, expected = (meta_gradient(each, tasks=TaskMap(strict=True)) for each in (problem, general))
-    distance, size = torch.zeros(()), torch.zeros(())
     pairs = [(found.losses, expected.losses), *((found.gradients[n], g) for n, g in expected.gradients.items())]
-    for own, other in pairs:
-        distance = distance + (own - other).double().square().sum().cpu()
-        size = size + other.double().square().sum().cpu()
-    if not bool(torch.isfinite(size)):
+    squares = [[each.double().square().sum() for each in (own - other, other)] for own, other in pairs]
+    distance, size = torch.stack([torch.stack(each) for each in squares]).sum(0).sqrt().tolist()  # one transfer
+    if not math.isfinite(size):
         return None
     device = expected.losses.device.type
     mixed = torch.is_autocast_enabled(device)
     precision = torch.get_autocast_dtype(device) if mixed else expected.losses.dtype
-    return bool(distance.sqrt() <= 10 * torch.finfo(precision).eps ** 0.5 * size.sqrt())
+    return bool(distance <= 10 * torch.finfo(precision).eps ** 0.5 * size)

@@ -63,6 +63,8 @@ def _rate(report: object, name: str) -> str:
     text = f"{name} = {rate:.3g}"
     if math.isfinite(ratio):
         text += f" is {times(ratio)} {name}_c = {limit:.3g}"
+    elif limit == 0:
+        text += f" exceeds {name}_c = 0"
     elif math.isnan(limit):
         text += " (not judged)"
     return f"{text}, applied as {applied:.3g}" if applied < rate else text

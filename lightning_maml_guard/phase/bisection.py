@@ -134,7 +134,7 @@ def border(
         >>> problem = MetaProblem({"w": torch.ones(2, 1)}, loss, data, data, order="simplified")
         >>> found = phase_diagram(problem, [0.1, 0.2], [0.5, 5.0], 40, measure_every=0, progress=False)
         >>> [round(rate, 2) for rate in border(problem, found, 0.1)]  # beta_c = 2/(2 - 0.1 * 4) = 1.25
-        [1.24, 1.28]
+        [1.23, 1.27]
     """
     column = int(np.abs(diagram.alphas - alpha).argmin())
     trained = np.flatnonzero(diagram.trained_to(share)[column])

@@ -61,19 +61,23 @@ class Slopes:
     def _over(
         self, problem: Problem, params: Params, alphas: Tensor, together: Any, alone: Any
     ) -> tuple[Params, Tensor]:
-        if not self.looped:
-            try:
-                return self._vmapped(problem, params, alphas, together)
-            except Exception as error:
-                found = _joined([alone(problem, *_part(params, alphas, [run])) for run in range(len(alphas))])
-                self.looped = True  # whatever vmap cannot do; what is wrong with the loss itself was raised just now
-                warnings.warn(
-                    "The rungs of a ladder of rates cannot be vectorised, so they train one after another (slower, "
-                    f"same result). torch.func.vmap said: {first_line(error)}",
-                    GuardWarning,
-                    stacklevel=2,
-                )
-                return found
+        if self.looped:
+            return self._one_by_one(problem, params, alphas, alone)
+        try:
+            return self._vmapped(problem, params, alphas, together)
+        except Exception as error:
+            found = self._one_by_one(problem, params, alphas, alone)  # raises what is wrong with the loss itself
+            self.looped = True
+            warnings.warn(
+                "The rungs of a ladder of rates cannot be vectorised, so they train one after another (slower, same "
+                f"result). torch.func.vmap said: {first_line(error)}",
+                GuardWarning,
+                stacklevel=2,
+            )
+            return found
+
+    @staticmethod
+    def _one_by_one(problem: Problem, params: Params, alphas: Tensor, alone: Any) -> tuple[Params, Tensor]:
         return _joined([alone(problem, *_part(params, alphas, [run])) for run in range(len(alphas))])
 
     def _vmapped(self, problem: Problem, params: Params, alphas: Tensor, together: Any) -> tuple[Params, Tensor]:

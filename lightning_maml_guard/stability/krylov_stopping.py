@@ -58,14 +58,14 @@ def run_lanczos(
     krylov: Krylov,
     alpha: float = 0.0,
     value: Watched | None = None,
-    enough: Callable[[Tridiagonal], bool] = lambda run: False,
+    enough: Callable[[Tridiagonal], bool] | None = None,
     space: Space = WHOLE,
 ) -> LanczosRun:
     """Run Lanczos until the top (and, for ``alpha > 0``, ``beta_c``) is known to a relative residual, or enough is."""
     start = space.start((size,) if blocks is None else (blocks, size), like)
 
     def resolved(runs: Sequence[Tridiagonal]) -> bool:
-        return all(lanczos_resolved(*run, alpha, krylov.tol) or enough(run) for run in runs)
+        return all(lanczos_resolved(*run, alpha, krylov.tol) or (enough is not None and enough(run)) for run in runs)
 
     return lanczos(matvec, start, max_iter=krylov.max_iter, stop=resolved, basis=krylov.basis, value=value, space=space)
 

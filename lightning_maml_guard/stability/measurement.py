@@ -118,11 +118,11 @@ class Measurement:
             jacobian, exact_beta = self._exact_limit_if_finite(1.0)
         change = predicted_change(jacobian, self._optimizer, self._beta, objective.live)
         direction = None if self._tasks < 2 or self._update.decoupled else exact_beta.direction
+        by_task = None
         if direction is not None:
             direction = self._update.unscaled(direction)
-        by_task = None
+            by_task = None if jacobian is None else jacobian.along_by_task(direction)
         if jacobian is not None:
-            by_task = None if direction is None else jacobian.along_by_task(direction)
             jacobian.release()
         if direction is not None and by_task is None:
             by_task = operators.by_task(direction)

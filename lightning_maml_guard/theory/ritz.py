@@ -27,11 +27,14 @@ def ritz_values(diagonal: Sequence[float], off_diagonal: Sequence[float]) -> tup
     return values, abs(float(off_diagonal[-1])) * np.abs(vectors[-1])
 
 
-def highest_allowed(diagonal: Sequence[float], off_diagonal: Sequence[float], size: int) -> float:
+def highest_allowed(
+    diagonal: Sequence[float], off_diagonal: Sequence[float], size: int, *, rounding: float = 0.0
+) -> float:
     """Return the largest eigenvalue that a Lanczos run from a random start allows, whatever it has resolved."""
     values, residuals = ritz_values(diagonal, off_diagonal)
-    hidden = largest_hidden(values, inclusion_level(np.asarray(off_diagonal), size))
-    return max(hidden, float(values[-1] + residuals[-1]))
+    noise = rounding * float(np.abs(values).max() + off_diagonal[-1])
+    hidden = largest_hidden(values, inclusion_level(np.asarray(off_diagonal) + noise, size))
+    return max(hidden, float(values[-1] + residuals[-1])) + noise
 
 
 def ritz_pairs(diagonal: Sequence[float], off_diagonal: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

@@ -81,8 +81,7 @@ class Trial:
             if (step + 1) % _LOOK == 0:
                 self._drop()
         if starts:
-            self.start = np.mean(starts, 0)
-            mean = np.mean(ends, 0)
+            self.start, mean = np.mean(starts, 0), np.mean(ends, 0)
             self.end = np.where(self.active & np.isfinite(mean), mean, math.inf)
 
     def keep(self, which: np.ndarray) -> None:
@@ -170,9 +169,8 @@ class LadderSearch:
     def _grid(self) -> np.ndarray:
         """Meta rates, each twice the one before, from hardly any movement to beyond the parameters' own length."""
         present = scheduled_rate(self._optimizers)
-        gradients, _ = self._slopes.gradients(
-            self._first, copies(self._params, 1), self.like.new_tensor(self.alphas[:1])
-        )
+        lowest = self.like.new_tensor(self.alphas[:1])
+        gradients, _ = self._slopes.gradients(self._first, copies(self._params, 1), lowest)
         shadow = ShadowOptimizer(self._optimizers, self._first.params, 1 / present)
         shadow.step({name: value[0] for name, value in gradients.items()})
         moved = {name: shadow.params[name].float() - value.float() for name, value in self._first.params.items()}
@@ -187,11 +185,9 @@ class LadderSearch:
         shape = (len(self.alphas), len(self.betas))
         self._largest_known = np.full(len(self.alphas), math.nan)
         self._losses, self._start = np.full(shape, math.nan), np.full(len(self.alphas), math.nan)
-        with tqdm(desc="rates", unit="step", disable=not self.options.progress) as self._bar:
+        with tqdm(total=self._most(), desc="rates", unit="step", disable=not self.options.progress) as self._bar:
             found = self._race(self._coarse())
-        raced = np.full(len(self.alphas), math.nan)
-        for column, end in found.items():
-            raced[column] = end
+        raced = np.array([found.get(column, math.nan) for column in range(len(self.alphas))])
         return RateLadder(
             alphas=self.alphas,
             betas=self.betas,
@@ -205,6 +201,18 @@ class LadderSearch:
             looped=self._slopes.looped,
             repeated=not self._fresh and not self.held,
         )
+
+    def _most(self) -> int:
+        """The steps of all runs together, if none is dropped because its loss left."""
+        steps, inner = self.options.steps, len(self.alphas)
+        first = min(max(steps // 4, _LOOK), steps)
+        most = inner * (-(-len(self.betas) // 2) * first + _KEPT_RUNGS * (steps - first))
+        inner, done, more = _better_half(inner, 2), 0, steps
+        while more > 0:
+            most += inner * (_BELOW + 2) * more
+            inner, done = _better_half(inner), done + more
+            more = min(done, self.options.longest - done)
+        return most
 
     def _trial(self, rungs: Mapping[int, Sequence[int]]) -> tuple[Trial, np.ndarray, np.ndarray]:
         """Begin at some meta rates of each inner rate; returns the runs' indices of both rates too."""
@@ -233,7 +241,7 @@ class LadderSearch:
         self._record(trial, columns, places, keep)
         top = {column: _largest(places, keep & (columns == column), trial.trains) for column in set(columns.tolist())}
         best = {c: trial.end[keep & (columns == c) & (places <= top[c])].min() for c in top if top[c] is not None}
-        able = sorted(best, key=best.__getitem__)[: max(-(-len(self.alphas) // 2), 2)]
+        able = sorted(best, key=best.__getitem__)[: _better_half(len(self.alphas), 2)]
         return {column: rung for column in able if (rung := top[column]) is not None}
 
     def _race(self, top: dict[int, int]) -> dict[int, float]:
@@ -253,8 +261,7 @@ class LadderSearch:
             if not self._race_steps:
                 self._record(trial, columns, places, np.ones(len(columns), dtype=bool))
             self._race_steps += more
-            found: dict[int, float] = {}
-            largest: dict[int, int] = {}
+            found, largest = dict[int, float](), dict[int, int]()
             for column in going:
                 rung = _largest(places, trial.active & (columns == column), trial.trains)
                 self._largest_known[column] = math.nan if rung is None else self.betas[rung]
@@ -263,8 +270,7 @@ class LadderSearch:
                 share = np.abs(np.log(self.betas[places] / (self.margin * self.betas[rung])))
                 share[(columns != column) | ~trial.active] = math.inf
                 largest[column], found[column] = rung, float(trial.end[share.argmin()])
-            left = sorted(found, key=found.__getitem__)
-            left = left[: max(-(-len(left) // 2), 1)]
+            left = sorted(found, key=found.__getitem__)[: _better_half(len(found))]
             if not left or self._race_steps >= self.options.longest:
                 return found
             # Only rungs that are trained on: an inner rate that fell behind keeps the largest rate that was seen.
@@ -272,6 +278,10 @@ class LadderSearch:
             go_on = [c in going and k <= largest[c] for c, k in zip(columns.tolist(), places.tolist(), strict=True)]
             trial.keep(np.array(go_on))
             more = min(self._race_steps, self.options.longest - self._race_steps)
+
+
+def _better_half(count: int, least: int = 1) -> int:
+    return min(max(-(-count // 2), least), count)
 
 
 def _largest(places: np.ndarray, which: np.ndarray, trains: np.ndarray) -> int | None:

@@ -49,14 +49,14 @@ def suggest_rates(
     rate ``beta`` are trained side by side for ``ladder.steps`` steps, each from the initial parameters with the run's
     own optimizer, its groups, weight decay and clipping, at constant rates (under a schedule: where it peaks), on
     batches as the data gives them. Each loss is that of batches no rung has trained on. Rungs whose loss leaves are
-    dropped. At each ``alpha`` the largest ``beta`` that trains, with all below it, is looked for on three streams of
-    batches; the smallest counts, and ``beta`` is suggested at ``margin`` of it. Of the inner rates, those whose pairs
-    end lower are trained on, up to four times as long; the one that ends lowest is suggested.
+    dropped. At the better half of the inner rates the meta rates around the largest that trains start anew on other
+    batches; half of them go on twice as long, then half of those, up to ``ladder.longest`` steps. ``beta`` is suggested
+    at ``margin`` of the largest that still trains with all below it, and the ``alpha`` whose pair ends lowest.
 
-    A quarter, because a few steps find a rate up to about twice too high for a whole run, and what trains at one rate
-    nearly always trains at half of it: ``python -m benchmarks.suggest`` has the figures. The critical rates at the
-    initialisation are measured and reported beside it. They explain why a rate diverges at once, and bound neither
-    rate: training itself lowers the curvature, to about ``2/alpha`` in the best runs.
+    A quarter, because some steps find a rate up to four times too high for a whole run where losses spike:
+    ``python -m benchmarks.suggest`` prints how runs end at other shares. The critical rates at the initialisation are
+    measured and reported beside it. They explain why a rate diverges at once, and bound neither rate: training itself
+    lowers the curvature.
 
     Args:
         module: A ``MetaLearningModule``, another LightningModule with ``meta_problem`` or ``problem``, or any with

@@ -200,6 +200,7 @@ def inform_less() -> Iterator[None]:
 # pieces of one model on its processes, and those that keep whole parameters on every process.
 _SHARDING = "ModelParallelStrategy"
 _TESTED_STRATEGIES = frozenset({"SingleDeviceStrategy", "DDPStrategy", _SHARDING})
+_UNTESTED_STRATEGIES = frozenset({"DeepSpeedStrategy"})  # though derived from DDP's
 
 
 def _is_one_of(trainer: Any, names: Collection[str]) -> bool:
@@ -208,7 +209,8 @@ def _is_one_of(trainer: Any, names: Collection[str]) -> bool:
 
 def check_strategy(trainer: Any, allow_untested: bool) -> None:
     """Raise a MisconfigurationException under a strategy that the guard was not tested with."""
-    if allow_untested or _is_one_of(trainer, _TESTED_STRATEGIES):
+    tested = _is_one_of(trainer, _TESTED_STRATEGIES) and not _is_one_of(trainer, _UNTESTED_STRATEGIES)
+    if allow_untested or tested:
         return
     raise MisconfigurationException(
         f"ConvergenceGuard was not tested with {type(trainer.strategy).__name__}: it needs whole parameters, or pieces "

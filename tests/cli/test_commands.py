@@ -63,13 +63,13 @@ def test_every_command_over_every_configuration(task, request, monkeypatch, caps
         assert all(torch.equal(a, b) for a, b in pairs)
     capsys.readouterr()
     trained.config["ckpt_path"] = None
-    applied = [] if images else ["--apply=out.yaml"]
+    applied = ["--apply=out.yaml"] if task == "linear" else []  # of one sinusoid no rate trains within 5 steps
     found = main(["suggest", *words, "--batches=1", "--margin=0.4", "--steps=5", *guard, *applied]).suggestion
     assert len(found.reports) == 1 and found.ladder.steps == 5
     printed_out = capsys.readouterr().out
     assert f"suggested {found.alpha:.3g}" in printed_out
     assert images or Path("runs", "suggest", f"{task}.png").stat().st_size > 10_000
-    if applied and math.isfinite(found.beta):
+    if applied:
         written = yaml.safe_load(Path("out.yaml").read_text())["model"]["init_args"]
         assert (written["inner_lr"], written["optimizer"]["init_args"]["lr"]) == found.suggestion()
 
@@ -150,7 +150,7 @@ def test_who_judges_untrained_parameters_is_told_of_the_newest_checkpoint():
     for command, *dry in (["validate"], ["test"], ["test", "--trainer.fast_dev_run=true"]):
         with pytest.warns(GuardWarning) as caught:
             main([command, *words_of("linear"), *dry])
-        (said,) = [str(each.message) for each in caught if each.category is GuardWarning]
+        (said,) = [one_line(each.message) for each in caught if each.category is GuardWarning]
         assert said == (
             f"{command} judges the initial parameters, as no --ckpt_path was passed. Pass --ckpt_path "
             "runs/linear/version_1/checkpoints/epoch=0-step=1.ckpt (the newest in runs/linear) to judge the trained ones."
@@ -171,7 +171,7 @@ def test_the_newest_checkpoint_is_looked_for_where_training_puts_it(options, fol
     def told(*more):
         with guard_warns("judges the initial parameters") as caught:
             main(["test", *words_of("linear"), *options, *more])
-        (said,) = [str(each.message) for each in caught if each.category is GuardWarning]
+        (said,) = [one_line(each.message) for each in caught if each.category is GuardWarning]
         where = re.search(r"Pass --ckpt_path (.*) to judge the trained ones\.$", said)[1]
         return where.replace(f"{Path.cwd()}/", "")
 
@@ -196,10 +196,7 @@ def test_the_last_line_of_a_run_says_which_rates_were_applied_in_place_of_the_co
     assert last.alpha_applied < 0.4 and last.beta_applied < 5
     (verdict,) = [one_line(record.message) for record in caplog.records if "At the last one" in record.message]
     assert f"alpha = 0.4 is {times(last.alpha_ratio)} alpha_c = {last.alpha_c:.3g}, applied as" in verdict
-    assert (
-        f"beta = 5 is {times(last.beta_ratio)} beta_c = {last.beta_c:.3g}, applied as {last.beta_applied:.3g}."
-        in verdict
-    )
+    assert last.beta_c == 0 and f"beta = 5 exceeds beta_c = 0, applied as {last.beta_applied:.3g}." in verdict
 
 
 def test_suggest_follows_the_trainer(monkeypatch):
@@ -332,7 +329,7 @@ def test_a_training_that_diverged_says_so_before_its_test(elsewhere, caplog):
             guard = main(["fit", *words, "--trainer.max_steps=3", "--guard"]).guard
     assert math.isnan(tested.trainer.callback_metrics["test/loss"])
     assert Path("runs/mine/version_1/safe_region.png").exists() and not Path("runs/sinusoid").exists()
-    first, second = (record.message for record in caplog.records if "diverged" in record.message)
+    first, second = (one_line(record.message) for record in caplog.records if "raining diverged" in record.message)
     assert first == (
         "The training diverged: its parameters are not finite. Run it again with --guard, which tells the rate to "
         "lower; --guard rescale lowers it."

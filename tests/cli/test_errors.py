@@ -172,7 +172,7 @@ def test_the_commands_have_options_of_their_own(capsys):
         ("phase-diagram sinusoid --gird=5", "unrecognized arguments: --gird=5. Did you mean --grid?"),
         (
             "phase-diagram omniglott",
-            "expected the panel to be one of linear, sinusoid, omniglot, miniimagenet but got 'omniglott'. Did you mean 'omniglot'?",
+            "expected the panel to be one of linear, sinusoid, omniglot, miniimagenet, near-minimum but got 'omniglott'. Did you mean 'omniglot'?",
         ),
         ("phase-diagram omniglot --data /nowhere", "--data: Omniglot was not found in /nowhere."),
         ("test omniglot --data /nowhere", "--data: there is no folder /nowhere."),

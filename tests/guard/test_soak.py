@@ -32,7 +32,8 @@ class Watch(Callback):
             self.resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * PAGE / 2**20)
 
 
-@pytest.mark.parametrize("steps", [300, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [300, 20_000])
 @pytest.mark.filterwarnings("ignore::lightning_maml_guard.GuardWarning")
 def test_memory_stays_flat_and_nothing_is_left(steps):
     torch.manual_seed(0)

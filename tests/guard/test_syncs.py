@@ -71,8 +71,9 @@ def test_a_measurement_waits_for_its_coefficients_and_once_more(transfers, crite
         report = measure(problem, optimizer=optimizer, cache=cache, curvature=CurvatureOptions(criterion=criterion))
     # Where J is not symmetric, whether the inner rate turned a direction is one more question, at each inner rate.
     turned = {"exact": 0, "first": 2}[order]
-    assert transfers() + 1 <= syncs.count <= transfers() + 1 + turned
-    assert report.hvps > 15 and math.isfinite(report.lambda_max)
+    more = criterion == "exact"  # the simplified criterion asks for nothing else
+    assert transfers() + more <= syncs.count <= transfers() + 1 + turned
+    assert report.hvps > 10 and math.isfinite(report.lambda_max)
 
 
 def test_a_guards_check_waits_once_for_its_lookahead_and_once_for_adaptation(transfers, monkeypatch):
@@ -88,7 +89,8 @@ def test_a_guards_check_waits_once_for_its_lookahead_and_once_for_adaptation(tra
     guard = ConvergenceGuard(every_n_steps=10, action="log", lookahead=LookaheadOptions(batches=1))
     module = MetaLearningModule(mlp(), optimizer=lambda parameters: SGD(parameters, lr=1e-3))
     fit(module, Sinusoid().sample(4, torch.Generator().manual_seed(0)), 2, [guard])
-    assert counted == [transfers() + 3] and guard.history[0].severity < 3
+    # The last one tells once whether batched products give the network's own gradient.
+    assert counted == [transfers() + 4] and guard.history[0].severity < 3
 
 
 def test_the_counter_counts():

@@ -154,7 +154,7 @@ def test_the_guards_field_is_the_meta_gradient_by_every_way(order):
     expected = meta_gradient(problem, tasks=task_map("loop")).gradients
     for way in WAYS:
         with double_backward():
-            _, gradients = meta_field(problem, task_map(way, strict=True))(params, True)
+            _, gradients, _ = meta_field(problem, task_map(way, strict=True))(params, True)
         assert apart({n: g.detach() for n, g in gradients.items()}, expected) < 1e-12
         v = layout.split(torch.linspace(-1, 1, layout.size, dtype=torch.float64))
         total = sum((gradients[n] * v[n]).sum() for n in v)

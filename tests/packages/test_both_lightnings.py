@@ -106,11 +106,13 @@ def test_the_command_line_is_that_of_the_package_that_is_used(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_a_data_module_in_the_other_packages_trainer_gives_our_message(tmp_path):
-    done = run(
-        "from lightning_maml_guard import TaskDataModule\n" + FOREIGN + "train(pl, Plain(), episodes())", tmp_path
+def test_a_data_module_beside_the_other_package_gives_our_message(tmp_path):
+    code = (
+        "from lightning_maml_guard import TaskDataModule\nfrom lightning_maml_guard.tasks.regression import Sinusoid\n"
+        "import lightning.pytorch\nTaskDataModule(Sinusoid())"
     )
-    assert done.returncode != 0
+    done = run(code, tmp_path, train=False)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert (
         "TaskDataModule is a data module of pytorch_lightning, and lightning.pytorch is imported as well, whose Trainer "
         "does not accept it: the two packages do not mix. If your Trainer is pytorch_lightning's, do nothing. If it is "

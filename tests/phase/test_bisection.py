@@ -1,5 +1,7 @@
 """Limits found by training meet the theory's closed forms."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -57,13 +59,14 @@ def test_a_column_of_a_diagram_is_refined_to_its_border():
     loss = lambda params, batch: ((batch[0] @ params["w"] - batch[1]) ** 2).sum()  # noqa: E731
     problem = MetaProblem({"w": torch.ones(2, 1).double()}, loss, data, data, order="simplified")
     steps = {"measure_every": 0, "progress": False, "optimizer": SGD(0.5)}
-    found = phase_diagram(problem, [0.1, 0.2], [0.5, 5.0], 150, **steps)
-    for alpha in found.alphas:
+    found = phase_diagram(problem, [0.1, 0.2], [0.5, 5.0], 80, **steps)
+    for alpha in found.alphas[1:]:
         limit = 2 * 1.5 / (2 - alpha * 4)
-        inside, outside = border(problem, found, float(alpha), relative=0.01, optimizer=SGD(0.5))
-        assert inside < limit < outside * 1.01 and outside / inside <= 1.01
-    with pytest.raises(ValueError, match="low=0.5 does not converge|high=5 still converges"):
-        border(lambda step: problem, found, 0.1, optimizer=SGD(0.99))
+        inside, outside = border(problem, found, float(alpha), relative=0.04, optimizer=SGD(0.5))
+        assert inside < limit < 1.04 * outside and outside / inside <= 1.04
+    other = replace(problem, support=(10 * data[0], data[1]), query=(10 * data[0], data[1]))
+    with pytest.raises(ValueError, match="low=0.5 does not converge everywhere"):
+        border(lambda step: other, found, 0.1, optimizer=SGD(0.5))
     none = phase_diagram(problem, [0.1], [50.0, 60.0], 20, **steps)
     with pytest.raises(
         ValueError, match="alpha=0.1: no outer learning rate trained. Draw a diagram with lower `betas`"

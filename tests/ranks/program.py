@@ -26,15 +26,15 @@ CASES = {
 }
 
 
-def episodes(tasks: int = 4) -> EpisodeBatch:
+def episodes(tasks: int = 4, shots: int = 6) -> EpisodeBatch:
     generator = torch.Generator().manual_seed(7)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    x, noise = draw(tasks, 12, 3), draw(tasks, 12, 1)
+    x, noise = draw(tasks, 2 * shots, 3), draw(tasks, 2 * shots, 1)
     y = (x.sum(-1, keepdim=True) * draw(tasks, 1, 1)).sin() + 0.1 * noise
-    return EpisodeBatch((x[:, :6], y[:, :6]), (x[:, 6:], y[:, 6:]))
+    return EpisodeBatch((x[:, :shots], y[:, :shots]), (x[:, shots:], y[:, shots:]))
 
 
 def part(batch: EpisodeBatch, rank: int, size: int) -> EpisodeBatch:

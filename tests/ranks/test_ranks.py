@@ -54,7 +54,7 @@ def same(one, other) -> bool:
     return repr(one) == repr(other)
 
 
-@pytest.mark.parametrize("case", ["log", "simplified"])
+@pytest.mark.parametrize("case", ["log", pytest.param("simplified", marks=pytest.mark.slow)])
 def test_two_processes_measure_what_one_does_on_all_tasks(tmp_path, case):
     torch.set_num_threads(1)
     (alone,) = launched(tmp_path, case, "single")
@@ -74,8 +74,9 @@ def test_two_processes_measure_what_one_does_on_all_tasks(tmp_path, case):
 
 @pytest.mark.parametrize(
     ("case", "launcher"),
-    [("rescale", "torchrun"), pytest.param("rollback", "ddp_spawn", marks=pytest.mark.slow)],
+    [("rescale", "torchrun"), ("rollback", "ddp_spawn")],
 )
+@pytest.mark.slow
 def test_replicas_stay_bitwise_equal_under_rescale(tmp_path, case, launcher):
     ranks = launched(tmp_path, case, launcher)
     assert ranks[0]["guard"]["caps"]["beta"] < 3.0
@@ -168,7 +169,7 @@ def test_a_strategy_that_splits_the_module_is_refused_until_it_is_asked_for():
     check_strategy(_Trainer(), True)
 
 
-@pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy"])
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
 def test_the_strategies_of_lightning_that_split_a_module_are_refused_in_setup(name):
     import pytorch_lightning.strategies as strategies
 

@@ -21,7 +21,9 @@ def told(guard: ConvergenceGuard):
     return repr([replace(report, seconds=0.0) for report in guard.history]), repr(guard.severities)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case == "rescale" else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_a_run_killed_twice_ends_as_if_it_had_not_been(tmp_path, case):
     whole, module = train(tmp_path / "whole", case)
     first, second = sorted(random.Random(case).sample(range(8, STEPS), 2))

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from lightning_maml_guard import ConvergenceGuard, EpisodeBatch, GuardWarning, MetaLearningModule, MetaProblem
 from lightning_maml_guard.utils.lightning_compat import Callback, LightningModule, Trainer
 from tests.helpers import QUIET, grouped
+from tests.ranks.program import episodes
 
 # (kind of module, guard options, options of the module, steps)
 LOG: dict[str, Any] = {"action": "log", "every_n_steps": 2, "steps": 1, "batches": 1, "max_iter": 6}
@@ -41,23 +42,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
     "worst": ("maml", {**LOG, "tasks": "worst"}, {"lr": 0.05}, 1),
     "stated": ("stated", {**LOG, "max_iter": 10}, {"lr": 0.05}, 3),
     "rescale": ("plain", ACT, {"lr": 40.0}, 8),
-    "rescale_maml": ("maml", {**ACT, "steps": 3}, {"lr": 8.0}, 3),
+    "rescale_maml": ("maml", {**ACT, "steps": 0}, {"lr": 2.0, "inner_lr": 0.6}, 1),
     "rolled_back": ("plain", {**ACT, "every_n_steps": 4}, {"lr": 0.05, "struck_at": 1}, 6),
     "resumed": ("plain", ACT, {"lr": 40.0}, 8),
     "killed": ("plain", LOG, {"lr": 0.05, "killed_at": 1}, 100),
     "validated": ("maml", {**LOG, "max_iter": 1}, {"lr": 0.05, "order": "first", "validates": True}, 1),
 }
-
-
-def episodes(tasks: int = 2) -> EpisodeBatch:
-    generator = torch.Generator().manual_seed(7)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    x, noise = draw(tasks, 24, 3), draw(tasks, 24, 1)
-    y = (x.sum(-1, keepdim=True) * draw(tasks, 1, 1)).sin() + 0.1 * noise
-    return EpisodeBatch((x[:, :12], y[:, :12]), (x[:, 12:], y[:, 12:]))
 
 
 def share(batch: EpisodeBatch, rank: int, size: int) -> EpisodeBatch:
@@ -86,7 +76,7 @@ class Data:
             fully_shard(self.network, mesh=mesh)
 
     def train_dataloader(self):
-        own = share(episodes(), self.trainer.global_rank, self.trainer.world_size)
+        own = share(episodes(2, 12), self.trainer.global_rank, self.trainer.world_size)
         return DataLoader([own] * 100, batch_size=None)
 
 

@@ -1,12 +1,10 @@
 """One model in pieces on two and three processes: the numbers of one process, on all of them alike."""
 
-import math
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +21,7 @@ SLOW += ("rescale_maml",)
 
 
 # Of an update whose Jacobian J is not symmetric a process alone multiplies with the transpose: the eigenvalues are the
-# same, but not the vector along which the tasks' curvatures are taken.
+# same, but a run that stops early knows them from another space, and the tasks' curvatures are along another vector.
 NOT_SYMMETRIC = ("first", "simplified", "stated")
 
 
@@ -43,7 +41,7 @@ def started(folder: Path, size: int, cases: tuple[str, ...]) -> list[subprocess.
     return processes
 
 
-def run(folder: Path, size: int, cases: tuple[str, ...], seconds: float = 540) -> None:
+def run(folder: Path, size: int, cases: tuple[str, ...], seconds: float = 1200) -> None:
     processes = started(folder, size, cases)
     try:
         codes = [each.wait(seconds) for each in processes]
@@ -70,9 +68,8 @@ def check_against_one_process(folder: Path, case: str, size: int) -> None:
     for mine, theirs in zip(history, ranks[0]["guard"]["history"], strict=True):
         assert (mine["step"], mine["status"]) == (theirs["step"], theirs["status"])
         for name in NUMBERS:
-            if name == "beta_c_noise" and case in NOT_SYMMETRIC:
-                continue
-            assert theirs[name] == pytest.approx(mine[name], rel=1e-5, abs=1e-9, nan_ok=True), name
+            near = 0.02 if case in NOT_SYMMETRIC and "beta_c" in name else 1e-5
+            assert theirs[name] == pytest.approx(mine[name], rel=near, abs=1e-9, nan_ok=True), name
     for rank in ranks:
         assert rank["steps"] == alone["steps"] and repr(shared(rank["guard"])) == repr(shared(ranks[0]["guard"]))
         for name, value in alone["weights"].items():
@@ -137,10 +134,8 @@ def test_a_run_goes_on_from_a_distributed_checkpoint(slow):
 def test_a_process_that_is_killed_ends_the_job(tmp_path):
     processes = started(tmp_path, 2, ("killed",))
     try:
-        assert processes[1].wait(120) == -signal.SIGKILL
-        began = time.monotonic()
-        assert processes[0].wait(60) not in (0, None)
-        assert math.isfinite(time.monotonic() - began)
+        assert processes[1].wait(300) == -signal.SIGKILL
+        assert processes[0].wait(120) != 0  # long before the process group's timeout of half an hour
     finally:
         for each in processes:
             each.kill()

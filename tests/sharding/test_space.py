@@ -5,10 +5,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, MetaLearningModule
+from lightning_maml_guard.guard.settings import check_pieces, check_watchable
 from lightning_maml_guard.linalg.layout import WHOLE, Layout
 from lightning_maml_guard.sharding.own_backward import OwnBackward
 from lightning_maml_guard.sharding.space import Split, _NormalNumbers
+from lightning_maml_guard.utils.distributed import OneModel, SharedError
+from lightning_maml_guard.utils.lightning_compat import MisconfigurationException
 from lightning_maml_guard.utils.shards import finite, is_split, local, norm, split_like
+
+
+def mlp_module(**options):
+    return MetaLearningModule(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double(), **options)
 
 
 @pytest.fixture
@@ -71,6 +79,43 @@ def test_a_gradient_is_taken_at_another_point_and_leaves_no_trace(network):
     assert finite(network)
     local(live["2.bias"]).fill_(torch.nan)
     assert not finite(network)
+
+
+class ModelParallelStrategy:
+    pass
+
+
+class _Trainer:
+    strategy, world_size = ModelParallelStrategy(), 2
+
+
+def test_a_guard_refuses_what_it_cannot_measure_in_pieces(network):
+    check_pieces(_Trainer(), network)
+    with pytest.raises(MisconfigurationException, match="cannot watch this model.*'weight' lies on every process"):
+        check_pieces(_Trainer(), nn.Linear(2, 1))
+    with pytest.raises(MisconfigurationException, match=r"but got \['torch.bfloat16'\].*bf16-mixed"):
+        check_pieces(_Trainer(), network.bfloat16())
+    guard = ConvergenceGuard(curvature=CurvatureOptions(estimator=lambda matvec, start: [1.0]))
+    with pytest.raises(MisconfigurationException, match="no estimator but 'lanczos' under ModelParallelStrategy"):
+        check_watchable(guard, _Trainer(), mlp_module())
+
+
+@pytest.mark.parametrize(
+    ("options", "name"), [({"compile": True}, "compile"), ({"learn_inner_lr": True}, "learn_inner_lr")]
+)
+def test_a_module_refuses_options_that_its_pieces_do_not_have(network, options, name):
+    module = mlp_module(**options)
+    module.network = network
+    with pytest.raises(ValueError, match=f"`{name}` is not supported where fully_shard splits the network"):
+        module.on_fit_start()
+
+
+def test_a_failed_rank_and_rank_zeros_word_count_for_all(network):
+    ranks = OneModel()
+    assert (ranks.size, ranks.processes) == (1, 1) and ranks.gather("own") == ["own"]
+    assert ranks.mean(torch.tensor(2.0)) == 2.0
+    with pytest.raises(SharedError, match="on rank 0: OSError: full"), ranks.together():
+        raise OSError("full")
 
 
 def test_what_is_not_split_alike_is_named(network):

@@ -38,6 +38,7 @@ def test_off_the_device_a_report_has_the_same_bits(monkeypatch, order, tasks):
     monkeypatch.setattr(kept, "_HOST_GROUP", 64)
     module, _, problem = sinusoid_problem(order=order)
     options = {"optimizer": with_moments(module, problem), "criterion": "exact", "tasks": tasks}
+    measure(problem, **grouped_measure(**options))  # with the self-check, which counts
     here, there = (measure(problem, **grouped_measure(basis=basis, **options)) for basis in ("device", "cpu"))
     assert repr(numbers(here)) == repr(numbers(there)) and math.isfinite(here.beta_c)
 
@@ -49,7 +50,11 @@ def test_intervals_of_a_rounded_basis_hold_for_networks(order):
         module, batch, problem = sinusoid_problem(seed, inner_lr=0.03, order=order)
         values = dense_spectrum(module, batch)
         report = measure(problem, beta=0.01, curvature=CurvatureOptions(criterion="simplified", basis="bfloat16"))
-        sharp = measure(problem, beta=0.01, curvature=CurvatureOptions(criterion="simplified"))
+        # A tolerance at which no run ends early.
+        exact, sharp = (
+            measure(problem, beta=0.01, curvature=CurvatureOptions(tol=9e-3, basis=basis))
+            for basis in ("bfloat16", "device")
+        )
         truth = critical_rates(values, 0.03)
         for (low, high), true in (
             (report.lambda_max_interval, values[-1]),
@@ -59,11 +64,11 @@ def test_intervals_of_a_rounded_basis_hold_for_networks(order):
             assert low <= true <= high and high - low < 0.05 * true
         mu = np.linalg.eigvals(dense_jacobian(problem))
         mu = mu[(mu.real > 0) & (np.abs(mu) > 0.02 * np.abs(mu).max())]
-        low, high = report.exact_beta_c_interval
+        low, high = exact.exact_beta_c_interval
         assert low <= min(2 * mu.real / np.abs(mu) ** 2) <= high
         # What goes along the binding direction: task noise and the predicted step.
-        assert report.beta_c_noise == pytest.approx(sharp.beta_c_noise, rel=2e-2)
-        assert report.predicted_change == pytest.approx(sharp.predicted_change, rel=1e-9)
+        assert exact.beta_c_noise == pytest.approx(sharp.beta_c_noise, rel=2e-2)
+        assert exact.predicted_change == pytest.approx(sharp.predicted_change, rel=1e-9)
 
 
 @pytest.mark.parametrize("criterion", ["exact", "simplified"])
@@ -79,9 +84,9 @@ def test_a_measurement_holds_one_graph_at_a_time(monkeypatch, criterion, inner_l
 
     monkeypatch.setattr(Jacobian, "__init__", watched)
     report = measure(problem, optimizer=optimizer, curvature=CurvatureOptions(criterion=criterion))
-    assert len(made) == (3 if criterion == "exact" and inner_lr == 1.0 else 2)
+    assert len(made) == (1 if criterion == "simplified" else 3 if inner_lr == 1.0 else 2)
     assert all(each._gradients is None for each in made)
-    assert report.predicted_change < 0 and report.beta_c_noise > 0
+    assert criterion == "simplified" or (report.predicted_change < 0 and report.beta_c_noise > 0)
 
 
 def test_a_rate_within_the_rounded_interval_is_not_judged():

@@ -62,7 +62,7 @@ def test_the_inner_loops_own_limit_is_judged_and_its_remedy_named():
     report = measure(quadratic("exact", alpha=0.6), beta=0.01)
     assert report.alpha_status == "unsafe"
     assert "alpha = 0.6 is 1.2x alpha_c = 0.5" in report.reasons[0]
-    assert "the inner loop itself diverges" in report.reasons[0] and "Lower the inner rate" in report.reasons[0]
+    assert "the inner loop itself diverges" in report.reasons[0] and report.advice.alpha < 0.5
     at_safe = measure(quadratic("exact", alpha=0.5), beta=0.01).exact_beta_c
     assert report.safe_alpha == pytest.approx(0.5) and report.safe_beta_c == pytest.approx(at_safe)
 

@@ -237,7 +237,7 @@ def test_a_guard_caps_rates_of_each_step_by_one_factor():
         linear, inner_lr=[0.9, 0.45, 0.09], inner_steps=3, optimizer=lambda p: torch.optim.SGD(p, lr=1e-3)
     )
     guard = ConvergenceGuard(**grouped(every_n_steps=1, action="rescale", steps=0))
-    with pytest.warns(UserWarning, match="inner loop itself diverges"):
+    with pytest.warns(UserWarning, match=r"inner loop\s+itself diverges"):
         fit(module, batch, 2, [guard])
     limit = inner_limit("exact", (1.0, 0.5, 0.1)) / 4
     assert guard.history[0].alpha_applied == pytest.approx(limit, rel=0.02)
