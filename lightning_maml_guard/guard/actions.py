@@ -130,7 +130,10 @@ class Rescale(Action):
         self, caps: Caps, present: LookaheadResult, look: Lookahead, scale: Scale, allows: Callable[[Caps], bool]
     ) -> Caps:
         """Release the caps as far as lookaheads allow."""
-        return released(look.alpha, look.beta, caps, present, look.under, scale=scale, allows=allows)
+        if caps == Caps() or present.begin != look.begin:  # where the first did not pass, the present one is another
+            return caps
+        still = look.under(caps, beta_factor=0.0)
+        return released(look.alpha, look.beta, caps, present, still, look.under, scale=scale, allows=allows)
 
     def effect(self, spelling: Spelling, alpha: float, beta: float, *, helps: bool) -> list[str]:
         """Name the rates that are applied."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch.optim import Optimizer
@@ -97,14 +98,11 @@ class Check:
         if look.present is not None:
             run.note_severity(step, look.severity)
             if not scheduled and not failing and adviser.news is None:
-                well = passes(look.severity, ratio)
-                with undisturbed(trainer, module):
-                    caps = self._eased(look, step) if well else run.caps.caps
-                run.caps.apply(module, caps)
+                if passes(look.severity, ratio):
+                    self._ease(look, step)
+                    self.rollback.keep(step)
                 self._charge(look, adviser.cost)
                 log_values(trainer, module, look.metrics, step)
-                if well:
-                    self.rollback.keep(step)
                 return
             # 2. Roll back a run that has diverged already, or lost what it had learned.
             if settings.rollback and failing and (collapsed or look.scale.diverged(look.present.begin, ratio)):
@@ -147,7 +145,7 @@ class Check:
                 lookahead=look.lookahead,
                 scale=look.scale,
                 harmful=look.harmful,
-                allows=lambda caps: run.state.ceiling.allows(caps, report.alpha, report.beta, step),
+                allows=lambda caps: self._allows(caps, report.alpha, report.beta, step),
             )
             if failing or rolled_back:
                 run.state.ceiling = run.state.ceiling.failed(*run.caps.caps.applied(report.alpha, report.beta), step)
@@ -189,18 +187,20 @@ class Check:
         run.state.history = [*run.state.history, found][-settings.history_size :]
         log_check(trainer, module, found, step, caps_rates=settings.acting.caps_rates)
 
-    def _eased(self, look: Look, step: int) -> Caps:
-        """The caps of a run that is well, released as far as lookaheads allow."""
+    def _ease(self, look: Look, step: int) -> None:
+        """Release the caps of a run that is well as far as lookaheads allow."""
         run, caps, lookahead = self.run, self.run.caps.caps, look.lookahead
-        if caps == Caps() or lookahead is None or look.present is None:
-            return caps
+        if lookahead is not None and look.present is not None:
+            allows = partial(self._allows, alpha=lookahead.alpha, beta=lookahead.beta, step=step)
+            with undisturbed(self.trainer, self.module):
+                found = self.settings.acting.release(caps, look.present, lookahead, look.scale, allows)
+            run.schedule.ease(step, changed=found != caps)
+            run.caps.apply(self.module, found)
 
-        def allows(tried: Caps) -> bool:
-            return run.state.ceiling.allows(tried, lookahead.alpha, lookahead.beta, step)
-
-        found = self.settings.acting.release(caps, look.present, lookahead, look.scale, allows)
-        run.schedule.ease(step, changed=found != caps)
-        return found
+    def _allows(self, caps: Caps, alpha: float, beta: float, step: int) -> bool:
+        """Whether higher rates may be tried: not those that have just failed, nor in a run that is losing ground."""
+        state = self.run.state
+        return not state.statistics.slips and state.ceiling.allows(caps, alpha, beta, step)
 
     def _is_lost(self, loss: float) -> bool:
         """Whether no lower rate can help: parameters are not finite, and the run was not rolled back."""

@@ -34,6 +34,9 @@ LADDER: tuple[tuple[float | None, float], ...] = (
 )
 # Factor by which capped rates rise, and how often at most in one check.
 RELEASE, RUNGS = 2.0, 3
+# A meta rate that is twice as high has to lower the loss by so many times as much: where it is far too low by twice as
+# much, whatever the batches; where it is about right by no more.
+GAIN = 1.25
 
 LookUnder = Callable[[Caps], LookaheadResult]
 BY_RATIO = Scale()
@@ -102,18 +105,22 @@ def released(
     beta: float,
     caps: Caps,
     present: LookaheadResult,
+    still: LookaheadResult,
     look: LookUnder,
     *,
     scale: Scale = BY_RATIO,
     allows: Callable[[Caps], bool] = lambda caps: True,
 ) -> Caps:
-    """Release capped rates by ``RELEASE`` again and again, as long as a lookahead at the higher ones ends lower.
+    """Release capped rates by ``RELEASE`` again and again, as long as steps at the higher ones lead further down.
+
+    They are compared on the same batches, by the mean loss of the later steps.
 
     Args:
         alpha: The inner rate as configured.
         beta: The meta rate as scheduled.
         caps: The caps so far.
         present: The lookahead under them.
+        still: The lookahead at a meta rate of 0.
         look: Looks ahead under caps.
         scale: How losses are compared.
         allows: Whether caps may be tried.
@@ -121,15 +128,17 @@ def released(
     Returns:
         The caps to apply.
     """
-    end = present.end
+    late = present.late
     for _ in range(RUNGS):
         both = Caps(_raised(caps.alpha, alpha), _raised(caps.beta, beta))
         for candidate in dict.fromkeys((both, Caps(caps.alpha, both.beta), Caps(both.alpha, caps.beta))):
             if candidate == caps or not allows(candidate):
                 continue
             found = look(candidate)
-            if found.end <= min(end, scale.times(CALM, found.begin)):
-                caps, end = candidate, found.end
+            gain = 1.0 if candidate.beta == caps.beta else GAIN
+            enough = still.late - gain * max(still.late - late, 0.0)
+            if found.late < min(late, enough) and found.end <= scale.times(CALM, found.begin):
+                caps, late = candidate, found.late
                 break
         else:
             break

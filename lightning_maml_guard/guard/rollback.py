@@ -53,8 +53,7 @@ class Rollback:
     def keep_if_due(self, step: int) -> None:
         """Keep the state before a step if the last copy is old and the run is well."""
         run = self.run
-        well = run.state.statistics.rests and not run.schedule.state.spiked and not run.machine.unsafe
-        if well and run.ring.is_due(step):
+        if run.ring.is_due(step) and run.state.statistics.rests:
             self.keep(step)
 
     def compare(self, look: Look) -> Learning | None:
@@ -67,11 +66,11 @@ class Rollback:
             return None
         first = look.present.losses[: PROBES + 1]
         level, ratio = fmean(first), run.settings.lookahead.divergence_ratio
-        off = statistics.slips or statistics.is_off(level) or statistics.diverged(level, ratio)
-        if not all(map(math.isfinite, first)) or not off:
+        far = statistics.diverged(level, ratio)
+        if not all(map(math.isfinite, first)) or not (far or statistics.slips or statistics.is_off(level)):
             return None
         found = self._learning(look)
-        if found.holds and len(run.ring.kept) > 1 and statistics.rebase(max(level, statistics.loss)):
+        if found.holds and len(run.ring.kept) > 1 and statistics.rebase(level if far else statistics.loss):
             look.scale = statistics.scale
             look.severity = look.scale.severity(look.present.end, look.present.begin)
         return found
@@ -207,14 +206,14 @@ class Rollback:
             self._tell(self._reason(Kind.ROLLED_BACK, loss, step, beta=beta, effect=effect))
 
     def end(self) -> None:
-        """Roll back a last step that made the run diverge or lose what it had learned: no check comes after it."""
+        """Roll back a last step that made the run diverge: no check comes after it."""
         run, statistics = self.run, self.run.state.statistics
         if run.snapshot is None or not run.settings.rollback:
             return
         if not finite(self.module):
             self._at_end(math.nan, math.nan)
         elif len(run.replay) and (
-            run.schedule.state.spiked or statistics.slips or not statistics.first
+            run.schedule.state.spiked or not statistics.first
         ):  # nothing else tells without losses
             with run.cache.ranks.together(), undisturbed(self.trainer, self.module):
                 problem, _, optimizers = stated(run, self.trainer, self.module, *run.replay.latest())

@@ -54,10 +54,9 @@ class GuardedRun:
         self.machine = StateMachine(settings.patience, settings.lookahead.divergence_ratio, self.state.watches)
         self.caps = AppliedCaps(settings.acting.caps_rates and not inert, self.state.caps)
         self.ring = SnapshotRing([Snapshot.restored(each) for each in self.state.snapshots])
-        self.state.snapshots = []
         self.replay = ReplayBuffer(settings.lookahead.batches)
         self.replay.load(self.state.batches)
-        self.state.batches = []
+        self.state.snapshots, self.state.batches = [], []  # `saved` asks the live objects for them
         self.figures, self.bar, self.clock = Figures(settings.figures), Ratios(), Stopwatch()
         self.norm: Tensor | float | None = None  # of the gradient at hand, maybe on the device; None: not known
         self._losses: list[float] = []  # of the batches that the step at hand accumulates so far
@@ -96,12 +95,9 @@ class GuardedRun:
 
     def cap(self, trainer: Any, owned: list[int]) -> None:
         """Hold the optimizers that move the problem's parameters at the caps."""
-        optimizers = trainer.optimizers
+        held = [each for index, each in enumerate(trainer.optimizers) if index in owned]
         # Lightning's tuners step the run's optimizers with the run's callbacks taken out, to see what a rate does.
-        self.caps.hold(
-            [optimizers[index] for index in owned if index < len(optimizers)],
-            lambda: self.settings in trainer.callbacks,
-        )
+        self.caps.hold(held, lambda: self.settings in trainer.callbacks)
         self.state.capped = owned  # only now: a failure is met again, and told again, at the next check
 
     def holds(self, trainer: Any) -> bool:
@@ -167,9 +163,12 @@ class GuardedRun:
         self.state.losses.take(value)
         statistics, lookahead = self.state.statistics, self.settings.lookahead
         told = self.machine.unsafe and not self.settings.acting.caps_rates
-        if (statistics.update(value, norm) or statistics.lost) and lookahead.triggers and not told:
-            diverged = statistics.diverged(value, lookahead.divergence_ratio) or statistics.lost
+        spiked, lost = statistics.update(value, norm), statistics.lost
+        if (spiked or lost) and lookahead.triggers and not told:
+            diverged = lost or statistics.diverged(value, lookahead.divergence_ratio)
             self.schedule.spike(diverged=diverged, lost=not math.isfinite(value))
+        if not statistics.rests:
+            self.ring.drop_from(logger_step(trainer))  # the loss is that of the copy made before the step
 
     def _not_finite(self, loss: float, trainer: Any) -> None:
         """Say that the loss is not finite, and stop where that is the action: no lookahead will."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -112,6 +113,11 @@ class LookaheadResult:
     def end(self) -> float:
         """Loss of the first batch after the steps; ``inf`` if any loss on the way was not finite."""
         return self.losses[-1] if all(map(math.isfinite, self.losses)) else math.inf
+
+    @property
+    def late(self) -> float:
+        """Mean loss of the later half; ``inf`` if any loss on the way was not finite."""
+        return fmean(self.losses[len(self.losses) // 2 :]) if all(map(math.isfinite, self.losses)) else math.inf
 
     @property
     def growth(self) -> float:

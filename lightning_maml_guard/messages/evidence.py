@@ -41,7 +41,7 @@ def _odd_batch(reason: Reason, spelling: Spelling) -> str:
 def _learning_lost(reason: Reason, spelling: Spelling) -> str:
     best, now, start = reason.losses
     return (
-        f"the run has collapsed, it has lost at least half of what it had learned: on the latest batches the loss is "
+        f"the run has collapsed: at least half of what it had learned is lost. On the latest batches the loss is "
         f"{now:.3g}; with the parameters of step {reason.steps} it is {best:.3g}, before training {start:.3g}."
     )
 

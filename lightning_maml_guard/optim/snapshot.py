@@ -189,6 +189,10 @@ class SnapshotRing:
         """Forget those of later steps."""
         self.kept = [each for each in self.kept if each.step <= step]
 
+    def drop_from(self, step: int) -> None:
+        """Forget those of a step and later ones, but for the oldest of all."""
+        self.kept = [*self.kept[:1], *[each for each in self.kept[1:] if each.step < step]]
+
     def state(self) -> list[dict[str, Any]]:
         """Return the copies for a checkpoint."""
         return [each.state() for each in self.kept]

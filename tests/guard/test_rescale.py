@@ -94,41 +94,50 @@ def test_lowering_never_raises_and_ends_where_the_run_survives(cap, survives, cr
     assert caps.beta <= survives or min(cap, critical) / 256 > survives
 
 
+STILL = LookaheadResult((1.0, 1.0))
+
+
 def ends_best_at(best, alpha=0.1, beta=1.0):
-    """The lookahead at rates whose loss falls towards ``best`` (inner and outer rate) and rises beyond it."""
+    """The lookahead at rates that lower the loss by as much as the outer one is high, up to ``best`` (inner, outer)."""
 
     def look(caps):
         inner, outer = caps.applied(alpha, beta)
-        far = abs(math.log(outer / best[1])) + 2 * abs(math.log(inner / best[0]))
-        return LookaheadResult((1.0, 0.1 + 0.1 * far))
+        share = outer / best[1]
+        return LookaheadResult((1.0, 1.0 - 0.5 * min(share, 1 / share) + abs(math.log(inner / best[0]))))
 
     return look
 
 
-def test_release_goes_up_while_a_higher_rate_ends_lower_and_is_lifted_at_the_configured_one():
+def test_release_goes_up_while_a_higher_rate_goes_further_down_and_is_lifted_at_the_configured_one():
     look = ends_best_at((0.1, 1.0))
     start = Caps(None, 0.01)
-    once = released(0.1, 1.0, start, look(start), look)
+    once = released(0.1, 1.0, start, look(start), STILL, look)
     assert once == Caps(None, pytest.approx(0.01 * RELEASE**RUNGS))
     caps = start
     for _ in range(4):
-        caps = released(0.1, 1.0, caps, look(caps), look)
+        caps = released(0.1, 1.0, caps, look(caps), STILL, look)
     assert caps == Caps()
 
 
-@pytest.mark.parametrize("best", [0.3, 0.05])
-def test_release_stops_where_higher_rates_end_no_lower(best):
-    """A limit does not stop it: while a higher rate's lookahead ends lower, it is taken."""
+@pytest.mark.parametrize("best", [0.44, 0.3, 0.05])
+def test_release_stops_where_higher_rates_go_no_further_down(best):
+    """Nor are rates raised for the little more that a noisy batch may bring: at 0.44 that is less than a quarter."""
     look, caps = ends_best_at((0.1, best)), Caps(None, 0.3)
-    assert released(0.1, 1.0, caps, look(caps), look) == caps
+    assert released(0.1, 1.0, caps, look(caps), STILL, look) == caps
 
 
 def test_rates_that_have_just_failed_are_not_tried_again():
     look, caps = ends_best_at((0.1, 1.0)), Caps(None, 0.1)
     failed = Ceiling().failed(0.1, 0.4, 10)
-    found = released(0.1, 1.0, caps, look(caps), look, allows=lambda each: failed.allows(each, 0.1, 1.0, 11))
+
+    def release(step):
+        return released(
+            0.1, 1.0, caps, look(caps), STILL, look, allows=lambda each: failed.allows(each, 0.1, 1.0, step)
+        )
+
+    found = release(11)
     assert found == Caps(None, 0.2)  # 0.4 is what failed
-    later = released(0.1, 1.0, caps, look(caps), look, allows=lambda each: failed.allows(each, 0.1, 1.0, failed.until))
+    later = release(failed.until)
     assert later == Caps(None, 0.8)
     again = failed.failed(0.1, 0.4, 50)
     assert again.until - 50 == 2 * (failed.until - 10)
@@ -136,4 +145,4 @@ def test_rates_that_have_just_failed_are_not_tried_again():
 
 def test_a_rate_that_may_rise_rises_where_the_other_may_not():
     look, caps = ends_best_at((0.1, 1.0), alpha=0.4), Caps(0.1, 0.3)
-    assert released(0.4, 1.0, caps, look(caps), look) == Caps(0.1, None)
+    assert released(0.4, 1.0, caps, look(caps), STILL, look) == Caps(0.1, None)
