@@ -94,7 +94,7 @@ class Check:
         if failing:
             run.schedule.confirm()
         elif stuck and adviser.news is None:
-            self.rollback.warn_of_stall(look.problem, step)
+            self.rollback.warn_of_stall(look, step)
         if look.present is not None:
             run.note_severity(step, look.severity)
             if not scheduled and not failing and adviser.news is None:

@@ -12,6 +12,7 @@ from lightning_maml_guard.guard.loggers import logger_step
 from lightning_maml_guard.guard.look import Look, stated
 from lightning_maml_guard.guard.rescale import CALM
 from lightning_maml_guard.guard.run import GuardedRun
+from lightning_maml_guard.lookahead.divergence import STUCK
 from lightning_maml_guard.lookahead.learning import PROBES, Learning, compared, lost_reason, spread_out
 from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, lookahead_of
 from lightning_maml_guard.messages.advice_sentences import advised
@@ -94,13 +95,17 @@ class Rollback:
         if found.most:
             self.run.announce(replace(reason, counts=(found.dead, found.units)))
 
-    def warn_of_stall(self, problem: Problem, step: int) -> None:
+    def warn_of_stall(self, look: Look, step: int) -> None:
         """Say that a run does not learn, and whether that is because its units have died."""
         statistics = self.run.state.statistics
-        if not self.run.settings.acting.speaks:
+        if not self.run.settings.acting.speaks or look.lookahead is None or not self.run.ring.kept:
             return
         with undisturbed(self.trainer, self.module):
-            found = dead_units(problem)
+            _, now, before = self._learning(look).losses
+            if now < look.scale.times(STUCK, before):  # the mean loss hides it: it is of other batches
+                statistics.stalled = False
+                return
+            found = dead_units(look.problem)
         losses = statistics.loss, math.nan, statistics.start
         counts = (found.dead, found.units) if found.most else (0, 0)
         reason = Reason(Kind.STALLED, losses=losses, limit=statistics.chance, steps=statistics.steps, counts=counts)
