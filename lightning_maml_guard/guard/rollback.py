@@ -112,10 +112,17 @@ class Rollback:
         self.run.announce(replace(reason, step=step))
 
     def _learning(self, look: Look) -> Learning:
-        problems = [look.problems[index] for index in spread_out(len(look.problems))]
-        lookahead = self._lookahead(problems, look)
+        statistics, chosen = self.run.state.statistics, spread_out(len(look.problems))
+        lookahead = self._lookahead([look.problems[index] for index in chosen], look)
+        seen = [statistics.recent[-index] if 0 < index <= len(statistics.recent) else None for index in chosen]
         found = compared(
-            lookahead, self.module, self.trainer.optimizers, self.run.ring.kept, self.run.state.statistics.untrained
+            lookahead,
+            self.module,
+            self.trainer.optimizers,
+            self.run.ring.kept,
+            statistics.untrained,
+            seen,
+            logger_step(self.trainer) - chosen[-1],
         )
         look.lookahead.gradients += lookahead.gradients  # type: ignore[union-attr]
         return found

@@ -122,6 +122,7 @@ class RunningStatistics:
         best: The lowest running mean.
         since: Steps that the running mean is of.
         chance: Loss of a classifier that guesses; ``nan`` where it is not known.
+        recent: The latest losses, before the steps on their batches.
     """
 
     first: tuple[float, ...] = ()
@@ -137,6 +138,7 @@ class RunningStatistics:
     best: float = math.inf
     since: int = 0
     chance: float = math.nan
+    recent: tuple[float, ...] = ()
 
     @property
     def start(self) -> float:
@@ -184,9 +186,8 @@ class RunningStatistics:
 
     def is_off(self, mean: float, share: float = _SLIPPING) -> bool:
         """Whether a mean over some batches has left the lowest one by such a share of what was learned."""
-        if self.since < FIRST_LOSSES or not self._has_learned(self.start):
-            return False
-        return mean - self.best > share * max((self.untrained - self.best) / 2, _STRAYS * self._noise)
+        learned = self.since >= FIRST_LOSSES and self._has_learned(self.start)
+        return learned and mean - self.best > share * max((self.untrained - self.best) / 2, _STRAYS * self._noise)
 
     @property
     def stuck(self) -> bool:
@@ -223,7 +224,7 @@ class RunningStatistics:
         if finite:
             self._take_spread(loss)
             self.lowest = min(self.lowest, loss)
-        self.last = loss
+        self.last, self.recent = loss, (*self.recent, loss if finite else math.inf)[-FIRST_LOSSES:]
         # A run that diverges within its first steps must not move its start.
         if (
             finite
@@ -248,8 +249,7 @@ class RunningStatistics:
 
     def forget(self) -> None:
         """Drop the running means of a run that was rolled back: beside a lost loss nothing is a spike."""
-        self.loss = self.norm = math.nan
-        self.since = 0
+        self.loss, self.norm, self.since, self.recent = math.nan, math.nan, 0, ()
 
     def _take_progress(self) -> None:
         self.steps += 1

@@ -1,6 +1,7 @@
 """What a run has learned, and whether it lost it: the same batches at the parameters of now and at earlier ones.
 
-A batch is compared with itself, so that neither its noise nor tasks that have become harder look like lost learning.
+A batch is compared with itself, so that neither its noise nor tasks that have become harder look like lost learning,
+and always before a step was taken on it: a network that has lost everything else still does well on its last batches.
 """
 
 from __future__ import annotations
@@ -35,18 +36,20 @@ class Learning:
     """Losses of some batches at several points of a run.
 
     Attributes:
-        now: At the parameters of now; ``inf`` where one is not finite.
+        now: At the parameters of now, or of the step that a batch was used for; ``inf`` where one is not finite.
         kept: At the snapshots, the oldest first.
         untrained: Loss before training, where no snapshot tells; or that of guessing, if that is lower.
+        unseen: How many snapshots were made before any of the batches was used.
     """
 
     now: tuple[float, ...]
     kept: tuple[tuple[float, ...], ...]
     untrained: float
+    unseen: int
 
     @property
     def _best(self) -> tuple[float, ...]:
-        return min(self.kept, key=median)
+        return min(self.kept[: max(self.unseen, 1)], key=median)
 
     @property
     def _before(self) -> tuple[float, ...]:
@@ -93,13 +96,29 @@ def compared(
     optimizers: Sequence[Optimizer],
     kept: Sequence[Snapshot],
     untrained: float,
+    seen: Sequence[float | None],
+    before: int,
 ) -> Learning:
-    """Compare the parameters of now with those of snapshots, on the batches of a lookahead."""
+    """Compare the parameters of now with those of snapshots, on the batches of a lookahead.
+
+    Args:
+        lookahead: Evaluates the batches.
+        module: Holds the parameters.
+        optimizers: What moves them.
+        kept: The snapshots, the oldest first.
+        untrained: Loss before training.
+        seen: The losses of the batches before the steps that used them; None where that is not known.
+        before: The first step that used one of them.
+
+    Returns:
+        The losses.
+    """
     kept_losses = []
     for snapshot in kept:
         with snapshot.visited(module, optimizers):
             kept_losses.append(_finite(lookahead.untrained()))
-    return Learning(_finite(lookahead.untrained()), tuple(kept_losses), untrained)
+    now = tuple(b if a is None else a for a, b in zip(seen, _finite(lookahead.untrained()), strict=True))
+    return Learning(now, tuple(kept_losses), untrained, sum(each.step <= before for each in kept))
 
 
 def spread_out(count: int) -> list[int]:

@@ -178,6 +178,7 @@ def full():
             best=1.0,
             since=3,
             chance=1.6,
+            recent=(1.5, inf),
         ),
         watches={"run": Watch("unsafe", 2), "alpha": Watch("edge", 1)},
         sharpest=4.5,

@@ -72,20 +72,27 @@ def test_a_rise_counts_from_the_best_mean_and_only_on_the_same_batch():
     [((0.2, 0.2, 0.3), False, True), ((0.9, 0.8, 0.9), True, False), ((9.0, 0.2, 0.2), False, True)],
 )
 def test_most_batches_decide(now, lost, holds):
-    found = Learning(now, ((1.0, 1.0, 1.0), (0.2, 0.2, 0.2), (0.9, 0.9, 0.9)), 1.0)
+    found = Learning(now, ((1.0, 1.0, 1.0), (0.2, 0.2, 0.2), (0.9, 0.9, 0.9)), 1.0, 3)
     assert (found.lost, found.holds, found.good) == (lost, holds, [1])
     assert found.losses[0] == 0.2 and found.losses[2] == 1.0
 
 
 def test_tasks_that_are_harder_for_all_parameters_are_not_lost_learning():
-    found = Learning((9.0, 9.1), ((10.0, 10.0), (9.0, 9.0)), 1.0)
+    found = Learning((9.0, 9.1), ((10.0, 10.0), (9.0, 9.0)), 1.0, 2)
     assert not found.lost and found.holds
 
 
 def test_the_youngest_snapshot_that_lost_nothing_is_the_one_to_go_back_to():
     kept = ((1.0,), (0.3,), (0.2,), (0.25,), (0.8,))
-    assert Learning((math.inf,), kept, 1.0).good == [3, 2, 1]
-    assert Learning((math.inf,), ((math.inf,), (math.inf,)), 1.0).good == [1, 0]
+    assert Learning((math.inf,), kept, 1.0, 5).good == [3, 2, 1]
+    assert Learning((math.inf,), ((math.inf,), (math.inf,)), 1.0, 2).good == [1, 0]
+
+
+def test_a_snapshot_that_has_seen_the_batches_is_not_what_the_run_is_compared_with():
+    """It does better on them than a run that meets each for the first time, however well that is."""
+    kept = ((1.0,), (0.6,), (0.1,))
+    assert Learning((0.65,), kept, 1.0, 3).lost and not Learning((0.65,), kept, 1.0, 2).lost
+    assert Learning((0.65,), kept, 1.0, 2).losses == (0.6, 0.65, 1.0)
 
 
 def test_batches_to_compare_on_are_spread_out():
