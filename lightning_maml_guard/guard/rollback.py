@@ -114,7 +114,7 @@ class Rollback:
     def _learning(self, look: Look) -> Learning:
         statistics, chosen = self.run.state.statistics, spread_out(len(look.problems))
         lookahead = self._lookahead([look.problems[index] for index in chosen], look)
-        seen = [statistics.recent[-index] if 0 < index <= len(statistics.recent) else None for index in chosen]
+        seen = [statistics.recent[-index] if 0 < index <= len(statistics.recent) else -math.inf for index in chosen]
         found = compared(
             lookahead,
             self.module,

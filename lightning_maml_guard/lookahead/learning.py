@@ -36,7 +36,7 @@ class Learning:
     """Losses of some batches at several points of a run.
 
     Attributes:
-        now: At the parameters of now, or of the step that a batch was used for; ``inf`` where one is not finite.
+        now: At the parameters of now or, where it was higher, before the batch was used; ``inf`` if it is not finite.
         kept: At the snapshots, the oldest first.
         untrained: Loss before training, where no snapshot tells; or that of guessing, if that is lower.
         unseen: How many snapshots were made before any of the batches was used.
@@ -96,7 +96,7 @@ def compared(
     optimizers: Sequence[Optimizer],
     kept: Sequence[Snapshot],
     untrained: float,
-    seen: Sequence[float | None],
+    seen: Sequence[float],
     before: int,
 ) -> Learning:
     """Compare the parameters of now with those of snapshots, on the batches of a lookahead.
@@ -107,7 +107,7 @@ def compared(
         optimizers: What moves them.
         kept: The snapshots, the oldest first.
         untrained: Loss before training.
-        seen: The losses of the batches before the steps that used them; None where that is not known.
+        seen: The losses of the batches before the steps that used them; ``-inf`` where that is not known.
         before: The first step that used one of them.
 
     Returns:
@@ -117,7 +117,7 @@ def compared(
     for snapshot in kept:
         with snapshot.visited(module, optimizers):
             kept_losses.append(_finite(lookahead.untrained()))
-    now = tuple(b if a is None else a for a, b in zip(seen, _finite(lookahead.untrained()), strict=True))
+    now = tuple(max(pair) for pair in zip(seen, _finite(lookahead.untrained()), strict=True))
     return Learning(now, tuple(kept_losses), untrained, sum(each.step <= before for each in kept))
 
 
