@@ -12,7 +12,6 @@ from lightning_maml_guard.guard.loggers import logger_step
 from lightning_maml_guard.guard.look import Look, stated
 from lightning_maml_guard.guard.rescale import CALM
 from lightning_maml_guard.guard.run import GuardedRun
-from lightning_maml_guard.lookahead.divergence import STUCK
 from lightning_maml_guard.lookahead.learning import PROBES, Learning, compared, lost_reason, spread_out
 from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, lookahead_of
 from lightning_maml_guard.messages.advice_sentences import advised
@@ -26,6 +25,8 @@ from lightning_maml_guard.utils.shards import finite
 
 # Snapshots that are tried from, the youngest first.
 _TRIED = 3
+# A run has learned nothing while its loss on the batches at hand is above this share of that at its oldest snapshot.
+_UNLEARNED = 0.97
 # A batch is left out if its loss is this many times the median; of more than so many.
 _ODD, _OTHERS = 5.0, 3
 
@@ -35,7 +36,7 @@ class Rollback:
 
     def __init__(self, run: GuardedRun, trainer: Any, module: Any) -> None:
         self.run, self.trainer, self.module = run, trainer, module
-        self._thrown = 0
+        self._thrown, self._now = 0, math.nan  # steps thrown away; the loss of a run that has lost what it learned
 
     def keep(self, step: int) -> None:
         """Keep the state of the run: on all ranks, or on none. A failure costs one warning."""
@@ -78,7 +79,7 @@ class Rollback:
 
     def lost(self, found: Learning, look: Look, step: int) -> Reason:
         """Forget the snapshots of a run that has lost what it learned but for the good ones, and state the loss."""
-        ring = self.run.ring
+        ring, self._now = self.run.ring, found.losses[1]
         ring.drop_after(ring.kept[found.good[0]].step)
         if look.lookahead is not None:
             look.lookahead.begin = math.inf  # what to advise is not to be tried from here
@@ -102,7 +103,7 @@ class Rollback:
             return
         with undisturbed(self.trainer, self.module):
             _, now, before = self._learning(look).losses
-            if now < look.scale.times(STUCK, before):  # the mean loss hides it: it is of other batches
+            if now < look.scale.times(_UNLEARNED, before):  # the mean loss hides it: it is of other batches
                 statistics.stalled = False
                 return
             found = dead_units(look.problem)
@@ -244,7 +245,7 @@ class Rollback:
         run = self.run
         to = -1 if run.snapshot is None else run.snapshot.step
         counts = run.state.rollbacks, run.settings.max_rollbacks
-        losses, thrown = (loss, math.nan, math.nan), float(self._thrown)
+        losses, thrown = (loss if math.isnan(self._now) else self._now, math.nan, math.nan), float(self._thrown)
         return Reason(kind, losses=losses, steps=to, counts=counts, step=step, value=thrown, **more)
 
     def _tell(self, reason: Reason) -> None:

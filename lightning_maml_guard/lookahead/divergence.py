@@ -17,7 +17,7 @@ _MEMORY = 0.9
 _SPREADS, _LARGEST_CHANGE = 4.0, 4.0
 # A loss that is not below this share of an earlier one has not fallen.
 # Judged from so many steps on: before, it is noise. One above this share of the loss without learning is stuck, later.
-_PROGRESS, _JUDGED_FROM, STUCK, _STUCK_FROM = 0.85, 8, 0.9, 64
+_PROGRESS, _JUDGED_FROM, _STUCK, _STUCK_FROM = 0.85, 8, 0.9, 64
 # Differences from the mean below this share of a loss are rounding (float32).
 _ROUNDING = 1e-6
 # The lowest running mean is known after so many steps.
@@ -192,7 +192,7 @@ class RunningStatistics:
     @property
     def stuck(self) -> bool:
         """Whether the loss does not fall, and is still nearly that without learning."""
-        return self.stalled and self.steps >= _STUCK_FROM and self.loss > self.scale.times(STUCK, self.untrained)
+        return self.stalled and self.steps >= _STUCK_FROM and self.loss > self.scale.times(_STUCK, self.untrained)
 
     @property
     def rests(self) -> bool:
@@ -206,7 +206,7 @@ class RunningStatistics:
         if changes and self.best < math.inf:
             self.best = mean
         if mean > self.start:
-            self.first = (mean,) * len(self.first)
+            self.first, self.stalled = (mean,) * len(self.first), False
         return changes
 
     @property
