@@ -71,7 +71,7 @@ class Rollback:
         far = statistics.diverged(level, ratio)
         if not all(map(math.isfinite, first)) or not (far or statistics.slips or statistics.is_off(level)):
             return None
-        found = self._learning(look)
+        found = self._learning(look, statistics.recent)
         if found.holds and len(run.ring.kept) > 1 and statistics.rebase(level if far else statistics.loss):
             look.scale = statistics.scale
             look.severity = look.scale.severity(look.present.end, look.present.begin)
@@ -103,7 +103,8 @@ class Rollback:
             return
         with undisturbed(self.trainer, self.module):
             _, now, before = self._learning(look).losses
-            if now < look.scale.times(_UNLEARNED, before):  # the mean loss hides it: it is of other batches
+            # A slow run at least does better on the batches that it has just been trained on.
+            if now < look.scale.times(_UNLEARNED, before):
                 statistics.stalled = False
                 return
             found = dead_units(look.problem)
@@ -112,10 +113,10 @@ class Rollback:
         reason = Reason(Kind.STALLED, losses=losses, limit=statistics.chance, steps=statistics.steps, counts=counts)
         self.run.announce(replace(reason, step=step))
 
-    def _learning(self, look: Look) -> Learning:
+    def _learning(self, look: Look, recent: Sequence[float] = ()) -> Learning:
         statistics, chosen = self.run.state.statistics, spread_out(len(look.problems))
         lookahead = self._lookahead([look.problems[index] for index in chosen], look)
-        seen = [statistics.recent[-index] if 0 < index <= len(statistics.recent) else -math.inf for index in chosen]
+        seen = [recent[-index] if 0 < index <= len(recent) else -math.inf for index in chosen]
         found = compared(
             lookahead,
             self.module,
