@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lightning_maml_guard.guard.rescale import BY_RATIO, at_limits, lowered, raised
+from lightning_maml_guard.guard.rescale import BY_RATIO, at_limits, lowered, released
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, LookaheadResult
@@ -29,6 +30,7 @@ class Situation:
         present: The lookahead under the caps so far; None without one.
         lookahead: Looks ahead; None where it cannot.
         scale: How losses are compared.
+        allows: Whether caps may be tried: not where their rates have just failed.
     """
 
     report: StabilityReport
@@ -41,6 +43,8 @@ class Situation:
     present: LookaheadResult | None
     lookahead: Lookahead | None
     scale: Scale = BY_RATIO
+    allows: Callable[[Caps], bool] = lambda caps: True
+    harmful: bool = False
 
 
 class Action:
@@ -62,6 +66,12 @@ class Action:
     def decide(self, situation: Situation) -> Caps:
         """Find the caps from the coming step on."""
         return situation.caps
+
+    def release(
+        self, caps: Caps, present: LookaheadResult, look: Lookahead, scale: Scale, allows: Callable[[Caps], bool]
+    ) -> Caps:
+        """Find the caps of a capped run whose lookahead passes."""
+        return caps
 
     def effect(self, spelling: Spelling, alpha: float, beta: float, *, helps: bool) -> list[str]:
         """Say what the guard does now that the rates are unsafe.
@@ -99,7 +109,8 @@ class Rescale(Action):
             waiting = report.status == UNSAFE and situation.transition.state != UNSAFE
             return caps if waiting else at_limits(report, caps, margin, reach)
         rolled_back = situation.rolled_back
-        if rolled_back or (situation.fails and situation.transition.state == UNSAFE):
+        fails = situation.fails and situation.transition.state == UNSAFE
+        if rolled_back or fails or (situation.harmful and reach):
             loss = look.under(caps).begin if rolled_back else present.begin
             return lowered(
                 report,
@@ -111,7 +122,18 @@ class Rescale(Action):
                 at_least_halve=rolled_back,
                 scale=situation.scale,
             )
-        return caps if situation.fails else raised(report, caps, margin, present, look.under, situation.scale)
+        if situation.fails:
+            return caps
+        return self.release(caps, present, look, situation.scale, situation.allows)
+
+    def release(
+        self, caps: Caps, present: LookaheadResult, look: Lookahead, scale: Scale, allows: Callable[[Caps], bool]
+    ) -> Caps:
+        """Release the caps as far as lookaheads allow."""
+        if caps == Caps() or present.begin != look.begin:  # where the first did not pass, the present one is another
+            return caps
+        still = look.under(caps, beta_factor=0.0)
+        return released(look.alpha, look.beta, caps, present, still, look.under, scale=scale, allows=allows)
 
     def effect(self, spelling: Spelling, alpha: float, beta: float, *, helps: bool) -> list[str]:
         """Name the rates that are applied."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch.optim import Optimizer
@@ -11,14 +12,15 @@ from torch.optim import Optimizer
 from lightning_maml_guard.guard.actions import Situation
 from lightning_maml_guard.guard.advising import Adviser
 from lightning_maml_guard.guard.loggers import log_check, log_values
-from lightning_maml_guard.guard.look import Look, look_at, stated
+from lightning_maml_guard.guard.look import Look, look_at
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.rescale import reaches_alpha
 from lightning_maml_guard.guard.rollback import Rollback
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.divergence import fails, passes, undecided
-from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult, lookahead_of, lookahead_reason
+from lightning_maml_guard.lookahead.learning import chance_loss
+from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult, lookahead_reason
 from lightning_maml_guard.messages.advice import Advice, Cause
 from lightning_maml_guard.messages.advice_sentences import NO_WAY_BACK, advice_given
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_check
@@ -26,7 +28,7 @@ from lightning_maml_guard.messages.sentences import announced, returned
 from lightning_maml_guard.messages.terminal import inform
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.stability.measure import measure
-from lightning_maml_guard.stability.problems import Problem, dead_units
+from lightning_maml_guard.stability.problems import Problem
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import SAFE, UNRESOLVED, UNSAFE
 from lightning_maml_guard.utils.isolation import undisturbed
@@ -69,22 +71,6 @@ class Check:
                 with run.only_told("judge the run by its last loss"):
                     self._judge_last_loss(step)
 
-    def end(self) -> None:
-        """Roll back a last step that made the run diverge: no check comes after it."""
-        run, statistics, ratio = self.run, self.run.state.statistics, self.settings.lookahead.divergence_ratio
-        if run.snapshot is None or not self.settings.rollback:
-            return
-        if not finite(self.module):
-            self.rollback.at_end(run.snapshot, math.nan, math.nan)
-        elif len(run.replay) and (
-            run.schedule.state.spiked or not statistics.first
-        ):  # nothing else tells without losses
-            with run.cache.ranks.together(), undisturbed(self.trainer, self.module):
-                problem, _, optimizers = stated(run, self.trainer, self.module, *run.replay.latest())
-                loss = lookahead_of([problem], optimizers, 0, self.trainer, run.cache).under(run.caps.caps).begin
-            if statistics.diverged(loss, ratio):
-                self.rollback.at_end(run.snapshot, loss, statistics.start)
-
     def _check(self, batch: Any, batch_idx: int, step: int, scheduled: bool) -> None:
         settings, run, trainer, module = self.settings, self.run, self.trainer, self.module
         ratio = settings.lookahead.divergence_ratio
@@ -94,24 +80,33 @@ class Check:
             self._looked = look.present is not None
             if look.present is not None:
                 run.state.statistics.look(look.present.begin)
+            if not run.state.history:
+                run.state.statistics.chance = chance_loss(module, batch)
             run.begin_match(trainer, module, batch, batch_idx, look.optimizers)
-            adviser = Adviser(run, trainer, module, look, step)
+            learning = self.rollback.compare(look)
+            collapsed = None
+            if learning is not None and learning.lost:
+                collapsed, look.severity = self.rollback.lost(learning, look, step), max(look.severity, math.log(ratio))
+            adviser, stuck = Adviser(run, trainer, module, look, step), run.state.statistics.stuck
             adviser.look_at_peak()
             adviser.look_at_progress()
         failing = look.present is not None and fails(look.severity, ratio)
         if failing:
             run.schedule.confirm()
+        elif stuck and adviser.news is None:
+            self.rollback.warn_of_stall(look, step)
         if look.present is not None:
             run.note_severity(step, look.severity)
             if not scheduled and not failing and adviser.news is None:
+                if passes(look.severity, ratio):
+                    self._ease(look, step)
+                    self.rollback.keep(step)
                 self._charge(look, adviser.cost)
                 log_values(trainer, module, look.metrics, step)
-                if passes(look.severity, ratio):
-                    self.rollback.keep(step)
                 return
-            # 2. Roll back a run that has diverged already.
-            if settings.rollback and failing and look.scale.diverged(look.present.begin, ratio):
-                if not self.rollback.go_back(look.present.begin, step):
+            # 2. Roll back a run that has diverged already, or lost what it had learned.
+            if settings.rollback and failing and (collapsed or look.scale.diverged(look.present.begin, ratio)):
+                if not self.rollback.go_back(look.present.begin, step, look):
                     return
                 self._rolled_back = look.optimizers, look.present
         rolled_back = self._rolled_back is not None
@@ -119,7 +114,7 @@ class Check:
         # 3. Measure the curvature, advance the state, and decide on the rates.
         with undisturbed(trainer, module):
             report, measured = self._measured(look.problem, look.optimizers, step)
-            findings = (*report.findings, *look.findings)
+            findings = (*report.findings, *look.findings, *([] if collapsed is None else [collapsed]))
             further = None if failing or run.state.history else adviser.look_further(report)
             if further is not None:
                 failing, look.severity = True, max(look.severity, adviser.severity_of(further))
@@ -133,29 +128,29 @@ class Check:
             if failing and report.status != UNSAFE and missed:
                 run.announce(Reason(Kind.CLIPPING_NOT_SEEN, step=step))
                 failing, judged = False, undecided(ratio)
-            if failing and look.present is not None and further is None:
+            if failing and look.present is not None and further is None and collapsed is None:
                 tried = run.caps.caps.applied(report.alpha, report.beta)
                 findings = (*findings, lookahead_reason(look.present, look.scale.start, *tried))
             transition = run.machine.take(report, judged)
             advice = adviser.advise(report, findings, transition, further)
-            caps = (
-                run.caps.caps
-                if lost
-                else settings.acting.decide(
-                    Situation(
-                        report=report,
-                        transition=transition,
-                        caps=run.caps.caps,
-                        margin=settings.margin,
-                        reach_alpha=reaches_alpha(module),
-                        fails=failing,
-                        rolled_back=rolled_back,
-                        present=look.present,
-                        lookahead=look.lookahead,
-                        scale=look.scale,
-                    )
-                )
+            situation = Situation(
+                report=report,
+                transition=transition,
+                caps=run.caps.caps,
+                margin=settings.margin,
+                reach_alpha=reaches_alpha(module),
+                fails=failing,
+                rolled_back=rolled_back,
+                present=look.present,
+                lookahead=look.lookahead,
+                scale=look.scale,
+                harmful=look.harmful,
+                allows=lambda caps: self._allows(caps, report.alpha, report.beta, step),
             )
+            if failing or rolled_back:
+                run.state.ceiling = run.state.ceiling.failed(*run.caps.caps.applied(report.alpha, report.beta), step)
+            caps = run.caps.caps if lost else settings.acting.decide(situation)
+            run.schedule.ease(step, changed=caps != run.caps.caps)
         if run.state.capped != look.owned:
             run.cap(trainer, look.owned)
         # 4. Act.
@@ -171,7 +166,7 @@ class Check:
                 self._rolled_back = None  # its rates are lowered
             if passes(look.severity, ratio):
                 self.rollback.keep(step)
-        self._warn_of_collapse(look.problem, report, transition.state, step)
+        self.rollback.warn_of_collapse(look.problem, report, transition.state, step)
         # 5. Keep and log what was found.
         self._charge(look, report.cost + adviser.cost)
         run.schedule.state.unjudged = not run.state.history and report.beta_status == UNRESOLVED
@@ -191,6 +186,21 @@ class Check:
         )
         run.state.history = [*run.state.history, found][-settings.history_size :]
         log_check(trainer, module, found, step, caps_rates=settings.acting.caps_rates)
+
+    def _ease(self, look: Look, step: int) -> None:
+        """Release the caps of a run that is well as far as lookaheads allow."""
+        run, caps, lookahead = self.run, self.run.caps.caps, look.lookahead
+        if lookahead is not None and look.present is not None:
+            allows = partial(self._allows, alpha=lookahead.alpha, beta=lookahead.beta, step=step)
+            with undisturbed(self.trainer, self.module):
+                found = self.settings.acting.release(caps, look.present, lookahead, look.scale, allows)
+            run.schedule.ease(step, changed=found != caps)
+            run.caps.apply(self.module, found)
+
+    def _allows(self, caps: Caps, alpha: float, beta: float, step: int) -> bool:
+        """Whether higher rates may be tried: not those that have just failed, nor in a run that is losing ground."""
+        state = self.run.state
+        return not state.statistics.slips and state.ceiling.allows(caps, alpha, beta, step)
 
     def _is_lost(self, loss: float) -> bool:
         """Whether no lower rate can help: parameters are not finite, and the run was not rolled back."""
@@ -284,16 +294,6 @@ class Check:
             advice = Advice(cause=Cause.UNKNOWN, step=step, evidence=report.findings)
             run.state.advice = run.state.advice or advice
         self._act(report, advice, transition, caps, step, lost=lost)
-
-    def _warn_of_collapse(self, problem: Problem, report: StabilityReport, status: str, step: int) -> None:
-        """Warn where nearly all curvature is gone and the loss is where it began, because the network's units died."""
-        reason = self.run.state.collapse(report.lambda_max, step)
-        if reason is None or status != SAFE or not self.settings.acting.speaks:
-            return
-        with undisturbed(self.trainer, self.module):
-            found = dead_units(problem)
-        if found.most:
-            self.run.announce(replace(reason, counts=(found.dead, found.units)))
 
     def _charge(self, look: Look, cost: float) -> None:
         gradients = 0 if look.lookahead is None else look.lookahead.gradients

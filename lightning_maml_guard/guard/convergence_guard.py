@@ -13,6 +13,7 @@ from lightning_maml_guard.guard.check import Check
 from lightning_maml_guard.guard.loggers import logger_step, takes_no_steps
 from lightning_maml_guard.guard.record import record_of
 from lightning_maml_guard.guard.report import CheckReport, frame
+from lightning_maml_guard.guard.rollback import Rollback
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.schedule import SCHEDULED
 from lightning_maml_guard.guard.settings import check_pieces, check_settings, check_watchable, identity
@@ -71,11 +72,10 @@ class ConvergenceGuard(Callback):
         problem: ``(pl_module, batch) -> MetaProblem``, for modules that have no ``meta_problem``. The inner rate of
             such a module is out of reach: ``rescale`` then caps the meta rate alone. Without both, the module's own
             ``training_step`` is watched as plain training: ``beta_c`` only.
-        rollback: With ``action="rescale"`` (None: yes): keep parameters, buffers and optimizer state of the last check
-            that passed, and go back to them when the loss diverges; the batches since are skipped and the meta rate at
-            least halved.
+        rollback: With ``action="rescale"`` (None: yes): keep a few copies of parameters, buffers and optimizer state,
+            and go back to the latest good one when the loss diverges or half of what was learned is lost.
         max_rollbacks: Rollbacks before the guard stops the run and says so.
-        snapshot_device: Where that copy is kept (``"cpu"``); None: beside the parameters.
+        snapshot_device: Where they are kept (``"cpu"``); None: beside the parameters.
         max_cost: Without ``every_n_steps``: share of the training's work that checks may take, counted in gradients
             and matrix-vector products, so that the same run checks at the same steps. A check is left out until the
             steps taken pay for it, but for the first ones and that of a diverged loss (``docs/guide.md``).
@@ -277,8 +277,10 @@ class ConvergenceGuard(Callback):
         if batch_idx % trainer.accumulate_grad_batches or run.turns.found:
             return  # gradients of a step that is half done must not outlive a rollback
         step = logger_step(trainer)
-        due = run.due(trainer, step)
-        if due is None:
+        if (due := run.due(trainer, step)) is None:
+            Rollback(run, trainer, pl_module).keep_if_due(step)
+            with run.only_told("log the ratios at the rates of now"):
+                run.bar.move(trainer, pl_module, self.history, run.caps.caps, run.state.capped, step)
             return
         last, unsafe = self.history[-1:], run.machine.unsafe
         with run.clock.checking():
@@ -307,7 +309,7 @@ class ConvergenceGuard(Callback):
         """Roll back a last step that made the run diverge, send the last pictures, and sum the run up."""
         run = self._run
         with run.only_told("roll the last step back"):
-            Check(run, trainer, pl_module).end()
+            Rollback(run, trainer, pl_module).end()
         if not self._inert:
             with run.only_told("send the last pictures to a logger (figures=False sends none)"):
                 run.figures.at_end(trainer, self.history)
@@ -322,7 +324,7 @@ class ConvergenceGuard(Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take the hooks out of the optimizers, and drop the batches and the snapshot."""
         self._run.caps.release()
-        self._run.snapshot = None
+        self._run.ring.kept.clear()
         self._run.replay.clear()
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from lightning_maml_guard.guard.report import CheckReport
+from lightning_maml_guard.lookahead.lookahead import Caps
+from lightning_maml_guard.optim.lr_cap import known_rate
 from lightning_maml_guard.plots.region import safe_region
 from lightning_maml_guard.plots.spectrum import histogram, ritz_values
 from lightning_maml_guard.plots.style import new_figure
@@ -34,8 +36,6 @@ def metrics(report: CheckReport, *, caps_rates: bool) -> dict[str, float]:
         "predicted_change": report.predicted_change,
         "lambda_max": report.lambda_max,
         "lambda_min": report.lambda_min,
-        "alpha_ratio": report.alpha_ratio,
-        "beta_ratio": report.beta_ratio,
         "alpha_applied": report.alpha_applied,
         "beta_applied": report.beta_applied,
         "safe": _SAFE.get(report.status, math.nan),
@@ -44,10 +44,12 @@ def metrics(report: CheckReport, *, caps_rates: bool) -> dict[str, float]:
         "adaptation_gain": report.adaptation_gain,
         "hvps": float(report.hvps),
         "seconds": report.seconds,
+        "limits_age": 0.0,
     }
     if not caps_rates:
         del values["alpha_applied"], values["beta_applied"]
-    return {f"guard/{name}": value for name, value in values.items() if math.isfinite(value)}
+    finite = {f"guard/{name}": value for name, value in values.items() if math.isfinite(value)}
+    return finite | report.ratios(report.alpha_applied, report.beta_applied)
 
 
 # Not through `self.log(logger=True)`: with log_every_n_steps it would write stale values on wrong steps.
@@ -67,21 +69,51 @@ def log_values(trainer: Any, pl_module: Any, values: dict[str, float], step: int
         logger.log_metrics(values, step=step)
 
 
-class BarRatios:
-    """Shows the latest ratios in the progress bar, under short names that fit into 80 columns."""
+# Shares by which ratios have to move before they are logged again: where other values are logged too, and elsewhere.
+_LITTLE, _MUCH = 1e-3, 0.1
+_SHORT = {"guard/alpha_ratio": "a/ac", "guard/beta_ratio": "b/bc"}
+
+
+class Ratios:
+    """The latest ratios: in the progress bar, and at the loggers as the applied rates move between checks."""
 
     def __init__(self) -> None:
-        self._shown: CheckReport | None = None
+        self._report: CheckReport | None = None
+        self._latest: dict[str, float] = {}
+        self._shown: dict[str, float] = {}
+
+    def take(self, history: Sequence[CheckReport]) -> CheckReport | None:
+        """Go on from the last report; None before the first."""
+        if history and history[-1] is not self._report:
+            self._report = history[-1]
+            self._latest = self._report.ratios(self._report.alpha_applied, self._report.beta_applied)
+        return self._report
+
+    def move(
+        self, trainer: Any, pl_module: Any, history: Sequence[CheckReport], caps: Caps, owned: Sequence[int], step: int
+    ) -> None:
+        """Log the ratios at the rates of a coming step, with the age of their limits, where they have moved."""
+        report = self.take(history)
+        if report is None or not owned:
+            return
+        beta = known_rate([trainer.optimizers[index] for index in owned])
+        found, before = report.ratios(*caps.applied(report.alpha, beta)), self._latest
+        least = _LITTLE if step % trainer.log_every_n_steps == 0 else _MUCH
+        if all(abs(ratio - before[name]) <= least * before[name] for name, ratio in found.items() if name in before):
+            return
+        self._latest = found
+        log_values(trainer, pl_module, found | {"guard/limits_age": float(step - (report.step or 0))}, step)
 
     def show(self, pl_module: Any, history: Sequence[CheckReport]) -> None:
-        """Show those of the last report, once; to be called after the step, so that the user's loss comes first."""
-        if not history or history[-1] is self._shown:
-            return
-        self._shown = report = history[-1]
-        ratios = {"a/ac": report.alpha_ratio, "b/bc": report.beta_ratio}
-        known = {name: ratio for name, ratio in ratios.items() if math.isfinite(ratio)}
-        if known:
-            pl_module.log_dict(known, prog_bar=True, **_UNLOGGED)
+        """Show them in the progress bar, under short names that fit into 80 columns.
+
+        To be called after the step, so that the user's loss comes first.
+        """
+        self.take(history)
+        if self._latest and self._latest is not self._shown:
+            self._shown = self._latest
+            short = {_SHORT[name]: ratio for name, ratio in self._latest.items()}
+            pl_module.log_dict(short, prog_bar=True, **_UNLOGGED)
 
 
 def alert(trainer: Any, message: str) -> None:

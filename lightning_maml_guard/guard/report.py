@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_maml_guard.messages.reasons import Reason
 from lightning_maml_guard.stability.report import StabilityReport
+from lightning_maml_guard.theory.limits import Limit
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +46,14 @@ class CheckReport(StabilityReport):
         """Make the report of a check from its measurement and from what the guard found and did."""
         values = {each.name: getattr(measured, each.name) for each in fields(StabilityReport)}
         return cls(**(values | {"findings": tuple(findings)} | found))
+
+    def ratios(self, alpha: float, beta: float) -> dict[str, float]:
+        """Compare rates, as they are applied, with the limits measured here, under the names they are logged by."""
+        found = {
+            "guard/alpha_ratio": Limit(alpha, self.alpha_c, self.alpha_c_interval).ratio,
+            "guard/beta_ratio": Limit(beta, self.beta_c, self.beta_c_interval).ratio,
+        }
+        return {name: value for name, value in found.items() if math.isfinite(value)}
 
     def applied_instead(self, name: str) -> str:
         """Say which rate is applied in place of the configured one; empty where it is applied as configured."""

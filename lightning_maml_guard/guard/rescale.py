@@ -32,8 +32,11 @@ LADDER: tuple[tuple[float | None, float], ...] = (
     (0.25, 1 / 16),
     (None, 1 / 256),
 )
-# Factor by which capped rates rise per check.
-RELEASE = 1.5
+# Factor by which capped rates rise, and how often at most in one check.
+RELEASE, RUNGS = 2.0, 3
+# A meta rate that is twice as high has to lower the loss by so many times as much: where it is far too low by twice as
+# much, whatever the batches; where it is about right by no more.
+GAIN = 1.25
 
 LookUnder = Callable[[Caps], LookaheadResult]
 BY_RATIO = Scale()
@@ -97,36 +100,53 @@ def lowered(
     return best or min(tried, key=lambda each: tried[each].end)
 
 
-def raised(
-    report: StabilityReport,
+def released(
+    alpha: float,
+    beta: float,
     caps: Caps,
-    margin: float,
     present: LookaheadResult,
+    still: LookaheadResult,
     look: LookUnder,
+    *,
     scale: Scale = BY_RATIO,
+    allows: Callable[[Caps], bool] = lambda caps: True,
 ) -> Caps:
-    """Release capped rates by ``RELEASE`` per check, up to ``margin`` times their limits.
+    """Release capped rates by ``RELEASE`` again and again, as long as steps at the higher ones lead further down.
 
-    Higher rates are taken if their lookahead ends no worse than ``present``, the one under the caps so far.
+    They are compared on the same batches, by the mean loss of the later steps.
+
+    Args:
+        alpha: The inner rate as configured.
+        beta: The meta rate as scheduled.
+        caps: The caps so far.
+        present: The lookahead under them.
+        still: The lookahead at a meta rate of 0.
+        look: Looks ahead under caps.
+        scale: How losses are compared.
+        allows: Whether caps may be tried.
+
+    Returns:
+        The caps to apply.
     """
-    alpha, beta = caps.applied(report.alpha, report.beta)
-    higher_alpha = _towards(alpha, margin * report.alpha_c)
-    higher_beta = _towards(beta, margin * report.safe_beta_c)
-    both = Caps(
-        None if caps.alpha is None or higher_alpha >= report.alpha else higher_alpha,
-        None if caps.beta is None or higher_beta >= report.beta else higher_beta,
-    )
-    for candidate in dict.fromkeys((both, Caps(caps.alpha, both.beta), Caps(both.alpha, caps.beta))):
-        if candidate == caps:
-            continue
-        found = look(candidate)
-        if all(found.end <= scale.times(CALM, loss) for loss in (found.begin, present.end)):
-            return candidate
+    late = present.late
+    for _ in range(RUNGS):
+        both = Caps(_raised(caps.alpha, alpha), _raised(caps.beta, beta))
+        for candidate in dict.fromkeys((both, Caps(caps.alpha, both.beta), Caps(both.alpha, caps.beta))):
+            if candidate == caps or not allows(candidate):
+                continue
+            found = look(candidate)
+            gain = 1.0 if candidate.beta == caps.beta else GAIN
+            enough = still.late - gain * max(still.late - late, 0.0)
+            if found.late < min(late, enough) and found.end <= scale.times(CALM, found.begin):
+                caps, late = candidate, found.late
+                break
+        else:
+            break
     return caps
 
 
-def _towards(rate: float, limit: float) -> float:
-    return rate if math.isnan(limit) else max(rate, min(RELEASE * rate, limit))
+def _raised(cap: float | None, rate: float) -> float | None:
+    return None if cap is None or RELEASE * cap >= rate else RELEASE * cap
 
 
 def at_limits(report: StabilityReport, caps: Caps, margin: float, reach_alpha: bool) -> Caps:
@@ -156,6 +176,10 @@ class AppliedCaps:
     def held(self) -> bool:
         """Whether optimizers' steps are capped."""
         return self._lr_cap is not None
+
+    def lowers(self, beta: float) -> bool:
+        """Whether a rate is held below what is configured; ``beta`` is the scheduled meta rate."""
+        return self.active and (self.caps.alpha is not None or self.caps.applied(math.nan, beta)[1] < beta)
 
     def hold(self, optimizers: Sequence[Optimizer], holds: Callable[[], bool] | None = None) -> None:
         """Cap the steps of these optimizers and of no others, while ``holds`` (None: always)."""

@@ -1,25 +1,42 @@
-"""Rolling a diverged run back to parameters and optimizer state of the last check that passed."""
+"""Rolling a run that diverged, or lost what it learned, back to parameters and optimizer state of a few steps ago."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean, median
 from typing import Any
 
 from lightning_maml_guard.guard.loggers import logger_step
+from lightning_maml_guard.guard.look import Look, stated
+from lightning_maml_guard.guard.rescale import CALM
 from lightning_maml_guard.guard.run import GuardedRun
-from lightning_maml_guard.lookahead.lookahead import Caps
+from lightning_maml_guard.lookahead.learning import PROBES, Learning, compared, lost_reason, spread_out
+from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, lookahead_of
 from lightning_maml_guard.messages.advice_sentences import advised
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced, sentence
-from lightning_maml_guard.optim.snapshot import Snapshot
+from lightning_maml_guard.stability.problems import Problem, dead_units
+from lightning_maml_guard.stability.report import StabilityReport
+from lightning_maml_guard.theory.limits import SAFE
+from lightning_maml_guard.utils.isolation import undisturbed
+from lightning_maml_guard.utils.shards import finite
+
+# Snapshots that are tried from, the youngest first.
+_TRIED = 3
+# A run has learned nothing while its loss on the batches at hand is above this share of that at its oldest snapshot.
+_UNLEARNED = 0.97
+# A batch is left out if its loss is this many times the median; of more than so many.
+_ODD, _OTHERS = 5.0, 3
 
 
 class Rollback:
-    """Keeps snapshots of a run, goes back to the latest, and says so."""
+    """Keeps snapshots of a run, compares it with them, goes back to one, and says so."""
 
     def __init__(self, run: GuardedRun, trainer: Any, module: Any) -> None:
         self.run, self.trainer, self.module = run, trainer, module
+        self._thrown, self._now = 0, math.nan  # steps thrown away; the loss of a run that has lost what it learned
 
     def keep(self, step: int) -> None:
         """Keep the state of the run: on all ranks, or on none. A failure costs one warning."""
@@ -30,13 +47,131 @@ class Rollback:
             with run.cache.ranks.together():
                 # What is never rolled back to does not take memory of the device.
                 device = run.settings.snapshot_device or (None if run.settings.rollback else "cpu")
-                kept = Snapshot(self.module, self.trainer.optimizers, step, device)
-            run.snapshot = kept
+                run.ring.keep(self.module, self.trainer.optimizers, step, device, wasted=run.state.wasted)
         except Exception as error:
             earlier = -1 if run.snapshot is None else run.snapshot.step
             run.announce(replace(of_error(Kind.NO_SNAPSHOT, error, step=step), steps=earlier))
 
-    def go_back(self, loss: float, step: int) -> bool:
+    def keep_if_due(self, step: int) -> None:
+        """Keep the state before a step if the last copy is old and the run is well."""
+        run = self.run
+        if run.ring.is_due(step) and run.state.statistics.rests:
+            self.keep(step)
+
+    def compare(self, look: Look) -> Learning | None:
+        """Compare a run whose loss has left its best with its snapshots; None where it has not, or without any.
+
+        Where none of them does better, the tasks have become harder: the losses to come are compared with those of now.
+        """
+        run, statistics = self.run, self.run.state.statistics
+        if look.lookahead is None or look.present is None or not run.ring.kept:
+            return None
+        first = look.present.losses[: PROBES + 1]
+        level, ratio = fmean(first), run.settings.lookahead.divergence_ratio
+        far = statistics.diverged(level, ratio)
+        if not all(map(math.isfinite, first)) or not (far or statistics.slips or statistics.is_off(level)):
+            return None
+        found = self._learning(look, statistics.recent)
+        if found.holds and len(run.ring.kept) > 1 and statistics.rebase(level if far else statistics.loss):
+            look.scale = statistics.scale
+            look.severity = look.scale.severity(look.present.end, look.present.begin)
+        return found
+
+    def lost(self, found: Learning, look: Look, step: int) -> Reason:
+        """Forget the snapshots of a run that has lost what it learned but for the good ones, and state the loss."""
+        ring, self._now = self.run.ring, found.losses[1]
+        ring.drop_after(ring.kept[found.good[0]].step)
+        if look.lookahead is not None:
+            look.lookahead.begin = math.inf  # what to advise is not to be tried from here
+        assert ring.latest is not None
+        return lost_reason(found, ring.latest.step, step)
+
+    def warn_of_collapse(self, problem: Problem, report: StabilityReport, status: str, step: int) -> None:
+        """Warn where nearly all curvature is gone and the loss is where it began, because the network's units died."""
+        reason = self.run.state.collapse(report.lambda_max, step)
+        if reason is None or status != SAFE or not self.run.settings.acting.speaks:
+            return
+        with undisturbed(self.trainer, self.module):
+            found = dead_units(problem)
+        if found.most:
+            self.run.announce(replace(reason, counts=(found.dead, found.units)))
+
+    def warn_of_stall(self, look: Look, step: int) -> None:
+        """Say that a run does not learn, and whether that is because its units have died."""
+        statistics = self.run.state.statistics
+        if not self.run.settings.acting.speaks or look.lookahead is None or not self.run.ring.kept:
+            return
+        with undisturbed(self.trainer, self.module):
+            _, now, before = self._learning(look).losses
+            # A slow run at least does better on the batches that it has just been trained on.
+            if now < look.scale.times(_UNLEARNED, before):
+                statistics.stalled = False
+                return
+            found = dead_units(look.problem)
+        losses = statistics.loss, math.nan, statistics.start
+        counts = (found.dead, found.units) if found.most else (0, 0)
+        reason = Reason(Kind.STALLED, losses=losses, limit=statistics.chance, steps=statistics.steps, counts=counts)
+        self.run.announce(replace(reason, step=step))
+
+    def _learning(self, look: Look, recent: Sequence[float] = ()) -> Learning:
+        statistics, chosen = self.run.state.statistics, spread_out(len(look.problems))
+        lookahead = self._lookahead([look.problems[index] for index in chosen], look)
+        seen = [recent[-index] if 0 < index <= len(recent) else -math.inf for index in chosen]
+        found = compared(
+            lookahead,
+            self.module,
+            self.trainer.optimizers,
+            self.run.ring.kept,
+            statistics.untrained,
+            seen,
+            logger_step(self.trainer) - chosen[-1],
+        )
+        look.lookahead.gradients += lookahead.gradients  # type: ignore[union-attr]
+        return found
+
+    def _lookahead(self, problems: Sequence[Problem], look: Look) -> Lookahead:
+        run = self.run
+        steps = run.settings.lookahead.steps
+        return lookahead_of(problems, look.optimizers, steps, self.trainer, run.cache, run.state.clipped_to)
+
+    def choose(self, look: Look) -> None:
+        """Drop the snapshots that are no place to go back to: of those that lost nothing the youngest that survives.
+
+        The next steps are tried from there at half the meta rate, without a batch that is unlike the others.
+        """
+        ring, before = self.run.ring, look.lookahead
+        if before is None or len(ring.kept) < 2:
+            return
+        good = [ring.kept[index] for index in self._learning(look).good]
+        caps = self.run.caps.caps
+        half = Caps(caps.alpha, caps.applied(math.nan, before.beta)[1] / 2)
+        ends: dict[int, float] = {}
+        for snapshot in good[:_TRIED]:
+            with snapshot.visited(self.module, self.trainer.optimizers):
+                look.lookahead = self._without_odd(look)
+                tried = look.lookahead.under(half)
+            ends[snapshot.step] = tried.end
+            if tried.end <= look.scale.times(CALM, tried.begin):
+                ring.drop_after(snapshot.step)
+                return
+        ring.drop_after(min(ends, key=lambda step: ends[step]))
+
+    def _without_odd(self, look: Look) -> Lookahead:
+        """The lookahead without a batch whose loss is far above the others' at the parameters at hand."""
+        before = look.lookahead
+        assert before is not None
+        if len(look.problems) > _OTHERS:
+            untrained = self._lookahead(look.problems, look).untrained()
+            losses = [loss if math.isfinite(loss) else math.inf for loss in untrained]
+            usual = look.scale.times(_ODD, median(losses))
+            kept = [each for each, loss in zip(look.problems, losses, strict=True) if loss <= usual]
+            if len(kept) < len(losses):
+                found = self._lookahead(kept, look)
+                found.begin, found.gradients = before.begin, before.gradients + len(losses)
+                return found
+        return before
+
+    def go_back(self, loss: float, step: int, look: Look | None = None) -> bool:
         """Go back to the snapshot, or stop the run if that was done too often; False if it was stopped.
 
         Before there is a snapshot the run goes on from where it is.
@@ -54,7 +189,12 @@ class Rollback:
                 self.trainer, f"ConvergenceGuard: training stops. {sentence(reason)}\n{to_do[0].upper()}{to_do[1:]}"
             )
             return False
+        if look is not None:
+            with undisturbed(self.trainer, self.module):
+                self.choose(look)
         run.snapshot.restore(self.module, self.trainer.optimizers)
+        self._thrown = step - run.state.wasted - run.snapshot.progress
+        run.state.wasted += self._thrown
         run.state.statistics.forget()
         run.state.rollbacks += 1
         return True
@@ -79,17 +219,35 @@ class Rollback:
             beta = run.caps.caps.beta or math.nan
             self._tell(self._reason(Kind.ROLLED_BACK, loss, step, beta=beta, effect=effect))
 
-    def at_end(self, snapshot: Snapshot, loss: float, start: float) -> None:
-        """End a run whose last step made it diverge where the snapshot was taken; ``nan``: parameters not finite."""
-        snapshot.restore(self.module, self.trainer.optimizers)
+    def end(self) -> None:
+        """Roll back a last step that made the run diverge: no check comes after it."""
+        run, statistics = self.run, self.run.state.statistics
+        if run.snapshot is None or not run.settings.rollback:
+            return
+        if not finite(self.module):
+            self._at_end(math.nan, math.nan)
+        elif len(run.replay) and (
+            run.schedule.state.spiked or not statistics.first
+        ):  # nothing else tells without losses
+            with run.cache.ranks.together(), undisturbed(self.trainer, self.module):
+                problem, _, optimizers = stated(run, self.trainer, self.module, *run.replay.latest())
+                loss = lookahead_of([problem], optimizers, 0, self.trainer, run.cache).under(run.caps.caps).begin
+            if statistics.diverged(loss, run.settings.lookahead.divergence_ratio):
+                self._at_end(loss, statistics.start)
+
+    def _at_end(self, loss: float, start: float) -> None:
+        """End the run where the latest snapshot was taken; ``nan``: parameters not finite."""
+        assert self.run.snapshot is not None
+        self.run.snapshot.restore(self.module, self.trainer.optimizers)
         losses, step = (math.nan, loss, start), logger_step(self.trainer)
-        self._tell(Reason(Kind.ROLLED_BACK_AT_END, losses=losses, steps=snapshot.step, step=step))
+        self._tell(Reason(Kind.ROLLED_BACK_AT_END, losses=losses, steps=self.run.snapshot.step, step=step))
 
     def _reason(self, kind: Kind, loss: float, step: int, **more: Any) -> Reason:
         run = self.run
         to = -1 if run.snapshot is None else run.snapshot.step
         counts = run.state.rollbacks, run.settings.max_rollbacks
-        return Reason(kind, losses=(loss, math.nan, math.nan), steps=to, counts=counts, step=step, **more)
+        losses, thrown = (loss if math.isnan(self._now) else self._now, math.nan, math.nan), float(self._thrown)
+        return Reason(kind, losses=losses, steps=to, counts=counts, step=step, value=thrown, **more)
 
     def _tell(self, reason: Reason) -> None:
         self.run.state.note("rolled back", reason, step=reason.step)

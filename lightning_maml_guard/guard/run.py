@@ -6,29 +6,30 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_maml_guard.guard.loggers import BarRatios, Figures, alert, logger_step
+from lightning_maml_guard.guard.loggers import Figures, Ratios, alert, logger_step
 from lightning_maml_guard.guard.record import Stopwatch
 from lightning_maml_guard.guard.rescale import AppliedCaps
 from lightning_maml_guard.guard.schedule import Schedule
 from lightning_maml_guard.guard.settings import Settings
 from lightning_maml_guard.guard.state import GuardState, StateError, from_checkpoint
 from lightning_maml_guard.guard.state_machine import StateMachine
-from lightning_maml_guard.lookahead.divergence import gradient_norm
 from lightning_maml_guard.lookahead.replay_buffer import ReplayBuffer
 from lightning_maml_guard.maml.meta_learning import MetaLearning
 from lightning_maml_guard.messages.advice_sentences import NO_WAY_BACK, advised
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced, cause
 from lightning_maml_guard.messages.terminal import warn
+from lightning_maml_guard.optim.clipping import gradient_norm
 from lightning_maml_guard.optim.lr_cap import known_rate, scheduled_rate
 from lightning_maml_guard.optim.rates_ahead import RatesAhead, read_ahead
-from lightning_maml_guard.optim.snapshot import Snapshot
+from lightning_maml_guard.optim.snapshot import Snapshot, SnapshotRing
 from lightning_maml_guard.optim.turns import Turns
 from lightning_maml_guard.stability.hvp import MeasurementCache
 from lightning_maml_guard.stability.objective import objective_of
@@ -52,21 +53,22 @@ class GuardedRun:
         self.schedule = Schedule(settings.every_n_steps, settings.max_cost, self.state.schedule)
         self.machine = StateMachine(settings.patience, settings.lookahead.divergence_ratio, self.state.watches)
         self.caps = AppliedCaps(settings.acting.caps_rates and not inert, self.state.caps)
-        # The live objects take over what a checkpoint held; `saved` asks them for it.
-        kept, self.state.snapshot = self.state.snapshot, None
-        self.snapshot = None if kept is None else Snapshot.restored(kept)
+        self.ring = SnapshotRing([Snapshot.restored(each) for each in self.state.snapshots])
         self.replay = ReplayBuffer(settings.lookahead.batches)
         self.replay.load(self.state.batches)
-        self.state.batches = []
-        self.figures, self.bar, self.clock = Figures(settings.figures), BarRatios(), Stopwatch()
-        # Gradient norm of the step at hand, maybe on the device; None if it is not known.
-        self.norm: Tensor | float | None = None
+        self.state.snapshots, self.state.batches = [], []  # `saved` asks the live objects for them
+        self.figures, self.bar, self.clock = Figures(settings.figures), Ratios(), Stopwatch()
+        self.norm: Tensor | float | None = None  # of the gradient at hand, maybe on the device; None: not known
         self._losses: list[float] = []  # of the batches that the step at hand accumulates so far
         self.match: TrainingMatch | None = None  # the problem beside the step at hand, if that is to be compared
-        self.matched = False
-        self.turns = Turns()
+        self.matched, self.turns = False, Turns()
         self.ahead: RatesAhead | None = None
         self.repeats = False  # whether every step uses the same batch: then nothing is drawn from its tasks
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """What a rollback goes to."""
+        return self.ring.latest
 
     def begin(self, trainer: Any) -> None:
         """Take in how far a run will go and what data it has."""
@@ -79,7 +81,7 @@ class GuardedRun:
         """Return ``"scheduled"``, ``"triggered"`` or None: whether a check is due before a step."""
         beta_c = next((each.beta_c for each in reversed(self.state.history) if each.beta_c > 0), math.nan)
         rate, stalled = known_rate(trainer.optimizers), self.state.statistics.stalled
-        return self.schedule.due(step, rate=rate, beta_c=beta_c, stalled=stalled)
+        return self.schedule.due(step, rate=rate, beta_c=beta_c, stalled=stalled, capped=self.caps.lowers(rate))
 
     def highest_to_come(self, trainer: Any, optimizers: list[Optimizer], step: int) -> float:
         """The highest meta rate that the schedule has from a step on; ``nan`` without a schedule."""
@@ -93,12 +95,9 @@ class GuardedRun:
 
     def cap(self, trainer: Any, owned: list[int]) -> None:
         """Hold the optimizers that move the problem's parameters at the caps."""
-        optimizers = trainer.optimizers
+        held = [each for index, each in enumerate(trainer.optimizers) if index in owned]
         # Lightning's tuners step the run's optimizers with the run's callbacks taken out, to see what a rate does.
-        self.caps.hold(
-            [optimizers[index] for index in owned if index < len(optimizers)],
-            lambda: self.settings in trainer.callbacks,
-        )
+        self.caps.hold(held, lambda: self.settings in trainer.callbacks)
         self.state.capped = owned  # only now: a failure is met again, and told again, at the next check
 
     def holds(self, trainer: Any) -> bool:
@@ -114,12 +113,11 @@ class GuardedRun:
         if self.match is not None:
             with self.only_told("compare the gradient with the problem's"):
                 self.match.take_gradient(optimizer)
-        if not (self.settings.lookahead.triggers and self.settings.lookahead.steps):
-            return
-        try:
-            self.norm = gradient_norm(optimizer)
-        except Exception as error:
-            self.announce(of_error(Kind.NO_GRADIENT_NORM, error))
+        if self.settings.lookahead.triggers and self.settings.lookahead.steps:
+            try:
+                self.norm = gradient_norm(optimizer)
+            except Exception as error:
+                self.announce(of_error(Kind.NO_GRADIENT_NORM, error))
 
     def take_batch(self, batch: Any, batch_idx: int, accumulated: int) -> None:
         """Keep the batch of the coming step: for the lookaheads, and for the curvature of an accumulated batch."""
@@ -134,7 +132,7 @@ class GuardedRun:
         if self.turns.taken():
             self.announce(Reason(Kind.OPTIMIZERS_TAKE_TURNS))
             self.caps.release()
-            self.snapshot = None
+            self.ring.kept.clear()
         if not self.settings.lookahead.steps:
             known = isinstance(loss, Tensor) and loss.numel() == 1 and self.cache.ranks.processes == 1
             value = float(loss.item()) * trainer.accumulate_grad_batches if known else math.nan
@@ -146,8 +144,7 @@ class GuardedRun:
             return
         known = isinstance(loss, Tensor) and loss.numel() == 1
         value = float(loss.item()) if known else math.nan
-        norm = math.nan if self.norm is None else float(self.norm)
-        self.norm = None
+        norm, self.norm = math.nan if self.norm is None else float(self.norm), None
         if self.cache.ranks.processes > 1:
             # On every rank, whatever it has: one that stayed away would leave the others waiting.
             had = torch.tensor([float(known), value, norm], device=trainer.strategy.root_device)
@@ -162,13 +159,16 @@ class GuardedRun:
         # One batch after another is accumulated: the step's loss is their mean.
         if not self._losses or ((batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch):
             return
-        value, self._losses = sum(self._losses) / len(self._losses), []
+        value, self._losses = fmean(self._losses), []
         self.state.losses.take(value)
         statistics, lookahead = self.state.statistics, self.settings.lookahead
         told = self.machine.unsafe and not self.settings.acting.caps_rates
-        if statistics.update(value, norm) and lookahead.triggers and not told:
-            ratio, lost = lookahead.divergence_ratio, not math.isfinite(value)
-            self.schedule.spike(diverged=statistics.diverged(value, ratio), lost=lost)
+        spiked, lost = statistics.update(value, norm), statistics.lost
+        if (spiked or lost) and lookahead.triggers and not told:
+            diverged = lost or statistics.diverged(value, lookahead.divergence_ratio)
+            self.schedule.spike(diverged=diverged, lost=not math.isfinite(value))
+        if not statistics.rests:
+            self.ring.drop_from(logger_step(trainer))  # the loss is that of the copy made before the step
 
     def _not_finite(self, loss: float, trainer: Any) -> None:
         """Say that the loss is not finite, and stop where that is the action: no lookahead will."""
@@ -244,14 +244,14 @@ class GuardedRun:
         settings, ranks = self.settings, self.cache.ranks
         # One of several processes has batches of its own, or pieces, and the checkpoint is the first one's.
         exactly = settings.acting.resumes_exactly and settings.lookahead.steps > 0 and ranks.processes == 1
-        kept = self.snapshot if settings.rollback and ranks.size == ranks.processes else None
+        kept = self.ring.state() if settings.rollback and ranks.size == ranks.processes else []
         self.cache.note_the_map()
         return replace(
             self.state,
             watches=self.machine.watches,
             caps=self.caps.caps,
             batches=self.replay.state() if exactly else [],
-            snapshot=None if kept is None else kept.state(),
+            snapshots=kept,
         )
 
     def announce(self, reason: Reason, *, just_said: bool = False) -> None:

@@ -17,6 +17,8 @@ _BEGINNING, _STALLED = 128, 64
 _ON_CREDIT = (2, 8)
 # A meta rate that has grown by half is looked at again, unless its limit is more than this many times higher.
 _GROWN, _FAR = 1.5, 4.0
+# Capped rates are looked at again after so many steps; where they stay, after so many times as many each time.
+_EASE, _SLOWER = 8, 3
 SCHEDULED, TRIGGERED = "scheduled", "triggered"
 
 
@@ -37,6 +39,8 @@ class ScheduleState:
         alarms: Checks called by a diverged loss, one soon after another, that found the run well.
         looked: The meta rate at the last check, or the lowest one since.
         highest: The highest meta rate so far.
+        ease_at: Step from which capped rates are looked at again.
+        ease_gap: Steps from one such look to the next.
     """
 
     last: int | None = None
@@ -50,6 +54,8 @@ class ScheduleState:
     alarms: int = 0
     looked: float = math.inf
     highest: float = 0.0
+    ease_at: int = 0
+    ease_gap: int = _EASE
 
 
 class Schedule:
@@ -67,11 +73,19 @@ class Schedule:
         self.planned: int | None = None  # steps of the whole run, where it has an end
         self.state = state or ScheduleState()
 
-    def due(self, step: int, *, rate: float = math.nan, beta_c: float = math.nan, stalled: bool = False) -> str | None:
+    def due(
+        self,
+        step: int,
+        *,
+        rate: float = math.nan,
+        beta_c: float = math.nan,
+        stalled: bool = False,
+        capped: bool = False,
+    ) -> str | None:
         """Return ``"scheduled"``, ``"triggered"`` or None; a check that is due is taken as made.
 
         ``rate`` is the meta rate of the coming step, ``beta_c`` its latest known limit; ``stalled``: the loss does not
-        fall.
+        fall; ``capped``: lower rates than the configured ones are applied.
         """
         state = self.state
         if step == state.last:
@@ -81,13 +95,13 @@ class Schedule:
         # With a budget a triggered check stands for the scheduled one that would follow it closely.
         close = since < self.every_n_steps / 2
         on_time = step % self.every_n_steps == 0 and not (close and self.share is not None)
-        early = self._early(step, stalled)
+        early = self._early(step, stalled) or (capped and since >= 2 and step >= state.ease_at)
         scheduled = (on_time and paid) or (state.unjudged and (on_time or early))
         grown = self._grown(rate, beta_c, since)
         if not (scheduled or early or grown) and not self._called(step, since, paid):
             return None
         if self.share is None:
-            if not scheduled:
+            if not (scheduled or early):
                 state.gap = min(2 * state.gap, self._longest)
             elif not close and not state.spiked:  # else the loss is as noisy as it was
                 state.gap = 2
@@ -133,6 +147,12 @@ class Schedule:
         """Take a spike in: it calls a check, soon if the loss has diverged, at once if it is not finite."""
         state = self.state
         state.spiked, state.diverged, state.lost = True, state.diverged or diverged, state.lost or lost
+
+    def ease(self, step: int, *, changed: bool) -> None:
+        """Take in that capped rates were looked at: soon again where they were changed, later where they stay."""
+        state = self.state
+        state.ease_gap = _EASE if changed else _SLOWER * state.ease_gap
+        state.ease_at = step + state.ease_gap
 
     def confirm(self) -> None:
         """Take in that a check found the run diverging: such alarms are heard at once."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.schedule import ScheduleState
 from lightning_maml_guard.guard.state_machine import Watch
+from lightning_maml_guard.lookahead.ceiling import Ceiling
 from lightning_maml_guard.lookahead.divergence import RunningStatistics
 from lightning_maml_guard.lookahead.lookahead import Caps
 from lightning_maml_guard.lookahead.loss_curve import LossCurve
@@ -62,7 +63,9 @@ class GuardState:
         facts: What is known of the network.
         clipped_to: Length to which training_step was seen to clip a gradient by itself; ``nan`` where it was not.
         batches: The lookahead's batches, on the host.
-        snapshot: The state to roll back to.
+        snapshots: The states to roll back to, the oldest first.
+        wasted: Steps that rollbacks threw away.
+        ceiling: Rates that failed.
         advice: The latest advice.
         advised: What was advised on although the run survived, each once.
         searches: Searches for rates to set so far.
@@ -86,7 +89,9 @@ class GuardState:
     facts: NetworkFacts = field(default_factory=NetworkFacts)
     clipped_to: float = math.nan
     batches: list[Any] = field(default_factory=list)
-    snapshot: dict[str, Any] | None = None
+    snapshots: list[Any] = field(default_factory=list)
+    wasted: int = 0
+    ceiling: Ceiling = field(default_factory=Ceiling)
     advice: Advice | None = None
     advised: list[str] = field(default_factory=list)
     searches: int = 0
@@ -110,7 +115,8 @@ class GuardState:
 
 def to_checkpoint(state: GuardState) -> dict[str, Any]:
     """Convert a state to primitives and tensors, so that a checkpoint loads with ``weights_only``."""
-    own = {"batches": state.batches, "snapshot": state.snapshot}  # plain already, tuples of optimizers' included
+    # Plain already, tuples of optimizers' included.
+    own = {"batches": state.batches, "snapshots": state.snapshots}
     return {each.name: own.get(each.name, _to_plain(getattr(state, each.name))) for each in fields(state)}
 
 
@@ -130,6 +136,8 @@ def from_checkpoint(plain: Any) -> GuardState:
             plain = _from_flat(plain)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise StateError(f"it is not laid out as release 0.1 did ({type(error).__name__}: {error})") from error
+    if plain.get("snapshot") is not None:  # of before there were several
+        plain = plain | {"snapshots": [plain["snapshot"]]}
     state: GuardState = _from_plain(GuardState, plain, "")
     _check_ranges(state)
     return state
@@ -142,7 +150,8 @@ def _check_ranges(state: GuardState) -> None:
     numbers |= {"schedule.spent": schedule.spent, "schedule.latest": schedule.latest, "schedule.gap": schedule.gap - 1}
     numbers |= {"schedule.alarms": schedule.alarms}
     numbers |= {f"watches.{name}.failed": watch.failed for name, watch in state.watches.items()}
-    numbers |= {"capped": min(state.capped, default=0), "searches": state.searches}
+    numbers |= {"capped": min(state.capped, default=0), "searches": state.searches, "wasted": state.wasted}
+    numbers |= {"ceiling.wait": state.ceiling.wait - 1, "schedule.ease_gap": schedule.ease_gap - 1}
     numbers |= {"losses.end": state.losses.end, "losses.stride": state.losses.stride - 1}
     for name, value in numbers.items():
         if value is not None and not value >= 0:
@@ -153,8 +162,9 @@ def _check_ranges(state: GuardState) -> None:
     for batch in state.batches:
         pair = isinstance(batch, (list, tuple)) and len(batch) == 2
         _expect(pair and isinstance(batch[0], (list, tuple)) and type(batch[1]) is int, "batches", batch)
-    if state.snapshot is not None:
-        _check_snapshot(state.snapshot)
+    for snapshot in state.snapshots:
+        _expect(isinstance(snapshot, dict), "snapshots", snapshot)
+        _check_snapshot(snapshot)
 
 
 def _check_snapshot(snapshot: dict[str, Any]) -> None:

@@ -8,12 +8,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 
-import torch
-from torch import nn
-from torch.optim import Optimizer
-
-from lightning_maml_guard.utils.shards import any_split, norm
-
 # The start is the median of this many first losses: one odd batch does not move it.
 FIRST_LOSSES = 8
 _LOSS_SPIKE, _NORM_SPIKE = 2.0, 4.0
@@ -22,10 +16,16 @@ _MEMORY = 0.9
 # deviations of independent noise. No single change counts for more than `_LARGEST_CHANGE` times that mean.
 _SPREADS, _LARGEST_CHANGE = 4.0, 4.0
 # A loss that is not below this share of an earlier one has not fallen.
-# Judged from so many steps on: before, it is noise.
-_PROGRESS, _JUDGED_FROM = 0.85, 8
+# Judged from so many steps on: before, it is noise. One above this share of the loss without learning is stuck, later.
+_PROGRESS, _JUDGED_FROM, _STUCK, _STUCK_FROM = 0.85, 8, 0.9, 64
 # Differences from the mean below this share of a loss are rounding (float32).
 _ROUNDING = 1e-6
+# The lowest running mean is known after so many steps.
+_SETTLED = 16
+# What a run has to have learned, as a share of the start, before it can lose it; how far the mean of one that keeps it
+# strays from its lowest value, as a share of a batch's noise (5 standard deviations); and the share of that, or of half
+# of what was learned, from which on it is looked into.
+_LEARNED, _STRAYS, _SLIPPING = 0.2, 0.375, 0.5
 
 
 def severity(end: float, start: float, unit: float | None = None) -> float:
@@ -60,19 +60,32 @@ class Scale:
         start: Loss that training started from; ``nan`` before the first step.
         unit: What distances are measured in; None while every loss was positive.
         settled: Whether there were enough losses to tell; else a lookahead's own are taken in.
+        best: The lowest running mean; ``nan`` before anything was learned.
+        rung: What a loss may rise by above ``best``: twice that is half of what was learned, or beyond the noise of a
+            batch, whichever is more.
     """
 
     start: float = math.nan
     unit: float | None = None
     settled: bool = False
+    best: float = math.nan
+    rung: float = math.nan
 
     def times(self, factor: float, loss: float) -> float:
         """``factor`` times a loss; with a unit, as much above it as that is above the start of positive losses."""
         return factor * loss if self.unit is None else loss + (factor - 1) * self.unit
 
-    def severity(self, end: float) -> float:
-        """Measure how far the loss is from the start; see :func:`severity`."""
-        return severity(end, self.start, self.unit)
+    def severity(self, end: float, begin: float = math.nan) -> float:
+        """Measure how far the loss is from the start; see :func:`severity`.
+
+        Given the loss of the same batch before, the rise counts as well, as ``log(1 + rise / rung)``, as far as it
+        leads above the best mean: a run that has learned diverges before it is back at its start.
+        """
+        far = severity(end, self.start, self.unit)
+        if math.isnan(begin) or math.isnan(self.best) or not math.isfinite(end):
+            return far
+        rises = min(severity(end, each, self.rung) for each in (begin, self.best))
+        return max(far, rises) if rises > 0 else far
 
     def diverged(self, loss: float, ratio: float) -> bool:
         """Return True if a loss is not finite, or above ``ratio`` times the one that training started from."""
@@ -106,6 +119,10 @@ class RunningStatistics:
         steps: Steps whose loss was finite.
         before: The running mean when half as many steps were taken, or when the number was last a power of two.
         stalled: Whether the loss did not fall between the last two powers of two.
+        best: The lowest running mean.
+        since: Steps that the running mean is of.
+        chance: Loss of a classifier that guesses; ``nan`` where it is not known.
+        recent: The latest losses, before the steps on their batches.
     """
 
     first: tuple[float, ...] = ()
@@ -118,6 +135,10 @@ class RunningStatistics:
     steps: int = 0
     before: float = math.nan
     stalled: bool = False
+    best: float = math.inf
+    since: int = 0
+    chance: float = math.nan
+    recent: tuple[float, ...] = ()
 
     @property
     def start(self) -> float:
@@ -136,9 +157,57 @@ class RunningStatistics:
 
     def _scale(self, start: float) -> Scale:
         settled = len(self.first) == FIRST_LOSSES
-        if self._lowest > 0:
-            return Scale(start, None, settled)
-        return Scale(start, max(start - self._lowest, self._noise), settled)
+        unit = None if self._lowest > 0 else max(start - self._lowest, self._noise)
+        if not self._has_learned(start):
+            return Scale(start, unit, settled)
+        rung = min(max((self._untrained(start) - self.best) / 4, self._noise / 2), start if unit is None else unit)
+        return Scale(start, unit, settled, self.best, rung)
+
+    @property
+    def untrained(self) -> float:
+        """The loss without learning: that of the start, or of guessing where that is lower."""
+        return self._untrained(self.start)
+
+    def _untrained(self, start: float) -> float:
+        return start if math.isnan(self.chance) else min(start, self.chance)
+
+    def _has_learned(self, start: float) -> bool:
+        return self._untrained(start) - self.best > (_LEARNED * start if self._lowest > 0 else self._noise / 2)
+
+    @property
+    def lost(self) -> bool:
+        """Whether half of what was learned is lost: the running mean is that far from its lowest value."""
+        return self.is_off(self.loss, 1.0)
+
+    @property
+    def slips(self) -> bool:
+        """Whether the running mean has left its lowest value by so much that it is to be looked into."""
+        return self.is_off(self.loss)
+
+    def is_off(self, mean: float, share: float = _SLIPPING) -> bool:
+        """Whether a mean over some batches has left the lowest one by such a share of what was learned."""
+        learned = self.since >= FIRST_LOSSES and self._has_learned(self.start)
+        return learned and mean - self.best > share * max((self.untrained - self.best) / 2, _STRAYS * self._noise)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the loss does not fall, and is still nearly that without learning."""
+        return self.stalled and self.steps >= _STUCK_FROM and self.loss > self.scale.times(_STUCK, self.untrained)
+
+    @property
+    def rests(self) -> bool:
+        """Whether the last loss and the mean are near the best so far: no spike, nothing lost."""
+        well = self.last is not None and math.isfinite(self.last) and not self.slips
+        return well and not (self.since > 1 and self._is_above_mean(self.last or 0.0))
+
+    def rebase(self, mean: float) -> bool:
+        """Take a mean for the best, and for the start if it is higher, as the tasks are harder; True if any changed."""
+        changes = mean > min(self.best, self.start)
+        if changes and self.best < math.inf:
+            self.best = mean
+        if mean > self.start:
+            self.first, self.stalled = (mean,) * len(self.first), False
+        return changes
 
     @property
     def _lowest(self) -> float:
@@ -155,7 +224,7 @@ class RunningStatistics:
         if finite:
             self._take_spread(loss)
             self.lowest = min(self.lowest, loss)
-        self.last = loss
+        self.last, self.recent = loss, (*self.recent, loss if finite else math.inf)[-FIRST_LOSSES:]
         # A run that diverges within its first steps must not move its start.
         if (
             finite
@@ -166,6 +235,9 @@ class RunningStatistics:
         spiked = not finite or self._is_above_mean(loss) or norm > _NORM_SPIKE * self.norm
         if finite:
             self.loss = loss if math.isnan(self.loss) else _MEMORY * self.loss + (1 - _MEMORY) * loss
+            self.since += 1
+            if self.since >= _SETTLED:
+                self.best = min(self.best, self.loss)
             self._take_progress()
         if math.isfinite(norm):
             self.norm = norm if math.isnan(self.norm) else _MEMORY * self.norm + (1 - _MEMORY) * norm
@@ -177,7 +249,7 @@ class RunningStatistics:
 
     def forget(self) -> None:
         """Drop the running means of a run that was rolled back: beside a lost loss nothing is a spike."""
-        self.loss = self.norm = math.nan
+        self.loss, self.norm, self.since, self.recent = math.nan, math.nan, 0, ()
 
     def _take_progress(self) -> None:
         self.steps += 1
@@ -225,19 +297,3 @@ def passes(severe: float, ratio: float) -> bool:
 def undecided(ratio: float) -> float:
     """Return a severity at which nothing is decided."""
     return 0.75 * math.log(ratio)
-
-
-def gradient_norm(optimizer: Optimizer) -> torch.Tensor | float | None:
-    """Compute the norm of the gradient an optimizer is about to use: on a CPU a number, None without a gradient."""
-    known = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    gradients = [g.coalesce().values() if g.is_sparse else g for g in known]
-    if not gradients:
-        return None
-    if any_split(gradients):
-        return norm(gradients)
-    # Equal to get_total_norm here; its sorting by device and type takes 1 % of a small network's step.
-    if all(gradient.is_cpu for gradient in gradients):
-        return math.hypot(*[norm.item() for norm in torch._foreach_norm(gradients)])
-    if len({(gradient.device, gradient.dtype) for gradient in gradients}) == 1:
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    return nn.utils.get_total_norm(gradients)

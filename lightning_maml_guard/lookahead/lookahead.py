@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -114,6 +115,11 @@ class LookaheadResult:
         return self.losses[-1] if all(map(math.isfinite, self.losses)) else math.inf
 
     @property
+    def late(self) -> float:
+        """Mean loss of the later half; ``inf`` if any loss on the way was not finite."""
+        return fmean(self.losses[len(self.losses) // 2 :]) if all(map(math.isfinite, self.losses)) else math.inf
+
+    @property
     def growth(self) -> float:
         """Factor per step by which the loss grew."""
         steps = len(self.losses) - 1
@@ -197,11 +203,11 @@ class Lookahead:
         self.begin = result.begin
         scale = scale.over(result.losses)
         found = [result]
-        if not passes(scale.severity(result.end), ratio) and self.batches > 1:
+        if not passes(scale.severity(result.end, result.begin), ratio) and self.batches > 1:
             found += [self.under(caps, (self.batches * share) // 3, beta_factor) for share in (1, 2)]
-        found.sort(key=lambda each: scale.severity(each.end))
+        found.sort(key=lambda each: scale.severity(each.end, each.begin))
         median = found[len(found) // 2]
-        return median, scale, scale.severity(median.end)
+        return median, scale, scale.severity(median.end, median.begin)
 
     def run(
         self,

@@ -38,6 +38,25 @@ def _odd_batch(reason: Reason, spelling: Spelling) -> str:
     )
 
 
+def _learning_lost(reason: Reason, spelling: Spelling) -> str:
+    best, now, start = reason.losses
+    return (
+        f"the run has collapsed: at least half of what it had learned is lost. On the latest batches the loss is "
+        f"{now:.3g}; with the parameters of step {reason.steps} it is {best:.3g}, before training {start:.3g}."
+    )
+
+
+def _stalled(reason: Reason, spelling: Spelling) -> str:
+    now, _, start = reason.losses
+    said = f"training has stalled: after {reason.steps} steps the mean loss is {now:.3g}, it started at {start:.3g}"
+    if not math.isnan(reason.limit):
+        said += f", and guessing would give {reason.limit:.3g}"
+    units = (
+        f" {reason.counts[0]} of {reason.counts[1]} ReLU units are 0 on the whole batch." if reason.counts[1] else ""
+    )
+    return f"{said}.{units}"
+
+
 EVIDENCE: dict[Kind, Callable[[Reason, Spelling], str]] = {
     Kind.ADAPTATION_HARMFUL: _adaptation_harmful,
     Kind.RATES_TRIED: _rates_tried,
@@ -47,6 +66,8 @@ EVIDENCE: dict[Kind, Callable[[Reason, Spelling], str]] = {
         f"the loss hardly falls: it is {reason.losses[0]:.3g} on average after {reason.steps} steps, and the first "
         f"losses were about {reason.losses[2]:.3g}."
     ),
+    Kind.LEARNING_LOST: _learning_lost,
+    Kind.STALLED: _stalled,
     Kind.SCHEDULE_NOT_READ: lambda reason, spelling: (
         "the learning rate schedule cannot be read ahead, so each rate is judged when it is due.\n"
         f"Cause: {reason.error}: {reason.detail}"

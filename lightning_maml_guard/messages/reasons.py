@@ -44,6 +44,8 @@ class Kind(str, Enum):
     ODD_BATCH = "odd batch"
     UNITS_DIED = "units died"
     NOT_LEARNING = "not learning"
+    LEARNING_LOST = "learning lost"
+    STALLED = "stalled"
     SCHEDULE_NOT_READ = "schedule not read"
     # What a guard has to say once.
     CHECK_FAILED = "check failed"
@@ -106,7 +108,7 @@ class Reason:
         alpha: Inner rate that was tried or is applied.
         beta: Meta rate that was tried or is applied.
         losses: Loss before, loss after, and the loss that training started from.
-        steps: Number of steps a lookahead took; of rollbacks the step returned to.
+        steps: Number of steps a lookahead took; of rollbacks the step returned to, and ``value`` the steps thrown away.
         counts: How many of how many: rollbacks so far and at most, or units that are dead.
         what: What it is about in the code: an operator's name, or what could not be done.
         error: Type of an exception.

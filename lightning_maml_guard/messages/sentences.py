@@ -202,6 +202,8 @@ def _rolled_back(reason: Reason, spelling: Spelling) -> str:
         f"back to step {reason.steps} and the batches since are skipped (rollback {reason.counts[0]} of at most "
         f"{reason.counts[1]})."
     )
+    if reason.value >= 0:
+        said += f" {reason.value:.0f} of {reason.step} steps are lost."
     if reason.effect == "halved":
         why = "The curvature there could not be measured, so the outer rate is halved"
         return f"{said} {why}: beta = {reason.beta:.3g}."

@@ -1,4 +1,4 @@
-"""A copy of parameters, buffers and optimizer state, to roll back to."""
+"""Copies of parameters, buffers and optimizer state, to roll back to."""
 
 from __future__ import annotations
 
@@ -13,17 +13,23 @@ from torch.optim import Optimizer
 
 from lightning_maml_guard.utils.shards import local, split_like
 
+# Copies that are kept: at most so many, and no more than two where that takes more bytes.
+_MOST, _BYTES = 5, 2**28
+# Steps between two copies: a share of the steps so far, at least some.
+_SHARE, _LEAST = 0.02, 4
+
 
 class Snapshot:
     """A copy of a module's parameters and buffers and of its optimizers' state; schedules are not part of it.
 
-    It is kept on ``device``; None keeps every tensor where it is.
+    It is kept on ``device``; None keeps every tensor where it is. ``progress``: the steps that led there, which are
+    fewer than ``step`` after a rollback.
     """
 
     def __init__(
         self, module: nn.Module, optimizers: Sequence[Optimizer], step: int, device: torch.device | str | None = None
     ) -> None:
-        self.step = step
+        self.step = self.progress = step
         self._tensors = [_kept(tensor, device) for tensor in _tensors(module)]
         self._states = [
             [{key: _kept(value, device) for key, value in optimizer.state.get(p, {}).items()} for p in _held(optimizer)]
@@ -40,15 +46,49 @@ class Snapshot:
 
     def state(self) -> dict[str, Any]:
         """Return the copy for a checkpoint: tensors, and whatever else the optimizers keep."""
-        return {"step": self.step, "tensors": list(self._tensors), "states": self._states}
+        held = {"tensors": list(self._tensors), "states": self._states}
+        return {"step": self.step, "progress": self.progress, **held}
 
     @classmethod
     def restored(cls, state: dict[str, Any]) -> Snapshot:
         """Make a snapshot from what :meth:`state` returned."""
         snapshot = object.__new__(cls)
         snapshot.step, snapshot._tensors, snapshot._states = state["step"], state["tensors"], state["states"]
-        snapshot._homes = {}
+        snapshot.progress, snapshot._homes = state.get("progress", snapshot.step), {}
         return snapshot
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the copy takes."""
+        saved = [value for states in self._states for each in states for value in each.values()]
+        return sum(each.nbytes for each in (*self._tensors, *saved) if isinstance(each, Tensor))
+
+    @torch.no_grad()
+    def renew(self, module: nn.Module, optimizers: Sequence[Optimizer], step: int) -> bool:
+        """Copy the present state over this one; False, and nothing is done, where it does not fit into the old."""
+        live = [[optimizer.state.get(p, {}) for p in _held(optimizer)] for optimizer in optimizers]
+        pairs = [(saved, now) for saved, now in zip(self._states, live, strict=False)]
+        matched = [(old, new) for saved, now in pairs for old, new in zip(saved, now, strict=False)]
+        tensors = [local(each) for each in _tensors(module)]
+        alike = (
+            [len(saved) for saved in self._states] == [len(now) for now in live]
+            and all(_kinds(old) == _kinds(new) for old, new in matched)
+            and [_kind(each) for each in self._tensors] == [_kind(each) for each in tensors]
+        )
+        if not alike:
+            return False
+        into, values = list(self._tensors), list(tensors)
+        for old, new in matched:
+            for key, value in new.items():
+                if isinstance(value, Tensor):
+                    into.append(old[key])
+                    values.append(local(value))
+                else:
+                    old[key] = copy.copy(value)
+        if into:
+            torch._foreach_copy_(into, [each.detach() for each in values])
+        self.step = step
+        return True
 
     @contextmanager
     def visited(
@@ -96,6 +136,72 @@ class Snapshot:
                         live[key] = copy.copy(value)
 
 
+class SnapshotRing:
+    """A few snapshots of a run, the oldest first, their ages about geometric.
+
+    The oldest stays: the state before training is never that of a network which has lost what it learned.
+    """
+
+    def __init__(self, kept: Sequence[Snapshot] = ()) -> None:
+        self.kept = list(kept)
+
+    @property
+    def latest(self) -> Snapshot | None:
+        """The youngest one; None without any."""
+        return self.kept[-1] if self.kept else None
+
+    def is_due(self, step: int) -> bool:
+        """Whether the youngest one is so old that another is to be kept."""
+        return bool(self.kept) and step - self.kept[-1].step >= max(_LEAST, int(_SHARE * step))
+
+    def keep(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        step: int,
+        device: torch.device | str | None = None,
+        *,
+        wasted: int = 0,
+    ) -> None:
+        """Keep the present state; where that makes too many, in the memory of one that is needed least.
+
+        ``wasted``: the steps that rollbacks threw away.
+        """
+        size = 2 if self.kept and self.kept[-1].bytes * _MOST > _BYTES else _MOST
+        again = [each for each in self.kept if each.step == step]
+        while again or len(self.kept) >= size:
+            spare = again.pop() if again else self._spare(step)
+            self.kept.remove(spare)
+            if len(self.kept) < size and spare.renew(module, optimizers, step):
+                break
+        else:
+            spare = Snapshot(module, optimizers, step, device)
+        spare.progress = step - wasted
+        self.kept.append(spare)
+
+    def _spare(self, step: int) -> Snapshot:
+        """The one without which the ages are nearest to geometric; of two, the younger one."""
+        least = max(_LEAST, int(_SHARE * step))
+        ages = [max(step - each.step, least) for each in self.kept] + [least]
+        return min(self.kept[1:], key=lambda each: _gap(ages, self.kept.index(each)), default=self.kept[0])
+
+    def drop_after(self, step: int) -> None:
+        """Forget those of later steps."""
+        self.kept = [each for each in self.kept if each.step <= step]
+
+    def drop_from(self, step: int) -> None:
+        """Forget those of a step and later ones, but for the oldest of all."""
+        self.kept = [*self.kept[:1], *[each for each in self.kept[1:] if each.step < step]]
+
+    def state(self) -> list[dict[str, Any]]:
+        """Return the copies for a checkpoint."""
+        return [each.state() for each in self.kept]
+
+
+def _gap(ages: Sequence[int], index: int) -> float:
+    return ages[index - 1] / ages[index + 1]
+
+
 def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
@@ -108,3 +214,11 @@ def _kept(value: Any, device: torch.device | str | None) -> Any:
     if not isinstance(value, Tensor):
         return copy.copy(value)
     return local(value).detach().to(value.device if device is None else device, copy=True)
+
+
+def _kind(value: Any) -> Any:
+    return (local(value).shape, value.dtype) if isinstance(value, Tensor) else None
+
+
+def _kinds(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: _kind(value) for key, value in state.items()}

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_maml_guard.guard.rescale import LADDER, RELEASE, lowered, raised
+from lightning_maml_guard.guard.rescale import LADDER, RELEASE, RUNGS, lowered, released
+from lightning_maml_guard.lookahead.ceiling import Ceiling
 from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult
 
 
@@ -93,28 +94,55 @@ def test_lowering_never_raises_and_ends_where_the_run_survives(cap, survives, cr
     assert caps.beta <= survives or min(cap, critical) / 256 > survives
 
 
-def test_release_is_gradual_and_ends_at_the_configured_rate():
-    found, caps, path = report(safe_beta_c=9.0), Caps(None, 0.3), []
-    while caps.beta is not None:
-        caps = raised(found, caps, 1.0, LookaheadResult((1.0, 0.5)), diverges_above(found, 9.0))
-        path.append(caps.beta)
-    assert path == [pytest.approx(0.3 * RELEASE), pytest.approx(0.3 * RELEASE**2), None]
+STILL = LookaheadResult((1.0, 1.0))
 
 
-def test_release_stops_at_the_critical_rate_and_where_the_lookahead_diverges():
-    found = report(safe_beta_c=0.35)
-    assert raised(found, Caps(None, 0.3), 1.0, LookaheadResult((1.0, 0.5)), diverges_above(found, 9.0)) == Caps(
-        None, 0.35
-    )
-    assert raised(found, Caps(None, 0.3), 1.0, LookaheadResult((1.0, 0.5)), diverges_above(found, 0.3)) == Caps(
-        None, 0.3
-    )
-    assert raised(report(), Caps(None, 0.3), 1.0, LookaheadResult((1.0, 0.5)), diverges_above(found, 9.0)) == Caps(
-        None, 0.3
-    )
+def ends_best_at(best, alpha=0.1, beta=1.0):
+    """The lookahead at rates that lower the loss by as much as the outer one is high, up to ``best`` (inner, outer)."""
+
+    def look(caps):
+        inner, outer = caps.applied(alpha, beta)
+        share = outer / best[1]
+        return LookaheadResult((1.0, 1.0 - 0.5 * min(share, 1 / share) + abs(math.log(inner / best[0]))))
+
+    return look
+
+
+def test_release_goes_up_while_a_higher_rate_goes_further_down_and_is_lifted_at_the_configured_one():
+    look = ends_best_at((0.1, 1.0))
+    start = Caps(None, 0.01)
+    once = released(0.1, 1.0, start, look(start), STILL, look)
+    assert once == Caps(None, pytest.approx(0.01 * RELEASE**RUNGS))
+    caps = start
+    for _ in range(4):
+        caps = released(0.1, 1.0, caps, look(caps), STILL, look)
+    assert caps == Caps()
+
+
+@pytest.mark.parametrize("best", [0.44, 0.3, 0.05])
+def test_release_stops_where_higher_rates_go_no_further_down(best):
+    """Nor are rates raised for the little more that a noisy batch may bring: at 0.44 that is less than a quarter."""
+    look, caps = ends_best_at((0.1, best)), Caps(None, 0.3)
+    assert released(0.1, 1.0, caps, look(caps), STILL, look) == caps
+
+
+def test_rates_that_have_just_failed_are_not_tried_again():
+    look, caps = ends_best_at((0.1, 1.0)), Caps(None, 0.1)
+    failed = Ceiling().failed(0.1, 0.4, 10)
+
+    def release(step):
+        return released(
+            0.1, 1.0, caps, look(caps), STILL, look, allows=lambda each: failed.allows(each, 0.1, 1.0, step)
+        )
+
+    found = release(11)
+    assert found == Caps(None, 0.2)  # 0.4 is what failed
+    later = release(failed.until)
+    assert later == Caps(None, 0.8)
+    again = failed.failed(0.1, 0.4, 50)
+    assert again.until - 50 == 2 * (failed.until - 10)
 
 
 def test_a_rate_that_may_rise_rises_where_the_other_may_not():
-    found = report(alpha=0.4, alpha_c=9.0, safe_beta_c=9.0)
-    caps = raised(found, Caps(0.1, 0.3), 1.0, LookaheadResult((1.0, 0.5)), diverges_above(found, 9.0, alpha=0.1))
-    assert caps == Caps(0.1, 0.3 * RELEASE)
+    look, caps = ends_best_at((0.1, 1.0), alpha=0.4), Caps(0.1, 0.3)
+    assert released(0.4, 1.0, caps, look(caps), STILL, look) == Caps(0.1, None)

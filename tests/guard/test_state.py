@@ -18,6 +18,7 @@ from lightning_maml_guard.guard.state import VERSION, Event, GuardState, StateEr
 from lightning_maml_guard.guard.state_machine import Watch
 from lightning_maml_guard.linalg.lanczos import Tridiagonal
 from lightning_maml_guard.linalg.pyhessian import PowerIteration
+from lightning_maml_guard.lookahead.ceiling import Ceiling
 from lightning_maml_guard.lookahead.divergence import RunningStatistics
 from lightning_maml_guard.lookahead.lookahead import Caps
 from lightning_maml_guard.lookahead.loss_curve import LossCurve, LossPoint
@@ -128,6 +129,14 @@ POWER = replace(
 BY_USER = replace(REPORT, spectrum=Spectrum(values=(0.5, 4.0), matvecs=2))
 
 
+SNAPSHOT = {
+    "step": 2,
+    "progress": 1,
+    "tensors": [torch.ones(2, 2), torch.zeros(0)],
+    "states": [[{"step": torch.tensor(3.0), "betas": (0.9, 0.999), "flag": None}, {}]],
+}
+
+
 def full():
     return GuardState(
         history=[REPORT, POWER, BY_USER],
@@ -152,6 +161,8 @@ def full():
             alarms=2,
             looked=0.1,
             highest=0.2,
+            ease_at=7,
+            ease_gap=24,
         ),
         statistics=RunningStatistics(
             first=(1.0, 1.5),
@@ -164,6 +175,10 @@ def full():
             steps=2,
             before=1.5,
             stalled=True,
+            best=1.0,
+            since=3,
+            chance=1.6,
+            recent=(1.5, inf),
         ),
         watches={"run": Watch("unsafe", 2), "alpha": Watch("edge", 1)},
         sharpest=4.5,
@@ -178,11 +193,9 @@ def full():
             looped=True,
         ),
         batches=[[[torch.arange(3), torch.ones(2, dtype=torch.float64), 7, "name", None], 4]],
-        snapshot={
-            "step": 2,
-            "tensors": [torch.ones(2, 2), torch.zeros(0)],
-            "states": [[{"step": torch.tensor(3.0), "betas": (0.9, 0.999), "flag": None}, {}]],
-        },
+        snapshots=[SNAPSHOT],
+        wasted=5,
+        ceiling=Ceiling(0.1, 0.4, 40, 64),
         advice=ADVICE,
         advised=[Kind.ADAPTATION_HARMFUL.value],
         searches=2,
@@ -225,9 +238,9 @@ def test_a_checkpoint_holds_plain_values_and_the_version():
     plain = to_checkpoint(full())
     check(plain)
     assert plain["version"] == VERSION and list(plain) == [each.name for each in fields(GuardState)]
-    plain = {key: value for key, value in plain.items() if key not in {"batches", "snapshot"}}
+    plain = {key: value for key, value in plain.items() if key not in {"batches", "snapshots"}}
     back = from_checkpoint(json.loads(json.dumps(plain)))
-    assert_same(replace(back, batches=[], snapshot=None), replace(full(), batches=[], snapshot=None))
+    assert_same(replace(back, batches=[], snapshots=[]), replace(full(), batches=[], snapshots=[]))
 
 
 def test_every_kind_and_remedy_comes_back():
@@ -236,6 +249,14 @@ def test_every_kind_and_remedy_comes_back():
             reason = Reason(kind, remedy=remedy)
             (back,) = through_a_file(GuardState(stopping=[reason])).stopping
             assert back.kind is kind and back.remedy is remedy and back.key == reason.key
+
+
+def test_the_snapshot_of_a_checkpoint_from_before_there_were_several_is_one_of_them():
+    old = {key: value for key, value in SNAPSHOT.items() if key != "progress"}
+    guard = ConvergenceGuard(action="rescale")
+    guard.load_state_dict({"version": VERSION, "snapshot": old})
+    assert guard._run.snapshot.step == 2 and guard._run.snapshot.progress == 2
+    assert from_checkpoint({"version": VERSION, "snapshot": None}).snapshots == []
 
 
 def test_a_guard_hands_its_state_on():
@@ -316,7 +337,7 @@ def flat():
         "finite": {"Hessian": "Hessian: no second derivative."},
         "looped": True,
         "batches": full().batches,
-        "snapshot": full().snapshot,
+        "snapshot": SNAPSHOT,
     }
 
 
@@ -334,7 +355,9 @@ def test_a_flat_state_of_before_the_tree_loads_into_the_same_values():
         history=[report, replace(report, spectrum=POWER.spectrum)],
         severities=[(0, 2.5), (3, inf)],
         losses=LossCurve(),
-        schedule=replace(full().schedule, lost=False, alarms=0, looked=inf, highest=0.0),
+        schedule=replace(full().schedule, lost=False, alarms=0, looked=inf, highest=0.0, ease_at=0, ease_gap=8),
+        wasted=0,
+        ceiling=Ceiling(),
         advice=None,
         advised=[],
         searches=0,
@@ -441,7 +464,7 @@ def leaves(plain, path=()):
 
 def test_any_value_anywhere_loads_or_is_a_state_error():
     """And what loads can be saved and loaded again."""
-    plain = to_checkpoint(replace(full(), history=[POWER], events=[], stopping=[BEHIND], snapshot=None))
+    plain = to_checkpoint(replace(full(), history=[POWER], events=[], stopping=[BEHIND], snapshots=[]))
     tried = refused = 0
     for path in leaves(plain):
         for value in ("x", -5, None, 2.5, [], {}, [[1]]):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 from lightning_maml_guard import ConvergenceGuard, LookaheadOptions
-from lightning_maml_guard.guard.rescale import lowered, raised
+from lightning_maml_guard.guard.rescale import lowered, released
 from lightning_maml_guard.guard.state import from_checkpoint
 from lightning_maml_guard.lookahead.divergence import RunningStatistics, Scale, fails, passes, severity
 from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult
@@ -129,13 +129,14 @@ def test_rates_are_lowered_and_released_by_the_same_distances():
     scale = Scale(-9.0, 1.0, settled=True)
 
     def look(caps):
-        return LookaheadResult((-10.0, -9.95 if (caps.beta or 0.8) <= 0.4 else 50.0))
+        beta = caps.beta or 0.8
+        return LookaheadResult((-10.0, -10.0 - 0.1 * beta if beta <= 0.4 else 50.0))
 
     assert lowered(REPORT, Caps(), 1.0, look, loss=-10.0, reach_alpha=False, scale=scale) == Caps(None, 0.4)
-    known = StabilityReport.unmeasured(Reason(Kind.NOT_MEASURED), alpha=0.1, beta=0.8, safe_beta_c=9.0)
-    present = LookaheadResult((-10.0, -9.95))
-    assert raised(known, Caps(None, 0.2), 1.0, present, look, scale) == Caps(None, pytest.approx(0.3))
-    assert raised(known, Caps(None, 0.3), 1.0, present, look, scale) == Caps(None, 0.3)
+    still = LookaheadResult((-10.0, -10.0))
+    for cap, found in ((0.2, 0.4), (0.3, 0.3)):
+        caps = Caps(None, cap)
+        assert released(0.1, 0.8, caps, look(caps), still, look, scale=scale) == Caps(None, found)
 
 
 def test_a_checkpoint_of_an_older_version_goes_on_with_losses_below_zero():

@@ -243,6 +243,16 @@ EXAMPLES = [
         "the loss hardly falls: it is 2.9 on average after 64 steps, and the first losses were about 3.25.",
     ),
     (
+        Reason(Kind.LEARNING_LOST, losses=(0.2, 0.9, 1.25), steps=56),
+        "the run has collapsed: at least half of what it had learned is lost. On the latest batches the loss is 0.9; "
+        "with the parameters of step 56 it is 0.2, before training 1.25.",
+    ),
+    (
+        Reason(Kind.STALLED, losses=(1.6, nan, 2.5), limit=1.609, steps=128, counts=(37, 40)),
+        "training has stalled: after 128 steps the mean loss is 1.6, it started at 2.5, and guessing would give 1.61. "
+        "37 of 40 ReLU units are 0 on the whole batch.",
+    ),
+    (
         Reason(Kind.SCHEDULE_NOT_READ, error="NotImplementedError", detail="it has no state_dict"),
         "the learning rate schedule cannot be read ahead, so each rate is judged when it is due.\n"
         "Cause: NotImplementedError: it has no state_dict",
@@ -370,8 +380,9 @@ def test_where_only_a_part_is_known_the_rest_is_left_out():
     assert sentence(Reason(Kind.ROLLED_BACK_AT_END, steps=10)) == (
         "the last step made parameters non-finite, so parameters and optimizer state were rolled back to step 10."
     )
-    halved = Reason(Kind.ROLLED_BACK, step=15, steps=10, counts=(1, 10), beta=0.05, effect="halved")
+    halved = Reason(Kind.ROLLED_BACK, step=15, steps=10, counts=(1, 10), beta=0.05, effect="halved", value=5.0)
     assert sentence(halved).endswith(
+        "(rollback 1 of at most 10). 5 of 15 steps are lost. "
         "The curvature there could not be measured, so the outer rate is halved: beta = 0.05."
     )
     assert rates(nan, 0.5) == "beta = 0.5" and rates(0.1, 0.5) == "alpha = 0.1, beta = 0.5"

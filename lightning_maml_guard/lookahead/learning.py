@@ -1,0 +1,149 @@
+"""What a run has learned, and whether it lost it: the same batches at the parameters of now and at earlier ones.
+
+A batch is compared with itself, so that neither its noise nor tasks that have become harder look like lost learning,
+and always before a step was taken on it: a network that has lost everything else still does well on its last batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from lightning_maml_guard.lookahead.lookahead import Lookahead
+from lightning_maml_guard.maml.evaluation import default_loss
+from lightning_maml_guard.messages.reasons import Kind, Reason
+from lightning_maml_guard.optim.snapshot import Snapshot
+
+# Batches to compare on.
+PROBES = 4
+# A snapshot is as good as the best one if it has lost no more than this share of what was learned.
+_NEAR = 0.25
+# Less than this share of the loss before training is no learning that could be lost.
+_LEARNED = 0.1
+_CROSS_ENTROPY = (F.cross_entropy, default_loss)
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Losses of some batches at several points of a run.
+
+    Attributes:
+        now: At the parameters of now or, where it was higher, before the batch was used; ``inf`` if it is not finite.
+        kept: At the snapshots, the oldest first.
+        untrained: Loss before training, where no snapshot tells; or that of guessing, if that is lower.
+        unseen: How many snapshots were made before any of the batches was used.
+    """
+
+    now: tuple[float, ...]
+    kept: tuple[tuple[float, ...], ...]
+    untrained: float
+    unseen: int
+
+    @property
+    def _best(self) -> tuple[float, ...]:
+        return min(self.kept[: max(self.unseen, 1)], key=median)
+
+    @property
+    def _before(self) -> tuple[float, ...]:
+        """Before training: what the run can fall back to."""
+        return tuple(min(loss, self.untrained) for loss in self.kept[0])
+
+    @property
+    def losses(self) -> tuple[float, float, float]:
+        """At the best snapshot, now, and before training: medians over the batches."""
+        return median(self._best), median(self.now), median(self._before)
+
+    @property
+    def lost(self) -> bool:
+        """Whether most batches have lost half of what was learned on them."""
+        both = list(zip(self._before, self._best, strict=True))
+        learned = median([before - best for before, best in both])
+        if not learned > _LEARNED * abs(median(self._before)):
+            return False
+        return median([now - (before + best) / 2 for now, (before, best) in zip(self.now, both, strict=True)]) >= 0
+
+    @property
+    def holds(self) -> bool:
+        """Whether the parameters of now do as well as the best earlier ones: then it is the tasks that changed."""
+        best, now, before = self.losses
+        return now <= best + _NEAR * abs(before - best)
+
+    @property
+    def good(self) -> list[int]:
+        """Indices of the snapshots that are as good as the best one, the youngest first."""
+        best, before = self._best, self._before
+        near = _NEAR * max(median([b - a for a, b in zip(best, before, strict=True)]), 0.0)
+        near = max(near, _LEARNED * abs(median(best)))
+        found = [
+            index
+            for index, losses in enumerate(self.kept)
+            if median([loss - a if loss < math.inf else math.inf for loss, a in zip(losses, best, strict=True)]) <= near
+        ]
+        return (found or list(range(len(self.kept))))[::-1]
+
+
+def compared(
+    lookahead: Lookahead,
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    kept: Sequence[Snapshot],
+    untrained: float,
+    seen: Sequence[float],
+    before: int,
+) -> Learning:
+    """Compare the parameters of now with those of snapshots, on the batches of a lookahead.
+
+    Args:
+        lookahead: Evaluates the batches.
+        module: Holds the parameters.
+        optimizers: What moves them.
+        kept: The snapshots, the oldest first.
+        untrained: Loss before training.
+        seen: The losses of the batches before the steps that used them; ``-inf`` where that is not known.
+        before: The first step that used one of them.
+
+    Returns:
+        The losses.
+    """
+    kept_losses = []
+    for snapshot in kept:
+        with snapshot.visited(module, optimizers):
+            kept_losses.append(_finite(lookahead.untrained()))
+    now = tuple(max(pair) for pair in zip(seen, _finite(lookahead.untrained()), strict=True))
+    return Learning(now, tuple(kept_losses), untrained, sum(each.step <= before for each in kept))
+
+
+def spread_out(count: int) -> list[int]:
+    """Indices of the batches to compare on, out of so many."""
+    return sorted({(index * count) // PROBES for index in range(PROBES)})
+
+
+def lost_reason(found: Learning, at: int, step: int) -> Reason:
+    """State that a run has lost what it had learned; ``at``: the step of the best snapshot."""
+    return Reason(Kind.LEARNING_LOST, losses=found.losses, steps=at, step=step)
+
+
+def chance_loss(module: nn.Module, batch: object) -> float:
+    """Loss of a classifier that guesses: ``log n`` where a module trains cross-entropy on ``n`` classes; else ``nan``.
+
+    Modules of which that is known hold the loss as an attribute.
+    """
+    held = [each for each in (*vars(module).values(), *module.modules()) if callable(each)]
+    classifies = [each for each in held if each in _CROSS_ENTROPY or isinstance(each, nn.CrossEntropyLoss)]
+    if not classifies:
+        return math.nan
+    labels = [each for each in tree_leaves(batch) if isinstance(each, Tensor) and each.dtype is torch.int64]
+    known = [int(each.max()) for each in labels if each.numel()]
+    return math.log(max(known) + 1) if known and max(known) > 0 else math.nan
+
+
+def _finite(losses: Sequence[float]) -> tuple[float, ...]:
+    return tuple(loss if math.isfinite(loss) else math.inf for loss in losses)
