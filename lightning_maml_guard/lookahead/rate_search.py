@@ -16,12 +16,12 @@ TRIAL_STEPS = 30
 # Steps that rates have to last for before they are advised: with a memory, or where both rates are too high, 30 say
 # little.
 LASTING_STEPS = 100
-# The meta rate to set is the lowest that learns so large a share of what the best one does: the best one over a few
-# steps is too high for a whole run.
+# The meta rate to set is no lower than the lowest that learns so large a share of what the best one does, which is too
+# high for a whole run.
 FLAT = 0.7
 # And at most this share of the largest that trains: plain SGD's, and that of optimizers with a memory, whose
 # instability takes longer to show.
-SHARE, SHARE_WITH_MEMORY = 0.5, 0.125
+SHARE, SHARE_WITH_MEMORY = 0.5, 0.2
 # A pair of lowered rates has to learn this much more than the better one of them alone.
 BOTH = 1.25
 # And an inner rate whose adaptation is not harmful this much more than a lower meta rate before it is blamed: a few
@@ -32,7 +32,7 @@ BETA_LADDER = tuple(2.0**-k for k in range(1, 15))
 # Inner rates below the best one that are tried before the ladder ends.
 PATIENCE = 2
 # Factors on the inner rate and on the meta rate that are tried to see whether lower rates do better.
-PROBES = ((1.0, 0.25), (1.0, 1 / 16))
+PROBES, SUSPECT_PROBE = ((1.0, 0.25), (1.0, 1 / 16)), (0.5, 1.0)
 # Gradients that this takes in a run that is well: it stops at the first of them.
 PROBE_GRADIENTS = 2 * TRIAL_STEPS
 
@@ -145,7 +145,7 @@ class RateSearch:
 
         Where a run trains at a lower rate and learns less than at its own, it is not tried at still lower ones.
         """
-        tried = [self.at()]
+        tried = [self.at(), *([self.at(*SUSPECT_PROBE)] if self._has_alpha and self._alpha_suspect else [])]
         for factors in PROBES:
             tried.append(self.at(*factors))
             if tried[-1].trains and tried[-1].learned < tried[0].learned:

@@ -85,17 +85,15 @@ class RatesToSet:
 
         What adaptation does within a few steps says little about a whole run.
         """
-        factor = self._share_of(alpha_c) / report.alpha
+        factor = share_to_set(self.problem) * alpha_c / report.alpha
         return factor if factor < 0.5 else found.best.at.alpha
 
     def _meta_factor(self, found: Found, report: StabilityReport, seen: Sequence[StabilityReport]) -> float:
-        """From the smallest limit, where the trials do not contradict it; else theirs."""
+        """From the smallest limit, where one is known and not contradicted; else midway between what trials say."""
         limit = self._limit(report)
         limit = min((each for each in map(self._limit, seen) if each > 0), default=limit)
-        if not math.isfinite(limit):
-            return min(found.flat, found.most)
         # Limits at an inner rate beyond its own say nothing.
-        factor = math.nan if report.alpha_ratio > 1 else self._share_of(limit) / self.beta
+        factor = math.nan if report.alpha_ratio > 1 else share_to_set(self.problem) * limit / self.beta
         if factor > _FAR_BELOW * found.flat:
             return min(factor, found.most)
         return math.sqrt(min(found.flat, found.most) * found.most)
@@ -113,10 +111,12 @@ class RatesToSet:
             return math.nan
         return report.beta_c if self.repeats or math.isnan(report.beta_c_noise) else report.beta_c_noise
 
-    def _share_of(self, limit: float) -> float:
-        first = first_batch(self.problem)
-        steps = first.inner_steps if isinstance(first, MetaProblem) else 1
-        return _OF_LIMIT * limit / steps**_OF_LIMIT
+
+def share_to_set(problem: Problem) -> float:
+    """The share of a limit to set."""
+    first = first_batch(problem)
+    steps = first.inner_steps if isinstance(first, MetaProblem) else 1
+    return _OF_LIMIT / steps**_OF_LIMIT
 
 
 def is_innocent(found: Found, report: StabilityReport, scale: Scale) -> bool:

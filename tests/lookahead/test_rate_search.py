@@ -184,6 +184,17 @@ def test_a_probe_sees_that_lower_rates_do_better_where_the_rates_as_they_are_sur
     assert best.at.beta < 1 and best.learned > 4.0
 
 
+@pytest.mark.parametrize("suspect", [True, False])
+def test_a_probe_lowers_an_inner_rate_that_is_a_suspect(suspect):
+    """Five inner steps within their limit oscillate: they keep most of the loss that half of the rate takes away."""
+    alpha, beta = 0.48, 0.3
+    tried = search(meta(CURVATURES, alpha, beta, steps=5), alpha_suspect=suspect)
+    present, best = tried.probe()
+    assert present.trains and (best.at == Factors(0.5, 1.0)) == suspect
+    assert present.end == pytest.approx(meta_descended(CURVATURES, alpha, beta, TRIAL_STEPS, inner=5), rel=1e-3)
+    assert meta_descended(CURVATURES, 0.5 * alpha, beta, TRIAL_STEPS, inner=5) < 0.2 * present.end
+
+
 def test_a_probe_ends_at_the_first_lower_rate_that_learns_less():
     lookahead = plain([1.0, 0.5], lambda p: SGD(p, lr=0.5))
     tried = search(lookahead)

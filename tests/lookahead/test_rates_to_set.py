@@ -72,6 +72,16 @@ def test_the_meta_rate_goes_by_the_smallest_limit_seen():
     assert setter.of(found, earlier, [report]).beta == pytest.approx(0.6 * 0.08)
 
 
+@pytest.mark.parametrize(("flat", "expected"), [(1 / 64, 1 / 16), (0.5, 0.25)])
+def test_without_a_limit_the_meta_rate_lies_midway_between_what_trials_say(flat, expected):
+    """In logarithms, and no higher than the highest to set."""
+    problem = plain([10.0, 1.0])
+    setter, search = to_set(problem, 0.2)
+    found = Found(search.at(), search.at(1.0, 0.25), flat, 0.25)
+    unknown = replace(measure(problem, beta=0.2), beta_c=math.nan)
+    assert setter.of(found, unknown, []).beta == pytest.approx(expected * 0.2)
+
+
 @pytest.mark.parametrize(("limit", "both"), [(0.5, True), (10.0, False)])
 def test_the_meta_rate_is_lowered_too_where_it_is_far_beyond_its_limit_at_the_inner_rate_advised(limit, both):
     """At alpha = 0.3 the meta rate's own limit is 12.5; near it a lower rate learns no less within a trial."""
