@@ -22,7 +22,7 @@ from benchmarks.advice.score import figures
 from benchmarks.advice.study import study
 from benchmarks.common.workers import each_done
 
-# Seeds 10 to 12 and 20 to 22 were reported once: what was seen on them led to changes, so they are not any more.
+# Seeds 10 to 12 and 20 to 22 were reported once. What was seen on them led to changes: they are not any more.
 SEEDS = {"tune": (0, 1, 2, 10, 11, 12), "report": (30, 31, 32)}
 
 

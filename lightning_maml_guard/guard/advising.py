@@ -259,7 +259,9 @@ class Adviser:
         rates, best, look, step = Rates(), found.best.at, self._look, report.step or 0
         if to_blame:
             search = self._search(look.problems, alpha_suspect=True)
-            to_set = RatesToSet(search, look.optimizers, look.problem, beta, self._run.repeats, self._measured_at)
+            ahead, repeats = self._run.ahead, self._run.repeats
+            mean = ahead.mean_to_peak if ahead is not None and self._rises else 1.0
+            to_set = RatesToSet(search, look.optimizers, look.problem, beta, mean, repeats, self._measured_at)
             rates = to_set.of(found, report, [each for each in self._run.state.history if (each.step or 0) <= step])
         lower_alpha, lower_beta = (rate is not None for rate in rates)
         died = self._look.died if lower_beta and not lower_alpha else ()

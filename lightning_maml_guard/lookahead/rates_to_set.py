@@ -47,6 +47,7 @@ class RatesToSet:
         optimizers: They move the problem's parameters.
         problem: The problem of the coming step.
         beta: The meta rate to replace.
+        mean: Mean of the meta rates to come, as a share of the one to replace, their peak.
         repeats: Whether every step uses the same batch, so that its noise sets no limit.
         measured: Measures the limits at a factor on the inner rates.
     """
@@ -55,6 +56,7 @@ class RatesToSet:
     optimizers: Sequence[Optimizer]
     problem: Problem
     beta: float
+    mean: float
     repeats: bool
     measured: Callable[[float], StabilityReport]
 
@@ -89,14 +91,14 @@ class RatesToSet:
         return factor if factor < 0.5 else found.best.at.alpha
 
     def _meta_factor(self, found: Found, report: StabilityReport, seen: Sequence[StabilityReport]) -> float:
-        """From the smallest limit, where one is known and not contradicted; else midway between what trials say."""
+        """Midway between what trials say, and no more than the smallest limit allows where they do not contradict it."""
         limit = self._limit(report)
         limit = min((each for each in map(self._limit, seen) if each > 0), default=limit)
         # Limits at an inner rate beyond its own say nothing.
         factor = math.nan if report.alpha_ratio > 1 else share_to_set(self.problem) * limit / self.beta
-        if factor > _FAR_BELOW * found.flat:
-            return min(factor, found.most)
-        return math.sqrt(min(found.flat, found.most) * found.most)
+        # How much a run learns depends on its mean rate; whether it survives, on the peak.
+        middle = math.sqrt(min(found.flat / self.mean, found.most) * found.most)
+        return min(factor, middle) if factor > _FAR_BELOW * found.flat else middle
 
     def _lasting(self, alpha: float, beta: float) -> float:
         """The factor on the meta rate, lowered until the loss survives many more steps than a search's trials."""
