@@ -52,12 +52,14 @@ class Trial:
         at: Factors on the rates.
         end: Mean loss over the last quarter of the steps; ``inf`` where the loss left.
         learned: By how much ``end`` is below the loss before training.
+        gained: By how much it is below the loss that the same inner rates start from: what the meta rate did.
         trains: Whether the loss never left and ended no higher than before training.
     """
 
     at: Factors
     end: float
     learned: float
+    gained: float
     trains: bool
 
 
@@ -131,14 +133,15 @@ class RateSearch:
         # A loss may begin high, where the inner rate is to blame, but may not rise.
         highest = self._scale.times(self._ratio, max(*start, *untrained))
         if not math.isfinite(highest):
-            return Trial(at, math.inf, -math.inf, trains=False)
+            return Trial(at, math.inf, -math.inf, -math.inf, trains=False)
         losses = self._lookahead.run(at.alpha, at.beta * self._peak, steps=steps, highest=highest).losses
         if not all(loss <= highest for loss in losses):
-            return Trial(at, math.inf, -math.inf, trains=False)
+            return Trial(at, math.inf, -math.inf, -math.inf, trains=False)
         last = range(steps)[-max(steps // 4, 1) :]
         end = _mean([losses[step] for step in last])
-        before = _mean([start[step % len(start)] for step in last])  # of the same batches
-        return Trial(at, end, before - end, trains=end <= before)
+        # Of the same batches.
+        before, own = (_mean([losses[step % len(losses)] for step in last]) for losses in (start, untrained))
+        return Trial(at, end, before - end, own - end, trains=end <= before)
 
     def probe(self) -> tuple[Trial, Trial]:
         """Try the rates as they are and a few lower ones: the former, and the one of all that learns most.
@@ -192,7 +195,7 @@ class RateSearch:
         for factor in BETA_LADDER[strides - 1 :: strides]:
             found.append(self.at(alpha, factor))
             best = _best(found)
-            if best.trains and found[-1].trains and found[-1].learned < FLAT * best.learned:
+            if best.trains and found[-1].trains and found[-1].gained < FLAT * best.gained:
                 break
         return found
 
@@ -213,7 +216,7 @@ class RateSearch:
     def _found_beta(self, ladder: Sequence[Trial]) -> Found:
         best = _best(ladder)
         largest = next((each for each, below in pairwise(ladder) if each.trains and below.trains), best)
-        flat = [each for each in ladder if each.learned >= FLAT * best.learned]
+        flat = [each for each in ladder if each.gained >= FLAT * best.gained]
         share = SHARE_WITH_MEMORY if self._lookahead.has_memory else SHARE
         return Found(self.at(), best, flat[-1].at.beta if flat else best.at.beta, share * largest.at.beta)
 

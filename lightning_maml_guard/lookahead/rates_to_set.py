@@ -73,10 +73,9 @@ class RatesToSet:
             factor = self._inner_factor(found, report, alpha_c)
             report = self.measured(factor)
             seen = [report]
-            if not lower_beta and self.beta > _BEYOND * self._limit(report):
-                both = self.search.find_beta(factor)
-                lower_beta = both.best.learned >= self.search.at(factor).learned
-                found = both if lower_beta else found
+            if lower_beta or self.beta > _BEYOND * self._limit(report):
+                found = self.search.find_beta(factor)
+                lower_beta = lower_beta or found.best.learned >= self.search.at(factor).learned
         beta = self._meta_factor(found, report, seen) if lower_beta else 1.0
         if lower_alpha or lower_beta:
             beta = self._lasting(factor, beta)
@@ -91,7 +90,7 @@ class RatesToSet:
         return factor if factor < 0.5 else found.best.at.alpha
 
     def _meta_factor(self, found: Found, report: StabilityReport, seen: Sequence[StabilityReport]) -> float:
-        """Midway between what trials say, and no more than the smallest limit allows where they do not contradict it."""
+        """Midway between what trials say, and no more than the smallest limit allows, unless they contradict it."""
         limit = self._limit(report)
         limit = min((each for each in map(self._limit, seen) if each > 0), default=limit)
         # Limits at an inner rate beyond its own say nothing.

@@ -245,6 +245,15 @@ def test_a_trial_that_leaves_ends_there_and_none_is_made_twice():
     assert lookahead.gradients - spent == TRIAL_STEPS + 1  # of the probe at a sixteenth that is known, one is new
 
 
+def test_what_lower_inner_rates_take_away_is_not_counted_as_the_meta_rates():
+    """Else a meta rate that does nothing learns nearly as much as the best one, beside a much lower inner rate."""
+    found = search(meta(CURVATURES, 1.0, 20.0), alpha_suspect=True).find_beta(0.2)
+    tried = search(meta(CURVATURES, 1.0, 20.0), alpha_suspect=True)
+    lowest, idle = tried.at(0.2, found.flat), tried.at(0.2, 2.0**-14)
+    assert found.flat < 1 and lowest.gained > 0.65 * found.best.gained > 10 * idle.gained
+    assert idle.learned > 0.6 * found.best.learned
+
+
 def test_a_peak_stands_for_the_rate_that_the_schedule_goes_to():
     """A warm-up at a tenth of the limit that goes to three times the limit."""
     lookahead = plain([10.0, 1.0], lambda p: SGD(p, lr=0.02))
