@@ -135,7 +135,7 @@ def exact_limit(
     error = noise + run.rounding
     top = rates_from_lanczos(*single, 0.0, rounding=error, resolution=krylov.tol, size=layout.rows)
     low, high = top.lambda_max_interval
-    if may_end_early and not lanczos_resolved(*single, 0.0, krylov.tol) and is_clear(single):
+    if may_end_early and not lanczos_resolved(*single, 0.0, krylov.tol, size=layout.rows) and is_clear(single):
         high = max(high, highest_allowed(*single, layout.rows, rounding=noise))
     limit = _from_top(top.lambda_max, (low, high), step)
     (values, residuals), vectors = ritz_values(*single), ritz_pairs(*single)[1]

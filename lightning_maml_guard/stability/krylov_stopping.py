@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -65,7 +66,8 @@ def run_lanczos(
     start = space.start((size,) if blocks is None else (blocks, size), like)
 
     def resolved(runs: Sequence[Tridiagonal]) -> bool:
-        return all(lanczos_resolved(*run, alpha, krylov.tol) or (enough is not None and enough(run)) for run in runs)
+        known = partial(lanczos_resolved, alpha=alpha, tol=krylov.tol, size=size)
+        return all(known(*run) or (enough is not None and enough(run)) for run in runs)
 
     return lanczos(matvec, start, max_iter=krylov.max_iter, stop=resolved, basis=krylov.basis, value=value, space=space)
 

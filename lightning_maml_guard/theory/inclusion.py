@@ -21,26 +21,16 @@ import numpy as np
 
 # Probability with which a start vector may have missed an eigenvector.
 _MISSED = 0.05
-# Up to so large a relative error allowed by chance alone, a run has told enough to be taken at its residuals.
-_INFORMATIVE = 0.25
+# The same where one number, the largest eigenvalue, is to hold in all but a few runs of a thousand.
+RARE = 0.0025
 # So many distances are multiplied before a logarithm is taken: few enough not to underflow.
 _FACTORS = 8
 
 
-def inclusion_level(norms: Sequence[float] | np.ndarray, size: int) -> float:
+def inclusion_level(norms: Sequence[float] | np.ndarray, size: int, missed: float = _MISSED) -> float:
     """Logarithm of the largest ``|p(mu)|`` that a run with these norms allows; ``-inf`` if its space is exhausted."""
     with np.errstate(divide="ignore"):
-        return float(np.log(np.abs(norms)).sum()) + math.log(math.sqrt(size) / _MISSED)
-
-
-def is_informative(steps: int, size: int) -> bool:
-    """Return True if so many Lanczos steps suffice to find the largest eigenvalue to within a quarter of the spread.
-
-    A random start fails to find it to within ``eps`` with a probability of at most ``1.648 sqrt(n) exp(-sqrt(eps) (2m -
-    1))`` (Kuczynski and Wozniakowski, SIAM J. Matrix Anal. Appl. 13, 1992), whatever the spectrum. Without that a Ritz
-    value is hardly more than a random Rayleigh quotient.
-    """
-    return math.log(1.648 * math.sqrt(size) / _MISSED) <= math.sqrt(_INFORMATIVE) * (2 * steps - 1)
+        return float(np.log(np.abs(norms)).sum()) + math.log(math.sqrt(size) / missed)
 
 
 def largest_hidden(values: np.ndarray, level: float) -> float:
@@ -51,10 +41,32 @@ def largest_hidden(values: np.ndarray, level: float) -> float:
     low, high = 0.0, math.exp(min(level / len(values), 700.0)) + float(np.ptp(values))
     for _ in range(60):
         middle = (low + high) / 2
-        with np.errstate(divide="ignore"):
-            inside = np.log(top + middle - values).sum() <= level
-        low, high = (middle, high) if inside else (low, middle)
+        low, high = (middle, high) if _allows(values, level, top + middle) else (low, middle)
     return top + high
+
+
+def distance_to_hidden(values: np.ndarray, level: float, point: float) -> float:
+    """Distance from ``point`` to the nearest real number that the region around real Ritz values allows."""
+    if _allows(values, level, point):
+        return 0.0
+    distance = math.inf
+    for side in (values[values > point], values[values < point]):
+        if not side.size:
+            continue
+        # The logarithm of the polynomial is concave between Ritz values: on the way to the next it falls to the level
+        # once.
+        reach = float(side[np.abs(side - point).argmin()]) - point
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (low, middle) if _allows(values, level, point + middle * reach) else (middle, high)
+        distance = min(distance, low * abs(reach))
+    return distance
+
+
+def _allows(values: np.ndarray, level: float, point: float) -> bool:
+    with np.errstate(divide="ignore"):
+        return bool(np.log(np.abs(point - values)).sum() <= level)
 
 
 def hidden_radii(values: np.ndarray, level: float) -> np.ndarray:

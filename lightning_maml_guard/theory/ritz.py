@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 
 from lightning_maml_guard.theory.critical_rates import CriticalRates, assemble, critical_rates
-from lightning_maml_guard.theory.inclusion import inclusion_level, is_informative, largest_hidden
+from lightning_maml_guard.theory.inclusion import (
+    RARE,
+    distance_to_hidden,
+    inclusion_level,
+    largest_hidden,
+)
 from lightning_maml_guard.theory.multiplier import check_order, check_rate, multiplier
 
 # A run stops at this fraction of the residual asked for: at the residual itself it may still sit on an eigenvalue below
@@ -33,7 +38,7 @@ def highest_allowed(
     """Return the largest eigenvalue that a Lanczos run from a random start allows, whatever it has resolved."""
     values, residuals = ritz_values(diagonal, off_diagonal)
     noise = rounding * float(np.abs(values).max() + off_diagonal[-1])
-    hidden = largest_hidden(values, inclusion_level(np.asarray(off_diagonal) + noise, size))
+    hidden = largest_hidden(values, inclusion_level(np.asarray(off_diagonal) + noise, size, RARE))
     return max(hidden, float(values[-1] + residuals[-1])) + noise
 
 
@@ -50,14 +55,20 @@ def lanczos_resolved(
     tol: float,
     *,
     needs_positive_top: bool = True,
+    size: int | None = None,
 ) -> bool:
-    """Return True if a Lanczos run knows its top eigenvalue, and ``beta_c`` for ``alpha > 0``, to ``tol``."""
-    tol = tol * STOP_FRACTION
+    """Return True if a Lanczos run knows its top eigenvalue, and ``beta_c`` for ``alpha > 0``, to ``tol``.
+
+    With the ``size`` of ``H``, no eigenvalue above the top by more than ``tol`` may have escaped the start vector.
+    """
+    width, tol = tol, tol * STOP_FRACTION
     values, residuals = ritz_values(diagonal, off_diagonal)
     # The few directions seen so far cannot show that no direction curves upwards.
     if needs_positive_top and values[-1] <= 0:
         return False
     if residuals[-1] > tol * max(abs(values[0]), abs(values[-1])):
+        return False
+    if size is not None and highest_allowed(diagonal, off_diagonal, size) > values[-1] + width * np.abs(values).max():
         return False
     # Beyond alpha_c no outer rate is stable, however well the rest is known.
     if alpha * float(values[-1]) > 1 or alpha == 0:
@@ -84,9 +95,8 @@ def rates_from_lanczos(
 
     ``rounding`` is the relative rounding error of a product, added to every residual bound. ``resolution`` is the
     relative width in which a cluster may hide its true top: a residual says that *an* eigenvalue is near, not that none
-    lies above. It widens the intervals of a run that has not exhausted its space. ``size`` is that of ``H``: a run of
-    so few steps that it found the top by chance alone, and that has not resolved it, also allows for what
-    ``theory.inclusion`` says it may have missed.
+    lies above. It widens the intervals of a run that has not exhausted its space. With ``size``, that of ``H``, the
+    intervals also hold what the start vector may have missed (``theory.inclusion``).
     """
     check_rate(alpha)
     check_order("simplified", inner_steps)
@@ -98,12 +108,8 @@ def rates_from_lanczos(
     noise = rounding * radius
     hidden = resolution * float(max(abs(values[0]), abs(values[-1]))) if last > 0 else 0.0
     residual = max(float(residuals[-1]), hidden) + noise
-    few = size is not None and last > 0 and not is_informative(len(values), size)
-    resolved = STOP_FRACTION * resolution
-    missed = few and float(residuals[-1]) > resolved * float(max(abs(values[0]), abs(values[-1])))
-    if missed:
-        level = inclusion_level(np.asarray(off_diagonal) + noise, size or len(values))
-        residual = max(residual, largest_hidden(values, level) - float(values[-1]))
+    if size is not None and last > 0:
+        residual = max(residual, highest_allowed(diagonal, off_diagonal, size, rounding=rounding) - float(values[-1]))
     spectrum: dict[str, Any] = {
         "lambda_max": float(values[-1]),
         "lambda_min": float(values[0]),
@@ -126,15 +132,18 @@ def rates_from_lanczos(
     hidden = resolution * abs(curvature) if last > 0 else 0.0
     # An error of `noise` in H enters H - a*H^2 once by itself and twice by the square.
     error = noise * (1 + 2 * f.rate * radius)
-    # After a few steps any eigenvalue up to the top may bind.
-    missed = missed or (few and leak > resolved * abs(curvature))
-    leak = math.inf if missed else max(float(leak), hidden) + error
+    highest = curvature + max(float(leak), hidden) + error
+    if size is not None and last > 0:
+        # An eigenvalue that the start vector missed may bind: the one nearest to the peak of the multiplier.
+        level = inclusion_level(np.asarray(off_diagonal) + noise, size, RARE)
+        peak = min(1 / (2 * f.rate) if f.rate > 0 else math.inf, float(values[-1]) + residual)
+        highest = max(highest, f(peak - distance_to_hidden(values, level, peak)) + error)
     return assemble(
         f,
         alpha,
         **spectrum,
         curvature=max(curvature, 0.0),
-        curvature_interval=(max(curvature - error, 0.0), max(curvature + leak, 0.0)),
+        curvature_interval=(max(curvature - error, 0.0), max(highest, 0.0)),
     )
 
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from lightning_maml_guard.theory.inclusion import (
+    distance_to_hidden,
     hidden_radii,
     inclusion_level,
-    is_informative,
     largest_hidden,
     outermost,
 )
-from lightning_maml_guard.theory.ritz import rates_from_lanczos
+from lightning_maml_guard.theory.ritz import lanczos_resolved, rates_from_lanczos
 
 
 def arnoldi_by_hand(matrix, steps, seed):
@@ -71,16 +71,9 @@ def test_an_exhausted_space_hides_nothing():
     assert (outermost(np.array([1.0, 3.0]), -math.inf, np.array([0.0]), 0.1) == 0).all()
 
 
-@pytest.mark.parametrize(
-    ("steps", "size", "expected"), [(3, 100, False), (4, 100, False), (7, 100, True), (20, 10**12, True)]
-)
-def test_how_many_steps_tell_something_depends_on_the_size(steps, size, expected):
-    assert is_informative(steps, size) is expected
-
-
-def lanczos_by_hand(matrix, steps):
+def lanczos_by_hand(matrix, steps, seed=0):
     """Diagonal and norms of a plain Lanczos run with full reorthogonalisation."""
-    vector = np.random.default_rng(0).standard_normal(len(matrix))
+    vector = np.random.default_rng(seed).standard_normal(len(matrix))
     basis, main, off = [vector / np.linalg.norm(vector)], [], []
     for _ in range(steps):
         rest = matrix @ basis[-1]
@@ -114,3 +107,41 @@ def test_a_top_that_a_few_steps_resolve_is_not_widened():
     matrix = np.diag([100.0, *np.linspace(0, 1e-3, 79)])
     run = lanczos_by_hand(matrix, 3)
     assert rates_from_lanczos(*run, 0.0, resolution=1e-2, size=80) == rates_from_lanczos(*run, 0.0, resolution=1e-2)
+
+
+@pytest.mark.parametrize("size", [None, 19])
+def test_a_run_stops_only_where_the_start_cannot_have_missed_the_top(size):
+    # A start with little of the top looks resolved on the eigenvalue below it.
+    matrix, missed = np.diag([*np.zeros(15), 2.5, 4.7, 51.4, 54.6]), 0
+    for seed in range(300):
+        for steps in range(2, 9):
+            run = lanczos_by_hand(matrix, steps, seed)
+            if lanczos_resolved(*run, 0.0, 1e-2, size=size) or run[1][-1] < 1e-9:
+                break
+        found = rates_from_lanczos(*run, 0.0, rounding=1e-14, resolution=1e-2, size=size)
+        missed += not found.lambda_max_interval[0] <= 54.6 <= found.lambda_max_interval[1]
+    assert missed == 0 if size else missed >= 1
+
+
+@pytest.mark.parametrize("size", [None, 37])
+def test_beta_c_holds_what_a_run_may_have_missed_inside_the_spectrum(size):
+    # At alpha = .29 the eigenvalue .6 binds, and 2.97 is found long before it.
+    alpha, values = 0.29, np.array([*np.linspace(-0.6, -0.1, 10), *np.zeros(14), *np.linspace(0.02, 0.6, 12), 2.97])
+    truth, missed = 2 / (values - alpha * values**2).max(), 0
+    for seed in range(200):
+        for steps in range(3, 12):
+            run = lanczos_by_hand(np.diag(values), steps, seed)
+            if lanczos_resolved(*run, alpha, 1e-2, size=size):
+                break
+        low, high = rates_from_lanczos(*run, alpha, rounding=1e-14, resolution=1e-2, size=size).beta_c_interval
+        missed += not low <= truth <= high
+    assert missed == 0 if size else missed >= 1
+
+
+def test_the_distance_to_what_the_region_allows():
+    values, level = np.array([0.0, 10.0]), math.log(9.0)
+    assert distance_to_hidden(values, level, 1.0) == 0.0 and distance_to_hidden(values, level, -0.5) == 0.0
+    assert distance_to_hidden(values, level, 2.0) == pytest.approx(1.0)
+    assert distance_to_hidden(values, level, 8.5) == pytest.approx(0.5)
+    assert distance_to_hidden(values, level, 12.0) == pytest.approx(2 - (34**0.5 - 5))
+    assert distance_to_hidden(values, -math.inf, 3.0) == pytest.approx(3.0)
