@@ -23,6 +23,7 @@ from lightning_maml_guard.lookahead.rates_to_set import (
     is_innocent,
     ratios,
     share_of_start,
+    share_to_set,
 )
 from lightning_maml_guard.messages.advice import Advice, Cause, settable
 from lightning_maml_guard.messages.reasons import Kind, Reason
@@ -34,8 +35,8 @@ from lightning_maml_guard.stability.report import StabilityReport
 _ODD, _OTHERS = 5.0, 3
 # Lower rates must end lower by this share of the loss where a rate is so many times its limit.
 _CLEARLY_BEYOND, _BEYOND = 0.05, 2.0
-# An inner rate so many times its limit is a suspect.
-_SUSPECT = 1.25
+# An inner rate so many times what its limit would have it set to is a suspect.
+_SUSPECT = 2.0
 # A search may cost as much as some hundred steps, so that one run makes no more than so many.
 _MOST_SEARCHES = 4
 
@@ -95,8 +96,9 @@ class Adviser:
         known = ratios(report)
         if self._look.lookahead is None or all(ratio < CLEAR for ratio in known):
             return None
-        beyond = any(ratio > _BEYOND for ratio in known)
-        return self._better(self._suspects_alpha(report), _CLEARLY_BEYOND if beyond else CLEARLY)
+        suspect = self._suspects_alpha(report)
+        beyond = suspect or any(ratio > _BEYOND for ratio in known)
+        return self._better(suspect, _CLEARLY_BEYOND if beyond else CLEARLY)
 
     @property
     def _is_paid(self) -> bool:
@@ -178,7 +180,7 @@ class Adviser:
     def _suspects_alpha(self, report: StabilityReport) -> bool:
         steps = getattr(first_batch(self._look.problem), "inner_steps", 1)
         # A single inner step beyond its limit may help, as on Omniglot; several diverge.
-        beyond = report.alpha_ratio > _SUSPECT and steps > 1
+        beyond = steps > 1 and report.alpha_ratio > _SUSPECT * share_to_set(self._look.problem)
         return self._look.harmful or math.isnan(report.alpha_c) or beyond
 
     def _measured_at(self, factor: float) -> StabilityReport:
@@ -257,7 +259,9 @@ class Adviser:
         rates, best, look, step = Rates(), found.best.at, self._look, report.step or 0
         if to_blame:
             search = self._search(look.problems, alpha_suspect=True)
-            to_set = RatesToSet(search, look.optimizers, look.problem, beta, self._run.repeats, self._measured_at)
+            ahead, repeats = self._run.ahead, self._run.repeats
+            mean = ahead.mean_to_peak if ahead is not None and self._rises else 1.0
+            to_set = RatesToSet(search, look.optimizers, look.problem, beta, mean, repeats, self._measured_at)
             rates = to_set.of(found, report, [each for each in self._run.state.history if (each.step or 0) <= step])
         lower_alpha, lower_beta = (rate is not None for rate in rates)
         died = self._look.died if lower_beta and not lower_alpha else ()

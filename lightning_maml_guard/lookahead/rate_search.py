@@ -16,12 +16,12 @@ TRIAL_STEPS = 30
 # Steps that rates have to last for before they are advised: with a memory, or where both rates are too high, 30 say
 # little.
 LASTING_STEPS = 100
-# The meta rate to set is the lowest that learns so large a share of what the best one does: the best one over a few
-# steps is too high for a whole run.
+# The meta rate to set is no lower than the lowest that learns so large a share of what the best one does, which is too
+# high for a whole run.
 FLAT = 0.7
 # And at most this share of the largest that trains: plain SGD's, and that of optimizers with a memory, whose
 # instability takes longer to show.
-SHARE, SHARE_WITH_MEMORY = 0.5, 0.125
+SHARE, SHARE_WITH_MEMORY = 0.5, 0.2
 # A pair of lowered rates has to learn this much more than the better one of them alone.
 BOTH = 1.25
 # And an inner rate whose adaptation is not harmful this much more than a lower meta rate before it is blamed: a few
@@ -32,7 +32,7 @@ BETA_LADDER = tuple(2.0**-k for k in range(1, 15))
 # Inner rates below the best one that are tried before the ladder ends.
 PATIENCE = 2
 # Factors on the inner rate and on the meta rate that are tried to see whether lower rates do better.
-PROBES = ((1.0, 0.25), (1.0, 1 / 16))
+PROBES, SUSPECT_PROBE = ((1.0, 0.25), (1.0, 1 / 16)), (0.5, 1.0)
 # Gradients that this takes in a run that is well: it stops at the first of them.
 PROBE_GRADIENTS = 2 * TRIAL_STEPS
 
@@ -52,12 +52,14 @@ class Trial:
         at: Factors on the rates.
         end: Mean loss over the last quarter of the steps; ``inf`` where the loss left.
         learned: By how much ``end`` is below the loss before training.
+        gained: By how much it is below the loss that the same inner rates start from: what the meta rate did.
         trains: Whether the loss never left and ended no higher than before training.
     """
 
     at: Factors
     end: float
     learned: float
+    gained: float
     trains: bool
 
 
@@ -131,21 +133,22 @@ class RateSearch:
         # A loss may begin high, where the inner rate is to blame, but may not rise.
         highest = self._scale.times(self._ratio, max(*start, *untrained))
         if not math.isfinite(highest):
-            return Trial(at, math.inf, -math.inf, trains=False)
+            return Trial(at, math.inf, -math.inf, -math.inf, trains=False)
         losses = self._lookahead.run(at.alpha, at.beta * self._peak, steps=steps, highest=highest).losses
         if not all(loss <= highest for loss in losses):
-            return Trial(at, math.inf, -math.inf, trains=False)
+            return Trial(at, math.inf, -math.inf, -math.inf, trains=False)
         last = range(steps)[-max(steps // 4, 1) :]
         end = _mean([losses[step] for step in last])
-        before = _mean([start[step % len(start)] for step in last])  # of the same batches
-        return Trial(at, end, before - end, trains=end <= before)
+        # Of the same batches.
+        before, own = (_mean([losses[step % len(losses)] for step in last]) for losses in (start, untrained))
+        return Trial(at, end, before - end, own - end, trains=end <= before)
 
     def probe(self) -> tuple[Trial, Trial]:
         """Try the rates as they are and a few lower ones: the former, and the one of all that learns most.
 
         Where a run trains at a lower rate and learns less than at its own, it is not tried at still lower ones.
         """
-        tried = [self.at()]
+        tried = [self.at(), *([self.at(*SUSPECT_PROBE)] if self._has_alpha and self._alpha_suspect else [])]
         for factors in PROBES:
             tried.append(self.at(*factors))
             if tried[-1].trains and tried[-1].learned < tried[0].learned:
@@ -192,7 +195,7 @@ class RateSearch:
         for factor in BETA_LADDER[strides - 1 :: strides]:
             found.append(self.at(alpha, factor))
             best = _best(found)
-            if best.trains and found[-1].trains and found[-1].learned < FLAT * best.learned:
+            if best.trains and found[-1].trains and found[-1].gained < FLAT * best.gained:
                 break
         return found
 
@@ -213,7 +216,7 @@ class RateSearch:
     def _found_beta(self, ladder: Sequence[Trial]) -> Found:
         best = _best(ladder)
         largest = next((each for each, below in pairwise(ladder) if each.trains and below.trains), best)
-        flat = [each for each in ladder if each.learned >= FLAT * best.learned]
+        flat = [each for each in ladder if each.gained >= FLAT * best.gained]
         share = SHARE_WITH_MEMORY if self._lookahead.has_memory else SHARE
         return Found(self.at(), best, flat[-1].at.beta if flat else best.at.beta, share * largest.at.beta)
 

@@ -47,6 +47,7 @@ class RatesToSet:
         optimizers: They move the problem's parameters.
         problem: The problem of the coming step.
         beta: The meta rate to replace.
+        mean: Mean of the meta rates to come, as a share of the one to replace, their peak.
         repeats: Whether every step uses the same batch, so that its noise sets no limit.
         measured: Measures the limits at a factor on the inner rates.
     """
@@ -55,6 +56,7 @@ class RatesToSet:
     optimizers: Sequence[Optimizer]
     problem: Problem
     beta: float
+    mean: float
     repeats: bool
     measured: Callable[[float], StabilityReport]
 
@@ -71,10 +73,9 @@ class RatesToSet:
             factor = self._inner_factor(found, report, alpha_c)
             report = self.measured(factor)
             seen = [report]
-            if not lower_beta and self.beta > _BEYOND * self._limit(report):
-                both = self.search.find_beta(factor)
-                lower_beta = both.best.learned >= self.search.at(factor).learned
-                found = both if lower_beta else found
+            if lower_beta or self.beta > _BEYOND * self._limit(report):
+                found = self.search.find_beta(factor)
+                lower_beta = lower_beta or found.best.learned >= self.search.at(factor).learned
         beta = self._meta_factor(found, report, seen) if lower_beta else 1.0
         if lower_alpha or lower_beta:
             beta = self._lasting(factor, beta)
@@ -85,20 +86,18 @@ class RatesToSet:
 
         What adaptation does within a few steps says little about a whole run.
         """
-        factor = self._share_of(alpha_c) / report.alpha
+        factor = share_to_set(self.problem) * alpha_c / report.alpha
         return factor if factor < 0.5 else found.best.at.alpha
 
     def _meta_factor(self, found: Found, report: StabilityReport, seen: Sequence[StabilityReport]) -> float:
-        """From the smallest limit, where the trials do not contradict it; else theirs."""
+        """Midway between what trials say, and no more than the smallest limit allows, unless they contradict it."""
         limit = self._limit(report)
         limit = min((each for each in map(self._limit, seen) if each > 0), default=limit)
-        if not math.isfinite(limit):
-            return min(found.flat, found.most)
         # Limits at an inner rate beyond its own say nothing.
-        factor = math.nan if report.alpha_ratio > 1 else self._share_of(limit) / self.beta
-        if factor > _FAR_BELOW * found.flat:
-            return min(factor, found.most)
-        return math.sqrt(min(found.flat, found.most) * found.most)
+        factor = math.nan if report.alpha_ratio > 1 else share_to_set(self.problem) * limit / self.beta
+        # How much a run learns depends on its mean rate; whether it survives, on the peak.
+        middle = math.sqrt(min(found.flat / self.mean, found.most) * found.most)
+        return min(factor, middle) if factor > _FAR_BELOW * found.flat else middle
 
     def _lasting(self, alpha: float, beta: float) -> float:
         """The factor on the meta rate, lowered until the loss survives many more steps than a search's trials."""
@@ -113,10 +112,12 @@ class RatesToSet:
             return math.nan
         return report.beta_c if self.repeats or math.isnan(report.beta_c_noise) else report.beta_c_noise
 
-    def _share_of(self, limit: float) -> float:
-        first = first_batch(self.problem)
-        steps = first.inner_steps if isinstance(first, MetaProblem) else 1
-        return _OF_LIMIT * limit / steps**_OF_LIMIT
+
+def share_to_set(problem: Problem) -> float:
+    """The share of a limit to set."""
+    first = first_batch(problem)
+    steps = first.inner_steps if isinstance(first, MetaProblem) else 1
+    return _OF_LIMIT / steps**_OF_LIMIT
 
 
 def is_innocent(found: Found, report: StabilityReport, scale: Scale) -> bool:

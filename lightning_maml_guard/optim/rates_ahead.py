@@ -54,6 +54,12 @@ class RatesAhead:
         rate = max(ahead, key=_or_less)
         return rate, self.step + start + next((i for i, each in enumerate(ahead) if each == rate), 0)
 
+    @property
+    def mean_to_peak(self) -> float:
+        """The mean of the coming rates over the largest of them; 1 where that is not a number above 0."""
+        peak, known = self.peak()[0], [rate for rate in self.rates if math.isfinite(rate)]
+        return sum(known) / len(known) / peak if math.isfinite(peak) and peak > 0 else 1.0
+
     def first_above(self, limit: float, step: int | None = None) -> int | None:
         """Return the first step, from a step on, whose rate is above the limit."""
         start = self._index(step)

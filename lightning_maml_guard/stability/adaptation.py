@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +32,6 @@ _CLEAR, _GROSS, _SINGLE = 0.25, 1.0, 8.0
 # Standard errors of the mean rise that are noise: 3, and more of few tasks, whose error is known less well; of fewer
 # than three tasks it says nothing.
 _NOISE, _FEW, _LEAST = 3.0, 6.0, 3
-# Relative difference of losses that is rounding.
-_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -94,12 +92,6 @@ class Adaptation:
         if before > 0 and after > 0 and _no_negative(self.query):
             return math.log(before / after)
         return (before - after) / self._spread(self.query)
-
-    @property
-    def worse_share(self) -> float:
-        """Share of the tasks whose query loss is higher after adaptation, or not finite."""
-        before, after = self.query[:, 0], self.query[:, -1]
-        return float((~(after <= before)).double().mean())
 
     @property
     def harmful(self) -> bool:
@@ -171,10 +163,8 @@ def _no_negative(losses: Tensor) -> bool:
     return bool((losses[:, [0, -1]] >= 0).all())
 
 
-def adaptation(
-    problem: Problem, task_map: TaskMap, factor: float = 1.0, *, each_step: bool = True
-) -> Adaptation | None:
-    """Adapt to a problem's tasks as its inner loop does, at ``factor`` times its rates; None for plain training.
+def adaptation(problem: Problem, task_map: TaskMap, *, each_step: bool = True) -> Adaptation | None:
+    """Adapt to a problem's tasks as its inner loop does; None for plain training.
 
     ``each_step=False`` leaves out the query losses between the first and the last, most of the cost of large sets.
     Dropout draws the same masks at each call, and for the query sets at each inner step. Putting parameters, buffers
@@ -185,21 +175,7 @@ def adaptation(
     parts = problem.parts if isinstance(problem, AccumulatedProblem) else (problem,)
     with preserved_randomness(), double_backward(), torch.no_grad():
         torch.manual_seed(0)
-        return Adaptation.of([_of_batch(in_float32(each).at_factor(factor), task_map, each_step) for each in parts])
-
-
-def largest_helpful(problem: MetaProblem | AccumulatedProblem, task_map: TaskMap, factors: Iterable[float]) -> float:
-    """Find the factor on the inner rates whose adaptation gives the lowest query loss; of equals the largest.
-
-    ``nan`` if none gives a finite one. It may be the least harmful one only.
-    """
-    best, lowest = math.nan, math.inf
-    for factor in sorted(factors, reverse=True):
-        found = adaptation(problem, task_map, factor, each_step=False)
-        after = math.nan if found is None else found.after
-        if math.isfinite(after) and (math.isnan(best) or after < lowest - _ROUNDING * abs(lowest)):
-            best, lowest = factor, after
-    return best
+        return Adaptation.of([_of_batch(in_float32(each), task_map, each_step) for each in parts])
 
 
 def _of_shards(problem: MetaProblem, each_step: bool) -> Adaptation:

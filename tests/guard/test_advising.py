@@ -148,6 +148,15 @@ def test_an_alpha_that_takes_the_query_loss_to_nan_at_step_0_is_named_with_a_num
     assert end(again) < 1.2 * healthy() and guard.history[0].status != "unsafe"
 
 
+def test_several_inner_steps_just_within_their_limit_are_named_under_adam():
+    """Nothing diverges, neither the inner loop nor the run: lower inner rates learn more."""
+    guard, said = guarded(HandWritten(alpha=0.05, lr=6e-3, inner_steps=5, optimizer=Adam), sinusoids(2))
+    first = guard.history[0]
+    assert 0.5 < first.alpha_ratio < 1 and abs(first.adaptation_gain) < 0.25
+    assert guard.advice.cause == Cause.ALPHA and guard.advice.beta is None and guard.advice.step == 0
+    assert guard.advice.alpha < 0.5 * 0.05
+
+
 class Ends(Callback):
     """Ends a run early that was planned for longer."""
 

@@ -184,6 +184,17 @@ def test_a_probe_sees_that_lower_rates_do_better_where_the_rates_as_they_are_sur
     assert best.at.beta < 1 and best.learned > 4.0
 
 
+@pytest.mark.parametrize("suspect", [True, False])
+def test_a_probe_lowers_an_inner_rate_that_is_a_suspect(suspect):
+    """Five inner steps within their limit oscillate: they keep most of the loss that half of the rate takes away."""
+    alpha, beta = 0.48, 0.3
+    tried = search(meta(CURVATURES, alpha, beta, steps=5), alpha_suspect=suspect)
+    present, best = tried.probe()
+    assert present.trains and (best.at == Factors(0.5, 1.0)) == suspect
+    assert present.end == pytest.approx(meta_descended(CURVATURES, alpha, beta, TRIAL_STEPS, inner=5), rel=1e-3)
+    assert meta_descended(CURVATURES, 0.5 * alpha, beta, TRIAL_STEPS, inner=5) < 0.2 * present.end
+
+
 def test_a_probe_ends_at_the_first_lower_rate_that_learns_less():
     lookahead = plain([1.0, 0.5], lambda p: SGD(p, lr=0.5))
     tried = search(lookahead)
@@ -232,6 +243,15 @@ def test_a_trial_that_leaves_ends_there_and_none_is_made_twice():
     spent = lookahead.gradients
     tried.at(beta=2.0**-4), tried.probe()[0], tried.reference
     assert lookahead.gradients - spent == TRIAL_STEPS + 1  # of the probe at a sixteenth that is known, one is new
+
+
+def test_what_lower_inner_rates_take_away_is_not_counted_as_the_meta_rates():
+    """Else a meta rate that does nothing learns nearly as much as the best one, beside a much lower inner rate."""
+    found = search(meta(CURVATURES, 1.0, 20.0), alpha_suspect=True).find_beta(0.2)
+    tried = search(meta(CURVATURES, 1.0, 20.0), alpha_suspect=True)
+    lowest, idle = tried.at(0.2, found.flat), tried.at(0.2, 2.0**-14)
+    assert found.flat < 1 and lowest.gained > 0.65 * found.best.gained > 10 * idle.gained
+    assert idle.learned > 0.6 * found.best.learned
 
 
 def test_a_peak_stands_for_the_rate_that_the_schedule_goes_to():

@@ -16,11 +16,11 @@ from lightning_maml_guard.lookahead.rates_to_set import RatesToSet
 from lightning_maml_guard.stability.problems import PlainProblem
 
 
-def to_set(problem, beta, measured=None):
+def to_set(problem, beta, measured=None, mean=1.0):
     """What goes from a search to rates, and the search."""
     optimizer = SGD(list(problem.params.values()), lr=beta)
     search = RateSearch(Lookahead([problem], optimizer, 1), Scale(), 3.0, alpha_suspect=True)
-    return RatesToSet(search, [optimizer], problem, beta, repeats=False, measured=measured), search
+    return RatesToSet(search, [optimizer], problem, beta, mean, repeats=False, measured=measured), search
 
 
 def plain(curvatures):
@@ -66,10 +66,24 @@ def test_the_meta_rate_goes_by_the_smallest_limit_seen():
     setter, search = to_set(problem, 2.0)
     found, report = search.find(), measure(problem, beta=2.0)
     assert report.beta_c == pytest.approx(0.2)
-    earlier = replace(report, beta_c=0.08)
-    assert setter.of(found, report, []).beta == pytest.approx(0.0625)  # half of the largest one tried that trains
-    assert setter.of(found, report, [earlier]).beta == pytest.approx(0.6 * 0.08)
-    assert setter.of(found, earlier, [report]).beta == pytest.approx(0.6 * 0.08)
+    earlier = replace(report, beta_c=0.02)
+    # Midway between half of the largest one tried that trains, and the lowest that learns nearly as much.
+    assert found.most * 2.0 == 0.0625 and found.flat < found.most
+    assert setter.of(found, report, []).beta == pytest.approx(2.0 * math.sqrt(found.flat * found.most), rel=0.01)
+    assert setter.of(found, report, [earlier]).beta == pytest.approx(0.6 * 0.02)
+    assert setter.of(found, earlier, [report]).beta == pytest.approx(0.6 * 0.02)
+
+
+@pytest.mark.parametrize(
+    ("flat", "mean", "expected"), [(1 / 64, 1.0, 1 / 16), (1 / 64, 0.25, 1 / 8), (0.5, 1.0, 0.25), (0.5, 0.25, 0.25)]
+)
+def test_without_a_limit_the_meta_rate_lies_midway_between_what_trials_say(flat, mean, expected):
+    """In logarithms, and no higher than the highest to set; a peak is held for a part of the run only."""
+    problem = plain([10.0, 1.0])
+    setter, search = to_set(problem, 0.2, mean=mean)
+    found = Found(search.at(), search.at(1.0, 0.25), flat, 0.25)
+    unknown = replace(measure(problem, beta=0.2), beta_c=math.nan)
+    assert setter.of(found, unknown, []).beta == pytest.approx(expected * 0.2)
 
 
 @pytest.mark.parametrize(("limit", "both"), [(0.5, True), (10.0, False)])

@@ -436,6 +436,9 @@ def test_peak_and_crossing():
     assert ahead.first_above(0.3) is None
     assert ahead.matches(100, 0.03) and not ahead.matches(101, 0.03) and not ahead.matches(99, 0.03)
     assert not ahead.matches(120, 0.03)
+    # Ten steps of a rise, five at the peak, five at a tenth.
+    assert ahead.mean_to_peak == pytest.approx((5.5 + 5 + 0.5) / 20)
+    assert walked(lambda o: LambdaLR(o, lambda step: 0.0)).mean_to_peak == 1.0
 
 
 @pytest.mark.parametrize(
