@@ -79,8 +79,7 @@ class ConvergenceGuard(Callback):
         max_cost: Without ``every_n_steps``: share of the training's work that checks may take, counted in gradients
             and matrix-vector products, so that the same run checks at the same steps. A check is left out until the
             steps taken pay for it, but for the first ones and that of a diverged loss (``docs/guide.md``).
-        figures: Whether TensorBoard, Weights & Biases and MLflow get pictures of the safe region and the spectrum
-            beside the numbers.
+        figures: Whether TensorBoard, Weights & Biases and MLflow get pictures of the region and the spectrum, too.
         history_size: Checks that ``history`` and ``severities`` keep, the latest ones. Loggers get all of them.
         allow_untested: Whether to go on under a strategy the guard was not tested with (DeepSpeed and others that split
             a module in ways of their own). A check that fails there is one warning, as ever.
@@ -192,9 +191,8 @@ class ConvergenceGuard(Callback):
         return frame(self.history)
 
     def settings(self) -> dict[str, Any]:
-        """Read the guard's arguments: their values by name, in the constructor's order."""
+        """Read the guard's arguments by name, in the constructor's order; ``every_n_steps`` None where cost decides."""
         given = {name: getattr(self, name) for name in signature(type(self)).parameters if hasattr(self, name)}
-        # Without it checks come as max_cost pays for them, at multiples of the number kept.
         return given if self.max_cost is None else given | {"every_n_steps": None}
 
     def plot(self, border: Sequence[StabilityReport] = ()) -> Any:
