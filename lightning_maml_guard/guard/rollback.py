@@ -122,7 +122,7 @@ class Rollback:
             self.module,
             self.trainer.optimizers,
             self.run.ring.kept,
-            statistics.untrained,
+            math.inf if math.isnan(statistics.chance) else statistics.chance,
             seen,
             logger_step(self.trainer) - chosen[-1],
         )
