@@ -245,6 +245,14 @@ def test_accumulation_and_a_resumed_run(name, interval, frequency, accumulate, o
     assert len(resumed.seen) < len(first.seen)
 
 
+def sequential_forgets_a_tensor():
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=torch.tensor(0.3))
+    scheduler = SequentialLR(optimizer, [ConstantLR(optimizer, 0.01, 1), ExponentialLR(optimizer, 0.9)], [1])
+    optimizer.step()
+    scheduler.step()
+    return optimizer.param_groups[0]["lr"] < 0.1
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -254,6 +262,8 @@ def test_accumulation_and_a_resumed_run(name, interval, frequency, accumulate, o
 )
 @pytest.mark.parametrize("name", ["lambda", "sequential", "one cycle", "exponential", "warm restarts"])
 def test_tensor_rates(name, optimizer):
+    if name == "sequential" and sequential_forgets_a_tensor():
+        pytest.skip("this torch's SequentialLR goes on from its warm-up's rate where the rate is a tensor")
     module = Steps(SCHEDULERS[name], optimizer, interval="step")
     walks, _ = run(module)
     assert_forecast(walks, module.seen, same=lambda rates: pytest.approx(rates, rel=1e-5, abs=1e-7))
