@@ -94,6 +94,15 @@ def test_the_check_after_one_that_could_not_judge_beta_measures_although_it_is_n
     assert steps == found
 
 
+def test_adams_rate_is_not_judged_by_the_second_moment_of_a_single_gradient():
+    schedule = Schedule(100, 0.02)
+    schedule.planned, found = 100_000, []
+    for step in range(5):
+        found.append(schedule.due(step))
+        schedule.state.unjudged = schedule.state.unjudged or step == 0
+    assert found == [SCHEDULED, TRIGGERED, SCHEDULED, None, TRIGGERED]
+
+
 def test_adams_rate_is_judged_at_the_second_check_and_that_comes_soon():
     guard = ConvergenceGuard(
         action="log", curvature=CurvatureOptions(max_iter=4), lookahead=LookaheadOptions(steps=1, triggers=False)
