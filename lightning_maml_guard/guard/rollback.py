@@ -71,7 +71,7 @@ class Rollback:
         far = statistics.diverged(level, ratio)
         if not all(map(math.isfinite, first)) or not (far or statistics.slips or statistics.is_off(level)):
             return None
-        found = self._learning(look, statistics.recent)
+        found = self._learning(look, statistics.recent, start=statistics.start)
         if found.holds and len(run.ring.kept) > 1 and statistics.rebase(level if far else statistics.loss):
             look.scale = statistics.scale
             look.severity = look.scale.severity(look.present.end, look.present.begin)
@@ -113,7 +113,7 @@ class Rollback:
         reason = Reason(Kind.STALLED, losses=losses, limit=statistics.chance, steps=statistics.steps, counts=counts)
         self.run.announce(replace(reason, step=step))
 
-    def _learning(self, look: Look, recent: Sequence[float] = ()) -> Learning:
+    def _learning(self, look: Look, recent: Sequence[float] = (), *, start: float = math.inf) -> Learning:
         statistics, chosen = self.run.state.statistics, spread_out(len(look.problems))
         lookahead = self._lookahead([look.problems[index] for index in chosen], look)
         seen = [recent[-index] if 0 < index <= len(recent) else -math.inf for index in chosen]
@@ -122,7 +122,7 @@ class Rollback:
             self.module,
             self.trainer.optimizers,
             self.run.ring.kept,
-            math.inf if math.isnan(statistics.chance) else statistics.chance,
+            start if math.isnan(statistics.chance) else min(start, statistics.chance),
             seen,
             logger_step(self.trainer) - chosen[-1],
         )
@@ -142,7 +142,7 @@ class Rollback:
         ring, before = self.run.ring, look.lookahead
         if before is None or len(ring.kept) < 2:
             return
-        good = [ring.kept[index] for index in self._learning(look).good]
+        good = [ring.kept[index] for index in self._learning(look, start=self.run.state.statistics.start).good]
         caps = self.run.caps.caps
         half = Caps(caps.alpha, caps.applied(math.nan, before.beta)[1] / 2)
         ends: dict[int, float] = {}

@@ -22,10 +22,10 @@ _PROGRESS, _JUDGED_FROM, _STUCK, _STUCK_FROM = 0.85, 8, 0.9, 64
 _ROUNDING = 1e-6
 # The lowest running mean is known after so many steps.
 _SETTLED = 16
-# What a run has to have learned, as a share of the start, before it can lose it; how far the mean of one that keeps it
-# strays from its lowest value, as a share of a batch's noise (5 standard deviations); and the share of that, or of half
-# of what was learned, from which on it is looked into.
-_LEARNED, _STRAYS, _SLIPPING = 0.2, 0.375, 0.5
+# What a run has to have learned, as a share of the start, before it can lose it, unless its mean is so many times the
+# start; how far the mean of one that keeps it strays from its lowest value, as a share of a batch's noise (5 standard
+# deviations); and the share of that, or of half of what was learned, from which on it is looked into.
+_LEARNED, _ABOVE, _STRAYS, _SLIPPING = 0.2, 1.5, 0.375, 0.5
 
 
 def severity(end: float, start: float, unit: float | None = None) -> float:
@@ -186,8 +186,9 @@ class RunningStatistics:
 
     def is_off(self, mean: float, share: float = _SLIPPING) -> bool:
         """Whether a mean over some batches has left the lowest one by such a share of what was learned."""
-        learned = self.since >= FIRST_LOSSES and self._has_learned(self.start)
-        return learned and mean - self.best > share * max((self.untrained - self.best) / 2, _STRAYS * self._noise)
+        left = self._has_learned(self.start) or mean > self.scale.times(_ABOVE, self.untrained)
+        least = max((self.untrained - self.best) / 2, _STRAYS * self._noise)
+        return self.since >= FIRST_LOSSES and left and mean - self.best > share * least
 
     @property
     def stuck(self) -> bool:

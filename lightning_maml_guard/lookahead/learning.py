@@ -38,13 +38,13 @@ class Learning:
     Attributes:
         now: At the parameters of now or, where it was higher, before the batch was used; ``inf`` if it is not finite.
         kept: At the snapshots, the oldest first.
-        guessing: Loss of guessing; ``inf`` where it is not known.
+        untrained: The loss before training: no more than this, whatever the oldest snapshot's is.
         unseen: How many snapshots were made before any of the batches was used.
     """
 
     now: tuple[float, ...]
     kept: tuple[tuple[float, ...], ...]
-    guessing: float
+    untrained: float
     unseen: int
 
     @property
@@ -54,7 +54,7 @@ class Learning:
     @property
     def _before(self) -> tuple[float, ...]:
         """Before training: what the run can fall back to."""
-        return tuple(min(loss, self.guessing) for loss in self.kept[0])
+        return tuple(min(loss, self.untrained) for loss in self.kept[0])
 
     @property
     def losses(self) -> tuple[float, float, float]:
@@ -95,7 +95,7 @@ def compared(
     module: nn.Module,
     optimizers: Sequence[Optimizer],
     kept: Sequence[Snapshot],
-    guessing: float,
+    untrained: float,
     seen: Sequence[float],
     before: int,
 ) -> Learning:
@@ -106,7 +106,7 @@ def compared(
         module: Holds the parameters.
         optimizers: What moves them.
         kept: The snapshots, the oldest first.
-        guessing: Loss of guessing; ``inf`` where it is not known.
+        untrained: The loss before training: no more than this, whatever the oldest snapshot's is.
         seen: The losses of the batches before the steps that used them; ``-inf`` where that is not known.
         before: The first step that used one of them.
 
@@ -118,7 +118,7 @@ def compared(
         with snapshot.visited(module, optimizers):
             kept_losses.append(_finite(lookahead.untrained()))
     now = tuple(max(pair) for pair in zip(seen, _finite(lookahead.untrained()), strict=True))
-    return Learning(now, tuple(kept_losses), guessing, sum(each.step <= before for each in kept))
+    return Learning(now, tuple(kept_losses), untrained, sum(each.step <= before for each in kept))
 
 
 def spread_out(count: int) -> list[int]:
