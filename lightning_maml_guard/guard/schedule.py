@@ -15,8 +15,8 @@ _CREDIT = 300.0
 _BEGINNING, _STALLED = 128, 64
 # Early checks that a short run is given although it does not pay for them.
 _ON_CREDIT = (2, 8)
-# From how many steps on Adam's second moment tells anything. After one it is a single gradient's: where an entry
-# of that is near 0, so is the limit (the sinusoid's beta_c at steps 1 and 2, three seeds: 1e-6, .09; .002, .15; .006, .18).
+# From how many steps on Adam's second moment tells anything. After one it is a single gradient's: where an entry of
+# it is near 0, the limit is (the sinusoid's beta_c at steps 1 and 2, three seeds: 1e-6, .09; .002, .15; .006, .18).
 _JUDGED = 2
 # A meta rate that has grown by half is looked at again, unless its limit is more than this many times higher.
 _GROWN, _FAR = 1.5, 4.0
