@@ -15,8 +15,8 @@ from lightning_maml_guard.utils.shards import local, split_like
 
 # Copies that are kept: at most so many, and no more than two where that takes more bytes.
 _MOST, _BYTES = 5, 2**28
-# Steps between two copies: a share of the steps so far, at least some.
-_SHARE, _LEAST = 0.02, 4
+# Steps between two copies: a share of the steps so far, at least some, and more where copies are that large.
+_SHARE, _LEAST, _LEAST_LARGE = 0.02, 4, 32
 
 
 class Snapshot:
@@ -152,7 +152,7 @@ class SnapshotRing:
 
     def is_due(self, step: int) -> bool:
         """Whether the youngest one is so old that another is to be kept."""
-        return bool(self.kept) and step - self.kept[-1].step >= max(_LEAST, int(_SHARE * step))
+        return bool(self.kept) and step - self.kept[-1].step >= self._interval(step)
 
     def keep(
         self,
@@ -167,7 +167,7 @@ class SnapshotRing:
 
         ``wasted``: the steps that rollbacks threw away.
         """
-        size = 2 if self.kept and self.kept[-1].bytes * _MOST > _BYTES else _MOST
+        size = 2 if self._large else _MOST
         again = [each for each in self.kept if each.step == step]
         while again or len(self.kept) >= size:
             spare = again.pop() if again else self._spare(step)
@@ -179,9 +179,16 @@ class SnapshotRing:
         spare.progress = step - wasted
         self.kept.append(spare)
 
+    @property
+    def _large(self) -> bool:
+        return bool(self.kept) and self.kept[-1].bytes * _MOST > _BYTES
+
+    def _interval(self, step: int) -> int:
+        return max(_LEAST_LARGE if self._large else _LEAST, int(_SHARE * step))
+
     def _spare(self, step: int) -> Snapshot:
         """The one without which the ages are nearest to geometric; of two, the younger one."""
-        least = max(_LEAST, int(_SHARE * step))
+        least = self._interval(step)
         ages = [max(step - each.step, least) for each in self.kept] + [least]
         return min(self.kept[1:], key=lambda each: _gap(ages, self.kept.index(each)), default=self.kept[0])
 

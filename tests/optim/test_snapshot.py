@@ -64,13 +64,14 @@ def test_a_snapshot_is_renewed_in_place_only_where_the_state_is_of_the_same_kind
     assert float(like.state()["states"][0][0]["step"]) == 3
 
 
-def test_copies_that_take_much_memory_are_two(monkeypatch):
+def test_copies_that_take_much_memory_are_two_and_rarer(monkeypatch):
     monkeypatch.setattr(file, "_BYTES", 10)
     module, optimizer = trained(1)
     ring = SnapshotRing()
     for step in (0, 4, 8, 12):
         ring.keep(module, [optimizer], step)
     assert [each.step for each in ring.kept] == [0, 12]
+    assert not ring.is_due(43) and ring.is_due(44)
 
 
 def test_the_state_of_one_step_is_kept_once_and_later_ones_are_dropped():
