@@ -9,10 +9,11 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
-from lightning_maml_guard.guard.look import Look, fresh
+from lightning_maml_guard.guard.look import ODD, OTHERS, Look, fresh
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.schedule import LOOKAHEAD_GRADIENT
 from lightning_maml_guard.guard.state_machine import Transition
+from lightning_maml_guard.lookahead.learning import finite_or_inf
 from lightning_maml_guard.lookahead.lookahead import Lookahead, lookahead_of
 from lightning_maml_guard.lookahead.rate_search import PROBE_GRADIENTS, TRIAL_STEPS, Found, RateSearch
 from lightning_maml_guard.lookahead.rates_to_set import (
@@ -31,8 +32,6 @@ from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.stability.problems import PlainProblem, Problem, first_batch
 from lightning_maml_guard.stability.report import StabilityReport
 
-# A batch is odd if its loss at sane parameters is this many times the others' median; of so many others at least.
-_ODD, _OTHERS = 5.0, 3
 # Lower rates must end lower by this share of the loss where a rate is so many times its limit.
 _CLEARLY_BEYOND, _BEYOND = 0.05, 2.0
 # An inner rate so many times what its limit would have it set to is a suspect.
@@ -231,12 +230,12 @@ class Adviser:
     def _without_odd(self) -> tuple[list[Problem], int | None]:
         """Leave out a batch that is unlike the others; its index."""
         problems = self._look.problems
-        if len(problems) <= _OTHERS or self._run.repeats:
+        if len(problems) <= OTHERS or self._run.repeats:
             return problems, None
-        losses = [loss if math.isfinite(loss) else math.inf for loss in self._lookahead(problems).untrained()]
+        losses = finite_or_inf(self._lookahead(problems).untrained())
         worst = max(range(len(losses)), key=losses.__getitem__)
         others = [loss for index, loss in enumerate(losses) if index != worst]
-        if not losses[worst] > self._look.scale.times(_ODD, median(others)):
+        if not losses[worst] > self._look.scale.times(ODD, median(others)):
             return problems, None
         return [each for index, each in enumerate(problems) if index != worst], worst
 

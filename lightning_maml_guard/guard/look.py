@@ -18,6 +18,8 @@ from lightning_maml_guard.optim.shadow import ClosureError
 from lightning_maml_guard.stability.adaptation import ENDS_COST, Adaptation, adaptation
 from lightning_maml_guard.stability.problems import Problem, accumulated, dead_units, owners, state_problem
 
+# A batch is odd if its loss at sane parameters is this many times the others' median; of more than so many.
+ODD, OTHERS = 5.0, 3
 # A run's parameters count as sane while its loss is below this many times the one that training started from.
 _SANE = 1.5
 

@@ -9,10 +9,17 @@ from statistics import fmean, median
 from typing import Any
 
 from lightning_maml_guard.guard.loggers import logger_step
-from lightning_maml_guard.guard.look import Look, stated
+from lightning_maml_guard.guard.look import ODD, OTHERS, Look, stated
 from lightning_maml_guard.guard.rescale import CALM
 from lightning_maml_guard.guard.run import GuardedRun
-from lightning_maml_guard.lookahead.learning import PROBES, Learning, compared, lost_reason, spread_out
+from lightning_maml_guard.lookahead.learning import (
+    PROBES,
+    Learning,
+    compared,
+    finite_or_inf,
+    lost_reason,
+    spread_out,
+)
 from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, lookahead_of
 from lightning_maml_guard.messages.advice_sentences import advised
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
@@ -27,8 +34,6 @@ from lightning_maml_guard.utils.shards import finite
 _TRIED = 3
 # A run has learned nothing while its loss on the batches at hand is above this share of that at its oldest snapshot.
 _UNLEARNED = 0.97
-# A batch is left out if its loss is this many times the median; of more than so many.
-_ODD, _OTHERS = 5.0, 3
 
 
 class Rollback:
@@ -122,7 +127,7 @@ class Rollback:
             self.module,
             self.trainer.optimizers,
             self.run.ring.kept,
-            start if math.isnan(statistics.chance) else min(start, statistics.chance),
+            statistics.untrained_from(start),
             seen,
             logger_step(self.trainer) - chosen[-1],
         )
@@ -160,10 +165,9 @@ class Rollback:
         """The lookahead without a batch whose loss is far above the others' at the parameters at hand."""
         before = look.lookahead
         assert before is not None
-        if len(look.problems) > _OTHERS:
-            untrained = self._lookahead(look.problems, look).untrained()
-            losses = [loss if math.isfinite(loss) else math.inf for loss in untrained]
-            usual = look.scale.times(_ODD, median(losses))
+        if len(look.problems) > OTHERS:
+            losses = finite_or_inf(self._lookahead(look.problems, look).untrained())
+            usual = look.scale.times(ODD, median(losses))
             kept = [each for each, loss in zip(look.problems, losses, strict=True) if loss <= usual]
             if len(kept) < len(losses):
                 found = self._lookahead(kept, look)

@@ -160,19 +160,15 @@ class RunningStatistics:
         unit = None if self._lowest > 0 else max(start - self._lowest, self._noise)
         if not self._has_learned(start):
             return Scale(start, unit, settled)
-        rung = min(max((self._untrained(start) - self.best) / 4, self._noise / 2), start if unit is None else unit)
+        rung = min(max((self.untrained_from(start) - self.best) / 4, self._noise / 2), start if unit is None else unit)
         return Scale(start, unit, settled, self.best, rung)
 
-    @property
-    def untrained(self) -> float:
+    def untrained_from(self, start: float) -> float:
         """The loss without learning: that of the start, or of guessing where that is lower."""
-        return self._untrained(self.start)
-
-    def _untrained(self, start: float) -> float:
         return start if math.isnan(self.chance) else min(start, self.chance)
 
     def _has_learned(self, start: float) -> bool:
-        return self._untrained(start) - self.best > (_LEARNED * start if self._lowest > 0 else self._noise / 2)
+        return self.untrained_from(start) - self.best > (_LEARNED * start if self._lowest > 0 else self._noise / 2)
 
     @property
     def lost(self) -> bool:
@@ -186,14 +182,16 @@ class RunningStatistics:
 
     def is_off(self, mean: float, share: float = _SLIPPING) -> bool:
         """Whether a mean over some batches has left the lowest one by such a share of what was learned."""
-        left = self._has_learned(self.start) or mean > self.scale.times(_ABOVE, self.untrained)
-        least = max((self.untrained - self.best) / 2, _STRAYS * self._noise)
+        untrained = self.untrained_from(self.start)
+        left = self._has_learned(self.start) or mean > self.scale.times(_ABOVE, untrained)
+        least = max((untrained - self.best) / 2, _STRAYS * self._noise)
         return self.since >= FIRST_LOSSES and left and mean - self.best > share * least
 
     @property
     def stuck(self) -> bool:
         """Whether the loss does not fall, and is still nearly that without learning."""
-        return self.stalled and self.steps >= _STUCK_FROM and self.loss > self.scale.times(_STUCK, self.untrained)
+        untrained = self.untrained_from(self.start)
+        return self.stalled and self.steps >= _STUCK_FROM and self.loss > self.scale.times(_STUCK, untrained)
 
     @property
     def rests(self) -> bool:

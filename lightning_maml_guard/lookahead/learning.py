@@ -116,8 +116,8 @@ def compared(
     kept_losses = []
     for snapshot in kept:
         with snapshot.visited(module, optimizers):
-            kept_losses.append(_finite(lookahead.untrained()))
-    now = tuple(max(pair) for pair in zip(seen, _finite(lookahead.untrained()), strict=True))
+            kept_losses.append(finite_or_inf(lookahead.untrained()))
+    now = tuple(max(pair) for pair in zip(seen, finite_or_inf(lookahead.untrained()), strict=True))
     return Learning(now, tuple(kept_losses), untrained, sum(each.step <= before for each in kept))
 
 
@@ -145,5 +145,6 @@ def chance_loss(module: nn.Module, batch: object) -> float:
     return math.log(max(known) + 1) if known and max(known) > 0 else math.nan
 
 
-def _finite(losses: Sequence[float]) -> tuple[float, ...]:
+def finite_or_inf(losses: Sequence[float]) -> tuple[float, ...]:
+    """Take losses that are not finite for infinite, so that they can be compared."""
     return tuple(loss if math.isfinite(loss) else math.inf for loss in losses)

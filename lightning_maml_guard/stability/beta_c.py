@@ -29,7 +29,6 @@ from lightning_maml_guard.theory.critical_rates import CriticalRates
 from lightning_maml_guard.theory.multiplier import Interval
 from lightning_maml_guard.theory.ritz import (
     highest_allowed,
-    lanczos_resolved,
     rates_from_lanczos,
     ritz_pairs,
     ritz_values,
@@ -134,10 +133,7 @@ def exact_limit(
     (single,) = run.runs
     error = noise + run.rounding
     top = rates_from_lanczos(*single, 0.0, rounding=error, resolution=krylov.tol, size=layout.rows)
-    low, high = top.lambda_max_interval
-    if may_end_early and not lanczos_resolved(*single, 0.0, krylov.tol, size=layout.rows) and is_clear(single):
-        high = max(high, highest_allowed(*single, layout.rows, rounding=noise))
-    limit = _from_top(top.lambda_max, (low, high), step)
+    limit = _from_top(top.lambda_max, top.lambda_max_interval, step)
     (values, residuals), vectors = ritz_values(*single), ritz_pairs(*single)[1]
     negative = values[0] + residuals[0] < -(krylov.tol + run.rounding) * abs(values).max()
     return MetaRateLimit(

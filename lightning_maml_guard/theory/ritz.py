@@ -108,8 +108,10 @@ def rates_from_lanczos(
     noise = rounding * radius
     hidden = resolution * float(max(abs(values[0]), abs(values[-1]))) if last > 0 else 0.0
     residual = max(float(residuals[-1]), hidden) + noise
+    level = -math.inf
     if size is not None and last > 0:
-        residual = max(residual, highest_allowed(diagonal, off_diagonal, size, rounding=rounding) - float(values[-1]))
+        level = inclusion_level(np.asarray(off_diagonal) + noise, size, RARE)
+        residual = max(residual, largest_hidden(values, level) + noise - float(values[-1]))
     spectrum: dict[str, Any] = {
         "lambda_max": float(values[-1]),
         "lambda_min": float(values[0]),
@@ -133,9 +135,8 @@ def rates_from_lanczos(
     # An error of `noise` in H enters H - a*H^2 once by itself and twice by the square.
     error = noise * (1 + 2 * f.rate * radius)
     highest = curvature + max(float(leak), hidden) + error
-    if size is not None and last > 0:
+    if level > -math.inf:
         # An eigenvalue that the start vector missed may bind: the one nearest to the peak of the multiplier.
-        level = inclusion_level(np.asarray(off_diagonal) + noise, size, RARE)
         peak = min(1 / (2 * f.rate) if f.rate > 0 else math.inf, float(values[-1]) + residual)
         highest = max(highest, f(peak - distance_to_hidden(values, level, peak)) + error)
     return assemble(
