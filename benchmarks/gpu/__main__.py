@@ -116,8 +116,9 @@ def pictures(kit: Kit, diagram: Any) -> Rows:
             own = {row["row"]: row["ms"] for row in rows if row["method"] == method}
             at = [titles.index(title) + index / (len(methods) + 1) for title in own]
             ax.bar(at, list(own.values()), 1 / (len(methods) + 1), label=method)
-        ax.set(yscale="log", ylabel="ms a meta-step", xticks=range(len(titles)), xticklabels=titles)
-        ax.legend(fontsize=8)
+        ax.set(yscale="log", ylabel="ms a meta-step")
+        ax.set_xticks(range(len(titles)), titles, rotation=45, ha="right", rotation_mode="anchor")
+        ax.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(methods), frameon=False)
         fig.savefig(kit.out / "meta_step.png", dpi=150, bbox_inches="tight")
         drawn.append({"picture": "meta_step.png"})
     if diagram is not None:
@@ -153,7 +154,7 @@ def main() -> None:
     kit.part("CUDA graphs", 10, lambda: speed.graphs(device))
     kit.part("16 x 16 phase diagram", 15, grid)
     if find_spec("jax"):
-        kit.part("JAX", 20, lambda: speed.jax_rows(device, given.out, min(kit.left, 100)))
+        kit.part("JAX", 200, lambda: speed.jax_rows(device, given.out, min(kit.left - 160, 150)))
     else:
         kit.found["JAX"] = {"seconds": 0.0, "rows": [{"not measured": "JAX is not installed"}]}
     kit.part("torch.compile", 60, lambda: speed.compiled(device))

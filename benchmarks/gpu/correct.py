@@ -35,10 +35,24 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "RMSprop": lambda p, lr, cuda: RMSprop(p, lr=lr),
     "Adagrad": lambda p, lr, cuda: Adagrad(p, lr=lr),
 }
+
+
+class Recurrent(nn.Module):
+    """A task's points as one sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory, self.read = nn.LSTM(1, 8), nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.read(self.memory(x)[0])
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "mlp": (lambda: mlp(1, (16, 16)), (1,), 0),
     "transformer": (lambda: Transformer(width=8, heads=2, depth=1), (1,), 0),
     "conv4": (lambda: conv4(filters=4, image_size=28), (1, 28, 28), 3),
+    "lstm": (Recurrent, (1,), 0),
 }
 
 
@@ -98,7 +112,7 @@ def measurements(device: torch.device) -> list[dict[str, Any]]:
     ]
     cases += [
         (network, "SGD", "exact", "exact", {"tasks": tasks})
-        for network, tasks in product(("transformer", "conv4"), ("mean", "worst"))
+        for network, tasks in product(("transformer", "conv4", "lstm"), ("mean", "worst"))
     ]
     if find_spec("pyhessian"):
         cases.append(("mlp", "SGD", "exact", "simplified", {"estimator": "pyhessian"}))
@@ -110,7 +124,26 @@ def measurements(device: torch.device) -> list[dict[str, Any]]:
         worst = max(gap(one, other) for one, other in zip(here, there, strict=True))
         title = f"measure: {network}, {optimizer}, order {order}, criterion {criterion} {more or ''}".strip()
         rows.append({"what": title, "gap": worst, "agrees": worst <= AGREES})
-    return rows
+    return rows + [_reduced(network, device) for network in ("transformer", "conv4")]
+
+
+def _reduced(network: str, device: torch.device) -> dict[str, Any]:
+    """A float32 measurement where products may be rounded to TF32 or bfloat16, beside one where they may not."""
+    before, found = torch.get_float32_matmul_precision(), []
+    for precision in ("highest", "medium"):
+        made, data = module(network, device)
+        made = made.float()
+        support, query = ((x.float(), y if y.dtype == torch.int64 else y.float()) for x, y in data)
+        torch.set_float32_matmul_precision(precision)
+        report = measure(made.meta_problem((support, query)), optimizer=SGD(made.theta().values(), lr=1e-3))
+        found.append([getattr(report, name) for name in NUMBERS])
+        torch.set_float32_matmul_precision(before)
+    worst = max(gap(one, other) for one, other in zip(*found, strict=True))
+    return {
+        "what": f"measure: {network}, float32 matmul precision medium and highest",
+        "gap": worst,
+        "agrees": worst <= AGREES,
+    }
 
 
 def gradients(device: torch.device) -> list[dict[str, Any]]:

@@ -68,7 +68,9 @@ def winners(z: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
     images the masks ``(4, n, channels, h, w)`` in floating point.
     """
     with torch.no_grad():
-        sign = torch.where(gamma < 0, -1, 1).to(z.dtype).reshape(-1, 1, 1) if bool((gamma < 0).any()) else None
+        # On a device the question would make the host wait, and a capture in a CUDA graph fail.
+        signed = z.device.type != "cpu" or bool((gamma < 0).any())
+        sign = torch.where(gamma < 0, -1, 1).to(z.dtype).reshape(-1, 1, 1) if signed else None
         parts = (each if sign is None else each * sign for each in blocks(z))
         if is_channels_last(z):
             found, masks = _masks(parts, z)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_maml_guard.maml.inner_loop import Params
-from lightning_maml_guard.utils.double_backward import BatchStatistics
+from lightning_maml_guard.utils.double_backward import BatchStatistics, NativeRecurrence
 from lightning_maml_guard.utils.lightning_compat import overrides
 
 NOTHING_TO_TRAIN = (
@@ -27,11 +27,13 @@ class StatelessCall:
         self._has_buffers = next(network.buffers(), None) is not None
         norms = [part for part in network.modules() if isinstance(part, _BatchNorm)]
         self._has_norms, self._norms_track = bool(norms), any(norm.track_running_stats for norm in norms)
+        self._is_recurrent = any(isinstance(part, nn.RNNBase) for part in network.modules())
 
     def __call__(self, network: nn.Module, params: Params, x: Tensor) -> Tensor:
         buffers = {name: value.clone() for name, value in network.named_buffers()} if self._has_buffers else {}
         stateless = self._norms_track or (self._has_norms and torch.is_autocast_enabled(x.device.type))
-        with BatchStatistics() if stateless else nullcontext():
+        recurrent = self._is_recurrent and x.is_cuda
+        with BatchStatistics() if stateless else nullcontext(), NativeRecurrence() if recurrent else nullcontext():
             return torch.func.functional_call(network, {**params, **buffers}, (x,))
 
 

@@ -98,12 +98,56 @@ def _embedding(
     return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse=False)
 
 
+def _without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function use torch's own kernels."""
+
+    def native(*args: Any, **kwargs: Any) -> Any:
+        cudnn = torch.backends.cudnn
+        before, cudnn.enabled = cudnn.enabled, False
+        try:
+            return function(*args, **kwargs)
+        finally:
+            cudnn.enabled = before
+
+    return native
+
+
+class NativeRecurrence(TorchFunctionMode):
+    """Computes without cuDNN what its kernels can differentiate only once: recurrent layers, CTC loss, grid sampling.
+
+    Not convolutions: their cuDNN kernels can be differentiated as often as one likes, and torch's own took ten times as
+    long (H200).
+    """
+
+    layers: ClassVar[dict[Any, Callable[..., Any]]] = {
+        function: _without_cudnn(function)
+        for function in (
+            torch.lstm,
+            torch.gru,
+            torch.rnn_tanh,
+            torch.rnn_relu,
+            torch.ctc_loss,
+            F.ctc_loss,
+            torch.grid_sampler,
+            F.grid_sample,
+            torch.affine_grid_generator,
+            F.affine_grid,
+        )
+    }
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return self.layers.get(func, func)(*args, **(kwargs or {}))
+
+
 class PrimitiveNorms(TorchFunctionMode):
     """Computes batch, layer, instance and weight norm from primitives while the mode is on.
 
     The derivatives of the native kernels are silently wrong beyond the second order and under some transforms, those of
     weight norm already at the second (torch 2.13, CPU). Mean, product and ``rsqrt`` are right at every order. Running
-    statistics are read where the layer would read them, and never written. Embeddings get dense gradients.
+    statistics are read where the layer would read them, and never written. Embeddings get dense gradients, and what
+    :class:`NativeRecurrence` names is computed as it says.
     """
 
     _layers: ClassVar[dict[Any, Callable[..., Any]]] = {
@@ -112,6 +156,7 @@ class PrimitiveNorms(TorchFunctionMode):
         F.instance_norm: _instance_norm,
         torch._weight_norm: _weight_norm,
         F.embedding: _embedding,
+        **NativeRecurrence.layers,
     }
 
     def __torch_function__(
@@ -152,20 +197,55 @@ class BatchStatistics(TorchFunctionMode):
         return stateless(*args, **kwargs)
 
 
+def _precisions() -> tuple[str, bool] | None:
+    """Precision of products and whether cuDNN may use TF32; None if torch 2.9's ``fp32_precision`` was set instead."""
+    try:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # what torch raises then
+        return None
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute float32 products in float32: TF32 and bfloat16 round by 1e-3, as much as a residual may be."""
+    cudnn, before = torch.backends.cudnn, _precisions()
+    if before is not None:
+        # Not fp32_precision: with it, a module that reads the older settings, as cudnn.flags() does, gets an error.
+        torch.set_float32_matmul_precision("highest")
+        cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before[0])
+            cudnn.allow_tf32 = before[1]
+        return
+    mkldnn = torch.backends.mkldnn
+    # A setting that is not reduced is left alone: it may follow one above it, and reading does not tell.
+    kinds = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
+    reduced = [(kind, kind.fp32_precision) for kind in kinds if kind.fp32_precision in ("tf32", "bf16")]
+    try:
+        for kind, _ in reduced:
+            kind.fp32_precision = "ieee"
+        yield
+    finally:
+        for kind, precision in reduced:
+            kind.fp32_precision = precision
+
+
 @contextmanager
 def double_backward() -> Iterator[None]:
-    """Make gradients that can be differentiated again.
+    """Make gradients that can be differentiated again, in full precision.
 
     Gradients are on (also under ``no_grad`` and inference mode), attention uses its differentiable kernel, compiled
-    code runs eagerly, cuDNN's RNN kernels and autocast are off, norm layers are computed from primitives, and
-    embeddings have dense gradients.
+    code runs eagerly, cuDNN's recurrent kernels, autocast and TF32 are off, norm layers are computed from primitives,
+    and embeddings have dense gradients.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(full_precision())
         stack.enter_context(torch.autocast("cpu", enabled=False))
         if torch.cuda.is_available():
             stack.enter_context(torch.autocast("cuda", enabled=False))

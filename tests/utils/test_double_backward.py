@@ -1,11 +1,14 @@
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_maml_guard.linalg.operators import Hessian
-from lightning_maml_guard.utils.double_backward import BatchStatistics, double_backward
+from lightning_maml_guard.utils.double_backward import BatchStatistics, double_backward, full_precision
 
 NORMS = {
     "batch": (lambda: nn.BatchNorm1d(4), (6, 4)),
@@ -149,3 +152,69 @@ def test_the_context_turns_gradients_on_and_autocast_off_and_puts_both_back():
             assert not torch.is_autocast_enabled("cpu")
             assert (weight @ weight).dtype == torch.float32
         assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
+
+
+class CudnnAt(TorchDispatchMode):
+    """Notes at which operators cuDNN would be used."""
+
+    def __init__(self):
+        super().__init__()
+        self.enabled = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.enabled[function.overloadpacket.__name__] = torch.backends.cudnn.enabled
+        return function(*args, **(kwargs or {}))
+
+
+def test_recurrent_layers_are_computed_without_cudnn_and_convolutions_with_it():
+    with double_backward(), CudnnAt() as at:
+        nn.LSTM(3, 4)(torch.randn(5, 2, 3))
+        nn.Conv2d(1, 1, 3)(torch.randn(1, 1, 5, 5))
+    recurrent = {"mkldnn_rnn_layer", "sigmoid", "sigmoid_"} & set(at.enabled)
+    assert recurrent
+    assert not any(at.enabled[name] for name in recurrent)
+    assert at.enabled["convolution"]
+    assert torch.backends.cudnn.enabled
+
+
+@contextmanager
+def precisions(**settings):
+    """Set ``torch.set_float32_matmul_precision`` or a backend's ``fp32_precision`` for a while."""
+    kinds = {"conv": torch.backends.cudnn.conv, "rnn": torch.backends.cudnn.rnn} if NEW else {}
+    before = {name: kind.fp32_precision for name, kind in kinds.items()}, torch.get_float32_matmul_precision()
+    try:
+        for name, value in settings.items():
+            if name == "matmul":
+                torch.set_float32_matmul_precision(value)
+            else:
+                kinds[name].fp32_precision = value
+        yield
+    finally:
+        for name, kind in kinds.items():
+            kind.fp32_precision = before[0][name]
+        torch.set_float32_matmul_precision(before[1])
+
+
+NEW = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # torch 2.9
+
+
+@pytest.mark.parametrize("matmul", ["highest", "high", "medium"])
+def test_products_are_not_rounded_to_fewer_bits_and_the_setting_stays(matmul):
+    with precisions(matmul=matmul):
+        with full_precision():
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cuda.matmul.allow_tf32
+            assert not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == matmul
+        assert torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.skipif(not NEW, reason="torch 2.9 has fp32_precision")
+def test_a_precision_set_for_one_kind_of_layer_is_no_error_and_stays():
+    with precisions(conv="ieee"):
+        with pytest.raises(RuntimeError, match="allow_tf32"), torch.backends.cudnn.flags(enabled=False):
+            pass
+        with double_backward():
+            assert torch.backends.cudnn.rnn.fp32_precision == "ieee"
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        assert torch.backends.cudnn.rnn.fp32_precision == "tf32"
