@@ -254,7 +254,10 @@ class PhaseDiagram:
         Raises:
             ValueError: If the file holds no phase diagram.
         """
-        with np.load(path, allow_pickle=False) as archive:
+        opened: Any = np.load(path, allow_pickle=False)
+        if isinstance(opened, np.ndarray):
+            raise ValueError(f"{path} is no phase diagram but one array. Write one with PhaseDiagram.save.")
+        with opened as archive:
             missing = [each.name for each in fields(cls) if each.name not in archive and each.default is MISSING]
             if missing:
                 raise ValueError(f"{path} is no phase diagram: it lacks {missing}. Write one with PhaseDiagram.save.")

@@ -108,7 +108,7 @@ def safe_region(
         axes.set_title(style.REGION_TITLE)
     if narrow:
         style.legend_below(axes.figure, columns=1)
-    elif axes.get_figure(root=True).get_layout_engine() is not None:
+    elif style.root_figure(axes).get_layout_engine() is not None:
         style.legend_under(axes, columns=2)
     else:  # where nothing makes room below, it would be cut off
         axes.legend(loc="best", frameon=True, framealpha=0.9)

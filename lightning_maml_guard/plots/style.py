@@ -106,9 +106,14 @@ def new_figure(width: float = 6.4, height: float = 4.8) -> Any:
     return figure
 
 
+def root_figure(ax: Any) -> Any:
+    """Return the figure of an axes, not a part of it (``get_figure(root=True)`` since Matplotlib 3.10)."""
+    return ax.figure.figure
+
+
 def is_narrow(ax: Any) -> bool:
     """Return True if the figure of an axes is for a phone's screen."""
-    return bool(ax.get_figure(root=True).get_figwidth() < NARROW_BELOW)
+    return bool(root_figure(ax).get_figwidth() < NARROW_BELOW)
 
 
 def plain_ticks(axis: Any, low: float, high: float) -> None:
@@ -128,7 +133,7 @@ def legend_below(figure: Any, handles: Any = None, columns: int = 3) -> None:
 
 def legend_under(ax: Any, columns: int = 3) -> None:
     """Put a legend below the axes and their label, where it covers nothing."""
-    transforms, figure = import_matplotlib("transforms").transforms, ax.get_figure(root=True)
+    transforms, figure = import_matplotlib("transforms").transforms, root_figure(ax)
     down = transforms.ScaledTranslation(0, -0.5, figure.dpi_scale_trans)
     place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "bbox_transform": ax.transAxes + down}
     ax.legend(fontsize="small", frameon=False, ncols=2 if is_narrow(ax) else columns, columnspacing=1.2, **place)
@@ -138,7 +143,7 @@ def legend_beside(ax: Any, *, label_below: bool = False) -> None:
     """Put a legend to the right of the axes; on a narrow figure below them, and below a label of theirs."""
     options: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
     if is_narrow(ax):
-        transforms, figure = import_matplotlib("transforms").transforms, ax.get_figure(root=True)
+        transforms, figure = import_matplotlib("transforms").transforms, root_figure(ax)
         down = transforms.ScaledTranslation(-0.45, -0.52 if label_below else -0.04, figure.dpi_scale_trans)
         options = {"loc": "upper left", "bbox_to_anchor": (0.0, 0.0), "ncols": 2, "borderaxespad": 0.2}
         options |= {"bbox_transform": ax.transAxes + down, "columnspacing": 0.8, "handlelength": 1.4}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -81,7 +82,10 @@ def load_omniglot(root: Path) -> np.ndarray:
 
 def _from_npz(path: Path) -> np.ndarray:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        opened: Any = np.load(path, allow_pickle=False)
+        if not isinstance(opened, np.lib.npyio.NpzFile):
+            raise TypeError("one array, not an archive of them")
+        with opened as archive:
             check_size(archive.zip.getinfo("images.npy").file_size, "images.npy", path)
             images = archive["images"]
     except DatasetError:

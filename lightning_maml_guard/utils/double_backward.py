@@ -208,7 +208,8 @@ def _precisions() -> tuple[str, bool] | None:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Compute float32 products in float32: TF32 and bfloat16 round by 1e-3, as much as a residual may be."""
-    cudnn, before = torch.backends.cudnn, _precisions()
+    cudnn: Any = torch.backends.cudnn
+    before = _precisions()
     if before is not None:
         # Not fp32_precision: with it, a module that reads the older settings, as cudnn.flags() does, gets an error.
         torch.set_float32_matmul_precision("highest")
@@ -219,9 +220,9 @@ def full_precision() -> Iterator[None]:
             torch.set_float32_matmul_precision(before[0])
             cudnn.allow_tf32 = before[1]
         return
-    mkldnn = torch.backends.mkldnn
+    mkldnn: Any = torch.backends.mkldnn
     # A setting that is not reduced is left alone: it may follow one above it, and reading does not tell.
-    kinds = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
+    kinds: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
     reduced = [(kind, kind.fp32_precision) for kind in kinds if kind.fp32_precision in ("tf32", "bf16")]
     try:
         for kind, _ in reduced:

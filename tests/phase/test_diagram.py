@@ -243,6 +243,9 @@ def test_a_diagram_is_saved_and_loaded(tmp_path, measured):
     np.savez(tmp_path / "other.npz", alphas=np.zeros(1))
     with pytest.raises(ValueError, match=r"other\.npz is no phase diagram: it lacks \['betas'"):
         PhaseDiagram.load(tmp_path / "other.npz")
+    np.save(tmp_path / "one.npy", np.zeros(1))
+    with pytest.raises(ValueError, match=r"one\.npy is no phase diagram but one array\. Write one with"):
+        PhaseDiagram.load(tmp_path / "one.npy")
 
 
 def hand_made(final, beta_c):
