@@ -83,7 +83,7 @@ def load_omniglot(root: Path) -> np.ndarray:
 def _from_npz(path: Path) -> np.ndarray:
     try:
         opened: Any = np.load(path, allow_pickle=False)
-        if not isinstance(opened, np.lib.npyio.NpzFile):
+        if isinstance(opened, np.ndarray):
             raise TypeError("one array, not an archive of them")
         with opened as archive:
             check_size(archive.zip.getinfo("images.npy").file_size, "images.npy", path)
