@@ -166,7 +166,7 @@ class MetaLearning(MixinBase):
             task_losses=self.vectorization.task_losses(self.network, self.loss, batch) if own else None,
         )
         self._first_batch.read((problem.support, problem.query))
-        return self.vectorization.compared(problem)
+        return self.vectorization.compared(self.vectorization.sized(problem))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean query loss after adaptation; its backward is the configured meta-gradient."""
@@ -274,8 +274,9 @@ class MetaLearningModule(MetaLearning, LightningModule):
         task_chunk_size: Tasks vmapped at once; the same as a number for ``vectorize``. Lower it when memory runs out.
         metrics: A torchmetrics metric or collection, updated with the query set's predictions.
         vectorize: How to run over the tasks of a batch: ``"all"`` vmapped at once, a number of them at a time,
-            ``"loop"``: one after another; equal up to rounding. ``"auto"`` is ``"loop"`` for a network with a layer of
-            200,000 weights or more on a CPU, else ``"all"``; ``LMG_VECTORIZE`` overrides it.
+            ``"loop"``: one after another; equal up to rounding. ``"auto"`` is ``"all"``, but on a CPU ``"loop"`` for a
+            network with a layer of 200,000 weights or more, and else as many tasks as keep 64 MiB for their backward
+            (a conv4: 9 of one shot and query); ``LMG_VECTORIZE`` overrides it.
         compile: Run the meta-gradient under ``torch.compile``: a minute or more at the start. Not in a guard's checks.
         keep_memory: During a fit on the CPU (glibc): keep freed memory instead of mapping it anew in every step. The
             environment's ``MALLOC_`` settings go first.

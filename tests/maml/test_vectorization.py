@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_maml_guard import EpisodeBatch, MetaLearningModule
+from lightning_maml_guard.maml.meta_gradient import meta_gradient
 from lightning_maml_guard.maml.vectorization import check_strategy, from_environment, rule
 from lightning_maml_guard.networks import conv4, mlp
 from lightning_maml_guard.stability.hvp import MeasurementCache
@@ -130,3 +132,48 @@ def test_the_guards_map_follows_the_problem_and_remembers_what_vmap_cannot_do():
     cache.map_for(None, looped=True)
     assert cache.map_for(None).looped and known(cache)  # known still, after being asked for
     assert MeasurementCache(facts=cache.facts).map_for(2).looped
+
+
+def images(tasks, count=5, size=28):
+    generator = torch.Generator().manual_seed(0)
+    sets = [
+        (torch.randn(tasks, count, 1, size, size, generator=generator), torch.arange(count).expand(tasks, -1))
+        for _ in range(2)
+    ]
+    return EpisodeBatch(*sets)
+
+
+def test_a_cpu_runs_as_many_tasks_at_once_as_keep_64_mib_and_all_of_a_small_network(monkeypatch):
+    monkeypatch.delenv("LMG_VECTORIZE", raising=False)
+    batch = images(24)
+    torch.manual_seed(0)
+    module = MetaLearningModule(conv4(), inner_lr=0.1)
+    problem = module.meta_problem(batch)
+    assert problem.task_chunk_size == module.task_map.chunk_size
+    assert 6 <= problem.task_chunk_size <= 12
+    assert module.meta_problem(images(4)).task_chunk_size == problem.task_chunk_size, (
+        "only the first batch is looked at"
+    )
+    whole = MetaLearningModule(conv4(filters=2), inner_lr=0.1)
+    assert whole.meta_problem(batch).task_chunk_size is None
+
+    asked = MetaLearningModule(module.network, inner_lr=0.1, vectorize="all")
+    expected = asked.meta_problem(batch)
+    assert expected.task_chunk_size is None
+    found, of_all = (
+        meta_gradient(each, tasks=owner.task_map).gradients for each, owner in ((problem, module), (expected, asked))
+    )
+    for name, value in of_all.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_looking_at_the_first_batch_leaves_randomness_and_an_error_of_it_is_the_users(monkeypatch):
+    monkeypatch.delenv("LMG_VECTORIZE", raising=False)
+    module = MetaLearningModule(nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(784, 5)), inner_lr=0.1)
+    before = torch.get_rng_state()
+    module.meta_problem(images(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    module = MetaLearningModule(nn.Sequential(nn.Flatten(), nn.Linear(7, 5)), inner_lr=0.1)
+    problem = module.meta_problem(images(2))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        meta_gradient(problem)
