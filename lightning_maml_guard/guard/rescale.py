@@ -94,7 +94,7 @@ def lowered(
             continue
         found = tried[candidate] = look(candidate)
         if best is not None:
-            best, worse = (candidate, 0) if found.late < scale.times(BETTER, tried[best].late) else (best, worse + 1)
+            best, worse = (candidate, 0) if found.end < scale.times(BETTER, tried[best].end) else (best, worse + 1)
             if worse == PATIENCE:
                 return best
         elif found.end <= scale.times(CALM, min(found.begin, loss)):
