@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lightning_maml_guard.guard.rescale import BY_RATIO, at_limits, lowered, released
+from lightning_maml_guard.guard.rescale import BY_RATIO, at_limits, eased, lowered, released
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, LookaheadResult
@@ -73,6 +73,10 @@ class Action:
         """Find the caps of a capped run whose lookahead passes."""
         return caps
 
+    def ease(self, caps: Caps, present: LookaheadResult, look: Lookahead, scale: Scale, reach_alpha: bool) -> Caps:
+        """Find the caps of a run that loses ground although its lookahead passes."""
+        return caps
+
     def effect(self, spelling: Spelling, alpha: float, beta: float, *, helps: bool) -> list[str]:
         """Say what the guard does now that the rates are unsafe.
 
@@ -134,6 +138,10 @@ class Rescale(Action):
             return caps
         still = look.under(caps, beta_factor=0.0)
         return released(look.alpha, look.beta, caps, present, still, look.under, scale=scale, allows=allows)
+
+    def ease(self, caps: Caps, present: LookaheadResult, look: Lookahead, scale: Scale, reach_alpha: bool) -> Caps:
+        """Lower the rates as long as that leads further down."""
+        return eased(look.alpha, look.beta, caps, present, look.under, reach_alpha=reach_alpha, scale=scale)
 
     def effect(self, spelling: Spelling, alpha: float, beta: float, *, helps: bool) -> list[str]:
         """Name the rates that are applied."""

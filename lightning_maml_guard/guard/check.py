@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_maml_guard.guard.actions import Situation
 from lightning_maml_guard.guard.advising import Adviser
 from lightning_maml_guard.guard.loggers import log_check, log_values
-from lightning_maml_guard.guard.look import Look, look_at
+from lightning_maml_guard.guard.look import Look, allows, ease, look_at
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.rescale import reaches_alpha
 from lightning_maml_guard.guard.rollback import Rollback
@@ -73,7 +73,7 @@ class Check:
 
     def _check(self, batch: Any, batch_idx: int, step: int, scheduled: bool) -> None:
         settings, run, trainer, module = self.settings, self.run, self.trainer, self.module
-        ratio = settings.lookahead.divergence_ratio
+        ratio, caps_before = settings.lookahead.divergence_ratio, run.caps.caps
         # 1. Look ahead.
         with undisturbed(trainer, module):
             look = look_at(run, trainer, module, batch, batch_idx, step)
@@ -91,21 +91,24 @@ class Check:
             adviser.look_at_peak()
             adviser.look_at_progress()
         failing = look.present is not None and fails(look.severity, ratio)
-        if failing:
+        if failing and look.present is not None and self.rollback.helps(look.present.begin):
             run.schedule.confirm()
         elif stuck and adviser.news is None:
             self.rollback.warn_of_stall(look, step)
         if look.present is not None:
             run.note_severity(step, look.severity)
             if not scheduled and not failing and adviser.news is None:
+                slips = learning is not None and not learning.holds
+                if slips or passes(look.severity, ratio):
+                    ease(run, trainer, module, look, step, slips=slips)
                 if passes(look.severity, ratio):
-                    self._ease(look, step)
                     self.rollback.keep(step)
                 self._charge(look, adviser.cost)
                 log_values(trainer, module, look.metrics, step)
                 return
             # 2. Roll back a run that has diverged already, or lost what it had learned.
-            if settings.rollback and failing and (collapsed or look.scale.diverged(look.present.begin, ratio)):
+            gone = collapsed is not None or look.scale.diverged(look.present.begin, ratio)
+            if settings.rollback and failing and gone and self.rollback.helps(look.present.begin):
                 if not self.rollback.go_back(look.present.begin, step, look):
                     return
                 self._rolled_back = look.optimizers, look.present
@@ -128,8 +131,8 @@ class Check:
             if failing and report.status != UNSAFE and missed:
                 run.announce(Reason(Kind.CLIPPING_NOT_SEEN, step=step))
                 failing, judged = False, undecided(ratio)
+            tried = caps_before.applied(report.alpha, report.beta)
             if failing and look.present is not None and further is None and collapsed is None:
-                tried = run.caps.caps.applied(report.alpha, report.beta)
                 findings = (*findings, lookahead_reason(look.present, look.scale.start, *tried))
             transition = run.machine.take(report, judged)
             advice = adviser.advise(report, findings, transition, further)
@@ -145,10 +148,10 @@ class Check:
                 lookahead=look.lookahead,
                 scale=look.scale,
                 harmful=look.harmful,
-                allows=lambda caps: self._allows(caps, report.alpha, report.beta, step),
+                allows=partial(allows, run, alpha=report.alpha, beta=report.beta, step=step),
             )
             if failing or rolled_back:
-                run.state.ceiling = run.state.ceiling.failed(*run.caps.caps.applied(report.alpha, report.beta), step)
+                run.state.ceiling = run.state.ceiling.failed(*tried, step)
             caps = run.caps.caps if lost else settings.acting.decide(situation)
             run.schedule.ease(step, changed=caps != run.caps.caps)
         if run.state.capped != look.owned:
@@ -186,21 +189,6 @@ class Check:
         )
         run.state.history = [*run.state.history, found][-settings.history_size :]
         log_check(trainer, module, found, step, caps_rates=settings.acting.caps_rates)
-
-    def _ease(self, look: Look, step: int) -> None:
-        """Release the caps of a run that is well as far as lookaheads allow."""
-        run, caps, lookahead = self.run, self.run.caps.caps, look.lookahead
-        if lookahead is not None and look.present is not None:
-            allows = partial(self._allows, alpha=lookahead.alpha, beta=lookahead.beta, step=step)
-            with undisturbed(self.trainer, self.module):
-                found = self.settings.acting.release(caps, look.present, lookahead, look.scale, allows)
-            run.schedule.ease(step, changed=found != caps)
-            run.caps.apply(self.module, found)
-
-    def _allows(self, caps: Caps, alpha: float, beta: float, step: int) -> bool:
-        """Whether higher rates may be tried: not those that have just failed, nor in a run that is losing ground."""
-        state = self.run.state
-        return not state.statistics.slips and state.ceiling.allows(caps, alpha, beta, step)
 
     def _is_lost(self, loss: float) -> bool:
         """Whether no lower rate can help: parameters are not finite, and the run was not rolled back."""

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from lightning_maml_guard.guard.actions import ACTIONS, Action
 from lightning_maml_guard.guard.check import Check
 from lightning_maml_guard.guard.loggers import logger_step, takes_no_steps
+from lightning_maml_guard.guard.look import due
 from lightning_maml_guard.guard.record import record_of
 from lightning_maml_guard.guard.report import CheckReport, frame
 from lightning_maml_guard.guard.rollback import Rollback
 from lightning_maml_guard.guard.run import GuardedRun
-from lightning_maml_guard.guard.schedule import SCHEDULED
 from lightning_maml_guard.guard.settings import check_pieces, check_settings, check_watchable, identity
 from lightning_maml_guard.guard.state import Event, to_checkpoint
 from lightning_maml_guard.lookahead.lookahead import LookaheadOptions
@@ -275,14 +275,14 @@ class ConvergenceGuard(Callback):
         if batch_idx % trainer.accumulate_grad_batches or run.turns.found:
             return  # gradients of a step that is half done must not outlive a rollback
         step = logger_step(trainer)
-        if (due := run.due(trainer, step)) is None:
+        if (scheduled := due(run, trainer, pl_module, batch, batch_idx, step)) is None:
             Rollback(run, trainer, pl_module).keep_if_due(step)
             with run.only_told("log the ratios at the rates of now"):
                 run.bar.move(trainer, pl_module, self.history, run.caps.caps, run.state.capped, step)
             return
         last, unsafe = self.history[-1:], run.machine.unsafe
         with run.clock.checking():
-            Check(run, trainer, pl_module).check(batch, batch_idx, step, scheduled=due == SCHEDULED)
+            Check(run, trainer, pl_module).check(batch, batch_idx, step, scheduled=scheduled)
         if self.history[-1:] != last:
             with run.only_told("send a picture or histogram to a logger (figures=False sends none)"):
                 run.figures.after_check(trainer, self.history, changed=run.machine.unsafe != unsafe)

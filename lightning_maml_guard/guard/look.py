@@ -5,23 +5,42 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch.optim import Optimizer
 
+from lightning_maml_guard.guard.rescale import reaches_alpha
 from lightning_maml_guard.guard.run import GuardedRun
+from lightning_maml_guard.guard.schedule import SCHEDULED
 from lightning_maml_guard.lookahead.divergence import Scale
-from lightning_maml_guard.lookahead.lookahead import Lookahead, LookaheadResult, lookahead_of
+from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, LookaheadResult, lookahead_of
 from lightning_maml_guard.lookahead.resampled import resampled
+from lightning_maml_guard.maml.meta_learning import MetaLearning
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
+from lightning_maml_guard.messages.sentences import eased
+from lightning_maml_guard.messages.terminal import inform
+from lightning_maml_guard.optim.lr_cap import known_rate, scheduled_rate
+from lightning_maml_guard.optim.rates_ahead import read_ahead
 from lightning_maml_guard.optim.shadow import ClosureError
 from lightning_maml_guard.stability.adaptation import ENDS_COST, Adaptation, adaptation
-from lightning_maml_guard.stability.problems import Problem, accumulated, dead_units, owners, state_problem
+from lightning_maml_guard.stability.problems import (
+    Problem,
+    accumulated,
+    dead_units,
+    has_meta_problem,
+    owners,
+    state_problem,
+)
+from lightning_maml_guard.utils.isolation import undisturbed
+from lightning_maml_guard.utils.lightning_compat import plan_of
 
 # A batch is odd if its loss at sane parameters is this many times the others' median; of more than so many.
 ODD, OTHERS = 5.0, 3
 # A run's parameters count as sane while its loss is below this many times the one that training started from.
 _SANE = 1.5
+# Batches from one reading of a stated problem's inner rate to the next.
+_READ = 8
 
 
 @dataclass
@@ -107,6 +126,7 @@ def look_at(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_idx: i
     problem, owned, optimizers = stated(run, trainer, module, batch, batch_idx)
     run.repeats = run.repeats or all(run.cache.ranks.gather(run.replay.repeats))
     run.turns.watch(optimizers)
+    run.alpha = getattr(problem, "alpha", math.nan)
     look = Look(problem, owned, optimizers, scale=run.state.statistics.scale)
     _look_ahead(look, run, trainer, module, step)
     look.adaptation = found = _adapted(run, problem)
@@ -151,7 +171,69 @@ def _look_ahead(look: Look, run: GuardedRun, trainer: Any, module: Any, step: in
     if look.lookahead.clipping_failure is not None:
         run.announce(of_error(Kind.CLIPPING_FAILED, look.lookahead.clipping_failure))
     now = look.lookahead.beta
-    look.rises = run.highest_to_come(trainer, look.optimizers, step) > 1.01 * now > 0 and caps.beta is None
+    look.rises = highest_to_come(run, trainer, look.optimizers, step) > 1.01 * now > 0 and caps.beta is None
+
+
+def highest_to_come(run: GuardedRun, trainer: Any, optimizers: list[Optimizer], step: int) -> float:
+    """The highest meta rate that the schedule has from a step on; ``nan`` without a schedule."""
+    if not trainer.lr_scheduler_configs:
+        return math.nan
+    if run.ahead is None or not run.ahead.matches(step, scheduled_rate(optimizers)):
+        run.ahead = read_ahead(plan_of(trainer), optimizers, step)
+        if run.ahead.failure is not None:
+            run.announce(of_error(Kind.SCHEDULE_NOT_READ, run.ahead.failure))
+    return run.ahead.peak(step)[0]
+
+
+def due(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_idx: int, step: int) -> bool | None:
+    """Whether a check that is due before a step is a scheduled one; None where none is due."""
+    with run.only_told("read the inner rate"):
+        _read_alpha(run, trainer, module, batch, batch_idx)
+    limits = [
+        next((limit for each in reversed(run.state.history) if (limit := getattr(each, name)) > 0), math.nan)
+        for name in ("beta_c", "alpha_c")
+    ]
+    rate, stalled = known_rate(trainer.optimizers), run.state.statistics.stalled
+    rates = {"rate": rate, "beta_c": limits[0], "alpha": run.alpha, "alpha_c": limits[1]}
+    found = run.schedule.due(step, **rates, stalled=stalled, capped=run.caps.lowers(rate))
+    return None if found is None else found == SCHEDULED
+
+
+def _read_alpha(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+    """Read the inner rate as configured; where a problem has to be stated for it, every few batches."""
+    source = run.settings.problem
+    if isinstance(module, MetaLearning) and source is None:
+        rates = module.inner_lr
+        run.alpha = max(rates) if isinstance(rates, list) else rates
+    elif run.state.history and batch_idx % _READ == 0 and (source is not None or has_meta_problem(module)):
+        with undisturbed(trainer, module):
+            run.alpha = getattr(state_problem(source, module, batch, batch_idx), "alpha", math.nan)
+
+
+def ease(run: GuardedRun, trainer: Any, module: Any, look: Look, step: int, *, slips: bool) -> None:
+    """Release the caps of a run that is well as far as lookaheads allow; lower the rates of one that slips."""
+    lookahead, caps, action = look.lookahead, run.caps.caps, run.settings.acting
+    if lookahead is None or look.present is None:
+        return
+    alpha, beta = lookahead.alpha, lookahead.beta
+    with undisturbed(trainer, module):
+        if slips:
+            found = action.ease(caps, look.present, lookahead, look.scale, reaches_alpha(module))
+        else:
+            may = partial(allows, run, alpha=alpha, beta=beta, step=step)
+            found = action.release(caps, look.present, lookahead, look.scale, may)
+    if slips and found != caps:
+        run.state.ceiling = run.state.ceiling.failed(*caps.applied(alpha, beta), step)
+        if run.state.capped != look.owned:
+            run.cap(trainer, look.owned)
+        inform(eased(step, *found.applied(alpha, beta)))
+    run.schedule.ease(step, changed=found != caps)
+    run.caps.apply(module, found)
+
+
+def allows(run: GuardedRun, caps: Caps, *, alpha: float, beta: float, step: int) -> bool:
+    """Whether higher rates may be tried: not those that have just failed, nor in a run that is losing ground."""
+    return not run.state.statistics.slips and run.state.ceiling.allows(caps, alpha, beta, step)
 
 
 def fresh(run: GuardedRun, problems: Sequence[Problem]) -> list[Problem]:

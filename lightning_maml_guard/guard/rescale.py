@@ -34,6 +34,8 @@ LADDER: tuple[tuple[float | None, float], ...] = (
 )
 # Factor by which capped rates rise, and how often at most in one check.
 RELEASE, RUNGS = 2.0, 3
+# Factor by which the rates of a run that loses ground are lowered.
+EASE = 4.0
 # A meta rate that is twice as high has to lower the loss by so many times as much: where it is far too low by twice as
 # much, whatever the batches; where it is about right by no more.
 GAIN = 1.25
@@ -138,6 +140,33 @@ def released(
             gain = 1.0 if candidate.beta == caps.beta else GAIN
             enough = still.late - gain * max(still.late - late, 0.0)
             if found.late < min(late, enough) and found.end <= scale.times(CALM, found.begin):
+                caps, late = candidate, found.late
+                break
+        else:
+            break
+    return caps
+
+
+def eased(
+    alpha: float,
+    beta: float,
+    caps: Caps,
+    present: LookaheadResult,
+    look: LookUnder,
+    *,
+    reach_alpha: bool,
+    scale: Scale = BY_RATIO,
+) -> Caps:
+    """Lower the rates of a run that loses ground by ``EASE`` again and again, as long as that leads further down."""
+    late = present.late
+    for _ in range(RUNGS):
+        inner, outer = caps.applied(alpha, beta)
+        lower = [Caps(caps.alpha, outer / EASE)]
+        if reach_alpha:
+            lower.append(Caps(inner / EASE, caps.beta))
+        for candidate in lower:
+            found = look(candidate)
+            if found.late < scale.times(BETTER, late):
                 caps, late = candidate, found.late
                 break
         else:

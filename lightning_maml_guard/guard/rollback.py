@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_maml_guard.guard.loggers import logger_step
 from lightning_maml_guard.guard.look import ODD, OTHERS, Look, stated
-from lightning_maml_guard.guard.rescale import CALM
+from lightning_maml_guard.guard.rescale import CALM, reaches_alpha
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.lookahead.learning import (
     PROBES,
@@ -24,16 +24,19 @@ from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, lookahead_
 from lightning_maml_guard.messages.advice_sentences import advised
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced, sentence
+from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.stability.problems import Problem, dead_units
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import SAFE
 from lightning_maml_guard.utils.isolation import undisturbed
 from lightning_maml_guard.utils.shards import finite
 
-# Snapshots that are tried from, the youngest first.
-_TRIED = 3
+# Snapshots that are tried from, the youngest first, at this share of the meta rate.
+_TRIED, _SURE = 3, 1 / 32
 # A run has learned nothing while its loss on the batches at hand is above this share of that at its oldest snapshot.
 _UNLEARNED = 0.97
+# Inner rates that differ by no more than this share are the same.
+_SAME = 0.95
 
 
 class Rollback:
@@ -52,7 +55,9 @@ class Rollback:
             with run.cache.ranks.together():
                 # What is never rolled back to does not take memory of the device.
                 device = run.settings.snapshot_device or (None if run.settings.rollback else "cpu")
-                run.ring.keep(self.module, self.trainer.optimizers, step, device, wasted=run.state.wasted)
+                alpha = run.caps.caps.applied(run.alpha, math.nan)[0]
+                wasted = run.state.wasted
+                run.ring.keep(self.module, self.trainer.optimizers, step, device, wasted=wasted, alpha=alpha)
         except Exception as error:
             earlier = -1 if run.snapshot is None else run.snapshot.step
             run.announce(replace(of_error(Kind.NO_SNAPSHOT, error, step=step), steps=earlier))
@@ -130,6 +135,7 @@ class Rollback:
             statistics.untrained_from(start),
             seen,
             logger_step(self.trainer) - chosen[-1],
+            self.run.caps.caps.applied(lookahead.alpha, math.nan)[0],
         )
         look.lookahead.gradients += lookahead.gradients  # type: ignore[union-attr]
         return found
@@ -139,27 +145,41 @@ class Rollback:
         steps = run.settings.lookahead.steps
         return lookahead_of(problems, look.optimizers, steps, self.trainer, run.cache, run.state.clipped_to)
 
+    def helps(self, loss: float) -> bool:
+        """Whether going back may help: not where an inner rate has risen that cannot be lowered, unless all is lost."""
+        youngest = self.run.snapshot
+        risen = youngest is not None and youngest.alpha < _SAME * self.run.alpha
+        return not math.isfinite(loss) or reaches_alpha(self.module) or not risen
+
     def choose(self, look: Look) -> None:
         """Drop the snapshots that are no place to go back to: of those that lost nothing the youngest that survives.
 
-        The next steps are tried from there at half the meta rate, without a batch that is unlike the others.
+        The next steps are tried from there, without a batch that is unlike the others, at a rate so low that only what
+        is wrong with the parameters or the optimizer's state makes the loss leave: which rates to apply is found later.
         """
         ring, before = self.run.ring, look.lookahead
         if before is None or len(ring.kept) < 2:
             return
         good = [ring.kept[index] for index in self._learning(look, start=self.run.state.statistics.start).good]
         caps = self.run.caps.caps
-        half = Caps(caps.alpha, caps.applied(math.nan, before.beta)[1] / 2)
+        beta = _SURE * caps.applied(math.nan, before.beta)[1]
         ends: dict[int, float] = {}
         for snapshot in good[:_TRIED]:
             with snapshot.visited(self.module, self.trainer.optimizers):
                 look.lookahead = self._without_odd(look)
-                tried = look.lookahead.under(half)
+                tried = look.lookahead.under(Caps(self._alpha_at(snapshot), beta))
             ends[snapshot.step] = tried.end
             if tried.end <= look.scale.times(CALM, tried.begin):
                 ring.drop_after(snapshot.step)
                 return
         ring.drop_after(min(ends, key=lambda step: ends[step]))
+
+    def _alpha_at(self, snapshot: Snapshot) -> float | None:
+        """The cap on the inner rate where a run goes back to a snapshot: no more than was applied there."""
+        cap = self.run.caps.caps.alpha
+        if not reaches_alpha(self.module) or not 0 < snapshot.alpha < _SAME * self.run.alpha:
+            return cap
+        return snapshot.alpha if cap is None else min(cap, snapshot.alpha)
 
     def _without_odd(self, look: Look) -> Lookahead:
         """The lookahead without a batch whose loss is far above the others' at the parameters at hand."""
@@ -196,6 +216,7 @@ class Rollback:
         if look is not None:
             with undisturbed(self.trainer, self.module):
                 self.choose(look)
+        run.caps.apply(self.module, Caps(self._alpha_at(run.snapshot), run.caps.caps.beta))
         run.snapshot.restore(self.module, self.trainer.optimizers)
         self._thrown = step - run.state.wasted - run.snapshot.progress
         run.state.wasted += self._thrown

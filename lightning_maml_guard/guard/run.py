@@ -27,8 +27,7 @@ from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced, cause
 from lightning_maml_guard.messages.terminal import warn
 from lightning_maml_guard.optim.clipping import gradient_norm
-from lightning_maml_guard.optim.lr_cap import known_rate, scheduled_rate
-from lightning_maml_guard.optim.rates_ahead import RatesAhead, read_ahead
+from lightning_maml_guard.optim.rates_ahead import RatesAhead
 from lightning_maml_guard.optim.snapshot import Snapshot, SnapshotRing
 from lightning_maml_guard.optim.turns import Turns
 from lightning_maml_guard.stability.hvp import MeasurementCache
@@ -63,6 +62,7 @@ class GuardedRun:
         self.match: TrainingMatch | None = None  # the problem beside the step at hand, if that is to be compared
         self.matched, self.turns = False, Turns()
         self.ahead: RatesAhead | None = None
+        self.alpha = math.nan  # the inner rate as configured, where it was read last
         self.repeats = False  # whether every step uses the same batch: then nothing is drawn from its tasks
 
     @property
@@ -76,22 +76,6 @@ class GuardedRun:
         plan = plan_of(trainer)
         self.schedule.planned = None if plan.steps is None else plan.steps + logger_step(trainer)
         self.repeats = plan.batches is not None and plan.batches <= trainer.accumulate_grad_batches
-
-    def due(self, trainer: Any, step: int) -> str | None:
-        """Return ``"scheduled"``, ``"triggered"`` or None: whether a check is due before a step."""
-        beta_c = next((each.beta_c for each in reversed(self.state.history) if each.beta_c > 0), math.nan)
-        rate, stalled = known_rate(trainer.optimizers), self.state.statistics.stalled
-        return self.schedule.due(step, rate=rate, beta_c=beta_c, stalled=stalled, capped=self.caps.lowers(rate))
-
-    def highest_to_come(self, trainer: Any, optimizers: list[Optimizer], step: int) -> float:
-        """The highest meta rate that the schedule has from a step on; ``nan`` without a schedule."""
-        if not trainer.lr_scheduler_configs:
-            return math.nan
-        if self.ahead is None or not self.ahead.matches(step, scheduled_rate(optimizers)):
-            self.ahead = read_ahead(plan_of(trainer), optimizers, step)
-            if self.ahead.failure is not None:
-                self.announce(of_error(Kind.SCHEDULE_NOT_READ, self.ahead.failure))
-        return self.ahead.peak(step)[0]
 
     def cap(self, trainer: Any, owned: list[int]) -> None:
         """Hold the optimizers that move the problem's parameters at the caps."""
@@ -167,6 +151,8 @@ class GuardedRun:
         if (spiked or lost) and lookahead.triggers and not told:
             diverged = lost or statistics.diverged(value, lookahead.divergence_ratio)
             self.schedule.spike(diverged=diverged, lost=not math.isfinite(value))
+        if lookahead.triggers and not told:
+            self.schedule.slip(statistics.slips)
         if not statistics.rests:
             self.ring.drop_from(logger_step(trainer))  # the loss is that of the copy made before the step
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # Cost of a gradient of a lookahead, in training steps (`python -m benchmarks.hvp_cost`).
 LOOKAHEAD_GRADIENT = 1.2
@@ -18,11 +18,35 @@ _ON_CREDIT = (2, 8)
 # From how many steps on Adam's second moment tells anything. After one it is a single gradient's: where an entry of
 # it is near 0, the limit is (the sinusoid's beta_c at steps 1 and 2, three seeds: 1e-6, .09; .002, .15; .006, .18).
 _JUDGED = 2
-# A meta rate that has grown by half is looked at again, unless its limit is more than this many times higher.
+# A rate that has grown by half is looked at again, unless its limit is more than this many times higher.
 _GROWN, _FAR = 1.5, 4.0
 # Capped rates are looked at again after so many steps; where they stay, after so many times as many each time.
 _EASE, _SLOWER = 8, 3
 SCHEDULED, TRIGGERED = "scheduled", "triggered"
+
+
+@dataclass
+class Rise:
+    """How a rate has risen.
+
+    Attributes:
+        looked: It at the last check, or the lowest one since.
+        highest: The highest so far.
+    """
+
+    looked: float = math.inf
+    highest: float = 0.0
+
+    def grown(self, rate: float, critical: float, *, again: bool) -> bool:
+        """Whether it has grown by half since the last check, or since its lowest value after that.
+
+        Not where its limit is far, nor, unless ``again``, where it comes back to where it was, as in every cycle.
+        """
+        if not rate > 0:
+            return False
+        self.looked, highest = min(self.looked, rate), self.highest
+        self.highest = max(highest, rate)
+        return rate > _GROWN * self.looked and not _FAR * rate < critical and (rate > highest or again)
 
 
 @dataclass
@@ -40,8 +64,9 @@ class ScheduleState:
         latest: Cost of the latest one.
         lost: Whether it was not even finite.
         alarms: Checks called by a diverged loss, one soon after another, that found the run well.
-        looked: The meta rate at the last check, or the lowest one since.
-        highest: The highest meta rate so far.
+        outer: How the meta rate has risen.
+        inner: How the inner rate has.
+        slipped: Whether the loss had left its best when the last step was taken in.
         ease_at: Step from which capped rates are looked at again.
         ease_gap: Steps from one such look to the next.
     """
@@ -55,8 +80,9 @@ class ScheduleState:
     latest: float = 0.0
     lost: bool = False
     alarms: int = 0
-    looked: float = math.inf
-    highest: float = 0.0
+    outer: Rise = field(default_factory=Rise)
+    inner: Rise = field(default_factory=Rise)
+    slipped: bool = False
     ease_at: int = 0
     ease_gap: int = _EASE
 
@@ -82,13 +108,16 @@ class Schedule:
         *,
         rate: float = math.nan,
         beta_c: float = math.nan,
+        alpha: float = math.nan,
+        alpha_c: float = math.nan,
         stalled: bool = False,
         capped: bool = False,
     ) -> str | None:
         """Return ``"scheduled"``, ``"triggered"`` or None; a check that is due is taken as made.
 
-        ``rate`` is the meta rate of the coming step, ``beta_c`` its latest known limit; ``stalled``: the loss does not
-        fall; ``capped``: lower rates than the configured ones are applied.
+        ``rate`` is the meta rate of the coming step, ``beta_c`` its latest known limit, ``alpha`` and ``alpha_c`` are
+        those of the inner rate; ``stalled``: the loss does not fall; ``capped``: lower rates than the configured ones
+        are applied.
         """
         state = self.state
         if step == state.last:
@@ -100,7 +129,9 @@ class Schedule:
         on_time = step % self.every_n_steps == 0 and not (close and self.share is not None)
         early = self._early(step, stalled) or (capped and since >= 2 and step >= state.ease_at)
         scheduled = (on_time and paid) or (state.unjudged and (on_time or (early and step >= _JUDGED)))
-        grown = self._grown(rate, beta_c, since)
+        again = since >= self._longest
+        risen = [state.outer.grown(rate, beta_c, again=again), state.inner.grown(alpha, alpha_c, again=again)]
+        grown = any(risen)
         if not (scheduled or early or grown) and not self._called(step, since, paid):
             return None
         if self.share is None:
@@ -115,7 +146,8 @@ class Schedule:
         if state.diverged and not (scheduled or early or grown):
             state.alarms += 1
         state.last, state.spiked, state.diverged, state.lost = step, False, False, False
-        state.looked = math.inf if math.isnan(rate) else rate
+        state.outer.looked = math.inf if math.isnan(rate) else rate
+        state.inner.looked = math.inf if math.isnan(alpha) else alpha
         if scheduled:
             state.unjudged = False
         return SCHEDULED if scheduled else TRIGGERED
@@ -134,22 +166,16 @@ class Schedule:
             return True
         return step in _ON_CREDIT
 
-    def _grown(self, rate: float, beta_c: float, since: float) -> bool:
-        """Whether the meta rate has grown by half since the last check, or since its lowest value after that."""
-        state = self.state
-        if not rate > 0:
-            return False
-        state.looked, highest = min(state.looked, rate), state.highest
-        state.highest = max(highest, rate)
-        if not rate > _GROWN * state.looked or _FAR * rate < beta_c:
-            return False
-        # A schedule that comes back to where it was is looked at again, but not in every cycle.
-        return rate > highest or since >= self._longest
-
     def spike(self, *, diverged: bool, lost: bool = False) -> None:
         """Take a spike in: it calls a check, soon if the loss has diverged, at once if it is not finite."""
         state = self.state
         state.spiked, state.diverged, state.lost = True, state.diverged or diverged, state.lost or lost
+
+    def slip(self, slips: bool) -> None:
+        """Take in whether the loss has left its best: when it does, that calls a check that waits for no payment."""
+        if slips and not self.state.slipped:
+            self.spike(diverged=True)
+        self.state.slipped = slips
 
     def ease(self, step: int, *, changed: bool) -> None:
         """Take in that capped rates were looked at: soon again where they were changed, later where they stay."""

@@ -98,6 +98,7 @@ def compared(
     untrained: float,
     seen: Sequence[float],
     before: int,
+    alpha: float = math.nan,
 ) -> Learning:
     """Compare the parameters of now with those of snapshots, on the batches of a lookahead.
 
@@ -109,6 +110,7 @@ def compared(
         untrained: The loss before training: no more than this, whatever the oldest snapshot's is.
         seen: The losses of the batches before the steps that used them; ``-inf`` where that is not known.
         before: The first step that used one of them.
+        alpha: The inner rate applied now; ``nan`` where it is not known. At a snapshot it is the one applied there.
 
     Returns:
         The losses.
@@ -116,9 +118,15 @@ def compared(
     kept_losses = []
     for snapshot in kept:
         with snapshot.visited(module, optimizers):
-            kept_losses.append(finite_or_inf(lookahead.untrained()))
-    now = tuple(max(pair) for pair in zip(seen, finite_or_inf(lookahead.untrained()), strict=True))
+            kept_losses.append(finite_or_inf(lookahead.untrained(_share(snapshot.alpha, lookahead.alpha))))
+    found = finite_or_inf(lookahead.untrained(_share(alpha, lookahead.alpha)))
+    now = tuple(max(pair) for pair in zip(seen, found, strict=True))
     return Learning(now, tuple(kept_losses), untrained, sum(each.step <= before for each in kept))
+
+
+def _share(alpha: float, configured: float) -> float:
+    """Factor on the configured inner rate that makes it the one that was applied; 1 where either is not known."""
+    return alpha / configured if alpha > 0 and configured > 0 else 1.0
 
 
 def spread_out(count: int) -> list[int]:

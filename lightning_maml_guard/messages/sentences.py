@@ -63,6 +63,12 @@ def returned(step: int, *, safe: bool, applied: float, configured: float) -> str
     return f"ConvergenceGuard: step {step}: {said}"
 
 
+def eased(step: int, alpha: float, beta: float) -> str:
+    """Say that the rates of a run that loses ground are lowered, and to what."""
+    why = "the loss has left its best, and at lower rates the next steps lead further down."
+    return f"ConvergenceGuard: step {step}: {why} Applied from now on: {rates(alpha, beta)}."
+
+
 def _limit(reason: Reason) -> str:
     low, high = reason.interval
     return f"{reason.rate}_c = {reason.limit:.3g} ({low:.3g} to {high:.3g})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,13 +24,14 @@ class Snapshot:
     """A copy of a module's parameters and buffers and of its optimizers' state; schedules are not part of it.
 
     It is kept on ``device``; None keeps every tensor where it is. ``progress``: the steps that led there, which are
-    fewer than ``step`` after a rollback.
+    fewer than ``step`` after a rollback. ``alpha``: the inner rate applied there; ``nan`` where it is not known.
     """
 
     def __init__(
         self, module: nn.Module, optimizers: Sequence[Optimizer], step: int, device: torch.device | str | None = None
     ) -> None:
         self.step = self.progress = step
+        self.alpha = math.nan
         self._tensors = [_kept(tensor, device) for tensor in _tensors(module)]
         self._states = [
             [{key: _kept(value, device) for key, value in optimizer.state.get(p, {}).items()} for p in _held(optimizer)]
@@ -47,7 +49,7 @@ class Snapshot:
     def state(self) -> dict[str, Any]:
         """Return the copy for a checkpoint: tensors, and whatever else the optimizers keep."""
         held = {"tensors": list(self._tensors), "states": self._states}
-        return {"step": self.step, "progress": self.progress, **held}
+        return {"step": self.step, "progress": self.progress, "alpha": self.alpha, **held}
 
     @classmethod
     def restored(cls, state: dict[str, Any]) -> Snapshot:
@@ -55,6 +57,7 @@ class Snapshot:
         snapshot = object.__new__(cls)
         snapshot.step, snapshot._tensors, snapshot._states = state["step"], state["tensors"], state["states"]
         snapshot.progress, snapshot._homes = state.get("progress", snapshot.step), {}
+        snapshot.alpha = state.get("alpha", math.nan)
         return snapshot
 
     @property
@@ -162,10 +165,11 @@ class SnapshotRing:
         device: torch.device | str | None = None,
         *,
         wasted: int = 0,
+        alpha: float = math.nan,
     ) -> None:
         """Keep the present state; where that makes too many, in the memory of one that is needed least.
 
-        ``wasted``: the steps that rollbacks threw away.
+        ``wasted``: the steps that rollbacks threw away; ``alpha``: the inner rate applied now.
         """
         size = 2 if self._large else _MOST
         again = [each for each in self.kept if each.step == step]
@@ -176,7 +180,7 @@ class SnapshotRing:
                 break
         else:
             spare = Snapshot(module, optimizers, step, device)
-        spare.progress = step - wasted
+        spare.progress, spare.alpha = step - wasted, alpha
         self.kept.append(spare)
 
     @property

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_maml_guard.guard.rescale import LADDER, RELEASE, RUNGS, lowered, released
+from lightning_maml_guard.guard.rescale import LADDER, RELEASE, RUNGS, eased, lowered, released
 from lightning_maml_guard.lookahead.ceiling import Ceiling
 from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult
 
@@ -146,3 +146,15 @@ def test_rates_that_have_just_failed_are_not_tried_again():
 def test_a_rate_that_may_rise_rises_where_the_other_may_not():
     look, caps = ends_best_at((0.1, 1.0), alpha=0.4), Caps(0.1, 0.3)
     assert released(0.4, 1.0, caps, look(caps), STILL, look) == Caps(0.1, None)
+
+
+@pytest.mark.parametrize(("best", "cap"), [(1.0, None), (0.2, 1 / 4), (0.1, 1 / 16)])
+def test_the_rate_of_a_run_that_loses_ground_is_lowered_while_that_leads_further_down(best, cap):
+    look = ends_best_at((0.1, best))
+    assert eased(0.1, 1.0, Caps(), look(Caps()), look, reach_alpha=False) == Caps(None, cap)
+
+
+def test_an_inner_rate_that_makes_a_run_lose_ground_is_lowered_if_it_can_be():
+    look = ends_best_at((0.025, 1.0))
+    assert eased(0.1, 1.0, Caps(), look(Caps()), look, reach_alpha=True) == Caps(0.025, None)
+    assert eased(0.1, 1.0, Caps(), look(Caps()), look, reach_alpha=False) == Caps()

@@ -325,3 +325,23 @@ def test_a_run_affords_what_its_plan_pays_and_a_fixed_credit(spent, cost, planne
     schedule.planned = None
     assert schedule.affords(cost, planned) == (spent + cost <= 0.02 * planned + 300)  # as far as it has come
     assert Schedule(100).affords(1e9, 0)
+
+
+def test_an_inner_rate_that_has_grown_by_half_is_looked_at_too():
+    """Set by hand in a hook: no schedule tells of it."""
+    schedule = Schedule(100, 0.02)
+    steps = [step for step in range(100) if schedule.due(step, rate=0.1, alpha=0.01 * 1.05**step, alpha_c=0.1)]
+    assert steps == [0, 2, 8, 19, 28, 37, 46, 55, 64, 73, 82, 91]
+    far = Schedule(100, 0.02)
+    assert [step for step in range(30) if far.due(step, rate=0.1, alpha=0.01 * 1.05**step, alpha_c=9.0)] == [0, 2, 8]
+
+
+def test_a_loss_that_leaves_its_best_is_looked_at_once_without_payment():
+    schedule = Schedule(100, 0.02)
+    schedule.state.spent = 1e6
+    found = []
+    for step in range(101, 160):
+        schedule.slip(110 <= step < 130 or step >= 150)
+        if schedule.due(step) is not None:
+            found.append(step)
+    assert found == [110, 150]

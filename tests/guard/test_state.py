@@ -13,7 +13,7 @@ import torch
 
 from lightning_maml_guard import ConvergenceGuard
 from lightning_maml_guard.guard.report import CheckReport
-from lightning_maml_guard.guard.schedule import ScheduleState
+from lightning_maml_guard.guard.schedule import Rise, ScheduleState
 from lightning_maml_guard.guard.state import VERSION, Event, GuardState, StateError, from_checkpoint, to_checkpoint
 from lightning_maml_guard.guard.state_machine import Watch
 from lightning_maml_guard.linalg.lanczos import Tridiagonal
@@ -132,6 +132,7 @@ BY_USER = replace(REPORT, spectrum=Spectrum(values=(0.5, 4.0), matvecs=2))
 SNAPSHOT = {
     "step": 2,
     "progress": 1,
+    "alpha": 0.25,
     "tensors": [torch.ones(2, 2), torch.zeros(0)],
     "states": [[{"step": torch.tensor(3.0), "betas": (0.9, 0.999), "flag": None}, {}]],
 }
@@ -159,8 +160,9 @@ def full():
             latest=20.25,
             lost=True,
             alarms=2,
-            looked=0.1,
-            highest=0.2,
+            outer=Rise(0.1, 0.2),
+            inner=Rise(0.3, 0.4),
+            slipped=True,
             ease_at=7,
             ease_gap=24,
         ),
@@ -355,7 +357,9 @@ def test_a_flat_state_of_before_the_tree_loads_into_the_same_values():
         history=[report, replace(report, spectrum=POWER.spectrum)],
         severities=[(0, 2.5), (3, inf)],
         losses=LossCurve(),
-        schedule=replace(full().schedule, lost=False, alarms=0, looked=inf, highest=0.0, ease_at=0, ease_gap=8),
+        schedule=replace(
+            full().schedule, lost=False, alarms=0, outer=Rise(), inner=Rise(), slipped=False, ease_at=0, ease_gap=8
+        ),
         wasted=0,
         ceiling=Ceiling(),
         advice=None,
