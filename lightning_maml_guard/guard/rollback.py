@@ -12,6 +12,7 @@ from lightning_maml_guard.guard.loggers import logger_step
 from lightning_maml_guard.guard.look import ODD, OTHERS, Look, stated
 from lightning_maml_guard.guard.rescale import CALM, reaches_alpha
 from lightning_maml_guard.guard.run import GuardedRun
+from lightning_maml_guard.lookahead.divergence import fails
 from lightning_maml_guard.lookahead.learning import (
     PROBES,
     Learning,
@@ -78,11 +79,12 @@ class Rollback:
             return None
         first = look.present.losses[: PROBES + 1]
         level, ratio = fmean(first), run.settings.lookahead.divergence_ratio
-        far = statistics.diverged(level, ratio)
+        # The start of a few batches may be that of easy tasks.
+        far = statistics.diverged(level, ratio) or (not look.scale.settled and fails(look.severity, ratio))
         if not all(map(math.isfinite, first)) or not (far or statistics.slips or statistics.is_off(level)):
             return None
         found = self._learning(look, statistics.recent, start=statistics.start)
-        if found.holds and len(run.ring.kept) > 1 and statistics.rebase(level if far else statistics.loss):
+        if found.holds and statistics.rebase(found.losses[1] if far else statistics.loss):
             look.scale = statistics.scale
             look.severity = look.scale.severity(look.present.end, look.present.begin)
         return found

@@ -217,6 +217,15 @@ def test_a_healthy_run_gets_no_advice(run):
     assert all(report.adaptation_gain > -0.1 for report in guard.history)
 
 
+def test_tasks_that_are_harder_than_the_first_ones_are_no_divergence():
+    """The start is known of one easy batch, whose loss the others exceed four times and more."""
+    (xs, ys, xq, yq), *harder = sinusoids(12)
+    module = HandWritten(lr=1e-4, optimizer=Adam)
+    guard, said = guarded(module, [(xs, 0.3 * ys, xq, 0.3 * yq), *harder])
+    assert max(module.losses) > 4 * module.losses[0]
+    assert said == [] and guard.advice is None and all(report.status != "unsafe" for report in guard.history)
+
+
 def test_advice_survives_a_checkpoint(tmp_path):
     module = HandWritten(lr=0.5)
     guard = ConvergenceGuard(problem=problem_of)
