@@ -79,12 +79,14 @@ class Rollback:
             return None
         first = look.present.losses[: PROBES + 1]
         level, ratio = fmean(first), run.settings.lookahead.divergence_ratio
+        far = statistics.diverged(level, ratio)
         # The start of a few batches may be that of easy tasks.
-        far = statistics.diverged(level, ratio) or (not look.scale.settled and fails(look.severity, ratio))
-        if not all(map(math.isfinite, first)) or not (far or statistics.slips or statistics.is_off(level)):
+        early = not look.scale.settled and fails(look.severity, ratio)
+        if not all(map(math.isfinite, first)) or not (far or early or statistics.slips or statistics.is_off(level)):
             return None
         found = self._learning(look, statistics.recent, start=statistics.start)
-        if found.holds and statistics.rebase(found.losses[1] if far else statistics.loss):
+        mean = found.losses[1] if early else level if far else statistics.loss
+        if found.holds and (early or len(run.ring.kept) > 1) and statistics.rebase(mean):
             look.scale = statistics.scale
             look.severity = look.scale.severity(look.present.end, look.present.begin)
         return found
