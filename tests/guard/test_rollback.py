@@ -403,7 +403,8 @@ def test_what_is_a_spike():
     assert not seen.update(1.0, 1.0)
     assert not seen.update(1.9, 3.9)
     assert seen.update(3.0) and seen.update(1.0, 9.0) and seen.update(math.nan)
-    assert from_checkpoint(to_checkpoint(GuardState(statistics=seen))).statistics == seen
+    # repr: since Python 3.13, dataclasses that hold the same nan are not equal.
+    assert repr(from_checkpoint(to_checkpoint(GuardState(statistics=seen))).statistics) == repr(seen)
 
 
 @pytest.mark.parametrize(
