@@ -97,12 +97,11 @@ class Vectorization:
 
     def choose(self, device: torch.device) -> None:
         """Choose for a device: at first use, and again when a fit begins, maybe on another one."""
-        strategy = self._asked
-        if strategy == "auto":
-            strategy = from_environment() or rule(self._network[0], device)
+        given = from_environment() if self._asked == "auto" else self._asked
+        strategy = given or rule(self._network[0], device)
         if strategy != self._chosen:
             self._chosen, self._map = strategy, task_map(strategy)
-            self._is_sized = self._asked != "auto" or from_environment() is not None or device.type != "cpu"
+            self._is_sized = given is not None or device.type != "cpu"
 
     def task_losses(self, network: nn.Module, loss: Loss, batch: Any) -> Callable[[Params, Any], Tensor] | None:
         """Return the losses of several tasks at once where that needs no vmap: of a stack of plain layers."""

@@ -141,7 +141,7 @@ class NativeRecurrence(TorchFunctionMode):
         return self.layers.get(func, func)(*args, **(kwargs or {}))
 
 
-class PrimitiveNorms(TorchFunctionMode):
+class PrimitiveNorms(NativeRecurrence):
     """Computes batch, layer, instance and weight norm from primitives while the mode is on.
 
     The derivatives of the native kernels are silently wrong beyond the second order and under some transforms, those of
@@ -150,19 +150,14 @@ class PrimitiveNorms(TorchFunctionMode):
     :class:`NativeRecurrence` names is computed as it says.
     """
 
-    _layers: ClassVar[dict[Any, Callable[..., Any]]] = {
+    layers: ClassVar[dict[Any, Callable[..., Any]]] = {
+        **NativeRecurrence.layers,
         F.batch_norm: _batch_norm,
         F.layer_norm: _layer_norm,
         F.instance_norm: _instance_norm,
         torch._weight_norm: _weight_norm,
         F.embedding: _embedding,
-        **NativeRecurrence.layers,
     }
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        return self._layers.get(func, func)(*args, **(kwargs or {}))
 
 
 class BatchStatistics(TorchFunctionMode):
