@@ -159,7 +159,8 @@ class Adviser:
     ) -> Advice:
         with self._sane() as at:
             if at != self._step:  # limits where the run has been thrown to blame the wrong rate
-                report = next((each for each in reversed(self._run.state.history) if (each.step or 0) <= at), report)
+                earlier = (each for each in reversed(self._run.state.history) if (each.step or 0) <= at)
+                report = next((replace(each, alpha=report.alpha, beta=report.beta) for each in earlier), report)
                 findings = (*(each for each in report.findings if each.kind is Kind.ABOVE_LIMIT), *findings[-1:])
             seen = {Kind.SCHEDULE_AHEAD: self._at_peak, Kind.NOT_LEARNING: self._stalled}
             known = further or (seen.get(news) if news else None)
