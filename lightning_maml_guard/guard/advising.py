@@ -72,12 +72,8 @@ class Adviser:
     def look_at_peak(self) -> None:
         """Try the rate that the schedule goes to, until it was found too high."""
         told, first = self._run.state.advised, not self._run.state.history
-        if (
-            self._look.rises
-            and self._look.is_sane
-            and Kind.SCHEDULE_AHEAD.value not in told
-            and (first or self._is_paid)
-        ):
+        untold = self._look.rises and self._look.is_sane and Kind.SCHEDULE_AHEAD.value not in told
+        if untold and (first or self._is_paid):
             self._at_peak = self._better(self._look.harmful)
 
     def look_at_progress(self) -> None:
@@ -254,7 +250,8 @@ class Adviser:
         )
 
     def _of_rates(self, found: Found, report: StabilityReport, findings: tuple[Reason, ...]) -> Advice:
-        to_blame = found.best.trains and not is_innocent(found, report, self._look.scale)
+        proved = self._look.harmful and report.alpha_ratio > 1
+        to_blame = proved or (found.best.trains and not is_innocent(found, report, self._look.scale))
         alpha, beta = report.alpha, self._peak
         rates, best, look, step = Rates(), found.best.at, self._look, report.step or 0
         if to_blame:

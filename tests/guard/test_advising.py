@@ -321,10 +321,12 @@ def test_the_first_loss_that_is_not_finite_is_said_once_in_the_next_step(steps):
 
 
 class Rising(HandWritten):
-    """Its inner rate rises by a tenth a step from step 70 on."""
+    """Its inner rate rises by a share a step, from a step on."""
+
+    growth, since = 1.1, 70
 
     def on_train_batch_start(self, batch, batch_idx):
-        self.alpha = 0.02 * max(1.0, 1.1 ** (batch_idx - 70))
+        self.alpha = 0.02 * max(1.0, self.growth ** (batch_idx - self.since))
 
 
 def test_a_run_that_an_inner_rate_out_of_reach_throws_off_is_left_as_it_is_and_advised_for_the_rate_of_now():
@@ -341,3 +343,12 @@ def test_a_run_that_an_inner_rate_out_of_reach_throws_off_is_left_as_it_is_and_a
     assert "Nothing is lowered: the inner rate is out of the guard's reach" in advised
     assert not [text for text in said if "stalled" in text] and not guard.events
     assert {each.beta_applied for each in guard.history} == {0.01}
+
+
+def test_an_inner_rate_beyond_its_limit_that_makes_tasks_worse_is_named_although_no_rate_learns_soon():
+    module = Rising(alpha=0.02, lr=0.003, optimizer=Adam, hidden=16)
+    module.growth, module.since = 1.08, 40
+    _, said = guarded(module, sinusoids(98))
+    (advised,) = [text for text in said if "step 96" in text]
+    assert "alpha = 1.38 is too large. Set the inner rate (inner_lr) to 0." in advised
+    assert "x alpha_c = " in advised and "makes the tasks worse" in advised
