@@ -144,9 +144,9 @@ class _Suggesting:
         if ladder is not None:
             best = ladder.best
             if best is None:
-                self._notes.append(Reason(Kind.NO_RATE_TRAINS, steps=ladder.steps))
+                self._notes.append(Reason(Kind.NO_RATE_TRAINS, steps=ladder.race_steps or ladder.steps))
             else:
-                alpha, beta = float(ladder.alphas[best]), self._finder.margin * float(ladder.largest[best])
+                alpha, beta = float(ladder.alphas[best]), float(ladder.suggested[best])
                 losses = (float(ladder.start[best]), float(ladder.raced[best]))
         at = reports
         if alpha != judged.alpha and not math.isnan(alpha):
