@@ -45,7 +45,7 @@ class LadderSearch:
         optimizers: What steps the parameters.
         alphas: Inner rates to try; ``nan`` alone in plain training.
         options: How.
-        margin: Share of the largest meta rate that trains.
+        margin: Share of the largest meta rate that trains above which none is suggested.
         slopes: Computes losses and gradients.
         clip: Clips a list of parameters' gradients in place.
         hook: Clips as the module does.
