@@ -179,10 +179,10 @@ class LadderSearch:
         self._record(trial, columns, places, keep)
         best, race = dict[int, float](), dict[int, range]()
         for column in range(len(self.alphas)):
-            own = keep & (columns == column) & trial.active
+            own = keep & (columns == column)
             top = _largest(places, own, trial.trains)
             # Where none trains yet, the one of the lowest loss goes on: some networks learn nothing in so few steps.
-            able = np.flatnonzero(own & (places <= (len(self.betas) if top is None else top)))
+            able = np.flatnonzero(own & trial.active & (places <= (len(self.betas) if top is None else top)))
             if not len(able):
                 continue
             run = able[trial.end[able].argmin()]
@@ -204,7 +204,7 @@ class LadderSearch:
         if not rungs:
             return {}
         trial, columns, places = self._trial(rungs)
-        going = set(rungs)
+        going, asked = set(rungs), np.ones(len(columns), dtype=bool)
         while True:
             trial.advance(more, max(more // 4, 1))
             if not self._race_steps:
@@ -215,7 +215,8 @@ class LadderSearch:
                 own = trial.active & (columns == column)
                 if not own.any():
                     continue
-                rung = _largest(places, own, trial.trains)
+                # Of all that were to go on: one whose loss left is a gap.
+                rung = _largest(places, asked & (columns == column), trial.trains)
                 self._largest_known[column] = math.nan if rung is None else self.betas[rung]
                 if rung is None:
                     hopes[column] = float(trial.end[own].min())
@@ -228,7 +229,8 @@ class LadderSearch:
             # Only rungs that are trained on: an inner rate that fell behind keeps the largest rate that was seen.
             going = set(left[: _better_half(len(left))])
             top = [largest.get(column, len(self.betas)) for column in columns.tolist()]
-            trial.keep(np.isin(columns, list(going)) & (places <= top))
+            asked = np.isin(columns, list(going)) & (places <= top)
+            trial.keep(asked)
             more = min(self._race_steps, self.options.longest - self._race_steps)
 
     def _lowest(self, trial: Trial, places: np.ndarray, own: np.ndarray, largest: int) -> tuple[float, float]:

@@ -168,6 +168,19 @@ def test_rates_at_which_nothing_is_learned_yet_go_on_longer(longest):
         assert found.losses[1] < 0.1 * found.losses[0] and found.ladder.race_steps == 40 and not found.notices
 
 
+def test_a_rate_above_one_whose_loss_leaves_is_not_the_largest():
+    class Gap(Wells):  # one step of 0.1 beta, to where the loss is low or has no value
+        def training_step(self, batch, batch_idx):
+            w = self.w.detach()
+            low = torch.where((w < 0.4) | ((w > 0.56) & (w < 0.57)), math.nan, 0.5)
+            return torch.where(w < 0.6, low + 0 * self.w, 1 + 0.1 * (self.w - w))
+
+    found = suggest_rates(Gap(), loader(torch.zeros(1)), ladder=QUICK)
+    ends = dict(zip(found.ladder.betas.tolist(), found.ladder.losses[0].tolist(), strict=True))
+    assert ends[0.16] == 0.5 and ends[0.32] == math.inf and ends[0.64] == ends[1.28] == 0.5
+    assert found.ladder.largest == [0.16] and found.beta <= 0.04
+
+
 @pytest.mark.parametrize("margin", [0.1, 0.25, 0.5])
 def test_no_rate_above_the_share_of_the_largest_is_suggested(margin):
     class Bowl(Wells):  # in which the lowest loss is right below the largest rate that trains, 2
