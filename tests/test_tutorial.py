@@ -33,7 +33,7 @@ def kinds(cell):
 
 
 # What is logged on stderr by the kernel of itself (ipykernel 7.4: its transport is not encrypted) and by torch when it
-# is imported (2.14: "triton not found").
+# is imported (its CUDA build, where Triton is missing).
 NOT_OURS = re.compile(r"^(?:\[IPKernelApp\]|[WI]\d{4} [\d:.]+ \d+ torch/) ?.*\n?", re.M)
 
 
