@@ -41,6 +41,7 @@ def rolled_back(at, to, kind=Kind.ROLLED_BACK):
     ("found", "said"),
     [
         (record(3.5, 1.0, 0.5), "Trained 3 steps; the loss went from 3.5 to 0.75"),
+        (record(3.5), "Trained 1 step; the loss is 3.5"),
         (record(1.0, 9.0, 9.0), "Diverged within 3 steps; the loss went from 1 to 9"),
         (record(1.0, 2.0, nan), "Diverged within 3 steps; the loss is not finite"),
         (record(-2.0, -4.0, -4.0), "Trained 3 steps; the loss went from -2 to -4"),
