@@ -33,6 +33,7 @@ def main() -> None:
     """Run, print and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.guard_bench_2", description=__doc__)
     parser.add_argument("--set", choices=tuple(SEEDS), default="report")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these of the set")
     parser.add_argument("--quick", action="store_true", help="one seed, half of the scenarios")
     parser.add_argument("--families", nargs="+", help="only these")
     parser.add_argument("--scenarios", metavar="PATTERN", help="only those in which it is found")
@@ -45,6 +46,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("guard_bench_2"))
     given = parser.parse_args()
+    if unknown := set(given.seeds or ()) - set(SEEDS[given.set]):
+        parser.error(f"--seeds {sorted(unknown)}: the set {given.set!r} has {', '.join(map(str, SEEDS[given.set]))}")
     given.out.mkdir(parents=True, exist_ok=True)
     began = time.process_time()
     if given.read:
@@ -62,7 +65,8 @@ def main() -> None:
 def _trained(given: argparse.Namespace, options: dict[str, Any]) -> tuple[list[Run], float]:
     """Train the runs; also the CPU seconds that other processes took."""
     jobs = []
-    for name, seed, steps, scenarios in columns(SEEDS[given.set], quick=given.quick, held_out=given.set == "report"):
+    seeds = tuple(given.seeds or SEEDS[given.set])
+    for name, seed, steps, scenarios in columns(seeds, quick=given.quick, held_out=given.set == "report"):
         kept = tuple(each for each in scenarios if re.search(given.scenarios or "", each))
         if kept and (given.families is None or name in given.families):
             jobs.append(partial(study, name, seed, steps, kept, given.out / "cache", options))

@@ -31,6 +31,8 @@ class Situation:
         lookahead: Looks ahead; None where it cannot.
         scale: How losses are compared.
         allows: Whether caps may be tried: not where their rates have just failed.
+        harmful: Whether adaptation makes tasks worse.
+        left: Whether the loss is too high already where the run is, not only after the steps to come.
     """
 
     report: StabilityReport
@@ -45,6 +47,7 @@ class Situation:
     scale: Scale = BY_RATIO
     allows: Callable[[Caps], bool] = lambda caps: True
     harmful: bool = False
+    left: bool = False
 
 
 class Action:
@@ -77,10 +80,11 @@ class Action:
         """Find the caps of a run that loses ground although its lookahead passes."""
         return caps
 
-    def effect(self, spelling: Spelling, alpha: float, beta: float, *, helps: bool) -> list[str]:
+    def effect(self, spelling: Spelling, alpha: float, beta: float, *, helps: bool, changed: bool) -> list[str]:
         """Say what the guard does now that the rates are unsafe.
 
-        The rates are those applied from now on; ``helps``: whether capping rates reaches the one to blame.
+        The rates are those applied from now on; ``helps``: whether capping rates reaches the one to blame;
+        ``changed``: whether other rates are applied than before.
         """
         return []
 
@@ -94,7 +98,7 @@ class Log(Action):
 class Warn(Action):
     """Warn each time the state changes to unsafe."""
 
-    def effect(self, spelling: Spelling, alpha: float, beta: float, *, helps: bool) -> list[str]:
+    def effect(self, spelling: Spelling, alpha: float, beta: float, *, helps: bool, changed: bool) -> list[str]:
         """Name the action that would act."""
         return [f"Or let the guard do it: {spelling.guard(action='rescale')}."] if helps else []
 
@@ -122,6 +126,7 @@ class Rescale(Action):
                 margin,
                 look.under,
                 loss=loss,
+                present=present if situation.left and not rolled_back else None,
                 reach_alpha=reach,
                 at_least_halve=rolled_back,
                 scale=situation.scale,
@@ -136,16 +141,19 @@ class Rescale(Action):
         """Release the caps as far as lookaheads allow."""
         if caps == Caps() or present.begin != look.begin:  # where the first did not pass, the present one is another
             return caps
-        still = look.under(caps, beta_factor=0.0)
-        return released(look.alpha, look.beta, caps, present, still, look.under, scale=scale, allows=allows)
+        return released(look.alpha, look.beta, caps, present, look.under, scale=scale, allows=allows)
 
     def ease(self, caps: Caps, present: LookaheadResult, look: Lookahead, scale: Scale, reach_alpha: bool) -> Caps:
         """Lower the rates as long as that leads further down."""
         return eased(look.alpha, look.beta, caps, present, look.under, reach_alpha=reach_alpha, scale=scale)
 
-    def effect(self, spelling: Spelling, alpha: float, beta: float, *, helps: bool) -> list[str]:
+    def effect(self, spelling: Spelling, alpha: float, beta: float, *, helps: bool, changed: bool) -> list[str]:
         """Name the rates that are applied."""
-        return [f"Applied from now on: {rates(alpha, beta)} ({spelling.arguments(action='rescale')})."]
+        by = spelling.arguments(action="rescale")
+        if not changed:
+            lower = "a lower rate" if helps else "the inner rate is out of the guard's reach, and a lower lr"
+            return [f"Nothing is lowered: {lower} does not bring the loss down ({by})."]
+        return [f"Applied from now on: {rates(alpha, beta)} ({by})."]
 
 
 class Stop(Action):
@@ -154,7 +162,7 @@ class Stop(Action):
     stops = True
     resumes_exactly = True
 
-    def effect(self, spelling: Spelling, alpha: float, beta: float, *, helps: bool) -> list[str]:
+    def effect(self, spelling: Spelling, alpha: float, beta: float, *, helps: bool, changed: bool) -> list[str]:
         """Say that training stops."""
         return [f"Training stops after this step ({spelling.arguments(action='stop')})."]
 

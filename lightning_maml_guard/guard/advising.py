@@ -72,12 +72,8 @@ class Adviser:
     def look_at_peak(self) -> None:
         """Try the rate that the schedule goes to, until it was found too high."""
         told, first = self._run.state.advised, not self._run.state.history
-        if (
-            self._look.rises
-            and self._look.is_sane
-            and Kind.SCHEDULE_AHEAD.value not in told
-            and (first or self._is_paid)
-        ):
+        untold = self._look.rises and self._look.is_sane and Kind.SCHEDULE_AHEAD.value not in told
+        if untold and (first or self._is_paid):
             self._at_peak = self._better(self._look.harmful)
 
     def look_at_progress(self) -> None:
@@ -159,7 +155,8 @@ class Adviser:
     ) -> Advice:
         with self._sane() as at:
             if at != self._step:  # limits where the run has been thrown to blame the wrong rate
-                report = next((each for each in reversed(self._run.state.history) if (each.step or 0) <= at), report)
+                earlier = (each for each in reversed(self._run.state.history) if (each.step or 0) <= at)
+                report = next((replace(each, alpha=report.alpha, beta=report.beta) for each in earlier), report)
                 findings = (*(each for each in report.findings if each.kind is Kind.ABOVE_LIMIT), *findings[-1:])
             seen = {Kind.SCHEDULE_AHEAD: self._at_peak, Kind.NOT_LEARNING: self._stalled}
             known = further or (seen.get(news) if news else None)
@@ -253,7 +250,8 @@ class Adviser:
         )
 
     def _of_rates(self, found: Found, report: StabilityReport, findings: tuple[Reason, ...]) -> Advice:
-        to_blame = found.best.trains and not is_innocent(found, report, self._look.scale)
+        proved = self._look.harmful and report.alpha_ratio > 1
+        to_blame = proved or (found.best.trains and not is_innocent(found, report, self._look.scale))
         alpha, beta = report.alpha, self._peak
         rates, best, look, step = Rates(), found.best.at, self._look, report.step or 0
         if to_blame:

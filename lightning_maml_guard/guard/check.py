@@ -91,8 +91,10 @@ class Check:
             adviser.look_at_peak()
             adviser.look_at_progress()
         failing = look.present is not None and fails(look.severity, ratio)
-        if failing and look.present is not None and self.rollback.helps(look.present.begin):
-            run.schedule.confirm()
+        gone = collapsed is not None or (look.present is not None and look.scale.diverged(look.present.begin, ratio))
+        if failing:
+            if look.present is not None and self.rollback.helps(look.present.begin):
+                run.schedule.confirm()
         elif stuck and adviser.news is None:
             self.rollback.warn_of_stall(look, step)
         if look.present is not None:
@@ -107,7 +109,6 @@ class Check:
                 log_values(trainer, module, look.metrics, step)
                 return
             # 2. Roll back a run that has diverged already, or lost what it had learned.
-            gone = collapsed is not None or look.scale.diverged(look.present.begin, ratio)
             if settings.rollback and failing and gone and self.rollback.helps(look.present.begin):
                 if not self.rollback.go_back(look.present.begin, step, look):
                     return
@@ -136,18 +137,22 @@ class Check:
                 findings = (*findings, lookahead_reason(look.present, look.scale.start, *tried))
             transition = run.machine.take(report, judged)
             advice = adviser.advise(report, findings, transition, further)
+            # Where the run survives the next steps, but not for long, a lower meta rate replaces no lower inner one.
+            reach = reaches_alpha(module)
+            out_of_reach = further is not None and advice is not None and advice.alpha is not None and not reach
             situation = Situation(
                 report=report,
                 transition=transition,
                 caps=run.caps.caps,
                 margin=settings.margin,
-                reach_alpha=reaches_alpha(module),
-                fails=failing,
+                reach_alpha=reach,
+                fails=failing and not out_of_reach,
                 rolled_back=rolled_back,
                 present=look.present,
                 lookahead=look.lookahead,
                 scale=look.scale,
                 harmful=look.harmful,
+                left=gone,
                 allows=partial(allows, run, alpha=report.alpha, beta=report.beta, step=step),
             )
             if failing or rolled_back:
@@ -207,6 +212,7 @@ class Check:
     ) -> None:
         """Apply the caps, speak, stop."""
         run, action, spelling = self.run, self.settings.acting, self.settings.spelling
+        before = run.caps.caps
         if action.caps_rates:
             run.caps.apply(self.module, caps)
         alpha, beta = caps.applied(report.alpha, report.beta)
@@ -215,7 +221,8 @@ class Check:
         if advice is not None and action.speaks:
             acts = transition.entered and self._rolled_back is None  # a rollback says what it does by itself
             helps = advice.alpha is None or reaches_alpha(self.module)
-            effect = action.effect(spelling, alpha, beta, helps=helps) if acts else []
+            changed = caps != before
+            effect = action.effect(spelling, alpha, beta, helps=helps, changed=changed) if acts else []
             if lost:
                 effect = [NO_WAY_BACK]
             run.tell(self.trainer, advice_given(step, advice, effect, spelling))

@@ -32,14 +32,12 @@ LADDER: tuple[tuple[float | None, float], ...] = (
     (0.25, 1 / 16),
     (None, 1 / 256),
 )
-# Factor by which capped rates rise, and how often at most in one check.
-RELEASE, RUNGS = 2.0, 3
+# Factor by which capped rates rise, how often at most in one check, and by which share they may end higher: 10 steps
+# say whether rates survive; of two that do, they favour the lower one, which learns less in a whole run (short-horizon
+# bias, Wu et al., ICLR 2018). So a meta rate rises while one so many rungs above it survives, too.
+RELEASE, RUNGS, SAME, HEADROOM = 2.0, 3, 1.05, 2
 # Factor by which the rates of a run that loses ground are lowered.
 EASE = 4.0
-# A meta rate that is twice as high has to lower the loss by so many times as much: where it is far too low by twice as
-# much, whatever the batches; where it is about right by no more.
-GAIN = 1.25
-
 LookUnder = Callable[[Caps], LookaheadResult]
 BY_RATIO = Scale()
 
@@ -51,6 +49,7 @@ def lowered(
     look: LookUnder,
     *,
     loss: float = math.inf,
+    present: LookaheadResult | None = None,
     reach_alpha: bool,
     at_least_halve: bool = False,
     scale: Scale = BY_RATIO,
@@ -66,13 +65,15 @@ def lowered(
         margin: Fraction of the critical values.
         look: Looks ahead under caps.
         loss: Loss where the run is; ``inf`` if it is not known.
+        present: The lookahead under the caps so far, if they may stay: the loss may have left for another reason, and
+            lower rates would only keep it from coming back. None: rates must be lowered.
         reach_alpha: Whether the inner rate can be capped.
         at_least_halve: Whether the meta rate must fall to half whatever the lookahead says.
         scale: How losses are compared.
 
     Returns:
         The caps to apply: the first whose lookahead is calm, or lower ones that bring the loss further down; if none
-        is calm, those whose lookahead ended lowest.
+        is calm, those whose lookahead ended lowest. Where the caps may stay, others must bring the loss further down.
     """
     alpha, beta = caps.applied(report.alpha, report.beta)
     lower_alpha, lower_beta = alpha, beta
@@ -85,6 +86,9 @@ def lowered(
         lower_beta = min(lower_beta, beta / 2)
     tried: dict[Caps, LookaheadResult] = {}
     best, worse = None, 0
+    if present is not None:
+        tried[caps] = present
+        best = caps if present.end <= scale.times(CALM, min(present.begin, loss)) else None
     for share_alpha, share_beta in LADDER:
         at = alpha if share_alpha is None else share_alpha * lower_alpha
         if at < alpha and not reach_alpha:
@@ -107,13 +111,12 @@ def released(
     beta: float,
     caps: Caps,
     present: LookaheadResult,
-    still: LookaheadResult,
     look: LookUnder,
     *,
     scale: Scale = BY_RATIO,
     allows: Callable[[Caps], bool] = lambda caps: True,
 ) -> Caps:
-    """Release capped rates by ``RELEASE`` again and again, as long as steps at the higher ones lead further down.
+    """Release capped rates by ``RELEASE`` again and again, as long as higher ones survive and lead no less far down.
 
     They are compared on the same batches, by the mean loss of the later steps.
 
@@ -122,7 +125,6 @@ def released(
         beta: The meta rate as scheduled.
         caps: The caps so far.
         present: The lookahead under them.
-        still: The lookahead at a meta rate of 0.
         look: Looks ahead under caps.
         scale: How losses are compared.
         allows: Whether caps may be tried.
@@ -137,10 +139,13 @@ def released(
             if candidate == caps or not allows(candidate):
                 continue
             found = look(candidate)
-            gain = 1.0 if candidate.beta == caps.beta else GAIN
-            enough = still.late - gain * max(still.late - late, 0.0)
-            if found.late < min(late, enough) and found.end <= scale.times(CALM, found.begin):
-                caps, late = candidate, found.late
+            if found.late > scale.times(SAME, late) or not _is_calm(found, scale):
+                continue
+            beyond = candidate
+            for _ in range(HEADROOM if candidate.beta != caps.beta else 0):
+                beyond = Caps(candidate.alpha, _raised(beyond.beta, beta))
+            if beyond == candidate or _is_calm(look(beyond), scale):
+                caps, late = candidate, min(late, found.late)
                 break
         else:
             break
@@ -172,6 +177,10 @@ def eased(
         else:
             break
     return caps
+
+
+def _is_calm(found: LookaheadResult, scale: Scale) -> bool:
+    return found.end <= scale.times(CALM, found.begin)
 
 
 def _raised(cap: float | None, rate: float) -> float | None:

@@ -260,8 +260,13 @@ class Rollback:
         ):  # nothing else tells without losses
             with run.cache.ranks.together(), undisturbed(self.trainer, self.module):
                 problem, _, optimizers = stated(run, self.trainer, self.module, *run.replay.latest())
-                loss = lookahead_of([problem], optimizers, 0, self.trainer, run.cache).under(run.caps.caps).begin
-            if statistics.diverged(loss, run.settings.lookahead.divergence_ratio):
+                lookahead = lookahead_of([problem], optimizers, 0, self.trainer, run.cache)
+                loss = lookahead.under(run.caps.caps).begin
+                # Under an inner rate that has risen since, the loss may be too high there, too.
+                with run.snapshot.visited(self.module, self.trainer.optimizers):
+                    earlier = lookahead.under(run.caps.caps).begin
+            ratio = run.settings.lookahead.divergence_ratio
+            if statistics.diverged(loss, ratio) and not statistics.diverged(earlier, ratio):
                 self._at_end(loss, statistics.start)
 
     def _at_end(self, loss: float, start: float) -> None:

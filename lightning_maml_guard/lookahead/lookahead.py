@@ -184,27 +184,25 @@ class Lookahead:
         """Return True if the run may survive what this lookahead did not, because it clips out of sight."""
         return not self.sees_clipping and not scale.diverged(result.begin, ratio)
 
-    def under(self, caps: Caps, first: int = 0, beta_factor: float = 1.0) -> LookaheadResult:
-        """Try the steps under caps, beginning with the batch of index ``first``; with a factor on the meta rate."""
+    def under(self, caps: Caps, first: int = 0) -> LookaheadResult:
+        """Try the steps under caps, beginning with the batch of index ``first``."""
         alpha, beta = caps.applied(self.alpha, self.beta)
         inner = alpha / self.alpha if self.alpha > 0 else 1.0
-        return self.run(inner, beta_factor * (beta / self.beta if self.beta > 0 else 1.0), first)
+        return self.run(inner, beta / self.beta if self.beta > 0 else 1.0, first)
 
-    def judged(
-        self, caps: Caps, scale: Scale, ratio: float, beta_factor: float = 1.0
-    ) -> tuple[LookaheadResult, Scale, float]:
+    def judged(self, caps: Caps, scale: Scale, ratio: float) -> tuple[LookaheadResult, Scale, float]:
         """Try the steps; if they do not pass, twice more from other batches on: one odd batch is no divergence.
 
         Returns:
             The result of the median severity, how its losses are compared (with the loss that training started from,
             or the loss at hand where that is not known), and the severity.
         """
-        result = self.under(caps, beta_factor=beta_factor)
+        result = self.under(caps)
         self.begin = result.begin
         scale = scale.over(result.losses)
         found = [result]
         if not passes(scale.severity(result.end, result.begin), ratio) and self.batches > 1:
-            found += [self.under(caps, (self.batches * share) // 3, beta_factor) for share in (1, 2)]
+            found += [self.under(caps, (self.batches * share) // 3) for share in (1, 2)]
         found.sort(key=lambda each: scale.severity(each.end, each.begin))
         median = found[len(found) // 2]
         return median, scale, scale.severity(median.end, median.begin)

@@ -25,11 +25,20 @@ def test_every_action_is_a_class_of_its_own_with_its_attributes():
     for name, action in ACTIONS.items():
         assert type(action).__bases__ == (Action,) and type(action).__name__.lower() == name
         attributes = action.speaks, action.caps_rates, action.stops, action.resumes_exactly
-        assert (*attributes, action.effect(IN_PYTHON, 0.1, 0.5, helps=True)) == EXPECTED[name]
+        assert (*attributes, action.effect(IN_PYTHON, 0.1, 0.5, helps=True, changed=True)) == EXPECTED[name]
         # Where the rate to blame is out of reach, `rescale` is no help to name.
         out_of_reach = [] if name == "warn" else EXPECTED[name][-1]
-        assert action.effect(IN_PYTHON, 0.1, 0.5, helps=False) == out_of_reach
+        assert action.effect(IN_PYTHON, 0.1, 0.5, helps=False, changed=True) == out_of_reach
         assert ConvergenceGuard(action=name).acting is action
+
+
+@pytest.mark.parametrize(
+    ("helps", "why"),
+    [(True, "a lower rate"), (False, "the inner rate is out of the guard's reach, and a lower lr")],
+)
+def test_rescale_says_that_it_lowers_nothing(helps, why):
+    said = ACTIONS["rescale"].effect(IN_PYTHON, 0.1, 0.5, helps=helps, changed=False)
+    assert said == [f"Nothing is lowered: {why} does not bring the loss down (action='rescale')."]
 
 
 class Mine(Action):
@@ -45,7 +54,7 @@ class Mine(Action):
         self.seen.append(situation)
         return Caps(None, 0.01) if situation.transition.state == UNSAFE else situation.caps
 
-    def effect(self, spelling, alpha, beta, *, helps):
+    def effect(self, spelling, alpha, beta, *, helps, changed):
         return [f"Mine: {spelling.arguments(alpha=alpha, beta=beta)}."]
 
 

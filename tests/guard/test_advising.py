@@ -1,6 +1,7 @@
 """Advice: what a run is told at once, over MAML written by hand, and that a run that follows it trains."""
 
 import math
+import re
 import warnings
 from functools import cache
 
@@ -317,3 +318,37 @@ def test_the_first_loss_that_is_not_finite_is_said_once_in_the_next_step(steps):
     lost = [text for text in said if "The loss is nan at these parameters." in text]
     assert len(lost) == 1 and len(module.losses) == 40
     assert lost[0].startswith(f"ConvergenceGuard: step {13 if steps else 12}: ")
+
+
+class Rising(HandWritten):
+    """Its inner rate rises by a share a step, from a step on."""
+
+    growth, since = 1.1, 70
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.alpha = 0.02 * max(1.0, self.growth ** (batch_idx - self.since))
+
+
+def test_a_run_that_an_inner_rate_out_of_reach_throws_off_is_left_as_it_is_and_advised_for_the_rate_of_now():
+    """Lower meta rates, and older parameters, only keep such a run from following the inner rate."""
+    alone, module = (Rising(alpha=0.02, lr=0.01, optimizer=Adam, hidden=16) for _ in range(2))
+    batches = sinusoids(4, shots=10) * 27
+    Trainer(max_epochs=1, **QUIET).fit(alone, DataLoader(list(batches), batch_size=None))
+    guard, said = guarded(module, batches, action="rescale")
+    assert module.losses == alone.losses and module.losses[-1] > 2 * module.losses[0]
+    (advised,) = [text for text in said if "is too large" in text]
+    at, alpha, lower = re.search(r"step (\d+): alpha = (\S+) is too .* \(inner_lr\) to (\S+)\. ", advised).groups()
+    now = 0.02 * 1.1 ** (int(at) - 71)  # the module sets the rate after the check
+    assert float(alpha) == pytest.approx(now, rel=0.01) and now / 64 < float(lower) < now / 2
+    assert "Nothing is lowered: the inner rate is out of the guard's reach" in advised
+    assert not [text for text in said if "stalled" in text] and not guard.events
+    assert {each.beta_applied for each in guard.history} == {0.01}
+
+
+def test_an_inner_rate_beyond_its_limit_that_makes_tasks_worse_is_named_although_no_rate_learns_soon():
+    module = Rising(alpha=0.02, lr=0.003, optimizer=Adam, hidden=16)
+    module.growth, module.since = 1.08, 40
+    _, said = guarded(module, sinusoids(98))
+    (advised,) = [text for text in said if "step 96" in text]
+    assert "alpha = 1.38 is too large. Set the inner rate (inner_lr) to 0." in advised
+    assert "x alpha_c = " in advised and "makes the tasks worse" in advised
