@@ -72,7 +72,7 @@ class StepBar(RichProgressBar):
     def configure_columns(self, trainer: Trainer) -> list[Any]:
         """Leave out of a narrow terminal what the numbers need the room of."""
         columns: list[Any] = super().configure_columns(trainer)
-        left_out = _IN_WIDE_TERMINALS if shutil.get_terminal_size((100, 24)).columns < 100 else ()
+        left_out = _IN_WIDE_TERMINALS if shutil.get_terminal_size((80, 24)).columns < 100 else ()
         return [each for each in columns if type(each).__name__ not in left_out]
 
     def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
