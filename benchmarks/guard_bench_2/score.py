@@ -24,16 +24,19 @@ Run = dict[str, Any]
 GUARD = "guard"
 ALARM = math.log(3.0)  # the severity of the guard's default threshold: what an advice counts as that rests on none
 OWN: dict[str, Callable[[Run], Series]] = {
-    GUARD: lambda run: [(step, value) for step, value in run[WARN]["severities"]],
-    "guard, its words included": lambda run: [
-        *((step, value) for step, value in run[WARN]["severities"]),
-        *((word.step, ALARM) for word in words(run[WARN])),
-    ],
+    GUARD: lambda run: _severity(run),
+    "guard, its words included": lambda run: [*_severity(run), *((word.step, ALARM) for word in words(run[WARN]))],
+    "guard, its lookaheads alone": lambda run: [(step, value) for step, value in run[WARN]["severities"]],
     "loss-spike ratio": lambda run: spike_ratios(run["losses"]),
     "gradient-norm spike": lambda run: spike_ratios(run["norms"]),
     "EarlyStopping rule": lambda run: early_stopping(run["losses"], run["start"]),
     "SpikeDetection rule": lambda run: spike_detection(run["losses"]),
 }
+
+
+def _severity(run: Run) -> Series:
+    """The severity as it is logged at each step; infinite ones are only kept by the guard itself."""
+    return [(step, value) for name in ("severities", "logged") for step, value in run[WARN][name]]
 
 
 def scores(run: Run) -> dict[str, Series]:

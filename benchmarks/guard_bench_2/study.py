@@ -100,7 +100,8 @@ def _run(kept: Kept, setting: Setting, options: dict[str, Any]) -> dict[str, Any
     for arm, arguments in ARMS.items():
         result = train(setting, guard=guard_arguments({**arguments, **options}))
         run[arm] = _outcome(result, start, best) | {
-            each: result[each] for each in ("checks", "events", "severities", "messages", "stopped", "work", "seconds")
+            each: result[each]
+            for each in ("checks", "events", "severities", "logged", "messages", "stopped", "work", "seconds")
         }
     return run
 

@@ -181,11 +181,12 @@ class _Skips(pl.Callback):
 
 
 class _Listener(pl.Callback):
-    """Keeps the guard's messages with their steps."""
+    """Keeps the guard's messages with their steps, and its severity as it is logged, step by step."""
 
     def __init__(self, caught: list[Any]) -> None:
         self.caught, self.read = caught, 0
         self.messages: list[tuple[int, str]] = []
+        self.logged: list[tuple[int, float]] = []
 
     def _listen(self, step: int) -> None:
         new, self.read = self.caught[self.read :], len(self.caught)
@@ -196,6 +197,9 @@ class _Listener(pl.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._listen(batch_idx + 1)
+        value = float(trainer.callback_metrics.get("guard/severity", math.nan))
+        if math.isfinite(value) and (not self.logged or value != self.logged[-1][1]):
+            self.logged.append((batch_idx, value))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._listen(trainer.global_step)
@@ -300,6 +304,7 @@ def _said(guard: ConvergenceGuard, listener: _Listener) -> dict[str, Any]:
         "checks": checks,
         "events": events,
         "severities": [list(each) for each in guard.severities],
+        "logged": listener.logged,
         "messages": listener.messages,
         "stopped": guard.stopped_step,
         "work": guard._run.schedule.state.spent,

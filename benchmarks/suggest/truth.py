@@ -44,13 +44,13 @@ class Grid:
         return float(self.final.min())
 
 
-def trained(problems: Problems, pairs: Sequence[tuple[float, float]], steps: int) -> np.ndarray:
-    """Train pairs of rates side by side; returns their final losses, ``inf`` where one blew up."""
+def trained(problems: Problems, pairs: Sequence[tuple[float, float]], steps: int, begin: int = 0) -> np.ndarray:
+    """Train pairs of rates side by side from a batch on; returns their final losses, ``inf`` where one blew up."""
     judged = problems.judged()
     like = next(iter(judged.params.values())).detach()
     alphas, betas = (like.new_tensor(each) for each in zip(*pairs, strict=True))
     torch.manual_seed(problems.seed)
-    runs, stream = Rungs(judged, [problems.optimizer()], alphas, betas, Slopes()), problems.stream()
+    runs, stream = Rungs(judged, [problems.optimizer()], alphas, betas, Slopes()), problems.stream(begin)
     final = np.full(len(pairs), math.inf)
     for step in range(steps):
         losses = runs.step(next(stream))
@@ -72,7 +72,7 @@ def start_losses(problems: Problems, alphas: Sequence[float]) -> np.ndarray:
     return np.fmin(found[:-1], found[-1])
 
 
-def grid(problems: Problems, steps: int, usual: float) -> Grid:
+def grid(problems: Problems, steps: int, usual: float, begin: int = 0) -> Grid:
     """Train every pair: meta rates in powers of 4, and then the one between the largest that trains and the next."""
     setting = problems.setting
     alphas = [math.nan] if setting.network is None else np.logspace(*setting.columns, COLUMNS).tolist()
@@ -80,10 +80,11 @@ def grid(problems: Problems, steps: int, usual: float) -> Grid:
     betas = usual * 4.0 ** np.arange(low, high + 1)
     start = start_losses(problems, alphas)
     pairs = [(alpha, beta) for alpha in alphas for beta in betas]
-    coarse = trained(problems, pairs, steps).reshape(len(alphas), len(betas))
+    coarse = trained(problems, pairs, steps, begin).reshape(len(alphas), len(betas))
     good = coarse <= TRAINED_SHARE * start[:, None]
     top = [_largest(row) for row in good]
-    between = trained(problems, [(alpha, 2 * betas[max(t, 0)]) for alpha, t in zip(alphas, top, strict=True)], steps)
+    halfway = [(alpha, 2 * betas[max(t, 0)]) for alpha, t in zip(alphas, top, strict=True)]
+    between = trained(problems, halfway, steps, begin)
     all_betas = usual * 2.0 ** np.arange(2 * low, 2 * high + 2)
     final = np.full((len(alphas), len(all_betas)), math.inf)
     final[:, ::2] = coarse

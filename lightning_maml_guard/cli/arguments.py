@@ -29,9 +29,9 @@ DESCRIPTIONS = {
     "test": "Evaluate a checkpoint (--ckpt_path; without one the network as initialised) on the test episodes.",
     "suggest": (
         "Try learning rates before training, each for --steps N (default 40) and the better ones four times as long, "
-        "and suggest a pair: the outer rate at --margin M (default 0.25) of the largest that trains. --apply OUT.yaml "
-        "writes the configuration with the pair in it, which fit --config OUT.yaml trains. --batches N (default 4) "
-        "training batches are measured beside it; --guard.NAME options say how."
+        "and suggest the pair whose loss ends lowest, up to --margin M (default 0.25) of the largest outer rate that "
+        "trains. --apply OUT.yaml writes the configuration with the pair in it, which fit --config OUT.yaml trains. "
+        "--batches N (default 4) training batches are measured beside it; --guard.NAME options say how."
     ),
     "phase-diagram": (
         "Train a grid of inner and outer learning rates, one of the experiments of Takagi et al., and draw it."

@@ -278,7 +278,7 @@ class ConvergenceGuard(Callback):
         if (scheduled := due(run, trainer, pl_module, batch, batch_idx, step)) is None:
             Rollback(run, trainer, pl_module).keep_if_due(step)
             with run.only_told("log the ratios at the rates of now"):
-                run.bar.move(trainer, pl_module, self.history, run.caps.caps, run.state.capped, step)
+                run.bar.move(trainer, pl_module, self.history, run.applied(trainer), step)
             return
         last, unsafe = self.history[-1:], run.machine.unsafe
         with run.clock.checking():

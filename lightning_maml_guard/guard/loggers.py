@@ -8,8 +8,6 @@ from importlib.util import find_spec
 from typing import Any
 
 from lightning_maml_guard.guard.report import CheckReport
-from lightning_maml_guard.lookahead.lookahead import Caps
-from lightning_maml_guard.optim.lr_cap import known_rate
 from lightning_maml_guard.plots.region import safe_region
 from lightning_maml_guard.plots.spectrum import histogram, ritz_values
 from lightning_maml_guard.plots.style import new_figure
@@ -75,10 +73,12 @@ _SHORT = {"guard/alpha_ratio": "a/ac", "guard/beta_ratio": "b/bc"}
 
 
 class Ratios:
-    """The latest ratios: in the progress bar, and at the loggers as the applied rates move between checks."""
+    """The latest ratios and severity: in the progress bar, and at the loggers as rates move between checks."""
 
     def __init__(self) -> None:
         self._report: CheckReport | None = None
+        self._at = self._looked_at = (math.nan, math.nan)  # the rates of the latest ratios, and of the last lookahead
+        self._severity = math.nan
         self._latest: dict[str, float] = {}
         self._shown: dict[str, float] = {}
 
@@ -86,23 +86,31 @@ class Ratios:
         """Go on from the last report; None before the first."""
         if history and history[-1] is not self._report:
             self._report = history[-1]
-            self._latest = self._report.ratios(self._report.alpha_applied, self._report.beta_applied)
+            self._at = self._report.alpha_applied, self._report.beta_applied
+            self._latest = self._report.ratios(*self._at)
         return self._report
 
+    def look(self, severity: float, rates: tuple[float, float]) -> None:
+        """Take in what a lookahead said, at the rates that it tried."""
+        self._severity, self._looked_at = severity, rates
+
     def move(
-        self, trainer: Any, pl_module: Any, history: Sequence[CheckReport], caps: Caps, owned: Sequence[int], step: int
+        self, trainer: Any, pl_module: Any, history: Sequence[CheckReport], rates: tuple[float, float], step: int
     ) -> None:
-        """Log the ratios at the rates of a coming step, with the age of their limits, where they have moved."""
+        """Log ratios and severity at the rates of a coming step, with the age of the limits, where the rates moved.
+
+        A severity rises by the logarithm of what the rates have risen by since its lookahead tried them.
+        """
         report = self.take(history)
-        if report is None or not owned:
-            return
-        beta = known_rate([trainer.optimizers[index] for index in owned])
-        found, before = report.ratios(*caps.applied(report.alpha, beta)), self._latest
         least = _LITTLE if step % trainer.log_every_n_steps == 0 else _MUCH
-        if all(abs(ratio - before[name]) <= least * before[name] for name, ratio in found.items() if name in before):
+        if report is None or not any(abs(now - at) > least * at for now, at in zip(rates, self._at, strict=True)):
             return
-        self._latest = found
-        log_values(trainer, pl_module, found | {"guard/limits_age": float(step - (report.step or 0))}, step)
+        self._at, self._latest = rates, report.ratios(*rates)
+        values = self._latest | {"guard/limits_age": float(step - (report.step or 0))}
+        rises = [now / looked for now, looked in zip(rates, self._looked_at, strict=True) if now > looked > 0]
+        if math.isfinite(self._severity):
+            values["guard/severity"] = self._severity + math.log(max([1.0, *rises]))
+        log_values(trainer, pl_module, values, step)
 
     def show(self, pl_module: Any, history: Sequence[CheckReport]) -> None:
         """Show them in the progress bar, under short names that fit into 80 columns.

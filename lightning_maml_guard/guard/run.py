@@ -27,6 +27,7 @@ from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced, cause
 from lightning_maml_guard.messages.terminal import warn
 from lightning_maml_guard.optim.clipping import gradient_norm
+from lightning_maml_guard.optim.lr_cap import known_rate
 from lightning_maml_guard.optim.rates_ahead import RatesAhead
 from lightning_maml_guard.optim.snapshot import Snapshot, SnapshotRing
 from lightning_maml_guard.optim.turns import Turns
@@ -280,6 +281,12 @@ class GuardedRun:
         with self.only_told("send an alert to a logger"):
             alert(trainer, message)
 
-    def note_severity(self, step: int, severe: float) -> None:
-        """Keep what a lookahead said."""
+    def applied(self, trainer: Any) -> tuple[float, float]:
+        """The inner and the meta rate of the coming step; ``nan`` where they are not known."""
+        owned = [trainer.optimizers[index] for index in self.state.capped]
+        return self.caps.caps.applied(self.alpha, known_rate(owned) if owned else math.nan)
+
+    def note_severity(self, step: int, severe: float, beta: float) -> None:
+        """Keep what a lookahead said at a scheduled meta rate."""
+        self.bar.look(severe, self.caps.caps.applied(self.alpha, beta))
         self.state.severities = [*self.state.severities, (step, severe)][-self.settings.history_size :]

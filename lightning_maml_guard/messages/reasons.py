@@ -71,6 +71,7 @@ class Kind(str, Enum):
     # What a tuner has to say of its suggestion.
     NO_BETA_SUGGESTED = "no beta suggested"
     NO_RATE_TRAINS = "no rate trains"
+    LITTLE_LEARNED = "little learned"
     # A sentence of an older version, read from a checkpoint.
     TEXT = "text"
 

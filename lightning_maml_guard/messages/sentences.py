@@ -233,10 +233,21 @@ def _too_many_rollbacks(reason: Reason, spelling: Spelling) -> str:
     )
 
 
+_LONGER = "More steps tell more (ladder=LadderOptions(longest=...))"
+
+
 def _no_rate_trains(reason: Reason, spelling: Spelling) -> str:
     return (
         f"No rates are suggested: at none of those tried is the loss within {reason.steps} steps on copies below that "
-        "before training. More steps tell more (ladder=LadderOptions(steps=...)), or the data or the loss is at fault."
+        f"before training. {_LONGER}, or the data or the loss is at fault."
+    )
+
+
+def _little_learned(reason: Reason, spelling: Spelling) -> str:
+    before, after, _ = reason.losses
+    return (
+        f"The suggested rates are a guess: in {reason.steps} steps on copies the loss falls by less than a tenth, from "
+        f"{before:.3g} to {after:.3g}. {_LONGER}."
     )
 
 
@@ -275,4 +286,5 @@ _CAUSES: dict[Kind, Callable[[Reason, Spelling], str]] = {
     Kind.TOO_MANY_ROLLBACKS: _too_many_rollbacks,
     Kind.NO_BETA_SUGGESTED: lambda reason, spelling: f"No rates are suggested, for none were tried: {reason.detail}.",
     Kind.NO_RATE_TRAINS: _no_rate_trains,
+    Kind.LITTLE_LEARNED: _little_learned,
 }

@@ -19,7 +19,9 @@ class RateLadder:
         start: Loss of such batches before training, the lower one of with and without adaptation, shape ``(A,)``.
         largest: Largest meta rate that trains, with all below it, on the worst of the streams; ``nan`` where none
             does, or where the inner rate had fallen behind before that was known; shape ``(A,)``.
-        raced: Loss after the longest training at ``margin * largest``; ``nan`` where there was none; shape ``(A,)``.
+        suggested: Meta rate up to ``margin * largest`` at which the loss is lowest after the longest training; ``nan``
+            where there was none; shape ``(A,)``.
+        raced: That loss, shape ``(A,)``.
         steps: Steps of a rung.
         race_steps: Steps of that longest training.
         taken: Steps of all rungs together.
@@ -32,6 +34,7 @@ class RateLadder:
     losses: np.ndarray
     start: np.ndarray
     largest: np.ndarray
+    suggested: np.ndarray
     raced: np.ndarray
     steps: int
     race_steps: int

@@ -50,6 +50,8 @@ from lightning_maml_guard.utils.lightning_compat import plan_of
 _HELD, _ENOUGH_TO_HOLD = 4, 8
 # Batches of such a loader that are kept, and gone through again and again.
 _KEPT = 64
+# Share of the loss before training by which it falls where training has begun; below it rates are hard to tell apart.
+_LITTLE = 0.1
 # Factor within which an inner rate of the ladder gives way to the configured one.
 _NEAR = 1.3
 
@@ -64,7 +66,7 @@ class Finder:
         curvature: How to measure.
         lookahead: How the configured rates are judged.
         ladder: How rates are tried.
-        margin: Share of the largest meta rate that trains.
+        margin: Share of the largest meta rate that trains above which none is suggested.
         batches: Optimizer steps to measure.
     """
 
@@ -144,10 +146,13 @@ class _Suggesting:
         if ladder is not None:
             best = ladder.best
             if best is None:
-                self._notes.append(Reason(Kind.NO_RATE_TRAINS, steps=ladder.steps))
+                self._notes.append(Reason(Kind.NO_RATE_TRAINS, steps=ladder.race_steps or ladder.steps))
             else:
-                alpha, beta = float(ladder.alphas[best]), self._finder.margin * float(ladder.largest[best])
+                alpha, beta = float(ladder.alphas[best]), float(ladder.suggested[best])
                 losses = (float(ladder.start[best]), float(ladder.raced[best]))
+                if losses[0] - losses[1] < _LITTLE * abs(losses[0]):
+                    said = (*losses, math.nan)
+                    self._notes.append(Reason(Kind.LITTLE_LEARNED, steps=ladder.race_steps, losses=said))
         at = reports
         if alpha != judged.alpha and not math.isnan(alpha):
             at = self._measured([at_alpha(problem, alpha) for problem in self._problems])

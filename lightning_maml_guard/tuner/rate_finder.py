@@ -28,7 +28,7 @@ class RateFinder(Callback):
 
     Args:
         batches: Optimizer steps whose batches are measured.
-        margin: Share of the largest meta rate that trains.
+        margin: Share of the largest meta rate that trains above which none is suggested.
         problem: ``(module, batch) -> MetaProblem``, for modules that have no ``meta_problem``.
         ladder: How rates are tried.
         curvature: How the critical rates are measured.

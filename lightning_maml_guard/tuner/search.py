@@ -21,6 +21,7 @@ from lightning_maml_guard.phase.ladder import RateLadder
 from lightning_maml_guard.phase.rungs import Rungs, Slopes
 from lightning_maml_guard.stability.problems import Problem
 from lightning_maml_guard.tuner.ladder import LadderOptions
+from lightning_maml_guard.tuner.trial import LOOK, Trial
 from lightning_maml_guard.utils.task_map import as_float32
 
 # Inner rates in units of 1/lambda_max before training, from below its limit of 2 to far beyond: training itself lowers
@@ -30,74 +31,8 @@ UNITS = (0.5, 1.25, 3.0, 8.0, 20.0, 50.0)
 _LOWEST, _HIGHEST = -16, 5
 # A loss above this many times that before training ends a rung.
 _RATIO = 4.0
-# Meta rates at an inner rate that are trained on after the first look, four times apart; and below the largest of them
-# in the race, each twice the one before.
-_KEPT_RUNGS, _BELOW = 3, 3
-# Steps between two looks for such losses.
-_LOOK = 5
-
-
-class Trial:
-    """Pairs of an inner rate's index and a meta rate in training, all from the start."""
-
-    def __init__(self, search: LadderSearch, pairs: Sequence[tuple[int, float]]) -> None:
-        self._search = search
-        self.columns = np.array([column for column, _ in pairs])
-        betas = search.like.new_tensor([beta for _, beta in pairs])
-        self._rungs = search.rungs(search.like.new_tensor(search.alphas[self.columns]), betas)
-        self._latest = np.full((_LOOK, len(pairs)), -math.inf)
-        self.end = np.full(len(pairs), math.inf)
-        self.start = np.full(len(pairs), math.nan)
-
-    @property
-    def active(self) -> np.ndarray:
-        """Whether each run is still trained, shape ``(runs,)``."""
-        return np.isin(np.arange(len(self.columns)), self._rungs.index.cpu().numpy())
-
-    @property
-    def trains(self) -> np.ndarray:
-        """Whether each run stayed and ended no higher than before training."""
-        return self.active & (self.end <= self.start)
-
-    def advance(self, steps: int, judged: int = 0) -> None:
-        """Train some steps; the loss over the last ``judged`` of them becomes ``end``, beside that before training."""
-        search = self._search
-        ends, starts = [], []
-        for step in range(steps):
-            if not len(self._rungs):
-                break
-            problem = next(search.problems)
-            judging = step >= steps - judged
-            held = search.held[step % len(search.held)] if search.held else None
-            if judging and held is not None:
-                ends.append(self._spread(self._rungs.losses(held)))
-            losses = self._spread(self._rungs.step(problem))
-            if judging:
-                starts.append(search.untrained(held or problem)[self.columns])
-                # A batch that is new is judged before it is trained on.
-                ends += [losses] if held is None else []
-            self._latest[step % _LOOK] = losses
-            search.count(len(self._rungs))
-            if (step + 1) % _LOOK == 0:
-                self._drop()
-        if starts:
-            self.start, mean = np.mean(starts, 0), np.mean(ends, 0)
-            self.end = np.where(self.active & np.isfinite(mean), mean, math.inf)
-
-    def keep(self, which: np.ndarray) -> None:
-        """Go on with some of the runs, by a mask over all."""
-        index = self._rungs.index
-        self._rungs.keep(torch.from_numpy(which).to(index.device)[index])
-
-    def _drop(self) -> None:
-        """End the runs whose loss left: most of the latest ones are not finite or too high."""
-        left = ~(self._latest <= self._search.highest[self.columns])
-        self.keep(2 * left.sum(0) <= _LOOK)
-
-    def _spread(self, losses: Tensor) -> np.ndarray:
-        found = np.full(len(self.columns), math.nan)
-        found[self._rungs.index.cpu().numpy()] = losses.double().cpu().numpy()
-        return found
+# Meta rates at an inner rate that are trained on after the first look, four times apart.
+_KEPT_RUNGS = 3
 
 
 class LadderSearch:
@@ -110,7 +45,7 @@ class LadderSearch:
         optimizers: What steps the parameters.
         alphas: Inner rates to try; ``nan`` alone in plain training.
         options: How.
-        margin: Share of the largest meta rate that trains.
+        margin: Share of the largest meta rate that trains above which none is suggested.
         slopes: Computes losses and gradients.
         clip: Clips a list of parameters' gradients in place.
         hook: Clips as the module does.
@@ -182,18 +117,21 @@ class LadderSearch:
 
     def find(self) -> RateLadder:
         """Climb the ladder."""
-        shape = (len(self.alphas), len(self.betas))
-        self._largest_known = np.full(len(self.alphas), math.nan)
-        self._losses, self._start = np.full(shape, math.nan), np.full(len(self.alphas), math.nan)
+        inner = len(self.alphas)
+        self._largest_known, self._start = np.full(inner, math.nan), np.full(inner, math.nan)
+        self._losses = np.full((inner, len(self.betas)), math.nan)
         with tqdm(total=self._most(), desc="rates", unit="step", disable=not self.options.progress) as self._bar:
             found = self._race(self._coarse())
-        raced = np.array([found.get(column, math.nan) for column in range(len(self.alphas))])
+        suggested, raced = np.full(inner, math.nan), np.full(inner, math.nan)
+        for column, (loss, beta) in found.items():
+            raced[column], suggested[column] = loss, beta
         return RateLadder(
             alphas=self.alphas,
             betas=self.betas,
             losses=self._losses,
             start=self._start,
             largest=self._largest_known,
+            suggested=suggested,
             raced=raced,
             steps=self.options.steps,
             race_steps=self._race_steps,
@@ -205,11 +143,11 @@ class LadderSearch:
     def _most(self) -> int:
         """The steps of all runs together, if none is dropped because its loss left."""
         steps, inner = self.options.steps, len(self.alphas)
-        first = min(max(steps // 4, _LOOK), steps)
+        first = min(max(steps // 4, LOOK), steps)
         most = inner * (-(-len(self.betas) // 2) * first + _KEPT_RUNGS * (steps - first))
         inner, done, more = _better_half(inner, 2), 0, steps
         while more > 0:
-            most += inner * (_BELOW + 2) * more
+            most += inner * (2 * _KEPT_RUNGS + 1) * more
             inner, done = _better_half(inner), done + more
             more = min(done, self.options.longest - done)
         return most
@@ -224,10 +162,10 @@ class LadderSearch:
         self._losses[columns[which], places[which]] = trial.end[which]
         self._start[columns] = trial.start
 
-    def _coarse(self) -> dict[int, int]:
-        """Try every other meta rate at every inner rate; returns the largest that trains, of the better inner rates."""
+    def _coarse(self) -> dict[int, range]:
+        """Try every other meta rate at every inner rate; returns the rungs to race at the better inner rates."""
         steps = self.options.steps
-        first = min(max(steps // 4, _LOOK), steps)
+        first = min(max(steps // 4, LOOK), steps)
         rungs = list(range(len(self.betas) - 1, -1, -2))[::-1]
         trial, columns, places = self._trial(dict.fromkeys(range(len(self.alphas)), rungs))
         trial.advance(first, 0 if first < steps else first)
@@ -239,45 +177,70 @@ class LadderSearch:
         trial.keep(keep)
         trial.advance(steps - first, max(steps // 4, 1))
         self._record(trial, columns, places, keep)
-        top = {column: _largest(places, keep & (columns == column), trial.trains) for column in set(columns.tolist())}
-        best = {c: trial.end[keep & (columns == c) & (places <= top[c])].min() for c in top if top[c] is not None}
-        able = sorted(best, key=best.__getitem__)[: _better_half(len(self.alphas), 2)]
-        return {column: rung for column in able if (rung := top[column]) is not None}
+        best, race = dict[int, float](), dict[int, range]()
+        for column in range(len(self.alphas)):
+            own = keep & (columns == column)
+            top = _largest(places, own, trial.trains)
+            # Where none trains yet, the one of the lowest loss goes on: some networks learn nothing in so few steps.
+            able = np.flatnonzero(own & trial.active & (places <= (len(self.betas) if top is None else top)))
+            if not len(able):
+                continue
+            run = able[trial.end[able].argmin()]
+            low, high = int(places[run]), int(places[run]) if top is None else top
+            # From below the lowest loss, and below the share of the largest rate, to above that one.
+            low = min(low, high + math.floor(math.log2(self.margin))) - 1
+            best[column] = float(trial.end[run])
+            race[column] = range(max(low, 0), min(high + 1, len(self.betas) - 1) + 1)
+        better = sorted(best, key=best.__getitem__)[: _better_half(len(self.alphas), 2)]
+        return {column: race[column] for column in better}
 
-    def _race(self, top: dict[int, int]) -> dict[int, float]:
-        """Train the rungs around the largest ones on, from the start and on new batches, ever fewer inner rates longer.
+    def _race(self, rungs: dict[int, range]) -> dict[int, tuple[float, float]]:
+        """Train rungs from the start and on new batches, ever fewer inner rates longer.
 
-        Returns the loss at the suggested share of the largest meta rate, of the inner rates that went on longest.
+        Returns, of the inner rates that went on longest, the lowest loss up to the share of the largest meta rate that
+        trains, and where it is.
         """
         self._race_steps, more = 0, self.options.steps
-        if not top:
+        if not rungs:
             return {}
-        last = len(self.betas) - 1
-        rungs = {column: range(max(rung - _BELOW, 0), min(rung + 1, last) + 1) for column, rung in top.items()}
         trial, columns, places = self._trial(rungs)
-        going = set(top)
+        going, asked = set(rungs), np.ones(len(columns), dtype=bool)
         while True:
             trial.advance(more, max(more // 4, 1))
             if not self._race_steps:
                 self._record(trial, columns, places, np.ones(len(columns), dtype=bool))
             self._race_steps += more
-            found, largest = dict[int, float](), dict[int, int]()
+            found, hopes, largest = dict[int, tuple[float, float]](), dict[int, float](), dict[int, int]()
             for column in going:
-                rung = _largest(places, trial.active & (columns == column), trial.trains)
+                own = trial.active & (columns == column)
+                if not own.any():
+                    continue
+                # Of all that were to go on: one whose loss left is a gap.
+                rung = _largest(places, asked & (columns == column), trial.trains)
                 self._largest_known[column] = math.nan if rung is None else self.betas[rung]
                 if rung is None:
+                    hopes[column] = float(trial.end[own].min())
                     continue
-                share = np.abs(np.log(self.betas[places] / (self.margin * self.betas[rung])))
-                share[(columns != column) | ~trial.active] = math.inf
-                largest[column], found[column] = rung, float(trial.end[share.argmin()])
-            left = sorted(found, key=found.__getitem__)[: _better_half(len(found))]
+                largest[column], found[column] = rung, self._lowest(trial, places, own, rung)
+            # An inner rate at which nothing trains yet comes after those where something does.
+            left = [*sorted(found, key=found.__getitem__), *sorted(hopes, key=hopes.__getitem__)]
             if not left or self._race_steps >= self.options.longest:
                 return found
             # Only rungs that are trained on: an inner rate that fell behind keeps the largest rate that was seen.
-            going = set(left)
-            go_on = [c in going and k <= largest[c] for c, k in zip(columns.tolist(), places.tolist(), strict=True)]
-            trial.keep(np.array(go_on))
+            going = set(left[: _better_half(len(left))])
+            top = [largest.get(column, len(self.betas)) for column in columns.tolist()]
+            asked = np.isin(columns, list(going)) & (places <= top)
+            trial.keep(asked)
             more = min(self._race_steps, self.options.longest - self._race_steps)
+
+    def _lowest(self, trial: Trial, places: np.ndarray, own: np.ndarray, largest: int) -> tuple[float, float]:
+        """The lowest loss of an inner rate's runs up to the share of the largest meta rate, and where it is."""
+        cap = self.margin * self.betas[largest]
+        able = np.flatnonzero(own & (self.betas[places] <= cap))
+        if not len(able):  # the largest fell since: the loss is that nearest above
+            return float(trial.end[own][places[own].argmin()]), float(cap)
+        run = able[trial.end[able].argmin()]
+        return float(trial.end[run]), float(self.betas[places[run]])
 
 
 def _better_half(count: int, least: int = 1) -> int:

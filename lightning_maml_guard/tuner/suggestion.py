@@ -24,8 +24,8 @@ class RateSuggestion:
 
     Attributes:
         alpha: Suggested inner rate; ``nan`` in plain training.
-        beta: Suggested meta rate, ``margin`` times the largest that trains at that inner rate; under a schedule its
-            peak. ``nan`` where no rates could be tried or none trains: ``notices`` say why.
+        beta: Suggested meta rate, where the loss is lowest up to ``margin`` times the largest that trains at that inner
+            rate; under a schedule its peak. ``nan`` where no rates could be tried or none trains: ``notices`` say why.
         alpha_c: Smallest critical inner rate over the batches, as configured.
         beta_c: Smallest critical meta rate over the batches, at the suggested ``alpha``; ``nan`` where it is not known
             (Adam and its kin before their first step, curvature that could not be measured).
@@ -36,7 +36,7 @@ class RateSuggestion:
         status: Of the configured rates, by the batch nearest to its limits and a lookahead as a guard makes it:
             ``"safe"``, ``"edge"``, ``"unsafe"`` or ``"unresolved"``.
         findings: Why, and what to do, as data; ``reasons`` has them in words.
-        margin: Share of the largest meta rate that is suggested.
+        margin: Share of the largest meta rate that trains above which none is suggested.
         notes: What the reader of the suggestion should know, as data; ``notices`` has it in words.
         reports: The measurement of each batch with the rates as configured; ``step`` is the batch's number.
         suggested_reports: The measurement of each batch at the suggested ``alpha``.
@@ -161,8 +161,8 @@ class RateSuggestion:
         if not math.isnan(self.beta_c_noise):
             beta_c += f" ({self.beta_c_noise:.3g} while every step draws new tasks)"
         said = "none suggested"
-        if not math.isnan(self.beta):
-            said = f"largest that trains {self.beta / self.margin:.3g}, suggested {self.beta:.3g}"
+        if self.ladder is not None and self.ladder.best is not None:
+            said = f"largest that trains {self.ladder.largest[self.ladder.best]:.3g}, suggested {self.beta:.3g}"
         kind = "learning rate beta" if math.isnan(self.configured_alpha) else "outer rate beta"
         lines.append(f"  {kind}: configured {self.configured_beta:.3g}, {beta_c}, {said}")
         if self.ladder is not None and not math.isnan(self.losses[0]):

@@ -95,7 +95,7 @@ def _run(name, outcome, death_at, severities, cause="beta", acted=(LEARNING, 0.2
         "norms": losses,
         "peers": {ALERTS[0]: [[step, float(loss > 1)] for step, loss in enumerate(losses)]},
         "alerts": {each: [] for each in ALERTS} | {ALERTS[0]: [known] if known < 300 else []},
-        WARN: silent | {"severities": severities, "final": 0.2},
+        WARN: silent | {"severities": severities, "logged": [], "final": 0.2},
         RESCALE: silent | {"fate": acted[0], "final": acted[1]},
     } | more
 

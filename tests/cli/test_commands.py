@@ -266,7 +266,7 @@ def test_help_tells_what_each_command_does(capsys):
     assert "linear trains on one fixed task, as Takagi et al. assume: its test loss, on other tasks, rises" in text
     said = " ".join(printed(capsys, ["suggest", "--help"]).split())
     assert "usage: lightning-maml-guard suggest " in said
-    assert "the outer rate at --margin M (default 0.25) of the largest that trains" in said and "--guard" in said
+    assert "up to --margin M (default 0.25) of the largest outer rate that trains" in said and "--guard" in said
     assert "--guard" not in printed(capsys, ["test", "--help"])
 
 

@@ -16,6 +16,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from lightning_maml_guard import ConvergenceGuard
 from lightning_maml_guard.guard import loggers
 from lightning_maml_guard.messages.sentences import sentence
+from lightning_maml_guard.utils.lightning_compat import Callback
 from tests.helpers import fit, grouped, guard_warns, linear_module, quadratic_batch
 
 SPECTRUM = [0.3, 1.0, 2.0, 4.0]
@@ -223,3 +224,28 @@ def test_a_history_is_a_pandas_table(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ModuleNotFoundError, match=r"guard.frame\(\) needs pandas: pip install pandas"):
         guard.frame()
+
+
+@pytest.mark.parametrize("moved", ["lr", "inner_lr"])
+def test_ratios_and_severity_rise_with_the_rates_between_checks(moved):
+    """A check at step 0 alone: what is logged later is its limits and its severity at the rates of each step."""
+    module = linear_module(4, 1e-3, inner_lr=1e-3)
+    seen = []
+
+    class Rises(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if moved == "lr":
+                trainer.optimizers[0].param_groups[0]["lr"] = 1e-3 * 1.2**batch_idx
+            else:
+                pl_module.inner_lr = 1e-3 * 1.2**batch_idx
+
+        def on_train_batch_end(self, trainer, *_):
+            names = ("guard/alpha_ratio", "guard/beta_ratio", "guard/severity")
+            seen.append([float(trainer.callback_metrics[name]) for name in names])
+
+    guard = ConvergenceGuard(every_n_steps=100, action="log")
+    fit(module, quadratic_batch([0.5, 1.0, 2.0, 4.0]), 8, [Rises(), guard])
+    (first,), (_, severity) = guard.history, guard.severities[0]
+    index, ratio = (1, first.beta_ratio) if moved == "lr" else (0, first.alpha_ratio)
+    assert [each[index] for each in seen] == pytest.approx([ratio * 1.2**step for step in range(8)], rel=1e-6)
+    assert [each[2] for each in seen] == pytest.approx([severity + step * math.log(1.2) for step in range(8)], rel=1e-5)

@@ -202,7 +202,12 @@ EXAMPLES = [
     (
         Reason(Kind.NO_RATE_TRAINS, steps=40),
         "No rates are suggested: at none of those tried is the loss within 40 steps on copies below that before "
-        "training. More steps tell more (ladder=LadderOptions(steps=...)), or the data or the loss is at fault.",
+        "training. More steps tell more (ladder=LadderOptions(longest=...)), or the data or the loss is at fault.",
+    ),
+    (
+        Reason(Kind.LITTLE_LEARNED, steps=160, losses=(1.7, 1.609, nan)),
+        "The suggested rates are a guess: in 160 steps on copies the loss falls by less than a tenth, from 1.7 to "
+        "1.61. More steps tell more (ladder=LadderOptions(longest=...)).",
     ),
     (
         Reason(Kind.ADAPTATION_HARMFUL, alpha=0.5, losses=(3.1, 770.0, nan)),

@@ -75,7 +75,21 @@ def test_limits_are_those_of_the_closed_form_and_the_ladder_finds_them(criterion
     # The largest rung below the limit, in steps of 2, though nothing of it was told to the ladder.
     rungs = found.ladder.betas
     assert found.ladder.largest.tolist() == [rungs[rungs < beta_c][-1]]
-    assert found.suggestion() == (0.125, 0.25 * found.ladder.largest[0])
+    # Of those tried up to a quarter of it the one whose loss is lowest, simulated here.
+    tried = rungs[~np.isnan(found.ladder.losses[0]) & (rungs <= 0.25 * found.ladder.largest[0])]
+    x = quadratic_batch(list(VALUES)).support[0][0].numpy()
+    hessian = x.T @ x * 2 / len(x)
+    inner = np.eye(4) - 0.125 * hessian
+    jacobian = hessian @ inner @ (inner if order == "exact" else np.eye(4))
+    ends = []
+    for beta in tried:
+        theta, velocity, losses = np.ones(4), np.zeros(4), []
+        for _ in range(40):
+            losses.append(np.square(x @ inner @ theta).mean())
+            velocity = momentum * velocity + jacobian @ theta
+            theta = theta - beta * velocity
+        ends.append(np.mean(losses[-10:]))
+    assert found.suggestion() == (0.125, tried[np.argmin(ends)]) and len(tried) > 1
     assert (found.configured_alpha, found.configured_beta, found.status) == (0.1, 0.1, "safe")
     assert found.losses[1] < found.losses[0] and not found.reasons and not found.notices
 
@@ -136,6 +150,49 @@ def test_where_the_loss_leaves_long_before_the_limit_a_rate_that_trains_is_found
     assert "the loss of the batches trained on goes from" in str(found)
 
 
+class Late(Wells):
+    """Learns from its 20th batch on; before that each step goes the wrong way."""
+
+    def training_step(self, batch, batch_idx):
+        loss = (self.w**2 - 1) ** 2
+        return loss if batch >= 20 else 2 * loss.detach() - loss
+
+
+@pytest.mark.parametrize("longest", [8, 40])
+def test_rates_at_which_nothing_is_learned_yet_go_on_longer(longest):
+    ladder = LadderOptions(steps=8, longest=longest, progress=False)
+    found = suggest_rates(Late(), loader(*torch.arange(60)), batches=1, ladder=ladder)
+    assert np.all(~(found.ladder.losses < found.ladder.start[:, None]))  # none trains in 8 steps
+    assert math.isnan(found.beta) == (longest == 8)
+    if longest == 40:
+        assert found.losses[1] < 0.1 * found.losses[0] and found.ladder.race_steps == 40 and not found.notices
+
+
+def test_a_rate_above_one_whose_loss_leaves_is_not_the_largest():
+    class Gap(Wells):  # one step of 0.1 beta, to where the loss is low or has no value
+        def training_step(self, batch, batch_idx):
+            w = self.w.detach()
+            low = torch.where((w < 0.4) | ((w > 0.56) & (w < 0.57)), math.nan, 0.5)
+            return torch.where(w < 0.6, low + 0 * self.w, 1 + 0.1 * (self.w - w))
+
+    found = suggest_rates(Gap(), loader(torch.zeros(1)), ladder=QUICK)
+    ends = dict(zip(found.ladder.betas.tolist(), found.ladder.losses[0].tolist(), strict=True))
+    assert ends[0.16] == 0.5 and ends[0.32] == math.inf and ends[0.64] == ends[1.28] == 0.5
+    assert found.ladder.largest == [0.16] and found.beta <= 0.04
+
+
+@pytest.mark.parametrize("margin", [0.1, 0.25, 0.5])
+def test_no_rate_above_the_share_of_the_largest_is_suggested(margin):
+    class Bowl(Wells):  # in which the lowest loss is right below the largest rate that trains, 2
+        def training_step(self, batch, batch_idx):
+            return 0.5 * self.w**2
+
+    found = suggest_rates(Bowl(), loader(torch.zeros(1)), margin=margin, ladder=QUICK)
+    (largest,) = found.ladder.largest
+    below = found.ladder.betas[found.ladder.betas <= margin * largest]
+    assert 1 < largest < 2 and found.beta == below[-1]
+
+
 @pytest.mark.parametrize("algorithm", [None, "value"])
 def test_the_ladder_clips_as_the_run_does(algorithm):
     free = suggest_rates(Wells(), loader(torch.zeros(1)), ladder=QUICK)
@@ -168,7 +225,8 @@ def test_optimizers_without_a_limit_before_their_first_step_get_a_rate(kind):
     data = TaskDataModule(Sinusoid(shots=5), meta_batch_size=3)
     found = suggest_rates(module, data, batches=1, ladder=QUICK, lookahead=LookaheadOptions(steps=0))
     assert math.isnan(found.beta_c) and found.status == "unresolved" and not found.notices
-    assert found.beta == 0.25 * found.ladder.largest[found.ladder.best] > 0
+    assert found.beta == found.ladder.suggested[found.ladder.best] in found.ladder.betas
+    assert found.beta <= 0.25 * found.ladder.largest[found.ladder.best]
     assert "configured 0.001, beta_c not known, largest that trains" in str(found)
 
 
@@ -181,7 +239,7 @@ def test_what_is_printed_and_drawn():
     assert lines[0].endswith(" s; critical values over 2 batches):")
     assert lines[1] == "  inner rate alpha: configured 0.1, alpha_c 0.25, suggested 0.125"
     assert lines[2].startswith("  outer rate beta: configured 3, beta_c ")
-    assert lines[2].endswith(f"largest that trains {4 * found.beta:.3g}, suggested {found.beta:.3g}")
+    assert lines[2].endswith(f"largest that trains {found.ladder.largest[0]:.3g}, suggested {found.beta:.3g}")
     assert lines[3].startswith("  at the suggested pair the loss of the batches trained on goes from")
     assert lines[4].startswith("The configured rates are unsafe. beta = 3 is 2.2x")
     assert "Lower" not in str(found)  # what to set is what is suggested
@@ -229,7 +287,7 @@ def shuffled():
 def test_plain_training_gets_a_learning_rate():
     matplotlib.use("Agg")
     found = suggest_rates(Plain(momentum=0.5), shuffled(), ladder=QUICK)
-    assert math.isnan(found.alpha) and found.beta == 0.25 * found.ladder.largest[0]
+    assert math.isnan(found.alpha) and 0 < found.beta <= 0.25 * found.ladder.largest[0]
     for report in found.reports:
         assert report.beta_c == pytest.approx(3.0 / report.lambda_max, rel=2e-2)
     lines = str(found).splitlines()
