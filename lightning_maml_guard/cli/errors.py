@@ -170,10 +170,13 @@ def _type_name(hint: Any) -> str:
 
 
 def _did_you_mean(name: str, known: Sequence[str], above: str = "") -> str:
-    """Correct the part before the first dot, and the rest among the options that begin with that part."""
+    """Correct the part before the first dot and the rest among the options that begin so; else complete the name."""
     head, dot, rest = name.partition(".")
     heads = get_close_matches(head, {each.partition(".")[0] for each in known}, 1)
     behind = [each.partition(".")[2] for each in known if heads and each.startswith(f"{heads[0]}.")]
     rests = get_close_matches(rest, behind, 1) if rest and behind else [rest]
     near = f"{heads[0]}{dot}{rests[0]}" if heads and rests else name
+    if near == name and not dot:  # --optimizer for --model.optimizer
+        ends = {each.rpartition(".")[2]: each for each in reversed(known)}
+        near = ends[get_close_matches(name, ends, 1)[0]] if get_close_matches(name, ends, 1) else name
     return "" if near == name else f"Did you mean --{above}{near}?"

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lightning_maml_guard import __version__
 from lightning_maml_guard.cli.arguments import (
     ACTIONS,
     COMMANDS,
@@ -50,7 +51,7 @@ A command before the task word does one thing:
 {_summaries()}
 
 {prog} fit --help lists every option. Under every command but phase-diagram, --print_config prints the
-configuration as YAML, which --config OWN.yaml reads back.
+configuration as YAML, which --config OWN.yaml reads back. {prog} --version tells the version.
 linear trains on one fixed task, as Takagi et al. assume: its test loss, on other tasks, rises as it learns that one.
 omniglot is a first look of 300 steps; omniglot_5way, omniglot_20way, miniimagenet (1 shot) and miniimagenet_5shot
 follow the published settings (Finn et al. 2017: 60,000 steps, for a GPU). Image data is read from the folder that
@@ -66,6 +67,9 @@ def main(words: Sequence[str] | None = None) -> Any:
             "pip install 'lightning-maml-guard[examples]' (in a checkout: pip install '.[examples]')."
         )
     given = sys.argv[1:] if words is None else list(words)
+    if given == ["--version"]:
+        print(f"lightning-maml-guard {__version__}")
+        raise SystemExit(0)
     command = given.pop(0) if given and given[0] in COMMANDS else TRAIN_THEN_TEST
     if command == "phase-diagram":
         from lightning_maml_guard.cli.phase_diagram import main as phase_diagram_command

@@ -6,6 +6,7 @@ import shutil
 from argparse import SUPPRESS
 from collections.abc import Sequence
 from dataclasses import replace
+from inspect import signature
 from typing import Any, NoReturn
 
 from lightning_maml_guard.cli.arguments import ACTIONS
@@ -19,7 +20,9 @@ from lightning_maml_guard.cli.errors import (
     wrong_rate,
 )
 from lightning_maml_guard.guard.convergence_guard import ConvergenceGuard
+from lightning_maml_guard.maml.meta_learning import MetaLearningModule
 from lightning_maml_guard.messages.spelling import Spelling
+from lightning_maml_guard.tasks.datamodule import TaskDataModule
 from lightning_maml_guard.tuner.suggestion import RateSuggestion
 from lightning_maml_guard.utils.lightning_compat import (
     Callback,
@@ -43,8 +46,17 @@ class Parser(LightningArgumentParser):
         """Exit with an error of one line."""
         if not self.exit_on_error:  # the parser of one class: the command line's own writes the option in full
             raise ClassOptionError(message, self._actions) from ex
-        known = [*option_names(self._actions), *self.also]
+        known = [*option_names(self._actions), *self.also, *_options_of_our_classes(self.trains)]
         super().error(wrong_option(ex, self._actions) or with_nearest(message, known), ex)
+
+
+def _options_of_our_classes(trains: bool) -> list[str]:
+    """List the options of the shipped configurations' classes, which the parser knows only once a class is named."""
+    classes: dict[str, Any] = {"model": MetaLearningModule, "data": TaskDataModule}
+    if trains:
+        classes["guard"] = ConvergenceGuard
+    names = [f"{key}.{name}" for key, each in classes.items() for name in signature(each).parameters]
+    return [*names, "model.optimizer.lr"]
 
 
 _IN_WIDE_TERMINALS = ("CustomBarColumn", "ProcessingSpeedColumn")
@@ -60,7 +72,7 @@ class StepBar(RichProgressBar):
     def configure_columns(self, trainer: Trainer) -> list[Any]:
         """Leave out of a narrow terminal what the numbers need the room of."""
         columns: list[Any] = super().configure_columns(trainer)
-        left_out = _IN_WIDE_TERMINALS if shutil.get_terminal_size((100, 24)).columns < 100 else ()
+        left_out = _IN_WIDE_TERMINALS if shutil.get_terminal_size((80, 24)).columns < 100 else ()
         return [each for each in columns if type(each).__name__ not in left_out]
 
     def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:

@@ -41,6 +41,8 @@ def why(report: Any, spelling: Spelling) -> list[str]:
     """Say why a report is what it is, and what to do unless the guard did it."""
     acted = report.alpha_applied < report.alpha or report.beta_applied < report.beta
     said = list(sentences(report.findings, spelling, advised=acted or report.is_told_what_to_do))
+    if report.advice is not None:  # trials of rates are evidence of the advice alone
+        said = list(dict.fromkeys([*said, *sentences(report.advice.evidence, spelling, advised=True)]))
     if acted and said:
         return [*said, f"Applied instead: {rates(report.alpha_applied, report.beta_applied)}."]
     return said if acted or report.advice is None else [*said, f"To do: {advised(report.advice, spelling)}"]

@@ -22,7 +22,7 @@ def outcome(record: RunRecord) -> str:
     if record.stopped_step is not None:
         parts.append(f"stopped by the guard at step {record.stopped_step}")
     if not parts:
-        parts.append(f"{_diverged_or_trained(record)} {record.steps} steps")
+        parts.append(f"{_diverged_or_trained(record)} {counted(record.steps, 'step')}")
     ended = _ended(record)
     said = "; ".join([*parts, *([ended] if ended else [])])
     return said[0].upper() + said[1:]

@@ -27,7 +27,8 @@ _PACKAGES = ("lightning-maml-guard", "torch", "pytorch-lightning", "lightning", 
 _WORDS = {
     "safe": "the lookahead passes and both rates keep their limits",
     "edge": "a rate is beyond its critical value and the lookahead passes: the edge of stability",
-    "unsafe": "the lookahead diverges, or, without one, a rate is beyond its critical value",
+    "unsafe": "the lookahead diverges, what was learned is lost, or trials at lower rates end clearly lower; without a "
+    "lookahead, a rate is beyond its critical value",
     "unresolved": "the measurement does not say",
 }
 _LAST_CHECK = (

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 # A loss this many times as large as the one at the start, or the median, is beyond the picture.
 _CEILING = 10.0
+_PAD = 0.012
+_LEAST_SPAN = 1.3
+_FEW = 20  # losses that are drawn with a mark each: a line alone does not show a single one
 
 
 def run_history(
@@ -76,7 +79,11 @@ def run_history(
         for begin, at in rolled_back:
             ax.axvspan(begin, max(at, begin), color=style.ROLLED_BACK_COLOUR, alpha=0.18, linewidth=0, zorder=0)
     axes[-1].set_xlabel(style.STEP_AXIS)
-    axes[-1].set_xlim(min(steps[0], 0.0), max(stop, 1.0))
+    begin, stop = min(steps[0], 0.0), max(stop, 1.0)
+    pad = _PAD * (stop - begin)  # room for the marks of the first check and the last
+    axes[-1].set_xlim(begin - pad, stop + pad)
+    ticker = style.import_matplotlib("ticker").ticker
+    axes[-1].xaxis.set_major_locator(ticker.MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     return figure, axes
 
 
@@ -94,7 +101,8 @@ def _draw_losses(ax: Axes, losses: LossCurve, events: Sequence[tuple[int, str]])
         low, high = ([min(value, ceiling) for value in ends] for ends in zip(*((p.low, p.high) for p in points)))  # noqa: B905
         ax.fill_between(x, low, high, color=style.AFTER_COLOUR, alpha=0.18, linewidth=0)
     name = style.AFTER_ADAPTATION if before else style.LOSS
-    ax.plot(x, shown, color=style.AFTER_COLOUR, linewidth=1.4, label=name)
+    mark = "o" if len(points) <= _FEW else ""
+    ax.plot(x, shown, color=style.AFTER_COLOUR, marker=mark, markersize=3, linewidth=1.4, label=name)
     if before:
         inside = [value if value <= ceiling else math.nan for _, value in before]
         dots: dict[str, Any] = {"marker": ".", "markersize": 4, "linewidth": 1.0}
@@ -107,11 +115,17 @@ def _draw_losses(ax: Axes, losses: LossCurve, events: Sequence[tuple[int, str]])
     for kind, (marker, colour) in style.EVENT_MARKS.items():
         at = [step for step, each in events if each == kind]
         if at:
-            marks: dict[str, Any] = {"marker": marker, "color": colour, "linestyle": "none", "markersize": 6}
-            ax.plot(at, [1.0] * len(at), transform=top, clip_on=False, label=kind, zorder=6, **marks)
+            # A cross is larger and on top, so that it is seen where the guard acted in the same step.
+            size, layer = (8, 7) if marker == "x" else (6, 6)
+            marks: dict[str, Any] = {"marker": marker, "color": colour, "linestyle": "none", "markersize": size}
+            ax.plot(at, [1.0] * len(at), transform=top, clip_on=False, label=kind, zorder=layer, **marks)
     ax.set(title=style.LOSS_TITLE, yscale="log" if lowest > 0 else "linear")
     ax.margins(y=0.08)
     if lowest > 0:
+        low, high = ax.get_ylim()
+        if high < _LEAST_SPAN * low:  # of losses that hardly differ, ticks would read alike
+            widened = (_LEAST_SPAN * low / high) ** 0.5
+            ax.set_ylim(low / widened, high * widened)
         style.plain_ticks(ax.yaxis, *ax.get_ylim())
     style.legend_beside(ax)
 

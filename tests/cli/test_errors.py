@@ -110,6 +110,10 @@ def refused(capsys, run, *words):
         ("--trainer.limit_train_batches=1.5", "--trainer: You have passed invalid value 1.5 for limit_train_batches"),
         ("--modle.inner_lr=5", "unrecognized arguments: --modle.inner_lr=5. Did you mean --model.inner_lr?"),
         ("--gaurd", "unrecognized arguments: --gaurd. Did you mean --guard?"),
+        ("--optimizer=SGD", "unrecognized arguments: --optimizer=SGD. Did you mean --model.optimizer?"),
+        ("--optimizer SGDD", "unrecognized arguments: --optimizer SGDD. Did you mean --model.optimizer?"),
+        ("--max_stepz=5", "unrecognized arguments: --max_stepz=5. Did you mean --trainer.max_steps?"),
+        ("--lr=1", "unrecognized arguments: --lr=1. Did you mean --model.optimizer.lr?"),
         ("--guard.zzz=1", "unrecognized option --guard.zzz.$"),
     ],
 )
@@ -193,7 +197,7 @@ def test_the_commands_have_options_of_their_own(capsys):
         ),
         ("fit linear --ckpt_path none.ckpt", "--ckpt_path: there is no checkpoint none.ckpt."),
         ("phase-diagram --zzz", "unrecognized arguments: --zzz"),
-        ("fit linear --marginn=1", "unrecognized arguments: --marginn=1"),
+        ("fit linear --marginn=1", "unrecognized arguments: --marginn=1. Did you mean --guard.margin?"),
         ("test linear --gaurd", "unrecognized arguments: --gaurd"),
         ("validate linear --data.val_episodes=0", "--data.val_episodes: validate judges on the validation episodes"),
     ):

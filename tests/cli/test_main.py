@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 
-from lightning_maml_guard import MetaLearningModule
+from lightning_maml_guard import MetaLearningModule, __version__
 from lightning_maml_guard.cli.arguments import CONFIGS, TASKS, _position, run_name, translate
 from lightning_maml_guard.cli.main import main
-from lightning_maml_guard.cli.parser import OptionSpelling
+from lightning_maml_guard.cli.parser import OptionSpelling, StepBar
 from lightning_maml_guard.tasks.episodes import episode_generator
 from lightning_maml_guard.utils.lightning_compat import Trainer
 from tests.helpers import guard_warns
@@ -207,6 +207,19 @@ def test_a_run_that_is_found_diverged_is_told_what_to_set_and_the_options_that_h
     assert rescued == "--guard rescale --guard.rollback true --guard.margin 0.5"
     guard = main(["fit", "linear", *SHORT, *rescued.split()]).guard
     assert (guard.action, guard.rollback, guard.margin) == ("rescale", True, 0.5)
+
+
+@pytest.mark.parametrize(("columns", "left"), [("80", 3), ("", 3), ("120", 5)])
+def test_the_bar_has_room_for_the_numbers_where_80_columns_are_all_there_is(columns, left, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr("os.get_terminal_size", lambda _: (_ for _ in ()).throw(OSError("no terminal")))
+    assert len(StepBar().configure_columns(None)) == left
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"lightning-maml-guard {__version__}\n"
 
 
 def test_help_reads_well():

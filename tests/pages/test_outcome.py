@@ -11,7 +11,7 @@ from lightning_maml_guard.lookahead.loss_curve import LossCurve
 from lightning_maml_guard.messages.advice import Advice, Cause
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.messages.spelling import IN_PYTHON
-from lightning_maml_guard.pages.events import Rollback, parameters_of, rollbacks
+from lightning_maml_guard.pages.events import Rollback, parameters_of, rollbacks, why
 from lightning_maml_guard.pages.outcome import outcome, summary
 from lightning_maml_guard.pages.record import RunRecord
 from tests.plots.test_plots import checks
@@ -41,6 +41,7 @@ def rolled_back(at, to, kind=Kind.ROLLED_BACK):
     ("found", "said"),
     [
         (record(3.5, 1.0, 0.5), "Trained 3 steps; the loss went from 3.5 to 0.75"),
+        (record(3.5), "Trained 1 step; the loss is 3.5"),
         (record(1.0, 9.0, 9.0), "Diverged within 3 steps; the loss went from 1 to 9"),
         (record(1.0, 2.0, nan), "Diverged within 3 steps; the loss is not finite"),
         (record(-2.0, -4.0, -4.0), "Trained 3 steps; the loss went from -2 to -4"),
@@ -82,3 +83,14 @@ def test_a_rollback_tells_whose_parameters_were_measured():
     assert said == {
         5: "", 7: "rolled back at step 10", 10: "after the rollback to step 5", 15: "", 18: "rolled back at step 20",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("applied", [0.4, 0.1])
+def test_trials_of_rates_are_told_as_the_reason_once_whether_or_not_the_guard_acted(applied):
+    tried = Reason(Kind.RATES_TRIED, steps=30, alpha=0.1, beta=0.1, losses=(0.7, 0.4, nan))
+    advice = Advice(cause=Cause.BETA, beta=0.1, configured_alpha=0.1, configured_beta=0.4, evidence=(tried,))
+    report = replace(checks()[0], alpha=0.1, alpha_applied=0.1, beta=0.4, beta_applied=applied, advice=advice)
+    trials = "30 steps tried on copies end at a loss of 0.7; with alpha = 0.1, beta = 0.1 they end at 0.4."
+    first, *_, last = why(replace(report, findings=()), IN_PYTHON)
+    assert first == trials and last.startswith("To do: beta = 0.4" if applied == 0.4 else "Applied instead: ")
+    assert why(replace(report, findings=(tried,)), IN_PYTHON).count(trials) == 1

@@ -126,7 +126,7 @@ def test_a_run_is_drawn_to_its_end_with_its_loss_and_what_happened():
             checks(), losses=losses, events=events, rolled_back=back, end=160, width=width
         )
         assert loss.get_title() == "Training loss" and loss.get_yscale() == "log"
-        assert loss.get_xlim() == states.get_xlim() == (0, 160)
+        assert loss.get_xlim() == states.get_xlim() == pytest.approx((-0.012 * 160, 1.012 * 160))
         bars = [path.get_extents() for part in states.collections for path in part.get_paths()]
         assert max(each.x1 for each in bars) == 160
         lines = {line.get_label(): line.get_xydata() for line in loss.lines}
@@ -136,7 +136,24 @@ def test_a_run_is_drawn_to_its_end_with_its_loss_and_what_happened():
         assert lines["rolled back"][:, 0].tolist() == [90] and {"unsafe", "capped"} <= set(lines)
         assert loss.get_ylim()[1] < 100
     alone, axes = run_history(checks())
-    assert len(axes) == 2 and axes[0].get_xlim() == (0, 200)
+    assert len(axes) == 2 and axes[0].get_xlim() == pytest.approx((-0.012 * 200, 1.012 * 200))
+
+
+@pytest.mark.parametrize("width", [style.WIDE, style.NARROW])
+def test_of_a_single_step_every_value_is_inside_its_axes_and_the_ticks_differ(width):
+    losses = LossCurve(end=1)
+    losses.take(3.52)
+    losses.adapt(0, 3.53, 3.52)
+    figure, axes = run_history(checks()[:1], losses=losses, end=1, width=width)
+    figure.canvas.draw()
+    (loss, *_), (ratios,) = axes, [ax for ax in axes if "Rates" in ax.get_title()]
+    for ax, label in ((loss, "after adaptation"), (loss, "before adaptation"), (ratios, r"$\alpha/\alpha_c$")):
+        (line,) = [each for each in ax.lines if each.get_label() == label]
+        at = ax.transData.transform(line.get_xydata()[0])
+        assert line.get_marker() not in ("", "None") and ax.bbox.padded(-2).contains(*at)
+    ticks = [text.get_text() for text in loss.get_yticklabels() if text.get_text()]
+    assert len(set(ticks)) == len(ticks) > 1
+    assert all(float(tick).is_integer() for tick in axes[-1].get_xticks())
 
 
 def test_a_legend_covers_no_ritz_value():
