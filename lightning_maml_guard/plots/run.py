@@ -79,9 +79,9 @@ def run_history(
         for begin, at in rolled_back:
             ax.axvspan(begin, max(at, begin), color=style.ROLLED_BACK_COLOUR, alpha=0.18, linewidth=0, zorder=0)
     axes[-1].set_xlabel(style.STEP_AXIS)
-    begin, stop = min(steps[0], 0.0), max(stop, 1.0)
-    pad = _PAD * (stop - begin)  # room for the marks of the first check and the last
-    axes[-1].set_xlim(begin - pad, stop + pad)
+    first, last = min(steps[0], 0.0), max(stop, 1.0)
+    pad = _PAD * (last - first)  # room for the marks of the first check and the last
+    axes[-1].set_xlim(first - pad, last + pad)
     ticker = style.import_matplotlib("ticker").ticker
     axes[-1].xaxis.set_major_locator(ticker.MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     return figure, axes
@@ -122,10 +122,10 @@ def _draw_losses(ax: Axes, losses: LossCurve, events: Sequence[tuple[int, str]])
     ax.set(title=style.LOSS_TITLE, yscale="log" if lowest > 0 else "linear")
     ax.margins(y=0.08)
     if lowest > 0:
-        low, high = ax.get_ylim()
-        if high < _LEAST_SPAN * low:  # of losses that hardly differ, ticks would read alike
-            widened = (_LEAST_SPAN * low / high) ** 0.5
-            ax.set_ylim(low / widened, high * widened)
+        bottom, top_loss = ax.get_ylim()
+        if top_loss < _LEAST_SPAN * bottom:  # of losses that hardly differ, ticks would read alike
+            widened = (_LEAST_SPAN * bottom / top_loss) ** 0.5
+            ax.set_ylim(bottom / widened, top_loss * widened)
         style.plain_ticks(ax.yaxis, *ax.get_ylim())
     style.legend_beside(ax)
 
