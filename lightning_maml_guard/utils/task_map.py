@@ -158,8 +158,12 @@ class TaskMap:
         """
         if _any_listed(args):
             return self._loop(function, args, in_dims)
+
+        def named(*given: Any) -> T:  # torch 2.6 asks for the name, and that of a partial prints its tensors
+            return function(*given)
+
         return self._try(
-            lambda: torch.func.vmap(function, in_dims, randomness="different", chunk_size=self.chunk_size)(*args),
+            lambda: torch.func.vmap(named, in_dims, randomness="different", chunk_size=self.chunk_size)(*args),
             lambda: self._loop(function, args, in_dims),
         )
 
