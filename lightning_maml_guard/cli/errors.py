@@ -178,5 +178,5 @@ def _did_you_mean(name: str, known: Sequence[str], above: str = "") -> str:
     near = f"{heads[0]}{dot}{rests[0]}" if heads and rests else name
     if near == name and not dot:  # --optimizer for --model.optimizer
         ends = {each.rpartition(".")[2]: each for each in reversed(known)}
-        near = ends[get_close_matches(name, ends, 1)[0]] if get_close_matches(name, ends, 1) else name
+        near = next((ends[each] for each in get_close_matches(name, ends, 1)), name)
     return "" if near == name else f"Did you mean --{above}{near}?"

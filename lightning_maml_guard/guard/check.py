@@ -98,7 +98,7 @@ class Check:
         elif stuck and adviser.news is None:
             self.rollback.warn_of_stall(look, step)
         if look.present is not None:
-            run.note_severity(step, look.severity, scheduled_rate(look.optimizers))
+            run.note_severity(step, look.severity, look.beta)
             if not scheduled and not failing and adviser.news is None:
                 slips = learning is not None and not learning.holds
                 if slips or passes(look.severity, ratio):
@@ -122,7 +122,7 @@ class Check:
             further = None if failing or run.state.history else adviser.look_further(report)
             if further is not None:
                 failing, look.severity = True, max(look.severity, adviser.severity_of(further))
-                run.note_severity(step, look.severity, scheduled_rate(look.optimizers))
+                run.note_severity(step, look.severity, look.beta)
             judged = look.severity
             missed = (
                 look.lookahead is not None

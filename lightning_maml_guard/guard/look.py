@@ -72,6 +72,11 @@ class Look:
     adaptation: Adaptation | None = None
 
     @property
+    def beta(self) -> float:
+        """The scheduled meta rate, read once for the lookahead: on a device that waits; ``nan`` without one."""
+        return math.nan if self.lookahead is None else self.lookahead.beta
+
+    @property
     def adaptation_gain(self) -> float:
         """Logarithm of the loss before adaptation over the one after it; ``nan`` where it was not looked at."""
         return math.nan if self.adaptation is None else self.adaptation.gain

@@ -88,7 +88,7 @@ def lowered(
     best, worse = None, 0
     if present is not None:
         tried[caps] = present
-        best = caps if present.end <= scale.times(CALM, min(present.begin, loss)) else None
+        best = caps if is_calm(present, scale, loss) else None
     for share_alpha, share_beta in LADDER:
         at = alpha if share_alpha is None else share_alpha * lower_alpha
         if at < alpha and not reach_alpha:
@@ -101,7 +101,7 @@ def lowered(
             best, worse = (candidate, 0) if found.end < scale.times(BETTER, tried[best].end) else (best, worse + 1)
             if worse == PATIENCE:
                 return best
-        elif found.end <= scale.times(CALM, min(found.begin, loss)):
+        elif is_calm(found, scale, loss):
             best = candidate
     return best or min(tried, key=lambda each: tried[each].end)
 
@@ -139,12 +139,12 @@ def released(
             if candidate == caps or not allows(candidate):
                 continue
             found = look(candidate)
-            if found.late > scale.times(SAME, late) or not _is_calm(found, scale):
+            if found.late > scale.times(SAME, late) or not is_calm(found, scale):
                 continue
             beyond = candidate
             for _ in range(HEADROOM if candidate.beta != caps.beta else 0):
                 beyond = Caps(candidate.alpha, _raised(beyond.beta, beta))
-            if beyond == candidate or _is_calm(look(beyond), scale):
+            if beyond == candidate or is_calm(look(beyond), scale):
                 caps, late = candidate, min(late, found.late)
                 break
         else:
@@ -179,8 +179,9 @@ def eased(
     return caps
 
 
-def _is_calm(found: LookaheadResult, scale: Scale) -> bool:
-    return found.end <= scale.times(CALM, found.begin)
+def is_calm(found: LookaheadResult, scale: Scale, loss: float = math.inf) -> bool:
+    """Whether a lookahead raises its first loss, or a lower one given, by no more than the scatter of a batch."""
+    return found.end <= scale.times(CALM, min(found.begin, loss))
 
 
 def _raised(cap: float | None, rate: float) -> float | None:

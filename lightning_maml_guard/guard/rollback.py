@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_maml_guard.guard.loggers import logger_step
 from lightning_maml_guard.guard.look import ODD, OTHERS, Look, stated
-from lightning_maml_guard.guard.rescale import CALM, reaches_alpha
+from lightning_maml_guard.guard.rescale import is_calm, reaches_alpha
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.lookahead.divergence import fails
 from lightning_maml_guard.lookahead.learning import (
@@ -173,7 +173,7 @@ class Rollback:
                 look.lookahead = self._without_odd(look)
                 tried = look.lookahead.under(Caps(self._alpha_at(snapshot), beta))
             ends[snapshot.step] = tried.end
-            if tried.end <= look.scale.times(CALM, tried.begin):
+            if is_calm(tried, look.scale):
                 ring.drop_after(snapshot.step)
                 return
         ring.drop_after(min(ends, key=lambda step: ends[step]))

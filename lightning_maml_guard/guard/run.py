@@ -284,7 +284,7 @@ class GuardedRun:
     def applied(self, trainer: Any) -> tuple[float, float]:
         """The inner and the meta rate of the coming step; ``nan`` where they are not known."""
         owned = [trainer.optimizers[index] for index in self.state.capped]
-        return self.caps.caps.applied(self.alpha, known_rate(owned) if owned else math.nan)
+        return self.caps.caps.applied(self.alpha, known_rate(owned))
 
     def note_severity(self, step: int, severe: float, beta: float) -> None:
         """Keep what a lookahead said at a scheduled meta rate."""

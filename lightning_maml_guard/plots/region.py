@@ -116,7 +116,7 @@ def safe_region(
         place: dict[str, Any] = {"location": "top", "aspect": 40} if narrow else {}
         axes.figure.colorbar(mpl.cm.ScalarMappable(norm, colours), ax=axes, label=style.CHECK_STEP_AXIS, **place)
     elif measured[0].step is not None:
-        axes.set_title(f"{style.REGION_TITLE},{chr(10) if narrow else ' '}step {measured[0].step}")
+        axes.set_title((",\n" if narrow else ", ").join([style.REGION_TITLE, f"step {measured[0].step}"]))
     return axes.figure, axes
 
 
