@@ -13,6 +13,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.func import functional_call
 from torch.optim import SGD
@@ -127,6 +128,12 @@ def left_behind(module, trainer) -> dict:
         "torch": exact(torch.get_rng_state()),
         "log": written(trainer),
     }
+
+
+def leave_group() -> None:
+    """Before torch 2.8 gloo waits for its threads with the GIL held, which one that frees a tensor needs (#154976)."""
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def one_line(message) -> str:

@@ -8,6 +8,7 @@ import torch.multiprocessing as processes
 
 from lightning_maml_guard import phase_diagram
 from lightning_maml_guard.utils.distributed import SharedError
+from tests.helpers import leave_group
 from tests.phase.families import KINDS, family
 
 ARRAYS = ("losses", "start", "unadapted", "final", "divergence_step", "alpha_c", "beta_c", "exact_beta_c")
@@ -52,7 +53,7 @@ def _one_of_two(rank: int, folder: str) -> None:
     except SharedError as error:
         found["told"] = str(error)
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.fixture(scope="module")

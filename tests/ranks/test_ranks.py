@@ -14,7 +14,7 @@ from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, MetaProblem
 from lightning_maml_guard.stability.hvp import MeasurementCache
 from lightning_maml_guard.utils.distributed import ProcessGroup, SharedError
 from lightning_maml_guard.utils.lightning_compat import MisconfigurationException, check_strategy
-from tests.helpers import fit, grouped_measure, linear_module, quadratic_batch
+from tests.helpers import fit, grouped_measure, leave_group, linear_module, quadratic_batch
 from tests.ranks.program import CASES, STEPS, Module, episodes, part, train
 
 ROOT = Path(__file__).parents[2]
@@ -121,7 +121,7 @@ def _measured(rank: int, folder: str, options: dict, failing: int) -> None:
     except SharedError as error:
         found = str(error)
     torch.save(found, f"{folder}/measured{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 OPTIONS = [
@@ -209,7 +209,7 @@ def _measured_with_nan(rank: int, folder: str) -> None:
             _problem(batch), beta=0.05, cache=cache, curvature=CurvatureOptions(criterion="simplified", tasks="worst")
         )
     torch.save([report.status, *report.reasons], f"{folder}/measured{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_ends_the_measurement_on_all(tmp_path):

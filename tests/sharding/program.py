@@ -23,6 +23,8 @@ from lightning_maml_guard.utils.lightning_compat import Callback, LightningModul
 from tests.helpers import QUIET, grouped
 from tests.ranks.program import episodes
 
+SPLITS_ON_CPUS = hasattr(torch.cpu.Stream, "record_event")  # torch 2.6's fully_shard runs on GPUs alone
+
 # (kind of module, guard options, options of the module, steps)
 LOG: dict[str, Any] = {"action": "log", "every_n_steps": 2, "steps": 1, "batches": 1, "max_iter": 6}
 ACT: dict[str, Any] = {"action": "rescale", "every_n_steps": 2, "steps": 4, "batches": 1, "max_iter": 6}

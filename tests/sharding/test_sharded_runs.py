@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.sharding.program import train
+from tests.sharding.program import SPLITS_ON_CPUS, train
 
+pytestmark = pytest.mark.skipif(not SPLITS_ON_CPUS, reason="this torch splits no model on CPUs")
 ROOT = Path(__file__).parents[2]
 NUMBERS = ("lambda_max", "lambda_min", "alpha_c", "beta_c", "exact_beta_c", "beta_c_noise", "mean_alpha_c")
 NUMBERS += ("sgd_beta_c", "predicted_change", "severity", "adaptation_gain")

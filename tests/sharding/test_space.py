@@ -13,6 +13,7 @@ from lightning_maml_guard.sharding.space import Split, _NormalNumbers
 from lightning_maml_guard.utils.distributed import OneModel, SharedError
 from lightning_maml_guard.utils.lightning_compat import MisconfigurationException
 from lightning_maml_guard.utils.shards import finite, is_split, local, norm, split_like
+from tests.sharding.program import SPLITS_ON_CPUS
 
 
 def mlp_module(**options):
@@ -51,6 +52,7 @@ def test_a_split_space_has_the_start_and_the_norms_of_a_whole_one(network):
     assert float(space.largest(vectors.abs().amax())) == float(vectors.abs().max())
 
 
+@pytest.mark.skipif(not SPLITS_ON_CPUS, reason="this torch splits no model on CPUs")
 def test_a_gradient_is_taken_at_another_point_and_leaves_no_trace(network):
     live, x = dict(network.named_parameters()), torch.randn(4, 3, dtype=torch.float64)
 
