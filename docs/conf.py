@@ -29,6 +29,9 @@ napoleon_use_ivar = True  # fields of a dataclass are documented once, in its do
 
 highlight_language = "none"  # of blocks that name no language: messages
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+pygments_dark_style = "github-dark"
 html_title = "lightning-maml-guard"
 html_theme_options = {
     "source_repository": "https://github.com/lightning-maml-guard/lightning-maml-guard",
