@@ -8,6 +8,8 @@ import torch
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 torch.set_num_threads(1)
+# Of subprocesses: on cores that are taken, threads that wait for one another take ten times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["LMG_VECTORIZE"] = "rule"  # no choice that a clock makes
 
 

@@ -111,7 +111,6 @@ def test_the_committed_outputs_tell_the_story():
 
 
 def test_a_fresh_run_tells_the_story_and_puts_out_what_is_committed(elsewhere, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel's own, which puts pictures into the notebook
     for folder in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
         monkeypatch.setenv(folder, str(elsewhere / folder))

@@ -111,10 +111,6 @@ class Adviser:
         found = search.find()
         return found if found.best.trains and found.best.learned > found.present.learned + clearly else None
 
-    def severity_of(self, found: Found) -> float:
-        """The severity of a longer look that found the rates too high."""
-        return max(self._look.scale.severity(found.present.end), math.log(self._ratio))
-
     def advise(
         self, report: StabilityReport, findings: tuple[Reason, ...], transition: Transition, further: Found | None
     ) -> Advice | None:

@@ -121,9 +121,12 @@ class Check:
             findings = (*report.findings, *look.findings, *([] if collapsed is None else [collapsed]))
             further = None if failing or run.state.history else adviser.look_further(report)
             if further is not None:
-                failing, look.severity = True, max(look.severity, adviser.severity_of(further))
+                # What leaves only in a longer look is no more severe than what just fails in a lookahead.
+                failing, longer = True, min(look.scale.severity(further.present.end), math.log(ratio))
+                look.severity = max(look.severity, longer)
                 run.note_severity(step, look.severity, look.beta)
-            judged = look.severity
+            # Rates at which a run learns clearly less than at lower ones are judged as those at which it diverges.
+            judged = look.severity if further is None else max(look.severity, math.log(ratio))
             missed = (
                 look.lookahead is not None
                 and look.present is not None
@@ -172,7 +175,7 @@ class Check:
             if rolled_back and look.present is not None:
                 self.rollback.report(look.present.begin, report.alpha, report.beta, step, halved=halved)
                 self._rolled_back = None  # its rates are lowered
-            if passes(look.severity, ratio):
+            if passes(judged, ratio):
                 self.rollback.keep(step)
         self.rollback.warn_of_collapse(look.problem, report, transition.state, step)
         # 5. Keep and log what was found.

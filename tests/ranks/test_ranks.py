@@ -1,5 +1,4 @@
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,10 +32,9 @@ def launched(folder: Path, case: str, launcher: str) -> list[dict]:
         return [torch.load(folder / "rank0.pt", weights_only=True)]
     if launcher == "torchrun":
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tests.ranks.program"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [sys.executable, *command, str(folder), case],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240,
+            cwd=ROOT, capture_output=True, text=True, timeout=240,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
     else:

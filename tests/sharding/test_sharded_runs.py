@@ -32,7 +32,7 @@ def started(folder: Path, size: int, cases: tuple[str, ...]) -> list[subprocess.
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
-    common |= {"MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": 1}
+    common |= {"MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
     processes = []
     for rank in range(size):
         own = {name: str(value) for name, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
