@@ -152,20 +152,37 @@ class Plain(pl.LightningModule):
         return _optimizers(self.net, self.family, self.lr, self.schedule)
 
 
+class Capped(HandMAML):
+    """A module written by hand with the attribute ``inner_lr_cap``, as docs/guide.md shows."""
+
+    inner_lr_cap: float | None = None
+
+    @property
+    def alpha(self) -> float:
+        """The inner rate as it is applied."""
+        return self.configured if self.inner_lr_cap is None else min(self.configured, self.inner_lr_cap)
+
+    @alpha.setter
+    def alpha(self, rate: float) -> None:
+        self.configured = rate
+
+
 def _optimizers(net: nn.Module, family: Family, lr: float, schedule: Schedule) -> Any:
     optimizer = make_optimizer(family.optimizer, net.parameters(), lr)
     found = lr_scheduler(schedule, optimizer, lr, 0)
     return optimizer if found is None else {"optimizer": optimizer, "lr_scheduler": found}
 
 
-def make_module(name: str, seed: int, *, alpha: float, beta: float, schedule: Schedule, steps: int) -> Any:
-    """Build the module of a run."""
+def make_module(
+    name: str, seed: int, *, alpha: float, beta: float, schedule: Schedule, steps: int, capped: bool = False
+) -> Any:
+    """Build the module of a run; ``capped``: one written by hand lets a guard lower its inner rate."""
     torch.manual_seed(seed)
     family, net = FAMILIES[name], network(name)
     if family.module == PLAIN:
         return Plain(net, family, beta, schedule)
     if family.module == BY_HAND:
-        return HandMAML(
+        return (Capped if capped else HandMAML)(
             net,
             family.loss,
             alpha=alpha,

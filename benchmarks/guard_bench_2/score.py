@@ -11,14 +11,14 @@ from benchmarks.common.detectors import Series, early_stopping, finite, spike_de
 from benchmarks.guard_bench_2.fates import COLLAPSED, DIVERGED, FATES, LEARNING, STALLED
 from benchmarks.guard_bench_2.peers import ALERTS
 from benchmarks.guard_bench_2.scenarios import BATCH
-from benchmarks.guard_bench_2.study import AFTERMATH, RESCALE, WARN
+from benchmarks.guard_bench_2.study import AFTERMATH, CAPPED, RESCALE, WARN
 from benchmarks.guard_bench_2.training import CLIP, SKIP, UNGUARDED
 from benchmarks.guard_bench_2.words import WITHIN, first_true, thrown_away, words
 
 LEADS = (1, 3, 5, 10, 30)
 NEAR, NEARER = 1.5, 1.1  # times the column's best within which a rescued run ends
 ROUNDING = 1e-3  # between losses evaluated together and one by one
-REMEDIES = (UNGUARDED, CLIP, SKIP, RESCALE)
+REMEDIES = (UNGUARDED, CLIP, SKIP, RESCALE, CAPPED)
 Run = dict[str, Any]
 
 GUARD = "guard"
@@ -115,6 +115,8 @@ def alarm_steps(run: Run) -> set[int]:
 
 def outcome(run: Run, remedy: str) -> dict[str, Any] | None:
     """Fate and final loss under a remedy; None where it was not run."""
+    if remedy == CAPPED:  # differs from RESCALE for modules written by hand alone
+        return run.get(CAPPED, run[RESCALE])
     return run if remedy == UNGUARDED else run.get(remedy)
 
 

@@ -13,7 +13,7 @@ import torch
 from benchmarks.common.kept import Kept
 from benchmarks.common.lightning import quiet
 from benchmarks.common.options import guard_arguments
-from benchmarks.guard_bench_2.families import FAMILIES, HELD_OUT, PLAIN
+from benchmarks.guard_bench_2.families import BY_HAND, FAMILIES, HELD_OUT, PLAIN
 from benchmarks.guard_bench_2.fates import COLLAPSED, DIVERGED, LEARNING, death, fate, final_loss, had_excursion, onset
 from benchmarks.guard_bench_2.fates import stride as stride_of
 from benchmarks.guard_bench_2.peers import ALERTS, PACKAGES, installed, peers
@@ -21,7 +21,7 @@ from benchmarks.guard_bench_2.scenarios import ALPHA, GAIN, REFERENCES, SCENARIO
 from benchmarks.guard_bench_2.training import CLIP, SKIP, Setting, train
 
 RUNS_VERSION = 1  # of what the cache holds: raise it where runs without a guard change
-WARN, RESCALE = "guard warn", "guard rescale"
+WARN, RESCALE, CAPPED = "guard warn", "guard rescale", "guard rescale, inner_lr_cap"
 ARMS: dict[str, dict[str, Any]] = {WARN: {"action": "warn"}, RESCALE: {"action": "rescale"}}
 LEARNS = 0.8  # share of its start below which the best reference of a column must end, or nothing is learned there
 AFTERMATH = 30  # last steps of a healthy run, which only show that it stays healthy: an alarm there may be right
@@ -103,6 +103,10 @@ def _run(kept: Kept, setting: Setting, options: dict[str, Any]) -> dict[str, Any
             each: result[each]
             for each in ("checks", "events", "severities", "logged", "messages", "stopped", "work", "seconds")
         }
+    if FAMILIES[setting.family].module == BY_HAND and not run["healthy"]:
+        run[CAPPED] = _outcome(
+            train(setting, guard=guard_arguments({**ARMS[RESCALE], **options}), capped=True), start, best
+        )
     return run
 
 

@@ -205,13 +205,16 @@ class _Listener(pl.Callback):
         self._listen(trainer.global_step)
 
 
-def train(setting: Setting, remedy: str = UNGUARDED, guard: dict[str, Any] | None = None) -> dict[str, Any]:
+def train(
+    setting: Setting, remedy: str = UNGUARDED, guard: dict[str, Any] | None = None, *, capped: bool = False
+) -> dict[str, Any]:
     """Train a run.
 
     Args:
         setting: What it is made of.
         remedy: UNGUARDED, CLIP or SKIP.
         guard: Arguments of a guard; None: without one.
+        capped: A module written by hand has the attribute ``inner_lr_cap``.
 
     Returns:
         Plain data. ``start``: loss that training starts from; ``after``: losses after adaptation on the validation
@@ -228,6 +231,7 @@ def train(setting: Setting, remedy: str = UNGUARDED, guard: dict[str, Any] | Non
         beta=family.beta * (1.0 if factor is None or not constant else factor(0)),
         schedule="" if factor is None or constant else _Factors([factor(at) for at in range(steps + 1)]),
         steps=steps,
+        capped=capped,
     )
     whole = guard is None and remedy == UNGUARDED
     recorder = _Recorder(setting, module, 1 if whole else stride(steps), whole=whole)

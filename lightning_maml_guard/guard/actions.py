@@ -152,7 +152,8 @@ class Rescale(Action):
         by = spelling.arguments(action="rescale")
         if not changed:
             lower = "a lower rate" if helps else "the inner rate is out of the guard's reach, and a lower lr"
-            return [f"Nothing is lowered: {lower} does not bring the loss down ({by})."]
+            within = "" if helps else " With an attribute inner_lr_cap of the module it would be within reach."
+            return [f"Nothing is lowered: {lower} does not bring the loss down ({by}).{within}"]
         return [f"Applied from now on: {rates(alpha, beta)} ({by})."]
 
 

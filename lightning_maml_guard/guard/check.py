@@ -14,7 +14,6 @@ from lightning_maml_guard.guard.advising import Adviser
 from lightning_maml_guard.guard.loggers import log_check, log_values
 from lightning_maml_guard.guard.look import Look, allows, ease, look_at
 from lightning_maml_guard.guard.report import CheckReport
-from lightning_maml_guard.guard.rescale import reaches_alpha
 from lightning_maml_guard.guard.rollback import Rollback
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.state_machine import Transition
@@ -141,7 +140,7 @@ class Check:
             transition = run.machine.take(report, judged)
             advice = adviser.advise(report, findings, transition, further)
             # Where the run survives the next steps, but not for long, a lower meta rate replaces no lower inner one.
-            reach = reaches_alpha(module)
+            reach = run.caps.reaches_alpha(module)
             out_of_reach = further is not None and advice is not None and advice.alpha is not None and not reach
             situation = Situation(
                 report=report,
@@ -223,7 +222,7 @@ class Check:
             inform(returned(step, safe=transition.state == SAFE, applied=beta, configured=report.beta))
         if advice is not None and action.speaks:
             acts = transition.entered and self._rolled_back is None  # a rollback says what it does by itself
-            helps = advice.alpha is None or reaches_alpha(self.module)
+            helps = advice.alpha is None or run.caps.reaches_alpha(self.module)
             changed = caps != before
             effect = action.effect(spelling, alpha, beta, helps=helps, changed=changed) if acts else []
             if lost:

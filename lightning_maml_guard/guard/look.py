@@ -10,7 +10,6 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_maml_guard.guard.rescale import reaches_alpha
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.schedule import SCHEDULED
 from lightning_maml_guard.lookahead.divergence import Scale
@@ -223,7 +222,7 @@ def ease(run: GuardedRun, trainer: Any, module: Any, look: Look, step: int, *, s
     alpha, beta = lookahead.alpha, lookahead.beta
     with undisturbed(trainer, module):
         if slips:
-            found = action.ease(caps, look.present, lookahead, look.scale, reaches_alpha(module))
+            found = action.ease(caps, look.present, lookahead, look.scale, run.caps.reaches_alpha(module))
         else:
             may = partial(allows, run, alpha=alpha, beta=beta, step=step)
             found = action.release(caps, look.present, lookahead, look.scale, may)

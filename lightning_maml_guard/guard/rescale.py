@@ -10,7 +10,9 @@ from torch.optim import Optimizer
 
 from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult
+from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.optim.lr_cap import LRCap
+from lightning_maml_guard.stability.problems import Problem
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import UNSAFE
 
@@ -199,17 +201,30 @@ def at_limits(report: StabilityReport, caps: Caps, margin: float, reach_alpha: b
     )
 
 
-def reaches_alpha(pl_module: Any) -> bool:
-    """Return True if a module lets its inner rate be capped."""
-    return hasattr(pl_module, "inner_lr_cap")
-
-
 class AppliedCaps:
     """The caps of a run, applied to the module's inner rate and in its optimizers' steps."""
 
     def __init__(self, active: bool, caps: Caps) -> None:
         self.active, self.caps = active, caps
+        self.ignored = False  # whether the module has ``inner_lr_cap``, and its inner rate does not keep to it
         self._lr_cap: LRCap | None = None
+
+    def reaches_alpha(self, pl_module: Any) -> bool:
+        """Whether a module lets its inner rate be capped, by an attribute ``inner_lr_cap``."""
+        return hasattr(pl_module, "inner_lr_cap") and not self.ignored
+
+    def try_on(self, pl_module: Any, stated: Callable[[], Problem]) -> Reason | None:
+        """Cap the inner rate of a module of the user's own to see whether the rate that it states follows."""
+        if not hasattr(pl_module, "inner_lr_cap"):
+            return None
+        alpha = getattr(stated(), "alpha", math.nan)
+        before, pl_module.inner_lr_cap = pl_module.inner_lr_cap, alpha / 2
+        try:
+            capped = getattr(stated(), "alpha", math.nan)
+        finally:
+            pl_module.inner_lr_cap = before
+        self.ignored = capped > 0.51 * alpha
+        return Reason(Kind.CAP_IGNORED, value=capped, limit=alpha / 2) if self.ignored else None
 
     @property
     def held(self) -> bool:
@@ -227,7 +242,7 @@ class AppliedCaps:
 
     def take_over(self, before: AppliedCaps) -> None:
         """Go on with the hooks of other caps, at these caps."""
-        self._lr_cap, before._lr_cap = before._lr_cap, None
+        self._lr_cap, before._lr_cap, self.ignored = before._lr_cap, None, before.ignored
         if self._lr_cap is not None:
             self._lr_cap.cap = self.caps.beta
 
@@ -240,7 +255,7 @@ class AppliedCaps:
     def apply(self, pl_module: Any, caps: Caps) -> None:
         """Apply caps from the coming step on."""
         self.caps = caps
-        if reaches_alpha(pl_module):
+        if hasattr(pl_module, "inner_lr_cap"):
             pl_module.inner_lr_cap = caps.alpha
         if self._lr_cap is not None:
             self._lr_cap.cap = caps.beta

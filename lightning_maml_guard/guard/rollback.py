@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_maml_guard.guard.loggers import logger_step
 from lightning_maml_guard.guard.look import ODD, OTHERS, Look, stated
-from lightning_maml_guard.guard.rescale import is_calm, reaches_alpha
+from lightning_maml_guard.guard.rescale import is_calm
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.lookahead.divergence import fails
 from lightning_maml_guard.lookahead.learning import (
@@ -153,7 +153,7 @@ class Rollback:
         """Whether going back may help: not where an inner rate has risen that cannot be lowered, unless all is lost."""
         youngest = self.run.snapshot
         risen = youngest is not None and youngest.alpha < _SAME * self.run.alpha
-        return not math.isfinite(loss) or reaches_alpha(self.module) or not risen
+        return not math.isfinite(loss) or self.run.caps.reaches_alpha(self.module) or not risen
 
     def choose(self, look: Look) -> None:
         """Drop the snapshots that are no place to go back to: of those that lost nothing the youngest that survives.
@@ -181,7 +181,7 @@ class Rollback:
     def _alpha_at(self, snapshot: Snapshot) -> float | None:
         """The cap on the inner rate where a run goes back to a snapshot: no more than was applied there."""
         cap = self.run.caps.caps.alpha
-        if not reaches_alpha(self.module) or not 0 < snapshot.alpha < _SAME * self.run.alpha:
+        if not self.run.caps.reaches_alpha(self.module) or not 0 < snapshot.alpha < _SAME * self.run.alpha:
             return cap
         return snapshot.alpha if cap is None else min(cap, snapshot.alpha)
 

@@ -180,6 +180,9 @@ class GuardedRun:
             return
         self.matched = True
         problem = state_problem(source, module, batch, batch_idx)
+        ignored = self.caps.try_on(module, lambda: state_problem(source, module, batch, batch_idx))
+        if ignored is not None:
+            self.announce(ignored)
         # Compiled code too runs eagerly there: what is traced here would not be compiled again for training.
         with double_backward():
             self.match = TrainingMatch(

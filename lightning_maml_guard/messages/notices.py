@@ -24,11 +24,20 @@ def _batch_not_copied(reason: Reason, spelling: Spelling) -> str:
     )
 
 
+def _cap_ignored(reason: Reason, spelling: Spelling) -> str:
+    return (
+        f"the module has an attribute inner_lr_cap, but under a cap of {reason.limit:.3g} the inner rate of its "
+        f"problem is {reason.value:.3g}, so the guard does not lower it.\nTo do: Where the cap is not None, use the "
+        "smaller of both in the inner loop and in the problem that is given to the guard, or remove the attribute."
+    )
+
+
 def _state_not_read(reason: Reason, spelling: Spelling) -> str:
     return f"the guard's state in the checkpoint cannot be read, so it starts anew.\nCause: {reason.detail}"
 
 
 NOTICES: dict[Kind, Callable[[Reason, Spelling], str]] = {
     Kind.BATCH_NOT_COPIED: _batch_not_copied,
+    Kind.CAP_IGNORED: _cap_ignored,
     Kind.STATE_NOT_READ: _state_not_read,
 }

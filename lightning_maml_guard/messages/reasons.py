@@ -60,6 +60,7 @@ class Kind(str, Enum):
     BAREBONES = "barebones"
     # What a guard cannot see of training, and a problem that is not training's.
     PROBLEM_DIFFERS = "problem differs from training"
+    CAP_IGNORED = "inner rate ignores its cap"
     NO_STEP_LOSS = "no loss per step"
     OPTIMIZERS_TAKE_TURNS = "optimizers take turns"
     CLIPPING_NOT_SEEN = "clipping not seen"

@@ -205,3 +205,13 @@ def test_the_held_out_family_is_in_the_report_set_alone():
     assert HELD_OUT not in families and families | {HELD_OUT} == set(FAMILIES)
     assert HELD_OUT in {name for name, *_ in columns((0,), quick=True, held_out=True)}
     assert set(REFERENCES) <= set(SCENARIOS) | set(FACTORS)
+
+
+def test_a_capped_module_trains_as_the_one_without_the_attribute_until_it_is_capped():
+    plain, capped = (
+        make_module("softplus", 0, alpha=0.03, beta=0.005, schedule="", steps=3, capped=each) for each in (False, True)
+    )
+    given = batch(FAMILIES["softplus"], 0, "train", 0)
+    assert torch.equal(plain.training_step(given, 0), capped.training_step(given, 0))
+    capped.inner_lr_cap = 0.01
+    assert capped.alpha == 0.01 and not torch.equal(plain.training_step(given, 0), capped.training_step(given, 0))

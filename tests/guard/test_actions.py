@@ -33,12 +33,19 @@ def test_every_action_is_a_class_of_its_own_with_its_attributes():
 
 
 @pytest.mark.parametrize(
-    ("helps", "why"),
-    [(True, "a lower rate"), (False, "the inner rate is out of the guard's reach, and a lower lr")],
+    ("helps", "why", "way"),
+    [
+        (True, "a lower rate", ""),
+        (
+            False,
+            "the inner rate is out of the guard's reach, and a lower lr",
+            " With an attribute inner_lr_cap of the module it would be within reach.",
+        ),
+    ],
 )
-def test_rescale_says_that_it_lowers_nothing(helps, why):
+def test_rescale_says_that_it_lowers_nothing(helps, why, way):
     said = ACTIONS["rescale"].effect(IN_PYTHON, 0.1, 0.5, helps=helps, changed=False)
-    assert said == [f"Nothing is lowered: {why} does not bring the loss down (action='rescale')."]
+    assert said == [f"Nothing is lowered: {why} does not bring the loss down (action='rescale').{way}"]
 
 
 class Mine(Action):

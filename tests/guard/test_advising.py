@@ -345,6 +345,43 @@ def test_a_run_that_an_inner_rate_out_of_reach_throws_off_is_left_as_it_is_and_a
     assert {each.beta_applied for each in guard.history} == {0.01}
 
 
+class Capped(Rising):
+    """The same with an attribute that lets a guard lower it."""
+
+    inner_lr_cap, configured = None, 0.02
+
+    @property
+    def alpha(self):
+        return self.configured if self.inner_lr_cap is None else min(self.configured, self.inner_lr_cap)
+
+    @alpha.setter
+    def alpha(self, rate):
+        self.configured = rate
+
+
+def test_an_attribute_inner_lr_cap_puts_the_inner_rate_of_a_hand_written_module_within_reach():
+    alone, module = (Capped(alpha=0.02, lr=0.01, optimizer=Adam, hidden=16) for _ in range(2))
+    batches = sinusoids(4, shots=10) * 27
+    Trainer(max_epochs=1, **QUIET).fit(alone, DataLoader(list(batches), batch_size=None))
+    guard, said = guarded(module, batches, action="rescale")
+    assert alone.losses[-1] > 2 * alone.losses[0] and module.losses[-1] < module.losses[0]
+    assert module.inner_lr_cap < 0.25 * module.configured and guard.history[-1].alpha_applied == module.alpha
+    assert not [text for text in said if "Nothing is lowered" in text or "inner_lr_cap" in text]
+
+
+def test_an_inner_rate_that_does_not_keep_to_the_modules_cap_is_told_once_and_left_alone():
+    module = Rising(alpha=0.02, lr=0.01, optimizer=Adam, hidden=16)
+    module.inner_lr_cap = None
+    guard, said = guarded(module, sinusoids(4, shots=10), action="rescale")
+    (told,) = [text for text in said if "under a cap" in text]
+    assert (
+        "the module has an attribute inner_lr_cap, but under a cap of 0.01 the inner rate of its problem is 0.02, so the "
+        "guard does not lower it. To do: Where the cap is not None, use the smaller of both in the inner loop and in the "
+        "problem that is given to the guard, or remove the attribute."
+    ) in told
+    assert module.inner_lr_cap is None and not guard._run.caps.reaches_alpha(module)
+
+
 def test_an_inner_rate_beyond_its_limit_that_makes_tasks_worse_is_named_although_no_rate_learns_soon():
     module = Rising(alpha=0.02, lr=0.003, optimizer=Adam, hidden=16)
     module.growth, module.since = 1.08, 40
