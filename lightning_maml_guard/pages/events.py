@@ -33,19 +33,25 @@ def happened(history: Sequence[Any], events: Sequence[Any], spelling: Spelling) 
     for each in events:
         # What to do about a stop is said by the advice.
         texts = sentences(each.reasons, spelling, advised=each.kind == STOPPED)
-        found.append(Row(each.step, each.kind, "", " ".join(texts)))
+        found.append(Row(each.step, each.kind, "", " ".join(map(_begun, texts))))
     return sorted(found, key=lambda row: math.inf if row.step is None else row.step)
 
 
 def why(report: Any, spelling: Spelling) -> list[str]:
     """Say why a report is what it is, and what to do unless the guard did it."""
     acted = report.alpha_applied < report.alpha or report.beta_applied < report.beta
-    said = list(sentences(report.findings, spelling, advised=acted or report.is_told_what_to_do))
+    said = [*sentences(report.findings, spelling, advised=acted or report.is_told_what_to_do)]
     if report.advice is not None:  # trials of rates are evidence of the advice alone
-        said = list(dict.fromkeys([*said, *sentences(report.advice.evidence, spelling, advised=True)]))
+        said = [*dict.fromkeys([*said, *sentences(report.advice.evidence, spelling, advised=True)])]
+    said = [_begun(sentence) for sentence in said]
     if acted and said:
         return [*said, f"Applied instead: {rates(report.alpha_applied, report.beta_applied)}."]
     return said if acted or report.advice is None else [*said, f"To do: {advised(report.advice, spelling)}"]
+
+
+def _begun(sentence: str) -> str:
+    """Begin a sentence with a capital, unless it begins with the name of a rate."""
+    return sentence if sentence.startswith(("alpha", "beta")) else sentence[:1].upper() + sentence[1:]
 
 
 def _changes(before: Any, report: Any, spelling: Spelling) -> list[Row]:

@@ -158,7 +158,7 @@ def test_rollbacks_and_stops_are_told_and_survive_a_checkpoint(tmp_path):
     rolled = ConvergenceGuard(every_n_steps=5, action="rescale", rollback=True)
     back = Reason(Kind.ROLLED_BACK, losses=(9.0, math.nan, math.nan), step=7, steps=5, counts=(1, 10), beta=0.1)
     rolled._run.state.note("rolled back", back, step=7)
-    assert "7 rolled back the loss was 9 at step 7" in checked(rolled.report(tmp_path / "r.html").read_text()).words
+    assert "7 rolled back The loss was 9 at step 7" in checked(rolled.report(tmp_path / "r.html").read_text()).words
 
 
 def test_caps_are_told_as_they_move(rescued):
