@@ -17,7 +17,7 @@ OF_LIGHTNING = {
     "suggest_rates",
 }
 HEAVY = ["pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "matplotlib"]
-HEAVY += ["pandas", "scipy", "torch._dynamo"]
+HEAVY += ["pandas", "scipy", "pyhessian", "torch._dynamo"]
 CODE = """
 import sys
 import lightning_maml_guard
