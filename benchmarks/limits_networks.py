@@ -50,8 +50,8 @@ class Objective:
 
     def __call__(self, theta: torch.Tensor) -> tuple[float, torch.Tensor]:
         leaves = {n: p.detach().requires_grad_() for n, p in self.layout.split(theta).items()}
-        value, gradients = self.field(leaves, False)
-        return float(value), torch.cat([g.flatten() for g in gradients.values()])
+        found = self.field(leaves, False)
+        return float(found.value), torch.cat([g.flatten() for g in found.gradients.values()])
 
     def hessian(self, theta: torch.Tensor) -> torch.Tensor:
         at = Jacobian(self.field, self.layout.split(theta))
