@@ -37,7 +37,7 @@ def rate_ladder(
     low, high = (min(known), 1.1 * max(ladder.start[np.isfinite(ladder.start)])) if known else (0.0, 1.0)
     top = high + 0.05 * (high - low)
     for row, alpha in enumerate(ladder.alphas):
-        colour = colours(row / max(len(ladder.alphas) - 1, 1))
+        colour = colours(0.85 * row / max(len(ladder.alphas) - 1, 1))  # its last yellow is hard to see on white
         tried = ~np.isnan(ladder.losses[row])
         losses = ladder.losses[row, tried]
         if not tried.any():
@@ -53,7 +53,7 @@ def rate_ladder(
     if not math.isnan(suggested[1]):
         ax.axvline(suggested[1], color=style.LIMIT_COLOUR, linestyle="--", label=_words(suggested))
     ax.set(xscale="log", xlabel=style.OUTER_RATE_AXIS, ylabel=style.LOSS_AXIS, title=style.LADDER_TITLE)
-    ax.legend(loc="best", fontsize="small")
+    style.legend_under(ax, columns=2)
     return ax.figure, ax
 
 
