@@ -20,6 +20,7 @@ from benchmarks.advice.plot import draw
 from benchmarks.advice.report import line, report, trace
 from benchmarks.advice.score import figures
 from benchmarks.advice.study import study
+from benchmarks.common.options import add_seeds, seeds_of
 from benchmarks.common.workers import each_done
 
 # Seeds 10 to 12 and 20 to 22 were reported once. What was seen on them led to changes: they are not any more.
@@ -29,8 +30,7 @@ SEEDS = {"tune": (0, 1, 2, 10, 11, 12), "report": (30, 31, 32)}
 def main() -> None:
     """Run, print and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.advice", description=__doc__)
-    parser.add_argument("--set", choices=tuple(SEEDS), default="report")
-    parser.add_argument("--seeds", type=int, nargs="+", help="only these of the set")
+    add_seeds(parser, SEEDS)
     parser.add_argument("--quick", action="store_true", help="one seed, every third configuration")
     parser.add_argument("--names", metavar="PATTERN", help="only configurations whose name it is found in")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("advice_bench"))
     given = parser.parse_args()
-    seeds = [seed for seed in SEEDS[given.set] if given.seeds is None or seed in given.seeds]
+    seeds = seeds_of(parser, given, SEEDS)
     given.peer_seeds = given.peer_seeds or seeds
     chosen = configurations()[:: 3 if given.quick else 1]
     chosen = [config for config in chosen if re.search(given.names or "", config.name)]

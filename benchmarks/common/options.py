@@ -1,4 +1,4 @@
-"""Arguments of a guard from the command line: ``--option margin=0.5 --option curvature.criterion=simplified``."""
+"""Seeds, and arguments of a guard, from the command line: ``--option curvature.criterion=simplified``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="of every guard: margin=0.5, curvature.criterion=simplified",
     )
+
+
+def add_seeds(parser: argparse.ArgumentParser, sets: dict[str, tuple[int, ...]]) -> None:
+    """Add ``--set`` and ``--seeds``."""
+    parser.add_argument("--set", choices=tuple(sets), default="report")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these of the set")
+
+
+def seeds_of(
+    parser: argparse.ArgumentParser, given: argparse.Namespace, sets: dict[str, tuple[int, ...]]
+) -> tuple[int, ...]:
+    """Read them; a seed that the set does not have is refused."""
+    known = sets[given.set]
+    if unknown := sorted(set(given.seeds or ()) - set(known)):
+        parser.error(f"--seeds {unknown}: the set {given.set!r} has {', '.join(map(str, known))}")
+    return tuple(given.seeds or known)
 
 
 def options_of(given: argparse.Namespace) -> dict[str, Any]:

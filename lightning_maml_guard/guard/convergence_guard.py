@@ -70,8 +70,8 @@ class ConvergenceGuard(Callback):
         lookahead: How the next steps are tried, see :class:`LookaheadOptions`; ``steps=0`` judges by the ratios alone.
         patience: Consecutive unsafe checks before acting.
         problem: ``(pl_module, batch) -> MetaProblem``, for modules that have no ``meta_problem``. The inner rate of
-            such a module is out of reach: ``rescale`` then caps the meta rate alone. Without both, the module's own
-            ``training_step`` is watched as plain training: ``beta_c`` only.
+            such a module is capped by its attribute ``inner_lr_cap``, where it has one (None, or the highest rate to
+            use). Without a problem, the ``training_step`` is watched as plain training: ``beta_c`` only.
         rollback: With ``action="rescale"`` (None: yes): keep a few copies of parameters, buffers and optimizer state,
             and go back to the latest good one when the loss diverges or half of what was learned is lost.
         max_rollbacks: Rollbacks before the guard stops the run and says so.

@@ -109,7 +109,7 @@ def test_other_callbacks_monitor_the_guards_state(tmp_path):
     """Known from the first check on, whatever was measured; kept over epochs in which no check is made."""
     stop = EarlyStopping("guard/unsafe", mode="min", divergence_threshold=0.5, check_on_train_epoch_end=True)
     keep = ModelCheckpoint(tmp_path, "{step}", monitor="guard/severity", mode="min", save_on_train_epoch_end=True)
-    options = {"max_epochs": 5, "max_steps": -1, "logger": False, "enable_checkpointing": True}
+    options = {"max_epochs": 5, "max_steps": -1, "logger": False}
     trainer = fit(
         linear_module(4, 1.5, inner_lr=0.05, order="simplified"),
         BATCH,
@@ -123,7 +123,7 @@ def test_other_callbacks_monitor_the_guards_state(tmp_path):
     stop = EarlyStopping(
         "guard/unsafe", mode="min", divergence_threshold=0.5, patience=9, check_on_train_epoch_end=True
     )
-    trainer = fit(healthy, BATCH, 2, [guard, stop, keep], **options)
+    trainer = fit(healthy, BATCH, 2, [guard, stop, keep], enable_checkpointing=True, **options)
     assert trainer.global_step == 10 and float(trainer.callback_metrics["guard/unsafe"]) == 0.0
     assert keep.best_model_score == pytest.approx(min(value for _, value in guard.severities), rel=1e-6)
 
