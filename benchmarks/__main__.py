@@ -24,7 +24,9 @@ def main() -> None:
     """Print them."""
     print("Run one: python -m benchmarks.NAME. Its options: python -m benchmarks.NAME --help.")
     print("What they compare with comes with the extra: pip install -e '.[bench]'. Results: docs/benchmarks.md.")
-    print("It brings torchvision: with a CPU build of torch, install torchvision's first, or importing Lightning fails.\n")
+    print(
+        "It brings torchvision: with a CPU build of torch, install torchvision's first, or importing Lightning fails.\n"
+    )
     for name, sentence in commands().items():
         print(f"  {name:17s} {sentence}")
 

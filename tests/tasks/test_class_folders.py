@@ -201,7 +201,10 @@ def test_what_is_wrong_with_a_split_file_is_said(mini):
 def test_a_missing_or_ambiguous_data_set_is_said(mini, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(DatasetError, match=r"miniImageNet was not found in .*Put there .*LMG_DATA=/path.*Ask for them at https://image-net\.org"):
+    with pytest.raises(
+        DatasetError,
+        match=r"miniImageNet was not found in .*Put there .*LMG_DATA=/path.*Ask for them at https://image-net\.org",
+    ):
         MiniImageNet(str(empty)).setup()
     for name in ("miniimagenet.zip", "mini-imagenet-100.zip"):
         zipped(mini, empty / name)
