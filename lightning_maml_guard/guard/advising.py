@@ -158,7 +158,8 @@ class Adviser:
             known = further or (seen.get(news) if news else None)
             if known is not None:
                 return self._of_rates(known, report, findings)
-            problems, odd = self._without_odd()
+            # Beyond its limit an inner rate alone makes batches unlike one another.
+            problems, odd = self._without_odd(0.5 / report.alpha_ratio if report.alpha_ratio > 1 else 1.0)
             search = self._search(problems, self._suspects_alpha(report))
             if odd is not None and math.isfinite(search.at().end):
                 return self._of_batch(problems, odd, report)
@@ -220,12 +221,12 @@ class Adviser:
         with snapshot.visited(self._module, self._trainer.optimizers, run.settings.snapshot_device):
             yield snapshot.step
 
-    def _without_odd(self) -> tuple[list[Problem], int | None]:
-        """Leave out a batch that is unlike the others; its index."""
+    def _without_odd(self, alpha: float) -> tuple[list[Problem], int | None]:
+        """Leave out a batch that is unlike the others at a factor on the inner rates; its index."""
         problems = self._look.problems
         if len(problems) <= OTHERS or self._run.repeats:
             return problems, None
-        losses = finite_or_inf(self._lookahead(problems).untrained())
+        losses = finite_or_inf(self._lookahead(problems).untrained(alpha))
         worst = max(range(len(losses)), key=losses.__getitem__)
         others = [loss for index, loss in enumerate(losses) if index != worst]
         if not losses[worst] > self._look.scale.times(ODD, median(others)):

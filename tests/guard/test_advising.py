@@ -345,6 +345,14 @@ def test_a_run_that_an_inner_rate_out_of_reach_throws_off_is_left_as_it_is_and_a
     assert {each.beta_applied for each in guard.history} == {0.01}
 
 
+def test_no_batch_is_blamed_where_an_inner_rate_beyond_its_limit_makes_batches_unlike_one_another():
+    module = Rising(alpha=0.02, lr=0.003, optimizer=Adam, hidden=16)
+    module.growth, module.since = 1.06, 10
+    guard, _ = guarded(module, sinusoids(90, seed=2, shots=5), action="warn")
+    (report,) = [each for each in guard.history if each.advice is not None]
+    assert report.advice.cause == Cause.ALPHA and report.alpha_ratio > 2
+
+
 class Capped(Rising):
     """The same with an attribute that lets a guard lower it."""
 
