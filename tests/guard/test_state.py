@@ -384,7 +384,7 @@ def test_a_flat_state_of_before_the_tree_loads_into_the_same_values():
     guard.load_state_dict(flat())
     assert guard.stopping_reason == "beta = 1.5 exceeds beta_c." and guard._run.snapshot.step == 2
     told = happened([], guard.events, IN_PYTHON)
-    assert [(row.step, row.why) for row in told][:2] == [(3, "the loss was 9 at step 3."), (4, "Adamax is not known.")]
+    assert [(row.step, row.why) for row in told][:2] == [(3, "The loss was 9 at step 3."), (4, "Adamax is not known.")]
 
 
 @pytest.mark.parametrize("left_out", list(flat()))
