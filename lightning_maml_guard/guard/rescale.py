@@ -215,8 +215,6 @@ class AppliedCaps:
 
     def try_on(self, pl_module: Any, stated: Callable[[], Problem]) -> Reason | None:
         """Cap the inner rate of a module of the user's own to see whether the rate that it states follows."""
-        if not hasattr(pl_module, "inner_lr_cap"):
-            return None
         alpha = getattr(stated(), "alpha", math.nan)
         before, pl_module.inner_lr_cap = pl_module.inner_lr_cap, alpha / 2
         try:

@@ -175,14 +175,16 @@ class GuardedRun:
     ) -> None:
         """Begin to compare a problem that was stated for the run with the step to come; once."""
         source = self.settings.problem
-        own = isinstance(module, MetaLearning) or not has_meta_problem(module)
+        ours = isinstance(module, MetaLearning)
+        own = ours or not has_meta_problem(module)
         if self.matched or (source is None and own):
             return
         self.matched = True
         problem = state_problem(source, module, batch, batch_idx)
-        ignored = self.caps.try_on(module, lambda: state_problem(source, module, batch, batch_idx))
-        if ignored is not None:
-            self.announce(ignored)
+        if self.caps.active and not ours and hasattr(module, "inner_lr_cap"):
+            ignored = self.caps.try_on(module, lambda: state_problem(source, module, batch, batch_idx))
+            if ignored is not None:
+                self.announce(ignored)
         # Compiled code too runs eagerly there: what is traced here would not be compiled again for training.
         with double_backward():
             self.match = TrainingMatch(

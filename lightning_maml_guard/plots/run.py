@@ -191,8 +191,8 @@ def _draw_lookaheads(ax: Axes, lookaheads: Sequence[tuple[int, float]], ratio: f
     if above:
         arrows: dict[str, Any] = {"color": style.LIMIT_COLOUR, "markersize": 6, "label": style.DIVERGED_BEYOND}
         ax.plot(above, [ceiling] * len(above), "^", **arrows)
-    ax.axhline(fails, color=style.LIMIT_COLOUR, linewidth=1.2, label=f"fails (x {ratio:g})")
-    ax.axhline(passes, color=style.PASSED_COLOUR, linewidth=1.2, linestyle=":", label=f"passes (x {ratio**0.5:.3g})")
+    ax.axhline(fails, color=style.LIMIT_COLOUR, linewidth=1.2, label=f"fails from x {ratio:g} on")
+    ax.axhline(passes, color=style.PASSED_COLOUR, linewidth=1.2, linestyle=":", label=f"passes to x {ratio**0.5:.3g}")
     pad = 0.08 * (ceiling - floor)
     ax.set(ylim=(floor - pad, ceiling + pad), title=style.LOOKAHEADS_TITLE)
     style.legend_beside(ax, label_below=True)
