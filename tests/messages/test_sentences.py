@@ -141,6 +141,13 @@ EXAMPLES = [
         "To do: Leave out of the batch what cannot be copied, or give lock a method clone().",
     ),
     (
+        Reason(Kind.CAP_IGNORED, limit=0.01, value=0.05),
+        "the module has an attribute inner_lr_cap, but under a cap of 0.01 the inner rate of its problem is 0.05, so the "
+        "guard does not lower it.\n"
+        "To do: Where the cap is not None, use the smaller of both in the inner loop and in the problem that is given to "
+        "the guard, or remove the attribute.",
+    ),
+    (
         Reason(Kind.STATE_NOT_READ, detail="`caps.beta` is out of its range (-5)"),
         "the guard's state in the checkpoint cannot be read, so it starts anew.\n"
         "Cause: `caps.beta` is out of its range (-5)",
