@@ -131,7 +131,7 @@ def left_behind(module, trainer) -> dict:
 
 
 def leave_group() -> None:
-    """Before torch 2.8 gloo waits for its threads with the GIL held, which one that frees a tensor needs (#154976)."""
+    """With torch 2.6 gloo waits for its threads with the GIL held, which one that frees a tensor needs (#154976)."""
     dist.barrier()
     dist.destroy_process_group()
 

@@ -53,7 +53,7 @@ def main() -> None:
         runs, elsewhere = [run for path in given.read for run in json.loads(path.read_text())], 0.0
     else:
         runs, elsewhere = _trained(given, seeds, options_of(given))
-    timed = [overhead(steps, 3 if steps <= 300 else 1) for steps in given.overhead]
+    timed = [overhead(steps, 3 if steps <= 3000 else 1) for steps in given.overhead]
     minutes = (time.process_time() - began + elsewhere) / 60
     result = _figures(runs, timed) | {"set": given.set, "options": options_of(given), "minutes": minutes}
     report(result)
