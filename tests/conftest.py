@@ -11,6 +11,8 @@ torch.set_num_threads(1)
 # Of subprocesses: on cores that are taken, threads that wait for one another take ten times as long.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["LMG_VECTORIZE"] = "rule"  # no choice that a clock makes
+# The real data sets: $LMG_DATA, or shared/data beside the project. Read here, as `elsewhere` sets the variable.
+DATA = Path(os.environ.get("LMG_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 @pytest.fixture(autouse=True)
@@ -20,11 +22,9 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
-    """The real data sets: $LMG_DATA, or shared/data beside the project."""
-    folder = Path(os.environ.get("LMG_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    if not (folder / "omniglot.npz").is_file():
-        pytest.skip(f"no data sets in {folder}; set LMG_DATA")
-    return folder
+    if not (DATA / "omniglot.npz").is_file():
+        pytest.skip(f"no data sets in {DATA}; set LMG_DATA")
+    return DATA
 
 
 @pytest.fixture(scope="session")
