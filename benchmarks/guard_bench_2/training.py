@@ -187,6 +187,7 @@ class _Listener(pl.Callback):
         self.caught, self.read = caught, 0
         self.messages: list[tuple[int, str]] = []
         self.logged: list[tuple[int, float]] = []
+        self.seconds = 0.0  # what this takes is not the guard's
 
     def _listen(self, step: int) -> None:
         new, self.read = self.caught[self.read :], len(self.caught)
@@ -196,10 +197,12 @@ class _Listener(pl.Callback):
         self._listen(batch_idx)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        began = time.process_time()
         self._listen(batch_idx + 1)
         value = float(trainer.callback_metrics.get("guard/severity", math.nan))
         if math.isfinite(value) and (not self.logged or value != self.logged[-1][1]):
             self.logged.append((batch_idx, value))
+        self.seconds += time.process_time() - began
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._listen(trainer.global_step)
@@ -241,7 +244,7 @@ def train(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         callbacks: list[pl.Callback] = [recorder]
-        watching = None
+        watching = listener = None
         if remedy == SKIP:
             callbacks.append(_Skips())
         if guard is not None:
@@ -258,7 +261,7 @@ def train(
         loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
         began = time.process_time()
         trainer.fit(module, loader)
-        seconds = time.process_time() - began - recorder.seconds
+        seconds = time.process_time() - began - recorder.seconds - (0.0 if listener is None else listener.seconds)
     recorder.keep(steps)
     first, *found = recorder.evaluations()
     judged = _judged(setting.family, setting.seed)
