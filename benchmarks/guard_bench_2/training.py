@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -123,7 +123,7 @@ class _Recorder(pl.Callback):
         self.seconds, self.bad = 0.0, 0
 
     @contextmanager
-    def _timed(self) -> Iterator[None]:
+    def timed(self) -> Iterator[None]:
         began = time.process_time()
         yield
         self.seconds += time.process_time() - began
@@ -140,7 +140,7 @@ class _Recorder(pl.Callback):
         return evaluate(net, self.family, self.states, _judged(self.setting.family, self.setting.seed))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        with self._timed():
+        with self.timed():
             set_alpha(self.module, self.setting.alpha(batch_idx))
             if self.setting.what.by_hand:
                 for group in trainer.optimizers[0].param_groups:
@@ -150,14 +150,14 @@ class _Recorder(pl.Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if self.whole:
-            with self._timed():
+            with self.timed():
                 params = [p for p in pl_module.parameters() if p.grad is not None]
                 self.norms.append(torch.stack([p.grad.norm() for p in params]).tolist())
                 self.sizes.append(torch.stack([p.detach().norm() for p in params]).tolist())
                 self.rates.append(optimizer.param_groups[0]["lr"])
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        with self._timed():
+        with self.timed():
             self.losses.append(float(outputs["loss"]))
             self.bad += not math.isfinite(self.losses[-1])
             if self.whole and self.bad > NEVER_RETURNS:
@@ -181,13 +181,12 @@ class _Skips(pl.Callback):
 
 
 class _Listener(pl.Callback):
-    """Keeps the guard's messages with their steps, and its severity as it is logged, step by step."""
+    """Keeps the guard's messages with their steps, and its severity as it is logged; ``timed``: its time is no guard's."""
 
-    def __init__(self, caught: list[Any]) -> None:
-        self.caught, self.read = caught, 0
+    def __init__(self, caught: list[Any], timed: Callable[[], AbstractContextManager[None]]) -> None:
+        self.caught, self.read, self.timed = caught, 0, timed
         self.messages: list[tuple[int, str]] = []
         self.logged: list[tuple[int, float]] = []
-        self.seconds = 0.0  # what this takes is not the guard's
 
     def _listen(self, step: int) -> None:
         new, self.read = self.caught[self.read :], len(self.caught)
@@ -197,12 +196,11 @@ class _Listener(pl.Callback):
         self._listen(batch_idx)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        began = time.process_time()
-        self._listen(batch_idx + 1)
-        value = float(trainer.callback_metrics.get("guard/severity", math.nan))
-        if math.isfinite(value) and (not self.logged or value != self.logged[-1][1]):
-            self.logged.append((batch_idx, value))
-        self.seconds += time.process_time() - began
+        with self.timed():
+            self._listen(batch_idx + 1)
+            value = float(trainer.callback_metrics.get("guard/severity", math.nan))
+            if math.isfinite(value) and (not self.logged or value != self.logged[-1][1]):
+                self.logged.append((batch_idx, value))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._listen(trainer.global_step)
@@ -244,12 +242,12 @@ def train(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         callbacks: list[pl.Callback] = [recorder]
-        watching = listener = None
+        watching = None
         if remedy == SKIP:
             callbacks.append(_Skips())
         if guard is not None:
             stated = {"problem": meta_problem} if family.module == BY_HAND else {}
-            watching, listener = ConvergenceGuard(**stated, **guard), _Listener(caught)
+            watching, listener = ConvergenceGuard(**stated, **guard), _Listener(caught, recorder.timed)
             callbacks += [watching, listener]
         trainer = pl.Trainer(
             max_steps=steps,
@@ -261,7 +259,7 @@ def train(
         loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
         began = time.process_time()
         trainer.fit(module, loader)
-        seconds = time.process_time() - began - recorder.seconds - (0.0 if listener is None else listener.seconds)
+        seconds = time.process_time() - began - recorder.seconds
     recorder.keep(steps)
     first, *found = recorder.evaluations()
     judged = _judged(setting.family, setting.seed)

@@ -213,9 +213,8 @@ class AppliedCaps:
         """Whether a module lets its inner rate be capped, by an attribute ``inner_lr_cap``."""
         return hasattr(pl_module, "inner_lr_cap") and not self.ignored
 
-    def try_on(self, pl_module: Any, stated: Callable[[], Problem]) -> Reason | None:
+    def try_on(self, pl_module: Any, alpha: float, stated: Callable[[], Problem]) -> Reason | None:
         """Cap the inner rate of a module of the user's own to see whether the rate that it states follows."""
-        alpha = getattr(stated(), "alpha", math.nan)
         before, pl_module.inner_lr_cap = pl_module.inner_lr_cap, alpha / 2
         try:
             capped = getattr(stated(), "alpha", math.nan)
@@ -253,7 +252,7 @@ class AppliedCaps:
     def apply(self, pl_module: Any, caps: Caps) -> None:
         """Apply caps from the coming step on."""
         self.caps = caps
-        if hasattr(pl_module, "inner_lr_cap"):
+        if self.reaches_alpha(pl_module):
             pl_module.inner_lr_cap = caps.alpha
         if self._lr_cap is not None:
             self._lr_cap.cap = caps.beta

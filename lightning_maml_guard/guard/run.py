@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -181,8 +182,9 @@ class GuardedRun:
             return
         self.matched = True
         problem = state_problem(source, module, batch, batch_idx)
-        if self.caps.active and not ours and hasattr(module, "inner_lr_cap"):
-            ignored = self.caps.try_on(module, lambda: state_problem(source, module, batch, batch_idx))
+        if self.caps.active and not ours and self.caps.reaches_alpha(module):
+            stated = partial(state_problem, source, module, batch, batch_idx)
+            ignored = self.caps.try_on(module, getattr(problem, "alpha", math.nan), stated)
             if ignored is not None:
                 self.announce(ignored)
         # Compiled code too runs eagerly there: what is traced here would not be compiled again for training.
