@@ -74,8 +74,13 @@ class Learning:
     @property
     def holds(self) -> bool:
         """Whether the parameters of now do as well as the best earlier ones: then it is the tasks that changed."""
-        best, now, before = self.losses
-        return now <= best + _NEAR * abs(before - best)
+        return self.losses[1] <= self.kept_loss
+
+    @property
+    def kept_loss(self) -> float:
+        """The largest loss at which nearly all that was learned is there."""
+        best, _, before = self.losses
+        return best + _NEAR * abs(before - best)
 
     @property
     def good(self) -> list[int]:
