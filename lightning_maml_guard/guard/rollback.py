@@ -230,8 +230,9 @@ class Rollback:
 
     def undo(self, look: Look, step: int) -> None:
         """Go back from an excursion at the rates as they are: from there they lead back, only later."""
-        tried, found = look.lookahead, look.present
-        if not self.run.settings.rollback or tried is None or found is None or not self.helps(found.begin):
+        run, tried, found = self.run, look.lookahead, look.present
+        left = run.settings.rollback and run.state.rollbacks < run.settings.max_rollbacks
+        if not left or tried is None or found is None or not self.helps(found.begin):
             return
         if self.go_back(found.begin, step, look):
             self.report(found.begin, tried.alpha, tried.beta, step)
