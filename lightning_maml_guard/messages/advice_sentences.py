@@ -15,11 +15,12 @@ def advised(advice: Advice, spelling: Spelling = IN_PYTHON) -> str:
     """Say in one line what is wrong and what to set."""
     alpha, beta = f"alpha = {advice.configured_alpha:.3g}", f"beta = {advice.configured_beta:.3g}"
     where = "" if advice.peak_step is None else f" at step {advice.peak_step}"
+    takes = "took" if advice.peak_step is not None and (advice.step or 0) > advice.peak_step else "takes"
     wrong = {
         Cause.ALPHA: f"{alpha} is too large",
         Cause.BETA: f"{beta} is too large",
         Cause.BOTH: f"{alpha} and {beta} are too large",
-        Cause.SCHEDULE: f"the schedule takes beta to {advice.configured_beta:.3g}{where}, which is too large",
+        Cause.SCHEDULE: f"the schedule {takes} beta to {advice.configured_beta:.3g}{where}, which is too large",
         Cause.DEAD_UNITS: f"{beta} is too large: units have died",
         Cause.BATCH: "a batch is an outlier; the rates are not to blame",
         Cause.UNKNOWN: "training diverges for a reason that is not known",

@@ -24,7 +24,8 @@ def _rates_tried(reason: Reason, spelling: Spelling) -> str:
 
 
 def _schedule_ahead(reason: Reason, spelling: Spelling) -> str:
-    peak = f"the schedule takes beta to {reason.beta:.3g} at step {reason.steps}"
+    takes = "took" if reason.step is not None and reason.step > reason.steps else "takes"
+    peak = f"the schedule {takes} beta to {reason.beta:.3g} at step {reason.steps}"
     if reason.step is None:
         return f"{peak}; the current beta_c is {reason.limit:.3g}."
     return f"{peak}; from step {reason.step} on it is above the current beta_c = {reason.limit:.3g}."

@@ -37,6 +37,10 @@ EXAMPLES = [
         "the schedule takes beta to 0.4 at step 300, which is too large. Set the optimizer's lr to 0.15.",
     ),
     (
+        Advice(cause=Cause.SCHEDULE, beta=0.15, peak_step=300, step=301, **RATES),
+        "the schedule took beta to 0.4 at step 300, which is too large. Set the optimizer's lr to 0.15.",
+    ),
+    (
         Advice(cause=Cause.SCHEDULE, beta=0.15, **RATES),
         "the schedule takes beta to 0.4, which is too large. Set the optimizer's lr to 0.15.",
     ),

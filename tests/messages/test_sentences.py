@@ -238,6 +238,10 @@ EXAMPLES = [
         "the schedule takes beta to 0.3 at step 300; from step 178 on it is above the current beta_c = 0.177.",
     ),
     (
+        Reason(Kind.SCHEDULE_AHEAD, beta=0.3, limit=0.177, steps=300, step=318),
+        "the schedule took beta to 0.3 at step 300; from step 318 on it is above the current beta_c = 0.177.",
+    ),
+    (
         Reason(Kind.SCHEDULE_AHEAD, beta=0.3, limit=0.177, steps=300),
         "the schedule takes beta to 0.3 at step 300; the current beta_c is 0.177.",
     ),
