@@ -65,7 +65,7 @@ def measured(rank: int, size: int, folder: str, layers: int, width: int, product
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     torch.save((peak - before, time.process_time() - began, report.lambda_max, report.hvps), f"{folder}/{size}-{rank}")
-    dist.barrier()  # no process leaves while another still waits for it
+    dist.barrier()  # without it gloo can wait forever with torch 2.6 (pytorch #154976)
     dist.destroy_process_group()
 
 
