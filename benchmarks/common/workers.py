@@ -25,9 +25,11 @@ def each_done(jobs: Sequence[Callable[[], Any]], lasts: str, workers: int = 1) -
     with tqdm(total=len(jobs), desc=name, unit="part", leave=False, mininterval=0) as bar:
         for found in _in_turn(jobs) if workers == 1 else _by_processes(jobs, workers):
             bar.update()
-            bar.clear()
+            if sys.stderr.isatty():
+                bar.clear()
             yield found
-            bar.refresh()
+            if sys.stderr.isatty():
+                bar.refresh()
 
 
 def begin(lasts: str) -> str:
