@@ -69,7 +69,7 @@ def main() -> None:
         return time.perf_counter() - began, found.final
 
     own = [partial(run, float(alphas[column]), float(betas[row]), batches, batches[0]) for column, row in POINTS]
-    done = each_done([whole, *own] * given.rounds, "15 seconds, with --tasks 25 --shots 10 some minutes")
+    done = each_done([whole, *own] * given.rounds, "half a minute, some minutes with --tasks 25 --shots 10")
     for seconds, final in done:
         grids.append(seconds)
         for (column, row), (seconds, error) in zip(POINTS, done, strict=False):

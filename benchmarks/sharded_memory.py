@@ -92,7 +92,7 @@ def main() -> None:
     )
     print("processes  vectors a process: measured (each)      formula  CPU s a process  lambda_max", flush=True)
     jobs = [partial(split, size, given.layers, given.width, given.products) for size in SIZES]
-    for size, found in zip(SIZES, each_done(jobs, "2 minutes"), strict=True):
+    for size, found in zip(SIZES, each_done(jobs, "a minute"), strict=True):
         each = "  ".join(f"{peak / vector:5.1f}" for peak, *_ in found)
         seconds = max(taken for _, taken, *_ in found)
         tops = {top for *_, top, _ in found}

@@ -164,7 +164,7 @@ def main() -> None:
     jobs = [
         partial(measured, ROWS[key], makes, device, given.rounds, not given.no_numerics) for key in given.rows or ROWS
     ]
-    for row, gaps, times, walls, memory in each_done(jobs, "LASTS"):
+    for row, gaps, times, walls, memory in each_done(jobs, "5 minutes a row"):
         results[row.title] = table(row, gaps, times, walls, memory, peak, limit_seconds(row, peak, device))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps({"machine": machine, "torch": torch.__version__, "rows": results}, indent=1))

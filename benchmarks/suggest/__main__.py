@@ -170,7 +170,7 @@ def main() -> None:
     for name in given.problems or SETTINGS:
         path = given.out / f"{name.replace(' ', '_')}_{given.seed}_{given.steps or ''}.json"
         jobs.append(partial(_kept, path, name, given.seed, given.steps, optuna))
-    results = _print(each_done(jobs, "LASTS"), optuna)
+    results = _print(each_done(jobs, "5 minutes a problem, more on images"), optuna)
     if given.anew:
         _anew(results, given.out)
 
