@@ -129,7 +129,7 @@ def main(orders: Iterable[str] = ("exact", "first", "simplified"), steps: Iterab
     print("| order | K | optimizer | bisected | guard | ratio |\n|---|---|---|---|---|---|")
     worst, cases = 0.0, list(product(orders, steps, OPTIMIZERS))
     jobs = [partial(limits, order, inner_steps, OPTIMIZERS[name], batch) for order, inner_steps, name in cases]
-    done = each_done(jobs, "20 minutes with all orders")
+    done = each_done(jobs, "10 minutes with all orders")
     for (order, inner_steps, name), (found, limit) in zip(cases, done, strict=True):
         ratio = found / limit
         worst = max(worst, abs(ratio - 1))
