@@ -56,7 +56,6 @@ def _by_processes(jobs: Sequence[Callable[[], Any]], workers: int) -> Iterator[A
             for done in as_completed([pool.submit(job) for job in jobs]):
                 yield done.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.kill()
             raise
