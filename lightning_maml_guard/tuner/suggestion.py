@@ -133,8 +133,8 @@ class RateSuggestion:
         # Without their meta rate: what is marked are the configured and the suggested pair, not the mixture measured.
         measured = [replace(report, beta=math.nan) for report in self.suggested_reports]
         measured.sort(key=lambda report: -_reach(report))
-        rates, names = [self.beta, self.configured_beta], {"which": "smallest", "others": "other batches"}
-        figure, axes = plots.safe_region(measured, ax, rates=rates, **names)
+        rates = [self.beta, self.configured_beta]
+        figure, axes = plots.safe_region(measured, ax, rates=rates, which="smallest", others="other batches")
         if len(measured) > 1:
             figure.axes[-1].set(ylabel="batch", yticks=range(len(measured)))
         marks = {"edgecolors": MARKER_EDGE, "linewidths": 0.6, "zorder": 7}
