@@ -192,7 +192,7 @@ def main() -> None:
     if arguments.full:
         SPECS["conv4"] = replace(SPECS["conv4"], operators="HJ")
     rows, verdicts, checks = [], [], []
-    print("| case | method | products | s | x meta-step | error of lambda_max | |\n|---|---|---|---|---|---|---|")
+    print("| case | method | products | CPU s | x meta-step | error of lambda_max | |\n|---|---|---|---|---|---|---|")
     for case in cases(arguments.cases):
         for which in case.spec.operators:
             found, verdict = compare(case, which)

@@ -32,6 +32,7 @@ class Situation:
         scale: How losses are compared.
         allows: Whether caps may be tried: not where their rates have just failed.
         harmful: Whether adaptation makes tasks worse.
+        advised: The inner rate that is advised for several inner steps; None where nothing is.
         left: Whether the loss is too high already where the run is, not only after the steps to come.
     """
 
@@ -47,6 +48,7 @@ class Situation:
     scale: Scale = BY_RATIO
     allows: Callable[[Caps], bool] = lambda caps: True
     harmful: bool = False
+    advised: float | None = None
     left: bool = False
 
 
@@ -71,9 +73,15 @@ class Action:
         return situation.caps
 
     def release(
-        self, caps: Caps, present: LookaheadResult, look: Lookahead, scale: Scale, allows: Callable[[Caps], bool]
+        self,
+        caps: Caps,
+        present: LookaheadResult,
+        look: Lookahead,
+        scale: Scale,
+        allows: Callable[[Caps], bool],
+        advised: float | None,
     ) -> Caps:
-        """Find the caps of a capped run whose lookahead passes."""
+        """Find the caps of a capped run whose lookahead passes; ``advised``: the inner rate that is."""
         return caps
 
     def ease(self, caps: Caps, present: LookaheadResult, look: Lookahead, scale: Scale, reach_alpha: bool) -> Caps:
@@ -120,7 +128,7 @@ class Rescale(Action):
         fails = situation.fails and situation.transition.state == UNSAFE
         if rolled_back or fails or (situation.harmful and reach):
             loss = look.under(caps).begin if rolled_back else present.begin
-            return lowered(
+            found = lowered(
                 report,
                 caps,
                 margin,
@@ -131,17 +139,25 @@ class Rescale(Action):
                 at_least_halve=rolled_back,
                 scale=situation.scale,
             )
+            low = [each for each in (found.alpha, situation.advised) if each is not None]
+            return found if found.alpha is None else Caps(min(low), found.beta)
         if situation.fails:
             return caps
-        return self.release(caps, present, look, situation.scale, situation.allows)
+        return self.release(caps, present, look, situation.scale, situation.allows, situation.advised)
 
     def release(
-        self, caps: Caps, present: LookaheadResult, look: Lookahead, scale: Scale, allows: Callable[[Caps], bool]
+        self,
+        caps: Caps,
+        present: LookaheadResult,
+        look: Lookahead,
+        scale: Scale,
+        allows: Callable[[Caps], bool],
+        advised: float | None,
     ) -> Caps:
         """Release the caps as far as lookaheads allow."""
         if caps == Caps() or present.begin != look.begin:  # where the first did not pass, the present one is another
             return caps
-        return released(look.alpha, look.beta, caps, present, look.under, scale=scale, allows=allows)
+        return released(look.alpha, look.beta, caps, present, look.under, scale=scale, allows=allows, advised=advised)
 
     def ease(self, caps: Caps, present: LookaheadResult, look: Lookahead, scale: Scale, reach_alpha: bool) -> Caps:
         """Lower the rates as long as that leads further down."""

@@ -28,6 +28,7 @@ from lightning_maml_guard.lookahead.rates_to_set import (
 )
 from lightning_maml_guard.messages.advice import Advice, Cause, settable
 from lightning_maml_guard.messages.reasons import Kind, Reason
+from lightning_maml_guard.optim.rates_ahead import RatesAhead
 from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.stability.problems import PlainProblem, Problem, first_batch
 from lightning_maml_guard.stability.report import StabilityReport
@@ -83,6 +84,12 @@ class Adviser:
             self._stalled = self._better(self._look.harmful)
             state.statistics.stalled = False
 
+    def comes_back(self, to: float) -> bool:
+        """Whether a run that has lost what it had learned is soon at a loss again; tried a few times in a run."""
+        state, clearly = self._run.state, share_of_start(self._look.scale, CLEARLY)
+        state.searches += 1
+        return state.searches <= _MOST_SEARCHES and self._from_here(self._look.harmful).comes_back(to, clearly)
+
     def look_further(self, report: StabilityReport) -> Found | None:
         """Try more steps than a lookahead does; what was found, if lower rates do clearly better.
 
@@ -97,14 +104,11 @@ class Adviser:
 
     @property
     def _is_paid(self) -> bool:
-        """Whether the run pays for one more longer look."""
         return self._run.schedule.affords(LOOKAHEAD_GRADIENT * PROBE_GRADIENTS, self._step)
 
     def _better(self, alpha_suspect: bool, share: float = CLEARLY) -> Found | None:
         """Try the rates for more steps than a lookahead; what was found, if lower ones do clearly better."""
-        if alpha_suspect not in self._further:
-            self._further[alpha_suspect] = self._search(self._look.problems, alpha_suspect)
-        search, clearly = self._further[alpha_suspect], share_of_start(self._look.scale, share)
+        search, clearly = self._from_here(alpha_suspect), share_of_start(self._look.scale, share)
         present, best = search.probe()
         if present.trains and best.learned <= present.learned + clearly:
             return None
@@ -177,7 +181,6 @@ class Adviser:
         return self._look.harmful or math.isnan(report.alpha_c) or beyond
 
     def _measured_at(self, factor: float) -> StabilityReport:
-        """Measure the limits at a factor on the inner rates."""
         problem, run = self._look.problem, self._run
         assert not isinstance(problem, PlainProblem)
         given: dict[str, Any] = {"optimizer": self._look.optimizers, "curvature": run.settings.curvature}
@@ -185,8 +188,14 @@ class Adviser:
         self._measured += report.cost
         return report
 
+    def _from_here(self, alpha_suspect: bool) -> RateSearch:
+        if alpha_suspect not in self._further:
+            self._further[alpha_suspect] = self._search(self._look.problems, alpha_suspect)
+        return self._further[alpha_suspect]
+
     def _search(self, problems: Sequence[Problem], alpha_suspect: bool) -> RateSearch:
         lookahead = self._lookahead(fresh(self._run, problems))
+        lookahead.groups = () if self._rising is None else self._rising.at_peak
         peak = self._peak / lookahead.beta if lookahead.beta > 0 else 1.0
         return RateSearch(lookahead, self._look.scale, self._ratio, alpha_suspect=alpha_suspect, peak=peak)
 
@@ -196,19 +205,19 @@ class Adviser:
         return self._counted[-1]
 
     @property
-    def _rises(self) -> bool:
+    def _rising(self) -> RatesAhead | None:
+        """The schedule, if it takes the meta rate higher than it was."""
         ahead = self._run.ahead
-        return ahead is not None and ahead.peak()[0] > 1.01 * ahead.rates[0]
+        return ahead if ahead is not None and ahead.rises else None
 
     @property
     def _peak(self) -> float:
         """The meta rate to judge: where the schedule takes it, else the one at hand."""
-        ahead, lookahead = self._run.ahead, self._look.lookahead
+        rising, lookahead = self._rising, self._look.lookahead
         assert lookahead is not None
-        return max(ahead.peak()[0], lookahead.beta) if ahead is not None and self._rises else lookahead.beta
+        return lookahead.beta if rising is None else max(rising.peak()[0], lookahead.beta)
 
     def _configured(self, rate: float) -> float:
-        """The number to configure for a meta rate."""
         return rate if self._run.ahead is None else self._run.ahead.lr_for_peak(rate)
 
     @contextmanager
@@ -249,20 +258,19 @@ class Adviser:
     def _of_rates(self, found: Found, report: StabilityReport, findings: tuple[Reason, ...]) -> Advice:
         proved = self._look.harmful and report.alpha_ratio > 1
         to_blame = proved or (found.best.trains and not is_innocent(found, report, self._look.scale))
-        alpha, beta = report.alpha, self._peak
+        alpha, beta, rising = report.alpha, self._peak, self._rising
         rates, best, look, step = Rates(), found.best.at, self._look, report.step or 0
         if to_blame:
             search = self._search(look.problems, alpha_suspect=True)
-            ahead, repeats = self._run.ahead, self._run.repeats
-            mean = ahead.mean_to_peak if ahead is not None and self._rises else 1.0
-            to_set = RatesToSet(search, look.optimizers, look.problem, beta, mean, repeats, self._measured_at)
+            mean = 1.0 if rising is None else rising.mean_to_peak
+            to_set = RatesToSet(search, look.optimizers, look.problem, beta, mean, self._run.repeats, self._measured_at)
             rates = to_set.of(found, report, [each for each in self._run.state.history if (each.step or 0) <= step])
         lower_alpha, lower_beta = (rate is not None for rate in rates)
         died = self._look.died if lower_beta and not lower_alpha else ()
         causes = {
             (True, True): Cause.BOTH,
             (True, False): Cause.ALPHA,
-            (False, True): Cause.DEAD_UNITS if died else Cause.SCHEDULE if self._rises else Cause.BETA,
+            (False, True): Cause.DEAD_UNITS if died else Cause.SCHEDULE if rising else Cause.BETA,
             (False, False): Cause.UNKNOWN,
         }
         tried = Reason(
@@ -281,14 +289,10 @@ class Adviser:
             configured_alpha=alpha,
             configured_beta=beta,
             setting="lr" if self._run.ahead is None else self._run.ahead.setting,
-            peak_step=self._run.ahead.peak()[1] if self._run.ahead is not None and self._rises else None,
+            peak_step=None if rising is None else rising.peak()[1],
         )
 
     def crossing(self, report: StabilityReport) -> tuple[Reason, ...]:
         """State where the schedule exceeds the limit at hand, if it does."""
         ahead = self._run.ahead
-        if ahead is None or not self._rises or not report.beta_c < self._peak:
-            return ()
-        peak, step = ahead.peak()
-        crossing = ahead.first_above(report.beta_c, self._step)
-        return (Reason(Kind.SCHEDULE_AHEAD, beta=peak, steps=step, limit=report.beta_c, step=crossing),)
+        return () if ahead is None else ahead.exceeding(report.beta_c, self._step)

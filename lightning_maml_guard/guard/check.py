@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_maml_guard.guard.actions import Situation
 from lightning_maml_guard.guard.advising import Adviser
 from lightning_maml_guard.guard.loggers import log_check, log_values
-from lightning_maml_guard.guard.look import Look, allows, ease, look_at
+from lightning_maml_guard.guard.look import Look, advised_alpha, allows, ease, look_at
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.rollback import Rollback
 from lightning_maml_guard.guard.run import GuardedRun
@@ -82,11 +82,11 @@ class Check:
             if not run.state.history:
                 run.state.statistics.chance = chance_loss(module, batch)
             run.begin_match(trainer, module, batch, batch_idx, look.optimizers)
-            learning = self.rollback.compare(look)
-            collapsed = None
-            if learning is not None and learning.lost:
-                collapsed, look.severity = self.rollback.lost(learning, look, step), max(look.severity, math.log(ratio))
             adviser, stuck = Adviser(run, trainer, module, look, step), run.state.statistics.stuck
+            learning, collapsed = self.rollback.compare(look), None
+            away = learning is not None and learning.lost
+            if learning is not None and away and not adviser.comes_back(learning.kept_loss):
+                collapsed, look.severity = self.rollback.lost(learning, look, step), max(look.severity, math.log(ratio))
             adviser.look_at_peak()
             adviser.look_at_progress()
         failing = look.present is not None and fails(look.severity, ratio)
@@ -99,10 +99,12 @@ class Check:
         if look.present is not None:
             run.note_severity(step, look.severity, look.beta)
             if not scheduled and not failing and adviser.news is None:
-                slips = learning is not None and not learning.holds
-                if slips or passes(look.severity, ratio):
+                slips, well = learning is not None and not learning.holds, passes(look.severity, ratio)
+                if away:
+                    self.rollback.undo(look, step)
+                elif slips or well:
                     ease(run, trainer, module, look, step, slips=slips)
-                if passes(look.severity, ratio):
+                if well and not away:
                     self.rollback.keep(step)
                 self._charge(look, adviser.cost)
                 log_values(trainer, module, look.metrics, step)
@@ -126,12 +128,7 @@ class Check:
                 run.note_severity(step, look.severity, look.beta)
             # Rates at which a run learns clearly less than at lower ones are judged as those at which it diverges.
             judged = look.severity if further is None else max(look.severity, math.log(ratio))
-            missed = (
-                look.lookahead is not None
-                and look.present is not None
-                and look.lookahead.may_miss_clipping(look.present, look.scale, ratio)
-            )
-            if failing and report.status != UNSAFE and missed:
+            if failing and report.status != UNSAFE and look.may_miss_clipping(ratio):
                 run.announce(Reason(Kind.CLIPPING_NOT_SEEN, step=step))
                 failing, judged = False, undecided(ratio)
             tried = caps_before.applied(report.alpha, report.beta)
@@ -154,6 +151,7 @@ class Check:
                 lookahead=look.lookahead,
                 scale=look.scale,
                 harmful=look.harmful,
+                advised=advised_alpha(run, look.problem),
                 left=gone,
                 allows=partial(allows, run, alpha=report.alpha, beta=report.beta, step=step),
             )
@@ -217,6 +215,8 @@ class Check:
         before = run.caps.caps
         if action.caps_rates:
             run.caps.apply(self.module, caps)
+            if caps.alpha != before.alpha and run.match is not None:  # the coming step is not the one that was stated
+                run.match, run.matched = None, False
         alpha, beta = caps.applied(report.alpha, report.beta)
         if transition.returned and action.speaks:
             inform(returned(step, safe=transition.state == SAFE, applied=beta, configured=report.beta))

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from lightning_maml_guard.guard.report import CheckReport
+from lightning_maml_guard.lookahead.divergence import RunningStatistics
+from lightning_maml_guard.lookahead.learning import severity_at_hand
 from lightning_maml_guard.plots.region import safe_region
 from lightning_maml_guard.plots.spectrum import histogram, ritz_values
 from lightning_maml_guard.plots.style import new_figure
@@ -78,7 +80,7 @@ class Ratios:
     def __init__(self) -> None:
         self._report: CheckReport | None = None
         self._at = self._looked_at = (math.nan, math.nan)  # the rates of the latest ratios, and of the last lookahead
-        self._severity = math.nan
+        self._severity = self._told = math.nan  # of the last lookahead, and as it was logged last
         self._latest: dict[str, float] = {}
         self._shown: dict[str, float] = {}
 
@@ -92,25 +94,39 @@ class Ratios:
 
     def look(self, severity: float, rates: tuple[float, float]) -> None:
         """Take in what a lookahead said, at the rates that it tried."""
-        self._severity, self._looked_at = severity, rates
+        self._severity = self._told = severity
+        self._looked_at = rates
 
     def move(
-        self, trainer: Any, pl_module: Any, history: Sequence[CheckReport], rates: tuple[float, float], step: int
+        self,
+        trainer: Any,
+        pl_module: Any,
+        history: Sequence[CheckReport],
+        losses: RunningStatistics,
+        rates: tuple[float, float],
+        step: int,
     ) -> None:
-        """Log ratios and severity at the rates of a coming step, with the age of the limits, where the rates moved.
+        """Log ratios and severity at the rates of a coming step, with the age of the limits, where they moved.
 
-        A severity rises by the logarithm of what the rates have risen by since its lookahead tried them.
+        A severity rises by the logarithm of what the rates have risen by since its lookahead tried them, and is no less
+        than what the ``losses`` at hand say.
         """
         report = self.take(history)
-        least = _LITTLE if step % trainer.log_every_n_steps == 0 else _MUCH
-        if report is None or not any(abs(now - at) > least * at for now, at in zip(rates, self._at, strict=True)):
+        if report is None:
             return
-        self._at, self._latest = rates, report.ratios(*rates)
-        values = self._latest | {"guard/limits_age": float(step - (report.step or 0))}
+        least = _LITTLE if step % trainer.log_every_n_steps == 0 else _MUCH
         rises = [now / looked for now, looked in zip(rates, self._looked_at, strict=True) if now > looked > 0]
-        if math.isfinite(self._severity):
-            values["guard/severity"] = self._severity + math.log(max([1.0, *rises]))
-        log_values(trainer, pl_module, values, step)
+        severity = self._severity + math.log(max([1.0, *rises]))
+        at_hand = severity_at_hand(losses)
+        severity = max(severity, at_hand) if math.isfinite(at_hand) else severity
+        values = {}
+        if any(abs(now - at) > least * at for now, at in zip(rates, self._at, strict=True)):
+            self._at, self._latest = rates, report.ratios(*rates)
+            values = self._latest | {"guard/limits_age": float(step - (report.step or 0))}
+        if math.isfinite(severity) and (values or abs(severity - self._told) > least):
+            self._told = values["guard/severity"] = severity
+        if values:
+            log_values(trainer, pl_module, values, step)
 
     def show(self, pl_module: Any, history: Sequence[CheckReport]) -> None:
         """Show them in the progress bar, under short names that fit into 80 columns.

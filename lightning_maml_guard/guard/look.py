@@ -26,7 +26,9 @@ from lightning_maml_guard.stability.adaptation import ENDS_COST, Adaptation, ada
 from lightning_maml_guard.stability.problems import (
     Problem,
     accumulated,
+    at_alpha,
     dead_units,
+    first_batch,
     has_meta_problem,
     owners,
     state_problem,
@@ -56,7 +58,8 @@ class Look:
         scale: How losses are compared.
         severity: How far the lookahead takes the loss; ``nan`` without one.
         rises: Whether the schedule takes the meta rate higher than it is.
-        adaptation: What adaptation does; None in plain training, or where it was not looked at.
+        alpha: The inner rate applied; ``nan`` in plain training.
+        adaptation: What adaptation does at it; None in plain training, or where it was not looked at.
     """
 
     problem: Problem
@@ -68,6 +71,7 @@ class Look:
     scale: Scale = Scale()  # noqa: RUF009 (frozen)
     severity: float = math.nan
     rises: bool = False
+    alpha: float = math.nan
     adaptation: Adaptation | None = None
 
     @property
@@ -100,7 +104,7 @@ class Look:
         at = found.diverges_at
         reason = Reason(
             Kind.ADAPTATION_HARMFUL,
-            alpha=getattr(self.problem, "alpha", math.nan),
+            alpha=self.alpha,
             losses=(found.before, found.after, math.nan),
             steps=0 if at is None else at,
         )
@@ -110,6 +114,11 @@ class Look:
     def is_sane(self) -> bool:
         """Whether the run is still where it learned."""
         return self.lookahead is None or self.lookahead.begin <= self.scale.times(_SANE, self.scale.start)
+
+    def may_miss_clipping(self, ratio: float) -> bool:
+        """Whether the run may survive what the lookahead did not, because it clips out of sight."""
+        tried, found = self.lookahead, self.present
+        return tried is not None and found is not None and tried.may_miss_clipping(found, self.scale, ratio)
 
     @property
     def died(self) -> tuple[Reason, ...]:
@@ -133,7 +142,8 @@ def look_at(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_idx: i
     run.alpha = getattr(problem, "alpha", math.nan)
     look = Look(problem, owned, optimizers, scale=run.state.statistics.scale)
     _look_ahead(look, run, trainer, module, step)
-    look.adaptation = found = _adapted(run, problem)
+    look.alpha = run.caps.caps.applied(run.alpha, math.nan)[0]
+    look.adaptation = found = _adapted(run, at_alpha(problem, look.alpha) if look.alpha < run.alpha else problem)
     if found is not None:
         run.state.losses.adapt(step, found.before, found.after)
     return look
@@ -225,7 +235,7 @@ def ease(run: GuardedRun, trainer: Any, module: Any, look: Look, step: int, *, s
             found = action.ease(caps, look.present, lookahead, look.scale, run.caps.reaches_alpha(module))
         else:
             may = partial(allows, run, alpha=alpha, beta=beta, step=step)
-            found = action.release(caps, look.present, lookahead, look.scale, may)
+            found = action.release(caps, look.present, lookahead, look.scale, may, advised_alpha(run, look.problem))
     if slips and found != caps:
         run.state.ceiling = run.state.ceiling.failed(*caps.applied(alpha, beta), step)
         if run.state.capped != look.owned:
@@ -233,6 +243,15 @@ def ease(run: GuardedRun, trainer: Any, module: Any, look: Look, step: int, *, s
         inform(eased(step, *found.applied(alpha, beta)))
     run.schedule.ease(step, changed=found != caps)
     run.caps.apply(module, found)
+
+
+def advised_alpha(run: GuardedRun, problem: Problem) -> float | None:
+    """The inner rate that is advised, if several inner steps are taken; None where there is no advice on it.
+
+    The next steps survive at rates at which these lead nowhere.
+    """
+    advice = run.state.advice
+    return None if advice is None or getattr(first_batch(problem), "inner_steps", 1) == 1 else advice.alpha
 
 
 def allows(run: GuardedRun, caps: Caps, *, alpha: float, beta: float, step: int) -> bool:

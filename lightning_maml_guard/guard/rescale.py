@@ -117,10 +117,12 @@ def released(
     *,
     scale: Scale = BY_RATIO,
     allows: Callable[[Caps], bool] = lambda caps: True,
+    advised: float | None = None,
 ) -> Caps:
     """Release capped rates by ``RELEASE`` again and again, as long as higher ones survive and lead no less far down.
 
-    They are compared on the same batches, by the mean loss of the later steps.
+    They are compared on the same batches, by the mean loss of the later steps. An inner rate above the one that is
+    advised has to lead further down.
 
     Args:
         alpha: The inner rate as configured.
@@ -130,18 +132,20 @@ def released(
         look: Looks ahead under caps.
         scale: How losses are compared.
         allows: Whether caps may be tried.
+        advised: The inner rate that is advised; None where there is no advice on it.
 
     Returns:
         The caps to apply.
     """
-    late = present.late
+    late, most = present.late, math.inf if advised is None else advised
     for _ in range(RUNGS):
         both = Caps(_raised(caps.alpha, alpha), _raised(caps.beta, beta))
         for candidate in dict.fromkeys((both, Caps(caps.alpha, both.beta), Caps(both.alpha, caps.beta))):
             if candidate == caps or not allows(candidate):
                 continue
             found = look(candidate)
-            if found.late > scale.times(SAME, late) or not is_calm(found, scale):
+            above = candidate.alpha != caps.alpha and candidate.applied(alpha, beta)[0] > most
+            if found.late > scale.times(BETTER if above else SAME, late) or not is_calm(found, scale):
                 continue
             beyond = candidate
             for _ in range(HEADROOM if candidate.beta != caps.beta else 0):

@@ -228,6 +228,14 @@ class Rollback:
         run.state.rollbacks += 1
         return True
 
+    def undo(self, look: Look, step: int) -> None:
+        """Go back from an excursion at the rates as they are: from there they lead back, only later."""
+        tried, found = look.lookahead, look.present
+        if not self.run.settings.rollback or tried is None or found is None or not self.helps(found.begin):
+            return
+        if self.go_back(found.begin, step, look):
+            self.report(found.begin, tried.alpha, tried.beta, step)
+
     def report(self, loss: float, alpha: float, beta: float, step: int, *, halved: bool = False) -> None:
         """Say that the run was rolled back because of a loss, and which rates are applied from now on."""
         if self.run.snapshot is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -34,7 +34,7 @@ from lightning_maml_guard.optim.snapshot import Snapshot, SnapshotRing
 from lightning_maml_guard.optim.turns import Turns
 from lightning_maml_guard.stability.hvp import MeasurementCache
 from lightning_maml_guard.stability.objective import objective_of
-from lightning_maml_guard.stability.problems import has_meta_problem, state_problem
+from lightning_maml_guard.stability.problems import at_alpha, has_meta_problem, state_problem
 from lightning_maml_guard.stability.training_match import TrainingMatch
 from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.double_backward import double_backward
@@ -171,20 +171,19 @@ class GuardedRun:
         if action.stops or lost:
             self.stop(trainer, step, (reason,))
 
-    def begin_match(
-        self, trainer: Any, module: Any, batch: Any, batch_idx: int, optimizers: Sequence[Optimizer]
-    ) -> None:
+    def begin_match(self, trainer: Any, module: Any, batch: Any, batch_idx: int, optimizers: list[Optimizer]) -> None:
         """Begin to compare a problem that was stated for the run with the step to come; once."""
-        source = self.settings.problem
-        ours = isinstance(module, MetaLearning)
-        own = ours or not has_meta_problem(module)
-        if self.matched or (source is None and own):
+        source, ours = self.settings.problem, isinstance(module, MetaLearning)
+        if self.matched or (source is None and (ours or not has_meta_problem(module))):
             return
         self.matched = True
-        problem = state_problem(source, module, batch, batch_idx)
-        if self.caps.active and not ours and self.caps.reaches_alpha(module):
-            stated = partial(state_problem, source, module, batch, batch_idx)
-            ignored = self.caps.try_on(module, getattr(problem, "alpha", math.nan), stated)
+        stated = partial(state_problem, source, module, batch, batch_idx)
+        problem = stated()
+        alpha = getattr(problem, "alpha", math.nan)
+        if self.caps.caps.alpha is not None:  # the step trains under it
+            problem = at_alpha(problem, self.caps.caps.applied(alpha, math.nan)[0])
+        elif self.caps.active and not ours and self.caps.reaches_alpha(module):
+            ignored = self.caps.try_on(module, alpha, stated)
             if ignored is not None:
                 self.announce(ignored)
         # Compiled code too runs eagerly there: what is traced here would not be compiled again for training.

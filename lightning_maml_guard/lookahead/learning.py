@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from lightning_maml_guard.lookahead.divergence import FIRST_LOSSES, RunningStatistics
 from lightning_maml_guard.lookahead.lookahead import Lookahead
 from lightning_maml_guard.maml.evaluation import default_loss
 from lightning_maml_guard.messages.reasons import Kind, Reason
@@ -73,8 +74,13 @@ class Learning:
     @property
     def holds(self) -> bool:
         """Whether the parameters of now do as well as the best earlier ones: then it is the tasks that changed."""
-        best, now, before = self.losses
-        return now <= best + _NEAR * abs(before - best)
+        return self.losses[1] <= self.kept_loss
+
+    @property
+    def kept_loss(self) -> float:
+        """The largest loss at which nearly all that was learned is there."""
+        best, _, before = self.losses
+        return best + _NEAR * abs(before - best)
 
     @property
     def good(self) -> list[int]:
@@ -137,6 +143,16 @@ def spread_out(count: int) -> list[int]:
 def lost_reason(found: Learning, at: int, step: int) -> Reason:
     """State that a run has lost what it had learned; ``at``: the step of the best snapshot."""
     return Reason(Kind.LEARNING_LOST, losses=found.losses, steps=at, step=step)
+
+
+def severity_at_hand(statistics: RunningStatistics) -> float:
+    """How far the latest losses are from the best ones, by their median, as the loss of a lookahead is measured.
+
+    ``nan`` where there are too few.
+    """
+    if len(statistics.recent) < FIRST_LOSSES or not math.isfinite(statistics.best):
+        return math.nan
+    return statistics.scale.severity(median(statistics.recent), statistics.best)
 
 
 def chance_loss(module: nn.Module, batch: object) -> float:

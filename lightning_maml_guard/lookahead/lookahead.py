@@ -162,6 +162,7 @@ class Lookahead:
         self.alpha: float = getattr(problems[0], "alpha", math.nan)
         self.beta = scheduled_rate(self._optimizers)
         self.batches = len(problems)
+        self.groups: Sequence[dict[str, Any]] = ()  # settings of the optimizers to try instead of those at hand
         self.gradients = 0  # computed so far
         self.begin = math.nan  # loss of the first batch, where the next steps were judged
 
@@ -227,6 +228,8 @@ class Lookahead:
         with preserved_randomness(), double_backward():
             torch.manual_seed(0)  # the same dropout masks at every rate, so that results can be compared
             shadow = ShadowOptimizer(self._optimizers, live, beta_factor)
+            if self.groups:
+                shadow.set_groups(self.groups)
             losses = []
             for step in range(steps):
                 value, gradient = self._evaluate(shadow.params, first + step, alpha_factor)

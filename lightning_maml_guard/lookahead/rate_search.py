@@ -155,6 +155,11 @@ class RateSearch:
                 break
         return tried[0], _best(tried)
 
+    def comes_back(self, to: float, clearly: float) -> bool:
+        """Whether the rates as they are lead down to a loss, and no lower ones learn clearly more."""
+        present, best = self.probe()
+        return present.trains and present.end <= to and best.learned <= present.learned + clearly
+
     def find(self) -> Found:
         """Find which rate to lower, and to what.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
+from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.optim.scheduler_copy import SchedulerCopies
 from lightning_maml_guard.optim.stability_limits import Optimizers, listed
 from lightning_maml_guard.utils.random_state import preserved_randomness
@@ -38,6 +39,7 @@ class RatesAhead:
         configured: The number that users write: the optimizer's ``lr``, or a cyclic schedule's ``max_lr``.
         setting: Its name, ``"lr"`` or ``"max_lr"``.
         failure: Why the rates are not those of the schedule: from where it could not be walked on they are constant.
+        at_peak: Momentum and betas where the rate is largest, by parameter group: a cyclic schedule moves them, too.
     """
 
     step: int
@@ -46,6 +48,12 @@ class RatesAhead:
     configured: float
     setting: str = "lr"
     failure: Exception | None = None
+    at_peak: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def rises(self) -> bool:
+        """Whether the rate goes up from where it is first."""
+        return self.peak()[0] > 1.01 * self.rates[0]
 
     def peak(self, step: int | None = None) -> tuple[float, int]:
         """Return the largest rate from a step on (None: the first) and the step at which it is first applied."""
@@ -64,6 +72,13 @@ class RatesAhead:
         """Return the first step, from a step on, whose rate is above the limit."""
         start = self._index(step)
         return next((self.step + i for i in range(start, len(self.rates)) if self.rates[i] > limit), None)
+
+    def exceeding(self, limit: float, step: int) -> tuple[Reason, ...]:
+        """State where, from a step on, rising rates exceed a limit, if they do."""
+        peak, at = self.peak()
+        if not (self.rises and limit < peak):
+            return ()
+        return (Reason(Kind.SCHEDULE_AHEAD, beta=peak, steps=at, limit=limit, step=self.first_above(limit, step)),)
 
     def matches(self, step: int, rate: float) -> bool:
         """Return True if this rate was forecast for this step; else the schedule is to be walked again."""
@@ -99,21 +114,24 @@ def read_ahead(plan: Plan, optimizers: Optimizers, step: int) -> RatesAhead:
     groups = sum(len(optimizer.param_groups) for optimizer in live)
     most = max(LEAST, 4 * MOST // (3 + groups))
     steps = max(1, min(most, WITHOUT_END if plan.steps is None else plan.steps))
-    rates, failure = [_highest(live)], plan.failure
+    rates, failure, at_peak = [_highest(live)], plan.failure, _memories(live)
     configs = [config for config in plan.schedulers if not config.reduce_on_plateau]
     if configs and failure is None:
         with preserved_randomness(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a scheduler that steps before its optimizer did
             try:
-                copies = SchedulerCopies(live, plan.shared)
+                copies, highest = SchedulerCopies(live, plan.shared), rates[0]
                 schedulers = copies.copies([config.scheduler for config in configs])
                 for _ in _walk(plan, configs, schedulers, steps - 1):
                     rates.append(_highest(copies.optimizers))
+                    if rates[-1] > highest:
+                        highest, at_peak = rates[-1], _memories(copies.optimizers)
             except Exception as error:  # the user's code
                 failure = error
     rates += [rates[-1]] * (steps - len(rates))
     complete = plan.steps is not None and steps >= plan.steps
-    return RatesAhead(step, rates, complete, *_configured(live, [config.scheduler for config in configs]), failure)
+    configured = _configured(live, [config.scheduler for config in configs])
+    return RatesAhead(step, rates, complete, *configured, failure, at_peak)
 
 
 def _walk(plan: Plan, configs: Sequence[Any], schedulers: Sequence[Any], steps: int) -> Iterator[None]:
@@ -141,6 +159,11 @@ def _walk(plan: Plan, configs: Sequence[Any], schedulers: Sequence[Any], steps: 
 
 def _highest(optimizers: Sequence[Optimizer]) -> float:
     return max(float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups)
+
+
+def _memories(optimizers: Sequence[Optimizer]) -> tuple[dict[str, Any], ...]:
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return tuple({key: group[key] for key in ("momentum", "betas") if key in group} for group in groups)
 
 
 def _configured(optimizers: Sequence[Optimizer], schedulers: Sequence[Any]) -> tuple[float, str]:

@@ -7,7 +7,7 @@ import inspect
 import math
 import random
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,6 +96,12 @@ class ShadowOptimizer:
                 for key, value in shadow.state.get(replica, {}).items():
                     if isinstance(value, Tensor) and value.shape == shape:
                         shadow.state[replica][key] = value[runs]
+
+    def set_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Step with other settings, by parameter group, of one optimizer after another."""
+        own = [group for shadow, _ in self._copies for group in shadow.param_groups]
+        for group, settings in zip(own, groups, strict=True):
+            group.update(settings)
 
     def owned(self) -> list[tuple[Optimizer, list[str]]]:
         """List the copies with the names of the parameters that each moves."""

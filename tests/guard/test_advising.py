@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -78,7 +79,7 @@ def problem_of(module, batch):
 
 def guarded(module, batches, callbacks=(), **arguments):
     """Run with a guard at its defaults; the guard, and what it said."""
-    guard = ConvergenceGuard(problem=problem_of, **arguments)
+    guard = ConvergenceGuard(**{"problem": problem_of, **arguments})
     trainer = Trainer(max_epochs=1, callbacks=[*callbacks, guard], **QUIET)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -396,3 +397,33 @@ def test_an_inner_rate_beyond_its_limit_that_makes_tasks_worse_is_named_although
     (advised,) = [text for text in said if "step 96" in text]
     assert "alpha = 1.38 is too large. Set the inner rate (inner_lr) to 0." in advised
     assert "x alpha_c = " in advised and "makes the tasks worse" in advised
+
+
+class Steady(Capped):
+    """Its inner rate stays what it is."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        pass
+
+
+def test_a_cap_on_the_rate_of_several_inner_steps_is_what_is_advised_and_the_run_trains():
+    """The next steps survive at the limit of the inner rate, at which three inner steps do not lead down."""
+    batches = sinusoids(60)
+    healthy, module = (Steady(alpha=alpha, lr=0.003, inner_steps=3, optimizer=Adam) for alpha in (0.01, 0.4))
+    Trainer(max_epochs=1, **QUIET).fit(healthy, DataLoader(list(batches), batch_size=None))
+    guard, said = guarded(module, batches, action="rescale")
+    assert guard.advice.cause is Cause.ALPHA and guard.history[0].alpha_applied <= guard.advice.alpha
+    assert sum(module.losses[-20:]) < 1.1 * sum(healthy.losses[-20:])
+    # What is compared with the training step, and judged as adaptation, is at the rate that is applied.
+    assert not [text for text in said if "is not what training_step trains" in text]
+    assert guard.history[0].adaptation_gain < 0 < guard.history[-1].adaptation_gain
+    assert guard.history[-1].beta_applied == 0.003
+
+
+def test_a_problem_that_is_not_the_steps_is_told_also_where_the_inner_rate_is_capped():
+    def other(module, batch):
+        return replace(problem_of(module, batch), task_loss=lambda p, data: 3 * module.task_loss(p, data))
+
+    module = Steady(alpha=0.4, lr=0.003, inner_steps=3, optimizer=Adam)
+    _, said = guarded(module, sinusoids(12), action="rescale", problem=other)
+    assert [text for text in said if "is not what training_step trains" in text]

@@ -4,6 +4,7 @@ import builtins
 import math
 import random
 import sys
+from statistics import median
 
 import matplotlib
 import numpy as np
@@ -13,7 +14,7 @@ from matplotlib import pyplot
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
-from lightning_maml_guard import ConvergenceGuard
+from lightning_maml_guard import ConvergenceGuard, LookaheadOptions
 from lightning_maml_guard.guard import loggers
 from lightning_maml_guard.messages.sentences import sentence
 from lightning_maml_guard.utils.lightning_compat import Callback
@@ -249,3 +250,30 @@ def test_ratios_and_severity_rise_with_the_rates_between_checks(moved):
     index, ratio = (1, first.beta_ratio) if moved == "lr" else (0, first.alpha_ratio)
     assert [each[index] for each in seen] == pytest.approx([ratio * 1.2**step for step in range(8)], rel=1e-6)
     assert [each[2] for each in seen] == pytest.approx([severity + step * math.log(1.2) for step in range(8)], rel=1e-5)
+
+
+def test_a_loss_that_leaves_its_best_raises_the_severity_between_checks():
+    """The rates stay; from step 12 on the tasks are others, and the median of the last 8 losses follows."""
+    module = linear_module(4, 1e-3, inner_lr=1e-3)
+    seen, losses = [], []
+
+    class Worse(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 12:
+                with torch.no_grad():
+                    for parameter in pl_module.parameters():
+                        parameter.mul_(4.0)
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, *_):
+            losses.append(float(outputs["loss"]))
+            seen.append(float(trainer.callback_metrics["guard/severity"]))
+
+    guard = ConvergenceGuard(every_n_steps=100, action="log", lookahead=LookaheadOptions(triggers=False))
+    fit(module, quadratic_batch([0.5, 1.0, 2.0, 4.0]), 24, [Worse(), guard])
+    assert len(guard.severities) == 1
+    start = median(losses[:8])
+    assert seen[15] == pytest.approx(guard.severities[0][1])  # 3 of 8 losses do not move the median that far
+    # The step's own loss is not known when its severity is logged.
+    expected = [math.log(median(losses[step - 8 : step]) / start) for step in range(17, 24)]
+    assert seen[17:24] == pytest.approx(expected, abs=0.11)
+    assert expected[-1] > 2

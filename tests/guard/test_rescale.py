@@ -116,6 +116,17 @@ def test_release_goes_up_while_a_higher_rate_goes_further_down_and_is_lifted_at_
     assert caps == Caps()
 
 
+@pytest.mark.parametrize(("share", "expected"), [(0.97, 0.1), (0.8, 0.2)])
+def test_an_inner_rate_above_the_advised_one_has_to_lead_further_down(share, expected):
+    def look(caps):
+        alpha, _ = caps.applied(1.0, 1.0)
+        return LookaheadResult((1.0, 0.5 if alpha <= 0.1 else 0.5 * share if alpha <= 0.2 else 1.0))
+
+    caps = Caps(0.1, None)
+    assert released(1.0, 1.0, caps, look(caps), look).alpha == pytest.approx(0.2)
+    assert released(1.0, 1.0, caps, look(caps), look, advised=0.1).alpha == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("best", [0.3, 0.15])
 def test_release_stops_where_higher_rates_lead_less_far_down(best):
     look, caps = ends_best_at((0.1, best)), Caps(None, 0.3)

@@ -319,6 +319,40 @@ def test_a_last_step_whose_loss_diverged_is_rolled_back_and_one_whose_loss_did_n
     torch.testing.assert_close(modules[1].network.weight, modules[2].network.weight, rtol=0, atol=0)
 
 
+def to_the_start(module):
+    nn.init.ones_(module.network.weight)
+
+
+@pytest.mark.parametrize("action", ["warn", "stop", "rescale"])
+def test_an_excursion_from_which_the_rates_lead_back_is_no_collapse(action):
+    """All that was learned is lost at step 60, and is learned again at the same rates as fast as before."""
+    plain, module = Struck(to_the_start, {60}), Struck(to_the_start, {60})
+    alone, guarded = [], []
+
+    def keep(losses):
+        class Keep(Callback):
+            def on_train_batch_end(self, trainer, module, outputs, *_):
+                losses.append(float(outputs["loss"]))
+
+        return Keep()
+
+    fit(plain, BATCH, 100, [keep(alone)])
+    guard = ConvergenceGuard(action=action)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module, BATCH, 100, [keep(guarded), guard])
+    said = [one_line(each.message) for each in caught if issubclass(each.category, GuardWarning)]
+    assert alone[59] < 1e-3 < 1 < alone[61]
+    assert guard.advice is None and guard.stopped_step is None
+    if action != "rescale":
+        assert said == [] and guarded == alone
+        return
+    (event,) = guard.events  # going back saves the steps that learning again takes
+    (message,) = said
+    assert event.kind == "rolled back" and "Applied from now on: alpha = 0.05, beta = 0.1." in message
+    assert guarded[62] < 1e-3 < alone[75] and guarded[-1] < alone[-1]
+
+
 def test_a_spike_between_checks_calls_one():
     guard = ConvergenceGuard(every_n_steps=100, action="log")
     fit(Struck(far_away, at={14}), BATCH, 30, [guard])

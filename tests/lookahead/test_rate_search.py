@@ -266,6 +266,14 @@ def test_a_peak_stands_for_the_rate_that_the_schedule_goes_to():
     assert 5.5 - descended([10.0, 1.0], lower, TRIAL_STEPS) > 0.5 * (5.5 - min(grid))
 
 
+def test_a_peak_is_tried_with_the_momentum_that_it_will_have():
+    lookahead = plain([10.0, 1.0], lambda p: SGD(p, lr=0.01, momentum=0.95))
+    lookahead.groups = ({"momentum": 0.5},)
+    losses = lookahead.run(1.0, 2.0, steps=12).losses
+    expected = [descended([10.0, 1.0], 0.02, steps, momentum=0.5) for steps in range(13)]
+    assert losses == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_batches_are_compared_with_themselves():
     """A batch with a large loss of its own at the end of a trial is no sign that the run got worse."""
     weight = nn.Parameter(torch.ones(1, dtype=torch.float64))

@@ -476,3 +476,15 @@ def test_the_number_to_configure_gives_the_peak(make, setting):
 def test_a_long_run_is_walked_up_to_a_bound():
     ahead = walked(SCHEDULERS["cosine"], steps=10**6)
     assert len(ahead.rates) == rates_ahead.MOST and not ahead.complete
+
+
+@pytest.mark.parametrize(("make", "expected"), [(SGD, {"momentum": 0.85}), (Adam, {"betas": (0.85, 0.999)})])
+def test_the_momentum_where_a_cycle_peaks(make, expected):
+    optimizer = make([nn.Parameter(torch.ones(1))], lr=0.1, **({"momentum": 0.9} if make is SGD else {}))
+    scheduler = OneCycleLR(optimizer, max_lr=0.1, total_steps=40)
+    config = SimpleNamespace(scheduler=scheduler, interval="step", frequency=1, reduce_on_plateau=False)
+    plan = Plan(steps=40, batches=None, batch=0, epoch=0, accumulate=1, schedulers=[config])
+    present = optimizer.param_groups[0].get("momentum") or optimizer.param_groups[0]["betas"][0]
+    assert present == pytest.approx(0.95)
+    (found,) = read_ahead(plan, [optimizer], 0).at_peak
+    assert found == {name: pytest.approx(value) for name, value in expected.items()}
