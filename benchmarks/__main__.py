@@ -25,7 +25,8 @@ def main() -> None:
     print("Run one: python -m benchmarks.NAME. Its options: python -m benchmarks.NAME --help.")
     print("What they compare with comes with the extra: pip install -e '.[bench]'. Results: docs/benchmarks.md.")
     print(
-        "It brings torchvision: with a CPU build of torch, install torchvision's first, or importing Lightning fails.\n"
+        "It brings a torchvision that nothing here needs and that breaks Lightning beside a CPU build of torch: there,\n"
+        "pip uninstall torchvision.\n"
     )
     for name, sentence in commands().items():
         print(f"  {name:17s} {sentence}")

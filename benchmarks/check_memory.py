@@ -18,12 +18,14 @@ import resource
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim import SGD, Adam, Optimizer
 
+from benchmarks.common.workers import each_done
 from lightning_maml_guard import CurvatureOptions, MetaLearningModule, MetaProblem, measure
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.stability.hvp import MeasurementCache
@@ -76,31 +78,41 @@ def one(width: int, tasks: int, inner_steps: int, optimizer: str, basis: str, ma
     }
 
 
-def rows(width: int) -> list[dict[str, Any]]:
-    """All rows, each from a fresh process."""
-    found = []
+def row(width: int, tasks: int, inner_steps: int, optimizer: str, basis: str, length: int) -> dict[str, Any]:
+    """A row, from a fresh process."""
+    given = dict(
+        zip(
+            ("tasks", "inner_steps", "optimizer", "basis", "max_iter"),
+            (tasks, inner_steps, optimizer, basis, length),
+            strict=True,
+        )
+    )
+    command = [sys.executable, "-m", "benchmarks.check_memory", "--row", json.dumps([width, *given.values()])]
     exact = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-    for index, problem in enumerate(PROBLEMS):
-        kinds = [("device", 1)]
-        if index == 0:
-            kinds = [("device", 1)] + [(basis, length) for basis in BYTES for length in LENGTHS[1:]]
-        for basis, length in kinds:
-            given = [*problem, basis, length]
-            command = [sys.executable, "-m", "benchmarks.check_memory", "--row", json.dumps([width, *given])]
-            done = subprocess.run(command, capture_output=True, text=True, check=True, env=exact)
-            row = dict(zip(("tasks", "inner_steps", "optimizer", "basis", "max_iter"), given, strict=True))
-            row |= json.loads(done.stdout.splitlines()[-1])
-            row["basis_vectors"] = length * BYTES[basis] / 4
-            tasks, inner_steps, optimizer = problem
-            rest = 3 + 4 * tasks * (inner_steps + 1) + 3 * (optimizer == "Adam") + 2 * (basis == "bfloat16")
-            row["formula"] = row["basis_vectors"] + rest
-            found.append(row)
-            print(
-                f"| {row['tasks']} | {row['inner_steps']} | {row['optimizer']} | {basis} | {length} | "
-                f"{row['basis_vectors']:.1f} | {row['formula']:.1f} | {row['vectors']:.1f} | "
-                f"{row['vectors'] * 4e-9 * row['parameters']:.2f} GB | {row['seconds']:.0f} s |",
-                flush=True,
-            )
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=exact)
+    basis_vectors = length * BYTES[basis] / 4
+    rest = 3 + 4 * tasks * (inner_steps + 1) + 3 * (optimizer == "Adam") + 2 * (basis == "bfloat16")
+    return {
+        **given,
+        **json.loads(done.stdout.splitlines()[-1]),
+        "basis_vectors": basis_vectors,
+        "formula": basis_vectors + rest,
+    }
+
+
+def rows(width: int) -> list[dict[str, Any]]:
+    """All rows, printed."""
+    long = [(*PROBLEMS[0], basis, length) for basis in BYTES for length in LENGTHS[1:]]
+    first, *others = [(*problem, "device", 1) for problem in PROBLEMS]
+    found = []
+    for each in each_done([partial(row, width, *given) for given in (first, *long, *others)], "5 minutes"):
+        found.append(each)
+        print(
+            f"| {each['tasks']} | {each['inner_steps']} | {each['optimizer']} | {each['basis']} | {each['max_iter']} | "
+            f"{each['basis_vectors']:.1f} | {each['formula']:.1f} | {each['vectors']:.1f} | "
+            f"{each['vectors'] * 4e-9 * each['parameters']:.2f} GB | {each['seconds']:.0f} s |",
+            flush=True,
+        )
     return found
 
 

@@ -12,16 +12,18 @@ and without the guard, with a second run without it as the control.
 from __future__ import annotations
 
 import argparse
-import logging
 import time
 import warnings
 from collections.abc import Callable
-from itertools import pairwise
+from functools import cache, partial
+from itertools import islice, pairwise
 from statistics import mean, median
 
 import torch
 from torch.utils.data import DataLoader
 
+from benchmarks.common.lightning import TRAINER, quiet
+from benchmarks.common.workers import each_done
 from lightning_maml_guard import ConvergenceGuard, MetaLearningModule
 from lightning_maml_guard.guard.schedule import Schedule
 from lightning_maml_guard.networks import conv4, mlp
@@ -29,7 +31,6 @@ from lightning_maml_guard.tasks.episodes import episode_generator
 from lightning_maml_guard.tasks.images import MiniImageNet, Omniglot
 from lightning_maml_guard.tasks.regression import Sinusoid
 from lightning_maml_guard.utils.lightning_compat import Callback, Trainer
-from tests.helpers import QUIET
 
 ROWS = {
     "sinusoid": (mlp, lambda: Sinusoid(10, 10), 25, 0.01, 1, 4000),
@@ -100,11 +101,7 @@ def train(row: tuple, batches: list, steps: int, callbacks: list[Callback]) -> f
     network, _, _, alpha, inner_steps, _ = row
     torch.manual_seed(0)
     module = MetaLearningModule(network(), inner_lr=alpha, inner_steps=inner_steps)
-    trainer = Trainer(
-        max_steps=steps,
-        **QUIET,
-        callbacks=callbacks,
-    )
+    trainer = Trainer(max_steps=steps, callbacks=callbacks, **TRAINER)
     began = time.perf_counter()
     trainer.fit(module, DataLoader(batches, batch_size=None))
     return time.perf_counter() - began
@@ -135,6 +132,37 @@ def published_checks(first: float, later: float) -> int:
     return number
 
 
+@cache
+def batches_of(name: str, steps: int) -> list:
+    """The batches of a row."""
+    _, made, tasks, *_ = row = ROWS[name]
+    family = made()
+    family.setup()
+    batches = [family.sample(tasks, episode_generator(0, "train", index), "train") for index in range(min(steps, 500))]
+    train(row, batches, 2, [])  # the first run loads libraries and tries the vectorization strategies
+    return batches
+
+
+def turn(name: str, steps: int) -> tuple[float, ...]:
+    """Time a run: its step, the first check, a later one, the number and share of checks, and between them."""
+    row, batches = ROWS[name], batches_of(name, steps)
+    guard = ConvergenceGuard()
+    clock, alternation = Clock(guard), Alternation(guard, BLOCKS[name])
+    train(row, batches, steps, [alternation, guard])
+    plain, first = alternation.step(), clock.checks[0]  # includes the self-check of the second derivatives
+    often = Clock(each := ConvergenceGuard(every_n_steps=1, action="log"))
+    train(row, batches, 3, [each])
+    later = median(often.checks[1:])
+    empty = Alternation(Callback(), BLOCKS[name])
+    train(row, batches, steps, [empty, empty.other])
+    if name == "sinusoid":
+        number, taken, all_steps = len(clock.checks), sum(clock.checks), steps
+    else:
+        number = published_checks(guard._run.state.schedule.latest, each._run.state.schedule.latest)
+        taken, all_steps = first + (number - 1) * later, PUBLISHED
+    return plain, first, later, number, taken / (all_steps * plain), alternation.ratio() - 1, empty.ratio() - 1
+
+
 def main() -> None:
     """Time and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.guarded_training", description=__doc__)
@@ -144,44 +172,19 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="compare whole sinusoid runs as well")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    quiet()
     torch.set_num_threads(2)
     print(
         "| training | step, ms | first check, steps | later check, steps | checks, of the run | between checks, of a step "
         "| an empty Callback, of a step | steps |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for name in given.rows:
-        row = ROWS[name]
-        steps = given.steps if given.steps and name == "sinusoid" else row[5]
-        family = row[1]()
-        family.setup()
-        batches = [
-            family.sample(row[2], episode_generator(0, "train", index), "train") for index in range(min(steps, 500))
-        ]
-        train(row, batches, 2, [])  # the first run loads libraries and tries the vectorization strategies
-        plain, first, later, number, shares, between, limit = [], [], [], [], [], [], []
-        for _ in range(given.turns):
-            guard = ConvergenceGuard()
-            clock, alternation = Clock(guard), Alternation(guard, BLOCKS[name])
-            train(row, batches, steps, [alternation, guard])
-            plain.append(alternation.step())
-            first.append(clock.checks[0])  # includes the self-check of the second derivatives
-            between.append(alternation.ratio() - 1)
-            often = Clock(each := ConvergenceGuard(every_n_steps=1, action="log"))
-            train(row, batches, 3, [each])
-            later.append(median(often.checks[1:]))
-            empty = Alternation(Callback(), BLOCKS[name])
-            train(row, batches, steps, [empty, empty.other])
-            limit.append(empty.ratio() - 1)
-            if name == "sinusoid":
-                number.append(len(clock.checks))
-                shares.append(sum(clock.checks) / (steps * plain[-1]))
-            else:
-                counted = [guard._run.state.schedule.latest, each._run.state.schedule.latest]
-                number.append(published_checks(*counted))
-                taken = first[-1] + (number[-1] - 1) * later[-1]
-                shares.append(taken / (PUBLISHED * plain[-1]))
+    sizes = {name: given.steps if given.steps and name == "sinusoid" else ROWS[name][5] for name in given.rows}
+    jobs = [partial(turn, name, steps) for name, steps in sizes.items() for _ in range(given.turns)]
+    done = each_done(jobs, "15 minutes with all rows")
+    for name, steps in sizes.items():
+        turns = list(islice(done, given.turns))
+        plain, first, later, number, shares, between, limit = zip(*turns, strict=True)
         told = f"{steps}" if name == "sinusoid" else f"computed for {PUBLISHED}"
         print(
             f"| {name} | {1e3 * median(plain):.3g} | {median(first) / median(plain):.3g} | "
@@ -190,7 +193,7 @@ def main() -> None:
             flush=True,
         )
         if given.whole and name == "sinusoid":
-            guarded, control = whole_runs(row, batches, steps, given.turns)
+            guarded, control = whole_runs(ROWS[name], batches_of(name, steps), steps, given.turns)
             print(f"whole runs, guarded {guarded:.3f}, without the guard a second time {control:.3f}", flush=True)
 
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 
 import torch
 
+from benchmarks.common.workers import each_done
 from benchmarks.guarded_training import ROWS
 from lightning_maml_guard import MetaLearningModule, MetaProblem
 from lightning_maml_guard.linalg.operators import Jacobian, gradient_of
@@ -51,8 +53,9 @@ def timed(works: dict[str, Callable[[], object]], turns: int) -> dict[str, float
     return {name: median(seconds[1:]) for name, seconds in taken.items()}
 
 
-def costs(problem: MetaProblem, turns: int) -> dict[str, float]:
+def costs(row: Sequence, order: str, turns: int) -> dict[str, float]:
     """Time of each, divided by the time of a training step."""
+    problem = problem_of(row, order)
     tasks = TaskMap(problem.task_chunk_size, looped=problem.looped)
     objective = MamlObjective(problem, "support", tasks)
     field, params, *_ = objective.update(1.0)
@@ -90,10 +93,10 @@ def main() -> None:
     torch.set_num_threads(2)
     columns = ("J graph", "J", "H graph", "H", "by task", "plain H", "adaptation", "its ends")
     print(f"| training | order | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
-    for name in given.rows:
-        for order in ORDERS:
-            found = costs(problem_of(rows[name], order), given.turns)
-            print(f"| {name} | {order} | {' | '.join(f'{found[column]:.2f}' for column in columns)} |", flush=True)
+    both = [(name, order) for name in given.rows for order in ORDERS]
+    jobs = [partial(costs, rows[name], order, given.turns) for name, order in both]
+    for (name, order), found in zip(both, each_done(jobs, "5 minutes with all rows"), strict=True):
+        print(f"| {name} | {order} | {' | '.join(f'{found[column]:.2f}' for column in columns)} |", flush=True)
     counted = (UPDATE.graph, UPDATE.product, CURVATURE.graph, CURVATURE.product, UPDATE.graph + UPDATE.product)
     print(
         f"| counted as | | {' | '.join(f'{cost:.2f}' for cost in counted)} | {UPDATE.product:.2f} | "

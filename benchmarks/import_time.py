@@ -9,7 +9,10 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from functools import partial
 from statistics import median
+
+from benchmarks.common.workers import each_done
 
 IMPORTS = {
     "torch": "import torch",
@@ -36,12 +39,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=15)
     given = parser.parse_args()
     taken: dict[str, list[float]] = {name: [] for name in IMPORTS}
-    for turn in range(given.turns + 1):
-        for name, code in IMPORTS.items():
-            took = seconds(code)
-            if turn:  # the first one reads files that the later ones find in memory
-                taken[name].append(took)
-    for name, times in taken.items():
+    names = list(IMPORTS) * (given.turns + 1)
+    found = each_done([partial(seconds, IMPORTS[name]) for name in names], "4 minutes with 15 turns")
+    for name, took in zip(names, found, strict=True):
+        taken[name].append(took)
+    for name, (_, *times) in taken.items():  # the first turn reads files that the later ones find in memory
         print(f"{name}: {median(times):.4f} s (from {min(times):.4f} to {max(times):.4f})")
 
 

@@ -11,10 +11,13 @@ network's kinks lie within 1e-4 of the minimum, runs start 1e-7 away, and the ta
 from __future__ import annotations
 
 import argparse
+from functools import partial
+from itertools import product
 from statistics import median
 
 import torch
 
+from benchmarks.common.workers import each_done
 from lightning_maml_guard import CurvatureOptions, EpisodeBatch, MetaLearningModule, MetaProblem, measure
 from lightning_maml_guard.linalg.layout import Layout
 from lightning_maml_guard.linalg.operators import Jacobian
@@ -25,7 +28,7 @@ from lightning_maml_guard.utils.task_map import TaskMap
 from tests.helpers import bisect
 
 AWAY, STEPS, TASKS, DIRECTIONS, TRAINING, RATE, POLISH = (1e-4, 1e-7), 1500, 3, 2, 8000, 0.02, 300
-CURVATURE = CurvatureOptions(tol=1e-6, max_iter=60)
+CURVATURE, ALPHAS = CurvatureOptions(tol=1e-6, max_iter=60), (0.0005, 0.002, 0.01)
 # Hidden units and shots. A ReLU network's minima lie at kinks, where J does not exist, more often than not: several
 # seeds are tried, and those whose gradient does not vanish are marked.
 SIZES, SEEDS, SMOOTH = {"tanh": (6, 100), "relu": (3, 20)}, {"tanh": (0,), "relu": (0, 3, 4)}, 1e-3
@@ -138,10 +141,9 @@ def main() -> None:
         "| network | seed | alpha | gradient left | start | bisected | exact_beta_c | ratio | simplified criterion's beta_c | its error |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
-    for activation, seeds in SEEDS.items():
-        for seed in seeds:
-            for alpha in (0.0005, 0.002, 0.01):
-                print(row(activation, seed, alpha), flush=True)
+    cases = [(activation, seed, alpha) for activation, seeds in SEEDS.items() for seed, alpha in product(seeds, ALPHAS)]
+    for line in each_done([partial(row, *case) for case in cases], "15 minutes"):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

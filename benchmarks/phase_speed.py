@@ -7,22 +7,23 @@ time of 256 such runs divided by that of the grid, and how far the final errors 
 from __future__ import annotations
 
 import argparse
-import logging
 import time
 import warnings
+from functools import partial
 
 import numpy as np
 import torch
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 
+from benchmarks.common.lightning import TRAINER, quiet
+from benchmarks.common.workers import each_done
 from lightning_maml_guard import MetaLearningModule, phase_diagram
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.episodes import episode_generator
 from lightning_maml_guard.tasks.regression import Sinusoid
 from lightning_maml_guard.utils.lightning_compat import Trainer
-from tests.helpers import QUIET
 
 POINTS = ((1, 2), (12, 4), (4, 9), (9, 6))
 
@@ -35,10 +36,7 @@ def module(alpha: float, beta: float) -> MetaLearningModule:
 def run(alpha: float, beta: float, batches: list, judged) -> tuple[float, float]:
     """Seconds of one Trainer run, and its final error."""
     one = module(alpha, beta)
-    trainer = Trainer(
-        max_epochs=1,
-        **QUIET,
-    )
+    trainer = Trainer(max_epochs=1, **TRAINER)
     began = time.perf_counter()
     trainer.fit(one, DataLoader(batches, batch_size=None))
     seconds = time.perf_counter() - began
@@ -54,7 +52,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="turns of grid and 4 runs")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    quiet()
     warnings.simplefilter("ignore")
     torch.set_num_threads(given.threads)
     family = Sinusoid(given.shots, given.shots)
@@ -64,14 +62,19 @@ def main() -> None:
     problems = [start.meta_problem(batch) for batch in batches]
     grids, singles, gaps = [], [], []
     run(alphas[0], betas[0], batches[:3], batches[0])  # the first run loads libraries
-    for _ in range(given.rounds):
+
+    def whole() -> tuple[float, np.ndarray]:
         began = time.perf_counter()
         found = phase_diagram(lambda step: problems[step], alphas, betas, given.steps, measure_every=0, progress=False)
-        grids.append(time.perf_counter() - began)
-        for column, row in POINTS:
-            seconds, error = run(float(alphas[column]), float(betas[row]), batches, batches[0])
+        return time.perf_counter() - began, found.final
+
+    own = [partial(run, float(alphas[column]), float(betas[row]), batches, batches[0]) for column, row in POINTS]
+    done = each_done([whole, *own] * given.rounds, "half a minute, some minutes with --tasks 25 --shots 10")
+    for seconds, final in done:
+        grids.append(seconds)
+        for (column, row), (seconds, error) in zip(POINTS, done, strict=False):
             singles.append(seconds)
-            gaps.append(abs(found.final[column, row] / error - 1))
+            gaps.append(abs(final[column, row] / error - 1))
     grid, single = float(np.median(grids)), float(np.median(singles))
     print(
         f"sinusoid, 1-40-40-1, {given.tasks} tasks of {given.shots} + {given.shots} points, {given.steps} steps, float32, "

@@ -13,6 +13,7 @@ import os
 import resource
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 from torch import nn
 
+from benchmarks.common.workers import each_done
 from lightning_maml_guard import CurvatureOptions, measure
 from lightning_maml_guard.linalg.layout import Params
 from lightning_maml_guard.stability.problems import PlainProblem
@@ -27,6 +29,7 @@ from lightning_maml_guard.stability.problems import PlainProblem
 # Vectors beside the Krylov basis: the parameters twice (kept and the centre), a point, gradients ahead and behind, the
 # product, and a few that Gram-Schmidt and the optimizer's step need.
 WORK = 10
+SIZES = (1, 2, 3)
 
 
 def network(layers: int, width: int) -> nn.Sequential:
@@ -62,7 +65,15 @@ def measured(rank: int, size: int, folder: str, layers: int, width: int, product
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     torch.save((peak - before, time.process_time() - began, report.lambda_max, report.hvps), f"{folder}/{size}-{rank}")
+    dist.barrier()  # without it gloo can wait forever with torch 2.6 (pytorch #154976)
     dist.destroy_process_group()
+
+
+def split(size: int, layers: int, width: int, products: int) -> list[tuple[int, float, float, int]]:
+    """Measure on so many processes, and return what each found."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes.spawn(measured, (size, folder, layers, width, products), nprocs=size, daemon=True)
+        return [torch.load(Path(folder) / f"{size}-{rank}") for rank in range(size)]
 
 
 def main() -> None:
@@ -79,18 +90,16 @@ def main() -> None:
     print(
         f"{count / 1e6:.1f}M parameters, a vector of {vector / 1024:.1f} MiB, {given.products} Krylov vectors, float32"
     )
-    print("processes  vectors a process: measured (each)      formula  CPU s a process  lambda_max")
-    for size in (1, 2, 3):
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = (size, folder, given.layers, given.width, given.products)
-            processes.spawn(measured, arguments, nprocs=size)
-            found = [torch.load(Path(folder) / f"{size}-{rank}") for rank in range(size)]
+    print("processes  vectors a process: measured (each)      formula  CPU s a process  lambda_max", flush=True)
+    jobs = [partial(split, size, given.layers, given.width, given.products) for size in SIZES]
+    for size, found in zip(SIZES, each_done(jobs, "a minute"), strict=True):
         each = "  ".join(f"{peak / vector:5.1f}" for peak, *_ in found)
         seconds = max(taken for _, taken, *_ in found)
         tops = {top for *_, top, _ in found}
         formula = (given.products + WORK) / size
         print(
-            f"{size:9d}  {each:40s} {formula:7.1f}  {seconds:15.1f}  {', '.join(f'{top:.6g}' for top in sorted(tops))}"
+            f"{size:9d}  {each:40s} {formula:7.1f}  {seconds:15.1f}  {', '.join(f'{top:.6g}' for top in sorted(tops))}",
+            flush=True,
         )
 
 

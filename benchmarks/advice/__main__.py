@@ -75,7 +75,7 @@ def _each(jobs: list[tuple[Configuration, int]], given: argparse.Namespace) -> A
         partial(study, config, seed, folder, guarded=given.guard, peers=given.peers and seed in given.peer_seeds)
         for config, seed in jobs
     ]
-    return each_done(each, given.workers)
+    return each_done(each, "half an hour a seed, some hours with peers", given.workers)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import torch
 from benchmarks.check_cost import methods
 from benchmarks.check_cost.cases import SPECS, Case, Reference, cases, fewer, reference, seconds
 from benchmarks.check_cost.methods import Found
+from benchmarks.common.workers import begin
 from lightning_maml_guard import measure
 from lightning_maml_guard.stability.hvp import MeasurementCache
 
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="J of conv4, too")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    begin("a minute or two a case")
     began = time.perf_counter()
     if arguments.full:
         SPECS["conv4"] = replace(SPECS["conv4"], operators="HJ")

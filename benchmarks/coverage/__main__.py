@@ -5,14 +5,22 @@ from __future__ import annotations
 import argparse
 import math
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import torch
 
 import benchmarks.coverage
-from benchmarks.coverage.dense import QUANTITIES, outcomes
+from benchmarks.common.workers import each_done
+from benchmarks.coverage.dense import QUANTITIES, Outcome, outcomes
+from benchmarks.coverage.networks import Case
 from benchmarks.coverage.problems import ORDERS, draw
-from lightning_maml_guard import CurvatureOptions
+from lightning_maml_guard import CurvatureOptions, StabilityReport
+
+
+def _compared(seed: int, curvature: CurvatureOptions) -> tuple[int, Case, list[Outcome], StabilityReport]:
+    case = draw(seed)
+    return seed, case, *outcomes(case, curvature)
 
 
 def main() -> None:
@@ -26,9 +34,8 @@ def main() -> None:
     curvature = CurvatureOptions(max_iter=given.max_iter)
     counts: Counter[tuple[str, str, str]] = Counter()
     products: dict[str, list[int]] = {order: [] for order in ORDERS}
-    for seed in range(given.first, given.first + given.problems):
-        case = draw(seed)
-        found, report = outcomes(case, curvature)
+    jobs = [partial(_compared, seed, curvature) for seed in range(given.first, given.first + given.problems)]
+    for seed, case, found, report in each_done(jobs, "5 minutes with 1000 problems"):
         order = case.problem.order
         products[order].append(report.hvps)
         for each in found:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 import lightning_maml_guard
+from benchmarks.common.lightning import quiet
+from benchmarks.common.workers import each_done
 from benchmarks.gpu import correct, speed
 from lightning_maml_guard.utils import lightning_compat
 
@@ -31,11 +33,9 @@ class Kit:
         out: Folder to write into.
         seconds: Time for all parts.
         device: Where they run.
-        chosen: Only parts in whose name this is found.
     """
 
-    def __init__(self, out: Path, seconds: float, device: torch.device, chosen: str = "") -> None:
-        self.chosen = chosen
+    def __init__(self, out: Path, seconds: float, device: torch.device) -> None:
         self.out, self.seconds, self.device, self.began = out, seconds, device, time.perf_counter()
         self.found: dict[str, Any] = {}
         self.failed = False
@@ -45,10 +45,8 @@ class Kit:
         """Seconds left."""
         return self.seconds - (time.perf_counter() - self.began)
 
-    def part(self, name: str, least: float, compute: Callable[[], Rows]) -> None:
-        """Run a part if at least so many seconds are left; a failure is kept with its error."""
-        if not re.search(self.chosen, name):
-            return
+    def part(self, name: str, least: float, compute: Callable[[], Rows]) -> str:
+        """Run a part if at least so many seconds are left, and say how long it took; a failure is kept with its error."""
         began = time.perf_counter()
         if self.left < least:
             rows: Rows = [{"not measured": f"{self.left:.0f} s left, it takes at least {least:.0f}"}]
@@ -62,8 +60,8 @@ class Kit:
                 )
         taken = time.perf_counter() - began
         self.found[name] = {"seconds": taken, "rows": rows}
-        print(f"{name}: {taken:.1f} s, {max(self.left, 0):.0f} s left", flush=True)
         self.write()
+        return f"{name}: {taken:.1f} s, {max(self.left, 0):.0f} s left"
 
     def write(self) -> None:
         """Write all that was found so far."""
@@ -136,32 +134,41 @@ def main() -> None:
     parser.add_argument("--parts", default="", metavar="PATTERN", help="only parts in whose name it is found")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
+    quiet()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     given.out.mkdir(parents=True, exist_ok=True)
-    kit, small, diagrams = Kit(given.out, given.seconds, device, given.parts), device.type == "cpu", []
+    kit, small, diagrams = Kit(given.out, given.seconds, device), device.type == "cpu", []
 
     def grid() -> Rows:
         rows, diagram = speed.grid(device, *((4, 10) if small else (16, 200)))
         diagrams.append(diagram)
         return [rows]
 
-    kit.part("versions", 0, lambda: versions(device))
-    kit.part("meta-gradients, CPU against device", 5, lambda: correct.gradients(device))
-    kit.part("measurements, CPU against device", 20, lambda: correct.measurements(device))
-    kit.part("trainings, CPU against device", 10, lambda: correct.trainings(device))
-    kit.part("meta-steps", 20, lambda: speed.meta_steps(device))
-    kit.part("checks", 20, lambda: speed.checks(device))
-    kit.part("CUDA graphs", 10, lambda: speed.graphs(device))
-    kit.part("16 x 16 phase diagram", 15, grid)
-    if find_spec("jax"):
-        kit.part("JAX", 200, lambda: speed.jax_rows(device, given.out, min(kit.left - 160, 150)))
-    else:
-        kit.found["JAX"] = {"seconds": 0.0, "rows": [{"not measured": "JAX is not installed"}]}
-    kit.part("torch.compile", 60, lambda: speed.compiled(device))
-    for name in ("linear", "sinusoid"):
-        panel = partial(speed.panel, name, device, small=small)
-        kit.part(f"paper's panel: {name}", 10, lambda panel=panel: [panel(min(kit.left / 2, 60))])
-    kit.part("pictures", 0, lambda: pictures(kit, diagrams[0] if diagrams else None))
+    def jax() -> Rows:
+        if find_spec("jax"):
+            return speed.jax_rows(device, given.out, min(kit.left - 160, 150))
+        return [{"not measured": "JAX is not installed"}]
+
+    def panel(name: str) -> Rows:
+        return [speed.panel(name, device, min(kit.left / 2, 60), small=small)]
+
+    parts: list[tuple[str, float, Callable[[], Rows]]] = [
+        ("versions", 0, lambda: versions(device)),
+        ("meta-gradients, CPU against device", 5, lambda: correct.gradients(device)),
+        ("measurements, CPU against device", 20, lambda: correct.measurements(device)),
+        ("trainings, CPU against device", 10, lambda: correct.trainings(device)),
+        ("meta-steps", 20, lambda: speed.meta_steps(device)),
+        ("checks", 20, lambda: speed.checks(device)),
+        ("CUDA graphs", 10, lambda: speed.graphs(device)),
+        ("16 x 16 phase diagram", 15, grid),
+        ("JAX", 200, jax),
+        ("torch.compile", 60, lambda: speed.compiled(device)),
+        *((f"paper's panel: {name}", 10, partial(panel, name)) for name in ("linear", "sinusoid")),
+        ("pictures", 0, lambda: pictures(kit, diagrams[0] if diagrams else None)),
+    ]
+    jobs = [partial(kit.part, *part) for part in parts if re.search(given.parts, part[0])]
+    for line in each_done(jobs, f"{given.seconds:.0f} seconds and what a part needs that has begun by then"):
+        print(line, flush=True)
     print((given.out / "gpu.md").read_text())
     off = [row["what"] for part in kit.found.values() for row in part["rows"] if row.get("agrees") is False]
     print("all agree" if not off else f"NOT within {correct.AGREES}: {'; '.join(off)}")

@@ -58,7 +58,8 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     runs: list[Run] = []
-    for column, found, seconds in each_done([partial(both, column, options) for column in chosen], given.workers):
+    jobs = [partial(both, column, options) for column in chosen]
+    for column, found, seconds in each_done(jobs, "1 minute a part, more on images", given.workers):
         runs += found
         torch.save(runs, given.out / "runs.pt")
         outcomes = " ".join(f"{run.plain.outcome[0]}{run.guarded[ROLLBACK].trace.outcome[0]}" for run in found)

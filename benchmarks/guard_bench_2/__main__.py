@@ -70,7 +70,7 @@ def _trained(given: argparse.Namespace, seeds: tuple[int, ...], options: dict[st
             jobs.append(partial(study, name, seed, steps, kept, given.out / "cache", options))
     runs: list[Run] = []
     elsewhere = 0.0
-    for found, seconds in each_done(jobs, given.workers):
+    for found, seconds in each_done(jobs, "20 minutes with --quick, some hours without", given.workers):
         elsewhere += seconds if given.workers > 1 else 0.0
         for run in found:
             runs.append(run)

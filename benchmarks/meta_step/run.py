@@ -17,12 +17,14 @@ import resource
 import time
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 from torch import nn
 
+from benchmarks.common.workers import each_done
 from benchmarks.meta_step.methods import BASELINE, OURS, gradient_by, methods
 from benchmarks.meta_step.roofline import limit_seconds, measured_peak
 from benchmarks.meta_step.rows import ROWS, Row
@@ -87,6 +89,47 @@ def timed(row: Row, makes: dict, device: torch.device, rounds: int) -> tuple[dic
     return times, walls, memory
 
 
+def measured(
+    row: Row, makes: dict, device: torch.device, rounds: int, compared: bool
+) -> tuple[Row, dict, dict, dict, dict]:
+    """Errors of the gradients (if compared), times and memory of every method on a row."""
+    here = {n: m for n, m in makes.items() if "our conv4" not in n or len(row.example) == 3}
+    gaps = numerics(row, here, device) if compared else dict.fromkeys(here)
+    works = {n: m for n, m in here.items() if not isinstance(gaps[n], str)}
+    return row, gaps, *timed(row, works, device, rounds)
+
+
+def table(row: Row, gaps: dict, times: dict, walls: dict, memory: dict, peak: float, limit: float) -> dict:
+    """Print a row's table, and return what it holds."""
+    print(f"\n{row.title}\n\n| method | CPU ms | wall ms | x the loop | share of the limit | gradient's error | MiB |")
+    print("|---|---|---|---|---|---|---|")
+    result = {"limit_ms": 1e3 * limit, "peak_gflops": peak / 1e9, "methods": {}}
+    for name, gap in gaps.items():
+        if isinstance(gap, str):
+            print(f"| {name} | | | fails | | {gap} | |")
+            result["methods"][name] = {"fails": gap}
+            continue
+        ratio = median(base / own for base, own in zip(times[BASELINE], times[name], strict=True))
+        milliseconds = 1e3 * median(times[name])
+        wrong = "" if gap is None or gap <= AGREES else " (wrong)"
+        shown = "" if gap is None else f"{gap:.0e}{wrong}"
+        share = limit / (milliseconds / 1e3)
+        print(
+            f"| {name} | {milliseconds:.3g} | {1e3 * median(walls[name]):.3g} | {ratio:.2f} | {share:.0%} | {shown} | {memory[name]:.0f} |"
+        )
+        result["methods"][name] = {
+            "cpu_ms": milliseconds,
+            "wall_ms": 1e3 * median(walls[name]),
+            "ratio": ratio,
+            "share_of_limit": share,
+            "gradient_error": gap,
+            "mib": memory[name],
+        }
+    result["loop_limit_ratio"] = median(times[BASELINE]) / limit
+    print(f"limit (see roofline.py): {1e3 * limit:.3g} ms, {result['loop_limit_ratio']:.1f}x the loop", flush=True)
+    return result
+
+
 def _peak(device: torch.device) -> float:
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
@@ -118,42 +161,11 @@ def main() -> None:
     )
     print(f"torch {torch.__version__}, {machine}; fastest convolution or product measured: {peak / 1e9:.0f} GFLOP/s")
     results = {}
-    for key in given.rows or ROWS:
-        row = ROWS[key]
-        print(f"\n{row.title}", flush=True)
-        here = {n: m for n, m in makes.items() if "our conv4" not in n or len(row.example) == 3}
-        gaps = {} if given.no_numerics else numerics(row, here, device)
-        failing = [name for name, gap in gaps.items() if isinstance(gap, str)]
-        times, walls, memory = timed(row, {n: m for n, m in here.items() if n not in failing}, device, given.rounds)
-        limit = limit_seconds(row, peak, device)
-        print("| method | CPU ms | wall ms | x the loop | share of the limit | gradient's error | MiB |")
-        print("|---|---|---|---|---|---|---|")
-        result = {"limit_ms": 1e3 * limit, "peak_gflops": peak / 1e9, "methods": {}}
-        for name in here:
-            if name in failing:
-                print(f"| {name} | | | fails | | {gaps[name]} | |")
-                result["methods"][name] = {"fails": gaps[name]}
-                continue
-            ratio = median(base / own for base, own in zip(times[BASELINE], times[name], strict=True))
-            milliseconds, gap = 1e3 * median(times[name]), gaps.get(name)
-            wrong = "" if gap is None or gap <= AGREES else " (wrong)"
-            shown = "" if gap is None else f"{gap:.0e}{wrong}"
-            share = limit / (milliseconds / 1e3)
-            print(
-                f"| {name} | {milliseconds:.3g} | {1e3 * median(walls[name]):.3g} | {ratio:.2f} | {share:.0%} | {shown} | {memory[name]:.0f} |",
-                flush=True,
-            )
-            result["methods"][name] = {
-                "cpu_ms": milliseconds,
-                "wall_ms": 1e3 * median(walls[name]),
-                "ratio": ratio,
-                "share_of_limit": share,
-                "gradient_error": gap,
-                "mib": memory[name],
-            }
-        result["loop_limit_ratio"] = median(times[BASELINE]) / limit
-        print(f"limit (see roofline.py): {1e3 * limit:.3g} ms, {result['loop_limit_ratio']:.1f}x the loop")
-        results[row.title] = result
+    jobs = [
+        partial(measured, ROWS[key], makes, device, given.rounds, not given.no_numerics) for key in given.rows or ROWS
+    ]
+    for row, gaps, times, walls, memory in each_done(jobs, "5 minutes a row"):
+        results[row.title] = table(row, gaps, times, walls, memory, peak, limit_seconds(row, peak, device))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps({"machine": machine, "torch": torch.__version__, "rows": results}, indent=1))
 

@@ -7,6 +7,8 @@ import json
 import math
 import time
 import warnings
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.common.lightning import quiet
+from benchmarks.common.workers import each_done
 from benchmarks.suggest.peers import default, has_optuna, lightning_finder, old_rule, optuna_pair
 from benchmarks.suggest.problems import BETAS, SETTINGS, Problems
 from benchmarks.suggest.truth import Grid, grid, trained
@@ -24,6 +28,14 @@ from lightning_maml_guard.tuner.search import LadderSearch
 # Constants were chosen on the first; the figures are of the second.
 TUNE_SEED, REPORT_SEED = 0, 2
 QUIET = LadderOptions(progress=False)
+OURS, DEFAULT, OLD, QUARTER, FINDER = (
+    "suggest_rates",
+    "default",
+    "half of the limits",
+    "quarter of largest",
+    "Lightning's finder",
+)
+OPTUNA = {"Optuna TPE": False, "Optuna halving": True}
 # The batch from which a grid is trained once more.
 ANEW = 5000
 
@@ -43,16 +55,12 @@ def study(name: str, seed: int, steps: int | None, optuna: bool) -> dict[str, An
     found = suggest_rates(problems.module, problems.data(), ladder=QUIET)
     seconds = time.process_time() - began
     assert found.ladder is not None
-    pairs = {
-        "suggest_rates": found.suggestion(),
-        "default": default(problems),
-        "half of the limits": old_rule(problems),
-    }
+    pairs = {OURS: found.suggestion(), DEFAULT: default(problems), OLD: old_rule(problems)}
     if found.ladder.best is not None:
-        pairs["quarter of largest"] = found.alpha, found.margin * float(found.ladder.largest[found.ladder.best])
-    pairs["Lightning's finder"] = lightning_finder(Problems(name, seed))
+        pairs[QUARTER] = found.alpha, found.margin * float(found.ladder.largest[found.ladder.best])
+    pairs[FINDER] = lightning_finder(Problems(name, seed))
     if optuna:
-        for halving, word in ((False, "Optuna TPE"), (True, "Optuna halving")):
+        for word, halving in OPTUNA.items():
             pairs[word] = optuna_pair(problems, found.ladder.taken, halving)
     finite = {who: pair for who, pair in pairs.items() if math.isfinite(pair[1])}
     ends = dict(zip(finite, trained(problems, list(finite.values()), steps).tolist(), strict=True))
@@ -74,16 +82,28 @@ def study(name: str, seed: int, steps: int | None, optuna: bool) -> dict[str, An
     }
 
 
-def _print(results: list[dict[str, Any]]) -> None:
-    who = list(dict.fromkeys(name for each in results for name in each["ends"]))
+def _kept(path: Path, name: str, seed: int, steps: int | None, optuna: bool) -> dict[str, Any]:
+    """Study a problem, or read what an earlier call found."""
+    if not path.is_file():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            path.write_text(json.dumps(study(name, seed, steps, optuna)))
+    return json.loads(path.read_text())
+
+
+def _print(done: Iterable[dict[str, Any]], optuna: bool) -> list[dict[str, Any]]:
+    """Print the ends of each problem as it is done, then the other tables; returns all of them."""
+    who = [OURS, DEFAULT, OLD, QUARTER, FINDER, *(OPTUNA if optuna else ())]
     print("Loss at the end over that of the grid's best pair (inf: the run is lost)\n")
-    print(f"{'problem':28s}{'steps':>6s} " + "".join(f"{name:>20s}" for name in who))
-    for each in results:
+    print(f"{'problem':28s}{'steps':>6s} " + "".join(f"{name:>20s}" for name in who), flush=True)
+    results = []
+    for each in done:
+        results.append(each)
         ratios = [each["ends"].get(name, math.nan) / each["best"] for name in who]
-        print(f"{each['name']:28s}{each['steps']:6d} " + "".join(f"{ratio:20.2f}" for ratio in ratios))
+        print(f"{each['name']:28s}{each['steps']:6d} " + "".join(f"{ratio:20.2f}" for ratio in ratios), flush=True)
     for word, figure in (("median", median), ("worst", max)):
         values = [[e["ends"][n] / e["best"] for e in results if n in e["ends"]] for n in who]
-        print(f"{word:35s}" + "".join(f"{figure(v):20.2f}" for v in values))
+        print(f"{word:35s}" + "".join(f"{figure(v or [math.nan]):20.2f}" for v in values))
     lost = [sum(not math.isfinite(e["ends"][n]) for e in results if n in e["ends"]) for n in who]
     print(f"{'runs lost':35s}" + "".join(f"{count:20d}" for count in lost))
     print("\nLargest meta rate that trains, by the ladder and by the grid")
@@ -92,6 +112,7 @@ def _print(results: list[dict[str, Any]]) -> None:
     for each in results:
         run = each["seconds"] / 0.02 / each["step seconds"]
         print(f"{each['name']:28s}{each['seconds']:8.1f} s{each['taken']:8d} steps   2 % of {run:10,.0f} steps")
+    return results
 
 
 def _agree(columns: list[tuple[float, float]]) -> None:
@@ -140,19 +161,16 @@ def main() -> None:
     if unknown:
         parser.error(f"expected problems among {', '.join(SETTINGS)} but got {', '.join(unknown)}.")
     torch.set_num_threads(1)
+    quiet()
     optuna = has_optuna()
     if not optuna:
         print("Optuna is not installed: its rows are left out (pip install optuna).\n")
     given.out.mkdir(parents=True, exist_ok=True)
-    results = []
+    jobs = []
     for name in given.problems or SETTINGS:
         path = given.out / f"{name.replace(' ', '_')}_{given.seed}_{given.steps or ''}.json"
-        if not path.is_file():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                path.write_text(json.dumps(study(name, given.seed, given.steps, optuna)))
-        results.append(json.loads(path.read_text()))
-    _print(results)
+        jobs.append(partial(_kept, path, name, given.seed, given.steps, optuna))
+    results = _print(each_done(jobs, "5 minutes a problem, more on images"), optuna)
     if given.anew:
         _anew(results, given.out)
 

@@ -29,7 +29,7 @@ _WORDS = {
     "edge": "a rate is beyond its critical value and the lookahead passes: the edge of stability",
     "unsafe": "the lookahead diverges, what was learned is lost, or trials at lower rates end clearly lower; without a "
     "lookahead, a rate is beyond its critical value",
-    "unresolved": "the measurement does not say",
+    "unresolved": "no verdict: a rate lies within the interval of its critical value, or could not be judged",
 }
 _LAST_CHECK = (
     *("alpha", "alpha_c", "alpha_applied", "beta", "beta_c", "beta_applied", "exact_beta_c"),
@@ -173,9 +173,9 @@ def _numbers(report: Any) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any) -> Markup:
     text = getattr(value, "__qualname__", None) if callable(value) else None
-    return str(text or repr(value))
+    return Markup("(<wbr>").join(str(text or repr(value)).split("("))  # escapes the parts; a phone may break there
 
 
 def _versions() -> list[tuple[str, str]]:

@@ -23,6 +23,7 @@ def safe_region(
     *,
     rates: Sequence[float] = (),
     which: str = "last check",
+    others: str = "earlier checks",
     border: Sequence[StabilityReport] = (),
 ) -> tuple[Any, Any]:
     """Draw the safe region ``alpha <= alpha_c, beta < beta_c(alpha)`` with the path of the rates in it.
@@ -40,6 +41,7 @@ def safe_region(
         ax: Axes to draw on (default: a new figure).
         rates: Outer learning rates that the axis must reach as well.
         which: How the legend calls the report whose region is filled, the last one.
+        others: How it calls those of which only the border is drawn.
         border: Reports of the last report's parameters and batch at larger inner rates, ascending; see
             :func:`~lightning_maml_guard.stability.measure.measure_border`.
 
@@ -94,7 +96,8 @@ def safe_region(
         name = which if last else None
         _draw_border(axes, measured[i], curve, floor, colours(norm(steps[i])), name, border if last else ())
     if len(shown) > 1:
-        axes.plot([], [], color=colours(norm(steps[shown[0]])), linewidth=1.0, label=style.EARLIER_BORDERS)
+        border_name = style.BORDER if curves else style.INNER_LIMIT
+        axes.plot([], [], color=colours(norm(steps[shown[0]])), linewidth=1.0, label=f"{border_name}, {others}")
     _draw_rates(axes, measured, steps, colours, norm)
     axes.set(
         xscale="log",

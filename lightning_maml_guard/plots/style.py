@@ -33,7 +33,7 @@ LEARNING_RATE, BEFORE_TRAINING = "plain training", "before training"
 LOSS_AXIS = "loss on batches not trained on"
 
 SAFE_REGION, INNER_REGION = "safe region", r"$\alpha < \alpha_c$; $\beta$ is not judged"
-BORDER, EARLIER_BORDERS = r"$\beta_c(\alpha)$", r"$\beta_c(\alpha)$, earlier checks"
+BORDER, INNER_LIMIT = r"$\beta_c(\alpha)$", r"$\alpha_c$"
 BEYOND_MEASURED = r"simplified criterion beyond the measured $\alpha$"
 BORDER_MEASURED = r"$\beta_c$ measured at other $\alpha$"
 CONFIGURED_RATES, APPLIED_RATES = "configured rates", "applied rates"

@@ -133,7 +133,8 @@ class RateSuggestion:
         # Without their meta rate: what is marked are the configured and the suggested pair, not the mixture measured.
         measured = [replace(report, beta=math.nan) for report in self.suggested_reports]
         measured.sort(key=lambda report: -_reach(report))
-        figure, axes = plots.safe_region(measured, ax, rates=[self.beta, self.configured_beta], which="smallest")
+        rates = [self.beta, self.configured_beta]
+        figure, axes = plots.safe_region(measured, ax, rates=rates, which="smallest", others="other batches")
         if len(measured) > 1:
             figure.axes[-1].set(ylabel="batch", yticks=range(len(measured)))
         marks = {"edgecolors": MARKER_EDGE, "linewidths": 0.6, "zorder": 7}
@@ -141,7 +142,7 @@ class RateSuggestion:
         if not math.isnan(self.beta):
             star = {"marker": "*", "s": 180, "color": LIMIT_COLOUR, "label": "suggested rates"}
             axes.scatter(self.alpha, self.beta, **star, **marks)
-        axes.set_title("Safe region before training")
+        axes.set_title("Critical values before training")
         axes.legend(loc="best", frameon=True, framealpha=0.9)
 
     def __str__(self) -> str:

@@ -23,7 +23,7 @@ from lightning_maml_guard.stability.estimators import Spectrum
 from tests.helpers import fit, full_disk, guard_warns, linear_module, quadratic_batch
 
 BATCH = quadratic_batch([0.3, 1.0, 2.0, 4.0], target=1.0)
-VOID = {"meta", "br", "hr", "img", "link"}
+VOID = {"meta", "br", "hr", "wbr", "img", "link"}
 
 
 class Checked(HTMLParser):

@@ -251,7 +251,7 @@ def test_what_is_printed_and_drawn():
     assert any(line.get_xdata()[0] == found.beta for line in ax.lines if line.get_linestyle() == "--")
     region = figure.axes[1]
     said = {text.get_text() for text in region.get_legend().get_texts()}
-    beyond, curve = "simplified criterion beyond the measured $\\alpha$", r"$\beta_c(\alpha)$, earlier checks"
+    beyond, curve = "simplified criterion beyond the measured $\\alpha$", r"$\beta_c(\alpha)$, other batches"
     marks = {"configured rates", "suggested rates"}
     assert said == marks | {"safe region, smallest", r"$\beta_c(\alpha)$, smallest", beyond, curve}
     marks = [tuple(part.get_offsets()[0]) for part in region.collections if len(part.get_offsets()) == 1]
