@@ -215,8 +215,6 @@ class Check:
         before = run.caps.caps
         if action.caps_rates:
             run.caps.apply(self.module, caps)
-            if caps.alpha != before.alpha and run.match is not None:  # the coming step is not the one that was stated
-                run.match, run.matched = None, False
         alpha, beta = caps.applied(report.alpha, report.beta)
         if transition.returned and action.speaks:
             inform(returned(step, safe=transition.state == SAFE, applied=beta, configured=report.beta))

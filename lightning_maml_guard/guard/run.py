@@ -201,7 +201,9 @@ class GuardedRun:
     def _finish_match(self, loss: float) -> None:
         """End the comparison of the problem with training, and say what does not match."""
         match, self.match = self.match, None
-        if match is not None:
+        if match is not None and not match.is_at(self.caps.caps.applied(self.alpha, math.nan)[0]):
+            self.matched = False  # a cap has moved since the problem was stated: the next step is compared
+        elif match is not None:
             with self.only_told("compare the loss with the problem's"):
                 differs = match.finish(loss)
                 if not math.isnan(match.clipped_to):

@@ -79,6 +79,7 @@ class TrainingMatch:
         self._params, self._ranks, self._space = problem.params, ranks or Ranks(), objective.space
         self._optimizers, self._others = list(optimizers), list(others) or list(optimizers)
         self._tasks: int = getattr(problem, "tasks", 1)
+        self._alpha: float = getattr(problem, "alpha", math.nan)
         self._accumulated, self._half = accumulated, half
         # Learned inner rates are moved too, and are no parameters of the update that is linearized.
         self._learns_rates = isinstance(problem, MetaProblem) and not isinstance(problem.inner_lr, (int, float))
@@ -87,6 +88,10 @@ class TrainingMatch:
         self._gap, self._size, self._own_size, self._along = 0.0, 0.0, 0.0, 0.0
         self._seen: set[str] = set()
         self._lacking, self._finite = False, True
+
+    def is_at(self, alpha: float) -> bool:
+        """Return True if the problem was stated at this inner rate, or has none."""
+        return math.isnan(self._alpha) or math.isclose(self._alpha, alpha, rel_tol=1e-6)
 
     def take_gradient(self, optimizer: Optimizer) -> None:
         """Compare the gradients that an optimizer is about to step along."""
