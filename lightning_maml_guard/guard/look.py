@@ -57,6 +57,7 @@ class Look:
         severity: How far the lookahead takes the loss; ``nan`` without one.
         rises: Whether the schedule takes the meta rate higher than it is.
         adaptation: What adaptation does; None in plain training, or where it was not looked at.
+        last: Loss of the last step where no step can be tried; None else, or where it is not known.
     """
 
     problem: Problem
@@ -69,6 +70,12 @@ class Look:
     severity: float = math.nan
     rises: bool = False
     adaptation: Adaptation | None = None
+    last: float | None = None
+
+    @property
+    def loss(self) -> float | None:
+        """The loss where the run is, or of the last step."""
+        return self.last if self.present is None else self.present.begin
 
     @property
     def beta(self) -> float:
@@ -169,6 +176,7 @@ def _look_ahead(look: Look, run: GuardedRun, trainer: Any, module: Any, step: in
         )
     except ClosureError as error:
         run.announce(Reason(Kind.NO_LOOKAHEAD, detail=str(error)))
+        look.last = run.state.statistics.last
         return
     ratio, caps, scale = options.divergence_ratio, run.caps.caps, look.scale
     look.present, look.scale, look.severity = look.lookahead.judged(caps, scale, ratio)

@@ -25,6 +25,7 @@ from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, lookahead_
 from lightning_maml_guard.messages.advice_sentences import advised
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced, sentence
+from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.stability.problems import Problem, dead_units
 from lightning_maml_guard.stability.report import StabilityReport
@@ -228,6 +229,17 @@ class Rollback:
         run.state.rollbacks += 1
         return True
 
+    def ends(self, loss: float, step: int) -> bool:
+        """Go back if the last loss has diverged, where no step could be tried; False if the check is to go on."""
+        run, ratio = self.run, self.run.settings.lookahead.divergence_ratio
+        if not (run.settings.rollback and run.snapshot and run.state.statistics.diverged(loss, ratio)):
+            return False
+        run.schedule.confirm()
+        if self.go_back(loss, step):
+            beta = max(scheduled_rate(each) for each in self.trainer.optimizers)
+            self.halve(loss, beta, step, held=run.holds(self.trainer))
+        return True
+
     def report(self, loss: float, alpha: float, beta: float, step: int, *, halved: bool = False) -> None:
         """Say that the run was rolled back because of a loss, and which rates are applied from now on."""
         if self.run.snapshot is not None:
@@ -243,7 +255,7 @@ class Rollback:
         run = self.run
         caps, effect = run.caps.caps, "halved" if held else "not lowered"
         if held:
-            run.caps.apply(self.module, Caps(caps.alpha, caps.applied(math.nan, scheduled)[1] / 2))
+            run.caps.apply(self.module, caps.halved(scheduled))
         if run.snapshot is not None:
             beta = run.caps.caps.beta or math.nan
             self._tell(self._reason(Kind.ROLLED_BACK, loss, step, beta=beta, effect=effect))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_maml_guard.messages.advice import Advice, Cause
+from lightning_maml_guard.messages.reasons import Kind
 from lightning_maml_guard.messages.sentences import cause
 from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling
 
@@ -33,7 +34,9 @@ def advised(advice: Advice, spelling: Spelling = IN_PYTHON) -> str:
     if advice.gradient_clip_val is not None:
         to_set.append(f"{spelling.trainer(gradient_clip_val=advice.gradient_clip_val)}, or fix the batch")
     if not to_set:
-        return f"{wrong}. Look at the data, the loss and the precision."
+        found = {each.kind for each in advice.evidence}
+        untried = found & {Kind.LOSS_DIVERGED, Kind.LOSS_NOT_FINITE} and Kind.RATES_TRIED not in found
+        return f"{wrong}. Look at {'the rates, ' if untried else ''}the data, the loss and the precision."
     return f"{wrong}. Set {' and '.join(to_set)}."
 
 

@@ -154,7 +154,8 @@ EXAMPLES = [
     ),
     (
         Reason(Kind.NO_LOOKAHEAD, detail="LBFGS needs a closure."),
-        "the next steps cannot be tried, so curvature alone decides. LBFGS needs a closure.",
+        "the next steps cannot be tried, so the curvature decides where it judges a rate, and else the last loss. LBFGS "
+        "needs a closure.",
     ),
     (
         Reason(Kind.NO_GRADIENT_NORM, error="OSError", detail="disk full"),
@@ -408,6 +409,9 @@ def test_of_a_return_what_is_true_is_said():
     )
     assert returned(8, safe=False, applied=1.5, configured=1.5) == (
         f"{start}the next steps survive again, at the edge of stability."
+    )
+    assert returned(8, safe=False, applied=1.5, configured=1.5, tried=False) == (
+        f"{start}neither the curvature nor the last loss says any more that the run diverges."
     )
 
 
