@@ -185,7 +185,8 @@ def _place(error: BaseException) -> tuple[str, bool]:
 def _is_users(filename: str) -> bool:
     path = Path(filename)
     installed = {"site-packages", "dist-packages"} & set(path.parts)
-    return not installed and not filename.startswith("<frozen") and not set(_NOT_THE_USERS) & set(path.parents)
+    generated = filename.startswith("<")  # a dataclass's __init__, Python's own frozen modules
+    return not installed and not generated and not set(_NOT_THE_USERS) & set(path.parents)
 
 
 def _named(frame: traceback.FrameSummary) -> str:

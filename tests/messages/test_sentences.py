@@ -434,6 +434,14 @@ def test_an_exception_becomes_a_reason_with_the_place_it_came_from():
     assert of_error(Kind.CHECK_FAILED, ValueError("x")).where == ""
 
 
+def test_generated_code_is_nobodys():
+    """A dataclass's ``__init__`` has the file name ``<string>``."""
+    with pytest.raises(TypeError) as caught:
+        MetaProblem({"w": torch.ones(1)}, lambda params, data: params["w"].sum(), [{"x": None}], [{"x": None}])
+    reason = of_error(Kind.CHECK_FAILED, caught.value)
+    assert reason.where.startswith("test_sentences.py, line ") and reason.where.endswith("generated_code_is_nobodys")
+
+
 def test_the_place_is_in_the_users_own_file_whoever_raised():
     def task_loss(params, data):
         return torch.ones(2) @ torch.ones(3)
