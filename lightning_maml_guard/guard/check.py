@@ -27,7 +27,7 @@ from lightning_maml_guard.messages.sentences import announced, returned
 from lightning_maml_guard.messages.terminal import inform
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.stability.measure import measure
-from lightning_maml_guard.stability.problems import Problem
+from lightning_maml_guard.stability.problems import NoLossError, Problem
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import SAFE, UNRESOLVED, UNSAFE
 from lightning_maml_guard.utils.isolation import undisturbed
@@ -62,6 +62,8 @@ class Check:
             # without acting on it is changed again by the next.
             if not self._acted:
                 run.machine.watches = watches
+            if isinstance(error, NoLossError) and run.cache.ranks.processes == 1 and run.schedule.put_off():
+                return
             run.announce(of_check(error, step))
             if self._rolled_back is not None:
                 optimizers, present = self._rolled_back
@@ -113,7 +115,6 @@ class Check:
                     return
                 self._rolled_back = look.optimizers, look.present
         elif look.last is not None and self.rollback.ends(look.last, step):
-            self._charge(look, 0.0)
             return
         rolled_back = self._rolled_back is not None
         lost = look.loss is not None and self._is_lost(look.loss)
@@ -289,10 +290,9 @@ class Check:
         caps, lowers = run.caps.caps, self.settings.acting.caps_rates and transition.state == UNSAFE
         if lowers and math.isfinite(loss) and run.holds(self.trainer):
             caps = caps.halved(beta)
-        advice = None
-        if transition.entered:
-            advice = Advice(cause=Cause.UNKNOWN, step=step, evidence=report.findings)
-            run.state.advice = run.state.advice or advice
+        found = Advice(cause=Cause.UNKNOWN, step=step, evidence=report.findings)
+        advice = found if transition.entered else None
+        run.state.advice = run.state.advice or advice
         self._act(report, advice, transition, caps, step, lost=lost)
 
     def _charge(self, look: Look, cost: float) -> None:

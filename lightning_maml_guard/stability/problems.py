@@ -163,6 +163,10 @@ def dead_units(problem: Problem) -> DeadUnits:
     return watch.count()
 
 
+class NoLossError(ValueError):
+    """The ``training_step`` returns None: Lightning skips the step."""
+
+
 class _TrainingStep(nn.Module):
     """A module whose ``forward`` is another module's ``training_step``, for ``functional_call``."""
 
@@ -176,7 +180,8 @@ class _TrainingStep(nn.Module):
         output = self.module.training_step(*arguments)  # type: ignore[operator]
         loss = output["loss"] if isinstance(output, dict) else output
         if not isinstance(loss, Tensor):
-            raise ValueError(
+            kind = NoLossError if loss is None else ValueError
+            raise kind(
                 "Expected training_step to return a loss tensor or a dict with a 'loss' but got "
                 f"{type(output).__name__}: there is nothing to measure at this step."
             )
