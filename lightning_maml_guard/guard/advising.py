@@ -129,6 +129,9 @@ class Adviser:
         if news is Kind.NOT_LEARNING:
             losses = (state.statistics.loss, math.nan, state.statistics.start)
             found = replace(found, evidence=(Reason(news, losses=losses, steps=self._step), *found.evidence))
+        own = Reason(Kind.OWN_GRADIENTS, effect="evidence")
+        if found.beta is not None and own.key in state.announced and own not in found.evidence:
+            found = replace(found, evidence=(*found.evidence, own))
         if news is not None:
             state.advised.append(news.value)
         state.advice = found

@@ -30,6 +30,7 @@ from lightning_maml_guard.stability.problems import (
     has_meta_problem,
     owners,
     state_problem,
+    takes_gradients,
 )
 from lightning_maml_guard.utils.isolation import undisturbed
 from lightning_maml_guard.utils.lightning_compat import plan_of
@@ -138,6 +139,11 @@ def look_at(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_idx: i
     run.repeats = run.repeats or all(run.cache.ranks.gather(run.replay.repeats))
     run.turns.watch(optimizers)
     run.alpha = getattr(problem, "alpha", math.nan)
+    if not run.state.history and run.settings.problem is None and not has_meta_problem(module):
+        with undisturbed(trainer, module):
+            own = takes_gradients(problem)
+        if own:
+            run.announce(Reason(Kind.OWN_GRADIENTS), just_said=not run.settings.acting.speaks)
     look = Look(problem, owned, optimizers, scale=run.state.statistics.scale)
     _look_ahead(look, run, trainer, module, step)
     look.adaptation = found = _adapted(run, problem)

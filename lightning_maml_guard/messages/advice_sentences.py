@@ -16,9 +16,11 @@ def advised(advice: Advice, spelling: Spelling = IN_PYTHON) -> str:
     """Say in one line what is wrong and what to set."""
     alpha, beta = f"alpha = {advice.configured_alpha:.3g}", f"beta = {advice.configured_beta:.3g}"
     where = "" if advice.peak_step is None else f" at step {advice.peak_step}"
+    own = any(each.kind is Kind.OWN_GRADIENTS for each in advice.evidence)
+    unless = ", unless it is the rate of an inner loop that is" if own else ""
     wrong = {
         Cause.ALPHA: f"{alpha} is too large",
-        Cause.BETA: f"{beta} is too large",
+        Cause.BETA: f"{beta} is too large{unless}",
         Cause.BOTH: f"{alpha} and {beta} are too large",
         Cause.SCHEDULE: f"the schedule takes beta to {advice.configured_beta:.3g}{where}, which is too large",
         Cause.DEAD_UNITS: f"{beta} is too large: units have died",

@@ -62,6 +62,7 @@ class Kind(str, Enum):
     PROBLEM_DIFFERS = "problem differs from training"
     CAP_IGNORED = "inner rate ignores its cap"
     NO_STEP_LOSS = "no loss per step"
+    OWN_GRADIENTS = "own gradients"
     OPTIMIZERS_TAKE_TURNS = "optimizers take turns"
     CLIPPING_NOT_SEEN = "clipping not seen"
     CLIPPING_FAILED = "clipping failed"

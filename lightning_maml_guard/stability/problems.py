@@ -17,6 +17,7 @@ from lightning_maml_guard.utils.activations import DeadUnits, ReluUnits
 from lightning_maml_guard.utils.batch_copy import copied
 from lightning_maml_guard.utils.checks import shown
 from lightning_maml_guard.utils.double_backward import double_backward
+from lightning_maml_guard.utils.functorch import GradientsTaken
 from lightning_maml_guard.utils.shards import any_split
 from lightning_maml_guard.utils.task_map import as_float32, each_task
 
@@ -161,6 +162,16 @@ def dead_units(problem: Problem) -> DeadUnits:
                 watch.restart()
                 one.loss(params, as_float32(each))
     return watch.count()
+
+
+def takes_gradients(problem: Problem) -> bool:
+    """Whether the loss of plain training takes gradients itself, as an inner loop or a gradient penalty does."""
+    one = first_batch(problem)
+    if not isinstance(one, PlainProblem):
+        return False
+    with double_backward(), GradientsTaken() as found:
+        one.loss(one.params)
+    return found.seen
 
 
 class NoLossError(ValueError):

@@ -1,6 +1,9 @@
-"""Whether code runs inside a transform of torch.func or is being compiled."""
+"""Whether code runs inside a transform of torch.func, is being compiled, or takes gradients itself."""
 
 from __future__ import annotations
+
+import threading
+from typing import Any
 
 import torch
 
@@ -24,3 +27,31 @@ def inside_gradient() -> bool:
 def is_batched(tensor: torch.Tensor) -> bool:
     """Return True if the surrounding ``vmap`` maps over a tensor."""
     return torch._C._functorch.is_batchedtensor(tensor)
+
+
+class GradientsTaken:
+    """Notes whether this thread takes gradients: by torch.autograd, by ``backward()``, or by a transform of torch.func.
+
+    Attributes:
+        seen: Whether it did.
+    """
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def __enter__(self) -> GradientsTaken:
+        # All of them go through this function, which torch has no public way to watch.
+        self._engine, thread = getattr(torch.autograd, "_engine_run_backward", None), threading.get_ident()
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            self.seen = self.seen or threading.get_ident() == thread
+            assert self._engine is not None
+            return self._engine(*arguments, **options)
+
+        if self._engine is not None:
+            torch.autograd._engine_run_backward = watched
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._engine is not None:
+            torch.autograd._engine_run_backward = self._engine

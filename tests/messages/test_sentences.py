@@ -295,6 +295,17 @@ EXAMPLES = [
         "training_step to have all of it.",
     ),
     (
+        Reason(Kind.OWN_GRADIENTS),
+        "training_step takes gradients itself, and is watched as plain training.\nTo do: If that is an inner loop, state "
+        'it by `meta_problem` (docs/guide.md, "A MAML module of your own"); else its rate is not looked at, and the '
+        "outer one is blamed for it. Of another use, such as a gradient penalty, there is nothing to state.",
+    ),
+    (
+        Reason(Kind.OWN_GRADIENTS, effect="evidence"),
+        "training_step takes gradients itself. If that is an inner loop, its rate may be what is too large: without a "
+        "`meta_problem` it is not looked at.",
+    ),
+    (
         Reason(Kind.OPTIMIZERS_TAKE_TURNS),
         "no checks are made any more: the optimizers that move the problem's parameters take turns, so no single "
         "problem describes their steps.\nTo do: Watch one optimizer at a time: a ConvergenceGuard(problem=...) for "
