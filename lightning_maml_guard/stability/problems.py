@@ -17,7 +17,7 @@ from lightning_maml_guard.utils.activations import DeadUnits, ReluUnits
 from lightning_maml_guard.utils.batch_copy import copied
 from lightning_maml_guard.utils.checks import shown
 from lightning_maml_guard.utils.double_backward import double_backward
-from lightning_maml_guard.utils.functorch import GradientsTaken
+from lightning_maml_guard.utils.functorch import gradients_taken
 from lightning_maml_guard.utils.shards import any_split
 from lightning_maml_guard.utils.task_map import as_float32, each_task
 
@@ -169,9 +169,9 @@ def takes_gradients(problem: Problem) -> bool:
     one = first_batch(problem)
     if not isinstance(one, PlainProblem):
         return False
-    with double_backward(), GradientsTaken() as found:
+    with double_backward(), gradients_taken() as found:
         one.loss(one.params)
-    return found.seen
+    return bool(found)
 
 
 class NoLossError(ValueError):

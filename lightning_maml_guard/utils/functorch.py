@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,29 +31,23 @@ def is_batched(tensor: torch.Tensor) -> bool:
     return torch._C._functorch.is_batchedtensor(tensor)
 
 
-class GradientsTaken:
-    """Notes whether this thread takes gradients: by torch.autograd, by ``backward()``, or by a transform of torch.func.
+@contextmanager
+def gradients_taken() -> Iterator[list[str]]:
+    """Note each time this thread takes a gradient: by torch.autograd, ``backward()``, or a transform of torch.func."""
+    taken: list[str] = []
+    # All of them go through this function, which torch has no public way to watch.
+    engine, thread = getattr(torch.autograd, "_engine_run_backward", None), threading.get_ident()
+    if engine is None:
+        yield taken
+        return
 
-    Attributes:
-        seen: Whether it did.
-    """
+    def watched(*arguments: Any, **options: Any) -> Any:
+        if threading.get_ident() == thread:
+            taken.append("gradient")
+        return engine(*arguments, **options)
 
-    def __init__(self) -> None:
-        self.seen = False
-
-    def __enter__(self) -> GradientsTaken:
-        # All of them go through this function, which torch has no public way to watch.
-        self._engine, thread = getattr(torch.autograd, "_engine_run_backward", None), threading.get_ident()
-
-        def watched(*arguments: Any, **options: Any) -> Any:
-            self.seen = self.seen or threading.get_ident() == thread
-            assert self._engine is not None
-            return self._engine(*arguments, **options)
-
-        if self._engine is not None:
-            torch.autograd._engine_run_backward = watched
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._engine is not None:
-            torch.autograd._engine_run_backward = self._engine
+    try:
+        torch.autograd._engine_run_backward = watched
+        yield taken
+    finally:
+        torch.autograd._engine_run_backward = engine
