@@ -25,7 +25,7 @@ class Situation:
         caps: The caps so far.
         margin: Fraction of the critical values that rates are capped at.
         reach_alpha: Whether the module's inner rate can be capped.
-        fails: Whether the lookahead diverges.
+        fails: Whether the lookahead diverges, or the last loss has where no step can be tried.
         rolled_back: Whether the run was rolled back before the measurement.
         present: The lookahead under the caps so far; None without one.
         lookahead: Looks ahead; None where it cannot.
@@ -121,11 +121,12 @@ class Rescale(Action):
         """Lower the rates of a diverging run; release those of a healthy one."""
         report, caps, reach = situation.report, situation.caps, situation.reach_alpha
         present, look, margin = situation.present, situation.lookahead, situation.margin
+        fails = situation.fails and situation.transition.state == UNSAFE
         if present is None or look is None:
             waiting = report.status == UNSAFE and situation.transition.state != UNSAFE
-            return caps if waiting else at_limits(report, caps, margin, reach)
+            found = caps if waiting else at_limits(report, caps, margin, reach)
+            return found.halved(report.beta) if fails else found
         rolled_back = situation.rolled_back
-        fails = situation.fails and situation.transition.state == UNSAFE
         if rolled_back or fails or (situation.harmful and reach):
             loss = look.under(caps).begin if rolled_back else present.begin
             found = lowered(

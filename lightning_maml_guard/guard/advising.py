@@ -72,9 +72,8 @@ class Adviser:
 
     def look_at_peak(self) -> None:
         """Try the rate that the schedule goes to, until it was found too high."""
-        told, first = self._run.state.advised, not self._run.state.history
-        untold = self._look.rises and self._look.is_sane and Kind.SCHEDULE_AHEAD.value not in told
-        if untold and (first or self._is_paid):
+        untold = self._look.rises and self._look.is_sane and Kind.SCHEDULE_AHEAD.value not in self._run.state.advised
+        if untold and (not self._run.state.history or self._is_paid):
             self._at_peak = self._better(self._look.harmful)
 
     def look_at_progress(self) -> None:
@@ -133,6 +132,9 @@ class Adviser:
         if news is Kind.NOT_LEARNING:
             losses = (state.statistics.loss, math.nan, state.statistics.start)
             found = replace(found, evidence=(Reason(news, losses=losses, steps=self._step), *found.evidence))
+        own = Reason(Kind.OWN_GRADIENTS, effect="evidence")
+        if found.beta is not None and own.key in state.announced and own not in found.evidence:
+            found = replace(found, evidence=(*found.evidence, own))
         if news is not None:
             state.advised.append(news.value)
         state.advice = found

@@ -18,7 +18,7 @@ from lightning_maml_guard.guard.rollback import Rollback
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.divergence import fails, passes, undecided
-from lightning_maml_guard.lookahead.learning import chance_loss
+from lightning_maml_guard.lookahead.learning import chance_loss, last_loss_reason
 from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult, lookahead_reason
 from lightning_maml_guard.messages.advice import Advice, Cause
 from lightning_maml_guard.messages.advice_sentences import NO_WAY_BACK, advice_given
@@ -27,7 +27,7 @@ from lightning_maml_guard.messages.sentences import announced, returned
 from lightning_maml_guard.messages.terminal import inform
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.stability.measure import measure
-from lightning_maml_guard.stability.problems import Problem
+from lightning_maml_guard.stability.problems import NoLossError, Problem
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import SAFE, UNRESOLVED, UNSAFE
 from lightning_maml_guard.utils.isolation import undisturbed
@@ -62,11 +62,13 @@ class Check:
             # without acting on it is changed again by the next.
             if not self._acted:
                 run.machine.watches = watches
+            if isinstance(error, NoLossError) and run.cache.ranks.processes == 1 and run.schedule.put_off():
+                return
             run.announce(of_check(error, step))
             if self._rolled_back is not None:
                 optimizers, present = self._rolled_back
-                self.rollback.halve(present.begin, scheduled_rate(optimizers), step, held=run.holds(self.trainer))
-            elif not self._looked:
+                self.rollback.halve(present.begin, scheduled_rate(optimizers), step)
+            elif not (self._looked or self._acted):
                 with run.only_told("judge the run by its last loss"):
                     self._judge_last_loss(step)
 
@@ -114,8 +116,10 @@ class Check:
                 if not self.rollback.go_back(look.present.begin, step, look):
                     return
                 self._rolled_back = look.optimizers, look.present
+        elif look.last is not None and self.rollback.ends(look.last, step):
+            return
         rolled_back = self._rolled_back is not None
-        lost = look.present is not None and self._is_lost(look.present.begin)
+        lost = look.loss is not None and self._is_lost(look.loss)
         # 3. Measure the curvature, advance the state, and decide on the rates.
         with undisturbed(trainer, module):
             report, measured = self._measured(look.problem, look.optimizers, step)
@@ -131,6 +135,12 @@ class Check:
             if failing and report.status != UNSAFE and look.may_miss_clipping(ratio):
                 run.announce(Reason(Kind.CLIPPING_NOT_SEEN, step=step))
                 failing, judged = False, undecided(ratio)
+            if look.last is not None and report.status != UNSAFE:  # else the curvature has its word
+                judged = look.scale.severity(look.last)
+                run.note_severity(step, judged, report.beta)
+                if failing := fails(judged, ratio):
+                    run.schedule.confirm()
+                    findings = (*findings, last_loss_reason(look.last, look.scale))
             tried = caps_before.applied(report.alpha, report.beta)
             if failing and look.present is not None and further is None and collapsed is None:
                 findings = (*findings, lookahead_reason(look.present, look.scale.start, *tried))
@@ -184,7 +194,7 @@ class Check:
         found = CheckReport.of(
             report,
             findings=findings,
-            status=report.status if look.present is None else transition.state,
+            status=report.status if look.loss is None else transition.state,
             alpha_applied=alpha,
             beta_applied=beta,
             severity=look.severity,
@@ -217,7 +227,8 @@ class Check:
             run.caps.apply(self.module, caps)
         alpha, beta = caps.applied(report.alpha, report.beta)
         if transition.returned and action.speaks:
-            inform(returned(step, safe=transition.state == SAFE, applied=beta, configured=report.beta))
+            tried, safe = self._looked, transition.state == SAFE
+            inform(returned(step, safe=safe, applied=beta, configured=report.beta, tried=tried))
         if advice is not None and action.speaks:
             acts = transition.entered and self._rolled_back is None  # a rollback says what it does by itself
             helps = advice.alpha is None or run.caps.reaches_alpha(self.module)
@@ -266,28 +277,20 @@ class Check:
         """Act on the loss of the last step where no step could be tried: a run that has diverged is not left alone."""
         run, statistics, ratio = self.run, self.run.state.statistics, self.settings.lookahead.divergence_ratio
         loss, scale = statistics.last, statistics.scale
-        if loss is None or not scale.diverged(loss, ratio) or self.trainer.fast_dev_run:
+        left = loss is not None and scale.diverged(loss, ratio) and not self.trainer.fast_dev_run
+        if loss is None or not left or self.rollback.ends(loss, step):
             return
         run.schedule.confirm()
         beta = max(scheduled_rate(each) for each in self.trainer.optimizers)
-        if self.settings.rollback and run.snapshot is not None:
-            if self.rollback.go_back(loss, step):
-                self.rollback.halve(loss, beta, step, held=run.holds(self.trainer))
-            return
-        losses, bad = (loss, math.nan, scale.start), not math.isfinite(loss)
-        reason = Reason(Kind.LOSS_NOT_FINITE if bad else Kind.LOSS_DIVERGED, losses=losses)
-        report = StabilityReport.unmeasured(reason, alpha=math.nan, beta=beta, step=step)
-        severe = scale.severity(loss)
-        run.note_severity(step, severe, beta)
-        transition = run.machine.take(report, severe)
-        caps = run.caps.caps
-        lost = self._is_lost(loss)
-        if self.settings.acting.caps_rates and transition.state == UNSAFE and not bad and run.holds(self.trainer):
-            caps = Caps(caps.alpha, caps.applied(math.nan, beta)[1] / 2)
-        advice = None
-        if transition.entered:
-            advice = Advice(cause=Cause.UNKNOWN, step=step, evidence=report.findings)
-            run.state.advice = run.state.advice or advice
+        report = StabilityReport.unmeasured(last_loss_reason(loss, scale), alpha=math.nan, beta=beta, step=step)
+        run.note_severity(step, scale.severity(loss), beta)
+        transition, lost = run.machine.take(report, scale.severity(loss)), self._is_lost(loss)
+        caps, lowers = run.caps.caps, self.settings.acting.caps_rates and transition.state == UNSAFE
+        if lowers and math.isfinite(loss) and run.holds(self.trainer):
+            caps = caps.halved(beta)
+        found = Advice(cause=Cause.UNKNOWN, step=step, evidence=report.findings)
+        advice = found if transition.entered else None
+        run.state.advice = run.state.advice or advice
         self._act(report, advice, transition, caps, step, lost=lost)
 
     def _charge(self, look: Look, cost: float) -> None:

@@ -32,6 +32,7 @@ from lightning_maml_guard.stability.problems import (
     has_meta_problem,
     owners,
     state_problem,
+    takes_gradients,
 )
 from lightning_maml_guard.utils.isolation import undisturbed
 from lightning_maml_guard.utils.lightning_compat import plan_of
@@ -60,6 +61,7 @@ class Look:
         rises: Whether the schedule takes the meta rate higher than it is.
         alpha: The inner rate applied; ``nan`` in plain training.
         adaptation: What adaptation does at it; None in plain training, or where it was not looked at.
+        last: Loss of the last step where no step can be tried; None else, or where it is not known.
     """
 
     problem: Problem
@@ -73,6 +75,12 @@ class Look:
     rises: bool = False
     alpha: float = math.nan
     adaptation: Adaptation | None = None
+    last: float | None = None
+
+    @property
+    def loss(self) -> float | None:
+        """The loss where the run is, or of the last step."""
+        return self.last if self.present is None else self.present.begin
 
     @property
     def beta(self) -> float:
@@ -140,6 +148,11 @@ def look_at(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_idx: i
     run.repeats = run.repeats or all(run.cache.ranks.gather(run.replay.repeats))
     run.turns.watch(optimizers)
     run.alpha = getattr(problem, "alpha", math.nan)
+    if not run.state.history and run.settings.problem is None and not has_meta_problem(module):
+        with undisturbed(trainer, module):
+            own = takes_gradients(problem)
+        if own:
+            run.announce(Reason(Kind.OWN_GRADIENTS), just_said=not run.settings.acting.speaks)
     look = Look(problem, owned, optimizers, scale=run.state.statistics.scale)
     _look_ahead(look, run, trainer, module, step)
     look.alpha = run.caps.caps.applied(run.alpha, math.nan)[0]
@@ -179,6 +192,7 @@ def _look_ahead(look: Look, run: GuardedRun, trainer: Any, module: Any, step: in
         )
     except ClosureError as error:
         run.announce(Reason(Kind.NO_LOOKAHEAD, detail=str(error)))
+        look.last = run.state.statistics.last
         return
     ratio, caps, scale = options.divergence_ratio, run.caps.caps, look.scale
     look.present, look.scale, look.severity = look.lookahead.judged(caps, scale, ratio)

@@ -22,9 +22,10 @@ from lightning_maml_guard.lookahead.learning import (
     spread_out,
 )
 from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, lookahead_of
-from lightning_maml_guard.messages.advice_sentences import advised
+from lightning_maml_guard.messages.advice_sentences import given_up
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
-from lightning_maml_guard.messages.sentences import announced, sentence
+from lightning_maml_guard.messages.sentences import announced
+from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.stability.problems import Problem, dead_units
 from lightning_maml_guard.stability.report import StabilityReport
@@ -145,8 +146,7 @@ class Rollback:
         return found
 
     def _lookahead(self, problems: Sequence[Problem], look: Look) -> Lookahead:
-        run = self.run
-        steps = run.settings.lookahead.steps
+        run, steps = self.run, self.run.settings.lookahead.steps
         return lookahead_of(problems, look.optimizers, steps, self.trainer, run.cache, run.state.clipped_to)
 
     def helps(self, loss: float) -> bool:
@@ -210,12 +210,7 @@ class Rollback:
         if run.state.rollbacks >= run.settings.max_rollbacks:
             reason = self._reason(Kind.TOO_MANY_ROLLBACKS, loss, step)
             run.stop(self.trainer, step, (reason,))
-            advice, to_do = run.state.advice, "Look at the data, the loss and the precision."
-            if advice is not None:
-                to_do = advised(advice, run.settings.spelling)
-            run.tell(
-                self.trainer, f"ConvergenceGuard: training stops. {sentence(reason)}\n{to_do[0].upper()}{to_do[1:]}"
-            )
+            run.tell(self.trainer, given_up(reason, run.state.advice, run.settings.spelling))
             return False
         if look is not None:
             with undisturbed(self.trainer, self.module):
@@ -237,22 +232,29 @@ class Rollback:
         if self.go_back(found.begin, step, look):
             self.report(found.begin, tried.alpha, tried.beta, step)
 
+    def ends(self, loss: float, step: int) -> bool:
+        """Go back if the last loss has diverged, where no step could be tried; False if the check is to go on."""
+        run, ratio = self.run, self.run.settings.lookahead.divergence_ratio
+        if not (run.settings.rollback and run.snapshot and run.state.statistics.diverged(loss, ratio)):
+            return False
+        run.schedule.confirm()
+        if self.go_back(loss, step):
+            self.halve(loss, scheduled_rate(self.trainer.optimizers), step)
+        return True
+
     def report(self, loss: float, alpha: float, beta: float, step: int, *, halved: bool = False) -> None:
         """Say that the run was rolled back because of a loss, and which rates are applied from now on."""
         if self.run.snapshot is not None:
             applied = self.run.caps.caps.applied(alpha, beta)
-            effect = "halved" if halved else ""
-            self._tell(self._reason(Kind.ROLLED_BACK, loss, step, alpha=applied[0], beta=applied[1], effect=effect))
+            more = {"alpha": applied[0], "beta": applied[1], "effect": "halved" if halved else ""}
+            self._tell(self._reason(Kind.ROLLED_BACK, loss, step, **more))
 
-    def halve(self, loss: float, scheduled: float, step: int, *, held: bool) -> None:
-        """Halve the meta rate of a run that was rolled back to where nothing could be measured, and say so.
-
-        ``held``: whether its optimizers can be capped at all.
-        """
-        run = self.run
+    def halve(self, loss: float, scheduled: float, step: int) -> None:
+        """Halve the meta rate of a run that was rolled back to where nothing could be measured, and say so."""
+        run, held = self.run, self.run.holds(self.trainer)
         caps, effect = run.caps.caps, "halved" if held else "not lowered"
         if held:
-            run.caps.apply(self.module, Caps(caps.alpha, caps.applied(math.nan, scheduled)[1] / 2))
+            run.caps.apply(self.module, caps.halved(scheduled))
         if run.snapshot is not None:
             beta = run.caps.caps.beta or math.nan
             self._tell(self._reason(Kind.ROLLED_BACK, loss, step, beta=beta, effect=effect))

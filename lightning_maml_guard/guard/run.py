@@ -113,6 +113,7 @@ class GuardedRun:
 
     def take_step(self, loss: Any, trainer: Any, batch_idx: int) -> None:
         """Compare a step's loss and gradient norm with those of the steps before; a spike calls a check."""
+        self.replay.skipped = loss is None and trainer.lightning_module.automatic_optimization
         self.bar.show(trainer.lightning_module, self.state.history)
         self.state.losses.end = logger_step(trainer) + 1
         if self.turns.taken():
@@ -291,8 +292,7 @@ class GuardedRun:
 
     def applied(self, trainer: Any) -> tuple[float, float]:
         """The inner and the meta rate of the coming step; ``nan`` where they are not known."""
-        owned = [trainer.optimizers[index] for index in self.state.capped]
-        return self.caps.caps.applied(self.alpha, known_rate(owned))
+        return self.caps.caps.applied(self.alpha, known_rate([trainer.optimizers[at] for at in self.state.capped]))
 
     def note_severity(self, step: int, severe: float, beta: float) -> None:
         """Keep what a lookahead said at a scheduled meta rate."""

@@ -22,6 +22,8 @@ _JUDGED = 2
 _GROWN, _FAR = 1.5, 4.0
 # Capped rates are looked at again after so many steps; where they stay, after so many times as many each time.
 _EASE, _SLOWER = 8, 3
+# A check that finds no loss is put off to the next step, at most so many times in a row.
+_PUT_OFF = 8
 SCHEDULED, TRIGGERED = "scheduled", "triggered"
 
 
@@ -69,6 +71,7 @@ class ScheduleState:
         slipped: Whether the loss had left its best when the last step was taken in.
         ease_at: Step from which capped rates are looked at again.
         ease_gap: Steps from one such look to the next.
+        waits: How many times the check was put off that comes with the next step.
     """
 
     last: int | None = None
@@ -85,6 +88,7 @@ class ScheduleState:
     slipped: bool = False
     ease_at: int = 0
     ease_gap: int = _EASE
+    waits: int = 0
 
 
 class Schedule:
@@ -128,7 +132,8 @@ class Schedule:
         close = since < self.every_n_steps / 2
         on_time = step % self.every_n_steps == 0 and not (close and self.share is not None)
         early = self._early(step, stalled) or (capped and since >= 2 and step >= state.ease_at)
-        scheduled = (on_time and paid) or (state.unjudged and (on_time or (early and step >= _JUDGED)))
+        owed = 0 < state.waits <= _PUT_OFF
+        scheduled = owed or (on_time and paid) or (state.unjudged and (on_time or (early and step >= _JUDGED)))
         again = since >= self._longest
         risen = [state.outer.grown(rate, beta_c, again=again), state.inner.grown(alpha, alpha_c, again=again)]
         grown = any(risen)
@@ -187,10 +192,16 @@ class Schedule:
         """Take in that a check found the run diverging: such alarms are heard at once."""
         self.state.alarms = 0
 
+    def put_off(self) -> bool:
+        """Put the check at hand off to the next step, which has a loss maybe; False if that was done too often."""
+        self.state.waits += 1
+        return self.state.waits <= _PUT_OFF
+
     def charge(self, *, lookahead_gradients: int, measured: float) -> None:
         """Count the cost of a check: gradients of its lookaheads, and its measurement in training steps."""
         self.state.latest = LOOKAHEAD_GRADIENT * lookahead_gradients + measured
         self.state.spent += self.state.latest
+        self.state.waits = 0
 
     def _paid(self, step: int) -> bool:
         """Whether one more check like the latest stays within the budget; the first one always does."""

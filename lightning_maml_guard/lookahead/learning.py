@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from lightning_maml_guard.lookahead.divergence import FIRST_LOSSES, RunningStatistics
+from lightning_maml_guard.lookahead.divergence import FIRST_LOSSES, RunningStatistics, Scale
 from lightning_maml_guard.lookahead.lookahead import Lookahead
 from lightning_maml_guard.maml.evaluation import default_loss
 from lightning_maml_guard.messages.reasons import Kind, Reason
@@ -143,6 +143,12 @@ def spread_out(count: int) -> list[int]:
 def lost_reason(found: Learning, at: int, step: int) -> Reason:
     """State that a run has lost what it had learned; ``at``: the step of the best snapshot."""
     return Reason(Kind.LEARNING_LOST, losses=found.losses, steps=at, step=step)
+
+
+def last_loss_reason(loss: float, scale: Scale) -> Reason:
+    """State that the loss of the last step has diverged."""
+    kind = Kind.LOSS_DIVERGED if math.isfinite(loss) else Kind.LOSS_NOT_FINITE
+    return Reason(kind, losses=(loss, math.nan, scale.start))
 
 
 def severity_at_hand(statistics: RunningStatistics) -> float:

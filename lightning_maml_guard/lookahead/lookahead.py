@@ -88,6 +88,10 @@ class Caps:
         """Apply the caps to the configured inner rate (``nan`` without an inner loop) and the scheduled meta rate."""
         return _capped(alpha, self.alpha), _capped(beta, self.beta)
 
+    def halved(self, beta: float) -> Caps:
+        """Cap at half the meta rate that is applied."""
+        return Caps(self.alpha, _capped(beta, self.beta) / 2)
+
 
 def _capped(rate: float, cap: float | None) -> float:
     return rate if cap is None or not rate > cap else cap

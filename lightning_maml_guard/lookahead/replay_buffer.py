@@ -17,12 +17,14 @@ class ReplayBuffer:
     """Holds the last ``size`` batches as their steps were given them; ``restored`` are a checkpoint's, not yet used.
 
     The first batch is copied. If its step leaves it alone, the next ones are held by reference until a step changes
-    its batch: that one is dropped, and copies are made before every step from then on.
+    its batch: that one is dropped, and copies are made before every step from then on. That of a ``skipped``
+    step is dropped as well.
     """
 
     def __init__(self, size: int) -> None:
         self._batches: deque[tuple[Any, int]] = deque(maxlen=size)
         self._first, self._copies = True, True
+        self.skipped = False  # whether the step at hand made no use of its batch, and has no loss
         # The batch of the step at hand, and what it held before.
         self._given: Any = None
         self._before: Trace | None = None
@@ -58,12 +60,13 @@ class ReplayBuffer:
         given, before, self._given, self._before = self._given, self._before, None, None
         if before is None:
             return
-        first, self._first = self._first, False
+        drops, first, self._first = self.skipped, self._first, False
         if self._copies:
             copy = trace(self._batches[0][0]) if first else None
             self._copies = copy is None or changed(before, given) or not equal(before, copy)
         elif changed(before, given):
-            self._copies = True
+            self._copies = drops = True
+        if drops:
             self._batches.popleft()
 
     @property

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_maml_guard.messages.advice import Advice, Cause
-from lightning_maml_guard.messages.sentences import cause
+from lightning_maml_guard.messages.reasons import Kind, Reason
+from lightning_maml_guard.messages.sentences import cause, sentence
 from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling
 
 NO_WAY_BACK = "Training stops: the parameters are not finite, and there are no earlier ones to roll back to."
@@ -16,9 +17,11 @@ def advised(advice: Advice, spelling: Spelling = IN_PYTHON) -> str:
     alpha, beta = f"alpha = {advice.configured_alpha:.3g}", f"beta = {advice.configured_beta:.3g}"
     where = "" if advice.peak_step is None else f" at step {advice.peak_step}"
     takes = "took" if advice.peak_step is not None and (advice.step or 0) > advice.peak_step else "takes"
+    own = any(each.kind is Kind.OWN_GRADIENTS for each in advice.evidence)
+    unless = ", unless it is the rate of an inner loop that is" if own else ""
     wrong = {
         Cause.ALPHA: f"{alpha} is too large",
-        Cause.BETA: f"{beta} is too large",
+        Cause.BETA: f"{beta} is too large{unless}",
         Cause.BOTH: f"{alpha} and {beta} are too large",
         Cause.SCHEDULE: f"the schedule {takes} beta to {advice.configured_beta:.3g}{where}, which is too large",
         Cause.DEAD_UNITS: f"{beta} is too large: units have died",
@@ -34,7 +37,9 @@ def advised(advice: Advice, spelling: Spelling = IN_PYTHON) -> str:
     if advice.gradient_clip_val is not None:
         to_set.append(f"{spelling.trainer(gradient_clip_val=advice.gradient_clip_val)}, or fix the batch")
     if not to_set:
-        return f"{wrong}. Look at the data, the loss and the precision."
+        found = {each.kind for each in advice.evidence}
+        untried = found & {Kind.LOSS_DIVERGED, Kind.LOSS_NOT_FINITE} and Kind.RATES_TRIED not in found
+        return f"{wrong}. Look at {'the rates, ' if untried else ''}the data, the loss and the precision."
     return f"{wrong}. Set {' and '.join(to_set)}."
 
 
@@ -42,3 +47,9 @@ def advice_given(step: int, advice: Advice, effect: Sequence[str], spelling: Spe
     """Say what is wrong and what to set, then why, then what the guard does about it."""
     why = [f"Why: {cause(each, spelling)}" for each in advice.evidence]
     return "\n".join([f"ConvergenceGuard: step {step}: {advised(advice, spelling)}", *dict.fromkeys(why), *effect])
+
+
+def given_up(reason: Reason, advice: Advice | None, spelling: Spelling) -> str:
+    """Say why training stops for good, and what to do."""
+    to_do = "Look at the data, the loss and the precision." if advice is None else advised(advice, spelling)
+    return f"ConvergenceGuard: training stops. {sentence(reason)}\n{to_do[0].upper()}{to_do[1:]}"

@@ -62,6 +62,7 @@ class Kind(str, Enum):
     PROBLEM_DIFFERS = "problem differs from training"
     CAP_IGNORED = "inner rate ignores its cap"
     NO_STEP_LOSS = "no loss per step"
+    OWN_GRADIENTS = "own gradients"
     OPTIMIZERS_TAKE_TURNS = "optimizers take turns"
     CLIPPING_NOT_SEEN = "clipping not seen"
     CLIPPING_FAILED = "clipping failed"
@@ -185,7 +186,8 @@ def _place(error: BaseException) -> tuple[str, bool]:
 def _is_users(filename: str) -> bool:
     path = Path(filename)
     installed = {"site-packages", "dist-packages"} & set(path.parts)
-    return not installed and not filename.startswith("<frozen") and not set(_NOT_THE_USERS) & set(path.parents)
+    generated = filename.startswith("<")  # a dataclass's __init__, Python's own frozen modules
+    return not installed and not generated and not set(_NOT_THE_USERS) & set(path.parents)
 
 
 def _named(frame: traceback.FrameSummary) -> str:

@@ -52,10 +52,12 @@ def announced(reason: Reason, spelling: Spelling = IN_PYTHON) -> str:
     return f"ConvergenceGuard: {at}{sentence(reason, spelling)}"
 
 
-def returned(step: int, *, safe: bool, applied: float, configured: float) -> str:
-    """Say that the rates are not unsafe any more; the two rates are the meta rate's."""
+def returned(step: int, *, safe: bool, applied: float, configured: float, tried: bool = True) -> str:
+    """Say that the rates are not unsafe any more; the two rates are the meta rate's; ``tried``: by a lookahead."""
     if safe:
         said = "the rates are back in the safe region."
+    elif not tried:
+        said = "neither the curvature nor the last loss says any more that the run diverges."
     elif applied < configured:
         said = f"the next steps survive at the applied beta = {applied:.3g} (configured: {configured:.3g})."
     else:
@@ -172,7 +174,8 @@ def _check_failed(reason: Reason, spelling: Spelling) -> str:
 def _no_lookahead(reason: Reason, spelling: Spelling) -> str:
     if reason.effect == "before training":
         return f"The next steps cannot be tried. {reason.detail}"
-    return f"the next steps cannot be tried, so curvature alone decides. {reason.detail}"
+    decides = "the curvature decides where it judges a rate, and else the last loss"
+    return f"the next steps cannot be tried, so {decides}. {reason.detail}"
 
 
 def _no_gradient_norm(reason: Reason, spelling: Spelling) -> str:

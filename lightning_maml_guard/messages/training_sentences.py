@@ -75,6 +75,19 @@ def _problem_differs(reason: Reason, spelling: Spelling) -> str:
     return f"{said}\nWhy: {why}\nTo do: {to_do}"
 
 
+def _own_gradients(reason: Reason, spelling: Spelling) -> str:
+    if reason.effect == "evidence":
+        return (
+            "training_step takes gradients itself. If that is an inner loop, its rate may be what is too large: "
+            "without a `meta_problem` it is not looked at."
+        )
+    return (
+        "training_step takes gradients itself, and is watched as plain training.\nTo do: If that is an inner loop, "
+        'state it by `meta_problem` (docs/guide.md, "A MAML module of your own"); else its rate is not looked at, and '
+        "the outer one is blamed for it. Of another use, such as a gradient penalty, there is nothing to state."
+    )
+
+
 TRAINING: dict[Kind, Callable[[Reason, Spelling], str]] = {
     Kind.PROBLEM_DIFFERS: _problem_differs,
     Kind.BAREBONES: lambda reason, spelling: (
@@ -85,6 +98,7 @@ TRAINING: dict[Kind, Callable[[Reason, Spelling], str]] = {
         "back only at a check, and the loss at the first check is where training started from. Return the loss from "
         "training_step to have all of it."
     ),
+    Kind.OWN_GRADIENTS: _own_gradients,
     Kind.OPTIMIZERS_TAKE_TURNS: lambda reason, spelling: (
         "no checks are made any more: the optimizers that move the problem's parameters take turns, so no single "
         f"problem describes their steps.\nTo do: {_PER_OPTIMIZER[0].upper()}{_PER_OPTIMIZER[1:]}"

@@ -171,7 +171,7 @@ def stability_limit(optimizer: Optimizer) -> float:
     if any(group.get("lr_decay") for group in optimizer.param_groups):
         raise UnknownOptimizerError(
             f"{type(optimizer).__name__} with lr_decay applies a rate that is not its `lr`, so nothing is said about "
-            "it. Use lr_decay=0 with a scheduler; the inner learning rate is still checked."
+            "it. Use lr_decay=0 with a scheduler; an inner learning rate is still checked."
         )
     return min(limit.response(group).limit for group in optimizer.param_groups)
 
@@ -245,6 +245,6 @@ def _limit_of(optimizer: Optimizer) -> OptimizerLimit:
         raise UnknownOptimizerError(
             f"The stability limit of {type(optimizer).__module__}.{type(optimizer).__qualname__} is not known "
             f"(known: {names} of torch.optim, not their subclasses). No statement about its learning rate can "
-            "be made; the inner learning rate is still checked. To have both checked, train with a known optimizer."
+            "be made; an inner learning rate is still checked. To have both checked, train with a known optimizer."
         )
     return limit

@@ -17,6 +17,7 @@ from lightning_maml_guard.utils.activations import DeadUnits, ReluUnits
 from lightning_maml_guard.utils.batch_copy import copied
 from lightning_maml_guard.utils.checks import shown
 from lightning_maml_guard.utils.double_backward import double_backward
+from lightning_maml_guard.utils.functorch import gradients_taken
 from lightning_maml_guard.utils.shards import any_split
 from lightning_maml_guard.utils.task_map import as_float32, each_task
 
@@ -163,6 +164,20 @@ def dead_units(problem: Problem) -> DeadUnits:
     return watch.count()
 
 
+def takes_gradients(problem: Problem) -> bool:
+    """Whether the loss of plain training takes gradients itself, as an inner loop or a gradient penalty does."""
+    one = first_batch(problem)
+    if not isinstance(one, PlainProblem):
+        return False
+    with double_backward(), gradients_taken() as found:
+        one.loss(one.params)
+    return bool(found)
+
+
+class NoLossError(ValueError):
+    """The ``training_step`` returns None: Lightning skips the step."""
+
+
 class _TrainingStep(nn.Module):
     """A module whose ``forward`` is another module's ``training_step``, for ``functional_call``."""
 
@@ -176,7 +191,8 @@ class _TrainingStep(nn.Module):
         output = self.module.training_step(*arguments)  # type: ignore[operator]
         loss = output["loss"] if isinstance(output, dict) else output
         if not isinstance(loss, Tensor):
-            raise ValueError(
+            kind = NoLossError if loss is None else ValueError
+            raise kind(
                 "Expected training_step to return a loss tensor or a dict with a 'loss' but got "
                 f"{type(output).__name__}: there is nothing to measure at this step."
             )

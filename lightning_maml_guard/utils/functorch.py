@@ -1,6 +1,11 @@
-"""Whether code runs inside a transform of torch.func or is being compiled."""
+"""Whether code runs inside a transform of torch.func, is being compiled, or takes gradients itself."""
 
 from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -24,3 +29,25 @@ def inside_gradient() -> bool:
 def is_batched(tensor: torch.Tensor) -> bool:
     """Return True if the surrounding ``vmap`` maps over a tensor."""
     return torch._C._functorch.is_batchedtensor(tensor)
+
+
+@contextmanager
+def gradients_taken() -> Iterator[list[str]]:
+    """Note each time this thread takes a gradient: by torch.autograd, ``backward()``, or a transform of torch.func."""
+    taken: list[str] = []
+    # All of them go through this function, which torch has no public way to watch.
+    engine, thread = getattr(torch.autograd, "_engine_run_backward", None), threading.get_ident()
+    if engine is None:
+        yield taken
+        return
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        if threading.get_ident() == thread:
+            taken.append("gradient")
+        return engine(*arguments, **options)
+
+    try:
+        torch.autograd._engine_run_backward = watched
+        yield taken
+    finally:
+        torch.autograd._engine_run_backward = engine

@@ -115,12 +115,18 @@ def task_count(data: Any, name: str) -> int:
     TypeError if a leaf is not a tensor.
     """
     leaves = tree_leaves(data)
-    strangers = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)})
+    strangers = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
     if strangers:
+        kinds = ", ".join(sorted({type(leaf).__name__ for leaf in strangers}))
+        to_do = "Leave it out, or make it a tensor."
+        if not all(isinstance(leaf, (type(None), bool, int, float, str)) for leaf in strangers):
+            to_do = (
+                "Stack the tasks' data, as in torch.stack([task.x for task in tasks]), or list the tasks, as in "
+                "[(task.x, task.y) for task in tasks]."
+            )
         raise TypeError(
-            f"Expected `{name}` to hold tensors with a leading task dimension but found {', '.join(strangers)}. "
-            "Stack the tasks' data, as in torch.stack([task.x for task in tasks]), or list the tasks, as in "
-            "[(task.x, task.y) for task in tasks]."
+            f"Expected `{name}` to hold tensors with a leading task dimension but found {kinds} at "
+            f"{name}{_place_of_stranger(data)}. {to_do}"
         )
     if is_listed(data):
         return len(data)
@@ -133,6 +139,18 @@ def task_count(data: Any, name: str) -> int:
             "into a list of tasks: [(x_1, y_1), (x_2, y_2), ...]."
         )
     return sizes.pop()
+
+
+def _place_of_stranger(data: Any) -> str:
+    """Where the first leaf is that is not a tensor, as Python would index it."""
+
+    def has_no_keys(node: Any) -> bool:
+        kind = _pytree.SUPPORTED_NODES.get(type(node))
+        return kind is not None and kind.flatten_with_keys_fn is None
+
+    found, _ = _pytree.tree_flatten_with_path(data, is_leaf=has_no_keys)
+    holds = (path for path, leaf in found if not all(isinstance(each, Tensor) for each in tree_leaves(leaf)))
+    return _pytree.keystr(next(holds))
 
 
 class TaskMap:

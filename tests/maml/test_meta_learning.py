@@ -303,7 +303,17 @@ def test_bad_arguments_are_named(arguments, error, message):
         (
             (([1.0],), (torch.zeros(3, 2, 1),)),
             TypeError,
-            "hold tensors with a leading task dimension but found float",
+            r"leading task dimension but found float at support\[0\]\[0\]\. Leave it out, or make it a tensor\.",
+        ),
+        (
+            ([{"x": torch.zeros(2, 1), "id": None}], (torch.zeros(3, 2, 1),)),
+            TypeError,
+            r"found NoneType at support\[0\]\['id'\]\. Leave it out",
+        ),
+        (
+            ([object()], (torch.zeros(3, 2, 1),)),
+            TypeError,
+            r"found object at support\[0\]\. Stack the tasks' data",
         ),
     ],
 )

@@ -154,7 +154,8 @@ EXAMPLES = [
     ),
     (
         Reason(Kind.NO_LOOKAHEAD, detail="LBFGS needs a closure."),
-        "the next steps cannot be tried, so curvature alone decides. LBFGS needs a closure.",
+        "the next steps cannot be tried, so the curvature decides where it judges a rate, and else the last loss. LBFGS "
+        "needs a closure.",
     ),
     (
         Reason(Kind.NO_GRADIENT_NORM, error="OSError", detail="disk full"),
@@ -298,6 +299,17 @@ EXAMPLES = [
         "training_step to have all of it.",
     ),
     (
+        Reason(Kind.OWN_GRADIENTS),
+        "training_step takes gradients itself, and is watched as plain training.\nTo do: If that is an inner loop, state "
+        'it by `meta_problem` (docs/guide.md, "A MAML module of your own"); else its rate is not looked at, and the '
+        "outer one is blamed for it. Of another use, such as a gradient penalty, there is nothing to state.",
+    ),
+    (
+        Reason(Kind.OWN_GRADIENTS, effect="evidence"),
+        "training_step takes gradients itself. If that is an inner loop, its rate may be what is too large: without a "
+        "`meta_problem` it is not looked at.",
+    ),
+    (
         Reason(Kind.OPTIMIZERS_TAKE_TURNS),
         "no checks are made any more: the optimizers that move the problem's parameters take turns, so no single "
         "problem describes their steps.\nTo do: Watch one optimizer at a time: a ConvergenceGuard(problem=...) for "
@@ -413,6 +425,9 @@ def test_of_a_return_what_is_true_is_said():
     assert returned(8, safe=False, applied=1.5, configured=1.5) == (
         f"{start}the next steps survive again, at the edge of stability."
     )
+    assert returned(8, safe=False, applied=1.5, configured=1.5, tried=False) == (
+        f"{start}neither the curvature nor the last loss says any more that the run diverges."
+    )
 
 
 def test_an_announcement_names_the_step_once():
@@ -432,6 +447,14 @@ def test_an_exception_becomes_a_reason_with_the_place_it_came_from():
         "in test_an_exception_becomes_a_reason_with_the_place_it_came_from"
     )
     assert of_error(Kind.CHECK_FAILED, ValueError("x")).where == ""
+
+
+def test_generated_code_is_nobodys():
+    """A dataclass's ``__init__`` has the file name ``<string>``."""
+    with pytest.raises(TypeError) as caught:
+        MetaProblem({"w": torch.ones(1)}, lambda params, data: params["w"].sum(), [{"x": None}], [{"x": None}])
+    reason = of_error(Kind.CHECK_FAILED, caught.value)
+    assert reason.where.startswith("test_sentences.py, line ") and reason.where.endswith("generated_code_is_nobodys")
 
 
 def test_the_place_is_in_the_users_own_file_whoever_raised():

@@ -12,7 +12,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, LookaheadOptions, measure
+from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, GuardWarning, LookaheadOptions, measure
 from lightning_maml_guard.stability.problems import PlainProblem, training_step_problem
 from lightning_maml_guard.utils.isolation import isolated
 from lightning_maml_guard.utils.lightning_compat import LightningModule, Trainer, seed_everything
@@ -116,21 +116,43 @@ def test_what_a_training_step_sends_to_its_logger_is_sent_once(tmp_path):
     assert trainer.loggers == [logger] and len(sent) == 2 * 4 + 2
 
 
-@pytest.mark.parametrize("output", [None, 1.0])
-def test_a_step_without_a_loss_costs_one_warning(output):
-    class Silent(Regression):
-        def training_step(self, batch, batch_idx):
-            return output if batch_idx == 0 else super().training_step(batch)
+class Skipping(Regression):
+    """Lightning skips a step whose ``training_step`` returns None."""
 
+    def __init__(self, skips, returns=None):
+        super().__init__()
+        self.skips, self.returns = skips, returns
+
+    def training_step(self, batch, batch_idx):
+        return self.returns if self.skips(batch_idx) else super().training_step(batch)
+
+
+@pytest.mark.parametrize("first", [1, 4])
+def test_a_check_of_a_skipped_step_comes_with_the_next_that_has_a_loss(first, recwarn):
+    guard = ConvergenceGuard(every_n_steps=100, action="warn")
+    train(Skipping(lambda index: index < first), [guard], steps=first + 2)
+    assert [each.step for each in guard.history] == [first] and guard.history[0].status == "safe"
+    assert guard._run.schedule.state.waits == 0
+    assert not [each for each in recwarn if each.category is GuardWarning]
+
+
+def test_a_lookahead_leaves_skipped_batches_out(recwarn):
+    guard = ConvergenceGuard(every_n_steps=3, action="warn")
+    train(Skipping(lambda index: index % 3 == 1), [guard], steps=9)
+    assert [each.step for each in guard.history] == [0, 3, 6] and [step for step, _ in guard.severities][:1] == [0]
+    assert not [each for each in recwarn if each.category is GuardWarning]
+
+
+def test_a_run_that_never_has_a_loss_hears_so_once():
     guard = ConvergenceGuard(every_n_steps=100)
-    if output is None:
-        with guard_warns("Expected training_step to return a loss tensor.*NoneType"):
-            train(Silent(), [guard], steps=2)
-    else:
-        module = Silent()
-        problem = training_step_problem(module, (X, Y), 0)
-        with pytest.raises(ValueError, match="got float"):
-            measure(problem, beta=0.1, curvature=CurvatureOptions(criterion="simplified"))
+    with guard_warns("Expected training_step to return a loss tensor.*NoneType"):
+        train(Skipping(lambda index: True), [guard], steps=12)
+
+
+def test_a_step_that_returns_no_tensor_has_nothing_to_measure():
+    problem = training_step_problem(Skipping(lambda index: True, 1.0), (X, Y), 0)
+    with pytest.raises(ValueError, match="got float"):
+        measure(problem, beta=0.1, curvature=CurvatureOptions(criterion="simplified"))
 
 
 class Tied(nn.Module):
