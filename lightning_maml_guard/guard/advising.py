@@ -87,7 +87,7 @@ class Adviser:
         """Whether a run that has lost what it had learned is soon at a loss again; tried a few times in a run."""
         state, clearly = self._run.state, share_of_start(self._look.scale, CLEARLY)
         state.searches += 1
-        return state.searches <= _MOST_SEARCHES and self._from_here(self._look.harmful).comes_back(to, clearly)
+        return state.searches <= _MOST_SEARCHES and self._from_here(alpha_suspect=True).comes_back(to, clearly)
 
     def look_further(self, report: StabilityReport) -> Found | None:
         """Try more steps than a lookahead does; what was found, if lower rates do clearly better.
