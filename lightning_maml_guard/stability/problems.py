@@ -170,7 +170,7 @@ def takes_gradients(problem: Problem) -> bool:
     if not isinstance(one, PlainProblem):
         return False
     with double_backward(), gradients_taken() as found:
-        one.loss(one.params)
+        one.loss(as_float32(one.params))
     return bool(found)
 
 

@@ -165,6 +165,7 @@ def full():
             slipped=True,
             ease_at=7,
             ease_gap=24,
+            waits=1,
         ),
         statistics=RunningStatistics(
             first=(1.0, 1.5),
