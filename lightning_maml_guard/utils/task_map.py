@@ -119,7 +119,7 @@ def task_count(data: Any, name: str) -> int:
     if strangers:
         kinds = ", ".join(sorted({type(leaf).__name__ for leaf in strangers}))
         to_do = "Leave it out, or make it a tensor."
-        if not all(isinstance(leaf, (type(None), bool, int, float, str)) for leaf in strangers):
+        if not all(isinstance(leaf, (type(None), str)) for leaf in strangers):
             to_do = (
                 "Stack the tasks' data, as in torch.stack([task.x for task in tasks]), or list the tasks, as in "
                 "[(task.x, task.y) for task in tasks]."

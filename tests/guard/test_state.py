@@ -359,7 +359,15 @@ def test_a_flat_state_of_before_the_tree_loads_into_the_same_values():
         severities=[(0, 2.5), (3, inf)],
         losses=LossCurve(),
         schedule=replace(
-            full().schedule, lost=False, alarms=0, outer=Rise(), inner=Rise(), slipped=False, ease_at=0, ease_gap=8
+            full().schedule,
+            lost=False,
+            alarms=0,
+            outer=Rise(),
+            inner=Rise(),
+            slipped=False,
+            ease_at=0,
+            ease_gap=8,
+            waits=0,
         ),
         wasted=0,
         ceiling=Ceiling(),

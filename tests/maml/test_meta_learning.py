@@ -303,7 +303,7 @@ def test_bad_arguments_are_named(arguments, error, message):
         (
             (([1.0],), (torch.zeros(3, 2, 1),)),
             TypeError,
-            r"leading task dimension but found float at support\[0\]\[0\]\. Leave it out, or make it a tensor\.",
+            r"leading task dimension but found float at support\[0\]\[0\]\. Stack the tasks",
         ),
         (
             ([{"x": torch.zeros(2, 1), "id": None}], (torch.zeros(3, 2, 1),)),
