@@ -23,7 +23,7 @@ def each_done(jobs: Sequence[Callable[[], Any]], lasts: str, workers: int = 1) -
     """
     name = begin(lasts)
     with tqdm(total=len(jobs), desc=name, unit="part", leave=False, mininterval=0) as bar:
-        for found in _in_turn(jobs) if workers == 1 else _by_processes(jobs, workers):
+        for found in (job() for job in jobs) if workers == 1 else _by_processes(jobs, workers):
             bar.update()
             if sys.stderr.isatty():
                 bar.clear()
@@ -43,10 +43,6 @@ def begin(lasts: str) -> str:
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, lambda number, _: sys.exit(128 + number))
     return name
-
-
-def _in_turn(jobs: Sequence[Callable[[], Any]]) -> Iterator[Any]:
-    yield from (job() for job in jobs)
 
 
 def _by_processes(jobs: Sequence[Callable[[], Any]], workers: int) -> Iterator[Any]:

@@ -140,8 +140,9 @@ class Rescale(Action):
                 at_least_halve=rolled_back,
                 scale=situation.scale,
             )
-            low = [each for each in (found.alpha, situation.advised) if each is not None]
-            return found if found.alpha is None else Caps(min(low), found.beta)
+            if found.alpha is None or situation.advised is None:
+                return found
+            return Caps(min(found.alpha, situation.advised), found.beta)
         if situation.fails:
             return caps
         return self.release(caps, present, look, situation.scale, situation.allows, situation.advised)

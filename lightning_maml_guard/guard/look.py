@@ -126,7 +126,9 @@ class Look:
     def may_miss_clipping(self, ratio: float) -> bool:
         """Whether the run may survive what the lookahead did not, because it clips out of sight."""
         tried, found = self.lookahead, self.present
-        return tried is not None and found is not None and tried.may_miss_clipping(found, self.scale, ratio)
+        if tried is None or found is None:
+            return False
+        return not tried.sees_clipping and not self.scale.diverged(found.begin, ratio)
 
     @property
     def died(self) -> tuple[Reason, ...]:

@@ -185,10 +185,6 @@ class Lookahead:
         """Whether gradients are clipped here as they are in the run."""
         return self._sees_clipping and self.clipping_failure is None
 
-    def may_miss_clipping(self, result: LookaheadResult, scale: Scale, ratio: float) -> bool:
-        """Return True if the run may survive what this lookahead did not, because it clips out of sight."""
-        return not self.sees_clipping and not scale.diverged(result.begin, ratio)
-
     def under(self, caps: Caps, first: int = 0) -> LookaheadResult:
         """Try the steps under caps, beginning with the batch of index ``first``."""
         alpha, beta = caps.applied(self.alpha, self.beta)
