@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_maml_guard.guard.actions import Situation
 from lightning_maml_guard.guard.advising import Adviser
+from lightning_maml_guard.guard.judgement import Judgement, Seen, judge, situation_of
 from lightning_maml_guard.guard.loggers import log_check, log_values
-from lightning_maml_guard.guard.look import Look, advised_alpha, allows, ease, look_at
+from lightning_maml_guard.guard.look import Look, ease, look_at
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.rollback import Rollback
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.state_machine import Transition
-from lightning_maml_guard.lookahead.divergence import fails, passes, undecided
+from lightning_maml_guard.lookahead.divergence import fails, passes
 from lightning_maml_guard.lookahead.learning import chance_loss, last_loss_reason
-from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult, lookahead_reason
+from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult
 from lightning_maml_guard.messages.advice import Advice, Cause
 from lightning_maml_guard.messages.advice_sentences import NO_WAY_BACK, advice_given
-from lightning_maml_guard.messages.reasons import Kind, Reason, of_check
+from lightning_maml_guard.messages.reasons import Kind, of_check
 from lightning_maml_guard.messages.sentences import announced, returned
 from lightning_maml_guard.messages.terminal import inform
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
-from lightning_maml_guard.stability.measure import measure
-from lightning_maml_guard.stability.problems import NoLossError, Problem
+from lightning_maml_guard.stability.problems import NoLossError
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import SAFE, UNRESOLVED, UNSAFE
 from lightning_maml_guard.utils.isolation import undisturbed
@@ -40,7 +38,7 @@ class Check:
 
     def __init__(self, run: GuardedRun, trainer: Any, module: Any) -> None:
         self.settings, self.run, self.trainer, self.module = run.settings, run, trainer, module
-        self.rollback = Rollback(run, trainer, module)
+        self.rollback, self.ratio = Rollback(run, trainer, module), run.settings.lookahead.divergence_ratio
         reshard(module)
         # Where the run was rolled back by this check: what lowers its rates if the rest of the check fails.
         self._rolled_back: tuple[list[Optimizer], LookaheadResult] | None = None
@@ -73,142 +71,108 @@ class Check:
                     self._judge_last_loss(step)
 
     def _check(self, batch: Any, batch_idx: int, step: int, scheduled: bool) -> None:
-        settings, run, trainer, module = self.settings, self.run, self.trainer, self.module
-        ratio, caps_before = settings.lookahead.divergence_ratio, run.caps.caps
-        # 1. Look ahead.
+        """Look ahead; unless that ends the check, roll back, measure, decide, act and keep what was found."""
+        run, trainer = self.run, self.trainer
+        seen = self._look(batch, batch_idx, step)
+        look = seen.look
+        if self._ends_early(seen, step, scheduled=scheduled) or not self._goes_on(seen, step):
+            return
+        lost = look.loss is not None and self._is_lost(look.loss)
+        with undisturbed(trainer, self.module):
+            found = judge(run, seen, step)
+            caps = self._decide(seen, found, step, lost=lost)
+        if run.state.capped != look.owned:
+            run.cap(trainer, look.owned)
+        if not trainer.fast_dev_run:
+            self._acted = True
+            self._act_on(seen, found, caps, step, lost=lost)
+        self.rollback.warn_of_collapse(look.problem, found.report, found.transition.state, step)
+        self._keep(seen, found, step)
+
+    def _look(self, batch: Any, batch_idx: int, step: int) -> Seen:
+        """Look ahead, compare the run with its snapshots, and try rates that are to come or lead nowhere."""
+        run, trainer, module, ratio = self.run, self.trainer, self.module, self.ratio
+        caps, statistics = run.caps.caps, run.state.statistics
         with undisturbed(trainer, module):
             look = look_at(run, trainer, module, batch, batch_idx, step)
             self._looked = look.present is not None
             if look.present is not None:
-                run.state.statistics.look(look.present.begin)
+                statistics.look(look.present.begin)
             if not run.state.history:
-                run.state.statistics.chance = chance_loss(module, batch)
+                statistics.chance = chance_loss(module, batch)
             run.begin_match(trainer, module, batch, batch_idx, look.optimizers)
-            adviser, stuck = Adviser(run, trainer, module, look, step), run.state.statistics.stuck
+            adviser, stuck = Adviser(run, trainer, module, look, step), statistics.stuck
             learning, collapsed = self.rollback.compare(look), None
-            away = learning is not None and learning.lost
-            if learning is not None and away and not adviser.comes_back(learning.kept_loss):
-                collapsed, look.severity = self.rollback.lost(learning, look, step), max(look.severity, math.log(ratio))
+            if learning is not None and learning.lost and not adviser.comes_back(learning.kept_loss):
+                collapsed = self.rollback.lost(learning, look, step)
+                look.severity = max(look.severity, math.log(ratio))
             adviser.look_at_peak()
             adviser.look_at_progress()
-        failing = look.present is not None and fails(look.severity, ratio)
-        gone = collapsed is not None or (look.present is not None and look.scale.diverged(look.present.begin, ratio))
-        if failing:
-            if look.present is not None and self.rollback.helps(look.present.begin):
-                run.schedule.confirm()
-        elif stuck and adviser.news is None:
-            self.rollback.warn_of_stall(look, step)
+        failing, gone = False, collapsed is not None
         if look.present is not None:
+            failing = fails(look.severity, ratio)
+            gone = gone or look.scale.diverged(look.present.begin, ratio)
+            if failing and self.rollback.helps(look.present.begin):
+                run.schedule.confirm()
             run.note_severity(step, look.severity, look.beta)
-            if not scheduled and not failing and adviser.news is None:
-                slips, well = learning is not None and not learning.holds, passes(look.severity, ratio)
-                if away:
-                    self.rollback.undo(look, step)
-                elif slips or well:
-                    ease(run, trainer, module, look, step, slips=slips)
-                if well and not away:
-                    self.rollback.keep(step)
-                self._charge(look, adviser.cost)
-                log_values(trainer, module, look.metrics, step)
-                return
-            # 2. Roll back a run that has diverged already, or lost what it had learned.
-            if settings.rollback and failing and gone and self.rollback.helps(look.present.begin):
-                if not self.rollback.go_back(look.present.begin, step, look):
-                    return
-                self._rolled_back = look.optimizers, look.present
-        elif look.last is not None and self.rollback.ends(look.last, step):
-            return
-        rolled_back = self._rolled_back is not None
-        lost = look.loss is not None and self._is_lost(look.loss)
-        # 3. Measure the curvature, advance the state, and decide on the rates.
-        with undisturbed(trainer, module):
-            report, measured = self._measured(look.problem, look.optimizers, step)
-            findings = (*report.findings, *look.findings, *([] if collapsed is None else [collapsed]))
-            further = None if failing or run.state.history else adviser.look_further(report)
-            if further is not None:
-                # What leaves only in a longer look is no more severe than what just fails in a lookahead.
-                failing, longer = True, min(look.scale.severity(further.present.end), math.log(ratio))
-                look.severity = max(look.severity, longer)
-                run.note_severity(step, look.severity, look.beta)
-            # Rates at which a run learns clearly less than at lower ones are judged as those at which it diverges.
-            judged = look.severity if further is None else max(look.severity, math.log(ratio))
-            if failing and report.status != UNSAFE and look.may_miss_clipping(ratio):
-                run.announce(Reason(Kind.CLIPPING_NOT_SEEN, step=step))
-                failing, judged = False, undecided(ratio)
-            if look.last is not None and report.status != UNSAFE:  # else the curvature has its word
-                judged = look.scale.severity(look.last)
-                run.note_severity(step, judged, report.beta)
-                if failing := fails(judged, ratio):
-                    run.schedule.confirm()
-                    findings = (*findings, last_loss_reason(look.last, look.scale))
-            tried = caps_before.applied(report.alpha, report.beta)
-            if failing and look.present is not None and further is None and collapsed is None:
-                findings = (*findings, lookahead_reason(look.present, look.scale.start, *tried))
-            transition = run.machine.take(report, judged)
-            advice = adviser.advise(report, findings, transition, further)
-            # Where the run survives the next steps, but not for long, a lower meta rate replaces no lower inner one.
-            reach = run.caps.reaches_alpha(module)
-            out_of_reach = further is not None and advice is not None and advice.alpha is not None and not reach
-            situation = Situation(
-                report=report,
-                transition=transition,
-                caps=run.caps.caps,
-                margin=settings.margin,
-                reach_alpha=reach,
-                fails=failing and not out_of_reach,
-                rolled_back=rolled_back,
-                present=look.present,
-                lookahead=look.lookahead,
-                scale=look.scale,
-                harmful=look.harmful,
-                advised=advised_alpha(run, look.problem),
-                left=gone,
-                allows=partial(allows, run, alpha=report.alpha, beta=report.beta, step=step),
-            )
-            if failing or rolled_back:
-                run.state.ceiling = run.state.ceiling.failed(*tried, step)
-            caps = run.caps.caps if lost else settings.acting.decide(situation)
-            run.schedule.ease(step, changed=caps != run.caps.caps)
-        if run.state.capped != look.owned:
-            run.cap(trainer, look.owned)
-        # 4. Act.
-        if not trainer.fast_dev_run:
-            self._acted = True
-            halved = not measured and caps.beta == run.caps.caps.applied(report.alpha, report.beta)[1] / 2
-            self._act(report, advice, transition, caps, step, lost=lost)
-            if advice is None and not run.state.history and settings.acting.speaks:
-                for reason in adviser.crossing(report):
-                    inform(announced(reason, settings.spelling))
-            if rolled_back and look.present is not None:
-                self.rollback.report(look.present.begin, report.alpha, report.beta, step, halved=halved)
-                self._rolled_back = None  # its rates are lowered
-            if passes(judged, ratio):
-                self.rollback.keep(step)
-        self.rollback.warn_of_collapse(look.problem, report, transition.state, step)
-        # 5. Keep and log what was found.
-        self._charge(look, report.cost + adviser.cost)
-        run.schedule.state.unjudged = not run.state.history and report.beta_status == UNRESOLVED
-        alpha, beta = run.caps.caps.applied(report.alpha, report.beta)
-        if trainer.fast_dev_run:
-            alpha, beta = report.alpha, report.beta
-        found = CheckReport.of(
-            report,
-            findings=findings,
-            status=report.status if look.loss is None else transition.state,
-            alpha_applied=alpha,
-            beta_applied=beta,
-            severity=look.severity,
-            growth=math.nan if look.present is None else look.present.growth,
-            adaptation_gain=look.adaptation_gain,
-            advice=advice,
-        )
-        run.state.history = [*run.state.history, found][-settings.history_size :]
-        log_check(trainer, module, found, step, caps_rates=settings.acting.caps_rates)
+        if stuck and not failing and adviser.news is None:
+            self.rollback.warn_of_stall(look, step)
+        return Seen(look, adviser, caps, learning, collapsed, failing, gone)
 
-    def _is_lost(self, loss: float) -> bool:
-        """Whether no lower rate can help: parameters are not finite, and the run was not rolled back."""
-        acts = self.settings.acting.caps_rates and self._rolled_back is None
-        return acts and not math.isfinite(loss) and not finite(self.module)
+    def _ends_early(self, seen: Seen, step: int, *, scheduled: bool) -> bool:
+        """End a triggered check that found nothing: the caps may move, and a run that is well is kept."""
+        look, run, trainer, module = seen.look, self.run, self.trainer, self.module
+        if look.present is None or scheduled or seen.failing or seen.adviser.news is not None:
+            return False
+        slips = seen.learning is not None and not seen.learning.holds
+        well = passes(look.severity, self.ratio)
+        if seen.away:
+            self.rollback.undo(look, step)
+        elif slips or well:
+            ease(run, trainer, module, look, step, slips=slips)
+        if well and not seen.away:
+            self.rollback.keep(step)
+        self._charge(look, seen.adviser.cost)
+        log_values(trainer, module, look.metrics, step)
+        return True
+
+    def _goes_on(self, seen: Seen, step: int) -> bool:
+        """Roll back a run that has diverged already, or lost what it had learned; False if that ends the check."""
+        look = seen.look
+        if look.present is None:
+            return look.last is None or not self.rollback.ends(look.last, step)
+        begin = look.present.begin
+        if self.settings.rollback and seen.failing and seen.gone and self.rollback.helps(begin):
+            if not self.rollback.go_back(begin, step, look):
+                return False
+            self._rolled_back = look.optimizers, look.present
+        return True
+
+    def _decide(self, seen: Seen, found: Judgement, step: int, *, lost: bool) -> Caps:
+        """Decide on the caps to apply; those of a run that no rate brings back stay."""
+        run, rolled_back = self.run, self._rolled_back is not None
+        reach = run.caps.reaches_alpha(self.module)
+        situation = situation_of(run, seen, found, step, reach_alpha=reach, rolled_back=rolled_back)
+        if found.failing or rolled_back:
+            tried = seen.caps.applied(found.report.alpha, found.report.beta)
+            run.state.ceiling = run.state.ceiling.failed(*tried, step)
+        caps = run.caps.caps if lost else self.settings.acting.decide(situation)
+        run.schedule.ease(step, changed=caps != run.caps.caps)
+        return caps
+
+    def _act_on(self, seen: Seen, found: Judgement, caps: Caps, step: int, *, lost: bool) -> None:
+        """Act on what a check found, and keep a copy of a run that is well."""
+        run, report, present, acting = self.run, found.report, seen.look.present, self.settings.acting
+        halved = not found.measured and caps.beta == run.caps.caps.applied(report.alpha, report.beta)[1] / 2
+        self._act(report, found.advice, found.transition, caps, step, lost=lost)
+        if found.advice is None and not run.state.history and acting.speaks:
+            for reason in seen.adviser.crossing(report):
+                inform(announced(reason, self.settings.spelling))
+        if self._rolled_back is not None and present is not None:
+            self.rollback.report(present.begin, report.alpha, report.beta, step, halved=halved)
+            self._rolled_back = None  # its rates are lowered
+        if passes(found.severity, self.ratio):
+            self.rollback.keep(step)
 
     def _act(
         self,
@@ -248,34 +212,40 @@ class Check:
                 told = thrown or (transition.entered and note in report.findings)
                 run.announce(replace(note, step=step), just_said=told)
 
-    def _measured(self, problem: Problem, optimizers: list[Optimizer], step: int) -> tuple[StabilityReport, bool]:
-        """Measure the curvature; where that fails and the next steps were tried, they alone decide."""
-        run, settings = self.run, self.settings
-        try:
-            with run.cache.ranks.together():
-                report = measure(
-                    problem,
-                    optimizer=optimizers,
-                    curvature=settings.curvature,
-                    margin=settings.margin,
-                    step=step,
-                    cache=run.cache,
-                )
-            return report, True
-        except GuardWarning:
-            raise
-        except Exception as error:
-            if not self._looked:
-                raise
-            run.announce(replace(of_check(error, step), kind=Kind.NO_CURVATURE_MEASURED))
-            reason = Reason(Kind.NOT_MEASURED, detail=f"{type(error).__name__}: {error}", step=step)
-            alpha, beta = getattr(problem, "alpha", math.nan), scheduled_rate(optimizers)
-            criterion = settings.curvature.criterion
-            return StabilityReport.unmeasured(reason, alpha=alpha, beta=beta, criterion=criterion, step=step), False
+    def _keep(self, seen: Seen, found: Judgement, step: int) -> None:
+        """Count what a check cost, keep what it found in the history, and log it."""
+        run, report, look = self.run, found.report, seen.look
+        self._charge(look, report.cost + seen.adviser.cost)
+        run.schedule.state.unjudged = not run.state.history and report.beta_status == UNRESOLVED
+        alpha, beta = run.caps.caps.applied(report.alpha, report.beta)
+        if self.trainer.fast_dev_run:
+            alpha, beta = report.alpha, report.beta
+        kept = CheckReport.of(
+            report,
+            findings=found.findings,
+            status=report.status if look.loss is None else found.transition.state,
+            alpha_applied=alpha,
+            beta_applied=beta,
+            severity=look.severity,
+            growth=math.nan if look.present is None else look.present.growth,
+            adaptation_gain=look.adaptation_gain,
+            advice=found.advice,
+        )
+        run.state.history = [*run.state.history, kept][-self.settings.history_size :]
+        log_check(self.trainer, self.module, kept, step, caps_rates=self.settings.acting.caps_rates)
+
+    def _charge(self, look: Look, cost: float) -> None:
+        gradients = 0 if look.lookahead is None else look.lookahead.gradients
+        self.run.schedule.charge(lookahead_gradients=gradients, measured=cost + look.cost)
+
+    def _is_lost(self, loss: float) -> bool:
+        """Whether no lower rate can help: parameters are not finite, and the run was not rolled back."""
+        acts = self.settings.acting.caps_rates and self._rolled_back is None
+        return acts and not math.isfinite(loss) and not finite(self.module)
 
     def _judge_last_loss(self, step: int) -> None:
         """Act on the loss of the last step where no step could be tried: a run that has diverged is not left alone."""
-        run, statistics, ratio = self.run, self.run.state.statistics, self.settings.lookahead.divergence_ratio
+        run, statistics, ratio = self.run, self.run.state.statistics, self.ratio
         loss, scale = statistics.last, statistics.scale
         left = loss is not None and scale.diverged(loss, ratio) and not self.trainer.fast_dev_run
         if loss is None or not left or self.rollback.ends(loss, step):
@@ -292,7 +262,3 @@ class Check:
         advice = found if transition.entered else None
         run.state.advice = run.state.advice or advice
         self._act(report, advice, transition, caps, step, lost=lost)
-
-    def _charge(self, look: Look, cost: float) -> None:
-        gradients = 0 if look.lookahead is None else look.lookahead.gradients
-        self.run.schedule.charge(lookahead_gradients=gradients, measured=cost + look.cost)

@@ -12,8 +12,7 @@ from lightning_maml_guard.guard.actions import ACTIONS, Action
 from lightning_maml_guard.guard.check import Check
 from lightning_maml_guard.guard.loggers import logger_step, takes_no_steps
 from lightning_maml_guard.guard.look import due
-from lightning_maml_guard.guard.record import record_of
-from lightning_maml_guard.guard.report import CheckReport, frame
+from lightning_maml_guard.guard.report import CheckReport, frame, record_of
 from lightning_maml_guard.guard.rollback import Rollback
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.settings import check_pieces, check_settings, check_watchable, identity

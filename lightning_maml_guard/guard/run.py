@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_maml_guard.guard.loggers import Figures, Ratios, alert, logger_step
-from lightning_maml_guard.guard.record import Stopwatch
+from lightning_maml_guard.guard.report import Stopwatch
 from lightning_maml_guard.guard.rescale import AppliedCaps
 from lightning_maml_guard.guard.schedule import Schedule
 from lightning_maml_guard.guard.settings import Settings

@@ -289,16 +289,16 @@ def test_a_failed_check_says_where_why_and_what_to_do(error, remedy):
 
 def no_curvature(monkeypatch, steps=None):
     """The measurement fails, at some steps or at all: a layer without a second derivative, a library that is gone."""
-    from lightning_maml_guard.guard import check
+    from lightning_maml_guard.guard import judgement
 
-    measure = check.measure
+    measure = judgement.measure
 
     def fails(problem, *, step, **arguments):
         if steps is None or step in steps:
             raise NotImplementedError("no derivative here")
         return measure(problem, step=step, **arguments)
 
-    monkeypatch.setattr(check, "measure", fails)
+    monkeypatch.setattr(judgement, "measure", fails)
 
 
 @pytest.mark.parametrize("action", ["log", "warn"])

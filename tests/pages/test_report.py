@@ -14,7 +14,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from lightning_maml_guard import ConvergenceGuard
-from lightning_maml_guard.guard.record import record_of
+from lightning_maml_guard.guard.report import record_of
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.messages.spelling import IN_PYTHON
 from lightning_maml_guard.pages.events import happened

@@ -1,0 +1,160 @@
+"""What a check found: the next steps, the curvature, and what both say of the rates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from lightning_maml_guard.guard.actions import Situation
+from lightning_maml_guard.guard.advising import Adviser
+from lightning_maml_guard.guard.look import Look, advised_alpha, allows
+from lightning_maml_guard.guard.run import GuardedRun
+from lightning_maml_guard.guard.state_machine import Transition
+from lightning_maml_guard.lookahead.divergence import fails, undecided
+from lightning_maml_guard.lookahead.learning import Learning, last_loss_reason
+from lightning_maml_guard.lookahead.lookahead import Caps, lookahead_reason
+from lightning_maml_guard.messages.advice import Advice
+from lightning_maml_guard.messages.reasons import Kind, Reason, of_check
+from lightning_maml_guard.optim.lr_cap import scheduled_rate
+from lightning_maml_guard.stability.measure import measure
+from lightning_maml_guard.stability.report import StabilityReport
+from lightning_maml_guard.theory.limits import UNSAFE
+from lightning_maml_guard.utils.warnings import GuardWarning
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What looking ahead told of a run, before any curvature is measured.
+
+    Attributes:
+        look: The next steps, adaptation and the schedule.
+        adviser: Knows which other rates were tried.
+        caps: The caps under which they were.
+        learning: The run beside its snapshots; None where its loss has not left its best.
+        collapsed: How the run lost what it had learned; None where it did not.
+        failing: Whether the next steps diverge.
+        gone: Whether the run has diverged or collapsed already.
+    """
+
+    look: Look
+    adviser: Adviser
+    caps: Caps
+    learning: Learning | None
+    collapsed: Reason | None
+    failing: bool
+    gone: bool
+
+    @property
+    def away(self) -> bool:
+        """Whether half of what was learned is gone, if only for some steps."""
+        return self.learning is not None and self.learning.lost
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a check found.
+
+    Attributes:
+        report: The curvature, as measured.
+        measured: Whether it could be measured.
+        findings: What is wrong.
+        failing: Whether the run diverges, or learns clearly less than at lower rates.
+        severity: By which the state was judged.
+        further: Whether only steps beyond those of a lookahead told.
+        transition: What the check changed.
+        advice: What to set; None where there is nothing new to say.
+    """
+
+    report: StabilityReport
+    measured: bool
+    findings: tuple[Reason, ...]
+    failing: bool
+    severity: float
+    further: bool
+    transition: Transition
+    advice: Advice | None
+
+
+def judge(run: GuardedRun, seen: Seen, step: int) -> Judgement:
+    """Measure the curvature, find what is wrong, advance the state of the run, and advise."""
+    look, ratio, failing = seen.look, run.settings.lookahead.divergence_ratio, seen.failing
+    report, measured = _measured(run, look, step)
+    findings = (*report.findings, *look.findings, *([] if seen.collapsed is None else [seen.collapsed]))
+    further = None if failing or run.state.history else seen.adviser.look_further(report)
+    judged = look.severity
+    if further is not None:
+        # What leaves only in a longer look is no more severe than what just fails in a lookahead.
+        failing, longer = True, min(look.scale.severity(further.present.end), math.log(ratio))
+        look.severity = max(look.severity, longer)
+        run.note_severity(step, look.severity, look.beta)
+        # Rates at which a run learns clearly less than at lower ones are judged as those at which it diverges.
+        judged = max(look.severity, math.log(ratio))
+    if failing and report.status != UNSAFE and look.may_miss_clipping(ratio):
+        run.announce(Reason(Kind.CLIPPING_NOT_SEEN, step=step))
+        failing, judged = False, undecided(ratio)
+    if look.last is not None and report.status != UNSAFE:  # else the curvature has its word
+        judged = look.scale.severity(look.last)
+        run.note_severity(step, judged, report.beta)
+        failing = fails(judged, ratio)
+        if failing:
+            run.schedule.confirm()
+            findings = (*findings, last_loss_reason(look.last, look.scale))
+    if failing and look.present is not None and further is None and seen.collapsed is None:
+        tried = seen.caps.applied(report.alpha, report.beta)
+        findings = (*findings, lookahead_reason(look.present, look.scale.start, *tried))
+    transition = run.machine.take(report, judged)
+    advice = seen.adviser.advise(report, findings, transition, further)
+    return Judgement(report, measured, findings, failing, judged, further is not None, transition, advice)
+
+
+def situation_of(
+    run: GuardedRun, seen: Seen, found: Judgement, step: int, *, reach_alpha: bool, rolled_back: bool
+) -> Situation:
+    """Put together what an action decides on."""
+    look, report, advice = seen.look, found.report, found.advice
+    # Where the run survives the next steps, but not for long, a lower meta rate replaces no lower inner one.
+    out_of_reach = found.further and advice is not None and advice.alpha is not None and not reach_alpha
+    return Situation(
+        report=report,
+        transition=found.transition,
+        caps=run.caps.caps,
+        margin=run.settings.margin,
+        reach_alpha=reach_alpha,
+        fails=found.failing and not out_of_reach,
+        rolled_back=rolled_back,
+        present=look.present,
+        lookahead=look.lookahead,
+        scale=look.scale,
+        harmful=look.harmful,
+        advised=advised_alpha(run, look.problem),
+        left=seen.gone,
+        allows=partial(allows, run, alpha=report.alpha, beta=report.beta, step=step),
+    )
+
+
+def _measured(run: GuardedRun, look: Look, step: int) -> tuple[StabilityReport, bool]:
+    """Measure the curvature; where that fails and the next steps were tried, they alone decide."""
+    curvature, margin = run.settings.curvature, run.settings.margin
+    try:
+        with run.cache.ranks.together():
+            report = measure(
+                look.problem,
+                optimizer=look.optimizers,
+                curvature=curvature,
+                margin=margin,
+                step=step,
+                cache=run.cache,
+            )
+        return report, True
+    except GuardWarning:
+        raise
+    except Exception as error:
+        if look.present is None:
+            raise
+        run.announce(replace(of_check(error, step), kind=Kind.NO_CURVATURE_MEASURED))
+        reason = Reason(Kind.NOT_MEASURED, detail=f"{type(error).__name__}: {error}", step=step)
+        alpha, beta = getattr(look.problem, "alpha", math.nan), scheduled_rate(look.optimizers)
+        given: dict[str, Any] = {"alpha": alpha, "beta": beta, "criterion": curvature.criterion, "step": step}
+        return StabilityReport.unmeasured(reason, **given), False
