@@ -163,15 +163,15 @@ def test_gradients_of_a_half_accumulated_step_do_not_outlive_a_rollback():
 
 
 def test_a_run_rolled_back_to_where_nothing_can_be_measured_goes_on_at_half_the_rate(monkeypatch):
-    from lightning_maml_guard.guard import check
+    from lightning_maml_guard.guard import judgement
 
     def fails_after_the_rollback(problem, *, step, **arguments):
         if step == 15:
             raise RuntimeError("out of luck")
         return measure(problem, step=step, **arguments)
 
-    measure = check.measure
-    monkeypatch.setattr(check, "measure", fails_after_the_rollback)
+    measure = judgement.measure
+    monkeypatch.setattr(judgement, "measure", fails_after_the_rollback)
     guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True)
     with pytest.warns(GuardWarning) as caught:
         trainer = fit(Struck(to_nan, at={14}), BATCH, 60, [guard])

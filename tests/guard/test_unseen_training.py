@@ -19,7 +19,7 @@ from lightning_maml_guard import (
     MetaProblem,
     measure,
 )
-from lightning_maml_guard.guard import check as of_guard
+from lightning_maml_guard.guard import judgement as of_guard
 from lightning_maml_guard.optim.linearized_step import linearized_step
 from lightning_maml_guard.optim.lr_cap import LRCap
 from lightning_maml_guard.optim.shadow import ShadowOptimizer, next_update
