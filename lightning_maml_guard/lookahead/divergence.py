@@ -15,9 +15,9 @@ _MEMORY = 0.9
 # What a loss that may be negative is compared with, in units of its mean step-to-step change: about 4.5 standard
 # deviations of independent noise. No single change counts for more than `_LARGEST_CHANGE` times that mean.
 _SPREADS, _LARGEST_CHANGE = 4.0, 4.0
-# A loss that is not below this share of an earlier one has not fallen.
-# Judged from so many steps on: before, it is noise. One above this share of the loss without learning is stuck, later.
-_PROGRESS, _JUDGED_FROM, _STUCK, _STUCK_FROM = 0.85, 8, 0.9, 64
+# A loss that is not below this share of an earlier one has not fallen; one above this share of the loss without
+# learning is stuck. Judged from so many steps on: before, hardly any run's loss has fallen by so much.
+_PROGRESS, _STUCK, _JUDGED_FROM = 0.85, 0.9, 64
 # Differences from the mean below this share of a loss are rounding (float32).
 _ROUNDING = 1e-6
 # The lowest running mean is known after so many steps.
@@ -191,7 +191,7 @@ class RunningStatistics:
     def stuck(self) -> bool:
         """Whether the loss does not fall, and is still nearly that without learning."""
         untrained = self.untrained_from(self.start)
-        return self.stalled and self.steps >= _STUCK_FROM and self.loss > self.scale.times(_STUCK, untrained)
+        return self.stalled and self.loss > self.scale.times(_STUCK, untrained)
 
     @property
     def rests(self) -> bool:
