@@ -23,7 +23,7 @@ def commands() -> dict[str, str]:
 def main() -> None:
     """Print them."""
     print("Run one: python -m benchmarks.NAME. Its options: python -m benchmarks.NAME --help.")
-    print("What they compare with comes with the extra: pip install -e '.[bench]'. Results: docs/benchmarks.md.")
+    print("What they need comes with the extra: pip install -e '.[bench]'. Results: docs/benchmarks.md.")
     print(
         "It brings a torchvision that nothing here needs and that breaks Lightning beside a CPU build of torch: there,\n"
         "pip uninstall torchvision.\n"

@@ -131,10 +131,8 @@ def take_data_folder(words: Sequence[str]) -> list[str]:
     for index, word in enumerate(rest):
         name, _, value = word.partition("=")
         given = [value] if value else rest[index + 1 : index + 2]
-        if name != "--data" or not given or not ("/" in given[0] or Path(given[0]).is_dir()):
+        if name != "--data" or not given or not _is_folder(given[0]):
             continue
-        if not Path(given[0]).expanduser().exists():
-            exit_with_error(f"error: --data: there is no folder {given[0]}. Name the folder that the data sets lie in.")
         os.environ["LMG_DATA"] = given[0]  # the environment, so that processes started from here find it
         return rest[:index] + rest[index + (1 if value else 2) :]
     return rest
@@ -150,6 +148,11 @@ def parse_suggest_options(words: Sequence[str]) -> tuple[dict[str, Any], list[st
     parser.add_argument("--apply", type=Path, default=None)
     options, rest = parser.parse_known_args(words)
     return vars(options), rest
+
+
+def _is_folder(word: str) -> bool:
+    """Return False for a class, a file or a dictionary, which LightningCLI's own ``--data`` takes."""
+    return "/" in word or Path(word).is_dir() or (word.islower() and "." not in word)
 
 
 def _is_guard(word: str) -> bool:

@@ -43,9 +43,13 @@ def download(url: str, target: Path, md5: str) -> None:
     except (OSError, ValueError, ClientError, FSTimeoutError) as error:
         cause = error.__cause__ or error  # fsspec hides it behind a FileNotFoundError
         said = " ".join(str(cause).split())
+        arrived = part.stat().st_size if part.is_file() else None
+        if arrived == 0:
+            part.unlink()
+        kept = f": what has arrived is kept in {part}" if arrived else ""
         raise DatasetError(
-            f"{url} could not be downloaded ({type(cause).__name__}: {said}). Try again: what has arrived is kept in "
-            f"{part}. Or download it in another way, and save it as {target}."
+            f"{url} could not be downloaded ({type(cause).__name__}: {said}). Try again{kept}. Or download it in "
+            f"another way, and save it as {target}."
         ) from error
     if hashlib.md5(part.read_bytes(), usedforsecurity=False).hexdigest() != md5:
         part.unlink()

@@ -97,7 +97,16 @@ def test_another_file_is_removed(server, tmp_path):
 
 
 def test_what_cannot_be_reached_is_said(server, tmp_path):
-    with pytest.raises(DatasetError, match="nothing.zip could not be downloaded .ClientResponseError: 404.*save it as"):
+    with pytest.raises(
+        DatasetError, match="nothing.zip could not be downloaded .ClientResponseError: 404.*Try again. Or"
+    ):
         download(f"{server.url}/nothing.zip", tmp_path / "a.zip", "")
     with pytest.raises(DatasetError, match="could not be downloaded .ClientConnectorError: Cannot connect.*save it as"):
         download("http://127.0.0.1:9/a.zip", tmp_path / "a.zip", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_to_is_said(server, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DatasetError, match="could not be downloaded .FileExistsError: .*Try again. Or download it"):
+        download(f"{server.url}/a.zip", tmp_path / "file" / "a.zip", "")
