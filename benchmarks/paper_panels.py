@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--threads", default="2", help="CPU threads")
     parser.add_argument("--out", type=Path, default=Path("runs/phase_diagram"), help="folder")
     given = parser.parse_args()
-    begin("an hour, with --full on a GPU")
+    begin("an hour (many with --full)")
     rows = []
     for words in FULL if given.full else PANELS:
         found = phase_diagram([*words.split(), "--threads", given.threads, "--out", str(given.out)])

@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -78,6 +80,16 @@ def exit_with_error(message: str) -> NoReturn:
     """Print what is wrong with the command line, and exit with argparse's status."""
     sys.stderr.write(f"{message}\n")
     raise SystemExit(2)
+
+
+@contextmanager
+def interruptible(advice: str = "") -> Iterator[None]:
+    """End the command on Ctrl-C with a line, and with the status that shells know it by."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\nInterrupted. {advice}".rstrip() + "\n")
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def translate(words: Sequence[str]) -> list[str]:

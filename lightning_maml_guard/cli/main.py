@@ -20,6 +20,7 @@ from lightning_maml_guard.cli.arguments import (
     SUGGEST_OPTIONS,
     TRAIN_THEN_TEST,
     exit_with_error,
+    interruptible,
     parse_suggest_options,
     program,
     run_name,
@@ -59,6 +60,7 @@ follow the published settings (Finn et al. 2017: 60,000 steps, for a GPU). Image
 """
 
 
+@interruptible()
 def main(words: Sequence[str] | None = None) -> Any:
     """Run the command line (default: ``sys.argv``), and return the CLI; for ``phase-diagram``, what it wrote."""
     if importlib.util.find_spec("jsonargparse") is None:

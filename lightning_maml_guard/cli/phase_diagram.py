@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from lightning_maml_guard import plots
 from lightning_maml_guard.cli import paper_near_minimum as near
-from lightning_maml_guard.cli.arguments import exit_with_error
+from lightning_maml_guard.cli.arguments import exit_with_error, interruptible
 from lightning_maml_guard.cli.errors import option_names, with_nearest
 from lightning_maml_guard.cli.paper_panels import DATA, FULL, RESAMPLED, SMALL, Panel, problems
 from lightning_maml_guard.cli.paper_results import (
@@ -60,8 +60,10 @@ def main(words: Sequence[str] | None = None, prog: str = "lightning-maml-guard p
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     given.out.mkdir(parents=True, exist_ok=True)
     writes = not launched or dist.get_rank() == 0
+    near_minimum = given.panel == NEAR_MINIMUM
     try:
-        found = (_near_minimum if given.panel == NEAR_MINIMUM else _grid)(given, device, writes)
+        with interruptible("" if near_minimum else "The same command goes on from what is trained."):
+            found = (_near_minimum if near_minimum else _grid)(given, device, writes)
     except DatasetError as error:
         exit_with_error(f"{prog}: error: --data: {error}")
     if launched:

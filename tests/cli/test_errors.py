@@ -214,6 +214,30 @@ def test_a_missing_jsonargparse_is_named(monkeypatch, capsys):
     assert "pip install 'lightning-maml-guard[examples]'" in line
 
 
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("place", "words", "said"),
+    [
+        ("cli.main._built", "linear", "Interrupted.\n"),
+        (
+            "cli.phase_diagram.phase_diagram",
+            "phase-diagram",
+            "Interrupted. The same command goes on from what is trained.\n",
+        ),
+        ("cli.paper_near_minimum.minimum", "phase-diagram near-minimum", "Interrupted.\n"),
+    ],
+)
+def test_ctrl_c_ends_in_a_line(place, words, said, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(f"lightning_maml_guard.{place}", interrupt)
+    with pytest.raises(SystemExit) as raised:
+        main(words.split())
+    assert raised.value.code == 130 and capsys.readouterr().err == f"\n{said}"
+
+
 def test_what_fails_by_itself_keeps_its_traceback(run):
     with pytest.raises(ValueError, match="broken") as raised:
         run(["linear", f"--model={__name__}.Broken"])
