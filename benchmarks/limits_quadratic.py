@@ -24,6 +24,8 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 
 from benchmarks.common.workers import each_done
 from lightning_maml_guard import CurvatureOptions, MetaLearningModule, measure
+from lightning_maml_guard.theory.multiplier import ORDERS
+from lightning_maml_guard.utils.checks import check_choice, checked
 from tests.helpers import bisect, quadratic_batch
 
 SPECTRUM = [0.3, 1.0, 2.0, 4.0]
@@ -123,7 +125,7 @@ def limits(order: str, inner_steps: int, make: Make, batch: Any) -> tuple[float,
     return found, limit
 
 
-def main(orders: Iterable[str] = ("exact", "first", "simplified"), steps: Iterable[int] = (1, 2, 5)) -> float:
+def main(orders: Iterable[str] = ORDERS, steps: Iterable[int] = (1, 2, 5)) -> float:
     torch.manual_seed(0)
     batch = quadratic_batch(SPECTRUM)
     print("| order | K | optimizer | bisected | guard | ratio |\n|---|---|---|---|---|---|")
@@ -140,5 +142,6 @@ def main(orders: Iterable[str] = ("exact", "first", "simplified"), steps: Iterab
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.limits_quadratic", description=__doc__)
-    parser.add_argument("orders", nargs="*", default=["exact", "first", "simplified"])
+    known = checked(str, lambda order: check_choice("order", order, ORDERS))
+    parser.add_argument("orders", nargs="*", type=known, default=ORDERS, help=f"of {', '.join(ORDERS)} (default: all)")
     main(parser.parse_args().orders)
