@@ -107,9 +107,9 @@ def _range(values: np.ndarray) -> str:
 def _print_table(columns: dict[str, np.ndarray]) -> None:
     for number, key in enumerate(columns, start=1):
         print(f"  [{number}] {key}")
-    print("".join(f"{f'[{number}]':>11s}" for number in range(1, len(columns) + 1)))
+    print("".join(f"{f'[{number}]':>10s}" for number in range(1, len(columns) + 1)))
     for row in zip(*columns.values(), strict=True):
-        print("".join(f"{_number(value):>11s}" for value in row))
+        print("".join(f"{_number(value):>10s}" for value in row))
     if any(np.isnan(values).any() for values in columns.values()):
         print("A dash: no outer rate trained at that inner rate, or the critical rate could not be measured.")
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
+from lightning_utilities.core import rank_zero
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_maml_guard.messages.spelling import block
@@ -25,10 +28,37 @@ def inform(message: str) -> None:
         rank_zero_info(block(message))
 
 
-def _between_bars() -> AbstractContextManager[None]:
-    """Take tqdm's bars away and draw them again below what is written. Rich does that by itself."""
+@contextmanager
+def _between_bars() -> Iterator[None]:
+    """Take tqdm's bars away and draw them again below what is written; let rich draw its own below what is logged."""
     tqdm = sys.modules.get("tqdm")
-    return nullcontext() if tqdm is None else tqdm.tqdm.external_write_mode()
+    with nullcontext() if tqdm is None else tqdm.tqdm.external_write_mode(), _logged_above_rich():
+        yield
+
+
+@contextmanager
+def _logged_above_rich() -> Iterator[None]:
+    """Let log handlers write where rich, while it draws a bar, has put a stream of its own in place of stderr.
+
+    They keep the stream that was there when they were made. What they write to it moves the bar, and the bar's next
+    drawing wipes out the last line of it where the bar has two.
+    """
+    written = getattr(sys.stderr, "rich_proxied_file", None)
+    handlers = [each for each in _handlers(rank_zero.log) if written is not None and each.stream is written]
+    for handler in handlers:
+        handler.setStream(sys.stderr)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.setStream(written)
+
+
+def _handlers(logger: logging.Logger | None) -> Iterator[Any]:
+    """Go through the handlers that write what this logger logs to a stream."""
+    while logger is not None:
+        yield from (each for each in logger.handlers if isinstance(each, logging.StreamHandler))
+        logger = logger.parent if logger.propagate else None
 
 
 @contextmanager

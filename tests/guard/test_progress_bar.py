@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import io
+import logging
 import os
 import re
 import struct
@@ -11,11 +12,15 @@ import sys
 import termios
 
 import pytest
+from lightning_utilities.core import rank_zero
 from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
 from pytorch_lightning.callbacks.progress.rich_progress import RichProgressBarTheme
+from rich.console import Console
+from rich.live import Live
 
 from lightning_maml_guard import ConvergenceGuard, GuardWarning
 from lightning_maml_guard.messages.spelling import block
+from lightning_maml_guard.messages.terminal import inform
 from tests.helpers import fit, linear_module, quadratic_batch
 
 BATCH = quadratic_batch([0.3, 1.0, 2.0, 4.0], target=1.0)
@@ -94,6 +99,18 @@ module = linear_module(4, 1.5, inner_lr=0.05, order="simplified")
 guard = ConvergenceGuard(every_n_steps=2, action="rescale")
 fit(module, batch, 4, [TQDMProgressBar(refresh_rate=1), guard], enable_progress_bar=True)
 """
+
+
+def test_what_is_logged_stands_above_a_rich_bar(monkeypatch):
+    plain, drawn = io.StringIO(), io.StringIO()
+    monkeypatch.setattr("sys.stderr", plain)
+    handler = logging.StreamHandler()
+    monkeypatch.setattr(rank_zero.log, "handlers", [handler])
+    with Live("a bar", console=Console(file=drawn, force_terminal=True)):
+        inform("said above it")
+        assert handler.stream is plain
+    inform("said after it")
+    assert "said above it" in drawn.getvalue() and plain.getvalue() == "said after it\n"
 
 
 def in_terminal(command, columns):
