@@ -9,7 +9,7 @@ from lightning_maml_guard.messages.effects import EFFECTS, ORDERS
 from lightning_maml_guard.messages.evidence import EVIDENCE
 from lightning_maml_guard.messages.notices import NOTICES
 from lightning_maml_guard.messages.reasons import IN_USERS_CODE, Kind, Reason, Remedy
-from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling, rates, times
+from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling, rates, short, times
 from lightning_maml_guard.messages.training_sentences import TRAINING
 
 
@@ -91,7 +91,7 @@ def _above_limit(reason: Reason, spelling: Spelling) -> str:
     if reason.effect == "grows":
         effect = "the update grows along the sharpest direction."
         if reason.growth > 1:
-            effect = f"along the sharpest direction each step multiplies the error by {reason.growth:.2g}."
+            effect = f"along the sharpest direction each step multiplies the error by {short(reason.growth)}."
     said = f"{_beside_limit(reason)}: {effect}"
     return f"{said} {ORDERS[reason.order]}" if reason.order else said
 

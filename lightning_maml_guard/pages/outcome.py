@@ -6,7 +6,7 @@ import math
 from collections import Counter
 
 from lightning_maml_guard.messages.advice_sentences import advised
-from lightning_maml_guard.messages.spelling import times
+from lightning_maml_guard.messages.spelling import short, times
 from lightning_maml_guard.pages.events import rollbacks
 from lightning_maml_guard.pages.record import RunRecord
 
@@ -36,7 +36,8 @@ def summary(record: RunRecord) -> str:
         states = ", ".join(f"{number} {state}" for state, number in Counter(each.status for each in history).items())
         cost = ""
         if record.seconds > 0:
-            cost = f"; {record.check_seconds:.2g} s of {record.seconds:.3g} s ({_share(record)} %)"
+            taken, share = short(record.check_seconds), short(100 * record.check_seconds / record.seconds)
+            cost = f"; {taken} s of {short(record.seconds)} s ({share} %)"
         lines.append(f"{counted(len(history), 'check')}: {states}{cost}.")
         lines.append(f"At the last check, step {history[-1].step}: {', '.join(_rates(history[-1]))}.")
     else:
@@ -68,11 +69,6 @@ def _rate(report: object, name: str) -> str:
     elif math.isnan(limit):
         text += " (not judged)"
     return f"{text}, applied as {applied:.3g}" if applied < rate else text
-
-
-def _share(record: RunRecord) -> str:
-    share = 100 * record.check_seconds / record.seconds
-    return f"{share:.0f}" if share >= 10 else f"{share:.2g}"
 
 
 def _diverged_or_trained(record: RunRecord) -> str:

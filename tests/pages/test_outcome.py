@@ -76,6 +76,12 @@ def test_a_summary_has_states_cost_rates_and_advice():
     assert rates.endswith("applied as 0.05.") and to_do == f"Advice: {advice}"
 
 
+def test_a_long_run_is_summed_up_without_exponents():
+    report = replace(checks()[0], beta=72.0, beta_c=0.1)
+    _, checked, rates = summary(record(1.0, history=[report], check_seconds=131.4, seconds=5432.1)).splitlines()
+    assert checked == "1 check: 1 safe; 131 s of 5432 s (2.4 %)." and "beta = 72 is 720x beta_c = 0.1" in rates
+
+
 def test_a_rollback_tells_whose_parameters_were_measured():
     made = rollbacks([rolled_back(10, 5), Event(3, "notice", ()), rolled_back(20, 15, Kind.ROLLED_BACK_AT_END)])
     assert made == [Rollback(10, 5, 9.0), Rollback(20, 15, 7.0)]
