@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lightning_maml_guard.guard.rescale import BY_RATIO, at_limits, eased, lowered, released
+from lightning_maml_guard.guard.rescale import BY_RATIO, NO_CAPS, at_limits, eased, lowered, released
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, LookaheadResult
@@ -32,7 +32,8 @@ class Situation:
         scale: How losses are compared.
         allows: Whether caps may be tried: not where their rates have just failed.
         harmful: Whether adaptation makes tasks worse.
-        advised: The inner rate that is advised for several inner steps; None where nothing is.
+        advised: The inner rate that is advised for several inner steps, and the meta rate; None where none is.
+        news: Whether advice is given at this check.
         left: Whether the loss is too high already where the run is, not only after the steps to come.
     """
 
@@ -48,7 +49,8 @@ class Situation:
     scale: Scale = BY_RATIO
     allows: Callable[[Caps], bool] = lambda caps: True
     harmful: bool = False
-    advised: float | None = None
+    advised: Caps = NO_CAPS
+    news: bool = False
     left: bool = False
 
 
@@ -79,19 +81,19 @@ class Action:
         look: Lookahead,
         scale: Scale,
         allows: Callable[[Caps], bool],
-        advised: float | None,
+        advised: Caps,
     ) -> Caps:
-        """Find the caps of a capped run whose lookahead passes; ``advised``: the inner rate that is."""
+        """Find the caps of a capped run whose lookahead passes; ``advised``: the rates that are."""
         return caps
 
     def ease(self, caps: Caps, present: LookaheadResult, look: Lookahead, scale: Scale, reach_alpha: bool) -> Caps:
         """Find the caps of a run that loses ground although its lookahead passes."""
         return caps
 
-    def effect(self, spelling: Spelling, alpha: float, beta: float, *, helps: bool, changed: bool) -> list[str]:
+    def effect(self, spelling: Spelling, applied: str, *, helps: bool, changed: bool) -> list[str]:
         """Say what the guard does now that the rates are unsafe.
 
-        The rates are those applied from now on; ``helps``: whether capping rates reaches the one to blame;
+        ``applied``: the rates applied from now on; ``helps``: whether capping rates reaches the one to blame;
         ``changed``: whether other rates are applied than before.
         """
         return []
@@ -106,7 +108,7 @@ class Log(Action):
 class Warn(Action):
     """Warn each time the state changes to unsafe."""
 
-    def effect(self, spelling: Spelling, alpha: float, beta: float, *, helps: bool, changed: bool) -> list[str]:
+    def effect(self, spelling: Spelling, applied: str, *, helps: bool, changed: bool) -> list[str]:
         """Name the action that would act."""
         return [f"Or let the guard do it: {spelling.guard(action='rescale')}."] if helps else []
 
@@ -140,12 +142,14 @@ class Rescale(Action):
                 at_least_halve=rolled_back,
                 scale=situation.scale,
             )
-            if found.alpha is None or situation.advised is None:
-                return found
-            return Caps(min(found.alpha, situation.advised), found.beta)
-        if situation.fails:
+            if found.alpha is not None and situation.advised.alpha is not None:
+                found = Caps(min(found.alpha, situation.advised.alpha), found.beta)
+        elif situation.fails:
             return caps
-        return self.release(caps, present, look, situation.scale, situation.allows, situation.advised)
+        else:
+            found = self.release(caps, present, look, situation.scale, situation.allows, situation.advised)
+        # A rate that survives the next steps may still kill what could have learned.
+        return found.at_most(situation.advised.beta) if situation.news else found
 
     def release(
         self,
@@ -154,7 +158,7 @@ class Rescale(Action):
         look: Lookahead,
         scale: Scale,
         allows: Callable[[Caps], bool],
-        advised: float | None,
+        advised: Caps,
     ) -> Caps:
         """Release the caps as far as lookaheads allow."""
         if caps == Caps() or present.begin != look.begin:  # where the first did not pass, the present one is another
@@ -165,14 +169,14 @@ class Rescale(Action):
         """Lower the rates as long as that leads further down."""
         return eased(look.alpha, look.beta, caps, present, look.under, reach_alpha=reach_alpha, scale=scale)
 
-    def effect(self, spelling: Spelling, alpha: float, beta: float, *, helps: bool, changed: bool) -> list[str]:
+    def effect(self, spelling: Spelling, applied: str, *, helps: bool, changed: bool) -> list[str]:
         """Name the rates that are applied."""
         by = spelling.arguments(action="rescale")
         if not changed:
             lower = "a lower rate" if helps else "the inner rate is out of the guard's reach, and a lower lr"
             within = "" if helps else " With an attribute inner_lr_cap of the module it would be within reach."
             return [f"Nothing is lowered: {lower} does not bring the loss down ({by}).{within}"]
-        return [f"Applied from now on: {rates(alpha, beta)} ({by})."]
+        return [f"Applied from now on: {applied} ({by})."]
 
 
 class Stop(Action):
@@ -181,9 +185,17 @@ class Stop(Action):
     stops = True
     resumes_exactly = True
 
-    def effect(self, spelling: Spelling, alpha: float, beta: float, *, helps: bool, changed: bool) -> list[str]:
+    def effect(self, spelling: Spelling, applied: str, *, helps: bool, changed: bool) -> list[str]:
         """Say that training stops."""
         return [f"Training stops after this step ({spelling.arguments(action='stop')})."]
+
+
+def applied_rates(caps: Caps, alpha: float, beta: float) -> str:
+    """Write the rates that caps apply, also where it is only the schedule that will exceed them."""
+    applied = caps.applied(alpha, beta)
+    if caps.beta is not None and caps.beta > applied[1]:
+        return f"{rates(applied[0], caps.beta)} at most"
+    return rates(*applied)
 
 
 # A new action is a class above and a row here.

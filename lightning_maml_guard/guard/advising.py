@@ -275,19 +275,16 @@ class Adviser:
             (False, True): Cause.DEAD_UNITS if died else Cause.SCHEDULE if rising else Cause.BETA,
             (False, False): Cause.UNKNOWN,
         }
-        tried = Reason(
-            Kind.RATES_TRIED,
-            losses=(found.present.end, found.best.end, self._look.scale.start),
-            steps=TRIAL_STEPS,
-            alpha=best.alpha * alpha,
-            beta=best.beta * beta,
-        )
+        ends = found.present.end, found.best.end, look.scale.start
+        inner, outer = best.alpha * alpha, best.beta * beta
+        tried = Reason(Kind.RATES_TRIED, losses=ends, steps=TRIAL_STEPS, alpha=inner, beta=outer)
+        proves = ends[1] < ends[0] or not math.isfinite(ends[1])
         return Advice(
             cause=causes[lower_alpha, lower_beta],
             alpha=None if rates.alpha is None else settable(rates.alpha),
             beta=None if rates.beta is None else settable(self._configured(rates.beta)),
             step=self._step,
-            evidence=(*findings, *self.crossing(report), *died, tried),
+            evidence=(*findings, *self.crossing(report), *died, *([tried] if proves else [])),
             configured_alpha=alpha,
             configured_beta=beta,
             setting="lr" if self._run.ahead is None else self._run.ahead.setting,

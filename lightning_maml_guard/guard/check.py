@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from lightning_maml_guard.guard.actions import applied_rates
 from lightning_maml_guard.guard.advising import Adviser
 from lightning_maml_guard.guard.judgement import Judgement, Seen, judge, situation_of
 from lightning_maml_guard.guard.loggers import log_check, log_values
@@ -117,7 +118,8 @@ class Check:
             run.note_severity(step, look.severity, look.beta)
         if stuck and not failing and adviser.news is None:
             self.rollback.warn_of_stall(look, step)
-        return Seen(look, adviser, caps, learning, collapsed, failing, gone)
+        thrown = gone or not (look.is_sane or look.may_miss_clipping(ratio))
+        return Seen(look, adviser, caps, learning, collapsed, failing, gone, thrown)
 
     def _ends_early(self, seen: Seen, step: int, *, scheduled: bool) -> bool:
         """End a triggered check that found nothing: the caps may move, and a run that is well is kept."""
@@ -142,7 +144,7 @@ class Check:
         if look.present is None:
             return look.last is None or not self.rollback.ends(look.last, step)
         begin = look.present.begin
-        if self.settings.rollback and seen.failing and seen.gone and self.rollback.helps(begin):
+        if self.settings.rollback and seen.failing and seen.thrown and self.rollback.helps(begin):
             if not self.rollback.go_back(begin, step, look):
                 return False
             self._rolled_back = look.optimizers, look.present
@@ -189,15 +191,16 @@ class Check:
         before = run.caps.caps
         if action.caps_rates:
             run.caps.apply(self.module, caps)
-        alpha, beta = caps.applied(report.alpha, report.beta)
+        beta = caps.applied(report.alpha, report.beta)[1]
         if transition.returned and action.speaks:
             tried, safe = self._looked, transition.state == SAFE
             inform(returned(step, safe=safe, applied=beta, configured=report.beta, tried=tried))
         if advice is not None and action.speaks:
-            acts = transition.entered and self._rolled_back is None  # a rollback says what it does by itself
-            helps = advice.alpha is None or run.caps.reaches_alpha(self.module)
-            changed = caps != before
-            effect = action.effect(spelling, alpha, beta, helps=helps, changed=changed) if acts else []
+            changed, helps = caps != before, advice.alpha is None or run.caps.reaches_alpha(self.module)
+            # A rollback says what it does by itself.
+            acts = (transition.entered or changed) and self._rolled_back is None
+            applied = applied_rates(caps, report.alpha, report.beta)
+            effect = action.effect(spelling, applied, helps=helps, changed=changed) if acts else []
             if lost:
                 effect = [NO_WAY_BACK]
             run.tell(self.trainer, advice_given(step, advice, effect, spelling))

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_maml_guard.guard.actions import Situation
 from lightning_maml_guard.guard.advising import Adviser
-from lightning_maml_guard.guard.look import Look, advised_alpha, allows
+from lightning_maml_guard.guard.look import Look, allows, heed
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.divergence import fails, undecided
@@ -36,6 +36,7 @@ class Seen:
         collapsed: How the run lost what it had learned; None where it did not.
         failing: Whether the next steps diverge.
         gone: Whether the run has diverged or collapsed already.
+        thrown: Whether it is gone, or no longer where it learned.
     """
 
     look: Look
@@ -45,6 +46,7 @@ class Seen:
     collapsed: Reason | None
     failing: bool
     gone: bool
+    thrown: bool
 
     @property
     def away(self) -> bool:
@@ -128,7 +130,8 @@ def situation_of(
         lookahead=look.lookahead,
         scale=look.scale,
         harmful=look.harmful,
-        advised=advised_alpha(run, look.problem),
+        advised=heed(run, look.problem, advice),
+        news=advice is not None,
         left=seen.gone,
         allows=partial(allows, run, alpha=report.alpha, beta=report.beta, step=step),
     )

@@ -16,6 +16,7 @@ from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, LookaheadResult, lookahead_of
 from lightning_maml_guard.lookahead.resampled import resampled
 from lightning_maml_guard.maml.meta_learning import MetaLearning
+from lightning_maml_guard.messages.advice import Advice
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import eased
 from lightning_maml_guard.messages.terminal import inform
@@ -124,9 +125,9 @@ class Look:
         return self.lookahead is None or self.lookahead.begin <= self.scale.times(_SANE, self.scale.start)
 
     def may_miss_clipping(self, ratio: float) -> bool:
-        """Whether the run may survive what the lookahead did not, because it clips out of sight."""
+        """Whether the run may survive what the lookahead did not, because it clips out of sight; no inner loop does."""
         tried, found = self.lookahead, self.present
-        if tried is None or found is None:
+        if tried is None or found is None or self.harmful:
             return False
         return not tried.sees_clipping and not self.scale.diverged(found.begin, ratio)
 
@@ -251,7 +252,7 @@ def ease(run: GuardedRun, trainer: Any, module: Any, look: Look, step: int, *, s
             found = action.ease(caps, look.present, lookahead, look.scale, run.caps.reaches_alpha(module))
         else:
             may = partial(allows, run, alpha=alpha, beta=beta, step=step)
-            found = action.release(caps, look.present, lookahead, look.scale, may, advised_alpha(run, look.problem))
+            found = action.release(caps, look.present, lookahead, look.scale, may, heed(run, look.problem))
     if slips and found != caps:
         run.state.ceiling = run.state.ceiling.failed(*caps.applied(alpha, beta), step)
         if run.state.capped != look.owned:
@@ -261,18 +262,29 @@ def ease(run: GuardedRun, trainer: Any, module: Any, look: Look, step: int, *, s
     run.caps.apply(module, found)
 
 
-def advised_alpha(run: GuardedRun, problem: Problem) -> float | None:
-    """The inner rate that is advised, if several inner steps are taken; None where there is no advice on it.
+def heed(run: GuardedRun, problem: Problem, advice: Advice | None = None) -> Caps:
+    """Take advice in; the rates beyond which higher ones have to lead further down, None where there is no advice.
 
-    The next steps survive at rates at which these lead nowhere.
+    The next steps survive at rates at which a run learns nothing: several inner steps lead nowhere, or units die.
     """
-    advice = run.state.advice
-    return None if advice is None or getattr(first_batch(problem), "inner_steps", 1) == 1 else advice.alpha
+    if advice is not None and advice.beta is not None:
+        peak = advice.configured_beta
+        configured = peak if run.ahead is None else run.ahead.lr_for_peak(peak)
+        run.state.ceiling = run.state.ceiling.heeds(advice.beta * peak / configured, advice.step or 0)
+    advice, beta = run.state.advice, run.state.ceiling.advised
+    several = advice is not None and getattr(first_batch(problem), "inner_steps", 1) > 1
+    return Caps(advice.alpha if several and advice is not None else None, beta if beta < math.inf else None)
 
 
 def allows(run: GuardedRun, caps: Caps, *, alpha: float, beta: float, step: int) -> bool:
-    """Whether higher rates may be tried: not those that have just failed, nor in a run that is losing ground."""
-    return not run.state.statistics.slips and run.state.ceiling.allows(caps, alpha, beta, step)
+    """Whether higher rates may be tried: not those that have just failed, nor in a run that is losing ground.
+
+    Where the schedule goes on to rise, a cap on the meta rate is not released for what was tried at the rate at hand.
+    """
+    rises = run.ahead is not None and run.ahead.peak(step)[0] > beta
+    if run.state.statistics.slips or (rises and run.caps.caps.beta is not None and caps.beta is None):
+        return False
+    return run.state.ceiling.allows(caps, alpha, beta, step)
 
 
 def fresh(run: GuardedRun, problems: Sequence[Problem]) -> list[Problem]:

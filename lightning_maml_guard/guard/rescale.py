@@ -36,12 +36,13 @@ LADDER: tuple[tuple[float | None, float], ...] = (
 )
 # Factor by which capped rates rise, how often at most in one check, and by which share they may end higher: 10 steps
 # say whether rates survive; of two that do, they favour the lower one, which learns less in a whole run (short-horizon
-# bias, Wu et al., ICLR 2018). So a meta rate rises while one so many rungs above it survives, too.
+# bias, Wu et al., ICLR 2018). So a meta rate rises while one so many rungs above it survives, too; beyond the one that
+# is advised, while it leads further down: what has died survives all rates, and none leads it anywhere.
 RELEASE, RUNGS, SAME, HEADROOM = 2.0, 3, 1.05, 2
 # Factor by which the rates of a run that loses ground are lowered.
 EASE = 4.0
 LookUnder = Callable[[Caps], LookaheadResult]
-BY_RATIO = Scale()
+BY_RATIO, NO_CAPS = Scale(), Caps()
 
 
 def lowered(
@@ -117,12 +118,12 @@ def released(
     *,
     scale: Scale = BY_RATIO,
     allows: Callable[[Caps], bool] = lambda caps: True,
-    advised: float | None = None,
+    advised: Caps = NO_CAPS,
 ) -> Caps:
     """Release capped rates by ``RELEASE`` again and again, as long as higher ones survive and lead no less far down.
 
-    They are compared on the same batches, by the mean loss of the later steps. An inner rate above the one that is
-    advised has to lead further down.
+    They are compared on the same batches, by the mean loss of the later steps. Above the rate that is advised, an inner
+    one has to lead further down, and a meta rate rises by a single rung, while some rungs above that lead further down.
 
     Args:
         alpha: The inner rate as configured.
@@ -132,28 +133,32 @@ def released(
         look: Looks ahead under caps.
         scale: How losses are compared.
         allows: Whether caps may be tried.
-        advised: The inner rate that is advised; None where there is no advice on it.
+        advised: The rates that are advised; None where there is no advice on one.
 
     Returns:
         The caps to apply.
     """
-    late, most = present.late, math.inf if advised is None else advised
+    late = present.late
     for _ in range(RUNGS):
         both = Caps(_raised(caps.alpha, alpha), _raised(caps.beta, beta))
         for candidate in dict.fromkeys((both, Caps(caps.alpha, both.beta), Caps(both.alpha, caps.beta))):
             if candidate == caps or not allows(candidate):
                 continue
             found = look(candidate)
-            above = candidate.alpha != caps.alpha and candidate.applied(alpha, beta)[0] > most
+            above = _exceeds(candidate.alpha, caps.alpha, alpha, advised.alpha)
             if found.late > scale.times(BETTER if above else SAME, late) or not is_calm(found, scale):
                 continue
             beyond = candidate
             for _ in range(HEADROOM if candidate.beta != caps.beta else 0):
                 beyond = Caps(candidate.alpha, _raised(beyond.beta, beta))
-            if beyond == candidate or is_calm(look(beyond), scale):
+            above = _exceeds(candidate.beta, caps.beta, beta, advised.beta)
+            tried = found if beyond == candidate else look(beyond)
+            if is_calm(tried, scale) and (not above or tried.late <= scale.times(BETTER, late)):
                 caps, late = candidate, min(late, found.late)
                 break
         else:
+            break
+        if above:
             break
     return caps
 
@@ -188,6 +193,11 @@ def eased(
 def is_calm(found: LookaheadResult, scale: Scale, loss: float = math.inf) -> bool:
     """Whether a lookahead raises its first loss, or a lower one given, by no more than the scatter of a batch."""
     return found.end <= scale.times(CALM, min(found.begin, loss))
+
+
+def _exceeds(raised: float | None, cap: float | None, rate: float, advised: float | None) -> bool:
+    """Whether a cap on a rate was raised beyond what is advised."""
+    return raised != cap and advised is not None and min(rate if raised is None else raised, rate) > advised
 
 
 def _raised(cap: float | None, rate: float) -> float | None:

@@ -1,14 +1,19 @@
-"""Rates at which a run failed: they are tried again only after a while, which doubles with each failure."""
+"""Rates at which a run failed, and what is advised instead: higher ones are tried again only after a while.
+
+The while doubles with each failure.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_maml_guard.lookahead.lookahead import Caps
 
 # Rates above this share of those that failed count as the same.
 _NEAR = 0.7
+# And no more than this many times the advised rate counts as that rate.
+_ABOVE = 1.05
 # Steps before they are tried again, the first time.
 _WAIT = 32
 
@@ -22,18 +27,25 @@ class Ceiling:
         beta: The meta rate.
         until: Step from which they may be tried again.
         wait: Steps that the next failure adds.
+        advised: The meta rate that is advised; ``inf`` where none is. Higher ones have to lead further down.
     """
 
     alpha: float = math.inf
     beta: float = math.inf
     until: int = 0
     wait: int = _WAIT
+    advised: float = math.inf
 
     def failed(self, alpha: float, beta: float, step: int) -> Ceiling:
         """Take a failure in."""
-        return Ceiling(alpha, beta, step + self.wait, 2 * self.wait)
+        return replace(self, alpha=alpha, beta=beta, until=step + self.wait, wait=2 * self.wait)
+
+    def heeds(self, beta: float, step: int) -> Ceiling:
+        """Take in the meta rate that is advised at a step."""
+        return replace(self, advised=beta, until=max(self.until, step + _WAIT))
 
     def allows(self, caps: Caps, alpha: float, beta: float, step: int) -> bool:
         """Whether caps on these configured rates may be tried at a step."""
         inner, outer = caps.applied(alpha, beta)
-        return step >= self.until or inner < _NEAR * self.alpha or outer < _NEAR * self.beta
+        near = not (inner < _NEAR * self.alpha or outer < _NEAR * self.beta)
+        return step >= self.until or not (near or outer > _ABOVE * self.advised)

@@ -88,6 +88,10 @@ class Caps:
         """Apply the caps to the configured inner rate (``nan`` without an inner loop) and the scheduled meta rate."""
         return _capped(alpha, self.alpha), _capped(beta, self.beta)
 
+    def at_most(self, beta: float | None) -> Caps:
+        """Lower the cap on the meta rate to a value, if one is given."""
+        return self if beta is None else Caps(self.alpha, _capped(beta, self.beta))
+
     def halved(self, beta: float) -> Caps:
         """Cap at half the meta rate that is applied."""
         return Caps(self.alpha, _capped(beta, self.beta) / 2)

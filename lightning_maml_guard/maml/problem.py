@@ -182,7 +182,8 @@ class MetaProblem:
         """Return the problem with every inner rate multiplied by ``factor``."""
         rate = self.inner_lr
         scaled = {name: each * factor for name, each in rate.items()} if isinstance(rate, dict) else rate * factor
-        return replace(self, inner_lr=scaled)
+        # At 0 nothing moves, whatever the update.
+        return replace(self, inner_lr=scaled, inner_update=self.inner_update if factor else None)
 
     @property
     def alpha(self) -> float:

@@ -25,10 +25,12 @@ def test_every_action_is_a_class_of_its_own_with_its_attributes():
     for name, action in ACTIONS.items():
         assert type(action).__bases__ == (Action,) and type(action).__name__.lower() == name
         attributes = action.speaks, action.caps_rates, action.stops, action.resumes_exactly
-        assert (*attributes, action.effect(IN_PYTHON, 0.1, 0.5, helps=True, changed=True)) == EXPECTED[name]
+        assert (*attributes, action.effect(IN_PYTHON, "alpha = 0.1, beta = 0.5", helps=True, changed=True)) == EXPECTED[
+            name
+        ]
         # Where the rate to blame is out of reach, `rescale` is no help to name.
         out_of_reach = [] if name == "warn" else EXPECTED[name][-1]
-        assert action.effect(IN_PYTHON, 0.1, 0.5, helps=False, changed=True) == out_of_reach
+        assert action.effect(IN_PYTHON, "alpha = 0.1, beta = 0.5", helps=False, changed=True) == out_of_reach
         assert ConvergenceGuard(action=name).acting is action
 
 
@@ -44,7 +46,7 @@ def test_every_action_is_a_class_of_its_own_with_its_attributes():
     ],
 )
 def test_rescale_says_that_it_lowers_nothing(helps, why, way):
-    said = ACTIONS["rescale"].effect(IN_PYTHON, 0.1, 0.5, helps=helps, changed=False)
+    said = ACTIONS["rescale"].effect(IN_PYTHON, "alpha = 0.1, beta = 0.5", helps=helps, changed=False)
     assert said == [f"Nothing is lowered: {why} does not bring the loss down (action='rescale').{way}"]
 
 
@@ -61,8 +63,8 @@ class Mine(Action):
         self.seen.append(situation)
         return Caps(None, 0.01) if situation.transition.state == UNSAFE else situation.caps
 
-    def effect(self, spelling, alpha, beta, *, helps, changed):
-        return [f"Mine: {spelling.arguments(alpha=alpha, beta=beta)}."]
+    def effect(self, spelling, applied, *, helps, changed):
+        return [f"Mine: {applied}."]
 
 
 def test_a_new_action_is_a_class_and_a_row(monkeypatch):
@@ -77,7 +79,7 @@ def test_a_new_action_is_a_class_and_a_row(monkeypatch):
         linear_module(4, 1.5, inner_lr=0.05),
     )
     with guard_warns(
-        r"step 0: beta = 1\.5 is too large\. Set the optimizer's lr to 0\.\d+\. Why: .* Mine: alpha=0\.05, beta=0\.01\."
+        r"step 0: beta = 1\.5 is too large\. Set the optimizer's lr to 0\.\d+\. Why: .* Mine: alpha = 0\.05, beta = 0\.01\."
     ) as caught:
         trainer = fit(module, BATCH, 20, [guard])
     assert len([each for each in caught if each.category is GuardWarning]) == 1

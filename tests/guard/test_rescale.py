@@ -124,7 +124,7 @@ def test_an_inner_rate_above_the_advised_one_has_to_lead_further_down(share, exp
 
     caps = Caps(0.1, None)
     assert released(1.0, 1.0, caps, look(caps), look).alpha == pytest.approx(0.2)
-    assert released(1.0, 1.0, caps, look(caps), look, advised=0.1).alpha == pytest.approx(expected)
+    assert released(1.0, 1.0, caps, look(caps), look, advised=Caps(0.1)).alpha == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("best", [0.3, 0.15])

@@ -199,7 +199,7 @@ def test_a_run_whose_first_check_fails_is_rolled_back_to_where_it_started(fails)
     guard = ConvergenceGuard(every_n_steps=10, action="rescale", rollback=True, problem=problem)
     module = linear_module(4, 1.5, inner_lr=0.05, order="simplified")
     with pytest.warns(GuardWarning):
-        trainer = fit(module, BATCH, 40, [guard])
+        trainer = fit(module, BATCH, 80, [guard])
     back = [event.reasons[0].steps for event in guard.events if event.kind == "rolled back"]
     assert back == ([0] if fails else []) and guard.stopped_step is None
     assert float(trainer.callback_metrics["train/loss"]) < 0.05
