@@ -55,8 +55,15 @@ def _problem_differs(reason: Reason, spelling: Spelling) -> str:
         ),
         "gradient": (
             "The losses agree where both are known, the meta-gradients do not: another `order` (first-order for exact "
-            "MAML), a detach(), or a loss for logging only.",
-            "State the problem with the order that training_step computes.",
+            "MAML), a detach(), a loss for logging only, or a step along no gradient (Reptile, iMAML).",
+            "State the problem with the order that training_step computes. Where it has none, advice about the inner "
+            "rate holds, and critical outer rates are those of the problem as stated.",
+        ),
+        "plain": (
+            "It is another loss: a term is left out, another reduction taken, or it is that of another optimizer, or "
+            "after another one's step.",
+            "Make the problem's loss the one that its optimizer descends. Where optimizers take turns, the difference "
+            "that the others' steps make is no mistake.",
         ),
         "not finite": (
             "Training's loss is finite and the problem's is not: padding with nan, or an inner loop of its own.",

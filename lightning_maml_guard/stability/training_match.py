@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_maml_guard.linalg.layout import Layout, Params
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.stability.objective import MamlObjective, Objective
-from lightning_maml_guard.stability.problems import MetaProblem, Problem
+from lightning_maml_guard.stability.problems import MetaProblem, PlainProblem, Problem
 from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.random_state import preserved_randomness
 from lightning_maml_guard.utils.shards import local
@@ -80,7 +80,7 @@ class TrainingMatch:
         self._optimizers, self._others = list(optimizers), list(others) or list(optimizers)
         self._tasks: int = getattr(problem, "tasks", 1)
         self._alpha: float = getattr(problem, "alpha", math.nan)
-        self._accumulated, self._half = accumulated, half
+        self._accumulated, self._half, self._plain = accumulated, half, isinstance(problem, PlainProblem)
         # Learned inner rates are moved too, and are no parameters of the update that is linearized.
         self._learns_rates = isinstance(problem, MetaProblem) and not isinstance(problem.inner_lr, (int, float))
         self._evaluate(objective)
@@ -123,6 +123,8 @@ class TrainingMatch:
             return None
         wrong_loss = not math.isnan(loss) and self._loss_differs(loss, random_training)
         wrong_gradient = not random_training and self._gradient_differs()
+        if self._seen and self._finite and len(self._others) > len(self._optimizers) and not random_training:
+            wrong_loss = wrong_loss and wrong_gradient  # the loss may be that of another optimizer
         if math.isnan(loss) and wrong_gradient and self._cosine > _PARALLEL:
             factor = self._along / self._own_size
         if wrong_loss or wrong_gradient or effect:
@@ -201,7 +203,9 @@ class TrainingMatch:
         lacking = self._lacking and not self._learns_rates
         if self._frozen or self._not_held:
             return "frozen" if self._frozen else "not held"
-        return "lacking" if lacking else "other" if wrong_loss else "gradient"
+        if lacking or self._plain:
+            return "lacking" if lacking else "plain"
+        return "other" if wrong_loss else "gradient"
 
     @property
     def _frozen(self) -> list[str]:

@@ -20,6 +20,7 @@ from lightning_maml_guard import (
     measure,
 )
 from lightning_maml_guard.messages.reasons import Kind
+from lightning_maml_guard.stability.problems import PlainProblem
 from lightning_maml_guard.utils.lightning_compat import LightningModule
 from tests.helpers import QUIET, Trainer, one_line
 
@@ -218,3 +219,52 @@ def test_measure_compares_with_the_loss_it_is_given():
     assert "sums over the tasks" in other.notices[0] and math.isnan(note.losses[2])
     with pytest.raises(TypeError, match="check_against"):
         measure(problem(module, batch), beta=0.1, check_against="3")
+
+
+class Adversaries(LightningModule):
+    """Two optimizers in turn, of which training_step returns the second one's loss."""
+
+    def __init__(self, missing=0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.automatic_optimization, self.missing = False, missing
+        self.maker, self.judge = nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def makes(self, noise):
+        return F.softplus(-self.judge(self.maker(noise))).mean()
+
+    def judges(self, noise, params=None):
+        judge = (lambda x: functional_call(self.judge, params, (x,))) if params else self.judge
+        told = F.softplus(judge(self.maker(noise).detach())) + F.softplus(-judge(noise + 1))
+        return told.mean() + (0.0 if params else self.missing * sum(p.square().sum() for p in self.judge.parameters()))
+
+    def training_step(self, batch, batch_idx):
+        for optimizer, loss in zip(self.optimizers(), (self.makes, self.judges), strict=True):
+            optimizer.zero_grad()
+            value = loss(batch)
+            self.manual_backward(value)
+            optimizer.step()
+        return value
+
+    def configure_optimizers(self):
+        return [SGD(self.maker.parameters(), lr=0.001), SGD(self.judge.parameters(), lr=0.001)]
+
+
+@pytest.mark.parametrize(("missing", "told"), [(0.0, 0), (5.0, 1)])
+def test_the_loss_of_another_optimizer_is_no_mismatch_where_the_gradients_agree(missing, told):
+    def of_maker(module, batch):
+        names = dict(module.maker.named_parameters())
+        loss = lambda params: F.softplus(-module.judge(functional_call(module.maker, params, (batch,)))).mean()  # noqa: E731
+        return PlainProblem(names, loss)
+
+    def of_judge(module, batch):
+        return PlainProblem(dict(module.judge.named_parameters()), lambda params: module.judges(batch, params))
+
+    guards = [ConvergenceGuard(problem=each) for each in (of_maker, of_judge)]
+    batches = DataLoader([torch.randn(16, 2, generator=torch.Generator().manual_seed(0))] * 3, batch_size=None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Trainer(max_steps=6, callbacks=guards, **QUIET).fit(Adversaries(missing), batches)
+    said = [one_line(each.message) for each in caught if issubclass(each.category, GuardWarning)]
+    assert len(said) == told
+    assert all("that of another optimizer" in each and "task" not in each for each in said)

@@ -289,8 +289,16 @@ EXAMPLES = [
         Reason(Kind.PROBLEM_DIFFERS, effect="gradient", losses=(2.95, nan, nan), steps=16),
         "the problem that is measured is not what training_step trains: on the same batch their gradients differ (the "
         "problem's loss is 2.95).\nWhy: The losses agree where both are known, the meta-gradients do not: another "
-        "`order` (first-order for exact MAML), a detach(), or a loss for logging only.\nTo do: State the problem with "
-        "the order that training_step computes.",
+        "`order` (first-order for exact MAML), a detach(), a loss for logging only, or a step along no gradient "
+        "(Reptile, iMAML).\nTo do: State the problem with the order that training_step computes. Where it has none, "
+        "advice about the inner rate holds, and critical outer rates are those of the problem as stated.",
+    ),
+    (
+        Reason(Kind.PROBLEM_DIFFERS, effect="plain", losses=(2.95, 47.2, nan), steps=1),
+        "the problem that is measured is not what training_step trains: the same batch has the loss 2.95 in the "
+        "problem and 47.2 in training_step.\nWhy: It is another loss: a term is left out, another reduction taken, or "
+        "it is that of another optimizer, or after another one's step.\nTo do: Make the problem's loss the one that "
+        "its optimizer descends. Where optimizers take turns, the difference that the others' steps make is no mistake.",
     ),
     (
         Reason(Kind.NO_STEP_LOSS),
