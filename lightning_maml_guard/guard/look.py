@@ -150,6 +150,8 @@ def look_at(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_idx: i
     problem, owned, optimizers = stated(run, trainer, module, batch, batch_idx)
     run.repeats = run.repeats or all(run.cache.ranks.gather(run.replay.repeats))
     run.turns.watch(optimizers)
+    if len(optimizers) < len(trainer.optimizers):
+        run.state.statistics.stalled = False  # a loss that others work against need not fall
     run.alpha = getattr(problem, "alpha", math.nan)
     if not run.state.history and run.settings.problem is None and not has_meta_problem(module):
         with undisturbed(trainer, module):
