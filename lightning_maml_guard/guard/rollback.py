@@ -150,10 +150,11 @@ class Rollback:
         return lookahead_of(problems, look.optimizers, steps, self.trainer, run.cache, run.state.clipped_to)
 
     def helps(self, loss: float) -> bool:
-        """Whether going back may help: not where an inner rate has risen that cannot be lowered, unless all is lost."""
-        youngest = self.run.snapshot
+        """Whether going back may help: not where an inner rate out of reach has risen, nor again if it is to blame."""
+        youngest, state = self.run.snapshot, self.run.state
         risen = youngest is not None and youngest.alpha < _SAME * self.run.alpha
-        return not math.isfinite(loss) or self.run.caps.reaches_alpha(self.module) or not risen
+        again = state.blames_alpha and state.rollbacks > 0
+        return self.run.caps.reaches_alpha(self.module) or not (risen if math.isfinite(loss) else again)
 
     def choose(self, look: Look) -> None:
         """Drop the snapshots that are no place to go back to: of those that lost nothing the youngest that survives.

@@ -19,7 +19,7 @@ from lightning_maml_guard.lookahead.ceiling import Ceiling
 from lightning_maml_guard.lookahead.divergence import RunningStatistics
 from lightning_maml_guard.lookahead.lookahead import Caps
 from lightning_maml_guard.lookahead.loss_curve import LossCurve
-from lightning_maml_guard.messages.advice import Advice
+from lightning_maml_guard.messages.advice import Advice, Cause
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.stability.hvp import NetworkFacts
 from lightning_maml_guard.theory.limits import EDGE, SAFE, UNRESOLVED, UNSAFE
@@ -96,6 +96,11 @@ class GuardState:
     advised: list[str] = field(default_factory=list)
     searches: int = 0
     version: int = VERSION
+
+    @property
+    def blames_alpha(self) -> bool:
+        """Whether the latest advice is to lower the inner rate alone."""
+        return self.advice is not None and self.advice.cause is Cause.ALPHA
 
     def collapse(self, lambda_max: float, step: int) -> Reason | None:
         """Take a check's curvature in; a reason where nearly all of it is gone and the loss is where it began."""

@@ -9,7 +9,7 @@ from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.messages.sentences import cause, sentence
 from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling
 
-NO_WAY_BACK = "Training stops: the parameters are not finite, and there are no earlier ones to roll back to."
+NO_WAY_BACK = "Training stops: the parameters are not finite, and there are no earlier ones that would stay finite."
 
 
 def advised(advice: Advice, spelling: Spelling = IN_PYTHON) -> str:

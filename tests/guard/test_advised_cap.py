@@ -136,10 +136,10 @@ class Tasks(Dataset):
 class Proximal(LightningModule):
     """An inner loop that is pulled back to where it started, as iMAML's, and steps taken by hand."""
 
-    def __init__(self, inner_lr):
+    def __init__(self, inner_lr, steps=4):
         super().__init__()
         torch.manual_seed(0)
-        self.automatic_optimization, self.inner_lr = False, inner_lr
+        self.automatic_optimization, self.inner_lr, self.steps = False, inner_lr, steps
         self.net = nn.Sequential(nn.Linear(1, 24), nn.Tanh(), nn.Linear(24, 1))
 
     def task_loss(self, params, data):
@@ -151,13 +151,13 @@ class Proximal(LightningModule):
 
     def meta_problem(self, batch):
         params = dict(self.net.named_parameters())
-        return MetaProblem(params, self.task_loss, *batch, self.inner_lr, 4, inner_update=self.pulled)
+        return MetaProblem(params, self.task_loss, *batch, self.inner_lr, self.steps, inner_update=self.pulled)
 
     def training_step(self, batch, batch_idx):
         params, losses = dict(self.net.named_parameters()), []
         for x, y, query_x, query_y in zip(*batch[0], *batch[1], strict=True):
             fast = params
-            for _ in range(4):
+            for _ in range(self.steps):
                 found = torch.autograd.grad(self.task_loss(fast, (x, y)), list(fast.values()), create_graph=True)
                 step = {n: g + 2.0 * (fast[n] - params[n]) for n, g in zip(fast, found, strict=True)}
                 fast = {n: value - self.inner_lr * step[n] for n, value in fast.items()}
@@ -186,3 +186,14 @@ def test_an_inner_update_of_ones_own_is_searched_for_its_rate(inner_lr, cause, r
             f"ConvergenceGuard: step 0: alpha = 1 is too large. Set the inner rate (inner_lr) to {guard.advice.alpha:.3g}."
         )
         assert guard.advice.alpha < 0.25 and Kind.CLIPPING_NOT_SEEN.value not in guard.state_dict()["announced"]
+
+
+def test_a_run_goes_back_once_where_an_inner_rate_out_of_reach_alone_is_to_blame(recwarn):
+    guard = ConvergenceGuard(action="rescale")
+    trainer = Trainer(max_steps=30, callbacks=[guard], **PLAIN)
+    trainer.fit(Proximal(8.0, steps=16), DataLoader(Tasks(), batch_size=None))
+    said = [one_line(each.message) for each in recwarn if each.category is GuardWarning]
+    assert sum("(rollback" in each for each in said) == 1 and trainer.global_step < 10
+    assert any("there are no earlier ones that would stay finite" in each for each in said)
+    assert guard.advice.cause is Cause.ALPHA and guard.stopped_step is not None
+    assert all(value.isfinite().all() for value in trainer.lightning_module.parameters())

@@ -139,7 +139,10 @@ def test_without_rollback_a_nan_ends_the_run_with_the_reason(steps):
     with pytest.warns(GuardWarning) as caught:
         trainer = fit(Struck(to_nan, at={14}), BATCH, 30, [guard])
     said = [one_line(each.message) for each in caught if each.category is GuardWarning]
-    at, no_way = (15 if steps else 14), "the parameters are not finite, and there are no earlier ones to roll back to."
+    at, no_way = (
+        (15 if steps else 14),
+        "the parameters are not finite, and there are no earlier ones that would stay finite.",
+    )
     assert len(said) == (1 if steps else 2) and said[0].startswith(f"ConvergenceGuard: step {at}: ")
     assert "The loss is nan at these parameters." in said[0] and said[-1].endswith(f"Training stops: {no_way}")
     assert guard.stopped_step == trainer.global_step - 1 == at and is_free_of_hooks(trainer)
