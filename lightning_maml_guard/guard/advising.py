@@ -278,7 +278,7 @@ class Adviser:
         ends = found.present.end, found.best.end, look.scale.start
         inner, outer = best.alpha * alpha, best.beta * beta
         tried = Reason(Kind.RATES_TRIED, losses=ends, steps=TRIAL_STEPS, alpha=inner, beta=outer)
-        proves = ends[1] < ends[0] or not math.isfinite(ends[1])
+        proves = ends[1] < ends[0] or not (lower_alpha or lower_beta)
         return Advice(
             cause=causes[lower_alpha, lower_beta],
             alpha=None if rates.alpha is None else settable(rates.alpha),

@@ -126,11 +126,12 @@ def test_stop_stops_before_the_loss_is_infinite_and_says_why():
 
 def test_rescale_finishes_with_a_finite_loss_at_the_critical_rate():
     guard = ConvergenceGuard(every_n_steps=10, action="rescale", margin=0.9)
-    with guard_warns(r"Applied from now on: alpha = 0.05, beta = 0.562 .action='rescale'"):
+    with guard_warns(r"Applied from now on: alpha = 0.05, beta = 0.066 .action='rescale'"):
         trainer = fit(module_at(beta=1.5), BATCH, 300, [guard])
     best = float(torch.linalg.lstsq(BATCH.support[0][0], BATCH.support[1][0]).residuals.sum())
     assert loss_of(trainer) == pytest.approx(best, abs=1e-6)
-    assert guard.history[-1].beta_applied == pytest.approx(0.9 * 0.625, rel=1e-6)
+    # What is advised, which is below 0.9 times the limit.
+    assert guard.history[0].beta_applied == guard.advice.beta == 0.066 < 0.9 * 0.625
     assert trainer.optimizers[0].param_groups[0]["lr"] == 1.5
     assert not trainer.optimizers[0]._optimizer_step_pre_hooks
 
@@ -142,7 +143,7 @@ def test_rescale_caps_alpha_and_beta_together():
         trainer = fit(module, BATCH, 300, [guard])
     last = guard.history[-1]
     assert last.alpha == pytest.approx(0.4) and last.alpha_applied == pytest.approx(0.9 * 0.25, rel=1e-6)
-    assert last.beta_applied == pytest.approx(0.9 * last.safe_beta_c) and last.safe_beta_c < math.inf
+    assert last.beta_applied <= 0.9 * last.safe_beta_c < math.inf
     assert module.inner_lr == 0.4 and module.rates() == pytest.approx(last.alpha_applied)
     assert loss_of(trainer) < 10
 
@@ -160,10 +161,9 @@ def test_rescale_lets_go_when_the_rates_are_safe_again():
     )
     guard = ConvergenceGuard(every_n_steps=2, action="rescale")
     with pytest.warns(GuardWarning):
-        fit(module, BATCH, 10, [guard])
+        fit(module, BATCH, 60, [guard])
     applied = [report.beta_applied for report in guard.history]
-    # beta_c = 0.625 itself only swings along the sharpest direction; half of it brings the loss down.
-    assert applied[0] == pytest.approx(0.625 / 2) and applied[-1] == 0.2
+    assert applied[0] == guard.advice.beta < 0.2 and applied[-1] == 0.2
 
 
 def test_log_changes_and_says_nothing():
