@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_maml_guard.guard.actions import Situation
 from lightning_maml_guard.guard.advising import Adviser
-from lightning_maml_guard.guard.look import Look, allows, heed
+from lightning_maml_guard.guard.look import Look, advised_rates, allows, heed
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.divergence import fails, undecided
@@ -116,6 +116,10 @@ def situation_of(
 ) -> Situation:
     """Put together what an action decides on."""
     look, report, advice = seen.look, found.report, found.advice
+    # Trials from where a run has learned favour rates that are too low for the rest of it.
+    heeds = advice is not None and math.isnan(look.scale.best)
+    if advice is not None and heeds:
+        heed(run, advice)
     # Where the run survives the next steps, but not for long, a lower meta rate replaces no lower inner one.
     out_of_reach = found.further and advice is not None and advice.alpha is not None and not reach_alpha
     return Situation(
@@ -130,8 +134,8 @@ def situation_of(
         lookahead=look.lookahead,
         scale=look.scale,
         harmful=look.harmful,
-        advised=heed(run, look.problem, advice),
-        news=advice is not None,
+        advised=advised_rates(run, look.problem),
+        heeds=heeds,
         left=seen.gone,
         allows=partial(allows, run, alpha=report.alpha, beta=report.beta, step=step),
     )

@@ -254,7 +254,7 @@ def ease(run: GuardedRun, trainer: Any, module: Any, look: Look, step: int, *, s
             found = action.ease(caps, look.present, lookahead, look.scale, run.caps.reaches_alpha(module))
         else:
             may = partial(allows, run, alpha=alpha, beta=beta, step=step)
-            found = action.release(caps, look.present, lookahead, look.scale, may, heed(run, look.problem))
+            found = action.release(caps, look.present, lookahead, look.scale, may, advised_rates(run, look.problem))
     if slips and found != caps:
         run.state.ceiling = run.state.ceiling.failed(*caps.applied(alpha, beta), step)
         if run.state.capped != look.owned:
@@ -264,18 +264,23 @@ def ease(run: GuardedRun, trainer: Any, module: Any, look: Look, step: int, *, s
     run.caps.apply(module, found)
 
 
-def heed(run: GuardedRun, problem: Problem, advice: Advice | None = None) -> Caps:
-    """Take advice in; the rates beyond which higher ones have to lead further down, None where there is no advice.
-
-    The next steps survive at rates at which a run learns nothing: several inner steps lead nowhere, or units die.
-    """
-    if advice is not None and advice.beta is not None:
+def heed(run: GuardedRun, advice: Advice) -> None:
+    """Take in the meta rate that is advised: from now on, higher ones have to lead further down."""
+    if advice.beta is not None:
         peak = advice.configured_beta
         configured = peak if run.ahead is None else run.ahead.lr_for_peak(peak)
         run.state.ceiling = run.state.ceiling.heeds(advice.beta * peak / configured, advice.step or 0)
+
+
+def advised_rates(run: GuardedRun, problem: Problem) -> Caps:
+    """The rates beyond which higher ones have to lead further down; None where none is advised.
+
+    The next steps survive at rates at which a run learns nothing: several inner steps lead nowhere, or units die.
+    """
     advice, beta = run.state.advice, run.state.ceiling.advised
-    several = advice is not None and getattr(first_batch(problem), "inner_steps", 1) > 1
-    return Caps(advice.alpha if several and advice is not None else None, beta if beta < math.inf else None)
+    several = getattr(first_batch(problem), "inner_steps", 1) > 1
+    alpha = advice.alpha if several and advice is not None else None
+    return Caps(alpha, beta if beta < math.inf else None)
 
 
 def allows(run: GuardedRun, caps: Caps, *, alpha: float, beta: float, step: int) -> bool:

@@ -37,7 +37,7 @@ LADDER: tuple[tuple[float | None, float], ...] = (
 # Factor by which capped rates rise, how often at most in one check, and by which share they may end higher: 10 steps
 # say whether rates survive; of two that do, they favour the lower one, which learns less in a whole run (short-horizon
 # bias, Wu et al., ICLR 2018). So a meta rate rises while one so many rungs above it survives, too; beyond the one that
-# is advised, while it leads further down: what has died survives all rates, and none leads it anywhere.
+# is advised, if it leads further down: what has died survives all rates, and none leads it anywhere.
 RELEASE, RUNGS, SAME, HEADROOM = 2.0, 3, 1.05, 2
 # Factor by which the rates of a run that loses ground are lowered.
 EASE = 4.0
@@ -122,8 +122,8 @@ def released(
 ) -> Caps:
     """Release capped rates by ``RELEASE`` again and again, as long as higher ones survive and lead no less far down.
 
-    They are compared on the same batches, by the mean loss of the later steps. Above the rate that is advised, an inner
-    one has to lead further down, and a meta rate rises by a single rung, while some rungs above that lead further down.
+    They are compared on the same batches, by the mean loss of the later steps. Above what is advised, an inner rate has
+    to lead clearly further down, and a meta rate further down at all.
 
     Args:
         alpha: The inner rate as configured.
@@ -148,17 +148,15 @@ def released(
             above = _exceeds(candidate.alpha, caps.alpha, alpha, advised.alpha)
             if found.late > scale.times(BETTER if above else SAME, late) or not is_calm(found, scale):
                 continue
+            if _exceeds(candidate.beta, caps.beta, beta, advised.beta) and not found.late < late:
+                continue
             beyond = candidate
             for _ in range(HEADROOM if candidate.beta != caps.beta else 0):
                 beyond = Caps(candidate.alpha, _raised(beyond.beta, beta))
-            above = _exceeds(candidate.beta, caps.beta, beta, advised.beta)
-            tried = found if beyond == candidate else look(beyond)
-            if is_calm(tried, scale) and (not above or tried.late <= scale.times(BETTER, late)):
+            if beyond == candidate or is_calm(look(beyond), scale):
                 caps, late = candidate, min(late, found.late)
                 break
         else:
-            break
-        if above:
             break
     return caps
 
