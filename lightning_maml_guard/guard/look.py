@@ -110,14 +110,8 @@ class Look:
         found = self.adaptation
         if found is None or not found.harmful:
             return ()
-        at = found.diverges_at
-        reason = Reason(
-            Kind.ADAPTATION_HARMFUL,
-            alpha=self.alpha,
-            losses=(found.before, found.after, math.nan),
-            steps=0 if at is None else at,
-        )
-        return (reason,)
+        losses, diverges_at = (found.before, found.after, math.nan), found.diverges_at or 0
+        return (Reason(Kind.ADAPTATION_HARMFUL, alpha=self.alpha, losses=losses, steps=diverges_at),)
 
     @property
     def is_sane(self) -> bool:

@@ -191,12 +191,12 @@ def test_a_rate_that_was_not_judged_is_said_to_be(caplog):
 
 
 def test_the_last_line_of_a_run_says_which_rates_were_applied_in_place_of_the_configured(caplog):
-    rates = ["--model.inner_lr=0.4", "--model.optimizer.lr=5", "--trainer.max_steps=2", "--guard.every_n_steps=1"]
-    with caplog.at_level("INFO"), guard_warns("beta = 5 is too large"):
+    rates = ["--model.inner_lr=1", "--model.optimizer.lr=5", "--trainer.max_steps=2", "--guard.every_n_steps=1"]
+    with caplog.at_level("INFO"), guard_warns("alpha = 1 and beta = 5 are too large"):
         last = main(["fit", *words_of("linear"), *rates, "--guard=rescale"]).guard.history[-1]
-    assert last.alpha_applied < 0.4 and last.beta_applied < 5
+    assert last.alpha_applied < 1 and last.beta_applied < 5
     (verdict,) = [one_line(record.message) for record in caplog.records if "At the last check" in record.message]
-    assert f"alpha = 0.4 is {times(last.alpha_ratio)} alpha_c = {last.alpha_c:.3g}, applied as" in verdict
+    assert f"alpha = 1 is {times(last.alpha_ratio)} alpha_c = {last.alpha_c:.3g}, applied as" in verdict
     assert last.beta_c == 0 and f"beta = 5 exceeds beta_c = 0, applied as {last.beta_applied:.3g}." in verdict
 
 
