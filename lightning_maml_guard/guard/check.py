@@ -135,7 +135,7 @@ class Check:
         if well and not seen.away:
             self.rollback.keep(step)
         self._charge(look, seen.adviser.cost)
-        log_values(trainer, module, look.metrics, step)
+        log_values(trainer, look.metrics, step)
         return True
 
     def _goes_on(self, seen: Seen, step: int) -> bool:
@@ -235,7 +235,7 @@ class Check:
             advice=found.advice,
         )
         run.state.history = [*run.state.history, kept][-self.settings.history_size :]
-        log_check(self.trainer, self.module, kept, step, caps_rates=self.settings.acting.caps_rates)
+        log_check(self.trainer, kept, step, caps_rates=self.settings.acting.caps_rates)
 
     def _charge(self, look: Look, cost: float) -> None:
         gradients = 0 if look.lookahead is None else look.lookahead.gradients

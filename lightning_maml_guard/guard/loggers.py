@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.lookahead.divergence import RunningStatistics
 from lightning_maml_guard.lookahead.learning import severity_at_hand
@@ -52,21 +54,24 @@ def metrics(report: CheckReport, *, caps_rates: bool) -> dict[str, float]:
     return finite | report.ratios(report.alpha_applied, report.beta_applied)
 
 
-# Not through `self.log(logger=True)`: with log_every_n_steps it would write stale values on wrong steps.
-_UNLOGGED: dict[str, Any] = {"logger": False, "on_step": True, "on_epoch": False, "batch_size": 1}
-
-
-def log_check(trainer: Any, pl_module: Any, report: CheckReport, step: int, *, caps_rates: bool) -> None:
+def log_check(trainer: Any, report: CheckReport, step: int, *, caps_rates: bool) -> None:
     """Log a check; ``trainer.callback_metrics`` has ``guard/unsafe`` too, which is always known, to be monitored."""
-    pl_module.log_dict({"guard/unsafe": float(report.status == UNSAFE)}, prog_bar=False, **_UNLOGGED)
-    log_values(trainer, pl_module, metrics(report, caps_rates=caps_rates), step)
+    _to_callbacks(trainer, {"guard/unsafe": float(report.status == UNSAFE)})
+    log_values(trainer, metrics(report, caps_rates=caps_rates), step)
 
 
-def log_values(trainer: Any, pl_module: Any, values: dict[str, float], step: int) -> None:
+# Not through `self.log(logger=True)`: with log_every_n_steps it would write stale values on wrong steps.
+def log_values(trainer: Any, values: dict[str, float], step: int) -> None:
     """Log numbers at the step they were found, to every logger and to ``trainer.callback_metrics``."""
-    pl_module.log_dict(values, prog_bar=False, **_UNLOGGED)
+    _to_callbacks(trainer, values)
     for logger in trainer.loggers:
         logger.log_metrics(values, step=step)
+
+
+def _to_callbacks(trainer: Any, values: dict[str, float]) -> None:
+    """Let callbacks monitor numbers, as ``LearningRateMonitor`` does: Lightning goes over logged ones every step."""
+    device = trainer.strategy.root_device
+    trainer.callback_metrics.update({name: torch.tensor(value, device=device) for name, value in values.items()})
 
 
 # Shares by which ratios have to move before they are logged again: where other values are logged too, and elsewhere.
@@ -100,7 +105,6 @@ class Ratios:
     def move(
         self,
         trainer: Any,
-        pl_module: Any,
         history: Sequence[CheckReport],
         losses: RunningStatistics,
         rates: tuple[float, float],
@@ -126,18 +130,18 @@ class Ratios:
         if math.isfinite(severity) and (values or abs(severity - self._told) > least):
             self._told = values["guard/severity"] = severity
         if values:
-            log_values(trainer, pl_module, values, step)
+            log_values(trainer, values, step)
 
-    def show(self, pl_module: Any, history: Sequence[CheckReport]) -> None:
-        """Show them in the progress bar, under short names that fit into 80 columns.
+    def show(self, trainer: Any, pl_module: Any, history: Sequence[CheckReport]) -> None:
+        """Show them in the progress bar, if there is one, under short names that fit into 80 columns.
 
         To be called after the step, so that the user's loss comes first.
         """
         self.take(history)
-        if self._latest and self._latest is not self._shown:
+        if self._latest and self._latest is not self._shown and trainer.progress_bar_callback is not None:
             self._shown = self._latest
             short = {_SHORT[name]: ratio for name, ratio in self._latest.items()}
-            pl_module.log_dict(short, prog_bar=True, **_UNLOGGED)
+            pl_module.log_dict(short, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1)
 
 
 def alert(trainer: Any, message: str) -> None:
