@@ -277,7 +277,7 @@ class ConvergenceGuard(Callback):
         if (scheduled := due(run, trainer, pl_module, batch, batch_idx, step)) is None:
             Rollback(run, trainer, pl_module).keep_if_due(step)
             with run.only_told("log ratios and severity of now"):
-                run.bar.move(trainer, self.history, run.state.statistics, run.applied(trainer), step)
+                run.bar.move(trainer, self.history, run.state.statistics, *run.rates(trainer, step), step)
             return
         last, unsafe = self.history[-1:], run.machine.unsafe
         with run.clock.checking():

@@ -108,18 +108,19 @@ class Ratios:
         history: Sequence[CheckReport],
         losses: RunningStatistics,
         rates: tuple[float, float],
+        coming: tuple[float, float],
         step: int,
     ) -> None:
         """Log ratios and severity at the rates of a coming step, with the age of the limits, where they moved.
 
-        A severity rises by the logarithm of what the rates have risen by since its lookahead tried them, and is no less
-        than what the ``losses`` at hand say.
+        A severity rises by the logarithm of what the rates have risen by since its lookahead tried them, those that are
+        ``coming`` included, and is no less than what the ``losses`` at hand say.
         """
         report = self.take(history)
         if report is None:
             return
         least = _LITTLE if step % trainer.log_every_n_steps == 0 else _MUCH
-        rises = [now / looked for now, looked in zip(rates, self._looked_at, strict=True) if now > looked > 0]
+        rises = [now / looked for now, looked in zip(coming, self._looked_at, strict=True) if now > looked > 0]
         severity = self._severity + math.log(max([1.0, *rises]))
         at_hand = severity_at_hand(losses)
         severity = max(severity, at_hand) if math.isfinite(at_hand) else severity

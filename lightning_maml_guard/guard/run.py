@@ -29,7 +29,7 @@ from lightning_maml_guard.messages.sentences import announced, cause
 from lightning_maml_guard.messages.terminal import warn
 from lightning_maml_guard.optim.clipping import gradient_norm
 from lightning_maml_guard.optim.lr_cap import known_rate
-from lightning_maml_guard.optim.rates_ahead import RatesAhead
+from lightning_maml_guard.optim.rates_ahead import Coming, RatesAhead
 from lightning_maml_guard.optim.snapshot import Snapshot, SnapshotRing
 from lightning_maml_guard.optim.turns import Turns
 from lightning_maml_guard.stability.hvp import MeasurementCache
@@ -62,7 +62,7 @@ class GuardedRun:
         self.norm: Tensor | float | None = None  # of the gradient at hand, maybe on the device; None: not known
         self._losses: list[float] = []  # of the batches that the step at hand accumulates so far
         self.match: TrainingMatch | None = None  # the problem beside the step at hand, if that is to be compared
-        self.matched, self.turns = False, Turns()
+        self.matched, self.turns, self._coming = False, Turns(), Coming()
         self.ahead: RatesAhead | None = None
         self.alpha = math.nan  # the inner rate as configured, where it was read last
         self.repeats = False  # whether every step uses the same batch: then nothing is drawn from its tasks
@@ -241,14 +241,9 @@ class GuardedRun:
         # One of several processes has batches of its own, or pieces, and the checkpoint is the first one's.
         exactly = settings.acting.resumes_exactly and settings.lookahead.steps > 0 and ranks.processes == 1
         kept = self.ring.state() if settings.rollback and ranks.size == ranks.processes else []
+        batches = self.replay.state() if exactly else []
         self.cache.note_the_map()
-        return replace(
-            self.state,
-            watches=self.machine.watches,
-            caps=self.caps.caps,
-            batches=self.replay.state() if exactly else [],
-            snapshots=kept,
-        )
+        return replace(self.state, watches=self.machine.watches, caps=self.caps.caps, batches=batches, snapshots=kept)
 
     def announce(self, reason: Reason, *, just_said: bool = False) -> None:
         """Warn, unless the same was said before; ``just_said``: another message holds it, so it counts as said."""
@@ -290,9 +285,12 @@ class GuardedRun:
         with self.only_told("send an alert to a logger"):
             alert(trainer, message)
 
-    def applied(self, trainer: Any) -> tuple[float, float]:
-        """The inner and the meta rate of the coming step; ``nan`` where they are not known."""
-        return self.caps.caps.applied(self.alpha, known_rate([trainer.optimizers[at] for at in self.state.capped]))
+    def rates(self, trainer: Any, step: int) -> tuple[tuple[float, float], tuple[float, float]]:
+        """The inner and the meta rate of a coming step, and the highest of as many as a lookahead goes, as applied."""
+        now = self.alpha, known_rate([trainer.optimizers[at] for at in self.state.capped])
+        schedule = self.ahead if trainer.lr_scheduler_configs else None
+        caps, coming = self.caps.caps, self._coming.take(now, schedule, step, self.settings.lookahead.steps)
+        return caps.applied(*now), caps.applied(*coming)
 
     def note_severity(self, step: int, severe: float, beta: float) -> None:
         """Keep what a lookahead said at a scheduled meta rate."""

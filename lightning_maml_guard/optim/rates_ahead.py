@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 WITHOUT_END = 10_000
 # Others are walked for 100,000 steps at most, less with more parameter groups: all take under a second.
 MOST, LEAST = 100_000, 5_000
+# Steps over which a rate has to rise, twice in a row, before it is expected to go on.
+_HALF = 5
 # Rates of one precision walked in another agree to about 1e-7 per step.
 _RELATIVE = 1e-4
 
@@ -62,6 +65,11 @@ class RatesAhead:
         rate = max(ahead, key=_or_less)
         return rate, self.step + start + next((i for i, each in enumerate(ahead) if each == rate), 0)
 
+    def highest(self, step: int, steps: int) -> float:
+        """The largest rate of so many steps from a step on."""
+        start = self._index(step)
+        return max(self.rates[start : start + steps], key=_or_less)
+
     @property
     def mean_to_peak(self) -> float:
         """The mean of the coming rates over the largest of them; 1 where that is not a number above 0."""
@@ -99,6 +107,34 @@ class RatesAhead:
 
     def _index(self, step: int | None) -> int:
         return 0 if step is None else min(max(step - self.step, 0), len(self.rates) - 1)
+
+
+class Coming:
+    """The highest inner and meta rate of the next steps: as scheduled, or where they go if they rise on.
+
+    A rate that no schedule moves rises on if it rose in both halves of the last ten steps; one that has jumped is
+    expected to stay.
+    """
+
+    def __init__(self) -> None:
+        self._rates: deque[tuple[float, float]] = deque(maxlen=2 * _HALF + 1)
+
+    def take(
+        self, rates: tuple[float, float], schedule: RatesAhead | None, step: int, steps: int
+    ) -> tuple[float, float]:
+        """Take in the rates before a step, and return the highest ones of so many steps."""
+        self._rates.append(rates)
+        alpha, beta = (self._risen(which, steps) for which in (0, 1))
+        if schedule is not None and schedule.matches(step, rates[1]):
+            beta = schedule.highest(step, steps)
+        return alpha, beta
+
+    def _risen(self, which: int, steps: int) -> float:
+        known = [each[which] for each in self._rates]
+        if len(known) <= 2 * _HALF:
+            return known[-1]
+        rise = min(known[-1] - known[_HALF], known[_HALF] - known[0]) / _HALF
+        return known[-1] + steps * rise if rise > 0 else known[-1]
 
 
 def _or_less(rate: float) -> float:

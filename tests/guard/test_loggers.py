@@ -252,6 +252,41 @@ def test_ratios_and_severity_rise_with_the_rates_between_checks(moved):
     assert [each[2] for each in seen] == pytest.approx([severity + step * math.log(1.2) for step in range(8)], rel=1e-5)
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_the_severity_rises_with_the_rates_that_are_to_come(by_hand):
+    """A schedule that restarts at step 25, and a rate that rises by hand: ten steps ahead both are known."""
+
+    def rate(step):
+        return (1 + step if by_hand else 10.0 if step >= 25 else 1.0) * 1e-4
+
+    class Scheduled(type(linear_module(4, 1e-4))):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step) / rate(0))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    class Moves(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if by_hand:
+                trainer.optimizers[0].param_groups[0]["lr"] = rate(batch_idx)
+
+        def on_train_batch_end(self, trainer, *_):
+            seen.append(float(trainer.callback_metrics["guard/severity"]))
+
+    seen, module = [], linear_module(4, 1e-4, inner_lr=1e-4)
+    if not by_hand:
+        module.__class__ = Scheduled
+    guard = ConvergenceGuard(every_n_steps=100, action="log", lookahead=LookaheadOptions(triggers=False))
+    fit(module, quadratic_batch([0.5, 1.0, 2.0, 4.0]), 30, [Moves(), guard])
+    (_, severity), ten = guard.severities[0], math.log(10.0)
+    if by_hand:
+        assert seen[5] == pytest.approx(severity + math.log(6), abs=0.1)
+        assert seen[20] == pytest.approx(severity + math.log(31), abs=0.1)
+    else:
+        assert seen[:15] == pytest.approx([severity] * 15, abs=1e-3)
+        assert seen[16:] == pytest.approx([severity + ten] * 14, abs=1e-3)
+
+
 def test_a_loss_that_leaves_its_best_raises_the_severity_between_checks():
     """The rates stay; from step 12 on the tasks are others, and the median of the last 8 losses follows."""
     module = linear_module(4, 1e-3, inner_lr=1e-3)

@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import (
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_maml_guard.optim import rates_ahead
-from lightning_maml_guard.optim.rates_ahead import read_ahead
+from lightning_maml_guard.optim.rates_ahead import Coming, RatesAhead, read_ahead
 from lightning_maml_guard.utils.lightning_compat import Callback, LightningModule, Plan, Trainer, plan_of
 from tests.helpers import QUIET
 
@@ -488,3 +488,39 @@ def test_the_momentum_where_a_cycle_peaks(make, expected):
     assert present == pytest.approx(0.95)
     (found,) = read_ahead(plan, [optimizer], 0).at_peak
     assert found == {name: pytest.approx(value) for name, value in expected.items()}
+
+
+def coming(rates, schedule=None, steps=10):
+    known = Coming()
+    return [known.take((0.1, rate), schedule, step, steps)[1] for step, rate in enumerate(rates)]
+
+
+def test_a_rate_that_rises_by_hand_is_expected_to_go_on_rising():
+    rates = [0.1 + 0.02 * step for step in range(30)]
+    found = coming(rates)
+    assert found[:10] == rates[:10]  # not from a few steps
+    assert found[10:] == pytest.approx([rate + 10 * 0.02 for rate in rates[10:]])
+    grown = [0.1 * 1.05**step for step in range(30)]
+    for step, each in enumerate(coming(grown)[10:], 10):
+        assert grown[step] < each < grown[step] * 1.05**10  # less than where it goes, as growth speeds up
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        [0.1] * 12 + [1.0] * 12,  # one that has jumped
+        [0.1 - 0.003 * step for step in range(24)],
+        [float("nan")] * 24,
+        [0.1, 0.2] * 12,
+    ],
+)
+def test_a_rate_that_does_not_rise_by_hand_is_expected_to_stay(rates):
+    assert coming(rates) == pytest.approx(rates, nan_ok=True)
+
+
+def test_the_highest_coming_rate_of_a_schedule_is_that_of_its_next_steps():
+    rates = [0.1 * 0.9**step for step in range(20)] + [2.0, 1.0]
+    schedule = RatesAhead(0, rates, complete=True, configured=2.0)
+    assert coming(rates, schedule) == [max(rates[step : step + 10]) for step in range(22)]
+    # Another rate than the schedule's: it is moved by hand.
+    assert coming([0.5] * 22, schedule) == [0.5] * 22
