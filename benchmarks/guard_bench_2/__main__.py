@@ -4,7 +4,7 @@ Trains every run of :mod:`study` without a guard, with common remedies, under ``
 ``ConvergenceGuard(action="rescale")`` at their defaults. Report only ``--set report``: nothing is chosen on its seeds,
 nor on the family that is held out, which is in this set alone. Runs without a guard are kept in ``OUT/cache``, so that a
 second call trains under the guard alone. ``--overhead`` takes the lengths of a healthy run of
-the ReLU family that are timed.
+the ReLU family that are timed; without any, none is.
 """
 
 from __future__ import annotations
