@@ -77,7 +77,7 @@ class ConvergenceGuard(Callback):
         snapshot_device: Where they are kept (``"cpu"``); None: beside the parameters.
         max_cost: Without ``every_n_steps``: share of the training's work that checks may take, counted in gradients
             and matrix-vector products, so that the same run checks at the same steps. A check is left out until the
-            steps taken pay for it, but for the first ones and that of a diverged loss (``docs/guide.md``).
+            steps taken pay for it; the first ones, up to 300 training steps, and that of a diverged loss do not wait.
         figures: Whether TensorBoard, Weights & Biases and MLflow get pictures of the region and the spectrum, too.
         history_size: Checks that ``history`` and ``severities`` keep, the latest ones. Loggers get all of them.
         allow_untested: Whether to go on under a strategy the guard was not tested with (DeepSpeed and others that split

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 LOOKAHEAD_GRADIENT = 1.2
 # About the cost of a check that measures no curvature.
 _LOOK = 15.0
-# What a run is given before it has paid for it, in training steps: the first check, a few looks, two longer ones.
+# What a run is given beside its share, in training steps: the first check, a few looks, two longer ones.
 _CREDIT = 300.0
 # The last early check, and the one of a run whose loss does not fall.
 _BEGINNING, _STALLED = 128, 64
@@ -63,7 +63,9 @@ class ScheduleState:
         unjudged: Whether the first check could not judge the meta rate yet (Adam before its first step): the second
             one need not be paid for then.
         spent: Cost of all checks so far, in training steps.
+        paid: Cost of those among them that the steps taken had paid for.
         latest: Cost of the latest one.
+        full: Cost of the latest scheduled one, which measures curvature.
         lost: Whether it was not even finite.
         alarms: Checks called by a diverged loss, one soon after another, that found the run well.
         outer: How the meta rate has risen.
@@ -80,7 +82,9 @@ class ScheduleState:
     gap: int = 2
     unjudged: bool = False
     spent: float = 0.0
+    paid: float = 0.0
     latest: float = 0.0
+    full: float = 0.0
     lost: bool = False
     alarms: int = 0
     outer: Rise = field(default_factory=Rise)
@@ -95,16 +99,21 @@ class Schedule:
     """Decides at which steps to check.
 
     Without a budget (``share`` of the training's work; None: none) a check comes at every N-th step, whatever was
-    triggered in between. A triggered check waits after each one before it twice as long as the last time, up to half of
-    ``every_n_steps``; with a budget, those that would have to wait longer wait until they are paid for. A check of a
-    diverged loss comes in the next step; where such checks find nothing, the loss is noisy, and each waits twice as
-    long as the one before, up to that half. A loss that is not finite never waits.
+    triggered in between. With one, these and triggered checks come as the steps taken pay for them, beside a fixed
+    credit for what cannot wait: the first checks, early spikes, a rate that rises. What goes beyond the credit is paid
+    for like the rest.
+
+    A triggered check waits after each one before it twice as long as the last time, up to half of ``every_n_steps``;
+    with a budget, those that would have to wait longer wait until they are paid for. A check of a diverged loss comes
+    in the next step; where such checks find nothing, the loss is noisy, and each waits twice as long as the one before,
+    up to that half. A loss that is not finite never waits.
     """
 
     def __init__(self, every_n_steps: int, share: float | None = None, state: ScheduleState | None = None) -> None:
         self.every_n_steps, self.share = every_n_steps, share
         self.planned: int | None = None  # steps of the whole run, where it has an end
         self.state = state or ScheduleState()
+        self._kind, self._from_share = SCHEDULED, False  # of the check at hand
 
     def due(
         self,
@@ -127,13 +136,14 @@ class Schedule:
         if step == state.last:
             return None
         since = math.inf if state.last is None else step - state.last
-        paid = self._paid(step)
+        paid = self._paid(state.latest, step)
         # With a budget a triggered check stands for the scheduled one that would follow it closely.
         close = since < self.every_n_steps / 2
         on_time = step % self.every_n_steps == 0 and not (close and self.share is not None)
         early = self._early(step, stalled) or (capped and since >= 2 and step >= state.ease_at)
         owed = 0 < state.waits <= _PUT_OFF
-        scheduled = owed or (on_time and paid) or (state.unjudged and (on_time or (early and step >= _JUDGED)))
+        regular = on_time and self._paid(state.full, step)
+        scheduled = owed or regular or (state.unjudged and (on_time or (early and step >= _JUDGED)))
         again = since >= self._longest
         risen = [state.outer.grown(rate, beta_c, again=again), state.inner.grown(alpha, alpha_c, again=again)]
         grown = any(risen)
@@ -150,12 +160,15 @@ class Schedule:
             state.alarms = 0
         if state.diverged and not (scheduled or early or grown):
             state.alarms += 1
+        diverged = state.diverged
         state.last, state.spiked, state.diverged, state.lost = step, False, False, False
         state.outer.looked = math.inf if math.isnan(rate) else rate
         state.inner.looked = math.inf if math.isnan(alpha) else alpha
         if scheduled:
             state.unjudged = False
-        return SCHEDULED if scheduled else TRIGGERED
+        self._kind = SCHEDULED if scheduled else TRIGGERED
+        self._from_share = state.spent > 0 and (regular or (paid and not (scheduled or early or grown or diverged)))
+        return self._kind
 
     def _early(self, step: int, stalled: bool) -> bool:
         """Whether to look at a run that has just begun: at 1, 2, 4, ... as far as the whole run pays for it.
@@ -199,14 +212,17 @@ class Schedule:
 
     def charge(self, *, lookahead_gradients: int, measured: float) -> None:
         """Count the cost of a check: gradients of its lookaheads, and its measurement in training steps."""
-        self.state.latest = LOOKAHEAD_GRADIENT * lookahead_gradients + measured
-        self.state.spent += self.state.latest
-        self.state.waits = 0
+        state, cost = self.state, LOOKAHEAD_GRADIENT * lookahead_gradients + measured
+        state.latest, state.spent, state.waits = cost, state.spent + cost, 0
+        state.paid += cost if self._from_share else 0.0
+        state.full = cost if self._kind == SCHEDULED else state.full
 
-    def _paid(self, step: int) -> bool:
-        """Whether one more check like the latest stays within the budget; the first one always does."""
+    def _paid(self, cost: float, step: int) -> bool:
+        """Whether one more check of a cost stays within the budget; the first one always does."""
         state = self.state
-        return self.share is None or state.spent == 0 or state.spent + state.latest <= self.share * step
+        if self.share is None or state.spent == 0:
+            return True
+        return max(state.paid, state.spent - _CREDIT) + cost <= self.share * step
 
     def affords(self, cost: float, step: int) -> bool:
         """Return True if the run as planned pays for a cost, in training steps, beside what every run is given."""

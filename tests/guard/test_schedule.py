@@ -29,17 +29,28 @@ from tests.helpers import QUIET
 
 
 @given(st.floats(0.005, 0.5), st.integers(1, 40), st.floats(0, 100), st.integers(1, 50))
-def test_after_the_first_check_has_been_paid_no_more_than_the_share_is_spent(share, gradients, measured, every):
-    schedule = Schedule(every, share)
-    spent = 0.0
+def test_no_more_than_the_share_and_a_fixed_credit_is_spent(share, gradients, measured, every):
+    schedule, cost = Schedule(every, share), 1.2 * gradients + measured
+    made = []
     for step in range(2000):
         if schedule.due(step) is not None:
             schedule.charge(lookahead_gradients=gradients, measured=measured)
-            first = spent == 0
-            spent += 1.2 * gradients + measured
-            # Two looks at a run that has just begun are on credit.
-            assert first or step in {2, 8} or spent <= share * step + 1e-9
-    assert spent > 0
+            made.append(step)
+            # The first and two looks at a run that has just begun are on credit.
+            paid = [each for each in made if each not in {0, 2, 8}]
+            assert step in {0, 2, 8} or max(len(paid) * cost, len(made) * cost - 300) <= share * step + 1e-6
+    assert schedule.state.spent == pytest.approx(len(made) * cost)
+
+
+def test_a_long_run_is_measured_again_as_its_steps_pay_for_it_whatever_was_spent_on_credit():
+    """The sinusoid example: lower rates are tried on credit at step 64, and 2 % of 2500 steps pay for a measurement."""
+    schedule, made = Schedule(100, 0.02), []
+    for step in range(15_000):
+        if (kind := schedule.due(step, stalled=step == 64)) is not None:
+            schedule.charge(lookahead_gradients=0, measured={0: 50, 64: 200}.get(step, 50 if kind == SCHEDULED else 15))
+            made.append((step, kind))
+    assert made[:4] == [(0, SCHEDULED), (2, TRIGGERED), (8, TRIGGERED), (64, TRIGGERED)]
+    assert made[4:] == [(step, SCHEDULED) for step in (2500, 5000, 7500, 10_000, 12_500)]
 
 
 def test_without_a_share_every_check_comes():

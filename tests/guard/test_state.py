@@ -157,7 +157,9 @@ def full():
             gap=8,
             unjudged=True,
             spent=40.5,
+            paid=10.5,
             latest=20.25,
+            full=15.5,
             lost=True,
             alarms=2,
             outer=Rise(0.1, 0.2),
@@ -360,6 +362,8 @@ def test_a_flat_state_of_before_the_tree_loads_into_the_same_values():
         losses=LossCurve(),
         schedule=replace(
             full().schedule,
+            paid=0.0,
+            full=0.0,
             lost=False,
             alarms=0,
             outer=Rise(),
