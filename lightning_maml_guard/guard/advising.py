@@ -279,12 +279,14 @@ class Adviser:
         inner, outer = best.alpha * alpha, best.beta * beta
         tried = Reason(Kind.RATES_TRIED, losses=ends, steps=TRIAL_STEPS, alpha=inner, beta=outer)
         proves = ends[1] < ends[0] or not (lower_alpha or lower_beta)
+        # That a rate has no limit to compare with is no reason to lower it.
+        shown = [each for each in findings if not (proves and each.kind is Kind.NOT_JUDGED)]
         return Advice(
             cause=causes[lower_alpha, lower_beta],
             alpha=None if rates.alpha is None else settable(rates.alpha),
             beta=None if rates.beta is None else settable(self._configured(rates.beta)),
             step=self._step,
-            evidence=(*findings, *self.crossing(report), *died, *([tried] if proves else [])),
+            evidence=(*shown, *self.crossing(report), *died, *([tried] if proves else [])),
             configured_alpha=alpha,
             configured_beta=beta,
             setting="lr" if self._run.ahead is None else self._run.ahead.setting,

@@ -78,7 +78,10 @@ class RatesToSet:
                 lower_beta = lower_beta or found.best.learned >= self.search.at(factor).learned
         beta = self._meta_factor(found, report, seen) if lower_beta else 1.0
         if lower_alpha or lower_beta:
-            beta = self._lasting(factor, beta)
+            lasting = self._lasting(factor, beta)
+            if lasting is None and not lower_alpha:
+                return Rates()
+            beta = lasting or beta
         return Rates(factor * alpha if lower_alpha else None, beta * self.beta if beta < 1 else None)
 
     def _inner_factor(self, found: Found, report: StabilityReport, alpha_c: float) -> float:
@@ -99,12 +102,15 @@ class RatesToSet:
         middle = math.sqrt(min(found.flat / self.mean, found.most) * found.most)
         return min(factor, middle) if factor > _FAR_BELOW * found.flat else middle
 
-    def _lasting(self, alpha: float, beta: float) -> float:
-        """The factor on the meta rate, lowered until the loss survives many more steps than a search's trials."""
+    def _lasting(self, alpha: float, beta: float) -> float | None:
+        """The factor on the meta rate, lowered until the loss survives many more steps than a search's trials.
+
+        None where it rises at any: then what the steps descend is not this loss, and no rate is to blame.
+        """
         for halved in range(_HALVED):
             if self.search.at(alpha, beta * 0.5**halved, LASTING_STEPS).trains:
                 return beta * 0.5 ** (halved + 1) if halved else beta
-        return beta
+        return None
 
     def _limit(self, report: StabilityReport) -> float:
         """The meta rate's limit, with the noise of the tasks where they are drawn anew; ``nan`` if it says nothing."""

@@ -61,6 +61,18 @@ def test_rates_that_survive_a_trial_and_die_later_are_lowered_further():
     assert descended(SLOW, rates.beta, 5000) < 0.01 * start
 
 
+def test_no_rate_is_named_where_the_loss_rises_at_all_of_them():
+    """As that of a policy gradient does: its steps are not along its own gradient."""
+    weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    # The value is 1 + w, and the gradient that of 1 - w.
+    problem = PlainProblem({"w": weight}, lambda p: 1 - p["w"] + 2 * p["w"].detach())
+    setter, search = to_set(problem, 0.1)
+    unknown = replace(measure(plain([1.0]), beta=0.1), beta_c=math.nan)
+    tried = search.at(1.0, 2.0**-14)
+    assert not tried.trains and tried.end < search.at().end  # the lower, the better
+    assert setter.of(Found(search.at(), tried, 0.5, 0.5), unknown, []) == (None, None)
+
+
 def test_the_meta_rate_goes_by_the_smallest_limit_seen():
     problem = plain([10.0, 1.0])
     setter, search = to_set(problem, 2.0)
