@@ -26,6 +26,7 @@ from lightning_maml_guard.messages.reasons import Kind, of_check
 from lightning_maml_guard.messages.sentences import announced, returned
 from lightning_maml_guard.messages.terminal import inform
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
+from lightning_maml_guard.optim.shadow import needs_closure
 from lightning_maml_guard.stability.problems import NoLossError
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import SAFE, UNRESOLVED, UNSAFE
@@ -101,7 +102,8 @@ class Check:
                 statistics.look(look.present.begin)
             if not run.state.history:
                 statistics.chance = chance_loss(module, batch)
-            run.begin_match(trainer, module, batch, batch_idx, look.optimizers)
+            if not any(map(needs_closure, look.optimizers)):  # else a step's loss is that of parameters it has moved
+                run.begin_match(trainer, module, batch, batch_idx, look.optimizers)
             adviser, stuck = Adviser(run, trainer, module, look, step), statistics.stuck
             learning, collapsed = self.rollback.compare(look), None
             if learning is not None and learning.lost and not adviser.comes_back(learning.kept_loss):
