@@ -265,7 +265,8 @@ class Adviser:
         if to_blame:
             search = self._search(look.problems, alpha_suspect=True)
             mean = 1.0 if rising is None else rising.mean_to_peak
-            to_set = RatesToSet(search, look.optimizers, look.problem, beta, mean, self._run.repeats, self._measured_at)
+            given = look.optimizers, look.problem, beta, mean, self._run.repeats, self._measured_at, look.harmful
+            to_set = RatesToSet(search, *given)
             rates = to_set.of(found, report, [each for each in self._run.state.history if (each.step or 0) <= step])
         lower_alpha, lower_beta = (rate is not None for rate in rates)
         died = self._look.died if lower_beta and not lower_alpha else ()

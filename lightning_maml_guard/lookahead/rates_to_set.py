@@ -50,6 +50,7 @@ class RatesToSet:
         mean: Mean of the meta rates to come, as a share of the one to replace, their peak.
         repeats: Whether every step uses the same batch, so that its noise sets no limit.
         measured: Measures the limits at a factor on the inner rates.
+        harmful: Whether adaptation makes tasks worse at the inner rate to replace.
     """
 
     search: RateSearch
@@ -59,6 +60,7 @@ class RatesToSet:
     mean: float
     repeats: bool
     measured: Callable[[float], StabilityReport]
+    harmful: bool = False
 
     def of(self, found: Found, report: StabilityReport, earlier: Sequence[StabilityReport]) -> Rates:
         """The rates to set, by the smallest limits of a report and of earlier ones.
@@ -89,6 +91,8 @@ class RatesToSet:
 
         What adaptation does within a few steps says little about a whole run.
         """
+        if self.harmful:  # beyond the limit that counts: the curvature grows along the inner steps
+            alpha_c = min(alpha_c, report.alpha)
         factor = share_to_set(self.problem) * alpha_c / report.alpha
         return factor if factor < 0.5 else found.best.at.alpha
 

@@ -126,3 +126,15 @@ def test_a_limit_far_below_what_trials_learn_at_is_contradicted():
     found = search.find()
     report = replace(measure(problem, beta=2.0), beta_c=1e-4)
     assert setter.of(found, report, []).beta > 0.1 * found.flat * 2.0
+
+
+@pytest.mark.parametrize(("harmful", "share"), [(True, 0.6 / 2**0.6), (False, 0.5)])
+def test_an_inner_rate_that_makes_tasks_worse_is_beyond_its_limit_whatever_the_curvature_says(harmful, share):
+    """The curvature at the parameters may be small, and grow along the inner steps."""
+    problem = replace(meta([0.5], 2.0), inner_steps=2)
+    setter, search = to_set(problem, 0.1, measured=lambda factor: measure(problem.at_factor(factor), beta=0.1))
+    report = measure(problem, beta=0.1)
+    assert report.alpha_ratio < 1
+    found = Found(search.at(), search.at(0.5))
+    rates = replace(setter, harmful=harmful).of(found, report, [])
+    assert rates.alpha == pytest.approx(share * 2.0)
