@@ -58,3 +58,21 @@ def test_that_a_rate_has_no_limit_is_no_reason_to_lower_it(optimizer, recwarn):
     assert guard.advice.cause is Cause.BETA and guard.advice.beta < 10
     assert Kind.NOT_JUDGED not in {each.kind for each in guard.advice.evidence}
     assert len(said_in(recwarn)) == 1 and "not judged" not in said_in(recwarn)[0]
+
+
+class Slow(Surrogate):
+    """A loss that hardly falls, at a learning rate that is a share of its limit."""
+
+    def __init__(self, share):
+        super().__init__(lambda params, lr: SGD(params, lr=share * 2 / 0.02))
+
+    def training_step(self, batch, batch_idx):
+        return 1 + 0.01 * (self.weight - 1) ** 2
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.001, True), (0.4, False)])
+def test_a_rate_far_below_its_limit_may_be_too_low_for_a_loss_that_hardly_falls(share, said, recwarn):
+    fit(Slow(share), torch.ones(1), 70, [ConvergenceGuard()])
+    (told,) = said_in(recwarn)
+    assert " fallen: after 64 steps" in told
+    assert (f"beta was never above {share:g} of beta_c: a higher rate may learn faster" in told) == said
