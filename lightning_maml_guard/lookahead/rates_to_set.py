@@ -91,9 +91,10 @@ class RatesToSet:
 
         What adaptation does within a few steps says little about a whole run.
         """
-        if self.harmful:  # beyond the limit that counts: the curvature grows along the inner steps
-            alpha_c = min(alpha_c, report.alpha)
-        factor = share_to_set(self.problem) * alpha_c / report.alpha
+        share = share_to_set(self.problem)
+        factor = share * alpha_c / report.alpha
+        if factor >= 0.5 and self.harmful:
+            factor = share  # it is beyond the limit that counts: the curvature grows along the inner steps
         return factor if factor < 0.5 else found.best.at.alpha
 
     def _meta_factor(self, found: Found, report: StabilityReport, seen: Sequence[StabilityReport]) -> float:
