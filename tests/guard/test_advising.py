@@ -130,6 +130,13 @@ def test_where_both_rates_are_too_large_both_are_named_and_the_run_that_follows_
     assert end(followed) < 1.5 * healthy()
 
 
+def test_where_the_inner_rate_alone_is_named_the_limit_of_the_meta_rate_there_is_no_evidence():
+    guard, said = guarded(HandWritten(alpha=0.2, lr=0.01, inner_steps=2), sinusoids(2))
+    report = guard.history[0]
+    assert report.beta_ratio > 2 and report.advice.cause == Cause.ALPHA and report.advice.beta is None
+    assert any("beta_c" in reason for reason in report.reasons) and "beta_c" not in said[0]
+
+
 @pytest.mark.parametrize("optimizer", [SGD, pytest.param(Adam, marks=pytest.mark.slow)])
 def test_an_alpha_that_takes_the_query_loss_to_nan_at_step_0_is_named_with_a_number(optimizer):
     rates = {"inner_steps": 5, "lr": 0.01 if optimizer is SGD else 1e-3, "optimizer": optimizer}
