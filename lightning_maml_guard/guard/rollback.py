@@ -20,6 +20,7 @@ from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.snapshot import Snapshot
+from lightning_maml_guard.optim.stability_limits import is_preconditioned
 from lightning_maml_guard.stability.problems import Problem, dead_units
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import SAFE
@@ -116,7 +117,9 @@ class Rollback:
                 statistics.stalled = False
                 return
             found = dead_units(look.problem)
-        shares = [] if state.advice else [each.beta_ratio for each in state.history if each.beta_ratio > 0]
+        # A preconditioner's limit, measured early on, says little; where a rate was called too high, none is too low.
+        says = state.advice is None and not any(map(is_preconditioned, look.optimizers))
+        shares = [each.beta_ratio for each in state.history if says and each.beta_ratio > 0]
         counts = (found.dead, found.units) if found.most else (0, 0)
         losses = statistics.loss, math.nan, statistics.start
         reason = Reason(Kind.STALLED, losses=losses, limit=statistics.chance, steps=statistics.steps, counts=counts)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch.optim import Optimizer
 
 from lightning_maml_guard.lookahead.divergence import Scale
-from lightning_maml_guard.lookahead.rate_search import LASTING_STEPS, Found, RateSearch
+from lightning_maml_guard.lookahead.rate_search import ALPHA_LADDER, LASTING_STEPS, Found, RateSearch
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.optim.stability_limits import is_preconditioned
 from lightning_maml_guard.stability.problems import Problem, first_batch
@@ -95,7 +95,11 @@ class RatesToSet:
         factor = share * alpha_c / report.alpha
         if factor >= 0.5 and self.harmful:
             factor = share  # it is beyond the limit that counts: the curvature grows along the inner steps
-        return factor if factor < 0.5 else found.best.at.alpha
+        if not factor < 0.5:
+            return found.best.at.alpha
+        while factor > ALPHA_LADDER[-1] and self.search.harms(factor):
+            factor *= share
+        return factor
 
     def _meta_factor(self, found: Found, report: StabilityReport, seen: Sequence[StabilityReport]) -> float:
         """Midway between what trials say, and no more than the smallest limit allows, unless they contradict it."""

@@ -138,3 +138,24 @@ def test_an_inner_rate_that_makes_tasks_worse_is_beyond_its_limit_whatever_the_c
     found = Found(search.at(), search.at(0.5))
     rates = replace(setter, harmful=harmful).of(found, report, [])
     assert rates.alpha == pytest.approx(share * 2.0)
+
+
+def test_an_inner_rate_at_which_adaptation_harms_is_lowered_further():
+    """The curvature of ``(w - 1)**4`` grows with the distance that the first inner step leads to."""
+    share, limit, alpha = 0.6 / 2**0.6, 15.0, 20.0
+    data, weight = (torch.ones(2, 1, dtype=torch.float64),), nn.Parameter(torch.full((1,), 1.3, dtype=torch.float64))
+    loss = lambda p, task: ((p["w"] - task[0]) ** 4).sum()  # noqa: E731
+    problem = MetaProblem({"w": weight}, loss, data, data, alpha, inner_steps=2)
+    setter, search = to_set(problem, 1e-3, measured=lambda factor: measure(problem.at_factor(factor), beta=1e-3))
+
+    def harmed(rate):
+        far = 0.3
+        for _ in range(2):
+            far -= rate * 4 * far**3
+        return far**4 > 1.25 * 0.3**4
+
+    report = replace(measure(problem, beta=1e-3), alpha_c=limit)
+    assert harmed(share * limit) and not harmed(share**2 * limit)
+    best = search.at(1 / 16)
+    assert best.trains and search.harms(share * limit / alpha)
+    assert setter.of(Found(search.at(), best), report, []).alpha == pytest.approx(share**2 * limit)
