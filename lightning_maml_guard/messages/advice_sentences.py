@@ -49,9 +49,11 @@ def advised(advice: Advice, spelling: Spelling = IN_PYTHON) -> str:
 
 
 def left_at_any_rate(advice: Advice) -> bool:
-    """Whether what was learned is lost, and rates that were tried would not have kept it."""
-    found = {each.kind for each in advice.evidence}
-    return advice.cause is Cause.UNKNOWN and {Kind.LEARNING_LOST, Kind.RATES_TRIED} <= found
+    """Whether what was learned is lost, and the rates that were tried would not have kept it."""
+    found = {each.kind: each.losses for each in advice.evidence}
+    if advice.cause is not Cause.UNKNOWN or not {Kind.LEARNING_LOST, Kind.RATES_TRIED} <= set(found):
+        return False
+    return min(found[Kind.RATES_TRIED][:2]) > found[Kind.LEARNING_LOST][0]
 
 
 def advice_given(step: int, advice: Advice, effect: Sequence[str], spelling: Spelling) -> str:
