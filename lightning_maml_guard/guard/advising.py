@@ -263,9 +263,9 @@ class Adviser:
         alpha, beta, rising = report.alpha, self._peak, self._rising
         rates, best, look, step = Rates(), found.best.at, self._look, report.step or 0
         if to_blame:
-            search = self._search(look.problems, alpha_suspect=True)
             mean = 1.0 if rising is None else rising.mean_to_peak
-            to_set = RatesToSet(search, look.optimizers, look.problem, beta, mean, self._run.repeats, self._measured_at)
+            given = look.optimizers, look.problem, beta, mean, self._run.repeats, self._measured_at, look.harmful
+            to_set = RatesToSet(self._search(look.problems, alpha_suspect=True), *given)
             rates = to_set.of(found, report, [each for each in self._run.state.history if (each.step or 0) <= step])
         lower_alpha, lower_beta = (rate is not None for rate in rates)
         died = self._look.died if lower_beta and not lower_alpha else ()
@@ -279,12 +279,15 @@ class Adviser:
         inner, outer = best.alpha * alpha, best.beta * beta
         tried = Reason(Kind.RATES_TRIED, losses=ends, steps=TRIAL_STEPS, alpha=inner, beta=outer)
         proves = ends[1] < ends[0] or not (lower_alpha or lower_beta)
+        # That nothing limits a rate is no reason to lower it; limits at an inner rate beyond its own say nothing.
+        idle = Kind.NOT_JUDGED if proves else None
+        shown = [e for e in findings if e.kind is not idle and (e.rate != "beta" or lower_beta or not lower_alpha)]
         return Advice(
             cause=causes[lower_alpha, lower_beta],
             alpha=None if rates.alpha is None else settable(rates.alpha),
             beta=None if rates.beta is None else settable(self._configured(rates.beta)),
             step=self._step,
-            evidence=(*findings, *self.crossing(report), *died, *([tried] if proves else [])),
+            evidence=(*shown, *self.crossing(report), *died, *([tried] if proves else [])),
             configured_alpha=alpha,
             configured_beta=beta,
             setting="lr" if self._run.ahead is None else self._run.ahead.setting,

@@ -21,11 +21,12 @@ from lightning_maml_guard.lookahead.divergence import fails, passes
 from lightning_maml_guard.lookahead.learning import chance_loss, last_loss_reason
 from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult
 from lightning_maml_guard.messages.advice import Advice, Cause
-from lightning_maml_guard.messages.advice_sentences import NO_WAY_BACK, advice_given
+from lightning_maml_guard.messages.advice_sentences import NO_WAY_BACK, advice_given, left_at_any_rate
 from lightning_maml_guard.messages.reasons import Kind, of_check
 from lightning_maml_guard.messages.sentences import announced, returned
 from lightning_maml_guard.messages.terminal import inform
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
+from lightning_maml_guard.optim.shadow import needs_closure
 from lightning_maml_guard.stability.problems import NoLossError
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import SAFE, UNRESOLVED, UNSAFE
@@ -101,7 +102,8 @@ class Check:
                 statistics.look(look.present.begin)
             if not run.state.history:
                 statistics.chance = chance_loss(module, batch)
-            run.begin_match(trainer, module, batch, batch_idx, look.optimizers)
+            if not any(map(needs_closure, look.optimizers)):  # else a step's loss is that of parameters it has moved
+                run.begin_match(trainer, module, batch, batch_idx, look.optimizers)
             adviser, stuck = Adviser(run, trainer, module, look, step), statistics.stuck
             learning, collapsed = self.rollback.compare(look), None
             if learning is not None and learning.lost and not adviser.comes_back(learning.kept_loss):
@@ -199,6 +201,7 @@ class Check:
             changed, helps = caps != before, advice.alpha is None or run.caps.reaches_alpha(self.module)
             # A rollback says what it does by itself.
             acts = (transition.entered or changed) and self._rolled_back is None
+            acts = acts and (action.stops or not left_at_any_rate(advice))
             applied = applied_rates(caps, report.alpha, report.beta)
             effect = action.effect(spelling, applied, helps=helps, changed=changed) if acts else []
             if lost:
@@ -210,9 +213,11 @@ class Check:
             run.stop(self.trainer, step, report.findings if advice is None else advice.evidence)
         if action.speaks:
             for note in report.notes:
-                # That nothing can be measured where a run has been thrown to is no news.
+                # That nothing can be measured where a run has been thrown to is no news, nor that a rate has no limit
+                # to compare with where its steps are tried.
                 thrown = note.kind is Kind.NOT_MEASURED and transition.state == UNSAFE
-                told = thrown or (transition.entered and note in report.findings)
+                tried = note.kind is Kind.NOT_JUDGED and self._looked
+                told = thrown or tried or (transition.entered and note in report.findings)
                 run.announce(replace(note, step=step), just_said=told)
 
     def _keep(self, seen: Seen, found: Judgement, step: int) -> None:

@@ -13,20 +13,14 @@ from lightning_maml_guard.guard.look import ODD, OTHERS, Look, stated
 from lightning_maml_guard.guard.rescale import is_calm
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.lookahead.divergence import fails
-from lightning_maml_guard.lookahead.learning import (
-    PROBES,
-    Learning,
-    compared,
-    finite_or_inf,
-    lost_reason,
-    spread_out,
-)
+from lightning_maml_guard.lookahead.learning import PROBES, Learning, compared, finite_or_inf, lost_reason, spread_out
 from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, lookahead_of
 from lightning_maml_guard.messages.advice_sentences import given_up
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.snapshot import Snapshot
+from lightning_maml_guard.optim.stability_limits import is_preconditioned
 from lightning_maml_guard.stability.problems import Problem, dead_units
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import SAFE
@@ -113,20 +107,23 @@ class Rollback:
 
     def warn_of_stall(self, look: Look, step: int) -> None:
         """Say that a run does not learn, and whether that is because its units have died."""
-        statistics = self.run.state.statistics
+        state, statistics = self.run.state, self.run.state.statistics
         if not self.run.settings.acting.speaks or look.lookahead is None or not self.run.ring.kept:
             return
         with undisturbed(self.trainer, self.module):
             _, now, before = self._learning(look).losses
-            # A slow run at least does better on the batches that it has just been trained on.
+            # A slow run at least does better on the batches that it was just trained on.
             if now < look.scale.times(_UNLEARNED, before):
                 statistics.stalled = False
                 return
             found = dead_units(look.problem)
-        losses = statistics.loss, math.nan, statistics.start
+        # A preconditioner's limit, measured early on, says little; where a rate was called too high, none is too low.
+        says = state.advice is None and not any(map(is_preconditioned, look.optimizers))
+        shares = [each.beta_ratio for each in state.history if says and each.beta_ratio > 0]
         counts = (found.dead, found.units) if found.most else (0, 0)
+        losses = statistics.loss, math.nan, statistics.start
         reason = Reason(Kind.STALLED, losses=losses, limit=statistics.chance, steps=statistics.steps, counts=counts)
-        self.run.announce(replace(reason, step=step))
+        self.run.announce(replace(reason, value=max(shares, default=math.nan), step=step))
 
     def _learning(self, look: Look, recent: Sequence[float] = (), *, start: float = math.inf) -> Learning:
         statistics, chosen = self.run.state.statistics, spread_out(len(look.problems))

@@ -27,6 +27,8 @@ BOTH = 1.25
 # And an inner rate whose adaptation is not harmful this much more than a lower meta rate before it is blamed: a few
 # batches are learned by heart the sooner the less a network adapts.
 ALPHA = 1.1
+# Adaptation that takes the loss above this many times the one before it is harmful.
+_HARMS = 1.25
 ALPHA_LADDER = tuple(2.0**-k for k in range(1, 9))
 BETA_LADDER = tuple(2.0**-k for k in range(1, 15))
 # Inner rates below the best one that are tried before the ladder ends.
@@ -112,6 +114,10 @@ class RateSearch:
         if alpha not in self._untrained:
             self._untrained[alpha] = self._lookahead.untrained(alpha)
         return self._untrained[alpha]
+
+    def harms(self, alpha: float) -> bool:
+        """Whether adaptation at a factor on the inner rates makes the batches clearly worse than none."""
+        return not _mean(self.untrained(alpha)) <= self._scale.times(_HARMS, _mean(self.untrained(0.0)))
 
     @property
     def reference(self) -> tuple[float, ...]:

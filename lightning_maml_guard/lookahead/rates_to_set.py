@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch.optim import Optimizer
 
 from lightning_maml_guard.lookahead.divergence import Scale
-from lightning_maml_guard.lookahead.rate_search import LASTING_STEPS, Found, RateSearch
+from lightning_maml_guard.lookahead.rate_search import ALPHA_LADDER, LASTING_STEPS, Found, RateSearch
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.optim.stability_limits import is_preconditioned
 from lightning_maml_guard.stability.problems import Problem, first_batch
@@ -50,6 +50,7 @@ class RatesToSet:
         mean: Mean of the meta rates to come, as a share of the one to replace, their peak.
         repeats: Whether every step uses the same batch, so that its noise sets no limit.
         measured: Measures the limits at a factor on the inner rates.
+        harmful: Whether adaptation makes tasks worse at the inner rate to replace.
     """
 
     search: RateSearch
@@ -59,6 +60,7 @@ class RatesToSet:
     mean: float
     repeats: bool
     measured: Callable[[float], StabilityReport]
+    harmful: bool = False
 
     def of(self, found: Found, report: StabilityReport, earlier: Sequence[StabilityReport]) -> Rates:
         """The rates to set, by the smallest limits of a report and of earlier ones.
@@ -78,7 +80,10 @@ class RatesToSet:
                 lower_beta = lower_beta or found.best.learned >= self.search.at(factor).learned
         beta = self._meta_factor(found, report, seen) if lower_beta else 1.0
         if lower_alpha or lower_beta:
-            beta = self._lasting(factor, beta)
+            lasting = self._lasting(factor, beta)
+            if lasting is None and not lower_alpha:
+                return Rates()
+            beta = lasting or beta
         return Rates(factor * alpha if lower_alpha else None, beta * self.beta if beta < 1 else None)
 
     def _inner_factor(self, found: Found, report: StabilityReport, alpha_c: float) -> float:
@@ -86,8 +91,15 @@ class RatesToSet:
 
         What adaptation does within a few steps says little about a whole run.
         """
-        factor = share_to_set(self.problem) * alpha_c / report.alpha
-        return factor if factor < 0.5 else found.best.at.alpha
+        share = share_to_set(self.problem)
+        factor = share * alpha_c / report.alpha
+        if factor >= 0.5 and self.harmful:
+            factor = share  # it is beyond the limit that counts: the curvature grows along the inner steps
+        if not factor < 0.5:
+            return found.best.at.alpha
+        while factor > ALPHA_LADDER[-1] and self.search.harms(factor):
+            factor *= share
+        return factor
 
     def _meta_factor(self, found: Found, report: StabilityReport, seen: Sequence[StabilityReport]) -> float:
         """Midway between what trials say, and no more than the smallest limit allows, unless they contradict it."""
@@ -99,12 +111,15 @@ class RatesToSet:
         middle = math.sqrt(min(found.flat / self.mean, found.most) * found.most)
         return min(factor, middle) if factor > _FAR_BELOW * found.flat else middle
 
-    def _lasting(self, alpha: float, beta: float) -> float:
-        """The factor on the meta rate, lowered until the loss survives many more steps than a search's trials."""
+    def _lasting(self, alpha: float, beta: float) -> float | None:
+        """The factor on the meta rate, lowered until the loss survives many more steps than a search's trials.
+
+        None where it rises at any: then what the steps descend is not this loss, and no rate is to blame.
+        """
         for halved in range(_HALVED):
             if self.search.at(alpha, beta * 0.5**halved, LASTING_STEPS).trains:
                 return beta * 0.5 ** (halved + 1) if halved else beta
-        return beta
+        return None
 
     def _limit(self, report: StabilityReport) -> float:
         """The meta rate's limit, with the noise of the tasks where they are drawn anew; ``nan`` if it says nothing."""

@@ -38,9 +38,22 @@ def advised(advice: Advice, spelling: Spelling = IN_PYTHON) -> str:
         to_set.append(f"{spelling.trainer(gradient_clip_val=advice.gradient_clip_val)}, or fix the batch")
     if not to_set:
         found = {each.kind for each in advice.evidence}
+        if left_at_any_rate(advice):
+            return (
+                "the loss has left its best, and leaves it at lower rates too. Look at the data and the loss: that of "
+                "a policy gradient says nothing of what was learned."
+            )
         untried = found & {Kind.LOSS_DIVERGED, Kind.LOSS_NOT_FINITE} and Kind.RATES_TRIED not in found
         return f"{wrong}. Look at {'the rates, ' if untried else ''}the data, the loss and the precision."
     return f"{wrong}. Set {' and '.join(to_set)}."
+
+
+def left_at_any_rate(advice: Advice) -> bool:
+    """Whether what was learned is lost, and the rates that were tried would not have kept it."""
+    found = {each.kind: each.losses for each in advice.evidence}
+    if advice.cause is not Cause.UNKNOWN or not {Kind.LEARNING_LOST, Kind.RATES_TRIED} <= set(found):
+        return False
+    return min(found[Kind.RATES_TRIED][:2]) > found[Kind.LEARNING_LOST][0]
 
 
 def advice_given(step: int, advice: Advice, effect: Sequence[str], spelling: Spelling) -> str:

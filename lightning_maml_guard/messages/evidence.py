@@ -8,6 +8,9 @@ from collections.abc import Callable
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.messages.spelling import Spelling, rates
 
+# A meta rate below this share of its limit may be too low for a run that does not learn.
+_LOW = 0.25
+
 
 def _adaptation_harmful(reason: Reason, spelling: Spelling) -> str:
     before, after, _ = reason.losses
@@ -49,13 +52,15 @@ def _learning_lost(reason: Reason, spelling: Spelling) -> str:
 
 def _stalled(reason: Reason, spelling: Spelling) -> str:
     now, _, start = reason.losses
-    said = f"training has stalled: after {reason.steps} steps the mean loss is {now:.3g}, it started at {start:.3g}"
+    fallen = "hardly" if now < start else "not"
+    said = f"the loss has {fallen} fallen: after {reason.steps} steps its mean is {now:.3g}, it started at {start:.3g}"
     if not math.isnan(reason.limit):
         said += f", and guessing would give {reason.limit:.3g}"
-    units = (
-        f" {reason.counts[0]} of {reason.counts[1]} ReLU units are 0 on the whole batch." if reason.counts[1] else ""
-    )
-    return f"{said}.{units}"
+    if reason.counts[1]:
+        said += f". {reason.counts[0]} of {reason.counts[1]} ReLU units are 0 on the whole batch"
+    elif reason.value < _LOW:
+        said += f". beta was never above {reason.value:.2g} of beta_c: a higher rate may learn faster"
+    return f"{said}."
 
 
 EVIDENCE: dict[Kind, Callable[[Reason, Spelling], str]] = {

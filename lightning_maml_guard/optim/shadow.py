@@ -132,10 +132,15 @@ class ClosureError(TypeError):
     """The optimizer's step evaluates the loss itself."""
 
 
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether a step of an optimizer evaluates the loss itself, as LBFGS does."""
+    closure = inspect.signature(type(unwrap(optimizer)).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
 def check_no_closure(optimizer: Optimizer) -> None:
     """Raise a ClosureError if one gradient does not make a step of this optimizer."""
-    closure = inspect.signature(type(unwrap(optimizer)).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
+    if needs_closure(optimizer):
         raise ClosureError(f"{type(unwrap(optimizer)).__name__} needs a closure for a step.")
 
 

@@ -244,7 +244,7 @@ def _limit_of(optimizer: Optimizer) -> OptimizerLimit:
         names = ", ".join(known.__name__ for known in LIMITS)
         raise UnknownOptimizerError(
             f"The stability limit of {type(optimizer).__module__}.{type(optimizer).__qualname__} is not known "
-            f"(known: {names} of torch.optim, not their subclasses). No statement about its learning rate can "
-            "be made; an inner learning rate is still checked. To have both checked, train with a known optimizer."
+            f"(known: {names} of torch.optim, not their subclasses), so there is no critical value to compare its "
+            "learning rate with; an inner learning rate is still compared. To have both, train with a known optimizer."
         )
     return limit

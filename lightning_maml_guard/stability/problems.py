@@ -165,13 +165,22 @@ def dead_units(problem: Problem) -> DeadUnits:
 
 
 def takes_gradients(problem: Problem) -> bool:
-    """Whether the loss of plain training takes gradients itself, as an inner loop or a gradient penalty does."""
+    """Whether the loss of plain training takes gradients itself, as an inner loop does.
+
+    Gradients by the data alone, of a differential equation or a penalty, do not count.
+    """
     one = first_batch(problem)
     if not isinstance(one, PlainProblem):
         return False
     with double_backward(), gradients_taken() as found:
         one.loss(as_float32(one.params))
-    return bool(found)
+    shapes = {value.shape for value in one.params.values()}
+    return not all(inputs and all(_is_data(each, shapes) for each in inputs) for inputs in found)
+
+
+def _is_data(tensor: Tensor, shapes: set[torch.Size]) -> bool:
+    """Whether a gradient's input is data: no parameter, no copy of one, nor computed from any."""
+    return tensor.grad_fn is None and not isinstance(tensor, nn.Parameter) and tensor.shape not in shapes
 
 
 class NoLossError(ValueError):

@@ -28,6 +28,9 @@ _HALF_LOSS, _HALF_GRADIENT = 0.1, 0.5
 _RANDOM = 2.0
 # Evaluations that show the problem's own scatter, if two differ, and multiples of their range that are allowed.
 _DRAWS, _SCATTER = 4, 3.0
+# Units in the last place by which parameters are moved to see what rounding does: an inner loop that diverges makes
+# much of it.
+_LAST_PLACES = 16
 # How near a ratio of losses must be to a number of tasks or batches to be explained by it, and cosines for one
 # direction.
 _NEAR, _PARALLEL = 0.05, 0.995
@@ -146,25 +149,34 @@ class TrainingMatch:
 
     def _evaluate(self, objective: Objective) -> None:
         target = objective.update() if isinstance(objective, MamlObjective) else objective.curvature(False)
-        losses = []
-        for draw in range(_DRAWS):
-            with preserved_randomness():
-                torch.manual_seed(draw)
-                leaves = {name: value.detach().requires_grad_() for name, value in target[1].items()}
-                value, gradients, _ = target[0](leaves, False)
-            if draw == 0:
-                layout = Layout(leaves)
-                known = {n: torch.zeros_like(leaves[n]) if (g := gradients[n]) is None else g.detach() for n in leaves}
-                self._gradient: Params = layout.split(self._ranks.mean(layout.flatten(known)))
-            losses.append(float(self._ranks.mean(value.detach().float())))
-            if draw == 1 and losses[0] == losses[1]:
+        self.loss, self._gradient = self._drawn(target, 0)
+        losses = [self.loss]
+        for draw in range(1, _DRAWS):
+            losses.append(self._drawn(target, draw)[0])
+            if losses[1] == self.loss:
                 break
-        self.loss = losses[0]
+        loss, gradient = self._drawn((target[0], _rounded(target[1])), 0)
+        gaps = [(gradient[name] - own).double().square().sum() for name, own in self._gradient.items()]
+        sizes = [own.double().square().sum() for own in self._gradient.values()]
+        gap, size = self._space.total(torch.stack([torch.stack(gaps).sum(), torch.stack(sizes).sum()])).tolist()
+        self.rounding = abs(loss - self.loss) if math.isfinite(loss - self.loss) else 0.0
+        self._blur = math.sqrt(gap / size) if size > 0 and math.isfinite(gap) else 0.0
         self.spread = max(losses) - min(losses) if all(map(math.isfinite, losses)) else 0.0
+
+    def _drawn(self, target: Any, seed: int) -> tuple[float, Params]:
+        """The loss and the gradient of an evaluation that draws from a seed."""
+        with preserved_randomness():
+            torch.manual_seed(seed)
+            leaves = {name: value.detach().requires_grad_() for name, value in target[1].items()}
+            value, gradients, _ = target[0](leaves, False)
+        layout = Layout(leaves)
+        known = {n: torch.zeros_like(leaves[n]) if (g := gradients[n]) is None else g.detach() for n in leaves}
+        gradient = layout.split(self._ranks.mean(layout.flatten(known)))
+        return float(self._ranks.mean(value.detach().float())), gradient
 
     def _loss_differs(self, loss: float, random_training: bool) -> bool:
         share = _HALF_LOSS if self._half else _LOSS
-        allowed = share * max(abs(loss), abs(self.loss)) + _SCATTER * self.spread
+        allowed = share * max(abs(loss), abs(self.loss)) + _SCATTER * (self.spread + self.rounding)
         if random_training and loss > 0 and self.loss > 0:
             allowed = max(allowed, (_RANDOM - 1) * min(loss, self.loss))
         elif random_training:
@@ -178,7 +190,7 @@ class TrainingMatch:
             return False  # as long, or clipped
         gap = max(self._size + self._own_size - 2 * self._along, 0.0)
         share = _HALF_GRADIENT if self._half else _GRADIENT
-        return math.sqrt(gap / self._own_size) > share
+        return math.sqrt(gap / self._own_size) > share + _SCATTER * self._blur
 
     @property
     def clipped_to(self) -> float:
@@ -215,6 +227,17 @@ class TrainingMatch:
     def _not_held(self) -> list[str]:
         held = {id(p) for each in self._others for group in each.param_groups for p in group["params"]}
         return [name for name, value in self._params.items() if id(value) not in held] if held else []
+
+
+def _rounded(params: Params) -> Params:
+    """Move parameters by some units in the last place, each up or down."""
+    with preserved_randomness():
+        torch.manual_seed(0)
+        return {
+            name: value.detach()
+            * (1 + _LAST_PLACES * torch.finfo(value.dtype).eps * (2 * torch.randint_like(value, 2) - 1))
+            for name, value in params.items()
+        }
 
 
 def check_reference(value: Any) -> float:

@@ -31,10 +31,20 @@ def is_batched(tensor: torch.Tensor) -> bool:
     return torch._C._functorch.is_batchedtensor(tensor)
 
 
+def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor that the transforms of torch.func around this code have wrapped."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 @contextmanager
-def gradients_taken() -> Iterator[list[str]]:
-    """Note each time this thread takes a gradient: by torch.autograd, ``backward()``, or a transform of torch.func."""
-    taken: list[str] = []
+def gradients_taken() -> Iterator[list[tuple[torch.Tensor, ...]]]:
+    """Note each time this thread takes a gradient, by torch.autograd, ``backward()`` or a transform of torch.func.
+
+    Each is noted by the tensors that it is taken by; none: by all parameters.
+    """
+    taken: list[tuple[torch.Tensor, ...]] = []
     # All of them go through this function, which torch has no public way to watch.
     engine, thread = getattr(torch.autograd, "_engine_run_backward", None), threading.get_ident()
     if engine is None:
@@ -43,7 +53,9 @@ def gradients_taken() -> Iterator[list[str]]:
 
     def watched(*arguments: Any, **options: Any) -> Any:
         if threading.get_ident() == thread:
-            taken.append("gradient")
+            # The inputs come fifth; a GradientEdge among them is no tensor.
+            inputs = options.get("inputs", arguments[4] if len(arguments) > 4 else ()) or ()
+            taken.append(tuple(unwrapped(each) for each in inputs if isinstance(each, torch.Tensor)))
         return engine(*arguments, **options)
 
     try:

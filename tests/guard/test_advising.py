@@ -130,6 +130,13 @@ def test_where_both_rates_are_too_large_both_are_named_and_the_run_that_follows_
     assert end(followed) < 1.5 * healthy()
 
 
+def test_where_the_inner_rate_alone_is_named_the_limit_of_the_meta_rate_there_is_no_evidence():
+    guard, said = guarded(HandWritten(alpha=0.2, lr=0.01, inner_steps=2), sinusoids(2))
+    report = guard.history[0]
+    assert report.beta_ratio > 2 and report.advice.cause == Cause.ALPHA and report.advice.beta is None
+    assert any("beta_c" in reason for reason in report.reasons) and "beta_c" not in said[0]
+
+
 @pytest.mark.parametrize("optimizer", [SGD, pytest.param(Adam, marks=pytest.mark.slow)])
 def test_an_alpha_that_takes_the_query_loss_to_nan_at_step_0_is_named_with_a_number(optimizer):
     rates = {"inner_steps": 5, "lr": 0.01 if optimizer is SGD else 1e-3, "optimizer": optimizer}
@@ -342,7 +349,7 @@ def test_a_run_that_an_inner_rate_out_of_reach_throws_off_is_left_as_it_is_and_a
     now = 0.02 * 1.1 ** (int(at) - 71)  # the module sets the rate after the check
     assert float(alpha) == pytest.approx(now, rel=0.01) and now / 64 < float(lower) < now / 2
     assert "Nothing is lowered: the inner rate is out of the guard's reach" in advised
-    assert not [text for text in said if "stalled" in text] and not guard.events
+    assert not [text for text in said if "fallen" in text] and not guard.events
     assert {each.beta_applied for each in guard.history} == {0.01}
 
 

@@ -1,5 +1,7 @@
 """A training_step that takes gradients itself may hold an inner loop, whose rate plain training does not look at."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from pytorch_lightning import LightningModule
@@ -51,6 +53,53 @@ def test_an_inner_loop_that_is_not_stated_is_told_of_once(how, recwarn):
     said = [" ".join(str(each.message).split()) for each in recwarn if each.category is GuardWarning]
     assert len(said) == 1 and "training_step takes gradients itself" in said[0] and "`meta_problem`" in said[0]
     assert guard.advice is None and torch.autograd._engine_run_backward is ENGINE
+
+
+def by_autograd(net, x):
+    x = x.clone().requires_grad_()
+    slope = torch.autograd.grad(net(x).sum(), x, create_graph=True)[0]
+    return torch.autograd.grad(slope.sum(), x, create_graph=True)[0]
+
+
+def by_func(net, x):
+    return torch.func.vmap(torch.func.jacrev(lambda point: net(point).tanh().sum()))(x)
+
+
+class Physics(Adapts):
+    """A differential equation, or a gradient penalty: derivatives by the data are no inner loop."""
+
+    def training_step(self, batch, batch_idx):
+        return (self.how(nn.Sequential(self.network, nn.Tanh()), X) - 1).square().mean()
+
+
+@pytest.mark.parametrize("how", [by_autograd, by_func])
+def test_derivatives_by_the_data_are_no_inner_loop(how, recwarn):
+    guard = ConvergenceGuard(every_n_steps=2, action="warn")
+    fit(Physics(None, 0.01, how), X, 3, [guard])
+    assert guard.history and not [each for each in recwarn if each.category is GuardWarning]
+
+
+def first_order(loss, params, create_graph):
+    return torch.autograd.grad(loss, params)
+
+
+class Copies(Adapts):
+    """Adapts a copy of the network, which autograd does not connect with the parameters."""
+
+    def training_step(self, batch, batch_idx):
+        learner = deepcopy(self.network)
+        learner.zero_grad()
+        nn.functional.mse_loss(learner(X), Y).backward()
+        moved = {n: p - self.inner_lr * learner.get_parameter(n).grad for n, p in self.network.named_parameters()}
+        return self.task_loss(moved)
+
+
+@pytest.mark.parametrize("kind, how", [(Adapts, first_order), (Copies, None)])
+def test_a_first_order_inner_loop_is_told_of_as_well(kind, how, recwarn):
+    fit(kind(0.05, 0.01, how), X, 3, [ConvergenceGuard(every_n_steps=2, action="warn")])
+    assert "training_step takes gradients itself" in " ".join(
+        str(each.message) for each in recwarn if each.category is GuardWarning
+    )
 
 
 def test_plain_training_hears_nothing_of_it(recwarn):

@@ -20,6 +20,7 @@ from lightning_maml_guard import (
     measure,
 )
 from lightning_maml_guard.messages.reasons import Kind
+from lightning_maml_guard.stability import training_match
 from lightning_maml_guard.stability.problems import PlainProblem
 from lightning_maml_guard.utils.lightning_compat import LightningModule
 from tests.helpers import QUIET, Trainer, one_line
@@ -105,6 +106,31 @@ def warned(module, stated=problem, data=None, action="log", **options):
         trainer.fit(module, DataLoader(data or batches(3 * accumulated), batch_size=None))
     assert guard.history
     return [one_line(each.message) for each in caught if each.category is GuardWarning]
+
+
+class Wave(nn.Module):
+    def forward(self, x):
+        return torch.sin(10 * x)
+
+
+class Chaotic(HandWritten):
+    """An inner loop at many times its limit, in which rounding grows from step to step."""
+
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Linear(2, 8), Wave(), nn.Linear(8, 1)), steps=5)
+
+    def task_loss(self, params, data):
+        return 30 * super().task_loss(params, data)
+
+
+def test_what_rounding_makes_of_a_diverging_inner_loop_is_no_mismatch(monkeypatch):
+    def differs():
+        stated = lambda module, batch: problem(module, batch, inner_steps=5)  # noqa: E731
+        return any("is not what training_step trains" in each for each in warned(Chaotic(), stated))
+
+    assert not differs()
+    monkeypatch.setattr(training_match, "_LAST_PLACES", 0)
+    assert differs()
 
 
 def frozen_first():

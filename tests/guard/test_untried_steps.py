@@ -8,7 +8,7 @@ from pytorch_lightning import LightningModule
 from torch import nn
 from torch.optim import SGD
 
-from lightning_maml_guard import ConvergenceGuard
+from lightning_maml_guard import ConvergenceGuard, MetaProblem
 from lightning_maml_guard.messages.reasons import Kind
 from tests.helpers import fit, guard_warns, is_free_of_hooks
 
@@ -88,3 +88,39 @@ def test_a_run_that_comes_back_is_said_to_and_a_sound_one_hears_nothing_more(cap
     sound = ConvergenceGuard(every_n_steps=4)
     fit(Square(0.25), torch.zeros(1), 20, [sound])
     assert sound.advice is None and {each.status for each in sound.history} == {"unresolved"}
+
+
+class MovesBetween(NeedsClosure):
+    """Evaluates the loss again where it has moved, as LBFGS does."""
+
+    def step(self, closure):
+        closure()
+        SGD.step(self)
+        return closure()
+
+
+class Quartic(Square):
+    """One inner step on the loss ``(w - x)**4``, whose curvature grows with the distance."""
+
+    def one(self, params, data):
+        return ((params["weight"] - data) ** 4).mean()
+
+    def training_step(self, batch, batch_idx):
+        gradient = torch.autograd.grad(self.one({"weight": self.weight}, batch), self.weight, create_graph=True)[0]
+        return self.one({"weight": self.weight - 0.01 * gradient}, batch)
+
+    def configure_optimizers(self):
+        return MovesBetween(self.parameters(), lr=self.lr)
+
+    def meta_problem(self, batch):
+        return MetaProblem({"weight": self.weight}, self.one, batch[None], batch[None], inner_lr=0.01)
+
+
+def test_limits_where_a_run_was_thrown_blame_no_rate(recwarn):
+    """And the loss that such a step returns is no mismatch: it is that of parameters that it has moved."""
+    guard = ConvergenceGuard()
+    fit(Quartic(1.5), torch.zeros(4), 4, [guard])
+    assert guard.history[0].alpha_ratio < 1 < guard.history[-1].alpha_ratio
+    assert guard.advice is not None and guard.advice.alpha is guard.advice.beta is None
+    assert "Look at the rates, the data" in str(guard.advice)
+    assert not [each for each in recwarn if "is not what training_step trains" in str(each.message)]

@@ -61,6 +61,18 @@ def test_rates_that_survive_a_trial_and_die_later_are_lowered_further():
     assert descended(SLOW, rates.beta, 5000) < 0.01 * start
 
 
+def test_no_rate_is_named_where_the_loss_rises_at_all_of_them():
+    """As that of a policy gradient does: its steps are not along its own gradient."""
+    weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    # The value is 1 + w, and the gradient that of 1 - w.
+    problem = PlainProblem({"w": weight}, lambda p: 1 - p["w"] + 2 * p["w"].detach())
+    setter, search = to_set(problem, 0.1)
+    unknown = replace(measure(plain([1.0]), beta=0.1), beta_c=math.nan)
+    tried = search.at(1.0, 2.0**-14)
+    assert not tried.trains and tried.end < search.at().end  # the lower, the better
+    assert setter.of(Found(search.at(), tried, 0.5, 0.5), unknown, []) == (None, None)
+
+
 def test_the_meta_rate_goes_by_the_smallest_limit_seen():
     problem = plain([10.0, 1.0])
     setter, search = to_set(problem, 2.0)
@@ -114,3 +126,36 @@ def test_a_limit_far_below_what_trials_learn_at_is_contradicted():
     found = search.find()
     report = replace(measure(problem, beta=2.0), beta_c=1e-4)
     assert setter.of(found, report, []).beta > 0.1 * found.flat * 2.0
+
+
+@pytest.mark.parametrize(("harmful", "share"), [(True, 0.6 / 2**0.6), (False, 0.5)])
+def test_an_inner_rate_that_makes_tasks_worse_is_beyond_its_limit_whatever_the_curvature_says(harmful, share):
+    """The curvature at the parameters may be small, and grow along the inner steps."""
+    problem = replace(meta([0.5], 2.0), inner_steps=2)
+    setter, search = to_set(problem, 0.1, measured=lambda factor: measure(problem.at_factor(factor), beta=0.1))
+    report = measure(problem, beta=0.1)
+    assert report.alpha_ratio < 1
+    found = Found(search.at(), search.at(0.5))
+    rates = replace(setter, harmful=harmful).of(found, report, [])
+    assert rates.alpha == pytest.approx(share * 2.0)
+
+
+def test_an_inner_rate_at_which_adaptation_harms_is_lowered_further():
+    """The curvature of ``(w - 1)**4`` grows with the distance that the first inner step leads to."""
+    share, limit, alpha = 0.6 / 2**0.6, 15.0, 20.0
+    data, weight = (torch.ones(2, 1, dtype=torch.float64),), nn.Parameter(torch.full((1,), 1.3, dtype=torch.float64))
+    loss = lambda p, task: ((p["w"] - task[0]) ** 4).sum()  # noqa: E731
+    problem = MetaProblem({"w": weight}, loss, data, data, alpha, inner_steps=2)
+    setter, search = to_set(problem, 1e-3, measured=lambda factor: measure(problem.at_factor(factor), beta=1e-3))
+
+    def harmed(rate):
+        far = 0.3
+        for _ in range(2):
+            far -= rate * 4 * far**3
+        return far**4 > 1.25 * 0.3**4
+
+    report = replace(measure(problem, beta=1e-3), alpha_c=limit)
+    assert harmed(share * limit) and not harmed(share**2 * limit)
+    best = search.at(1 / 16)
+    assert best.trains and search.harms(share * limit / alpha)
+    assert setter.of(Found(search.at(), best), report, []).alpha == pytest.approx(share**2 * limit)

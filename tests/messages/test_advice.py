@@ -69,6 +69,18 @@ def test_advice_is_one_line_with_the_numbers_to_set(advice, words):
     assert "\n" not in words
 
 
+def test_what_was_learned_and_is_lost_at_lower_rates_too():
+    lost = Reason(Kind.LEARNING_LOST, losses=(1.0, 2.0, 3.0), steps=4)
+    tried = Reason(Kind.RATES_TRIED, losses=(2.0, 1.5, 3.0), steps=30, alpha=math.nan, beta=0.1)
+    assert str(Advice(cause=Cause.UNKNOWN, evidence=(lost, tried), **RATES)) == (
+        "the loss has left its best, and leaves it at lower rates too. Look at the data and the loss: that of a policy "
+        "gradient says nothing of what was learned."
+    )
+    kept = replace(tried, losses=(0.9, 1.5, 3.0))  # where something else threw the run off
+    for evidence in ((lost,), (lost, kept)):
+        assert str(Advice(cause=Cause.UNKNOWN, evidence=evidence, **RATES)) == EXAMPLES[-1][1]
+
+
 def test_every_cause_has_an_example_and_words_for_advice_that_knows_nothing_more():
     assert {advice.cause for advice, _ in EXAMPLES} == set(Cause)
     for each in Cause:

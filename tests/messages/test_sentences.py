@@ -266,8 +266,17 @@ EXAMPLES = [
     ),
     (
         Reason(Kind.STALLED, losses=(1.6, nan, 2.5), limit=1.609, steps=128, counts=(37, 40)),
-        "training has stalled: after 128 steps the mean loss is 1.6, it started at 2.5, and guessing would give 1.61. "
+        "the loss has hardly fallen: after 128 steps its mean is 1.6, it started at 2.5, and guessing would give 1.61. "
         "37 of 40 ReLU units are 0 on the whole batch.",
+    ),
+    (
+        Reason(Kind.STALLED, losses=(2.6, nan, 2.5), steps=64, value=0.08),
+        "the loss has not fallen: after 64 steps its mean is 2.6, it started at 2.5. beta was never above 0.08 of "
+        "beta_c: a higher rate may learn faster.",
+    ),
+    (
+        Reason(Kind.STALLED, losses=(2.4, nan, 2.5), steps=64, value=0.5),
+        "the loss has hardly fallen: after 64 steps its mean is 2.4, it started at 2.5.",
     ),
     (
         Reason(Kind.SCHEDULE_NOT_READ, error="NotImplementedError", detail="it has no state_dict"),
