@@ -14,7 +14,16 @@ from torch.optim import SGD
 from benchmarks.coverage.networks import ACTIVATIONS, KINKED, Case, Data, forward, loss_of
 from lightning_maml_guard import CurvatureOptions, StabilityReport, measure
 
-QUANTITIES = ("lambda_max", "simplified beta_c", "exact beta_c", "exact_beta_c, rate far below")
+QUANTITIES = (
+    "lambda_max",
+    "simplified beta_c",
+    "exact beta_c",
+    "exact_beta_c, rate far below",
+    "exact_beta_c, rate near it",
+    "lambda_max that judges alpha",
+)
+# A rate near its limit, as a share of it.
+NEAR = 0.7
 # Eigenvalues below this share of the largest limit no rate; a resolved interval is at most so wide; a kink so close.
 FLOOR, RESOLVED, ON_A_KINK = 1e-2, 0.1, 1e-9
 
@@ -174,7 +183,8 @@ class Outcome:
 def outcomes(case: Case, curvature: CurvatureOptions) -> tuple[list[Outcome], StabilityReport]:
     """Measure a case by both criteria and compare it with the dense matrices.
 
-    ``exact_beta_c`` is measured to the tolerance and, as a run that ends early leaves it, far below the limit.
+    ``exact_beta_c`` is measured to the tolerance and, as a run for a verdict leaves it, at rates far below the limit and
+    near it.
     """
     given: dict = {"optimizer": case.optimizer, "beta": None if case.optimizer else 1e-3}
     report = measure(case.problem, **given, curvature=replace(curvature, criterion="simplified"))
@@ -182,6 +192,7 @@ def outcomes(case: Case, curvature: CurvatureOptions) -> tuple[list[Outcome], St
         measure(case.problem, **given, curvature=replace(curvature, criterion="exact", tol=tol))
         for tol in (0.99 * curvature.tol, curvature.tol)
     )
+    near = measure(case.problem, **_at(case, NEAR * full.exact_beta_c), curvature=curvature)
     hessian = mean_hessian(case)
     dense = Dense(case)
     jacobian = dense.matrix(dense.meta_gradient())
@@ -195,4 +206,17 @@ def outcomes(case: Case, curvature: CurvatureOptions) -> tuple[list[Outcome], St
         Outcome(QUANTITIES[1], report.beta_c, report.beta_c_interval, simplified_truth(case, hessian), kink),
         Outcome(QUANTITIES[2], full.exact_beta_c, full.exact_beta_c_interval, exact, kink),
         Outcome(QUANTITIES[3], early.exact_beta_c, early.exact_beta_c_interval, exact, kink),
+        Outcome(QUANTITIES[4], near.exact_beta_c, near.exact_beta_c_interval, exact, kink),
+        Outcome(QUANTITIES[5], early.lambda_max, early.lambda_max_interval, top, kink),
     ], early
+
+
+def _at(case: Case, rate: float) -> dict[str, Any]:
+    """Arguments of a measurement at another meta rate, if it is one."""
+    usable = math.isfinite(rate) and rate > 0
+    if case.optimizer is None:
+        return {"beta": rate if usable else 1e-3}
+    if usable:
+        for group in case.optimizer.param_groups:
+            group["lr"] = rate
+    return {"optimizer": case.optimizer}

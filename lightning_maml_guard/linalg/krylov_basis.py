@@ -115,6 +115,16 @@ class Basis:
             total[begin:end] = (self._load(begin, end, count) * spread[begin:end].unsqueeze(-1)).sum(1)
         return total.reshape(self._blocks, -1)[:, : self._size].reshape(self._shape)
 
+    def products(self, rows: Tensor) -> Tensor:
+        """Multiply vectors, shape ``(k, n)``, with those of a basis without batch dimensions, shape ``(k, m)``."""
+        missing = self._pieces * self._width - self._size
+        pieces = torch.nn.functional.pad(rows, (0, missing)).unflatten(-1, (self._pieces, self._width))
+        parts = [
+            torch.einsum("kpw,pmw->km", pieces[:, begin:end], self._load(begin, end, self.length))
+            for begin, end in self._groups(self.length)
+        ]
+        return self._space.total(torch.stack(parts).sum(0)) * self._scales[:, : self.length]
+
     def dense(self) -> Tensor:
         """Copy all vectors to the device, shape ``(m, *batch, n)``."""
         return torch.stack([self.combine(row) for row in torch.eye(self.length)])

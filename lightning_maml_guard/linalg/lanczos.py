@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +28,7 @@ Matvec = Callable[[Tensor], Tensor]
 # The name of a scalar and the scalar; it comes to the host with the coefficients and must be finite.
 Watched = tuple[str, Tensor]
 # On a CPU transfers cost nothing, and calling `stop` more often saves products.
-_SYNC_ON_HOST, _SYNC_ON_DEVICE = 2, 4
+_SYNC_ON_HOST, _SYNC_ON_DEVICE = 1, 4
 
 
 class NonFiniteProductError(ArithmeticError):
@@ -82,6 +83,7 @@ def lanczos(
     basis: str = "device",
     value: Watched | None = None,
     space: Space = WHOLE,
+    after: Callable[[Basis], None] | None = None,
 ) -> LanczosRun:
     """Run Lanczos from start vectors of shape ``(*batch, n)`` on a symmetric matrix, or on a batch of them at once.
 
@@ -92,7 +94,8 @@ def lanczos(
     The start must be the same on every rank. ``stop`` is called every ``sync_every`` steps with the tridiagonals so
     far, and ends the run with True. ``basis`` is a kind of :class:`~lightning_maml_guard.linalg.krylov_basis.Basis`.
     Raises a NonFiniteProductError if a product, or the watched ``value``, is not finite. In a ``space`` that is split
-    over processes ``start`` and the products are the entries that lie here.
+    over processes ``start`` and the products are the entries that lie here. ``after`` is called after each product,
+    with the vectors so far.
     """
     rows = start.shape[-1] if space.rows is None else space.rows
     steps, sync_every = steps_of(rows, start, max_iter, sync_every)
@@ -105,19 +108,25 @@ def lanczos(
     converged = False
     for step in range(steps):
         vector, lost = kept.append(vector)
-        rest = kept.without(matvec(vector))
-        # For a symmetric matrix all coefficients but the last two, the diagonal and the last norm, are 0.
-        stray = rest.coefficients[:-1].clone()
-        if step:
-            stray[-1] -= norm
-        column = [rest.coefficients[-1], stray.abs().amax(0) if step else torch.zeros_like(norm)]
-        if not kept.exact:
-            column += [lost * norm, torch.linalg.vector_norm(stray, dim=0), rest.overlap]
-        norm, vector = unit(rest.vector, space)
-        del rest  # in bfloat16 the basis keeps another copy
-        columns.append(torch.stack([*column, *watched, norm]))
+        product = matvec(vector)
+        # A mode that the product needs would be asked about every operation here: half of their time.
+        with torch._C.DisableTorchFunction():
+            if after is not None:
+                after(kept)
+            rest = kept.without(product)
+            # For a symmetric matrix all coefficients but the last two, the diagonal and the last norm, are 0.
+            stray = rest.coefficients[:-1].clone()
+            if step:
+                stray[-1] -= norm
+            column = [rest.coefficients[-1], stray.abs().amax(0) if step else torch.zeros_like(norm)]
+            if not kept.exact:
+                column += [lost * norm, torch.linalg.vector_norm(stray, dim=0), rest.overlap]
+            norm, vector = unit(rest.vector, space)
+            del rest, product  # in bfloat16 the basis keeps another copy
+            columns.append(torch.stack([*column, *watched, norm]))
         if (step + 1) % sync_every == 0 or step + 1 == steps:
-            found = _to_host(columns, rows, exact=kept.exact, value=value)
+            with torch._C.DisableTorchFunction():
+                found = _to_host(columns, rows, exact=kept.exact, value=value)
             converged = found.exhausted or (stop is not None and stop(found.runs))
             if converged:
                 break
@@ -166,16 +175,16 @@ class _Found(NamedTuple):
 def _to_host(columns: list[Tensor], size: int, *, exact: bool, value: Watched | None) -> _Found:
     """Bring the coefficients to the host in one transfer, and cut each run where its space is exhausted."""
     eps = torch.finfo(columns[0].dtype).eps
-    host = torch.stack(columns, 1).double().reshape(len(columns[0]), len(columns), -1).cpu()
+    host = torch.stack(columns, 1).double().reshape(len(columns[0]), len(columns), -1).cpu().numpy()
     if value is not None:
         check_value(value[0], float(host[-2, 0, 0]))
-    if not bool(torch.isfinite(host).all()):
-        raise NonFiniteProductError(non_finite(int((~torch.isfinite(host)).any(-1).any(0).nonzero()[0]) + 1))
+    if not np.isfinite(host).all():
+        raise NonFiniteProductError(non_finite(int((~np.isfinite(host)).any(-1).any(0).argmax()) + 1))
     runs, exhausted, asymmetry, rounding = [], True, 0.0, 0.0
     for column in range(host.shape[-1]):
         main, off, stray = host[0, :, column], host[-1, :, column], host[1, :, column]
-        scale = max(float(main.abs().max()), float(off.abs().max()))
-        ends = (off <= 32 * eps * scale).nonzero().flatten().tolist()
+        scale = max(float(np.abs(main).max()), float(np.abs(off).max()))
+        ends = np.flatnonzero(off <= 32 * eps * scale).tolist()
         length = ends[0] + 1 if ends else len(main)
         done = bool(ends) or length == size
         exhausted = exhausted and done
@@ -187,7 +196,7 @@ def _to_host(columns: list[Tensor], size: int, *, exact: bool, value: Watched | 
         if scale:
             asymmetry = max(asymmetry, float(stray[:length].max()) / scale)
         if scale and not exact:
-            lost, spread, overlap = torch.linalg.vector_norm(host[2:5, :length, column], dim=-1).tolist()
+            lost, spread, overlap = np.linalg.norm(host[2:5, :length, column], axis=-1).tolist()
             gap = 2**0.5 * overlap
             spill = (1 + 2 * gap) * (lost + spread) + (last if done else gap * last)
             rounding = max(rounding, spill / scale + gap**2)

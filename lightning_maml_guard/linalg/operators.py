@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_maml_guard.linalg.lanczos import Matvec
 from lightning_maml_guard.linalg.layout import WHOLE, Layout, Params, Space
 from lightning_maml_guard.utils.distributed import Ranks
+from lightning_maml_guard.utils.random_state import same_masks
 from lightning_maml_guard.utils.task_map import TaskMap
 
 
@@ -76,6 +77,7 @@ class Jacobian:
     def __init__(self, field: Field, params: Params, layout: Layout | None = None) -> None:
         self.layout = layout or Layout(params)
         self.batch = 0 if layout is None else 1
+        self._field = field
         self._leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
         self.value, gradients, self._by_task = field(self._leaves, True)
         self._gradients: Params | None = _filled(gradients, self._leaves)
@@ -108,13 +110,17 @@ class Jacobian:
         flat = self.layout.flatten(dict(zip(self._leaves, products, strict=True)), self.batch).detach()
         return self._ranks.mean(flat)
 
-    def along_by_task(self, vector: Tensor) -> Tensor | None:
-        """Return ``v . J_task v`` of every task of this process, where ``J`` is the mean over them; None if unknown.
+    @property
+    def tells_tasks_apart(self) -> bool:
+        """Whether :meth:`by_task` knows the tasks' shares."""
+        return bool(self._by_task)
 
-        One product: the derivative of ``v . G`` towards each task's own copy of the parameters.
+    def by_task(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a product, and ``J_task v`` of every task of this process, shape ``(tasks, n)``: ``J`` is their mean.
+
+        It costs no more than the product: the derivatives of ``v . G`` towards each task's own copy of the parameters.
         """
-        if not self._by_task or self._gradients is None:
-            return None
+        assert self._gradients is not None
         self.matvecs += 1
         pieces = self.layout.split(vector)
         outputs = {name: g for name, g in self._gradients.items() if g.requires_grad}
@@ -131,12 +137,15 @@ class Jacobian:
             if outputs
             else map(torch.zeros_like, copies)
         )
-        groups = [
-            torch.stack([(next(found) * pieces[name]).flatten(1).sum(1) for name in group]).sum(0)
-            for group in self._by_task
-        ]
-        along = torch.cat(groups)
-        return len(along) * along.detach()
+        groups = [self.layout.flatten({name: next(found) for name in group}, 1) for group in self._by_task]
+        rows = torch.cat(groups).detach()
+        rows *= len(rows)
+        return self._ranks.mean(rows.mean(0)), rows
+
+    def gradient_after(self, step: Tensor) -> Tensor:
+        """Evaluate the field a step down from the point, with the same dropout masks."""
+        moved = {name: self._leaves[name] - piece for name, piece in self.layout.split(step).items()}
+        return self._ranks.mean(_evaluated(self._field, moved, self.layout, self.batch)[1])
 
     def release(self) -> None:
         """Free graph and gradient, several times the size of the parameters; no product is possible any more."""
@@ -178,17 +187,14 @@ class FiniteDifference:
         _average(self, ranks)
 
     def _evaluate(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        leaves = {name: piece.detach().requires_grad_() for name, piece in self.layout.split(point).items()}
-        torch.manual_seed(0)
-        value, gradients, _ = self._field(leaves, False)
-        return value, self.layout.flatten(_filled(gradients, leaves), self.batch).detach()
+        return _evaluated(self._field, self.layout.split(point), self.layout, self.batch)
 
     def __call__(self, vector: Tensor) -> Tensor:
         return self.product(vector)
 
-    def along_by_task(self, vector: Tensor) -> None:
-        """Return None: differences of the mean do not tell the tasks apart."""
-        return None
+    def gradient_after(self, step: Tensor) -> Tensor:
+        """Evaluate the field a step down from the point, with the same dropout masks."""
+        return self._ranks.mean(self._evaluate(self._centre - step)[1])
 
     def release(self) -> None:
         """Do nothing: there is no graph to free."""
@@ -200,6 +206,14 @@ class FiniteDifference:
         reach = stretch * self._step / length.clamp(min=torch.finfo(vector.dtype).tiny)
         ahead, behind = (self._evaluate(self._centre + side * reach * vector)[1] for side in (1.0, -1.0))
         return self._ranks.mean((ahead - behind) / (2 * reach))
+
+
+def _evaluated(field: Field, params: Params, layout: Layout, batch: int) -> tuple[Tensor, Tensor]:
+    """Value and flat gradient of a field, from the random state that every evaluation starts from."""
+    leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+    same_masks()
+    value, gradients, _ = field(leaves, False)
+    return value, layout.flatten(_filled(gradients, leaves), batch).detach()
 
 
 def _filled(gradients: dict[str, Tensor | None], leaves: Params) -> Params:

@@ -29,7 +29,7 @@ from lightning_maml_guard.stability.problems import Problem
 from lightning_maml_guard.utils.checks import check_count, check_flag, check_number
 from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.double_backward import double_backward
-from lightning_maml_guard.utils.random_state import preserved_randomness
+from lightning_maml_guard.utils.random_state import preserved_randomness, same_masks
 from lightning_maml_guard.utils.shards import local
 from lightning_maml_guard.utils.task_map import TaskMap, as_float32
 
@@ -230,7 +230,7 @@ class Lookahead:
         if not self._owned:
             live = dict(zip(self._live, self._optimizers[0].param_groups[0]["params"], strict=True))
         with preserved_randomness(), double_backward():
-            torch.manual_seed(0)  # the same dropout masks at every rate, so that results can be compared
+            same_masks()  # at every rate, so that results can be compared
             shadow = ShadowOptimizer(self._optimizers, live, beta_factor)
             if self.groups:
                 shadow.set_groups(self.groups)
@@ -254,7 +254,7 @@ class Lookahead:
     def gradient_norms(self) -> tuple[float, ...]:
         """Compute the norm of every batch's gradient at the parameters as they are."""
         with preserved_randomness(), double_backward():
-            torch.manual_seed(0)
+            same_masks()
             found = [self._evaluate(self._live, index, 1.0)[1] for index in range(self.batches)]
         self.gradients += self.batches
         space = self._objectives[0].space

@@ -161,9 +161,10 @@ def next_update(optimizers: Optimizers, params: Params, gradient: Params) -> Par
 def predicted_change(
     jacobian: Operator | None, optimizers: Optimizers | None, beta: float, params: Params
 ) -> Tensor | None:
-    """Predict the change of the loss over the next step, ``-g.u + 1/2 u.J.u``, with one product; None if unknown.
+    """Predict the change of the loss over the next step ``u``, ``-1/2 (g + g').u``, with one gradient; None if unknown.
 
-    The operator ``J`` holds the gradient ``g``. Without an optimizer the step is plain SGD's at ``beta``.
+    The operator holds the gradient ``g`` and can evaluate the one after the step, ``g'``. Without an optimizer the step
+    is plain SGD's at ``beta``.
     """
     if jacobian is None or math.isnan(beta) or jacobian.batch:
         return None
@@ -174,7 +175,7 @@ def predicted_change(
         if found is None:
             return None
         update = jacobian.layout.flatten(real_pairs(found)).to(gradient)
-    return jacobian.layout.space.total(-(gradient @ update) + 0.5 * (update @ jacobian(update)))
+    return jacobian.layout.space.total(-0.5 * ((gradient + jacobian.gradient_after(update)) @ update))
 
 
 def _copied(leaf: Any, replicas: dict[int, Tensor]) -> Any:

@@ -9,7 +9,7 @@ from lightning_maml_guard.linalg.lanczos import Matvec
 from lightning_maml_guard.linalg.operators import Operator, scaled
 from lightning_maml_guard.messages.reasons import UNKNOWN_INTERVAL
 from lightning_maml_guard.stability.hvp import HESSIAN, Operators
-from lightning_maml_guard.stability.krylov_stopping import Krylov, top_eigenvalue
+from lightning_maml_guard.stability.krylov_stopping import Judged, Krylov, top_eigenvalue
 from lightning_maml_guard.stability.objective import MamlObjective
 from lightning_maml_guard.theory.critical_rates import CriticalRates
 from lightning_maml_guard.theory.limits import Limit
@@ -33,6 +33,16 @@ class InnerRateLimit:
     maml: MamlObjective | None
     exact: bool
     krylov: Krylov
+
+    def judged(self, margin: float, rounding: float) -> Judged | None:
+        """What the Hessian's top eigenvalue is to judge: the inner rate of the update as configured.
+
+        Not a task's: each process would end its own tasks' runs where it likes.
+        """
+        if self.maml is None or not self.exact or self.maml.rates is not None or self.operators.blocks is not None:
+            return None
+        reach = self._reach
+        return Judged(self.maml.alpha / margin, lambda curvature: (reach / curvature,) * 3, rounding=rounding)
 
     def of(self, hessian: Operator, known: CriticalRates) -> tuple[Limit, str]:
         """Find the limit; with rates ``A`` per parameter it is that of ``A^(1/2) H A^(1/2)``.

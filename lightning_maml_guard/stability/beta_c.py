@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_maml_guard.linalg.krylov_basis import Basis
-from lightning_maml_guard.linalg.lanczos import Matvec, Tridiagonal, Watched, check_finite
+from lightning_maml_guard.linalg.lanczos import Matvec, Watched
 from lightning_maml_guard.linalg.layout import Layout, Params
-from lightning_maml_guard.linalg.operators import Operator, scaled, simplified
+from lightning_maml_guard.linalg.operators import Jacobian, Operator, scaled, simplified
 from lightning_maml_guard.optim.linearized_step import LinearizedStep
 from lightning_maml_guard.stability.estimators import Spectrum
 from lightning_maml_guard.stability.hvp import HESSIAN, Operators
 from lightning_maml_guard.stability.krylov_stopping import (
+    Judged,
     Krylov,
     check_symmetry,
     run_arnoldi,
@@ -27,12 +29,7 @@ from lightning_maml_guard.stability.objective import MamlObjective
 from lightning_maml_guard.theory.complex_ritz import complex_limit, complex_ritz
 from lightning_maml_guard.theory.critical_rates import CriticalRates
 from lightning_maml_guard.theory.multiplier import Interval
-from lightning_maml_guard.theory.ritz import (
-    highest_allowed,
-    rates_from_lanczos,
-    ritz_pairs,
-    ritz_values,
-)
+from lightning_maml_guard.theory.ritz import rates_from_lanczos, ritz_pairs, ritz_values
 
 
 @dataclass(frozen=True)
@@ -45,16 +42,19 @@ class MetaRateLimit:
         direction: Unit vector along which it binds, in the scaled coordinates, on the device.
         lowest_direction: Unit vector of the smallest real part, where that is below 0 by more than the residuals
             explain.
+        by_task: Curvature of each task of this process along ``direction``, where the run has told them apart.
     """
 
     beta_c: float
     interval: Interval
     direction: Tensor | None = None
     lowest_direction: Tensor | None = None
+    by_task: Tensor | None = None
 
 
-# A run that ends early bounds the largest eigenvalue to within this factor; it may at such a tolerance or above.
-_CLEAR, _COARSE = 2.0, 1e-2
+# The factor to which the limit has to be known where the rate is far below it: larger than the inner rate's, because a
+# product with the update's Jacobian costs as much as five with the Hessian.
+_WITHIN = 4.0
 
 UNKNOWN = MetaRateLimit(math.nan, (math.nan, math.nan))
 
@@ -105,30 +105,27 @@ def exact_limit(
     krylov: Krylov,
     noise: float,
     value: Watched,
-    clear_of: float = math.nan,
+    rate: float = math.nan,
+    tell_apart: bool = False,
 ) -> MetaRateLimit:
     """Compute ``beta_c`` of the update as configured, from the Jacobian ``J`` of its meta-gradient.
 
     Lanczos where ``J`` is symmetric, else Arnoldi. The limit is ``inf`` where no direction has positive curvature.
-    Unless ``tol`` asks for more, a Lanczos run ends once the limit is above ``clear_of`` for certain, to a factor of 2.
+    Unless ``tol`` asks for more, a Lanczos run ends once it is certain on which side of its limit the ``rate`` is.
+    ``tell_apart``: find each task's curvature along the direction that binds, too, where that costs nothing.
     """
-    if step.note:
-        check_finite(value)
-        return UNKNOWN
     layout = jacobian.layout
-    operator = _as_stepped(jacobian, step, layout, like)
     if not symmetric:
+        operator = _as_stepped(jacobian, step, layout, like)
         return _nonsymmetric(operator, layout, step, like, krylov, noise, value)
-
-    # A small space is exhausted soon, and what is told of hidden eigenvalues needs an orthonormal basis.
-    may_end_early = krylov.tol >= _COARSE and layout.rows > krylov.max_iter and krylov.basis != "bfloat16"
-
-    def is_clear(found: Tridiagonal) -> bool:
-        top, high = ritz_values(*found)[0][-1], highest_allowed(*found, layout.rows, rounding=noise)
-        return 0 < high <= _CLEAR * top and step.rates(high)[1] > clear_of
-
-    enough = is_clear if may_end_early else None
-    run = run_lanczos(operator, layout.rows, like, None, krylov=krylov, value=value, space=layout.space, enough=enough)
+    shares = None
+    if tell_apart and isinstance(jacobian, Jacobian) and jacobian.tells_tasks_apart:
+        shares = _Shares(jacobian, 1.0 if step.scale is None else layout.flatten(step.scale).to(like).sqrt())
+    operator = _as_stepped(shares or jacobian, step, layout, like)
+    judged = Judged(rate, step.rates, _WITHIN, noise)
+    after = None if shares is None else shares.project
+    given: dict[str, Any] = {"value": value, "space": layout.space, "judged": judged, "after": after}
+    run = run_lanczos(operator, layout.rows, like, None, krylov=krylov, **given)
     check_symmetry(run, noise)
     (single,) = run.runs
     error = noise + run.rounding
@@ -141,7 +138,43 @@ def exact_limit(
         limit.interval,
         _combine(run.basis, vectors[:, -1], layout),
         _combine(run.basis, vectors[:, 0], layout) if negative else None,
+        None if shares is None else shares.along(vectors[:, -1]),
     )
+
+
+class _Shares:
+    """Products with the Jacobian that keep what each task's own Jacobian ``J_t`` is on the Krylov space.
+
+    Attributes:
+        jacobian: The mean of the tasks' Jacobians, each of them symmetric.
+        root: ``D^(1/2)``, by which the operator is scaled on both sides.
+    """
+
+    def __init__(self, jacobian: Jacobian, root: Tensor | float) -> None:
+        self.jacobian, self.root = jacobian, root
+        self._rows: Tensor | None = None
+        self._projected: list[Tensor] = []
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        product, self._rows = self.jacobian.by_task(vector)
+        return product
+
+    def project(self, basis: Basis) -> None:
+        """Keep ``V^T J_t v`` of the last vector ``v`` of a basis ``V``, shape ``(tasks, m)``."""
+        assert self._rows is not None
+        self._rows *= self.root
+        self._projected.append(basis.products(self._rows))
+        self._rows = None
+
+    def along(self, weights: np.ndarray) -> Tensor:
+        """Return ``y . J_t y`` by task, for ``y`` the sum of the basis vectors with these weights."""
+        each = torch.as_tensor(weights).to(self._projected[0])
+        # What is kept of a vector is above the diagonal; below it is the same.
+        found = [
+            each[last] * (2 * (row[:, :last] @ each[:last]) + row[:, last] * each[last])
+            for last, row in enumerate(self._projected[: len(each)])
+        ]
+        return torch.stack(found).sum(0)
 
 
 def _nonsymmetric(

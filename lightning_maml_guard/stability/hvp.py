@@ -20,6 +20,7 @@ from lightning_maml_guard.stability.objective import MamlObjective, Objective, T
 from lightning_maml_guard.stability.problems import PlainProblem, Problem, first_batch
 from lightning_maml_guard.utils.checks import first_line
 from lightning_maml_guard.utils.distributed import Ranks
+from lightning_maml_guard.utils.random_state import same_masks
 from lightning_maml_guard.utils.task_map import TaskMap
 
 T = TypeVar("T")
@@ -161,6 +162,13 @@ class Operators:
         self._counted.append((operator, price))
         return operator, noise
 
+    def gradient(self, target: Target) -> Operator:
+        """Evaluate a field where no product with its Jacobian is needed; it counts as a graph of the update's."""
+        operator = FiniteDifference(target.field, target.params, target.block, space=target.space, error=target.error)
+        operator.across(self.ranks)
+        self.charge(0, UPDATE, graphs=1)
+        return operator
+
     def over_blocks(self, compute: Callable[[], T], blocks: int | None, choose: Callable[[list[T]], T]) -> T:
         """Compute something of an operator on every rank, and choose one result for all.
 
@@ -200,7 +208,7 @@ def make_operator(name: str, target: Target, cache: MeasurementCache) -> tuple[O
         return operator, _finite_noise(operator.error)
     trouble = None
     if name not in facts.finite:
-        torch.manual_seed(0)  # the masks that the finite differences draw, too
+        same_masks()  # that the finite differences draw, too
         operator, trouble = _double_backward(name, gradient, params, layout, checked=name in facts.checked)
         facts.checked.add(name)
     # What fails on one rank is done by finite differences on all: their products are averaged.

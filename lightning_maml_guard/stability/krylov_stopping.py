@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_maml_guard.linalg.arnoldi import ArnoldiRun, arnoldi
+from lightning_maml_guard.linalg.krylov_basis import Basis
 from lightning_maml_guard.linalg.lanczos import LanczosRun, Matvec, Tridiagonal, Watched, lanczos
 from lightning_maml_guard.linalg.layout import WHOLE, Space
 from lightning_maml_guard.optim.linearized_step import LinearizedStep
 from lightning_maml_guard.theory.complex_ritz import arnoldi_resolved
 from lightning_maml_guard.theory.multiplier import Interval
-from lightning_maml_guard.theory.ritz import lanczos_resolved, rates_from_lanczos
+from lightning_maml_guard.theory.ritz import highest_allowed, lanczos_resolved, rates_from_lanczos, ritz_values
 
 # A float product carries rounding of this many units in the last place, relative to the spectral radius.
 _ROUNDING_ULPS = 16
 # Products that disagree by more than this share of the spectral radius are not those of one matrix.
 _SYMMETRY = 1e-2
+# A run for a verdict may end before ``tol`` where that is at least so coarse.
+_COARSE = 1e-2
+# It ends where the rate is certainly so many times below its limit; or certainly on one side of it, and the top
+# eigenvalue known to this factor and relative residual.
+_FAR, _DECIDED, _DECIDED_RESIDUAL = 2.0, 1.1, 1e-2
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,36 @@ class Krylov:
     max_iter: int = 20
     tol: float = 1e-2
     basis: str = "device"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The rate that a run's top eigenvalue is to judge: the run may end once that is certain.
+
+    Attributes:
+        rate: The configured rate over the share of its limit that is allowed; ``nan`` if there is none to judge.
+        limits: From a curvature to the rate's limit, and the smallest and the largest that it may be.
+        within: The factor to which the top eigenvalue has to be known where the rate is far below its limit.
+        rounding: Relative rounding error of a product.
+    """
+
+    rate: float
+    limits: Callable[[float], tuple[float, float, float]]
+    within: float = _DECIDED
+    rounding: float = 0.0
+
+    def settled(self, run: Tridiagonal, size: int) -> bool:
+        """Return True if the verdict is certain, and the limit known as well as that needs."""
+        values, residuals = ritz_values(*run)
+        top = float(values[-1])
+        if math.isnan(self.rate) or top <= 0 or top + residuals[-1] > self.within * top:
+            return False
+        high = highest_allowed(*run, size, rounding=self.rounding)
+        least = self.limits(high)[1]
+        if high <= self.within * top and least > _FAR * self.rate:
+            return True
+        known = high <= _DECIDED * top and residuals[-1] <= _DECIDED_RESIDUAL * top
+        return known and (self.rate < least or self.rate > self.limits(top)[2])
 
 
 def top_eigenvalue(
@@ -59,17 +97,25 @@ def run_lanczos(
     krylov: Krylov,
     alpha: float = 0.0,
     value: Watched | None = None,
-    enough: Callable[[Tridiagonal], bool] | None = None,
+    judged: Judged | None = None,
     space: Space = WHOLE,
+    after: Callable[[Basis], None] | None = None,
 ) -> LanczosRun:
-    """Run Lanczos until the top (and, for ``alpha > 0``, ``beta_c``) is known to a relative residual, or enough is."""
+    """Run Lanczos until the top (and, for ``alpha > 0``, ``beta_c``) is known to a relative residual.
+
+    Where a rate is to be ``judged``, and ``tol`` asks for no more, until the verdict is certain.
+    """
     start = space.start((size,) if blocks is None else (blocks, size), like)
+    # A small space is exhausted soon, and what is told of hidden eigenvalues needs an orthonormal basis.
+    if krylov.tol < _COARSE or size <= krylov.max_iter or krylov.basis == "bfloat16":
+        judged = None
 
     def resolved(runs: Sequence[Tridiagonal]) -> bool:
         known = partial(lanczos_resolved, alpha=alpha, tol=krylov.tol, size=size)
-        return all(known(*run) or (enough is not None and enough(run)) for run in runs)
+        return all((judged is not None and judged.settled(run, size)) or known(*run) for run in runs)
 
-    return lanczos(matvec, start, max_iter=krylov.max_iter, stop=resolved, basis=krylov.basis, value=value, space=space)
+    given: dict[str, Any] = {"basis": krylov.basis, "value": value, "space": space, "after": after}
+    return lanczos(matvec, start, max_iter=krylov.max_iter, stop=resolved, **given)
 
 
 class ChangingOperatorError(ArithmeticError):

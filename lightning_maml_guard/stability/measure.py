@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack, nullcontext
 
-import torch
 from torch import Tensor
 
 from lightning_maml_guard.linalg.lanczos import NonFiniteProductError
@@ -26,7 +25,7 @@ from lightning_maml_guard.theory.multiplier import check_rate
 from lightning_maml_guard.utils.checks import check_count
 from lightning_maml_guard.utils.double_backward import double_backward
 from lightning_maml_guard.utils.isolation import isolated
-from lightning_maml_guard.utils.random_state import preserved_randomness
+from lightning_maml_guard.utils.random_state import preserved_randomness, same_masks
 from lightning_maml_guard.utils.reachable import modules_of
 
 
@@ -126,7 +125,7 @@ def measure(
     with ExitStack() as isolation, preserved_randomness(), double_backward():
         for module in modules:
             isolation.enter_context(isolated(module))
-        torch.manual_seed(0)  # the same dropout masks in every check, so that their numbers can be compared
+        same_masks()  # in every check, so that their numbers can be compared
         task_map = cache.map_of(one)
         objective = objective_of(problem, curvature.data, task_map)
         differs: Reason | None = None

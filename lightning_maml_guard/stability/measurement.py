@@ -7,10 +7,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_maml_guard.linalg.lanczos import NonFiniteProductError
+from lightning_maml_guard.linalg.lanczos import NonFiniteProductError, check_finite
 from lightning_maml_guard.linalg.layout import Params
 from lightning_maml_guard.linalg.operators import Operator
-from lightning_maml_guard.messages.reasons import UNKNOWN_INTERVAL, Kind, Reason, of_error
+from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.optim.linearized_step import linearized_step
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.shadow import predicted_change
@@ -31,15 +31,14 @@ from lightning_maml_guard.stability.estimators import (
     estimate_spectrum,
     merged,
 )
-from lightning_maml_guard.stability.hvp import HESSIAN, META_UPDATE, MeasurementCache, Operators
+from lightning_maml_guard.stability.hvp import HESSIAN, META_UPDATE, UPDATE, MeasurementCache, Operators
 from lightning_maml_guard.stability.objective import MamlObjective, Objective
 from lightning_maml_guard.stability.options import CurvatureOptions
 from lightning_maml_guard.stability.reasons import Basis, from_limits, judge, no_curvature
 from lightning_maml_guard.stability.report import StabilityReport
-from lightning_maml_guard.theory.limits import Limit
+from lightning_maml_guard.theory.limits import SAFE, Limit
 
-# A limit of the meta rate that is so many times above it need not be known more closely.
-_CLEAR = 2.0
+_QUERY_LOSS = "The query loss after adaptation"
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,8 @@ class Measurement:
         per_task = options.tasks == "worst" and self._maml is not None
         self._operators = Operators(objective, cache, per_task=per_task)
         self._tasks = sum(cache.ranks.gather(objective.tasks))
+        # Whether the tasks' own curvatures are wanted, and known to matter: not under a decay beside the gradient.
+        self._by_task = self._tasks > 1 and not self._update.decoupled
         self._given_notes = notes
         self._notes: list[Reason] = list(notes)
         self._beta_note = ""  # why the meta rate's limit is not known here
@@ -91,6 +92,7 @@ class Measurement:
         # Over blocks the value is this rank's own, and what ends a measurement must end it on every rank.
         value = hessian.value if blocks is None else ranks.mean(hessian.value)
         simplified_alpha = 0.0 if self._maml is None else objective.alpha
+        alpha_c = InnerRateLimit(operators, self._maml, self._exact, self._options.krylov)
         wanted = HessianRequest(
             hessian,
             objective.mean_loss,
@@ -100,12 +102,12 @@ class Measurement:
             krylov=self._options.krylov,
             noise=noise,
             value=("The task loss", value),
+            judged=alpha_c.judged(self._margin, noise),
         )
         spectrum = operators.over_blocks(lambda: estimate_spectrum(self._options.estimator, wanted), blocks, merged)
         if counts_itself(self._options.estimator):
             operators.charge(spectrum.matvecs, operators.hessian_price)
         known = spectrum.rates(simplified_alpha, objective.inner_steps)
-        alpha_c = InnerRateLimit(operators, self._maml, self._exact, self._options.krylov)
         alpha_limit, alpha_note = alpha_c.of(hessian, known)
         # One graph at a time: each is often several times the parameters' size.
         simplified = None if self._exact else self._simplified_limits(hessian, spectrum, alpha_limit)
@@ -117,23 +119,18 @@ class Measurement:
         if self._exact:
             jacobian, exact_beta = self._exact_limit_if_finite(1.0)
         change = predicted_change(jacobian, self._optimizer, self._beta, objective.live)
-        direction = None if self._tasks < 2 or self._update.decoupled else exact_beta.direction
-        by_task = None
-        if direction is not None:
-            direction = self._update.unscaled(direction)
-            by_task = None if jacobian is None else jacobian.along_by_task(direction)
+        operators.charge(0, UPDATE, graphs=int(change is not None))
         if jacobian is not None:
             jacobian.release()
-        if direction is not None and by_task is None:
-            by_task = operators.by_task(direction)
+        if exact_beta.direction is None or not self._by_task:
+            predicted, noise_limit = math.nan if change is None else float(change), math.nan
+        else:  # what is predicted comes from the device with the rest
+            direction = self._update.unscaled(exact_beta.direction)
+            by_task = operators.by_task(direction) if exact_beta.by_task is None else exact_beta.by_task
+            predicted, noise_limit = mean_square_limit(by_task, operators, self._update, direction, self._tasks, change)
         if self._exact and exact_beta.beta_c == 0 and not alpha_limit.ratio > 1:
             alpha_limit = alpha_c.sharpest(alpha_limit)
         beta = simplified or self._exact_limits(alpha_limit, exact_beta)
-        if direction is not None and by_task is not None:
-            found = mean_square_limit(by_task, operators, self._update, direction, self._tasks, change)
-        else:  # read from the device only where mean_square_limit does not bring it along
-            found = math.nan if change is None else float(change), math.nan
-        predicted, noise_limit = found
         basis = Basis(
             margin=self._margin,
             hvps=operators.hvps,
@@ -146,15 +143,9 @@ class Measurement:
             beta_note=self._beta_note or self._update.note,
         )
         flat = known.lambda_max == 0 and known.lambda_min == 0
-        verdict = (
-            no_curvature(basis)
-            if flat
-            else judge(
-                None if self._maml is None else alpha_limit,
-                None if math.isnan(self._beta) else Limit(self._beta, beta.configured.beta_c, beta.configured.interval),
-                basis,
-            )
-        )
+        inner = None if self._maml is None else alpha_limit
+        outer = Limit(self._beta, beta.configured.beta_c, beta.configured.interval)
+        verdict = no_curvature(basis) if flat else judge(inner, None if math.isnan(self._beta) else outer, basis)
         self._notes += list(operators.cache.facts.finite.values())
         if flat:
             self._notes += verdict.findings
@@ -164,13 +155,14 @@ class Measurement:
             self._notes.append(Reason(Kind.NOT_JUDGED, rate="alpha", detail=alpha_note, step=self._at_step))
         mean_alpha_c, lowered = alpha_c.of_mean(), self._at_lower_alpha(beta, known.lambda_max)
         where: dict[str, Any] = {"margin": self._margin, "step": self._at_step}
+        at_safe = self._margin * beta.at_safe_alpha
         return StabilityReport(
             **self._head(),
             alpha_c=alpha_limit.critical,
             beta_c=beta.configured.beta_c,
             sgd_beta_c=known.beta_c if self._maml is not None and self._maml.uniform_steps else math.nan,
-            exact_beta_c=exact_beta.beta_c if self._maml is not None else math.nan,
-            exact_beta_c_interval=exact_beta.interval if self._maml is not None else UNKNOWN_INTERVAL,
+            exact_beta_c=exact_beta.beta_c,
+            exact_beta_c_interval=exact_beta.interval,
             beta_c_noise=noise_limit,
             mean_alpha_c=mean_alpha_c,
             predicted_change=predicted,
@@ -181,9 +173,7 @@ class Measurement:
             alpha_status=verdict.alpha_status,
             beta_status=verdict.beta_status,
             safe_alpha=beta.safe_alpha,
-            safe_beta=self._beta
-            if math.isnan(beta.at_safe_alpha)
-            else min(self._beta, self._margin * beta.at_safe_alpha),
+            safe_beta=self._beta if math.isnan(at_safe) else min(self._beta, at_safe),
             safe_beta_c=beta.at_safe_alpha,
             lambda_max_interval=known.lambda_max_interval,
             alpha_c_interval=alpha_limit.interval,
@@ -235,7 +225,12 @@ class Measurement:
     def _exact_limit(self, factor: float) -> tuple[Operator, MetaRateLimit]:
         """The update's Jacobian at scaled inner rates, and its ``beta_c``."""
         assert self._maml is not None
-        jacobian, noise = self._operators.build(META_UPDATE, self._maml.update(factor))
+        target = self._maml.update(factor)
+        if self._update.note:  # as of Adam before its first step: no product is needed
+            gradient = self._operators.gradient(target)
+            check_finite((_QUERY_LOSS, gradient.value))
+            return gradient, UNKNOWN
+        jacobian, noise = self._operators.build(META_UPDATE, target)
         limit = exact_limit(
             jacobian,
             self._maml.symmetric,
@@ -243,18 +238,22 @@ class Measurement:
             self._like,
             krylov=self._options.krylov,
             noise=noise,
-            value=("The query loss after adaptation", jacobian.value),
-            clear_of=_CLEAR * self._beta / self._margin,
+            value=(_QUERY_LOSS, jacobian.value),
+            rate=self._beta / self._margin,
+            tell_apart=self._by_task,
         )
         lowest = limit.lowest_direction
         if lowest is not None and is_turned(self._maml, self._operators, self._update, lowest):
-            limit = MetaRateLimit(0.0, (0.0, 0.0), limit.direction)
+            limit = MetaRateLimit(0.0, (0.0, 0.0), limit.direction, by_task=limit.by_task)
         return jacobian, limit
 
     def _exact_limits(self, alpha_limit: Limit, exact_beta: MetaRateLimit) -> _BetaLimits:
         """The limits of the update as configured."""
         safe_alpha = self._safe_alpha(alpha_limit)
-        if not safe_alpha < self._objective.alpha:
+        known = Limit(self._beta, exact_beta.beta_c, exact_beta.interval)
+        # Adaptation that diverges makes the sharpest direction sharper, adaptation that converges does not: a meta rate
+        # that is safe beyond the inner rate's limit is safe at a lower inner rate.
+        if not safe_alpha < self._objective.alpha or known.status(self._margin, strict=True) == SAFE:
             return _BetaLimits(exact_beta, exact_beta.beta_c, safe_alpha)
         jacobian, limit = self._exact_limit_if_finite(safe_alpha / self._objective.alpha)
         if jacobian is not None:

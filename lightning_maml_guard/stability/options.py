@@ -26,8 +26,9 @@ class CurvatureOptions:
             loop's own limit. ``"simplified"``: those of Takagi et al., for simplified MAML.
         estimator: ``"lanczos"``, ``"pyhessian"`` or ``(matvec, start vector) -> eigenvalues``.
         max_iter: Lanczos (or power) steps at most.
-        tol: Relative residual at which to stop, between 0 and 1. From 1e-2 on, the limit of exact MAML's meta rate is
-            known to a factor of 2 alone where the rate is certainly below half of it; its interval says so.
+        tol: Relative residual at which to stop, between 0 and 1. From 1e-2 on, a run ends once its verdict is certain
+            (``criterion="exact"``): the inner rate's limit and exact MAML's of the meta rate are known to 10 %, the
+            latter to a factor of 4 where the rate is certainly below half of it; their intervals say so.
         tasks: Curvature of the ``"mean"`` task loss, or of the ``"worst"`` (sharpest) task.
         data: The loss whose Hessian is measured: ``"support"``, ``"query"`` or ``"both"`` (their mean).
         basis: Where the Lanczos vectors are kept, ``max_iter`` at most: ``"device"``, ``"cpu"`` (the same numbers,

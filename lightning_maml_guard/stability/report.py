@@ -36,7 +36,8 @@ class StabilityReport:
         beta_status: The status of the meta rate alone.
         safe_alpha: Inner rate brought down to ``margin * alpha_c``.
         safe_beta: Meta rate brought down to ``margin * beta_c`` *at* ``safe_alpha``.
-        safe_beta_c: That ``beta_c``; it equals ``beta_c`` while ``alpha`` is safe.
+        safe_beta_c: That ``beta_c``; it equals ``beta_c`` while ``alpha`` is safe, and, a lower bound then, where
+            ``beta`` is safe though ``alpha`` is not (``criterion="exact"``).
         lambda_max_interval: Where ``lambda_max`` lies.
         alpha_c_interval: Where ``alpha_c`` lies.
         beta_c_interval: Where ``beta_c`` lies.
@@ -48,8 +49,8 @@ class StabilityReport:
         beta_c_noise: Meta rate below which the mean square shrinks when the tasks are drawn anew at every step;
             ``nan`` for a single task and under ``criterion="simplified"``.
         mean_alpha_c: With ``tasks="worst"``, the ``alpha_c`` of the mean task loss; else ``nan``.
-        predicted_change: Change of the meta loss the coming step predicts, ``-g.u + 1/2 u.J.u``; of MAML ``nan`` under
-            ``criterion="simplified"``.
+        predicted_change: Change of the meta loss that the coming step ``u`` predicts, ``-1/2 (g + g').u`` with the
+            gradients before and after it; of MAML ``nan`` under ``criterion="simplified"``.
         criterion: Whose conditions the status is about: ``"simplified"`` or ``"exact"``.
         notes: What keeps a rate from being judged and will last, as data; :attr:`notices` has it in words.
         step: Training step, if the caller gave one.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,11 @@ def highest_allowed(
 
 def ritz_pairs(diagonal: Sequence[float], off_diagonal: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Compute the Ritz values, ascending, and in columns their vectors in the coordinates of the Lanczos basis."""
+    return _pairs(tuple(diagonal), tuple(off_diagonal))
+
+
+@lru_cache(maxsize=4)  # whether a run may end takes several looks at the same one
+def _pairs(diagonal: tuple[float, ...], off_diagonal: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
     values, vectors = np.linalg.eigh(_tridiagonal(diagonal, off_diagonal))
     return values, vectors
 

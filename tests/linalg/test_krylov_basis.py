@@ -38,6 +38,13 @@ def filled(kind, count=5, shape=(67,), dtype=torch.float64):
     return found
 
 
+@pytest.mark.parametrize("size", [67, 64])
+@pytest.mark.parametrize("kind", BASES)
+def test_products_with_all_vectors_are_those_with_each(small_panels, kind, size):
+    found, rows = filled(kind, shape=(size,)), torch.as_tensor(np.random.default_rng(1).standard_normal((3, size)))
+    torch.testing.assert_close(found.products(rows), rows @ found.dense().T, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("shape", [(67,), (64,), (3, 67), (2, 3, 5)])
 @pytest.mark.parametrize("kind", BASES)
 def test_panels_give_what_dense_algebra_gives(small_panels, kind, shape):
