@@ -24,19 +24,17 @@ from lightning_maml_guard.lookahead.rates_to_set import (
     is_innocent,
     ratios,
     share_of_start,
-    share_to_set,
+    suspicion,
 )
 from lightning_maml_guard.messages.advice import Advice, Cause, settable
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.optim.rates_ahead import RatesAhead
 from lightning_maml_guard.stability.measure import measure
-from lightning_maml_guard.stability.problems import PlainProblem, Problem, first_batch
+from lightning_maml_guard.stability.problems import PlainProblem, Problem
 from lightning_maml_guard.stability.report import StabilityReport
 
 # Lower rates must end lower by this share of the loss where a rate is so many times its limit.
 _CLEARLY_BEYOND, _BEYOND = 0.05, 2.0
-# An inner rate so many times what its limit would have it set to is a suspect.
-_SUSPECT = 2.0
 # A search may cost as much as some hundred steps, so that one run makes no more than so many.
 _MOST_SEARCHES = 4
 
@@ -97,21 +95,21 @@ class Adviser:
         known = ratios(report)
         if self._look.lookahead is None or all(ratio < CLEAR for ratio in known):
             return None
-        suspect = self._suspects_alpha(report)
+        suspect, weight = self._suspicion(report)
         beyond = suspect or any(ratio > _BEYOND for ratio in known)
-        return self._better(suspect, _CLEARLY_BEYOND if beyond else CLEARLY)
+        return self._better(suspect, _CLEARLY_BEYOND if beyond else CLEARLY, weight)
 
     @property
     def _is_paid(self) -> bool:
         return self._run.schedule.affords(LOOKAHEAD_GRADIENT * PROBE_GRADIENTS, self._step)
 
-    def _better(self, alpha_suspect: bool, share: float = CLEARLY) -> Found | None:
+    def _better(self, alpha_suspect: bool, share: float = CLEARLY, weight: float = 1.0) -> Found | None:
         """Try the rates for more steps than a lookahead; what was found, if lower ones do clearly better."""
         search, clearly = self._from_here(alpha_suspect), share_of_start(self._look.scale, share)
         present, best = search.probe()
         if present.trains and best.learned <= present.learned + clearly:
             return None
-        found = search.find()
+        found = search.find(weight)
         return found if found.best.trains and found.best.learned > found.present.learned + clearly else None
 
     def advise(
@@ -166,21 +164,20 @@ class Adviser:
                 return self._of_rates(known, report, findings)
             # Beyond its limit an inner rate alone makes batches unlike one another.
             problems, odd = self._without_odd(0.5 / report.alpha_ratio if report.alpha_ratio > 1 else 1.0)
-            search = self._search(problems, self._suspects_alpha(report))
+            suspect, weight = self._suspicion(report)
+            search = self._search(problems, suspect)
             if odd is not None and math.isfinite(search.at().end):
                 return self._of_batch(problems, odd, report)
-            found = search.find_alpha() if news is Kind.ADAPTATION_HARMFUL else search.find()
+            found = search.find_alpha() if news is Kind.ADAPTATION_HARMFUL else search.find(weight)
             if not found.best.trains:  # the limits may lie below all rates that a search tries
                 alpha, limit = (0.5 / report.alpha_ratio if report.alpha_ratio > 1 else 1.0), report.safe_beta_c
                 tried = search.at(alpha, 0.5 * limit / self._peak if 0 < limit < self._peak else 1.0)
                 found = Found(found.present, tried, tried.at.beta, tried.at.beta)
             return self._of_rates(found, report, findings)
 
-    def _suspects_alpha(self, report: StabilityReport) -> bool:
-        steps = getattr(first_batch(self._look.problem), "inner_steps", 1)
-        # A single inner step beyond its limit may help, as on Omniglot; several diverge.
-        beyond = steps > 1 and report.alpha_ratio > _SUSPECT * share_to_set(self._look.problem)
-        return self._look.harmful or math.isnan(report.alpha_c) or beyond
+    def _suspicion(self, report: StabilityReport) -> tuple[bool, float]:
+        look = self._look
+        return suspicion(report, look.problem, look.adaptation_gain, harmful=look.harmful)
 
     def _measured_at(self, factor: float) -> StabilityReport:
         problem, run = self._look.problem, self._run

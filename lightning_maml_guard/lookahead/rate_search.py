@@ -166,8 +166,8 @@ class RateSearch:
         present, best = self.probe()
         return present.trains and present.end <= to and best.learned <= present.learned + clearly
 
-    def find(self) -> Found:
-        """Find which rate to lower, and to what.
+    def find(self, outweighs: float = 1.0) -> Found:
+        """Find which rate to lower, and to what; a lower meta rate is blamed if it learns so many times as much.
 
         Lowering the right rate alone lets the run learn; lowering the other one alone does not, or learns less. The
         suspect's ladder is gone down rung by rung, the other one's in long strides, to compare.
@@ -182,7 +182,7 @@ class RateSearch:
             betas, alphas = self._betas(), [self.at(factor, 1.0) for factor in (0.5, 0.125)]
             if _best(alphas).learned > ALPHA * _best(betas).learned:
                 alphas = self._alphas()
-        best, factor = _best(alphas), 1.0 if self._alpha_suspect else ALPHA
+        best, factor = _best(alphas), (1.0 if self._alpha_suspect else ALPHA) / outweighs
         if best.trains and best.learned > factor * max(_best(betas).learned, 0.0):
             return self._found_alpha(alphas)
         betas = self._betas()

@@ -25,6 +25,10 @@ _BEYOND = 2.0
 _FAR_BELOW = 0.15
 # Lower rates must end lower by this share of the loss before they are advised to a run that does not diverge.
 CLEARLY = 0.1
+# An inner rate so many times what its limit would have it set to is a suspect.
+_SUSPECT = 2.0
+# So many times as much a lower meta rate has to learn where several inner steps diverge.
+_FAR_MORE = 2.0
 # So often a meta rate is halved until it lasts, and once more then.
 _HALVED = 7
 # Rates below this share of their limits are not suspected.
@@ -133,6 +137,23 @@ def share_to_set(problem: Problem) -> float:
     first = first_batch(problem)
     steps = first.inner_steps if isinstance(first, MetaProblem) else 1
     return _OF_LIMIT / steps**_OF_LIMIT
+
+
+def suspicion(
+    report: StabilityReport, problem: Problem, adaptation_gain: float, *, harmful: bool
+) -> tuple[bool, float]:
+    """Whether the inner rate is a suspect, and how many times as much as a lower one a lower meta rate has to learn.
+
+    A single inner step beyond its limit may help, as on Omniglot; several diverge. An inner loop that kills its units
+    is left with a constant, which a low meta rate soon makes the mean of the targets: it has to learn far more to be
+    blamed there and, where adaptation is of no use either, is not blamed at all.
+    """
+    several = getattr(first_batch(problem), "inner_steps", 1) > 1
+    beyond = several and report.alpha_ratio > _SUSPECT * share_to_set(problem)
+    weight = 1.0
+    if several and report.alpha_ratio > 1:
+        weight = math.inf if adaptation_gain <= 0 else _FAR_MORE
+    return harmful or math.isnan(report.alpha_c) or beyond, weight
 
 
 def is_innocent(found: Found, report: StabilityReport, scale: Scale) -> bool:

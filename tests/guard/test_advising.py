@@ -166,6 +166,13 @@ def test_several_inner_steps_just_within_their_limit_are_named_under_adam():
     assert guard.advice.alpha < 0.5 * 0.05
 
 
+def test_several_inner_steps_beyond_their_limit_are_named_although_a_low_meta_rate_learns_more_at_first():
+    """The inner loop kills its units: what is left is a constant, which a low meta rate makes the targets' mean."""
+    guard, said = guarded(HandWritten(alpha=0.12, lr=3e-3, inner_steps=5), sinusoids(1, seed=1))
+    assert 1 < guard.history[0].alpha_ratio < 1.2 and guard.history[0].adaptation_gain < 0
+    assert guard.advice.cause == Cause.ALPHA and guard.advice.beta is None and guard.advice.alpha < 0.5 * 0.12
+
+
 class Ends(Callback):
     """Ends a run early that was planned for longer."""
 

@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam
 from lightning_maml_guard import MetaProblem
 from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.lookahead import Lookahead
-from lightning_maml_guard.lookahead.rate_search import TRIAL_STEPS, Factors, RateSearch
+from lightning_maml_guard.lookahead.rate_search import TRIAL_STEPS, Factors, RateSearch, Trial
 from lightning_maml_guard.stability.problems import PlainProblem
 
 RATIO = 3.0
@@ -28,8 +28,8 @@ def plain(curvatures, make):
     return Lookahead([problem], make([weight]), 1)
 
 
-def search(lookahead, *, alpha_suspect=False, **arguments):
-    return RateSearch(lookahead, Scale(), RATIO, alpha_suspect=alpha_suspect, **arguments)
+def search(lookahead, *, alpha_suspect=False, kind=RateSearch, **arguments):
+    return kind(lookahead, Scale(), RATIO, alpha_suspect=alpha_suspect, **arguments)
 
 
 def to_set(found):
@@ -299,3 +299,26 @@ def test_trials_touch_neither_parameters_nor_optimizer_nor_random_numbers():
     tried.find(), tried.find_alpha(), tried.probe()
     assert torch.equal(weight, before[0]) and torch.equal(weight.grad, before[1])
     assert str(optimizer.state_dict()) == str(before[2]) and torch.equal(torch.get_rng_state(), before[3])
+
+
+@given(st.floats(0.01, 2.0), st.sampled_from([1.0, 2.0, math.inf]))
+def test_a_lower_meta_rate_is_blamed_where_it_learns_so_many_times_as_much_as_a_lower_inner_rate(learned, weight):
+    assert to_blame(learned, weight) == ("alpha" if learned * weight > 0.5 else "beta")
+
+
+def to_blame(learned_at_lower_alpha, weight):
+    """What is lowered where a lower inner rate learns so much, and a lower meta rate 0.5; nothing else trains."""
+
+    class Scripted(RateSearch):
+        def at(self, alpha=1.0, beta=1.0, steps=None):
+            gained = {(0.5, 1.0): learned_at_lower_alpha, (1.0, 0.125): 0.5}.get((alpha, beta), -1.0)
+            return Trial(Factors(alpha, beta), 1.0 - gained, gained, gained, trains=gained > 0)
+
+        def untrained(self, alpha):
+            return (1.0,)
+
+    leaf = nn.Parameter(torch.ones(1))
+    problem = MetaProblem({"w": leaf}, lambda p, d: (d * p["w"]).sum(), torch.ones(1, 1), torch.ones(1, 1), 0.1)
+    lookahead = Lookahead([problem], SGD([leaf], lr=0.1), 1)
+    found = search(lookahead, alpha_suspect=True, kind=Scripted).find(weight)
+    return "alpha" if found.best.at.alpha < 1 else "beta"
