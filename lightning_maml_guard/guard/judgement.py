@@ -98,8 +98,8 @@ def judge(run: GuardedRun, seen: Seen, step: int) -> Judgement:
         failing, judged = False, undecided(ratio)
     gone = look.last is not None and look.scale.diverged(look.last, ratio)
     if gone:  # limits where a run has been thrown to blame the wrong rate
-        known = [each.advice for each in reversed(run.state.history) if each.advice is not None]
-        report, findings = replace(report, advice=known[0] if known else None), look.findings
+        known = next((each.advice for each in reversed(run.state.history) if each.advice is not None), None)
+        report, findings = replace(report, advice=known), look.findings
     if look.last is not None and (gone or report.status != UNSAFE):  # else the curvature has its word
         judged = look.scale.severity(look.last)
         run.note_severity(step, judged, report.beta)

@@ -133,16 +133,19 @@ class Ratios:
         if values:
             log_values(trainer, values, step)
 
-    def show(self, trainer: Any, pl_module: Any, history: Sequence[CheckReport]) -> None:
+    def show(self, trainer: Any, history: Sequence[CheckReport]) -> None:
         """Show them in the progress bar, if there is one, under short names that fit into 80 columns.
 
         To be called after the step, so that the user's loss comes first.
         """
         self.take(history)
-        if self._latest and self._latest is not self._shown and trainer.progress_bar_callback is not None:
-            self._shown = self._latest
+        if not self._latest or self._latest is self._shown:
+            return
+        self._shown = self._latest
+        if trainer.progress_bar_callback is not None:
             short = {_SHORT[name]: ratio for name, ratio in self._latest.items()}
-            pl_module.log_dict(short, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1)
+            options = {"prog_bar": True, "logger": False, "on_step": True, "on_epoch": False, "batch_size": 1}
+            trainer.lightning_module.log_dict(short, **options)
 
 
 def alert(trainer: Any, message: str) -> None:

@@ -29,8 +29,8 @@ from lightning_maml_guard.stability.problems import (
     accumulated,
     at_alpha,
     dead_units,
-    first_batch,
     has_meta_problem,
+    inner_steps_of,
     owners,
     state_problem,
     takes_gradients,
@@ -272,8 +272,7 @@ def advised_rates(run: GuardedRun, problem: Problem) -> Caps:
     The next steps survive at rates at which a run learns nothing: several inner steps lead nowhere, or units die.
     """
     advice, beta = run.state.advice, run.state.ceiling.advised
-    several = getattr(first_batch(problem), "inner_steps", 1) > 1
-    alpha = advice.alpha if several and advice is not None else None
+    alpha = advice.alpha if advice is not None and inner_steps_of(problem) > 1 else None
     return Caps(alpha, beta if beta < math.inf else None)
 
 

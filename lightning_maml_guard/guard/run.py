@@ -114,7 +114,7 @@ class GuardedRun:
     def take_step(self, loss: Any, trainer: Any, batch_idx: int) -> None:
         """Compare a step's loss and gradient norm with those of the steps before; a spike calls a check."""
         self.replay.skipped = loss is None and trainer.lightning_module.automatic_optimization
-        self.bar.show(trainer, trainer.lightning_module, self.state.history)
+        self.bar.show(trainer, self.state.history)
         self.state.losses.end = logger_step(trainer) + 1
         if self.turns.taken():
             self.announce(Reason(Kind.OPTIMIZERS_TAKE_TURNS))

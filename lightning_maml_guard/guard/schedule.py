@@ -160,14 +160,14 @@ class Schedule:
             state.alarms = 0
         if state.diverged and not (scheduled or early or grown):
             state.alarms += 1
-        diverged = state.diverged
+        self._kind = SCHEDULED if scheduled else TRIGGERED
+        waited = not (scheduled or early or grown or state.diverged)
+        self._from_share = state.spent > 0 and (regular or (paid and waited))
         state.last, state.spiked, state.diverged, state.lost = step, False, False, False
         state.outer.looked = math.inf if math.isnan(rate) else rate
         state.inner.looked = math.inf if math.isnan(alpha) else alpha
         if scheduled:
             state.unjudged = False
-        self._kind = SCHEDULED if scheduled else TRIGGERED
-        self._from_share = state.spent > 0 and (regular or (paid and not (scheduled or early or grown or diverged)))
         return self._kind
 
     def _early(self, step: int, stalled: bool) -> bool:

@@ -11,9 +11,8 @@ from torch.optim import Optimizer
 
 from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.rate_search import ALPHA_LADDER, LASTING_STEPS, Found, RateSearch
-from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.optim.stability_limits import is_preconditioned
-from lightning_maml_guard.stability.problems import Problem, first_batch
+from lightning_maml_guard.stability.problems import Problem, inner_steps_of
 from lightning_maml_guard.stability.report import StabilityReport
 
 # The numbers here were chosen on AdviceBench's tuning seeds.
@@ -134,9 +133,7 @@ class RatesToSet:
 
 def share_to_set(problem: Problem) -> float:
     """The share of a limit to set."""
-    first = first_batch(problem)
-    steps = first.inner_steps if isinstance(first, MetaProblem) else 1
-    return _OF_LIMIT / steps**_OF_LIMIT
+    return _OF_LIMIT / inner_steps_of(problem) ** _OF_LIMIT
 
 
 def suspicion(
@@ -148,7 +145,7 @@ def suspicion(
     is left with a constant, which a low meta rate soon makes the mean of the targets: it has to learn far more to be
     blamed there and, where adaptation is of no use either, is not blamed at all.
     """
-    several = getattr(first_batch(problem), "inner_steps", 1) > 1
+    several = inner_steps_of(problem) > 1
     beyond = several and report.alpha_ratio > _SUSPECT * share_to_set(problem)
     weight = 1.0
     if several and report.alpha_ratio > 1:

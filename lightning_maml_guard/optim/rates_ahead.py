@@ -130,11 +130,12 @@ class Coming:
         return alpha, beta
 
     def _risen(self, which: int, steps: int) -> float:
-        known = [each[which] for each in self._rates]
-        if len(known) <= 2 * _HALF:
-            return known[-1]
-        rise = min(known[-1] - known[_HALF], known[_HALF] - known[0]) / _HALF
-        return known[-1] + steps * rise if rise > 0 else known[-1]
+        now = self._rates[-1][which]
+        if len(self._rates) <= 2 * _HALF:
+            return now
+        first, middle = self._rates[0][which], self._rates[_HALF][which]
+        rise = min(now - middle, middle - first) / _HALF
+        return now + steps * rise if rise > 0 else now
 
 
 def _or_less(rate: float) -> float:

@@ -116,6 +116,11 @@ def first_batch(problem: Problem) -> MetaProblem | PlainProblem:
     return problem.first if isinstance(problem, AccumulatedProblem) else problem
 
 
+def inner_steps_of(problem: Problem) -> int:
+    """Return the number of inner steps; 1 of plain training."""
+    return getattr(first_batch(problem), "inner_steps", 1)
+
+
 def at_alpha(problem: Problem, alpha: float) -> Problem:
     """Return a problem with ``alpha`` as its inner rate; several rates keep their proportions."""
     if isinstance(problem, PlainProblem):
