@@ -9,12 +9,12 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
-from lightning_maml_guard.guard.look import ODD, OTHERS, Look, fresh
+from lightning_maml_guard.guard.look import Look, fresh, problem_of
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.schedule import LOOKAHEAD_GRADIENT
 from lightning_maml_guard.guard.state_machine import Transition
-from lightning_maml_guard.lookahead.learning import finite_or_inf
 from lightning_maml_guard.lookahead.lookahead import Lookahead, lookahead_of
+from lightning_maml_guard.lookahead.odd_batches import without_odd
 from lightning_maml_guard.lookahead.rate_search import PROBE_GRADIENTS, TRIAL_STEPS, Found, RateSearch
 from lightning_maml_guard.lookahead.rates_to_set import (
     CLEAR,
@@ -163,11 +163,11 @@ class Adviser:
             if known is not None:
                 return self._of_rates(known, report, findings)
             # Beyond its limit an inner rate alone makes batches unlike one another.
-            problems, odd = self._without_odd(0.5 / report.alpha_ratio if report.alpha_ratio > 1 else 1.0)
+            problems, odd = self._without_odd(0.5 / report.alpha_ratio if report.alpha_ratio > 1 else 1.0, at)
             suspect, weight = self._suspicion(report)
             search = self._search(problems, suspect)
             if odd is not None and math.isfinite(search.at().end):
-                return self._of_batch(problems, odd, report)
+                return self._of_batch(problems, *odd, report)
             found = search.find_alpha() if news is Kind.ADAPTATION_HARMFUL else search.find(weight)
             if not found.best.trains:  # the limits may lie below all rates that a search tries
                 alpha, limit = (0.5 / report.alpha_ratio if report.alpha_ratio > 1 else 1.0), report.safe_beta_c
@@ -229,27 +229,30 @@ class Adviser:
         with snapshot.visited(self._module, self._trainer.optimizers, run.settings.snapshot_device):
             yield snapshot.step
 
-    def _without_odd(self, alpha: float) -> tuple[list[Problem], int | None]:
-        """Leave out a batch that is unlike the others at a factor on the inner rates; its index."""
-        problems = self._look.problems
-        if len(problems) <= OTHERS or self._run.repeats:
-            return problems, None
-        losses = finite_or_inf(self._lookahead(problems).untrained(alpha))
-        worst = max(range(len(losses)), key=losses.__getitem__)
-        others = [loss for index, loss in enumerate(losses) if index != worst]
-        if not losses[worst] > self._look.scale.times(ODD, median(others)):
-            return problems, None
-        return [each for index, each in enumerate(problems) if index != worst], worst
+    def _without_odd(self, alpha: float, since: int) -> tuple[list[Problem], tuple[Problem, int] | None]:
+        """Leave out batches unlike the others at a factor on the inner rates; the worst of them, and its step.
 
-    def _of_batch(self, problems: Sequence[Problem], odd: int, report: StabilityReport) -> Advice:
-        """Advise to clip what an odd batch does: at twice the gradients of the others."""
-        odd_loss, *others = self._lookahead([self._look.problems[odd], *problems]).untrained()
-        losses = odd_loss, median(others), self._look.scale.start
+        The one whose step had the highest loss since a step is looked at, too, although it may be long gone.
+        """
+        run, problems = self._run, self._look.problems
+        if run.repeats:
+            return problems, None
+        steps, spike = [self._step - index for index in range(len(problems))], run.replay.spike
+        if spike is not None and since <= spike.step < steps[-1]:
+            problems, steps = [*problems, problem_of(run, self._module, spike.batches)], [*steps, spike.step]
+        kept, odd = without_odd(problems, self._lookahead(problems), self._look.scale, alpha)
+        return kept, None if odd is None else (problems[odd], steps[odd])
+
+    def _of_batch(self, problems: Sequence[Problem], odd: Problem, step: int, report: StabilityReport) -> Advice:
+        """Advise to clip what an odd batch does, where that helps: at twice the gradients of the others."""
+        lookahead = self._lookahead([odd, *problems])
+        (odd_loss, *usual), (norm, *others) = lookahead.untrained(), lookahead.gradient_norms()
+        losses = odd_loss, median(usual), self._look.scale.start
         return Advice(
             cause=Cause.BATCH,
-            gradient_clip_val=settable(2 * median(self._lookahead(problems).gradient_norms())),
+            gradient_clip_val=settable(2 * median(others)) if math.isfinite(norm) else None,
             step=self._step,
-            evidence=(Reason(Kind.ODD_BATCH, losses=losses, step=self._step - odd),),
+            evidence=(Reason(Kind.ODD_BATCH, losses=losses, step=step),),
             configured_alpha=report.alpha,
             configured_beta=self._configured(self._peak),
         )

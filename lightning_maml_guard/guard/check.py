@@ -12,7 +12,7 @@ from lightning_maml_guard.guard.actions import applied_rates
 from lightning_maml_guard.guard.advising import Adviser
 from lightning_maml_guard.guard.judgement import Judgement, Seen, judge, situation_of
 from lightning_maml_guard.guard.loggers import log_check, log_values
-from lightning_maml_guard.guard.look import Look, ease, look_at
+from lightning_maml_guard.guard.look import Look, ease, look_at, took_in
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.rollback import Rollback
 from lightning_maml_guard.guard.run import GuardedRun
@@ -154,14 +154,15 @@ class Check:
 
     def _decide(self, seen: Seen, found: Judgement, step: int, *, lost: bool) -> Caps:
         """Decide on the caps to apply; those of a run that no rate brings back stay."""
-        run, rolled_back = self.run, self._rolled_back is not None
+        run, look, rolled_back = self.run, seen.look, self._rolled_back is not None
+        before = 0 if look.lookahead is None else look.lookahead.gradients
         reach = run.caps.reaches_alpha(self.module)
         situation = situation_of(run, seen, found, step, reach_alpha=reach, rolled_back=rolled_back)
         if found.failing or rolled_back:
             tried = seen.caps.applied(found.report.alpha, found.report.beta)
             run.state.ceiling = run.state.ceiling.failed(*tried, step)
         caps = run.caps.caps if lost else self.settings.acting.decide(situation)
-        run.schedule.ease(step, changed=caps != run.caps.caps)
+        took_in(run, look, step, before, changed=caps != run.caps.caps)
         return caps
 
     def _act_on(self, seen: Seen, found: Judgement, caps: Caps, step: int, *, lost: bool) -> None:

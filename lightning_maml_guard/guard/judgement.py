@@ -9,16 +9,17 @@ from typing import Any
 
 from lightning_maml_guard.guard.actions import Situation
 from lightning_maml_guard.guard.advising import Adviser
-from lightning_maml_guard.guard.look import Look, advised_rates, allows, heed
+from lightning_maml_guard.guard.look import Look, advised_rates, allows
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.divergence import fails, undecided
-from lightning_maml_guard.lookahead.learning import Learning, last_loss_reason
-from lightning_maml_guard.lookahead.lookahead import Caps, lookahead_reason
+from lightning_maml_guard.lookahead.learning import Learning, last_loss_reason, lookahead_reason
+from lightning_maml_guard.lookahead.lookahead import Caps
 from lightning_maml_guard.messages.advice import Advice
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_check
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.stability.measure import measure
+from lightning_maml_guard.stability.problems import PlainProblem, Problem
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import UNSAFE
 from lightning_maml_guard.utils.warnings import GuardWarning
@@ -123,7 +124,7 @@ def situation_of(
     # Trials from where a run has learned favour rates that are too low for the rest of it.
     heeds = advice is not None and math.isnan(look.scale.best)
     if advice is not None and heeds:
-        heed(run, advice)
+        _heed(run, advice, look.problem)
     # Where the run survives the next steps, but not for long, a lower meta rate replaces no lower inner one.
     out_of_reach = found.further and advice is not None and advice.alpha is not None and not reach_alpha
     return Situation(
@@ -143,6 +144,21 @@ def situation_of(
         left=seen.gone,
         allows=partial(allows, run, alpha=report.alpha, beta=report.beta, step=step),
     )
+
+
+def _heed(run: GuardedRun, advice: Advice, problem: Problem) -> None:
+    """Take in the meta rate that is advised: from now on, higher ones have to lead further down.
+
+    What is advised lasts a run without a guard, which cannot lower it later. With one, and no rise to come, MAML may
+    begin at the rate whose trial ended lowest. Plain training may not: its trials learn their few batches by heart.
+    """
+    if advice.beta is None:
+        return
+    peak, ahead = advice.configured_beta, run.ahead
+    rate = advice.beta * peak / (peak if ahead is None else ahead.lr_for_peak(peak))
+    if (ahead is None or not ahead.rises) and not isinstance(problem, PlainProblem):
+        rate = max([rate, *(each.beta for each in advice.evidence if each.kind is Kind.RATES_TRIED)])
+    run.state.ceiling = run.state.ceiling.heeds(rate, advice.step or 0)
 
 
 def _measured(run: GuardedRun, look: Look, step: int) -> tuple[StabilityReport, bool]:

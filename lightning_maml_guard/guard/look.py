@@ -16,7 +16,6 @@ from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, LookaheadResult, lookahead_of
 from lightning_maml_guard.lookahead.resampled import resampled
 from lightning_maml_guard.maml.meta_learning import MetaLearning
-from lightning_maml_guard.messages.advice import Advice
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import eased
 from lightning_maml_guard.messages.terminal import inform
@@ -38,8 +37,6 @@ from lightning_maml_guard.stability.problems import (
 from lightning_maml_guard.utils.isolation import undisturbed
 from lightning_maml_guard.utils.lightning_compat import plan_of
 
-# A batch is odd if its loss at sane parameters is this many times the others' median; of more than so many.
-ODD, OTHERS = 5.0, 3
 # A run's parameters count as sane while its loss is below this many times the one that training started from.
 _SANE = 1.5
 # Batches from one reading of a stated problem's inner rate to the next.
@@ -170,9 +167,14 @@ def stated(
     """
     more = trainer.accumulate_grad_batches - 1
     batches = [(batch, batch_idx), *(run.replay.earlier()[:more] if more else [])]
-    problem = accumulated([state_problem(run.settings.problem, module, *each) for each in batches])
+    problem = problem_of(run, module, batches)
     owned = owners(problem, trainer.optimizers)
     return problem, owned, [trainer.optimizers[index] for index in owned]
+
+
+def problem_of(run: GuardedRun, module: Any, batches: Sequence[tuple[Any, int]]) -> Problem:
+    """State the problem of a step that accumulates these batches, each with its index."""
+    return accumulated([state_problem(run.settings.problem, module, *each) for each in batches])
 
 
 def _look_ahead(look: Look, run: GuardedRun, trainer: Any, module: Any, step: int) -> None:
@@ -242,7 +244,7 @@ def ease(run: GuardedRun, trainer: Any, module: Any, look: Look, step: int, *, s
     lookahead, caps, action = look.lookahead, run.caps.caps, run.settings.acting
     if lookahead is None or look.present is None:
         return
-    alpha, beta = lookahead.alpha, lookahead.beta
+    alpha, beta, before = lookahead.alpha, lookahead.beta, lookahead.gradients
     with undisturbed(trainer, module):
         if slips:
             found = action.ease(caps, look.present, lookahead, look.scale, run.caps.reaches_alpha(module))
@@ -254,16 +256,14 @@ def ease(run: GuardedRun, trainer: Any, module: Any, look: Look, step: int, *, s
         if run.state.capped != look.owned:
             run.cap(trainer, look.owned)
         inform(eased(step, *found.applied(alpha, beta)))
-    run.schedule.ease(step, changed=found != caps)
+    took_in(run, look, step, before, changed=found != caps)
     run.caps.apply(module, found)
 
 
-def heed(run: GuardedRun, advice: Advice) -> None:
-    """Take in the meta rate that is advised: from now on, higher ones have to lead further down."""
-    if advice.beta is not None:
-        peak = advice.configured_beta
-        configured = peak if run.ahead is None else run.ahead.lr_for_peak(peak)
-        run.state.ceiling = run.state.ceiling.heeds(advice.beta * peak / configured, advice.step or 0)
+def took_in(run: GuardedRun, look: Look, step: int, gradients: int, *, changed: bool) -> None:
+    """Plan the next look at capped rates, after one before which ``gradients`` had been tried."""
+    tried = look.lookahead is None or look.lookahead.gradients > gradients
+    run.schedule.ease(step, changed=changed, until=0 if tried or changed else run.state.ceiling.until)
 
 
 def advised_rates(run: GuardedRun, problem: Problem) -> Caps:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 from lightning_maml_guard.guard.loggers import logger_step
-from lightning_maml_guard.guard.look import ODD, OTHERS, Look, stated
+from lightning_maml_guard.guard.look import Look, stated
 from lightning_maml_guard.guard.rescale import is_calm
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.lookahead.divergence import fails
-from lightning_maml_guard.lookahead.learning import PROBES, Learning, compared, finite_or_inf, lost_reason, spread_out
+from lightning_maml_guard.lookahead.learning import PROBES, Learning, compared, lost_reason, spread_out
 from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, lookahead_of
+from lightning_maml_guard.lookahead.odd_batches import without_odd
 from lightning_maml_guard.messages.advice_sentences import given_up
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced
@@ -73,7 +74,7 @@ class Rollback:
         if look.lookahead is None or look.present is None or not run.ring.kept:
             return None
         first = look.present.losses[: PROBES + 1]
-        level, ratio = fmean(first), run.settings.lookahead.divergence_ratio
+        level, ratio = median(first), run.settings.lookahead.divergence_ratio
         far = statistics.diverged(level, ratio)
         # The start of a few batches may be that of easy tasks.
         early = not look.scale.settled and fails(look.severity, ratio)
@@ -185,17 +186,14 @@ class Rollback:
 
     def _without_odd(self, look: Look) -> Lookahead:
         """The lookahead without a batch whose loss is far above the others' at the parameters at hand."""
-        before = look.lookahead
+        before, tried = look.lookahead, self._lookahead(look.problems, look)
         assert before is not None
-        if len(look.problems) > OTHERS:
-            losses = finite_or_inf(self._lookahead(look.problems, look).untrained())
-            usual = look.scale.times(ODD, median(losses))
-            kept = [each for each, loss in zip(look.problems, losses, strict=True) if loss <= usual]
-            if len(kept) < len(losses):
-                found = self._lookahead(kept, look)
-                found.begin, found.gradients = before.begin, before.gradients + len(losses)
-                return found
-        return before
+        kept, odd = without_odd(look.problems, tried, look.scale)
+        if odd is None:
+            return before
+        found = self._lookahead(kept, look)
+        found.begin, found.gradients = before.begin, before.gradients + tried.gradients
+        return found
 
     def go_back(self, loss: float, step: int, look: Look | None = None) -> bool:
         """Go back to the snapshot, or stop the run if that was done too often; False if it was stopped.

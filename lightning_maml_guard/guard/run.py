@@ -56,8 +56,8 @@ class GuardedRun:
         self.caps = AppliedCaps(settings.acting.caps_rates and not inert, self.state.caps)
         self.ring = SnapshotRing([Snapshot.restored(each) for each in self.state.snapshots])
         self.replay = ReplayBuffer(settings.lookahead.batches)
-        self.replay.load(self.state.batches)
-        self.state.snapshots, self.state.batches = [], []  # `saved` asks the live objects for them
+        self.replay.load(self.state.batches, self.state.spike)
+        self.state.snapshots, self.state.batches, self.state.spike = [], [], []  # `saved` asks the live objects
         self.figures, self.bar, self.clock = Figures(settings.figures), Ratios(), Stopwatch()
         self.norm: Tensor | float | None = None  # of the gradient at hand, maybe on the device; None: not known
         self._losses: list[float] = []  # of the batches that the step at hand accumulates so far
@@ -151,6 +151,8 @@ class GuardedRun:
         statistics, lookahead = self.state.statistics, self.settings.lookahead
         told = self.machine.unsafe and not self.settings.acting.caps_rates
         spiked, lost = statistics.update(value, norm), statistics.lost
+        size, at_best = trainer.accumulate_grad_batches, statistics.loss <= statistics.best
+        self.replay.take_loss(value, logger_step(trainer), size, spiked=spiked, at_best=at_best)
         if (spiked or lost) and lookahead.triggers and not told:
             diverged = lost or statistics.diverged(value, lookahead.divergence_ratio)
             self.schedule.spike(diverged=diverged, lost=not math.isfinite(value))
@@ -241,9 +243,9 @@ class GuardedRun:
         # One of several processes has batches of its own, or pieces, and the checkpoint is the first one's.
         exactly = settings.acting.resumes_exactly and settings.lookahead.steps > 0 and ranks.processes == 1
         kept = self.ring.state() if settings.rollback and ranks.size == ranks.processes else []
-        batches = self.replay.state() if exactly else []
         self.cache.note_the_map()
-        return replace(self.state, watches=self.machine.watches, caps=self.caps.caps, batches=batches, snapshots=kept)
+        state = replace(self.state, watches=self.machine.watches, caps=self.caps.caps, snapshots=kept)
+        return replace(state, batches=self.replay.state(), spike=self.replay.spike_state()) if exactly else state
 
     def announce(self, reason: Reason, *, just_said: bool = False) -> None:
         """Warn, unless the same was said before; ``just_said``: another message holds it, so it counts as said."""

@@ -195,11 +195,15 @@ class Schedule:
             self.spike(diverged=True)
         self.state.slipped = slips
 
-    def ease(self, step: int, *, changed: bool) -> None:
-        """Take in that capped rates were looked at: soon again where they were changed, later where they stay."""
+    def ease(self, step: int, *, changed: bool, until: int = 0) -> None:
+        """Take in that capped rates were looked at: soon again where they were changed, later where they stay.
+
+        Where none could be tried ``until`` a step, they are looked at then.
+        """
         state = self.state
-        state.ease_gap = _EASE if changed else _SLOWER * state.ease_gap
-        state.ease_at = step + state.ease_gap
+        if not until:
+            state.ease_gap = _EASE if changed else _SLOWER * state.ease_gap
+        state.ease_at = max(step + state.ease_gap, until)
 
     def confirm(self) -> None:
         """Take in that a check found the run diverging: such alarms are heard at once."""

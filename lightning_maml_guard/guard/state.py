@@ -63,6 +63,7 @@ class GuardState:
         facts: What is known of the network.
         clipped_to: Length to which training_step was seen to clip a gradient by itself; ``nan`` where it was not.
         batches: The lookahead's batches, on the host.
+        spike: Step, loss and batches of the highest spike since the run was at its best; empty without one.
         snapshots: The states to roll back to, the oldest first.
         wasted: Steps that rollbacks threw away.
         ceiling: Rates that failed.
@@ -89,6 +90,7 @@ class GuardState:
     facts: NetworkFacts = field(default_factory=NetworkFacts)
     clipped_to: float = math.nan
     batches: list[Any] = field(default_factory=list)
+    spike: list[Any] = field(default_factory=list)
     snapshots: list[Any] = field(default_factory=list)
     wasted: int = 0
     ceiling: Ceiling = field(default_factory=Ceiling)
@@ -121,7 +123,7 @@ class GuardState:
 def to_checkpoint(state: GuardState) -> dict[str, Any]:
     """Convert a state to primitives and tensors, so that a checkpoint loads with ``weights_only``."""
     # Plain already, tuples of optimizers' included.
-    own = {"batches": state.batches, "snapshots": state.snapshots}
+    own = {"batches": state.batches, "spike": state.spike, "snapshots": state.snapshots}
     return {each.name: own.get(each.name, _to_plain(getattr(state, each.name))) for each in fields(state)}
 
 
@@ -150,21 +152,22 @@ def from_checkpoint(plain: Any) -> GuardState:
 
 def _check_ranges(state: GuardState) -> None:
     schedule, caps = state.schedule, state.caps
-    numbers = {"caps.alpha": caps.alpha, "caps.beta": caps.beta, "sharpest": state.sharpest}
+    numbers = {"caps.alpha": caps.alpha, "caps.beta": caps.beta, "ceiling.wait": state.ceiling.wait - 1}
     numbers |= {"rollbacks": state.rollbacks, "stopped_step": state.stopped_step, "schedule.last": schedule.last}
-    numbers |= {"schedule.spent": schedule.spent, "schedule.latest": schedule.latest, "schedule.gap": schedule.gap - 1}
-    numbers |= {"schedule.alarms": schedule.alarms}
+    numbers |= {f"schedule.{name}": getattr(schedule, name) for name in ("spent", "latest", "alarms")}
     numbers |= {f"watches.{name}.failed": watch.failed for name, watch in state.watches.items()}
     numbers |= {"capped": min(state.capped, default=0), "searches": state.searches, "wasted": state.wasted}
-    numbers |= {"ceiling.wait": state.ceiling.wait - 1, "schedule.ease_gap": schedule.ease_gap - 1}
-    numbers |= {"losses.end": state.losses.end, "losses.stride": state.losses.stride - 1}
+    numbers |= {"sharpest": state.sharpest, "losses.end": state.losses.end, "losses.stride": state.losses.stride - 1}
+    numbers |= {f"schedule.{name}": getattr(schedule, name) - 1 for name in ("gap", "ease_gap")}
     for name, value in numbers.items():
         if value is not None and not value >= 0:
             raise StateError(f"`{name}` is out of its range ({value})")
     for name, watch in state.watches.items():
         if watch.state not in (SAFE, EDGE, UNSAFE, UNRESOLVED):
             raise StateError(f"`watches.{name}.state` is {watch.state!r}")
-    for batch in state.batches:
+    kinds, spiked = [type(each) for each in state.spike[:2]], state.spike[2] if len(state.spike) == 3 else None
+    _expect(not state.spike or (kinds == [int, float] and isinstance(spiked, (list, tuple))), "spike", state.spike)
+    for batch in (*state.batches, *(spiked or ())):
         pair = isinstance(batch, (list, tuple)) and len(batch) == 2
         _expect(pair and isinstance(batch[0], (list, tuple)) and type(batch[1]) is int, "batches", batch)
     for snapshot in state.snapshots:

@@ -223,6 +223,8 @@ class RunningStatistics:
         if finite:
             self._take_spread(loss)
             self.lowest = min(self.lowest, loss)
+        # No more than the largest of those before: one odd batch moves no mean, a loss that stays there does.
+        counted = min(loss, max(self.recent, default=loss))
         self.last, self.recent = loss, (*self.recent, loss if finite else math.inf)[-FIRST_LOSSES:]
         # A run that diverges within its first steps must not move its start.
         if (
@@ -233,7 +235,7 @@ class RunningStatistics:
             self.first = (*self.first, loss)
         spiked = not finite or self._is_above_mean(loss) or norm > _NORM_SPIKE * self.norm
         if finite:
-            self.loss = loss if math.isnan(self.loss) else _MEMORY * self.loss + (1 - _MEMORY) * loss
+            self.loss = loss if math.isnan(self.loss) else _MEMORY * self.loss + (1 - _MEMORY) * counted
             self.since += 1
             if self.since >= _SETTLED:
                 self.best = min(self.best, self.loss)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from lightning_maml_guard.lookahead.divergence import FIRST_LOSSES, RunningStatistics, Scale
-from lightning_maml_guard.lookahead.lookahead import Lookahead
+from lightning_maml_guard.lookahead.lookahead import Lookahead, LookaheadResult
 from lightning_maml_guard.maml.evaluation import default_loss
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.optim.snapshot import Snapshot
@@ -149,6 +149,14 @@ def last_loss_reason(loss: float, scale: Scale) -> Reason:
     """State that the loss of the last step has diverged."""
     kind = Kind.LOSS_DIVERGED if math.isfinite(loss) else Kind.LOSS_NOT_FINITE
     return Reason(kind, losses=(loss, math.nan, scale.start))
+
+
+def lookahead_reason(result: LookaheadResult, start: float, alpha: float, beta: float) -> Reason:
+    """State what a lookahead that diverges saw at these rates."""
+    losses = (result.begin, result.end, start)
+    if not math.isfinite(result.begin):
+        return Reason(Kind.LOSS_NOT_FINITE, losses=losses)
+    return Reason(Kind.LOOKAHEAD_DIVERGES, losses=losses, steps=len(result.losses) - 1, alpha=alpha, beta=beta)
 
 
 def severity_at_hand(statistics: RunningStatistics) -> float:

@@ -18,7 +18,6 @@ from torch.optim import SGD, Optimizer
 
 from lightning_maml_guard.linalg.layout import Layout, Params, real_pairs, unpaired
 from lightning_maml_guard.lookahead.divergence import Scale, passes
-from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.optim.clipping import ModuleClipping, run_clipping
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.shadow import Clip, ShadowOptimizer, check_no_closure
@@ -249,16 +248,19 @@ class Lookahead:
 
     def untrained(self, alpha_factor: float = 1.0) -> tuple[float, ...]:
         """Evaluate every batch at the parameters as they are, with a factor on the inner rates."""
-        return self.run(alpha_factor, 0.0, steps=self.batches).losses[: self.batches]
+        return tuple(torch.stack([value for value, _ in self._each(alpha_factor)]).tolist())
 
     def gradient_norms(self) -> tuple[float, ...]:
         """Compute the norm of every batch's gradient at the parameters as they are."""
+        space, found = self._objectives[0].space, self._each()
+        return tuple(float(space.norm(torch.stack(torch._foreach_norm(list(g.values()))))) for _, g in found)
+
+    def _each(self, alpha_factor: float = 1.0) -> list[tuple[Tensor, Params]]:
+        """Loss and gradient of every batch at the parameters as they are."""
+        self.gradients += self.batches
         with preserved_randomness(), double_backward():
             same_masks()
-            found = [self._evaluate(self._live, index, 1.0)[1] for index in range(self.batches)]
-        self.gradients += self.batches
-        space = self._objectives[0].space
-        return tuple(float(space.norm(torch.stack(torch._foreach_norm(list(g.values()))))) for g in found)
+            return [self._evaluate(self._live, index, alpha_factor) for index in range(self.batches)]
 
     def _evaluate(self, params: Params, index: int, factor: float) -> tuple[Tensor, Params]:
         objective = self._objectives[index % len(self._objectives)]
@@ -290,11 +292,3 @@ def lookahead_of(
     tasks = cache.map_of(problems[0])
     clip, hook, seen = run_clipping(trainer, clipped_to)
     return Lookahead(problems, optimizers, steps, tasks, clip, cache.ranks, hook=hook, sees_clipping=seen)
-
-
-def lookahead_reason(result: LookaheadResult, start: float, alpha: float, beta: float) -> Reason:
-    """State what a lookahead that diverges saw at these rates."""
-    losses = (result.begin, result.end, start)
-    if not math.isfinite(result.begin):
-        return Reason(Kind.LOSS_NOT_FINITE, losses=losses)
-    return Reason(Kind.LOOKAHEAD_DIVERGES, losses=losses, steps=len(result.losses) - 1, alpha=alpha, beta=beta)

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_maml_guard.utils.batch_copy import BatchCopyError, Trace, changed, copied, equal, trace
 
 _PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Spike:
+    """The batches of a step with their indices, its number, and its loss, which was far above those before."""
+
+    batches: tuple[tuple[Any, int], ...]
+    step: int
+    loss: float
 
 
 class ReplayBuffer:
@@ -24,12 +35,14 @@ class ReplayBuffer:
     def __init__(self, size: int) -> None:
         self._batches: deque[tuple[Any, int]] = deque(maxlen=size)
         self._first, self._copies = True, True
+        self.spike: Spike | None = None  # that of the highest loss since the run was last at its best
         self.skipped = False  # whether the step at hand made no use of its batch, and has no loss
         # The batch of the step at hand, and what it held before.
         self._given: Any = None
         self._before: Trace | None = None
         # Of a restored run: tensors alone, until a batch shows their structure and device.
         self.restored: list[tuple[list[Any], int]] = []
+        self._restored_spike: list[Any] = []
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -47,13 +60,11 @@ class ReplayBuffer:
         except BatchCopyError:
             self._before = None
         restored, self.restored = self.restored, []
-        if not restored:
-            return
-        leaves, spec = tree_flatten(batch)
-        for saved, index in restored[: (self._batches.maxlen or 0) - 1]:
-            known = _rebuilt(saved, leaves, spec)
-            if known is not None:
-                self._batches.append((known, index))
+        self._batches.extend(_rebuilt(restored[: (self._batches.maxlen or 0) - 1], batch))
+        if self._restored_spike:
+            (step, loss, saved), self._restored_spike = self._restored_spike, []
+            known = tuple(_rebuilt(saved, batch))
+            self.spike = Spike(known, step, loss) if len(known) == len(saved) else None
 
     def after_step(self) -> None:
         """See whether the step changed its batch."""
@@ -67,7 +78,9 @@ class ReplayBuffer:
         elif changed(before, given):
             self._copies = drops = True
         if drops:
-            self._batches.popleft()
+            dropped = self._batches.popleft()
+            if self.spike is not None and any(each is dropped for each in self.spike.batches):
+                self.spike = None
 
     @property
     def repeats(self) -> bool:
@@ -76,6 +89,13 @@ class ReplayBuffer:
             return False
         one, other = (trace(batch) for batch, _ in list(self._batches)[:2])
         return one is not None and other is not None and equal(one, other)
+
+    def take_loss(self, loss: float, step: int, accumulated: int, *, spiked: bool, at_best: bool) -> None:
+        """Hold on to the batches of a step whose loss spiked, the highest, until the run is at its best again."""
+        if at_best:
+            self.spike = None
+        elif spiked and (self.spike is None or not loss <= self.spike.loss):
+            self.spike = Spike(tuple(self._batches)[:accumulated], step, loss)
 
     def latest(self) -> tuple[Any, int]:
         """Return the batch of the latest step, and its index."""
@@ -88,8 +108,9 @@ class ReplayBuffer:
     def clear(self) -> None:
         """Drop all batches."""
         self._batches.clear()
+        self.spike = None
         self._given = self._before = None
-        self.restored = []
+        self.restored, self._restored_spike = [], []
 
     def state(self) -> list[Any]:
         """Copy the batches to the host: tensors and plain values, so that a checkpoint loads with ``weights_only``.
@@ -98,24 +119,35 @@ class ReplayBuffer:
         """
         if self.restored:
             return [[list(saved), index] for saved, index in self.restored]
-        copies = []
-        for batch, index in self._batches:
-            leaves = tree_flatten(batch)[0]
-            # By exact type: a NumPy number is a float, but none that weights_only loads.
-            if all(type(leaf) is Tensor or type(leaf) in _PLAIN for leaf in leaves):
-                # A copy, because a view would take all of its storage into the checkpoint.
-                copied = [leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-                copies.append([copied, index])
-        return copies
+        return _on_host(self._batches)
 
-    def load(self, state: list[Any]) -> None:
-        """Restore what :meth:`state` returned."""
-        self.restored = [(list(leaves), index) for leaves, index in state]
+    def spike_state(self) -> list[Any]:
+        """Copy step, loss and batches of the spike likewise; nothing without one."""
+        if self._restored_spike or self.spike is None:
+            return self._restored_spike
+        return [self.spike.step, self.spike.loss, _on_host(self.spike.batches)]
+
+    def load(self, state: list[Any], spike: list[Any]) -> None:
+        """Restore what :meth:`state` and :meth:`spike_state` returned."""
+        self.restored, self._restored_spike = [(list(leaves), index) for leaves, index in state], spike
 
 
-def _rebuilt(saved: list[Any], leaves: list[Any], spec: TreeSpec) -> Any:
-    """Put tensors together as a batch is; None if they are not of its kind."""
-    if [type(leaf) for leaf in saved] != [type(leaf) for leaf in leaves]:
-        return None
-    moved = [a.to(b.device) if isinstance(a, Tensor) else a for a, b in zip(saved, leaves, strict=True)]
-    return tree_unflatten(moved, spec)
+def _on_host(batches: Iterable[tuple[Any, int]]) -> list[Any]:
+    copies = []
+    for batch, index in batches:
+        leaves = tree_flatten(batch)[0]
+        # By exact type: a NumPy number is a float, but none that weights_only loads.
+        if all(type(leaf) is Tensor or type(leaf) in _PLAIN for leaf in leaves):
+            # A copy, because a view would take all of its storage into the checkpoint.
+            copied = [leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            copies.append([copied, index])
+    return copies
+
+
+def _rebuilt(batches: Iterable[tuple[list[Any], int]], like: Any) -> Iterator[tuple[Any, int]]:
+    """Put saved tensors together as a batch is; those that are not of its kind are left out."""
+    leaves, spec = tree_flatten(like)
+    for saved, index in batches:
+        if [type(leaf) for leaf in saved] == [type(leaf) for leaf in leaves]:
+            moved = [a.to(b.device) if isinstance(a, Tensor) else a for a, b in zip(saved, leaves, strict=True)]
+            yield tree_unflatten(moved, spec), index

@@ -33,7 +33,8 @@ class Advice:
         beta: The meta rate to configure, the ``lr`` of the optimizer; under a schedule the number that its peak comes
             from. Of several groups the largest. None: leave it as it is.
         setting: Name of the argument that ``beta`` is for: ``"lr"``, or a cyclic schedule's ``"max_lr"``.
-        gradient_clip_val: Norm to clip gradients to, ``Trainer(gradient_clip_val=...)``, where a batch is to blame.
+        gradient_clip_val: Norm to clip gradients to, ``Trainer(gradient_clip_val=...)``, where a batch is to blame
+            whose gradient is finite.
         step: Training step at which it was given; None outside a training.
         evidence: What it rests on.
         configured_alpha: The inner rate it is about.

@@ -36,6 +36,8 @@ def advised(advice: Advice, spelling: Spelling = IN_PYTHON) -> str:
         to_set.append(f"the {owner}'s {advice.setting} to {advice.beta:.3g}")
     if advice.gradient_clip_val is not None:
         to_set.append(f"{spelling.trainer(gradient_clip_val=advice.gradient_clip_val)}, or fix the batch")
+    if not to_set and advice.cause is Cause.BATCH:
+        return f"{wrong}. Fix the batch, or leave it out: gradients that are not finite cannot be clipped."
     if not to_set:
         found = {each.kind for each in advice.evidence}
         if left_at_any_rate(advice):

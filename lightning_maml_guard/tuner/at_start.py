@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_maml_guard.guard.state_machine import Watch, advance
 from lightning_maml_guard.lookahead.divergence import Scale, fails
-from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadOptions, lookahead_of, lookahead_reason
+from lightning_maml_guard.lookahead.learning import lookahead_reason
+from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadOptions, lookahead_of
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.optim.clipping import run_clipping

@@ -11,13 +11,15 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_maml_guard import ConvergenceGuard, GuardWarning, MetaProblem
+from lightning_maml_guard import ConvergenceGuard, GuardWarning, MetaLearningModule, MetaProblem, TaskDataModule
 from lightning_maml_guard.guard.rescale import RELEASE, released
 from lightning_maml_guard.lookahead.ceiling import Ceiling
 from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult
 from lightning_maml_guard.messages.advice import Cause
 from lightning_maml_guard.messages.reasons import Kind
-from tests.helpers import one_line
+from lightning_maml_guard.networks import mlp
+from lightning_maml_guard.tasks.regression import Sinusoid
+from tests.helpers import guard_warns, one_line
 
 PLAIN = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 
@@ -83,6 +85,29 @@ def test_a_schedule_that_goes_too_high_is_held_before_it_gets_there(recwarn):
     assert said[0].endswith(f"Applied from now on: beta = {guard.advice.beta:.3g} at most (action='rescale').")
     assert module.applied[0] == pytest.approx(1 / 60, rel=1e-3) and max(module.applied[:32]) <= 1.05 * guard.advice.beta
     assert lost > 1.5 and end < 0.7
+
+
+class Looks(ConvergenceGuard):
+    """Keeps the cap on the outer rate at every step."""
+
+    def on_train_batch_end(self, *args):
+        super().on_train_batch_end(*args)
+        self.caps = [*getattr(self, "caps", []), self._run.caps.caps.beta]
+
+
+def test_maml_begins_at_the_rate_whose_trial_ended_lowest_and_goes_up_when_it_may():
+    torch.manual_seed(0)
+    module = MetaLearningModule(
+        mlp(activation="tanh"), inner_lr=0.02, inner_steps=2, optimizer=lambda p: SGD(p, lr=1.0, momentum=0.9)
+    )
+    guard = Looks(action="rescale")
+    with guard_warns("step 0: beta = 1 is too large"):
+        Trainer(max_steps=40, callbacks=[guard], **PLAIN).fit(module, TaskDataModule(Sinusoid(), meta_batch_size=5))
+    (tried,) = [each.beta for each in guard.advice.evidence if each.kind is Kind.RATES_TRIED]
+    assert guard.advice.step == 0 and guard.advice.beta < tried < 1.0
+    assert guard.caps[:32] == [pytest.approx(tried)] * 32
+    # Nothing above may be tried before step 32, so the look that would be wasted earlier comes then.
+    assert 32 in [step for step, _ in guard.severities]
 
 
 def levels(ends):

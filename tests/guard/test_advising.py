@@ -213,6 +213,33 @@ def test_an_outlier_is_named_with_the_norm_to_clip_to():
     assert end(module) < 1.2 * healthy()
 
 
+@pytest.mark.parametrize("optimizer", [SGD, Adam])
+@pytest.mark.parametrize(("part", "bad"), [(0, math.nan), (1, math.inf), (3, 1e30)])
+def test_a_batch_without_a_finite_gradient_is_named_and_not_to_be_clipped(part, bad, optimizer):
+    """Evaluated one after another at the same parameters: what it does to them must not spoil the others' losses."""
+    batches = list(sinusoids(60))
+    batches[30] = tuple(each.clone() for each in batches[30])
+    batches[30][part][1, 0] = bad
+    guard, said = guarded(HandWritten(lr=0.003, optimizer=optimizer), batches)
+    advice = guard.advice
+    assert advice.cause == Cause.BATCH and advice.alpha is advice.beta is advice.gradient_clip_val is None
+    assert first_line(said[0]).endswith("gradients that are not finite cannot be clipped.")
+    assert "the batch of step 30 has a loss of " in said[0]
+
+
+@pytest.mark.parametrize(("lr", "inner_steps"), [(0.005, 1), (0.005, 2), (0.01, 2)])
+def test_an_outlier_is_named_although_what_it_did_shows_only_later(lr, inner_steps):
+    """Adam's momentum goes on for some ten steps, so the batch has left the lookahead's when the loss is lost."""
+    batches = list(sinusoids(160))
+    x, y, x_query, y_query = batches[120]
+    batches[120] = x, 30 * y, x_query, 30 * y_query
+    guard, said = guarded(HandWritten(lr=lr, inner_steps=inner_steps, optimizer=Adam), batches)
+    advice = guard.advice
+    assert advice.cause == Cause.BATCH and advice.alpha is advice.beta is None and advice.step > 128
+    assert "the batch of step 120 has a loss of " in said[-1]
+    assert guard._run.state.statistics.start < 5  # and is not what later losses are compared with
+
+
 def test_adaptation_that_makes_tasks_worse_is_said_once():
     """The run itself learns to live with it: no lookahead would call it diverging."""
     module = HandWritten(alpha=0.12, lr=1e-3, optimizer=Adam)

@@ -357,3 +357,15 @@ def test_a_loss_that_leaves_its_best_is_looked_at_once_without_payment():
         if schedule.due(step) is not None:
             found.append(step)
     assert found == [110, 150]
+
+
+def test_capped_rates_that_could_not_be_tried_are_looked_at_when_they_may_be():
+    schedule = Schedule(100, 0.02)
+    schedule.ease(0, changed=True)
+    assert schedule.state.ease_at == 8
+    schedule.ease(8, changed=False, until=32)
+    assert schedule.state.ease_at == 32
+    schedule.ease(32, changed=False)  # they stay, as was tried
+    assert schedule.state.ease_at == 32 + 24
+    schedule.ease(56, changed=False, until=40)  # a time that is past is no time to wait for
+    assert schedule.state.ease_at == 56 + 24

@@ -198,6 +198,7 @@ def full():
             looped=True,
         ),
         batches=[[[torch.arange(3), torch.ones(2, dtype=torch.float64), 7, "name", None], 4]],
+        spike=[30, 708.0, [[[torch.ones(2)], 30]]],
         snapshots=[SNAPSHOT],
         wasted=5,
         ceiling=Ceiling(0.1, 0.4, 40, 64),
@@ -243,9 +244,9 @@ def test_a_checkpoint_holds_plain_values_and_the_version():
     plain = to_checkpoint(full())
     check(plain)
     assert plain["version"] == VERSION and list(plain) == [each.name for each in fields(GuardState)]
-    plain = {key: value for key, value in plain.items() if key not in {"batches", "snapshots"}}
+    plain = {key: value for key, value in plain.items() if key not in {"batches", "spike", "snapshots"}}
     back = from_checkpoint(json.loads(json.dumps(plain)))
-    assert_same(replace(back, batches=[], snapshots=[]), replace(full(), batches=[], snapshots=[]))
+    assert_same(back, replace(full(), batches=[], spike=[], snapshots=[]))
 
 
 def test_every_kind_and_remedy_comes_back():
@@ -360,6 +361,7 @@ def test_a_flat_state_of_before_the_tree_loads_into_the_same_values():
         history=[report, replace(report, spectrum=POWER.spectrum)],
         severities=[(0, 2.5), (3, inf)],
         losses=LossCurve(),
+        spike=[],
         schedule=replace(
             full().schedule,
             paid=0.0,
@@ -446,6 +448,8 @@ WRONG = {
     "a gap of 0": lambda p: p | {"schedule": {"gap": 0}},
     "a step below zero": lambda p: p | {"schedule": {"last": -1}},
     "an optimizer below zero": lambda p: p | {"capped": [-1]},
+    "a spike without its loss": lambda p: p | {"spike": [3, [[[torch.ones(2)], 3]]]},
+    "a spike without a batch's number": lambda p: p | {"spike": [3, 9.0, [[torch.ones(2)]]]},
     "batches without numbers": lambda p: p | {"batches": [[torch.ones(2)]]},
     "half a snapshot": lambda p: p | {"snapshot": {"step": 3}},
     "a snapshot of numbers": lambda p: p | {"snapshot": {"step": 3, "tensors": [1.0], "states": []}},

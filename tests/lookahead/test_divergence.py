@@ -73,13 +73,15 @@ def test_a_loss_that_only_falls_calls_no_check_and_is_never_rolled_back(losses):
 
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=40), st.floats(1e-6, 1e7))
 def test_positive_losses_are_judged_by_the_ratios_as_ever(losses, end):
-    seen, mean, first = RunningStatistics(), math.nan, []
+    seen, mean, first, latest = RunningStatistics(), math.nan, [], []
     for loss in losses:
         if len(first) < 8 and (not first or loss <= 2.0 * first[0]):
             first.append(loss)
         start = sorted(first)[len(first) // 2] if len(first) % 2 else sum(sorted(first)[len(first) // 2 - 1 :][:2]) / 2
         assert seen.update(loss) == (loss > 2.0 * mean)
-        mean = loss if math.isnan(mean) else 0.9 * mean + (1 - 0.9) * loss
+        counted = min([loss, max(latest, default=loss)])
+        latest = [*latest, loss][-8:]
+        mean = loss if math.isnan(mean) else 0.9 * mean + (1 - 0.9) * counted
         assert seen.diverged(loss, RATIO) == (loss > RATIO * start) and seen.scale.unit is None
         assert seen.scale.severity(end) == math.log(end / start) == seen.scale.over([loss, end]).severity(end)
 
@@ -97,6 +99,20 @@ def test_noise_calls_hardly_any_check_and_a_loss_that_leaves_is_seen(offset):
         if seen.diverged(loss, RATIO):
             break
     assert spiked and loss - offset < 10  # 50 standard deviations
+
+
+@pytest.mark.parametrize("odd", [10.0, 700.0, 1e9])
+def test_one_odd_batch_moves_no_mean_and_a_loss_that_stays_does(odd):
+    noise = torch.randn(60, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    seen = RunningStatistics()
+    for each in noise:
+        seen.update(1.0 + 0.1 * float(each))
+    mean = seen.loss
+    assert seen.update(odd) and seen.loss == pytest.approx(mean, rel=0.1) and not seen.slips
+    assert not seen.update(1.0) and seen.loss == pytest.approx(mean, rel=0.1) and not seen.slips
+    for _ in range(8):
+        seen.update(5.0)
+    assert seen.loss > 3 * mean and seen.lost
 
 
 def test_what_is_a_spike_below_zero():

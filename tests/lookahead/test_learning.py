@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD
 
-from lightning_maml_guard import ConvergenceGuard, MetaLearningModule
+from lightning_maml_guard import ConvergenceGuard, GuardWarning, MetaLearningModule
 from lightning_maml_guard.lookahead.divergence import RunningStatistics, Scale, fails, passes
 from lightning_maml_guard.lookahead.learning import Learning, chance_loss, spread_out
 from tests.helpers import fit, guard_warns, one_line, quadratic_batch
@@ -117,29 +117,36 @@ BATCH = quadratic_batch([0.3, 1.0, 2.0, 4.0], target=1.0)
 
 
 class Forgetful(MetaLearningModule):
-    """At some step its parameters are those that training began from."""
+    """At some steps its parameters are those that training began from."""
 
-    def __init__(self):
+    def __init__(self, *steps):
+        self.steps = steps
         network = nn.Linear(4, 1, bias=False).double()
         nn.init.ones_(network.weight)
         super().__init__(network, inner_lr=0.05, order="simplified", optimizer=lambda p: SGD(p, lr=0.1))
 
     def on_train_batch_start(self, batch, batch_idx):
-        if batch_idx == 60:
+        if batch_idx in self.steps:
             with torch.no_grad():
                 self.network.weight.fill_(1.0)
+
+
+def test_a_run_that_learns_again_what_it_forgot_is_not_called_collapsed(recwarn):
+    guard = ConvergenceGuard()
+    fit(Forgetful(60), BATCH, 80, [guard])
+    assert guard.advice is None and not [each for each in recwarn if each.category is GuardWarning]
 
 
 def test_a_run_that_forgets_is_called_collapsed_and_is_rolled_back_a_few_steps():
     """The loss is back where it began, and never above: by ratios to the start nothing happened."""
     guard = ConvergenceGuard()
     with guard_warns(r"the run has collapsed: at least half of what it had learned is lost\. On the latest batches"):
-        fit(Forgetful(), BATCH, 80, [guard])
+        fit(Forgetful(*range(60, 80, 4)), BATCH, 80, [guard])
     assert any(report.status == "unsafe" for report in guard.history)
-    guard, module = ConvergenceGuard(action="rescale"), Forgetful()
+    guard, module = ConvergenceGuard(action="rescale"), Forgetful(60)
     with guard_warns(r"rolled back to step 56.*5 of 61 steps are lost"):
         trainer = fit(module, BATCH, 100, [guard])
-    plain = fit(Forgetful(), BATCH, 100)
+    plain = fit(Forgetful(60), BATCH, 100)
     losses = [float(each.callback_metrics["train/loss"]) for each in (trainer, plain)]
     assert losses[0] < losses[1]
     (back,) = [one_line(str(event.reasons[0].steps)) for event in guard.events if event.kind == "rolled back"]

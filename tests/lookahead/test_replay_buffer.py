@@ -31,3 +31,38 @@ def test_batches_repeat_whose_tensors_are_equal():
 @pytest.mark.parametrize("other", [batch(2), batch(1, size=4), {"x": batch(1)["x"]}], ids=["value", "size", "fewer"])
 def test_batches_that_differ_do_not(other):
     assert not held(batch(1), other).repeats and not held(batch(1), batch(1), other).repeats
+
+
+def test_the_batch_of_the_highest_loss_is_held_until_the_run_is_at_its_best_again():
+    buffer = ReplayBuffer(2)
+    for step, (loss, spiked, at_best) in enumerate(
+        [(1.0, False, False), (50.0, True, False), (9.0, True, False), (1.1, False, False), (1.0, False, False)]
+    ):
+        buffer.add(batch(loss), step)
+        buffer.take_loss(loss, step, 1, spiked=spiked, at_best=at_best)
+        buffer.after_step()
+    # It has left the buffer for long.
+    assert (buffer.spike.step, buffer.spike.loss, len(buffer)) == (1, 50.0, 2)
+    ((held_batch, index),) = buffer.spike.batches
+    assert index == 1 and torch.equal(held_batch["x"], batch(50.0)["x"])
+    buffer.take_loss(60.0, 5, 2, spiked=True, at_best=False)
+    assert [index for _, index in buffer.spike.batches] == [4, 3]  # all that the step accumulated
+    buffer.take_loss(0.9, 6, 1, spiked=False, at_best=True)
+    assert buffer.spike is None
+
+
+def test_a_batch_that_its_step_changed_is_not_held():
+    buffer = held(batch(1), batch(2))
+    changed = batch(3)
+    buffer.add(changed, 2)
+    changed["x"] += 1.0
+    buffer.take_loss(50.0, 2, 1, spiked=True, at_best=False)
+    buffer.after_step()
+    assert buffer.spike is None
+
+
+def test_the_batches_are_dropped_with_the_others():
+    buffer = held(batch(1))
+    buffer.take_loss(50.0, 0, 1, spiked=True, at_best=False)
+    buffer.clear()
+    assert buffer.spike is None and len(buffer) == 0

@@ -69,11 +69,28 @@ def test_batches_survive_as_tensors_and_come_back_as_the_batch_they_were():
     state = replay.state()
     assert all(leaf.untyped_storage().nbytes() == 8 for leaves, _ in state for leaf in leaves if torch.is_tensor(leaf))
     again = ReplayBuffer(3)
-    again.load(state)
+    again.load(state, [])
     assert repr(again.state()) == repr(state)  # a checkpoint before the first batch loses nothing
     again.add({"x": torch.zeros(2), "n": [9, "name", None]}, 4)
     (latest, first), (other, second) = again.earlier()
     assert (first, second) == (3, 2) and latest["n"] == [3, "name", None] and torch.equal(other["x"], storage[2:4])
+
+
+def test_the_batch_of_a_spike_survives_too():
+    replay = ReplayBuffer(2)
+    for index in range(4):
+        replay.add({"x": torch.full((2,), float(index))}, index)
+        replay.take_loss(50.0, index, 1, spiked=index == 1, at_best=False)
+    again = ReplayBuffer(2)
+    again.load(replay.state(), replay.spike_state())
+    assert again.spike is None and repr(again.spike_state()) == repr(replay.spike_state())
+    again.add({"x": torch.zeros(2)}, 4)
+    ((batch, index),) = again.spike.batches
+    assert (again.spike.step, again.spike.loss, index) == (1, 50.0, 1) and torch.equal(batch["x"], torch.ones(2))
+    other = ReplayBuffer(2)  # of another kind than the batches to come
+    other.load([], replay.spike_state())
+    other.add([torch.zeros(2), torch.zeros(2)], 4)
+    assert other.spike is None and other.spike_state() == []
 
 
 def test_batches_of_another_kind_are_left_out():
@@ -83,7 +100,7 @@ def test_batches_of_another_kind_are_left_out():
     replay.add(torch.ones(1), 1)
     assert [index for _, index in replay.state()] == [1]
     again = ReplayBuffer(3)
-    again.load(replay.state())
+    again.load(replay.state(), replay.spike_state())
     again.add((torch.ones(1), torch.ones(1)), 2)
     assert again.earlier() == []
 

@@ -1,0 +1,30 @@
+"""Batches unlike the others: at the same parameters their loss is far above theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+from lightning_maml_guard.lookahead.divergence import Scale
+from lightning_maml_guard.lookahead.learning import finite_or_inf
+from lightning_maml_guard.lookahead.lookahead import Lookahead
+from lightning_maml_guard.stability.problems import Problem
+
+# A batch is odd if its loss at sane parameters is this many times the median; of more than so many.
+_ODD, _OTHERS = 5.0, 3
+
+
+def without_odd(
+    problems: Sequence[Problem], lookahead: Lookahead, scale: Scale, alpha: float = 1.0
+) -> tuple[list[Problem], int | None]:
+    """Leave out the batches that are unlike the others at a factor on the inner rates; the index of the worst of them.
+
+    The lookahead is of these problems.
+    """
+    if len(problems) <= _OTHERS:
+        return list(problems), None
+    losses = finite_or_inf(lookahead.untrained(alpha))
+    usual, worst = scale.times(_ODD, median(losses)), max(range(len(losses)), key=losses.__getitem__)
+    if losses[worst] <= usual:
+        return list(problems), None
+    return [each for each, loss in zip(problems, losses, strict=True) if loss <= usual], worst
