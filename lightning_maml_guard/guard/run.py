@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
@@ -40,7 +38,7 @@ from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.double_backward import double_backward
 from lightning_maml_guard.utils.lightning_compat import plan_of
 from lightning_maml_guard.utils.shards import finite
-from lightning_maml_guard.utils.warnings import GuardWarning
+from lightning_maml_guard.utils.warnings import Told
 
 
 class GuardedRun:
@@ -253,15 +251,9 @@ class GuardedRun:
                 self.state.note("notice", reason, step=reason.step)
                 warn(announced(reason, self.settings.spelling))
 
-    @contextmanager
-    def only_told(self, what: str) -> Iterator[None]:
+    def only_told(self, what: str) -> Told:
         """Let a failure outside a check cost one warning and nothing else; ``what`` could not be done."""
-        try:
-            yield
-        except GuardWarning:
-            raise
-        except Exception as error:
-            self.announce(of_error(Kind.TASK_FAILED, error, what=what))
+        return Told(lambda error: self.announce(of_error(Kind.TASK_FAILED, error, what=what)))
 
     def stop(self, trainer: Any, step: int, reasons: tuple[Reason, ...]) -> None:
         """Ask the Trainer to stop."""

@@ -111,38 +111,54 @@ def _follow(value: Any, found: Trace, seen: set[int]) -> bool:
             return False
         found.append((value, (value._version, value.requires_grad)))
         return True
-    if isinstance(value, _ATOMS):
+    if type(value) is not tuple and isinstance(value, _ATOMS):
         found.append((value, None))
         return True
     if id(value) in seen:
         return True
     seen.add(id(value))
-    parts: list[Any] = []
-    held: Any = None
-    if isinstance(value, (list, tuple, deque)):
-        held, parts = len(value), list(value)
-    elif isinstance(value, dict):
-        held, parts = tuple(value), list(value.values())
-    elif isinstance(value, (set, frozenset)):
-        held = frozenset(value)
-    elif type(value).__basicsize__ > _Plain.__basicsize__ or not hasattr(value, "__dict__"):
+    parts = _parts(value)
+    if parts is None:
         return False
-    if hasattr(value, "__dict__"):
-        held, parts = (held, tuple(value.__dict__)), [*parts, *value.__dict__.values()]
-    found.append((value, held))
+    found.append((value, _held(value, parts)))
     for each in parts:  # noqa: SIM110 (this runs at every step)
         if not _follow(each, found, seen):
             return False
     return True
 
 
+def _parts(value: Any) -> list[Any] | None:
+    """What a container or an object holds; None where that cannot be seen."""
+    own = list(value.__dict__.values()) if hasattr(value, "__dict__") else []
+    if isinstance(value, (list, tuple, deque)):
+        return [*value, *own]
+    if isinstance(value, dict):
+        return [*value.values(), *own]
+    if isinstance(value, (set, frozenset)):
+        return own
+    return None if type(value).__basicsize__ > _Plain.__basicsize__ or not hasattr(value, "__dict__") else own
+
+
+def _held(value: Any, parts: list[Any]) -> Any:
+    """What shows that something else was put into a container or an object: its parts live as long as the trace."""
+    names = tuple(value.__dict__) if hasattr(value, "__dict__") else None
+    if isinstance(value, tuple) and names is None:
+        return None  # nobody can
+    held = tuple(value) if isinstance(value, dict) else frozenset(value) if isinstance(value, (set, frozenset)) else None
+    return held, names, [id(each) for each in parts]
+
+
 def changed(before: Trace, batch: Any) -> bool:
     """Return True if a batch is not what it was, or cannot be compared."""
-    after = trace(batch)
-    if after is None or len(after) != len(before):
+    if before[0][0] is not batch:
         return True
-    for (value, held), (was, had) in zip(after, before, strict=True):  # noqa: SIM110
-        if value is not was or held != had:
+    for value, held in before:
+        if held is None:
+            continue
+        if isinstance(value, Tensor):
+            if held != (value._version, value.requires_grad):
+                return True
+        elif (parts := _parts(value)) is None or held != _held(value, parts):
             return True
     return False
 

@@ -21,7 +21,7 @@ def is_split(value: Any) -> bool:
 
 def any_split(values: Iterable[Any]) -> bool:
     """Return True if some tensor is split."""
-    return any(map(is_split, values))
+    return "torch.distributed.tensor" in sys.modules and any(map(is_split, values))
 
 
 def local(value: Tensor) -> Tensor:
