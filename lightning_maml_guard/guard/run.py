@@ -148,13 +148,14 @@ class GuardedRun:
         self.state.losses.take(value)
         statistics, lookahead = self.state.statistics, self.settings.lookahead
         told = self.machine.unsafe and not self.settings.acting.caps_rates
-        spiked, lost = statistics.update(value, norm), statistics.lost
+        spiked, slips = statistics.update(value, norm), statistics.slips
+        lost = slips and statistics.lost
         if (spiked or lost) and lookahead.triggers and not told:
             diverged = lost or statistics.diverged(value, lookahead.divergence_ratio)
             self.schedule.spike(diverged=diverged, lost=not math.isfinite(value))
         if lookahead.triggers and not told:
-            self.schedule.slip(statistics.slips)
-        if not statistics.rests:
+            self.schedule.slip(slips)
+        if slips or not statistics.rests:
             self.ring.drop_from(logger_step(trainer))  # the loss is that of the copy made before the step
 
     def _not_finite(self, loss: float, trainer: Any) -> None:

@@ -84,7 +84,7 @@ class Scale(NamedTuple):
         far = severity(end, self.start, self.unit)
         if math.isnan(begin) or math.isnan(self.best) or not math.isfinite(end):
             return far
-        rises = min(severity(end, each, self.rung) for each in (begin, self.best))
+        rises = severity(end, max(begin, self.best), self.rung)
         return max(far, rises) if rises > 0 else far
 
     def diverged(self, loss: float, ratio: float) -> bool:

@@ -134,8 +134,7 @@ class Coming:
         if len(self._rates) <= 2 * _HALF:
             return now
         first, middle = self._rates[0][which], self._rates[_HALF][which]
-        rise = min(now - middle, middle - first) / _HALF
-        return now + steps * rise if rise > 0 else now
+        return now + steps * (min(now - middle, middle - first) / _HALF) if now > middle > first else now
 
 
 def _or_less(rate: float) -> float:

@@ -102,50 +102,41 @@ Trace = list[tuple[Any, Any]]
 def trace(batch: Any) -> Trace | None:
     """List what a batch holds, so that a change can be seen; None where one could not (NumPy arrays, ``__slots__``)."""
     found: Trace = []
-    return found if _follow(batch, found, set()) else None
+    seen, rest = set(), [batch]
+    for value in rest:  # to which parts are appended on the way
+        if isinstance(value, Tensor):
+            if value.is_inference():
+                return None
+            found.append((value, (value._version, value.requires_grad)))
+        elif not isinstance(value, tuple) and isinstance(value, _ATOMS):
+            found.append((value, None))
+        elif id(value) not in seen:
+            seen.add(id(value))
+            inside = _inside(value)
+            if inside is None:
+                return None
+            parts, names = inside
+            rest += parts
+            found.append((value, None if names is None else (names, [id(each) for each in parts])))
+    return found
 
 
-def _follow(value: Any, found: Trace, seen: set[int]) -> bool:
-    if isinstance(value, Tensor):
-        if value.is_inference():
-            return False
-        found.append((value, (value._version, value.requires_grad)))
-        return True
-    if type(value) is not tuple and isinstance(value, _ATOMS):
-        found.append((value, None))
-        return True
-    if id(value) in seen:
-        return True
-    seen.add(id(value))
-    parts = _parts(value)
-    if parts is None:
-        return False
-    found.append((value, _held(value, parts)))
-    for each in parts:  # noqa: SIM110 (this runs at every step)
-        if not _follow(each, found, seen):
-            return False
-    return True
+def _inside(value: Any) -> tuple[Sequence[Any], Any] | None:
+    """List the parts of a container or an object, and their names: None where no others can take their place.
 
-
-def _parts(value: Any) -> list[Any] | None:
-    """What a container or an object holds; None where that cannot be seen."""
-    own = list(value.__dict__.values()) if hasattr(value, "__dict__") else []
+    None where they cannot be seen.
+    """
+    own = getattr(value, "__dict__", None)
+    if isinstance(value, tuple) and own is None:
+        return value, None
+    values, names = ([], ()) if own is None else (list(own.values()), tuple(own))
     if isinstance(value, (list, tuple, deque)):
-        return [*value, *own]
+        return [*value, *values], (len(value), names)
     if isinstance(value, dict):
-        return [*value.values(), *own]
+        return [*value.values(), *values], (tuple(value), names)
     if isinstance(value, (set, frozenset)):
-        return own
-    return None if type(value).__basicsize__ > _Plain.__basicsize__ or not hasattr(value, "__dict__") else own
-
-
-def _held(value: Any, parts: list[Any]) -> Any:
-    """What shows that something else was put into a container or an object: its parts live as long as the trace."""
-    names = tuple(value.__dict__) if hasattr(value, "__dict__") else None
-    if isinstance(value, tuple) and names is None:
-        return None  # nobody can
-    held = tuple(value) if isinstance(value, dict) else frozenset(value) if isinstance(value, (set, frozenset)) else None
-    return held, names, [id(each) for each in parts]
+        return values, (frozenset(value), names)
+    return None if own is None or type(value).__basicsize__ > _Plain.__basicsize__ else (values, (None, names))
 
 
 def changed(before: Trace, batch: Any) -> bool:
@@ -158,7 +149,10 @@ def changed(before: Trace, batch: Any) -> bool:
         if isinstance(value, Tensor):
             if held != (value._version, value.requires_grad):
                 return True
-        elif (parts := _parts(value)) is None or held != _held(value, parts):
+            continue
+        inside = _inside(value)
+        # The parts live as long as the trace, so that no other one has the same address.
+        if inside is None or held != (inside[1], [id(each) for each in inside[0]]):
             return True
     return False
 
