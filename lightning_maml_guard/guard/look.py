@@ -72,7 +72,7 @@ class Look:
     problems: list[Problem] = field(default_factory=list)
     lookahead: Lookahead | None = None
     present: LookaheadResult | None = None
-    scale: Scale = Scale()
+    scale: Scale = Scale()  # noqa: RUF009 (a tuple)
     severity: float = math.nan
     rises: bool = False
     alpha: float = math.nan
@@ -218,8 +218,9 @@ def due(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_idx: int, 
     with run.only_told("read the inner rate"):
         _read_alpha(run, trainer, module, batch, batch_idx)
     rate, history, statistics = known_rate(trainer.optimizers), run.state.history, run.state.statistics
-    limits = {"beta_c": latest_limit(history, "beta_c"), "alpha": run.alpha, "alpha_c": latest_limit(history, "alpha_c")}
-    found = run.schedule.due(step, rate=rate, stalled=statistics.stalled, capped=run.caps.lowers(rate), **limits)
+    beta_c, alpha_c = latest_limit(history, "beta_c"), latest_limit(history, "alpha_c")
+    rates = {"rate": rate, "beta_c": beta_c, "alpha": run.alpha, "alpha_c": alpha_c}
+    found = run.schedule.due(step, **rates, stalled=statistics.stalled, capped=run.caps.lowers(rate))
     return None if found is None else found == SCHEDULED
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from statistics import median
 from typing import NamedTuple
@@ -27,6 +28,9 @@ _SETTLED = 16
 # start; how far the mean of one that keeps it strays from its lowest value, as a share of a batch's noise (5 standard
 # deviations); and the share of that, or of half of what was learned, from which on it is looked into.
 _LEARNED, _ABOVE, _STRAYS, _SLIPPING = 0.2, 1.5, 0.375, 0.5
+
+
+_median = lru_cache(16)(median)  # of the first losses, which are asked for several times a step
 
 
 def severity(end: float, start: float, unit: float | None = None) -> float:
@@ -146,7 +150,7 @@ class RunningStatistics:
     @property
     def start(self) -> float:
         """Loss that training started from; ``nan`` before the first lookahead or step."""
-        return median(self.first) if self.first else self.looked
+        return _median(self.first) if self.first else self.looked
 
     def look(self, loss: float) -> None:
         """Take the loss of a lookahead in."""
@@ -185,12 +189,11 @@ class RunningStatistics:
 
     def is_off(self, mean: float, share: float = _SLIPPING) -> bool:
         """Whether a mean over some batches has left the lowest one by such a share of what was learned."""
-        start = self.start
-        untrained = self.untrained_from(start)
+        untrained = self.untrained_from(self.start)
         least = max((untrained - self.best) / 2, _STRAYS * self._noise)
         if self.since < FIRST_LOSSES or not mean - self.best > share * least:
             return False
-        return self._has_learned(start) or mean > self.scale.times(_ABOVE, untrained)
+        return self._has_learned(self.start) or mean > self.scale.times(_ABOVE, untrained)
 
     @property
     def stuck(self) -> bool:

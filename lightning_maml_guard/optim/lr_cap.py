@@ -157,6 +157,6 @@ def scheduled_rate(optimizers: Optimizers) -> float:
 def known_rate(optimizers: Sequence[Optimizer]) -> float:
     """Read the largest learning rate where that costs nothing; ``nan`` of one that lies on a device."""
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    if any([isinstance(rate, torch.Tensor) and not rate.is_cpu for rate in rates]):
+    if any(isinstance(rate, torch.Tensor) and not rate.is_cpu for rate in rates):
         return math.nan
     return max(map(float, rates), default=math.nan)

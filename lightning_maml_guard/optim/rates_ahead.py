@@ -124,7 +124,7 @@ class Coming:
     ) -> tuple[float, float]:
         """Take in the rates before a step, and return the highest ones of so many steps."""
         self._rates.append(rates)
-        alpha, beta = (self._risen(which, steps) for which in (0, 1))
+        alpha, beta = self._risen(0, steps), self._risen(1, steps)
         if schedule is not None and schedule.matches(step, rates[1]):
             beta = schedule.highest(step, steps)
         return alpha, beta

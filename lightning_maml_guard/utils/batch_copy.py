@@ -127,8 +127,8 @@ def _inside(value: Any) -> tuple[Sequence[Any], Any] | None:
     None where they cannot be seen.
     """
     own = getattr(value, "__dict__", None)
-    if isinstance(value, tuple) and own is None:
-        return value, None
+    if own is None and isinstance(value, (list, tuple, deque)):
+        return value, None if isinstance(value, tuple) else ()
     values, names = ([], ()) if own is None else (list(own.values()), tuple(own))
     if isinstance(value, (list, tuple, deque)):
         return [*value, *values], (len(value), names)

@@ -1,4 +1,4 @@
-"""The category of all warnings of this package, so that users can filter them; and failures that cost only a warning."""
+"""The category of all warnings of this package, so that users can filter them; failures that cost no more than one."""
 
 from __future__ import annotations
 
