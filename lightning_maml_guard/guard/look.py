@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from lightning_maml_guard.guard.report import latest_limit
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.schedule import SCHEDULED
 from lightning_maml_guard.lookahead.divergence import Scale
@@ -68,7 +69,7 @@ class Look:
     problems: list[Problem] = field(default_factory=list)
     lookahead: Lookahead | None = None
     present: LookaheadResult | None = None
-    scale: Scale = Scale()  # noqa: RUF009 (frozen)
+    scale: Scale = Scale()  # noqa: RUF009 (a tuple)
     severity: float = math.nan
     rises: bool = False
     alpha: float = math.nan
@@ -218,13 +219,10 @@ def due(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_idx: int, 
     """Whether a check that is due before a step is a scheduled one; None where none is due."""
     with run.only_told("read the inner rate"):
         _read_alpha(run, trainer, module, batch, batch_idx)
-    limits = [
-        next((limit for each in reversed(run.state.history) if (limit := getattr(each, name)) > 0), math.nan)
-        for name in ("beta_c", "alpha_c")
-    ]
-    rate, stalled = known_rate(trainer.optimizers), run.state.statistics.stalled
-    rates = {"rate": rate, "beta_c": limits[0], "alpha": run.alpha, "alpha_c": limits[1]}
-    found = run.schedule.due(step, **rates, stalled=stalled, capped=run.caps.lowers(rate))
+    rate, history, statistics = known_rate(trainer.optimizers), run.state.history, run.state.statistics
+    beta_c, alpha_c = latest_limit(history, "beta_c"), latest_limit(history, "alpha_c")
+    rates = {"rate": rate, "beta_c": beta_c, "alpha": run.alpha, "alpha_c": alpha_c}
+    found = run.schedule.due(step, **rates, stalled=statistics.stalled, capped=run.caps.lowers(rate))
     return None if found is None else found == SCHEDULED
 
 

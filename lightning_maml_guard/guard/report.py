@@ -68,6 +68,15 @@ class CheckReport(StabilityReport):
         return f"{line}; {applied}" if applied else line
 
 
+def latest_limit(history: Sequence[CheckReport], name: str) -> float:
+    """Read the limit of the latest check that found it; ``nan`` where none did."""
+    for each in reversed(history):
+        limit: float = getattr(each, name)
+        if limit > 0:
+            return limit
+    return math.nan
+
+
 def frame(history: Sequence[CheckReport]) -> pd.DataFrame:
     """Put reports into a table; see :meth:`ConvergenceGuard.frame`."""
     try:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
@@ -40,7 +38,7 @@ from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.double_backward import double_backward
 from lightning_maml_guard.utils.lightning_compat import plan_of
 from lightning_maml_guard.utils.shards import finite
-from lightning_maml_guard.utils.warnings import GuardWarning
+from lightning_maml_guard.utils.warnings import Told
 
 
 class GuardedRun:
@@ -150,15 +148,16 @@ class GuardedRun:
         self.state.losses.take(value)
         statistics, lookahead = self.state.statistics, self.settings.lookahead
         told = self.machine.unsafe and not self.settings.acting.caps_rates
-        spiked, lost = statistics.update(value, norm), statistics.lost
+        spiked, slips = statistics.update(value, norm), statistics.slips
+        lost = slips and statistics.lost
         size, at_best = trainer.accumulate_grad_batches, statistics.loss <= statistics.best
         self.replay.take_loss(value, logger_step(trainer), size, spiked=spiked, at_best=at_best)
         if (spiked or lost) and lookahead.triggers and not told:
             diverged = lost or statistics.diverged(value, lookahead.divergence_ratio)
             self.schedule.spike(diverged=diverged, lost=not math.isfinite(value))
         if lookahead.triggers and not told:
-            self.schedule.slip(statistics.slips)
-        if not statistics.rests:
+            self.schedule.slip(slips)
+        if slips or not statistics.rests:
             self.ring.drop_from(logger_step(trainer))  # the loss is that of the copy made before the step
 
     def _not_finite(self, loss: float, trainer: Any) -> None:
@@ -255,15 +254,9 @@ class GuardedRun:
                 self.state.note("notice", reason, step=reason.step)
                 warn(announced(reason, self.settings.spelling))
 
-    @contextmanager
-    def only_told(self, what: str) -> Iterator[None]:
+    def only_told(self, what: str) -> Told:
         """Let a failure outside a check cost one warning and nothing else; ``what`` could not be done."""
-        try:
-            yield
-        except GuardWarning:
-            raise
-        except Exception as error:
-            self.announce(of_error(Kind.TASK_FAILED, error, what=what))
+        return Told(lambda error: self.announce(of_error(Kind.TASK_FAILED, error, what=what)))
 
     def stop(self, trainer: Any, step: int, reasons: tuple[Reason, ...]) -> None:
         """Ask the Trainer to stop."""

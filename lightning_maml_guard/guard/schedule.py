@@ -136,7 +136,6 @@ class Schedule:
         if step == state.last:
             return None
         since = math.inf if state.last is None else step - state.last
-        paid = self._paid(state.latest, step)
         # With a budget a triggered check stands for the scheduled one that would follow it closely.
         close = since < self.every_n_steps / 2
         on_time = step % self.every_n_steps == 0 and not (close and self.share is not None)
@@ -147,6 +146,9 @@ class Schedule:
         again = since >= self._longest
         risen = [state.outer.grown(rate, beta_c, again=again), state.inner.grown(alpha, alpha_c, again=again)]
         grown = any(risen)
+        if not (scheduled or early or grown or state.spiked):
+            return None
+        paid = self._paid(state.latest, step)
         if not (scheduled or early or grown) and not self._called(step, since, paid):
             return None
         if self.share is None:
@@ -240,8 +242,6 @@ class Schedule:
 
     def _called(self, step: int, since: float, paid: bool) -> bool:
         state = self.state
-        if not state.spiked:
-            return False
         if state.diverged:  # waits for no payment
             return state.lost or since >= min(2**state.alarms, self._longest) or since > self.every_n_steps
         if self.share is None:

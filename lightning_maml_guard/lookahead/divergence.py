@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from statistics import median
+from typing import NamedTuple
 
 # The start is the median of this many first losses: one odd batch does not move it.
 FIRST_LOSSES = 8
@@ -26,6 +28,8 @@ _SETTLED = 16
 # start; how far the mean of one that keeps it strays from its lowest value, as a share of a batch's noise (5 standard
 # deviations); and the share of that, or of half of what was learned, from which on it is looked into.
 _LEARNED, _ABOVE, _STRAYS, _SLIPPING = 0.2, 1.5, 0.375, 0.5
+# Of the first losses, which are asked for several times a step.
+_median = lru_cache(16)(median)
 
 
 def severity(end: float, start: float, unit: float | None = None) -> float:
@@ -48,8 +52,7 @@ def severity(end: float, start: float, unit: float | None = None) -> float:
     return math.log(ratio) if ratio > 0 else -math.inf
 
 
-@dataclass(frozen=True)
-class Scale:
+class Scale(NamedTuple):
     """How losses are compared: by their ratio while all of them are positive, by their distance as soon as one is not.
 
     A ratio says nothing of losses that may be negative (log-likelihoods, surrogates of reinforcement learning). Where a
@@ -84,7 +87,7 @@ class Scale:
         far = severity(end, self.start, self.unit)
         if math.isnan(begin) or math.isnan(self.best) or not math.isfinite(end):
             return far
-        rises = min(severity(end, each, self.rung) for each in (begin, self.best))
+        rises = severity(end, max(begin, self.best), self.rung)
         return max(far, rises) if rises > 0 else far
 
     def diverged(self, loss: float, ratio: float) -> bool:
@@ -98,10 +101,10 @@ class Scale:
         start = losses[0] if math.isnan(self.start) else self.start
         known = [loss for loss in losses if math.isfinite(loss)]
         if self.unit is None and all(loss > 0 for loss in known) and not start <= 0:
-            return replace(self, start=start)
+            return self._replace(start=start)
         # The median change: that of a lookahead that diverges is small beside its end.
         least = start if self.unit is None else self.unit
-        return replace(self, start=start, unit=max(least, _SPREADS * _typical_change(known)))
+        return self._replace(start=start, unit=max(least, _SPREADS * _typical_change(known)))
 
 
 @dataclass
@@ -140,10 +143,13 @@ class RunningStatistics:
     chance: float = math.nan
     recent: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        self.lowest = min(self.lowest, *self.first, math.inf)  # a checkpoint of an older version holds none
+
     @property
     def start(self) -> float:
         """Loss that training started from; ``nan`` before the first lookahead or step."""
-        return median(self.first) if self.first else self.looked
+        return _median(self.first) if self.first else self.looked
 
     def look(self, loss: float) -> None:
         """Take the loss of a lookahead in."""
@@ -157,7 +163,7 @@ class RunningStatistics:
 
     def _scale(self, start: float) -> Scale:
         settled = len(self.first) == FIRST_LOSSES
-        unit = None if self._lowest > 0 else max(start - self._lowest, self._noise)
+        unit = None if self.lowest > 0 else max(start - self.lowest, self._noise)
         if not self._has_learned(start):
             return Scale(start, unit, settled)
         rung = min(max((self.untrained_from(start) - self.best) / 4, self._noise / 2), start if unit is None else unit)
@@ -168,7 +174,7 @@ class RunningStatistics:
         return start if math.isnan(self.chance) else min(start, self.chance)
 
     def _has_learned(self, start: float) -> bool:
-        return self.untrained_from(start) - self.best > (_LEARNED * start if self._lowest > 0 else self._noise / 2)
+        return self.untrained_from(start) - self.best > (_LEARNED * start if self.lowest > 0 else self._noise / 2)
 
     @property
     def lost(self) -> bool:
@@ -183,9 +189,10 @@ class RunningStatistics:
     def is_off(self, mean: float, share: float = _SLIPPING) -> bool:
         """Whether a mean over some batches has left the lowest one by such a share of what was learned."""
         untrained = self.untrained_from(self.start)
-        left = self._has_learned(self.start) or mean > self.scale.times(_ABOVE, untrained)
         least = max((untrained - self.best) / 2, _STRAYS * self._noise)
-        return self.since >= FIRST_LOSSES and left and mean - self.best > share * least
+        if self.since < FIRST_LOSSES or not mean - self.best > share * least:
+            return False
+        return self._has_learned(self.start) or mean > self.scale.times(_ABOVE, untrained)
 
     @property
     def stuck(self) -> bool:
@@ -209,11 +216,6 @@ class RunningStatistics:
         return changes
 
     @property
-    def _lowest(self) -> float:
-        # A checkpoint of an older version holds no lowest loss.
-        return min(self.lowest, *self.first, math.inf)
-
-    @property
     def _noise(self) -> float:
         return 0.0 if math.isnan(self.spread) else _SPREADS * self.spread
 
@@ -223,8 +225,7 @@ class RunningStatistics:
         if finite:
             self._take_spread(loss)
             self.lowest = min(self.lowest, loss)
-        # No more than the largest of those before: one odd batch moves no mean, a loss that stays there does.
-        counted = min(loss, max(self.recent, default=loss))
+        counted = min(loss, max(self.recent, default=loss))  # one odd batch moves no mean, a loss that stays does
         self.last, self.recent = loss, (*self.recent, loss if finite else math.inf)[-FIRST_LOSSES:]
         # A run that diverges within its first steps must not move its start.
         if (
@@ -262,10 +263,9 @@ class RunningStatistics:
 
     def _is_above_mean(self, loss: float) -> bool:
         """Whether a loss is twice the mean, or above it by more than noise and half of what was learned."""
-        scale = self.scale
-        if scale.unit is None:
+        if self.lowest > 0:
             return loss > _LOSS_SPIKE * self.loss
-        return loss - self.loss > max((scale.start - self._lowest) / 2, self._noise, _ROUNDING * abs(loss))
+        return loss - self.loss > max((self.start - self.lowest) / 2, self._noise, _ROUNDING * abs(loss))
 
     def _take_spread(self, loss: float) -> None:
         """Take a change in; of the first losses the median, so that a run that leaves at once does not raise it."""

@@ -22,8 +22,10 @@ class LossPoint(NamedTuple):
     def joined(self, later: LossPoint) -> LossPoint:
         """Take the steps of the next point in."""
         count = self.finite + later.finite
-        parts = [(point.mean, point.finite / count) for point in (self, later) if point.finite] if count else []
-        mean = sum(mean * share for mean, share in parts) if parts else math.nan
+        if self.finite and later.finite:
+            mean = self.mean * (self.finite / count) + later.mean * (later.finite / count)
+        else:
+            mean = self.mean if self.finite else later.mean  # of no finite loss it is nan
         return LossPoint(self.step, mean, min(self.low, later.low), max(self.high, later.high), count)
 
 

@@ -92,14 +92,15 @@ def _to_norm(norm: float) -> Clip:
 
 def gradient_norm(optimizer: Optimizer) -> torch.Tensor | float | None:
     """Compute the norm of the gradient an optimizer is about to use: on a CPU a number, None without a gradient."""
-    known = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    gradients = [g.coalesce().values() if g.is_sparse else g for g in known]
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not gradients:
         return None
+    if [gradient for gradient in gradients if gradient.is_sparse]:
+        gradients = [each.coalesce().values() if each.is_sparse else each for each in gradients]
     if any_split(gradients):
         return norm(gradients)
     # Equal to get_total_norm here; its sorting by device and type takes 1 % of a small network's step.
-    if all(gradient.is_cpu for gradient in gradients):
+    if not [gradient for gradient in gradients if not gradient.is_cpu]:
         return math.hypot(*[each.item() for each in torch._foreach_norm(gradients)])
     if len({(gradient.device, gradient.dtype) for gradient in gradients}) == 1:
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))

@@ -124,7 +124,7 @@ class Coming:
     ) -> tuple[float, float]:
         """Take in the rates before a step, and return the highest ones of so many steps."""
         self._rates.append(rates)
-        alpha, beta = (self._risen(which, steps) for which in (0, 1))
+        alpha, beta = self._risen(0, steps), self._risen(1, steps)
         if schedule is not None and schedule.matches(step, rates[1]):
             beta = schedule.highest(step, steps)
         return alpha, beta
@@ -134,8 +134,7 @@ class Coming:
         if len(self._rates) <= 2 * _HALF:
             return now
         first, middle = self._rates[0][which], self._rates[_HALF][which]
-        rise = min(now - middle, middle - first) / _HALF
-        return now + steps * rise if rise > 0 else now
+        return now + steps * (min(now - middle, middle - first) / _HALF) if now > middle > first else now
 
 
 def _or_less(rate: float) -> float:

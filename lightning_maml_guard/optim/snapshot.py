@@ -6,6 +6,8 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -60,7 +62,7 @@ class Snapshot:
         snapshot.alpha = state.get("alpha", math.nan)
         return snapshot
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """Memory that the copy takes."""
         saved = [value for states in self._states for each in states for value in each.values()]
@@ -70,26 +72,26 @@ class Snapshot:
     def renew(self, module: nn.Module, optimizers: Sequence[Optimizer], step: int) -> bool:
         """Copy the present state over this one; False, and nothing is done, where it does not fit into the old."""
         live = [[optimizer.state.get(p, {}) for p in _held(optimizer)] for optimizer in optimizers]
-        pairs = [(saved, now) for saved, now in zip(self._states, live, strict=False)]
-        matched = [(old, new) for saved, now in pairs for old, new in zip(saved, now, strict=False)]
-        tensors = [local(each) for each in _tensors(module)]
-        alike = (
-            [len(saved) for saved in self._states] == [len(now) for now in live]
-            and all(_kinds(old) == _kinds(new) for old, new in matched)
-            and [_kind(each) for each in self._tensors] == [_kind(each) for each in tensors]
-        )
-        if not alike:
+        into, values, others = list(self._tensors), [local(each) for each in _tensors(module)], []
+        if [len(saved) for saved in self._states] != [len(now) for now in live] or len(into) != len(values):
             return False
-        into, values = list(self._tensors), list(tensors)
-        for old, new in matched:
+        for old, new in zip(chain.from_iterable(self._states), chain.from_iterable(live), strict=True):
+            if old.keys() != new.keys():
+                return False
             for key, value in new.items():
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor) and isinstance(old[key], Tensor):
                     into.append(old[key])
                     values.append(local(value))
+                elif isinstance(value, Tensor) or isinstance(old[key], Tensor):
+                    return False
                 else:
-                    old[key] = copy.copy(value)
+                    others.append((old, key, value))
+        if any(old.shape != new.shape or old.dtype != new.dtype for old, new in zip(into, values, strict=True)):
+            return False
+        for saved, key, value in others:
+            saved[key] = copy.copy(value)
         if into:
-            torch._foreach_copy_(into, [each.detach() for each in values])
+            torch._foreach_copy_(into, values)
         self.step = step
         return True
 
@@ -225,11 +227,3 @@ def _kept(value: Any, device: torch.device | str | None) -> Any:
     if not isinstance(value, Tensor):
         return copy.copy(value)
     return local(value).detach().to(value.device if device is None else device, copy=True)
-
-
-def _kind(value: Any) -> Any:
-    return (local(value).shape, value.dtype) if isinstance(value, Tensor) else None
-
-
-def _kinds(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: _kind(value) for key, value in state.items()}

@@ -102,47 +102,57 @@ Trace = list[tuple[Any, Any]]
 def trace(batch: Any) -> Trace | None:
     """List what a batch holds, so that a change can be seen; None where one could not (NumPy arrays, ``__slots__``)."""
     found: Trace = []
-    return found if _follow(batch, found, set()) else None
+    seen, rest = set(), [batch]
+    for value in rest:  # to which parts are appended on the way
+        if isinstance(value, Tensor):
+            if value.is_inference():
+                return None
+            found.append((value, (value._version, value.requires_grad)))
+        elif not isinstance(value, tuple) and isinstance(value, _ATOMS):
+            found.append((value, None))
+        elif id(value) not in seen:
+            seen.add(id(value))
+            inside = _inside(value)
+            if inside is None:
+                return None
+            parts, names = inside
+            rest += parts
+            found.append((value, None if names is None else (names, [id(each) for each in parts])))
+    return found
 
 
-def _follow(value: Any, found: Trace, seen: set[int]) -> bool:
-    if isinstance(value, Tensor):
-        if value.is_inference():
-            return False
-        found.append((value, (value._version, value.requires_grad)))
-        return True
-    if isinstance(value, _ATOMS):
-        found.append((value, None))
-        return True
-    if id(value) in seen:
-        return True
-    seen.add(id(value))
-    parts: list[Any] = []
-    held: Any = None
+def _inside(value: Any) -> tuple[Sequence[Any], Any] | None:
+    """List the parts of a container or an object, and their names: None where no others can take their place.
+
+    None where they cannot be seen.
+    """
+    own = getattr(value, "__dict__", None)
+    if own is None and isinstance(value, (list, tuple, deque)):
+        return value, None if isinstance(value, tuple) else ()
+    values, names = ([], ()) if own is None else (list(own.values()), tuple(own))
     if isinstance(value, (list, tuple, deque)):
-        held, parts = len(value), list(value)
-    elif isinstance(value, dict):
-        held, parts = tuple(value), list(value.values())
-    elif isinstance(value, (set, frozenset)):
-        held = frozenset(value)
-    elif type(value).__basicsize__ > _Plain.__basicsize__ or not hasattr(value, "__dict__"):
-        return False
-    if hasattr(value, "__dict__"):
-        held, parts = (held, tuple(value.__dict__)), [*parts, *value.__dict__.values()]
-    found.append((value, held))
-    for each in parts:  # noqa: SIM110 (this runs at every step)
-        if not _follow(each, found, seen):
-            return False
-    return True
+        return [*value, *values], (len(value), names)
+    if isinstance(value, dict):
+        return [*value.values(), *values], (tuple(value), names)
+    if isinstance(value, (set, frozenset)):
+        return values, (frozenset(value), names)
+    return None if own is None or type(value).__basicsize__ > _Plain.__basicsize__ else (values, (None, names))
 
 
 def changed(before: Trace, batch: Any) -> bool:
     """Return True if a batch is not what it was, or cannot be compared."""
-    after = trace(batch)
-    if after is None or len(after) != len(before):
+    if before[0][0] is not batch:
         return True
-    for (value, held), (was, had) in zip(after, before, strict=True):  # noqa: SIM110
-        if value is not was or held != had:
+    for value, held in before:
+        if held is None:
+            continue
+        if isinstance(value, Tensor):
+            if held != (value._version, value.requires_grad):
+                return True
+            continue
+        inside = _inside(value)
+        # The parts live as long as the trace, so that no other one has the same address.
+        if inside is None or held != (inside[1], [id(each) for each in inside[0]]):
             return True
     return False
 
