@@ -106,7 +106,7 @@ class Check:
                 run.begin_match(trainer, module, batch, batch_idx, look.optimizers)
             adviser, stuck = Adviser(run, trainer, module, look, step), statistics.stuck
             learning, collapsed = self.rollback.compare(look), None
-            if learning is not None and learning.lost and not adviser.comes_back(learning.kept_loss):
+            if learning is not None and learning.lost and not adviser.comes_back(learning):
                 collapsed = self.rollback.lost(learning, look, step)
                 look.severity = max(look.severity, math.log(ratio))
             adviser.look_at_peak()

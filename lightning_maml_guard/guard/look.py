@@ -38,8 +38,6 @@ from lightning_maml_guard.stability.problems import (
 from lightning_maml_guard.utils.isolation import undisturbed
 from lightning_maml_guard.utils.lightning_compat import plan_of
 
-# A batch is odd if its loss at sane parameters is this many times the others' median; of more than so many.
-ODD, OTHERS = 5.0, 3
 # A run's parameters count as sane while its loss is below this many times the one that training started from.
 _SANE = 1.5
 # Batches from one reading of a stated problem's inner rate to the next.

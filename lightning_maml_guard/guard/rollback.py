@@ -9,12 +9,13 @@ from statistics import fmean, median
 from typing import Any
 
 from lightning_maml_guard.guard.loggers import logger_step
-from lightning_maml_guard.guard.look import ODD, OTHERS, Look, stated
+from lightning_maml_guard.guard.look import Look, stated
 from lightning_maml_guard.guard.rescale import is_calm
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.lookahead.divergence import fails
 from lightning_maml_guard.lookahead.learning import PROBES, Learning, compared, finite_or_inf, lost_reason, spread_out
 from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, lookahead_of
+from lightning_maml_guard.lookahead.resampled import ODD, OTHERS
 from lightning_maml_guard.messages.advice_sentences import given_up
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced

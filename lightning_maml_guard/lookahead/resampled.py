@@ -1,17 +1,22 @@
-"""Batches drawn from the tasks of those at hand: what training on fresh tasks will be like, before there are any."""
+"""The batches at hand: more of them, drawn from their tasks, and the one that is unlike the others."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import cycle
+from statistics import median
 from typing import Any
 
 import torch
 
+from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.stability.problems import AccumulatedProblem, PlainProblem, Problem
 from lightning_maml_guard.utils.task_map import chosen_tasks, joined_tasks
+
+# A batch is odd if its loss at sane parameters is this many times the others' median; of more than so many.
+ODD, OTHERS = 5.0, 3
 
 
 def resampled(problems: Sequence[Problem], count: int) -> list[Problem]:
@@ -37,6 +42,13 @@ def resampled(problems: Sequence[Problem], count: int) -> list[Problem]:
         ]
         found.append(AccumulatedProblem(tuple(drawn)) if isinstance(like, AccumulatedProblem) else drawn[0])
     return found
+
+
+def odd_one(losses: Sequence[float], scale: Scale) -> int | None:
+    """Index of the one loss that is far above the others'; None where it is not."""
+    worst = max(range(len(losses)), key=losses.__getitem__)
+    usual = median([loss for index, loss in enumerate(losses) if index != worst])
+    return worst if losses[worst] > scale.times(ODD, usual) else None
 
 
 def _parts(problem: Problem) -> tuple[MetaProblem, ...]:

@@ -322,3 +322,36 @@ def to_blame(learned_at_lower_alpha, weight):
     lookahead = Lookahead([problem], SGD([leaf], lr=0.1), 1)
     found = search(lookahead, alpha_suspect=True, kind=Scripted).find(weight)
     return "alpha" if found.best.at.alpha < 1 else "beta"
+
+
+def two_batches(rate):
+    """Half a square each, above a loss that no step takes away: 1 on the one, 10 on the other."""
+    weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    problems = [
+        PlainProblem({"w": weight}, lambda p, least=least: 0.5 * p["w"].sum() ** 2 + least) for least in (1, 10)
+    ]
+    return Lookahead(problems, SGD([weight], lr=rate), 1)
+
+
+def test_a_run_comes_back_to_the_losses_of_the_same_batches():
+    """The trial ends on four hard batches and three easy ones, at 6.14; the median of what was kept is 5.6."""
+    tried = search(two_batches(0.5))
+    assert tried.comes_back((1.1, 10.1), 0.1)
+    assert not tried.comes_back((0.5, 10.0), 0.1)
+    assert not search(two_batches(0.001)).comes_back((1.1, 10.1), 0.1)  # too slow to be back soon
+
+
+class Chancy(RateSearch):
+    """Trials of which one is killed by chance, between rates that learn."""
+
+    def _tried(self, at, steps):
+        amount = {0.5: 0.3, 0.25: 0.4, 0.125: 0.1, 0.0625: 0.6, 0.03125: 0.2}.get(at.beta, 0.05)
+        return Trial(at, 1 - amount, amount, amount, trains=True)
+
+
+def test_a_rate_that_kills_by_chance_does_not_end_the_ladder_where_a_lower_one_is_known_to_learn_more():
+    lookahead = plain([1.0], lambda weights: SGD(weights, lr=0.1))
+    assert search(lookahead, kind=Chancy).find_beta(1.0).best.at.beta == 0.25
+    known = search(lookahead, kind=Chancy)
+    assert known.spread().at == Factors(1.0, 0.0625)
+    assert known.find_beta(1.0).best.at.beta == 0.0625
