@@ -148,6 +148,7 @@ def situation_of(
 def _measured(run: GuardedRun, look: Look, step: int) -> tuple[StabilityReport, bool]:
     """Measure the curvature; where that fails and the next steps were tried, they alone decide."""
     curvature, margin = run.settings.curvature, run.settings.margin
+    run.cache.checks = look.is_sane
     try:
         with run.cache.ranks.together():
             report = measure(
