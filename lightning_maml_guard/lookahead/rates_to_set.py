@@ -83,6 +83,8 @@ class RatesToSet:
             if lower_beta or self.beta > _BEYOND * self._limit(report):
                 found = self.search.find_beta(factor)
                 lower_beta = lower_beta or found.best.learned >= self.search.at(factor).learned
+            else:
+                factor = self._lasting_inner(factor, found.best.at.alpha)
         beta = self._meta_factor(found, report, seen) if lower_beta else 1.0
         if lower_alpha or lower_beta:
             lasting = self._lasting(factor, beta)
@@ -105,6 +107,17 @@ class RatesToSet:
         while factor > ALPHA_LADDER[-1] and self.search.harms(factor):
             factor *= share
         return factor
+
+    def _lasting_inner(self, factor: float, learned: float) -> float:
+        """The factor that goes by the limit, or a share of the lower one that learned most if only that lasts.
+
+        Where curvature grows within the first steps, as of low-rank adapters that start at zero, a limit says little,
+        and it goes on growing.
+        """
+        lasts = learned >= factor or self.search.at(factor, steps=LASTING_STEPS).trains
+        if lasts or not self.search.at(learned, steps=LASTING_STEPS).trains:
+            return factor
+        return share_to_set(self.problem) * learned
 
     def _meta_factor(self, found: Found, report: StabilityReport, seen: Sequence[StabilityReport]) -> float:
         """Midway between what trials say, and no more than the smallest limit allows, unless they contradict it."""
