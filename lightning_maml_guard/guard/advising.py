@@ -15,7 +15,7 @@ from lightning_maml_guard.guard.schedule import LOOKAHEAD_GRADIENT
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.learning import Learning, finite_or_inf, nearly_kept
 from lightning_maml_guard.lookahead.lookahead import Lookahead, lookahead_of
-from lightning_maml_guard.lookahead.rate_search import LASTING_STEPS, PROBE_GRADIENTS, TRIAL_STEPS, Found, RateSearch
+from lightning_maml_guard.lookahead.rate_search import LASTING_STEPS, PROBE_GRADIENTS, Found, RateSearch
 from lightning_maml_guard.lookahead.rates_to_set import (
     CLEAR,
     CLEARLY,
@@ -31,7 +31,8 @@ from lightning_maml_guard.lookahead.rates_to_set import (
 from lightning_maml_guard.lookahead.resampled import OTHERS, odd_one
 from lightning_maml_guard.messages.advice import Advice, Cause, cause_of, settable
 from lightning_maml_guard.messages.reasons import Kind, Reason, Reasons
-from lightning_maml_guard.optim.rates_ahead import RatesAhead
+from lightning_maml_guard.optim.lr_cap import rates_differ
+from lightning_maml_guard.optim.rates_ahead import RatesAhead, crossing, to_configure
 from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.stability.problems import PlainProblem, Problem
@@ -206,12 +207,12 @@ class Adviser:
             self._further[alpha_suspect] = self._search(self._look.problems, alpha_suspect)
         return self._further[alpha_suspect]
 
-    def _search(self, problems: Sequence[Problem], alpha_suspect: bool, steps: int = TRIAL_STEPS) -> RateSearch:
+    def _search(self, problems: Sequence[Problem], alpha_suspect: bool, **steps: int) -> RateSearch:
         lookahead = self._lookahead(fresh(self._run, problems))
         lookahead.groups = () if self._rising is None else self._rising.at_peak
         peak = self._peak / lookahead.beta if lookahead.beta > 0 else 1.0
-        scale, ratio = self._look.scale, self._ratio
-        return RateSearch(lookahead, scale, ratio, alpha_suspect=alpha_suspect, peak=peak, steps=steps)
+        given: dict[str, Any] = {"alpha_suspect": alpha_suspect, "peak": peak, **steps}
+        return RateSearch(lookahead, self._look.scale, self._ratio, **given)
 
     def _lookahead(self, problems: Sequence[Problem]) -> Lookahead:
         run, optimizers = self._run, self._look.optimizers
@@ -231,19 +232,20 @@ class Adviser:
         assert lookahead is not None
         return lookahead.beta if rising is None else max(rising.peak()[0], lookahead.beta)
 
-    def _configured(self, rate: float) -> float:
-        return rate if self._run.ahead is None else self._run.ahead.lr_for_peak(rate)
-
     @contextmanager
     def _sane(self) -> Iterator[int]:
         """Go to the last sane state of the run, whose step is given, and come back."""
-        run, step = self._run, self._step
-        snapshot = self._from or (None if self._look.is_sane else run.snapshot)
-        if snapshot is None or snapshot.step >= step:
-            yield step
+        snapshot, held = self._from, (self._module, self._trainer.optimizers)
+        if snapshot is None and not (self._look.is_sane and self._survives()):
+            snapshot = self._run.ring.latest_that(self._survives, *held)
+        if snapshot is None or snapshot.step >= self._step:
+            yield self._step
             return
-        with snapshot.visited(self._module, self._trainer.optimizers, run.settings.snapshot_device):
+        with snapshot.visited(*held, self._run.settings.snapshot_device):
             yield snapshot.step
+
+    def _survives(self) -> bool:
+        return self._search(self._without_odd(1.0)[0], alpha_suspect=True).survives
 
     def _without_odd(self, alpha: float) -> tuple[list[Problem], int | None]:
         """Leave out a batch that is unlike the others at a factor on the inner rates; its index."""
@@ -263,7 +265,7 @@ class Adviser:
             step=self._step,
             evidence=(Reason(Kind.ODD_BATCH, losses=losses, step=self._step - odd),),
             configured_alpha=report.alpha,
-            configured_beta=self._configured(self._peak),
+            configured_beta=to_configure(self._run.ahead, self._peak),
         )
 
     def _of_rates(self, found: Found, report: StabilityReport, findings: Reasons, died: Reasons) -> Advice:
@@ -278,23 +280,20 @@ class Adviser:
             rates = to_set.of(found, report, [each for each in self._run.state.history if (each.step or 0) <= step])
         lower_alpha, lower_beta = (rate is not None for rate in rates)
         died = () if lower_alpha or not lower_beta else died
-        tried = tried_reason(found, alpha, beta, look.scale.start, self._from)
         proves = found.best.end < found.present.end or not (lower_alpha or lower_beta)
+        tried = [tried_reason(found, alpha, beta, look.scale.start, self._from)] if proves else []
         # That nothing limits a rate is no reason to lower it, nor is the limit of another rate.
         told = {"alpha": lower_alpha or not lower_beta, "beta": lower_beta or not lower_alpha}
         shown = [e for e in findings if told.get(e.rate, True) and not (proves and e.kind is Kind.NOT_JUDGED)]
         return Advice(
             cause=cause_of(alpha=lower_alpha, beta=lower_beta, rising=rising is not None, died=bool(died)),
             alpha=None if rates.alpha is None else settable(rates.alpha),
-            beta=None if rates.beta is None else settable(self._configured(rates.beta)),
+            beta=None if rates.beta is None else settable(to_configure(self._run.ahead, rates.beta)),
             step=self._step,
-            evidence=(*shown, *self.crossing(report), *died, *([tried] if proves else [])),
+            evidence=(*shown, *crossing(self._run.ahead, report.beta_c, self._step), *died, *tried),
             configured_alpha=alpha,
             configured_beta=beta,
             setting="lr" if self._run.ahead is None else self._run.ahead.setting,
             peak_step=None if rising is None else rising.peak()[1],
+            several=rates_differ(look.optimizers),
         )
-
-    def crossing(self, report: StabilityReport) -> Reasons:
-        """State where the schedule exceeds the limit at hand, if it does."""
-        return () if self._run.ahead is None else self._run.ahead.exceeding(report.beta_c, self._step)

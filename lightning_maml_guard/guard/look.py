@@ -21,7 +21,7 @@ from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import eased
 from lightning_maml_guard.messages.terminal import inform
 from lightning_maml_guard.optim.lr_cap import known_rate, scheduled_rate
-from lightning_maml_guard.optim.rates_ahead import read_ahead
+from lightning_maml_guard.optim.rates_ahead import read_ahead, to_configure
 from lightning_maml_guard.optim.shadow import ClosureError
 from lightning_maml_guard.stability.adaptation import ENDS_COST, Adaptation, adaptation
 from lightning_maml_guard.stability.problems import (
@@ -260,7 +260,7 @@ def heed(run: GuardedRun, advice: Advice) -> None:
     """Take in the meta rate that is advised: from now on, higher ones have to lead further down."""
     if advice.beta is not None:
         peak = advice.configured_beta
-        configured = peak if run.ahead is None else run.ahead.lr_for_peak(peak)
+        configured = to_configure(run.ahead, peak)
         run.state.ceiling = run.state.ceiling.heeds(advice.beta * peak / configured, advice.step or 0)
 
 

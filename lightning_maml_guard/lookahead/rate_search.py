@@ -35,7 +35,9 @@ BETA_LADDER = tuple(2.0**-k for k in range(1, 15))
 PATIENCE = 2
 # Factors on the inner rate and on the meta rate that are tried to see whether lower rates do better.
 PROBES, SUSPECT_PROBE = ((1.0, 0.25), (1.0, 1 / 16)), (0.5, 1.0)
-# Gradients that this takes in a run that is well: it stops at the first of them.
+# At this share of the meta rate only what is wrong with the parameters or the optimizer's state makes the loss leave.
+SURE = 1 / 32
+# Gradients that the probes take in a run that is well: it stops at the first of them.
 PROBE_GRADIENTS = 2 * TRIAL_STEPS
 
 
@@ -160,6 +162,11 @@ class RateSearch:
                 break
         return tried[0], _best(tried)
 
+    @property
+    def survives(self) -> bool:
+        """Whether the loss does not leave at a very low meta rate; else this is no place to try rates from."""
+        return math.isfinite(self.at(beta=SURE).end)
+
     def spread(self) -> Trial:
         """Try rates far below those at hand, one lowered at a time; the one that ends lowest."""
         alphas = [self.at(factor) for _, factor in PROBES] if self._has_alpha else []
@@ -191,6 +198,8 @@ class RateSearch:
             betas, alphas = self._betas(), [self.at(factor, 1.0) for factor in (0.5, 0.125)]
             if _best(alphas).learned > ALPHA * _best(betas).learned:
                 alphas = self._alphas()
+        if _mean(self.untrained(1.0)) < _mean(self.untrained(0.5)):
+            outweighs = 1.0  # no inner loop that diverges does better than at half its rate
         best, factor = _best(alphas), (1.0 if self._alpha_suspect else ALPHA) / outweighs
         if best.trains and best.learned > factor * max(_best(betas).learned, 0.0):
             return self._found_alpha(alphas)

@@ -39,6 +39,7 @@ class Advice:
         configured_alpha: The inner rate it is about.
         configured_beta: The meta rate it is about; under a schedule its peak.
         peak_step: Step at which the schedule gets there.
+        several: Whether the optimizer's groups have different rates: ``beta`` is then for the largest one.
     """
 
     cause: Cause
@@ -51,6 +52,7 @@ class Advice:
     configured_alpha: float = math.nan
     configured_beta: float = math.nan
     peak_step: int | None = None
+    several: bool = False
 
     def is_about(self, alpha: float, beta: float) -> bool:
         """Return True if these are the configured rates that it is about."""

@@ -355,3 +355,35 @@ def test_a_rate_that_kills_by_chance_does_not_end_the_ladder_where_a_lower_one_i
     known = search(lookahead, kind=Chancy)
     assert known.spread().at == Factors(1.0, 0.0625)
     assert known.find_beta(1.0).best.at.beta == 0.0625
+
+
+@pytest.mark.parametrize(("velocity", "survives"), [(0.0, True), (1e6, False)])
+def test_where_momentum_has_thrown_a_run_no_low_rate_survives(velocity, survives):
+    weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = SGD([weight], lr=20.0, momentum=0.9)
+    optimizer.state[weight]["momentum_buffer"] = torch.full_like(weight, velocity)
+    problem = PlainProblem({"w": weight}, lambda p: 0.5 * p["w"].square().sum())
+    tried = search(Lookahead([problem], optimizer, 1))
+    assert not math.isfinite(tried.at().end) and tried.survives == survives
+
+
+class Helped(RateSearch):
+    """Lower inner and meta rates learn alike, the latter a little more."""
+
+    halved = 2.0
+
+    def untrained(self, alpha):
+        return (1.0 if alpha == 1 else self.halved,)
+
+    def _tried(self, at, steps):
+        amount = 0.5 if at.beta < 1 else 0.48 if at.alpha < 1 else -1.0
+        return Trial(at, 1 - amount, amount, amount, trains=amount > 0)
+
+
+def test_an_inner_loop_that_does_better_than_at_half_its_rate_does_not_diverge():
+    """It is not blamed although a lower meta rate learns less than the so many times as much that is asked for."""
+    lookahead = meta(CURVATURES, 1.0, 0.02)
+    assert search(lookahead, kind=Helped, alpha_suspect=True).find(2.0).best.at.alpha == 1
+    harmed = search(lookahead, kind=Helped, alpha_suspect=True)
+    harmed.halved = 0.5
+    assert harmed.find(2.0).best.at.alpha < 1
