@@ -6,29 +6,33 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from statistics import median
 from typing import Any
 
 from lightning_maml_guard.guard.look import Look, fresh, problem_of
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.schedule import LOOKAHEAD_GRADIENT
 from lightning_maml_guard.guard.state_machine import Transition
+from lightning_maml_guard.lookahead.learning import Learning, nearly_kept
 from lightning_maml_guard.lookahead.lookahead import Lookahead, lookahead_of
-from lightning_maml_guard.lookahead.odd_batches import without_odd
-from lightning_maml_guard.lookahead.rate_search import PROBE_GRADIENTS, TRIAL_STEPS, Found, RateSearch
+from lightning_maml_guard.lookahead.odd_batches import norm_to_clip_to, without_odd
+from lightning_maml_guard.lookahead.rate_search import LASTING_STEPS, PROBE_GRADIENTS, Found, RateSearch
 from lightning_maml_guard.lookahead.rates_to_set import (
     CLEAR,
     CLEARLY,
     Rates,
     RatesToSet,
+    at_limits,
     is_innocent,
     ratios,
     share_of_start,
     suspicion,
+    tried_reason,
 )
-from lightning_maml_guard.messages.advice import Advice, Cause, settable
-from lightning_maml_guard.messages.reasons import Kind, Reason
-from lightning_maml_guard.optim.rates_ahead import RatesAhead
+from lightning_maml_guard.messages.advice import Advice, Cause, cause_of, settable
+from lightning_maml_guard.messages.reasons import Kind, Reason, Reasons
+from lightning_maml_guard.optim.lr_cap import rates_differ
+from lightning_maml_guard.optim.rates_ahead import RatesAhead, crossing, to_configure
+from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.stability.problems import PlainProblem, Problem
 from lightning_maml_guard.stability.report import StabilityReport
@@ -50,6 +54,7 @@ class Adviser:
         self._further: dict[bool, RateSearch] = {}  # from where the run is, by whether alpha is a suspect
         self._at_peak: Found | None = None  # what was found at the rate that the schedule goes to, if it is too high
         self._stalled: Found | None = None  # and where a run does not learn
+        self._from: Snapshot | None = None  # from where rates are tried, if it is not where the run is
 
     @property
     def cost(self) -> float:
@@ -75,17 +80,20 @@ class Adviser:
             self._at_peak = self._better(self._look.harmful)
 
     def look_at_progress(self) -> None:
-        """Where the loss does not fall, see whether it would at lower rates."""
+        """Where the loss does not fall, see whether it would at lower rates, from here or from the start."""
         state, sane = self._run.state, self._look.is_sane and self._look.lookahead is not None
         if state.statistics.stalled and sane and state.advice is None and self._is_paid:
-            self._stalled = self._better(self._look.harmful)
+            self._stalled = self._better(self._look.harmful) or self._better_from_start()
             state.statistics.stalled = False
 
-    def comes_back(self, to: float) -> bool:
-        """Whether a run that has lost what it had learned is soon at a loss again; tried a few times in a run."""
-        state, clearly = self._run.state, share_of_start(self._look.scale, CLEARLY)
-        state.searches += 1
-        return state.searches <= _MOST_SEARCHES and self._from_here(alpha_suspect=True).comes_back(to, clearly)
+    def comes_back(self, learning: Learning) -> bool:
+        """Whether a run that has lost what it had learned soon has it again; tried a few times, then if it is paid."""
+        run, search = self._run, self._from_here(alpha_suspect=True)
+        run.state.searches += 1
+        if run.state.searches > _MOST_SEARCHES and not self._is_paid:
+            return False
+        kept = nearly_kept(learning, search.lookahead, self._module, self._trainer.optimizers, run.ring.kept)
+        return search.comes_back(kept, share_of_start(self._look.scale, CLEARLY))
 
     def look_further(self, report: StabilityReport) -> Found | None:
         """Try more steps than a lookahead does; what was found, if lower rates do clearly better.
@@ -112,8 +120,22 @@ class Adviser:
         found = search.find(weight)
         return found if found.best.trains and found.best.learned > found.present.learned + clearly else None
 
+    def _better_from_start(self) -> Found | None:
+        """The same from the oldest copy: what a rate has killed learns at no rate, not even the batches at hand."""
+        if not (self._run.state.statistics.stuck and self._run.ring.kept):
+            return None
+        here = self._from_here(self._look.harmful).at(steps=LASTING_STEPS)
+        self._from = self._run.ring.kept[0]
+        with self._sane():
+            search = self._search(self._look.problems, alpha_suspect=True, steps=LASTING_STEPS)
+            lowest = search.spread()
+            if self._look.scale.times(1 + CLEARLY, lowest.end) < min(here.end, search.at().end):
+                return search.find_alpha() if lowest.at.alpha < 1 else search.find_beta(1.0)
+        self._from = None
+        return None
+
     def advise(
-        self, report: StabilityReport, findings: tuple[Reason, ...], transition: Transition, further: Found | None
+        self, report: StabilityReport, findings: Reasons, transition: Transition, further: Found | None
     ) -> Advice | None:
         """Advise a run that has just become unsafe, or of which a look found something new; else None."""
         state, news = self._run.state, self.news
@@ -140,28 +162,23 @@ class Adviser:
 
     def _stands(self, report: StabilityReport, news: Kind | None) -> bool:
         """Whether earlier advice still stands: it was about the same rates, and nothing new was found."""
-        state, configured = self._run.state, (report.alpha, self._peak)
-        if state.advice is None:
-            return False
-        earlier = state.advice.configured_alpha, state.advice.configured_beta
-        same = all(
-            math.isclose(one, other) or (math.isnan(one) and math.isnan(other))
-            for one, other in zip(earlier, configured, strict=True)
-        )
-        return state.searches >= _MOST_SEARCHES or (same and news is None and state.advice.cause is not Cause.UNKNOWN)
+        earlier = self._run.state.advice
+        if earlier is None or self._run.state.searches >= _MOST_SEARCHES:
+            return earlier is not None
+        return news is None and earlier.cause is not Cause.UNKNOWN and earlier.is_about(report.alpha, self._peak)
 
-    def _found(
-        self, report: StabilityReport, findings: tuple[Reason, ...], further: Found | None, news: Kind | None
-    ) -> Advice:
+    def _found(self, report: StabilityReport, findings: Reasons, further: Found | None, news: Kind | None) -> Advice:
+        died = self._look.died
         with self._sane() as at:
             if at != self._step:  # limits where the run has been thrown to blame the wrong rate
+                last = findings[len(report.findings) :][-1:]
                 earlier = (each for each in reversed(self._run.state.history) if (each.step or 0) <= at)
                 report = next((replace(each, alpha=report.alpha, beta=report.beta) for each in earlier), report)
-                findings = (*(each for each in report.findings if each.kind is Kind.ABOVE_LIMIT), *findings[-1:])
+                findings = (*(each for each in report.findings if each.kind is Kind.ABOVE_LIMIT), *last)
             seen = {Kind.SCHEDULE_AHEAD: self._at_peak, Kind.NOT_LEARNING: self._stalled}
             known = further or (seen.get(news) if news else None)
             if known is not None:
-                return self._of_rates(known, report, findings)
+                return self._of_rates(known, report, findings, died)
             # Beyond its limit an inner rate alone makes batches unlike one another.
             problems, odd = self._without_odd(0.5 / report.alpha_ratio if report.alpha_ratio > 1 else 1.0, at)
             suspect, weight = self._suspicion(report)
@@ -169,15 +186,12 @@ class Adviser:
             if odd is not None and math.isfinite(search.at().end):
                 return self._of_batch(problems, *odd, report)
             found = search.find_alpha() if news is Kind.ADAPTATION_HARMFUL else search.find(weight)
-            if not found.best.trains:  # the limits may lie below all rates that a search tries
-                alpha, limit = (0.5 / report.alpha_ratio if report.alpha_ratio > 1 else 1.0), report.safe_beta_c
-                tried = search.at(alpha, 0.5 * limit / self._peak if 0 < limit < self._peak else 1.0)
-                found = Found(found.present, tried, tried.at.beta, tried.at.beta)
-            return self._of_rates(found, report, findings)
+            if not found.best.trains:
+                found = at_limits(search, found, report, self._peak)
+            return self._of_rates(found, report, findings, died)
 
     def _suspicion(self, report: StabilityReport) -> tuple[bool, float]:
-        look = self._look
-        return suspicion(report, look.problem, look.adaptation_gain, harmful=look.harmful)
+        return suspicion(report, self._look.problem, self._look.adaptation_gain, harmful=self._look.harmful)
 
     def _measured_at(self, factor: float) -> StabilityReport:
         problem, run = self._look.problem, self._run
@@ -192,11 +206,12 @@ class Adviser:
             self._further[alpha_suspect] = self._search(self._look.problems, alpha_suspect)
         return self._further[alpha_suspect]
 
-    def _search(self, problems: Sequence[Problem], alpha_suspect: bool) -> RateSearch:
+    def _search(self, problems: Sequence[Problem], alpha_suspect: bool, **steps: int) -> RateSearch:
         lookahead = self._lookahead(fresh(self._run, problems))
         lookahead.groups = () if self._rising is None else self._rising.at_peak
         peak = self._peak / lookahead.beta if lookahead.beta > 0 else 1.0
-        return RateSearch(lookahead, self._look.scale, self._ratio, alpha_suspect=alpha_suspect, peak=peak)
+        given: dict[str, Any] = {"alpha_suspect": alpha_suspect, "peak": peak, **steps}
+        return RateSearch(lookahead, self._look.scale, self._ratio, **given)
 
     def _lookahead(self, problems: Sequence[Problem]) -> Lookahead:
         run, optimizers = self._run, self._look.optimizers
@@ -216,24 +231,23 @@ class Adviser:
         assert lookahead is not None
         return lookahead.beta if rising is None else max(rising.peak()[0], lookahead.beta)
 
-    def _configured(self, rate: float) -> float:
-        return rate if self._run.ahead is None else self._run.ahead.lr_for_peak(rate)
-
     @contextmanager
     def _sane(self) -> Iterator[int]:
         """Go to the last sane state of the run, whose step is given, and come back."""
-        run, step, snapshot = self._run, self._step, self._run.snapshot
-        if self._look.is_sane or snapshot is None or snapshot.step >= step:
-            yield step
+        snapshot, held = self._from, (self._module, self._trainer.optimizers)
+        if snapshot is None and not (self._look.is_sane and self._survives()):
+            snapshot = self._run.ring.latest_that(self._survives, *held)
+        if snapshot is None or snapshot.step >= self._step:
+            yield self._step
             return
-        with snapshot.visited(self._module, self._trainer.optimizers, run.settings.snapshot_device):
+        with snapshot.visited(*held, self._run.settings.snapshot_device):
             yield snapshot.step
 
-    def _without_odd(self, alpha: float, since: int) -> tuple[list[Problem], tuple[Problem, int] | None]:
-        """Leave out batches unlike the others at a factor on the inner rates; the worst of them, and its step.
+    def _survives(self) -> bool:
+        return self._search(self._without_odd(1.0)[0], alpha_suspect=True).survives
 
-        The one whose step had the highest loss since a step is looked at, too, although it may be long gone.
-        """
+    def _without_odd(self, alpha: float, since: float = math.inf) -> tuple[list[Problem], tuple[Problem, int] | None]:
+        """Leave out batches unlike the others, also that of the highest loss since a step; the worst, and its step."""
         run, problems = self._run, self._look.problems
         if run.repeats:
             return problems, None
@@ -244,57 +258,43 @@ class Adviser:
         return kept, None if odd is None else (problems[odd], steps[odd])
 
     def _of_batch(self, problems: Sequence[Problem], odd: Problem, step: int, report: StabilityReport) -> Advice:
-        """Advise to clip what an odd batch does, where that helps: at twice the gradients of the others."""
-        lookahead = self._lookahead([odd, *problems])
-        (odd_loss, *usual), (norm, *others) = lookahead.untrained(), lookahead.gradient_norms()
-        losses = odd_loss, median(usual), self._look.scale.start
+        """Advise to clip what an odd batch does, where that helps."""
+        losses, norm = norm_to_clip_to(self._lookahead([odd, *problems]))
         return Advice(
             cause=Cause.BATCH,
-            gradient_clip_val=settable(2 * median(others)) if math.isfinite(norm) else None,
+            gradient_clip_val=None if norm is None else settable(norm),
             step=self._step,
-            evidence=(Reason(Kind.ODD_BATCH, losses=losses, step=step),),
+            evidence=(Reason(Kind.ODD_BATCH, losses=(*losses, self._look.scale.start), step=step),),
             configured_alpha=report.alpha,
-            configured_beta=self._configured(self._peak),
+            configured_beta=to_configure(self._run.ahead, self._peak),
         )
 
-    def _of_rates(self, found: Found, report: StabilityReport, findings: tuple[Reason, ...]) -> Advice:
+    def _of_rates(self, found: Found, report: StabilityReport, findings: Reasons, died: Reasons) -> Advice:
         proved = self._look.harmful and report.alpha_ratio > 1
         to_blame = proved or (found.best.trains and not is_innocent(found, report, self._look.scale))
         alpha, beta, rising = report.alpha, self._peak, self._rising
-        rates, best, look, step = Rates(), found.best.at, self._look, report.step or 0
+        rates, look, step = Rates(), self._look, report.step or 0
         if to_blame:
             mean = 1.0 if rising is None else rising.mean_to_peak
             given = look.optimizers, look.problem, beta, mean, self._run.repeats, self._measured_at, look.harmful
             to_set = RatesToSet(self._search(look.problems, alpha_suspect=True), *given)
             rates = to_set.of(found, report, [each for each in self._run.state.history if (each.step or 0) <= step])
         lower_alpha, lower_beta = (rate is not None for rate in rates)
-        died = self._look.died if lower_beta and not lower_alpha else ()
-        causes = {
-            (True, True): Cause.BOTH,
-            (True, False): Cause.ALPHA,
-            (False, True): Cause.DEAD_UNITS if died else Cause.SCHEDULE if rising else Cause.BETA,
-            (False, False): Cause.UNKNOWN,
-        }
-        ends = found.present.end, found.best.end, look.scale.start
-        inner, outer = best.alpha * alpha, best.beta * beta
-        tried = Reason(Kind.RATES_TRIED, losses=ends, steps=TRIAL_STEPS, alpha=inner, beta=outer)
-        proves = ends[1] < ends[0] or not (lower_alpha or lower_beta)
-        # That nothing limits a rate is no reason to lower it; limits at an inner rate beyond its own say nothing.
-        idle = Kind.NOT_JUDGED if proves else None
-        shown = [e for e in findings if e.kind is not idle and (e.rate != "beta" or lower_beta or not lower_alpha)]
+        died = () if lower_alpha or not lower_beta else died
+        proves = found.best.end < found.present.end or not (lower_alpha or lower_beta)
+        tried = [tried_reason(found, alpha, beta, look.scale.start, self._from)] if proves else []
+        # That nothing limits a rate is no reason to lower it, nor is the limit of another rate.
+        told = {"alpha": lower_alpha or not lower_beta, "beta": lower_beta or not lower_alpha}
+        shown = [e for e in findings if told.get(e.rate, True) and not (proves and e.kind is Kind.NOT_JUDGED)]
         return Advice(
-            cause=causes[lower_alpha, lower_beta],
+            cause=cause_of(alpha=lower_alpha, beta=lower_beta, rising=rising is not None, died=bool(died)),
             alpha=None if rates.alpha is None else settable(rates.alpha),
-            beta=None if rates.beta is None else settable(self._configured(rates.beta)),
+            beta=None if rates.beta is None else settable(to_configure(self._run.ahead, rates.beta)),
             step=self._step,
-            evidence=(*shown, *self.crossing(report), *died, *([tried] if proves else [])),
+            evidence=(*shown, *crossing(self._run.ahead, report.beta_c, self._step), *died, *tried),
             configured_alpha=alpha,
             configured_beta=beta,
             setting="lr" if self._run.ahead is None else self._run.ahead.setting,
             peak_step=None if rising is None else rising.peak()[1],
+            several=rates_differ(look.optimizers),
         )
-
-    def crossing(self, report: StabilityReport) -> tuple[Reason, ...]:
-        """State where the schedule exceeds the limit at hand, if it does."""
-        ahead = self._run.ahead
-        return () if ahead is None else ahead.exceeding(report.beta_c, self._step)

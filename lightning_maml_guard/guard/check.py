@@ -26,6 +26,7 @@ from lightning_maml_guard.messages.reasons import Kind, of_check
 from lightning_maml_guard.messages.sentences import announced, returned
 from lightning_maml_guard.messages.terminal import inform
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
+from lightning_maml_guard.optim.rates_ahead import crossing
 from lightning_maml_guard.optim.shadow import needs_closure
 from lightning_maml_guard.stability.problems import NoLossError
 from lightning_maml_guard.stability.report import StabilityReport
@@ -106,7 +107,7 @@ class Check:
                 run.begin_match(trainer, module, batch, batch_idx, look.optimizers)
             adviser, stuck = Adviser(run, trainer, module, look, step), statistics.stuck
             learning, collapsed = self.rollback.compare(look), None
-            if learning is not None and learning.lost and not adviser.comes_back(learning.kept_loss):
+            if learning is not None and learning.lost and not adviser.comes_back(learning):
                 collapsed = self.rollback.lost(learning, look, step)
                 look.severity = max(look.severity, math.log(ratio))
             adviser.look_at_peak()
@@ -171,7 +172,7 @@ class Check:
         halved = not found.measured and caps.beta == run.caps.caps.applied(report.alpha, report.beta)[1] / 2
         self._act(report, found.advice, found.transition, caps, step, lost=lost)
         if found.advice is None and not run.state.history and acting.speaks:
-            for reason in seen.adviser.crossing(report):
+            for reason in crossing(run.ahead, report.beta_c, step):
                 inform(announced(reason, self.settings.spelling))
         if self._rolled_back is not None and present is not None:
             self.rollback.report(present.begin, report.alpha, report.beta, step, halved=halved)

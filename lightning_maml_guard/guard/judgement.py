@@ -18,6 +18,7 @@ from lightning_maml_guard.lookahead.lookahead import Caps
 from lightning_maml_guard.messages.advice import Advice
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_check
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
+from lightning_maml_guard.optim.rates_ahead import to_configure
 from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.stability.problems import PlainProblem, Problem
 from lightning_maml_guard.stability.report import StabilityReport
@@ -155,7 +156,7 @@ def _heed(run: GuardedRun, advice: Advice, problem: Problem) -> None:
     if advice.beta is None:
         return
     peak, ahead = advice.configured_beta, run.ahead
-    rate = advice.beta * peak / (peak if ahead is None else ahead.lr_for_peak(peak))
+    rate = advice.beta * peak / to_configure(ahead, peak)
     if (ahead is None or not ahead.rises) and not isinstance(problem, PlainProblem):
         rate = max([rate, *(each.beta for each in advice.evidence if each.kind is Kind.RATES_TRIED)])
     run.state.ceiling = run.state.ceiling.heeds(rate, advice.step or 0)
@@ -164,6 +165,7 @@ def _heed(run: GuardedRun, advice: Advice, problem: Problem) -> None:
 def _measured(run: GuardedRun, look: Look, step: int) -> tuple[StabilityReport, bool]:
     """Measure the curvature; where that fails and the next steps were tried, they alone decide."""
     curvature, margin = run.settings.curvature, run.settings.margin
+    run.cache.checks = look.is_sane
     try:
         with run.cache.ranks.together():
             report = measure(

@@ -16,6 +16,7 @@ from lightning_maml_guard.lookahead.divergence import fails
 from lightning_maml_guard.lookahead.learning import PROBES, Learning, compared, lost_reason, spread_out
 from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, lookahead_of
 from lightning_maml_guard.lookahead.odd_batches import without_odd
+from lightning_maml_guard.lookahead.rate_search import SURE
 from lightning_maml_guard.messages.advice_sentences import given_up
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced
@@ -28,8 +29,8 @@ from lightning_maml_guard.theory.limits import SAFE
 from lightning_maml_guard.utils.isolation import undisturbed
 from lightning_maml_guard.utils.shards import finite
 
-# Snapshots that are tried from, the youngest first, at this share of the meta rate.
-_TRIED, _SURE = 3, 1 / 32
+# Snapshots that are tried from, the youngest first.
+_TRIED = 3
 # A run has learned nothing while its loss on the batches at hand is above this share of that at its oldest snapshot.
 _UNLEARNED = 0.97
 # Inner rates that differ by no more than this share are the same.
@@ -165,7 +166,7 @@ class Rollback:
             return
         good = [ring.kept[index] for index in self._learning(look, start=self.run.state.statistics.start).good]
         caps = self.run.caps.caps
-        beta = _SURE * caps.applied(math.nan, before.beta)[1]
+        beta = SURE * caps.applied(math.nan, before.beta)[1]
         ends: dict[int, float] = {}
         for snapshot in good[:_TRIED]:
             with snapshot.visited(self.module, self.trainer.optimizers):

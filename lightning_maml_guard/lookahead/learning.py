@@ -49,8 +49,13 @@ class Learning:
     unseen: int
 
     @property
+    def best(self) -> int:
+        """Index of the best snapshot, of those made before any of the batches was used."""
+        return min(range(max(self.unseen, 1)), key=lambda index: median(self.kept[index]))
+
+    @property
     def _best(self) -> tuple[float, ...]:
-        return min(self.kept[: max(self.unseen, 1)], key=median)
+        return self.kept[self.best]
 
     @property
     def _before(self) -> tuple[float, ...]:
@@ -80,7 +85,7 @@ class Learning:
     def kept_loss(self) -> float:
         """The largest loss at which nearly all that was learned is there."""
         best, _, before = self.losses
-        return best + _NEAR * abs(before - best)
+        return _nearly(best, before)
 
     @property
     def good(self) -> list[int]:
@@ -128,6 +133,21 @@ def compared(
     found = finite_or_inf(lookahead.untrained(_share(alpha, lookahead.alpha)))
     now = tuple(max(pair) for pair in zip(seen, found, strict=True))
     return Learning(now, tuple(kept_losses), untrained, sum(each.step <= before for each in kept))
+
+
+def nearly_kept(
+    found: Learning, lookahead: Lookahead, module: nn.Module, optimizers: Sequence[Optimizer], kept: Sequence[Snapshot]
+) -> tuple[float, ...]:
+    """For each batch of a lookahead, the largest loss at which nearly all that was learned is there."""
+    losses = []
+    for snapshot in (kept[found.best], kept[0]):
+        with snapshot.visited(module, optimizers):
+            losses.append(finite_or_inf(lookahead.untrained(_share(snapshot.alpha, lookahead.alpha))))
+    return tuple(_nearly(best, min(before, found.untrained)) for best, before in zip(*losses, strict=True))
+
+
+def _nearly(best: float, before: float) -> float:
+    return best + _NEAR * abs(before - best)
 
 
 def _share(alpha: float, configured: float) -> float:

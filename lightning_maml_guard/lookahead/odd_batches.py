@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import median
 
@@ -28,3 +29,12 @@ def without_odd(
     if losses[worst] <= usual:
         return list(problems), None
     return [each for each, loss in zip(problems, losses, strict=True) if loss <= usual], worst
+
+
+def norm_to_clip_to(lookahead: Lookahead) -> tuple[tuple[float, float], float | None]:
+    """Losses of an odd batch, the first of a lookahead's, and of the others; twice the norm of the others' gradients.
+
+    None where no clipping helps: where the odd one's gradient is not finite.
+    """
+    (odd, *usual), (norm, *norms) = lookahead.untrained(), lookahead.gradient_norms()
+    return (odd, median(usual)), 2 * median(norms) if math.isfinite(norm) else None

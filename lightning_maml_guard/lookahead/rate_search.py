@@ -35,7 +35,9 @@ BETA_LADDER = tuple(2.0**-k for k in range(1, 15))
 PATIENCE = 2
 # Factors on the inner rate and on the meta rate that are tried to see whether lower rates do better.
 PROBES, SUSPECT_PROBE = ((1.0, 0.25), (1.0, 1 / 16)), (0.5, 1.0)
-# Gradients that this takes in a run that is well: it stops at the first of them.
+# At this share of the meta rate only what is wrong with the parameters or the optimizer's state makes the loss leave.
+SURE = 1 / 32
+# Gradients that the probes take in a run that is well: it stops at the first of them.
 PROBE_GRADIENTS = 2 * TRIAL_STEPS
 
 
@@ -56,6 +58,7 @@ class Trial:
         learned: By how much ``end`` is below the loss before training.
         gained: By how much it is below the loss that the same inner rates start from: what the meta rate did.
         trains: Whether the loss never left and ended no higher than before training.
+        steps: Their number.
     """
 
     at: Factors
@@ -63,6 +66,7 @@ class Trial:
     learned: float
     gained: float
     trains: bool
+    steps: int = TRIAL_STEPS
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class RateSearch:
         peak: float = 1.0,
         steps: int = TRIAL_STEPS,
     ) -> None:
-        self._lookahead, self._scale, self._ratio, self._peak, self.steps = lookahead, scale, ratio, peak, steps
+        self.lookahead, self._scale, self._ratio, self._peak, self.steps = lookahead, scale, ratio, peak, steps
         self._alpha_suspect, self._has_alpha = alpha_suspect, not math.isnan(lookahead.alpha)
         self._known: dict[tuple[Factors, int], Trial] = {}
         self._untrained: dict[float, tuple[float, ...]] = {}
@@ -112,7 +116,7 @@ class RateSearch:
     def untrained(self, alpha: float) -> tuple[float, ...]:
         """The losses of the batches before training, at a factor on the inner rates."""
         if alpha not in self._untrained:
-            self._untrained[alpha] = self._lookahead.untrained(alpha)
+            self._untrained[alpha] = self.lookahead.untrained(alpha)
         return self._untrained[alpha]
 
     def harms(self, alpha: float) -> bool:
@@ -139,15 +143,12 @@ class RateSearch:
         # A loss may begin high, where the inner rate is to blame, but may not rise.
         highest = self._scale.times(self._ratio, max(*start, *untrained))
         if not math.isfinite(highest):
-            return Trial(at, math.inf, -math.inf, -math.inf, trains=False)
-        losses = self._lookahead.run(at.alpha, at.beta * self._peak, steps=steps, highest=highest).losses
+            return Trial(at, math.inf, -math.inf, -math.inf, trains=False, steps=steps)
+        losses = self.lookahead.run(at.alpha, at.beta * self._peak, steps=steps, highest=highest).losses
         if not all(loss <= highest for loss in losses):
-            return Trial(at, math.inf, -math.inf, -math.inf, trains=False)
-        last = range(steps)[-max(steps // 4, 1) :]
-        end = _mean([losses[step] for step in last])
-        # Of the same batches.
-        before, own = (_mean([losses[step % len(losses)] for step in last]) for losses in (start, untrained))
-        return Trial(at, end, before - end, own - end, trains=end <= before)
+            return Trial(at, math.inf, -math.inf, -math.inf, trains=False, steps=steps)
+        end, before, own = (self._at_end(each, steps) for each in (losses[:steps], start, untrained))
+        return Trial(at, end, before - end, own - end, trains=end <= before, steps=steps)
 
     def probe(self) -> tuple[Trial, Trial]:
         """Try the rates as they are and a few lower ones: the former, and the one of all that learns most.
@@ -161,10 +162,25 @@ class RateSearch:
                 break
         return tried[0], _best(tried)
 
-    def comes_back(self, to: float, clearly: float) -> bool:
-        """Whether the rates as they are lead down to a loss, and no lower ones learn clearly more."""
+    @property
+    def survives(self) -> bool:
+        """Whether the loss does not leave at a very low meta rate; else this is no place to try rates from."""
+        return math.isfinite(self.at(beta=SURE).end)
+
+    def spread(self) -> Trial:
+        """Try rates far below those at hand, one lowered at a time; the one that ends lowest."""
+        alphas = [self.at(factor) for _, factor in PROBES] if self._has_alpha else []
+        return min([*(self.at(*factors) for factors in PROBES), *alphas], key=lambda each: each.end)
+
+    def comes_back(self, kept: Sequence[float], clearly: float) -> bool:
+        """Whether the rates as they are lead the batches down to losses, and no lower ones learn clearly more."""
         present, best = self.probe()
-        return present.trains and present.end <= to and best.learned <= present.learned + clearly
+        lost = present.end > self._at_end(kept, self.steps)
+        return present.trains and not lost and best.learned <= present.learned + clearly
+
+    def _at_end(self, losses: Sequence[float], steps: int) -> float:
+        """Mean loss over the last quarter of the steps, each on its batch."""
+        return _mean([losses[step % len(losses)] for step in range(steps)[-max(steps // 4, 1) :]])
 
     def find(self, outweighs: float = 1.0) -> Found:
         """Find which rate to lower, and to what; a lower meta rate is blamed if it learns so many times as much.
@@ -182,6 +198,8 @@ class RateSearch:
             betas, alphas = self._betas(), [self.at(factor, 1.0) for factor in (0.5, 0.125)]
             if _best(alphas).learned > ALPHA * _best(betas).learned:
                 alphas = self._alphas()
+        if _mean(self.untrained(1.0)) < _mean(self.untrained(0.5)):
+            outweighs = 1.0  # no inner loop that diverges does better than at half its rate
         best, factor = _best(alphas), (1.0 if self._alpha_suspect else ALPHA) / outweighs
         if best.trains and best.learned > factor * max(_best(betas).learned, 0.0):
             return self._found_alpha(alphas)
@@ -205,8 +223,9 @@ class RateSearch:
         found: list[Trial] = []
         for factor in BETA_LADDER[strides - 1 :: strides]:
             found.append(self.at(alpha, factor))
-            best = _best(found)
-            if best.trains and found[-1].trains and found[-1].gained < FLAT * best.gained:
+            best, lower = _best(found), [Factors(alpha, below) for below in BETA_LADDER if below < factor]
+            falls = best.trains and found[-1].trains and found[-1].gained < FLAT * best.gained
+            if falls and not self._known_below(best, lower):
                 break
         return found
 
@@ -215,10 +234,16 @@ class RateSearch:
         found: list[Trial] = []
         for factor in ALPHA_LADDER:
             found.append(self.at(factor, 1.0))
-            best = _best(found)
-            if best.trains and len(found) - found.index(best) > PATIENCE:
+            best, lower = _best(found), [Factors(below, 1.0) for below in ALPHA_LADDER if below < factor]
+            falls = best.trains and len(found) - found.index(best) > PATIENCE
+            if falls and not self._known_below(best, lower):
                 break
         return found
+
+    def _known_below(self, best: Trial, lower: Sequence[Factors]) -> bool:
+        """Whether lower rates are known to learn more than the best ones of a ladder: one that kills is not its end."""
+        known = [self._known[at, self.steps] for at in lower if (at, self.steps) in self._known]
+        return any(each.learned > best.learned for each in known)
 
     def _found_alpha(self, ladder: Sequence[Trial]) -> Found:
         best = _best(ladder)
@@ -228,7 +253,7 @@ class RateSearch:
         best = _best(ladder)
         largest = next((each for each, below in pairwise(ladder) if each.trains and below.trains), best)
         flat = [each for each in ladder if each.gained >= FLAT * best.gained]
-        share = SHARE_WITH_MEMORY if self._lookahead.has_memory else SHARE
+        share = SHARE_WITH_MEMORY if self.lookahead.has_memory else SHARE
         return Found(self.at(), best, flat[-1].at.beta if flat else best.at.beta, share * largest.at.beta)
 
 

@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 
 from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.rate_search import ALPHA_LADDER, LASTING_STEPS, Found, RateSearch
+from lightning_maml_guard.messages.reasons import Kind, Reason
+from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.optim.stability_limits import is_preconditioned
 from lightning_maml_guard.stability.problems import Problem, inner_steps_of
 from lightning_maml_guard.stability.report import StabilityReport
@@ -81,6 +83,8 @@ class RatesToSet:
             if lower_beta or self.beta > _BEYOND * self._limit(report):
                 found = self.search.find_beta(factor)
                 lower_beta = lower_beta or found.best.learned >= self.search.at(factor).learned
+            else:
+                factor = self._lasting_inner(factor, found.best.at.alpha)
         beta = self._meta_factor(found, report, seen) if lower_beta else 1.0
         if lower_alpha or lower_beta:
             lasting = self._lasting(factor, beta)
@@ -103,6 +107,17 @@ class RatesToSet:
         while factor > ALPHA_LADDER[-1] and self.search.harms(factor):
             factor *= share
         return factor
+
+    def _lasting_inner(self, factor: float, learned: float) -> float:
+        """The factor that goes by the limit, or a share of the lower one that learned most if only that lasts.
+
+        Where curvature grows within the first steps, as of low-rank adapters that start at zero, a limit says little,
+        and it goes on growing.
+        """
+        lasts = learned >= factor or self.search.at(factor, steps=LASTING_STEPS).trains
+        if lasts or not self.search.at(learned, steps=LASTING_STEPS).trains:
+            return factor
+        return share_to_set(self.problem) * learned
 
     def _meta_factor(self, found: Found, report: StabilityReport, seen: Sequence[StabilityReport]) -> float:
         """Midway between what trials say, and no more than the smallest limit allows, unless they contradict it."""
@@ -151,6 +166,20 @@ def suspicion(
     if several and report.alpha_ratio > 1:
         weight = math.inf if adaptation_gain <= 0 else _FAR_MORE
     return harmful or math.isnan(report.alpha_c) or beyond, weight
+
+
+def at_limits(search: RateSearch, found: Found, report: StabilityReport, beta: float) -> Found:
+    """Try half of each limit: they may lie below all rates that a search tries."""
+    alpha, limit = (0.5 / report.alpha_ratio if report.alpha_ratio > 1 else 1.0), report.safe_beta_c
+    tried = search.at(alpha, 0.5 * limit / beta if 0 < limit < beta else 1.0)
+    return Found(found.present, tried, tried.at.beta, tried.at.beta)
+
+
+def tried_reason(found: Found, alpha: float, beta: float, start: float, origin: Snapshot | None) -> Reason:
+    """State what rates that were tried came to, and from where; None: from where the run is."""
+    best, losses = found.best, (found.present.end, found.best.end, start)
+    inner, outer, step = best.at.alpha * alpha, best.at.beta * beta, None if origin is None else origin.step
+    return Reason(Kind.RATES_TRIED, losses=losses, steps=best.steps, alpha=inner, beta=outer, step=step)
 
 
 def is_innocent(found: Found, report: StabilityReport, scale: Scale) -> bool:

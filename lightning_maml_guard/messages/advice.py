@@ -40,6 +40,7 @@ class Advice:
         configured_alpha: The inner rate it is about.
         configured_beta: The meta rate it is about; under a schedule its peak.
         peak_step: Step at which the schedule gets there.
+        several: Whether the optimizer's groups have different rates: ``beta`` is then for the largest one.
     """
 
     cause: Cause
@@ -52,12 +53,27 @@ class Advice:
     configured_alpha: float = math.nan
     configured_beta: float = math.nan
     peak_step: int | None = None
+    several: bool = False
+
+    def is_about(self, alpha: float, beta: float) -> bool:
+        """Return True if these are the configured rates that it is about."""
+        pairs = ((self.configured_alpha, alpha), (self.configured_beta, beta))
+        return all(math.isclose(one, other) or (math.isnan(one) and math.isnan(other)) for one, other in pairs)
 
     def __str__(self) -> str:
         """Say it in one line."""
         from lightning_maml_guard.messages.advice_sentences import advised
 
         return advised(self)
+
+
+def cause_of(*, alpha: bool, beta: bool, rising: bool, died: bool) -> Cause:
+    """What is to blame where these rates are to be lowered: ``rising`` by a schedule, or units have ``died``."""
+    if alpha:
+        return Cause.BOTH if beta else Cause.ALPHA
+    if not beta:
+        return Cause.UNKNOWN
+    return Cause.DEAD_UNITS if died else Cause.SCHEDULE if rising else Cause.BETA
 
 
 def settable(rate: float) -> float:

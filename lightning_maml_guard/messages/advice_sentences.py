@@ -33,7 +33,8 @@ def advised(advice: Advice, spelling: Spelling = IN_PYTHON) -> str:
         to_set.append(f"the inner rate (inner_lr) to {advice.alpha:.3g}")
     if advice.beta is not None:
         owner = "optimizer" if advice.setting == "lr" else "schedule"
-        to_set.append(f"the {owner}'s {advice.setting} to {advice.beta:.3g}")
+        groups = " (of its groups the largest, the others in proportion)" if advice.several else ""
+        to_set.append(f"the {owner}'s {advice.setting} to {advice.beta:.3g}{groups}")
     if advice.gradient_clip_val is not None:
         to_set.append(f"{spelling.trainer(gradient_clip_val=advice.gradient_clip_val)}, or fix the batch")
     if not to_set and advice.cause is Cause.BATCH:

@@ -23,7 +23,10 @@ def _rates_tried(reason: Reason, spelling: Spelling) -> str:
     present, lowered, _ = reason.losses
     now = f"end at a loss of {present:.3g}" if math.isfinite(present) else "diverge"
     end = f"{lowered:.3g}" if math.isfinite(lowered) else "no finite loss either"
-    return f"{reason.steps} steps tried on copies {now}; with {rates(reason.alpha, reason.beta)} they end at {end}."
+    since = "" if reason.step is None else f" of the parameters of step {reason.step}"
+    return (
+        f"{reason.steps} steps tried on copies{since} {now}; with {rates(reason.alpha, reason.beta)} they end at {end}."
+    )
 
 
 def _schedule_ahead(reason: Reason, spelling: Spelling) -> str:

@@ -150,6 +150,9 @@ class Reason:
         return "|".join((self.kind.value, self.rate, self.what, self.error, self.where if self.error else self.detail))
 
 
+Reasons = tuple[Reason, ...]
+
+
 def of_error(kind: Kind, error: BaseException, *, what: str = "", step: int | None = None) -> Reason:
     """State a failure as a reason: its type, its text, and the place in the user's code that it came from."""
     detail, (where, users) = encodable(str(error)), _place(error)

@@ -154,6 +154,11 @@ def scheduled_rate(optimizers: Optimizers) -> float:
     return max(float(group["lr"]) for optimizer in listed(optimizers) for group in optimizer.param_groups)
 
 
+def rates_differ(optimizers: Sequence[Optimizer]) -> bool:
+    """Return True if the parameter groups have several learning rates."""
+    return len({float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups}) > 1
+
+
 def known_rate(optimizers: Sequence[Optimizer]) -> float:
     """Read the largest learning rate where that costs nothing; ``nan`` of one that lies on a device."""
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]

@@ -109,6 +109,16 @@ class RatesAhead:
         return 0 if step is None else min(max(step - self.step, 0), len(self.rates) - 1)
 
 
+def to_configure(ahead: RatesAhead | None, peak: float) -> float:
+    """The number to configure so that rates peak here, under a schedule or none."""
+    return peak if ahead is None else ahead.lr_for_peak(peak)
+
+
+def crossing(ahead: RatesAhead | None, limit: float, step: int) -> tuple[Reason, ...]:
+    """State where a schedule exceeds a limit, if there is one and it does."""
+    return () if ahead is None else ahead.exceeding(limit, step)
+
+
 class Coming:
     """The highest inner and meta rate of the next steps: as scheduled, or where they go if they rise on.
 

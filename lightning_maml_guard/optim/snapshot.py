@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
@@ -154,6 +154,16 @@ class SnapshotRing:
     def latest(self) -> Snapshot | None:
         """The youngest one; None without any."""
         return self.kept[-1] if self.kept else None
+
+    def latest_that(
+        self, passes: Callable[[], bool], module: nn.Module, optimizers: Sequence[Optimizer]
+    ) -> Snapshot | None:
+        """The youngest one at which a test passes, else the oldest; None without any."""
+        for snapshot in reversed(self.kept):
+            with snapshot.visited(module, optimizers):
+                if passes():
+                    return snapshot
+        return self.kept[0] if self.kept else None
 
     def is_due(self, step: int) -> bool:
         """Whether the youngest one is so old that another is to be kept."""

@@ -91,12 +91,14 @@ class MeasurementCache:
         ranks: The processes that measure together.
         task_map: How its tasks are run over; None before the first measurement.
         asked_to_loop: Whether that is one after another because the problem says so.
+        checks: Whether products may be compared with finite differences: not where a run has been thrown.
     """
 
     facts: NetworkFacts = field(default_factory=NetworkFacts)
     ranks: Ranks = field(default_factory=Ranks)
     task_map: TaskMap | None = None
     asked_to_loop: bool = False
+    checks: bool = True
 
     def map_for(self, chunk_size: int | None, looped: bool = False) -> TaskMap:
         """Return the way to run over tasks: ``chunk_size`` vmapped at once (None: all), or one after another."""
@@ -209,8 +211,10 @@ def make_operator(name: str, target: Target, cache: MeasurementCache) -> tuple[O
     trouble = None
     if name not in facts.finite:
         same_masks()  # that the finite differences draw, too
-        operator, trouble = _double_backward(name, gradient, params, layout, checked=name in facts.checked)
-        facts.checked.add(name)
+        checked = name in facts.checked or not cache.checks
+        operator, trouble = _double_backward(name, gradient, params, layout, checked=checked)
+        if cache.checks:
+            facts.checked.add(name)
     # What fails on one rank is done by finite differences on all: their products are averaged.
     found = [each for each in cache.ranks.gather(trouble) if each is not None]
     if found:

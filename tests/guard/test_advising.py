@@ -15,7 +15,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from lightning_maml_guard import ConvergenceGuard, GuardWarning, LookaheadOptions, MetaProblem
+from lightning_maml_guard.guard.advising import Adviser
 from lightning_maml_guard.messages.advice import Cause
+from lightning_maml_guard.messages.reasons import Kind
 from lightning_maml_guard.utils.lightning_compat import Callback, LightningModule, Trainer
 from tests.helpers import QUIET, one_line
 
@@ -468,3 +470,53 @@ def test_a_problem_that_is_not_the_steps_is_told_also_where_the_inner_rate_is_ca
     module = Steady(alpha=0.4, lr=0.003, inner_steps=3, optimizer=Adam)
     _, said = guarded(module, sinusoids(12), action="rescale", problem=other)
     assert [text for text in said if "is not what training_step trains" in text]
+
+
+class Saturating(LightningModule):
+    """Plain training of a classifier whose outputs are bounded: a step that is too large leaves it without gradient."""
+
+    def __init__(self, lr):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4), nn.Tanh())
+        self.loss, self.lr, self.losses = nn.CrossEntropyLoss(), lr, []
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(self.net(batch), batch[:, :4].argmax(1))
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def configure_optimizers(self):
+        return Adam(self.parameters(), lr=self.lr)
+
+
+def points(steps):
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(32, 8, generator=generator) for _ in range(steps)]
+
+
+def test_a_run_that_its_rate_has_killed_is_advised_from_where_it_began(monkeypatch):
+    """From its parameters no rate learns. The first look, whose trials see it as a rule, is left out."""
+    monkeypatch.setattr(Adviser, "look_further", lambda self, report: None)
+    killed, healthy = Saturating(5.0), Saturating(0.01)
+    guard, said = guarded(killed, points(80), problem=None)
+    advice = guard.advice
+    assert advice.step == 64 and advice.cause is Cause.BETA and advice.alpha is None
+    assert any("steps tried on copies of the parameters of step 0 end" in text for text in said)
+    # What is measured at the parameters that were killed is no reason.
+    assert all(each.kind in (Kind.NOT_LEARNING, Kind.RATES_TRIED) for each in advice.evidence)
+    followed = Saturating(advice.beta)
+    assert guarded(followed, points(80), problem=None)[1] == []
+    guarded(healthy, points(80), problem=None)
+    assert end(followed) < 1.2 * end(healthy) < 0.6 * end(killed)
+
+
+def test_a_run_that_something_else_has_killed_is_not_told_to_lower_its_rate():
+    class Kills(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if batch_idx == 0:
+                with torch.no_grad():
+                    module.net[-2].bias.copy_(torch.tensor([100.0, -100.0, -100.0, -100.0]))
+
+    guard, said = guarded(Saturating(0.01), points(80), [Kills()], problem=None)
+    assert guard.advice is None and "after 64 steps its mean is" in said[-1]

@@ -10,7 +10,10 @@ from torch.optim import SGD
 
 from lightning_maml_guard import ConvergenceGuard, GuardWarning, MetaLearningModule
 from lightning_maml_guard.lookahead.divergence import RunningStatistics, Scale, fails, passes
-from lightning_maml_guard.lookahead.learning import Learning, chance_loss, spread_out
+from lightning_maml_guard.lookahead.learning import Learning, chance_loss, nearly_kept, spread_out
+from lightning_maml_guard.lookahead.lookahead import Lookahead
+from lightning_maml_guard.optim.snapshot import Snapshot
+from lightning_maml_guard.stability.problems import PlainProblem
 from tests.helpers import fit, guard_warns, one_line, quadratic_batch
 
 
@@ -151,3 +154,22 @@ def test_a_run_that_forgets_is_called_collapsed_and_is_rolled_back_a_few_steps()
     assert losses[0] < losses[1]
     (back,) = [one_line(str(event.reasons[0].steps)) for event in guard.events if event.kind == "rolled back"]
     assert back == "56"
+
+
+def test_what_was_nearly_kept_is_told_batch_by_batch():
+    """At the best snapshot, and a quarter of the way back to the start; the start is no higher than before training."""
+    weight = nn.Linear(1, 1, bias=False)
+    optimizer = SGD(weight.parameters(), lr=0.0)
+
+    def square(above):
+        return PlainProblem(dict(weight.named_parameters()), lambda p: p["weight"].square().sum() + above)
+
+    kept = []
+    for at in (2.0, 1.0, 0.0):
+        nn.init.constant_(weight.weight, at)
+        kept.append(Snapshot(weight, [optimizer], 8 * len(kept)))
+    nn.init.constant_(weight.weight, 5.0)
+    lookahead = Lookahead([square(1.0), square(10.0)], optimizer, 1)
+    found = Learning((5.0,), ((4.0,), (1.0,), (0.0,)), 12.0, 2)  # the last one was made when the batches had been used
+    assert nearly_kept(found, lookahead, weight, [optimizer], kept) == pytest.approx((2 + 0.25 * 3, 11 + 0.25 * 1))
+    assert weight.weight.item() == 5.0

@@ -322,3 +322,68 @@ def to_blame(learned_at_lower_alpha, weight):
     lookahead = Lookahead([problem], SGD([leaf], lr=0.1), 1)
     found = search(lookahead, alpha_suspect=True, kind=Scripted).find(weight)
     return "alpha" if found.best.at.alpha < 1 else "beta"
+
+
+def two_batches(rate):
+    """Half a square each, above a loss that no step takes away: 1 on the one, 10 on the other."""
+    weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    problems = [
+        PlainProblem({"w": weight}, lambda p, least=least: 0.5 * p["w"].sum() ** 2 + least) for least in (1, 10)
+    ]
+    return Lookahead(problems, SGD([weight], lr=rate), 1)
+
+
+def test_a_run_comes_back_to_the_losses_of_the_same_batches():
+    """The trial ends on four hard batches and three easy ones, at 6.14; the median of what was kept is 5.6."""
+    tried = search(two_batches(0.5))
+    assert tried.comes_back((1.1, 10.1), 0.1)
+    assert not tried.comes_back((0.5, 10.0), 0.1)
+    assert not search(two_batches(0.001)).comes_back((1.1, 10.1), 0.1)  # too slow to be back soon
+
+
+class Chancy(RateSearch):
+    """Trials of which one is killed by chance, between rates that learn."""
+
+    def _tried(self, at, steps):
+        amount = {0.5: 0.3, 0.25: 0.4, 0.125: 0.1, 0.0625: 0.6, 0.03125: 0.2}.get(at.beta, 0.05)
+        return Trial(at, 1 - amount, amount, amount, trains=True)
+
+
+def test_a_rate_that_kills_by_chance_does_not_end_the_ladder_where_a_lower_one_is_known_to_learn_more():
+    lookahead = plain([1.0], lambda weights: SGD(weights, lr=0.1))
+    assert search(lookahead, kind=Chancy).find_beta(1.0).best.at.beta == 0.25
+    known = search(lookahead, kind=Chancy)
+    assert known.spread().at == Factors(1.0, 0.0625)
+    assert known.find_beta(1.0).best.at.beta == 0.0625
+
+
+@pytest.mark.parametrize(("velocity", "survives"), [(0.0, True), (1e6, False)])
+def test_where_momentum_has_thrown_a_run_no_low_rate_survives(velocity, survives):
+    weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = SGD([weight], lr=20.0, momentum=0.9)
+    optimizer.state[weight]["momentum_buffer"] = torch.full_like(weight, velocity)
+    problem = PlainProblem({"w": weight}, lambda p: 0.5 * p["w"].square().sum())
+    tried = search(Lookahead([problem], optimizer, 1))
+    assert not math.isfinite(tried.at().end) and tried.survives == survives
+
+
+class Helped(RateSearch):
+    """Lower inner and meta rates learn alike, the latter a little more."""
+
+    halved = 2.0
+
+    def untrained(self, alpha):
+        return (1.0 if alpha == 1 else self.halved,)
+
+    def _tried(self, at, steps):
+        amount = 0.5 if at.beta < 1 else 0.48 if at.alpha < 1 else -1.0
+        return Trial(at, 1 - amount, amount, amount, trains=amount > 0)
+
+
+def test_an_inner_loop_that_does_better_than_at_half_its_rate_does_not_diverge():
+    """It is not blamed although a lower meta rate learns less than the so many times as much that is asked for."""
+    lookahead = meta(CURVATURES, 1.0, 0.02)
+    assert search(lookahead, kind=Helped, alpha_suspect=True).find(2.0).best.at.alpha == 1
+    harmed = search(lookahead, kind=Helped, alpha_suspect=True)
+    harmed.halved = 0.5
+    assert harmed.find(2.0).best.at.alpha < 1

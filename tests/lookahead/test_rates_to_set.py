@@ -11,7 +11,7 @@ from torch.optim import SGD
 from lightning_maml_guard import MetaProblem, measure
 from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.lookahead import Lookahead
-from lightning_maml_guard.lookahead.rate_search import LASTING_STEPS, TRIAL_STEPS, Found, RateSearch
+from lightning_maml_guard.lookahead.rate_search import LASTING_STEPS, TRIAL_STEPS, Found, RateSearch, Trial
 from lightning_maml_guard.lookahead.rates_to_set import RatesToSet
 from lightning_maml_guard.stability.problems import PlainProblem
 
@@ -159,3 +159,24 @@ def test_an_inner_rate_at_which_adaptation_harms_is_lowered_further():
     best = search.at(1 / 16)
     assert best.trains and search.harms(share * limit / alpha)
     assert setter.of(Found(search.at(), best), report, []).alpha == pytest.approx(share**2 * limit)
+
+
+class Growing(RateSearch):
+    """Trials of inner rates of which only the lowest last."""
+
+    def _tried(self, at, steps):
+        trains = at.alpha <= 0.125 or (at.alpha < 0.5 and steps == TRIAL_STEPS)
+        return Trial(at, 0.5 if trains else math.inf, 0.5 if trains else -math.inf, 0.5, trains=trains)
+
+
+@pytest.mark.parametrize(("learned", "factor"), [(0.125, 0.6 * 0.125), (0.25, 0.3)])
+def test_an_inner_rate_by_its_limit_that_does_not_last_gives_way_to_what_trials_say(learned, factor):
+    """As long as that lasts: half of a limit of 1 is 0.3 here, and dies between 30 and 100 steps."""
+    problem = meta([1.0], 2.0)
+    report = measure(problem, beta=0.1)
+    optimizer = SGD(list(problem.params.values()), lr=0.1)
+    search = Growing(Lookahead([problem], optimizer, 1), Scale(), 3.0, alpha_suspect=True)
+    setter = RatesToSet(search, [optimizer], problem, 0.1, 1.0, repeats=False, measured=lambda factor: report)
+    found = Found(search.at(), search.at(learned))
+    rates = setter.of(found, replace(report, alpha_c=1.0), [])
+    assert rates.alpha == pytest.approx(2.0 * factor)

@@ -28,6 +28,11 @@ EXAMPLES = [
         "beta = 0.4 is too large. Set the optimizer's lr to 0.025.",
     ),
     (
+        Advice(cause=Cause.BETA, beta=0.025, several=True, **RATES),
+        "beta = 0.4 is too large. Set the optimizer's lr to 0.025 (of its groups the largest, the others in "
+        "proportion).",
+    ),
+    (
         Advice(cause=Cause.BOTH, alpha=0.025, beta=1e-5, **RATES),
         "alpha = 0.1 and beta = 0.4 are too large. Set the inner rate (inner_lr) to 0.025 and the optimizer's lr to "
         "1e-05.",

@@ -91,3 +91,18 @@ def test_the_youngest_may_be_some_steps_old(step):
     assert not ring.is_due(100)
     ring.keep(module, [optimizer], step - 3)
     assert not ring.is_due(step) and ring.is_due(step + 1)
+
+
+def test_the_youngest_at_which_a_test_passes_is_found_and_else_the_oldest():
+    module, optimizer = trained(9)
+    ring = SnapshotRing()
+    assert ring.latest_that(lambda: True, module, [optimizer]) is None
+    for step in (0, 4, 8):
+        with torch.no_grad():
+            module.weight.fill_(float(step))
+        ring.keep(module, [optimizer], step)
+    with torch.no_grad():
+        module.weight.fill_(9.0)
+    for most, at in ((8.0, 8), (7.0, 4), (-1.0, 0)):
+        assert ring.latest_that(lambda most=most: module.weight.item() <= most, module, [optimizer]).step == at
+    assert module.weight.item() == 9.0

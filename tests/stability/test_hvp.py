@@ -104,6 +104,16 @@ def test_a_wrong_double_backward_is_found_by_the_self_check():
     assert "disagrees with finite differences by 100.0%" in notice and "double backward is wrong" in notice
 
 
+def test_where_a_run_has_been_thrown_nothing_is_compared_and_later_it_is():
+    """There kinks and overflow make differences and double backward disagree, and no layer is wrong."""
+    problem = PlainProblem({"w": nn.Parameter(torch.tensor([1.0, 2.0]).double())}, lambda p: Wrong.apply(p["w"]).sum())
+    cache, simplified = MeasurementCache(checks=False), CurvatureOptions(criterion="simplified")
+    thrown = measure(problem, beta=0.1, curvature=simplified, cache=cache)
+    cache.checks = True
+    later = measure(problem, beta=0.1, curvature=simplified, cache=cache)
+    assert [any("disagrees" in notice for notice in each.notices) for each in (thrown, later)] == [False, True]
+
+
 def test_an_operator_that_changes_between_products_is_named():
     torch.manual_seed(0)
     network, x, y = mlp(2, (16,), 1, activation="tanh").double(), torch.randn(9, 2).double(), torch.randn(9, 1).double()
