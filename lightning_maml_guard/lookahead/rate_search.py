@@ -198,8 +198,8 @@ class RateSearch:
             betas, alphas = self._betas(), [self.at(factor, 1.0) for factor in (0.5, 0.125)]
             if _best(alphas).learned > ALPHA * _best(betas).learned:
                 alphas = self._alphas()
-        if _mean(self.untrained(1.0)) < _mean(self.untrained(0.5)):
-            outweighs = 1.0  # no inner loop that diverges does better than at half its rate
+        if _mean(self.untrained(1.0)) < _mean(self.untrained(0.5)) < _mean(self.untrained(0.0)):
+            outweighs = 1.0  # an inner loop that diverges does not help the more the higher its rate
         best, factor = _best(alphas), (1.0 if self._alpha_suspect else ALPHA) / outweighs
         if best.trains and best.learned > factor * max(_best(betas).learned, 0.0):
             return self._found_alpha(alphas)

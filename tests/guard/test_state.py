@@ -101,6 +101,7 @@ ADVICE = Advice(
     configured_alpha=0.05,
     configured_beta=1.5,
     peak_step=60,
+    several=True,
 )
 LANCZOS = Spectrum(
     runs=(Tridiagonal((2.0, 3.5), (0.5, 1e-9)), Tridiagonal((1.0,), (0.0,))),
@@ -273,7 +274,8 @@ def test_a_guard_hands_its_state_on():
     assert_same(second.state_dict(), first.state_dict())
     assert second.stopping_reason == f"{ADVICE} {cause_of(EVERYTHING)}" and second.stopped_step == 9
     assert repr(second.advice) == repr(ADVICE) and str(second.advice).endswith(
-        "Set the inner rate (inner_lr) to 0.02 and the schedule's max_lr to 0.3 and Trainer(gradient_clip_val=1.5), or fix "
+        "Set the inner rate (inner_lr) to 0.02 and the schedule's max_lr to 0.3 (of its groups the largest, the others in "
+        "proportion) and Trainer(gradient_clip_val=1.5), or fix "
         "the batch."
     )
     assert second._run.snapshot.step == 2 and second._run.caps.caps == Caps(0.045, 0.5)
