@@ -206,7 +206,8 @@ class RateSearch:
         betas = self._betas()
         if self._alpha_suspect:
             both = self._betas(min(ALPHA_LADDER, key=lambda factor: _mean(self.untrained(factor))))
-            if not _best(betas).trains or _best(both).learned > BOTH * max(_best(betas).learned, 0.0):
+            blamed = not math.isfinite(outweighs) or not _best(betas).trains
+            if blamed or _best(both).learned > BOTH * max(_best(betas).learned, 0.0):
                 return self._found_beta(both)
         return self._found_beta(betas)
 

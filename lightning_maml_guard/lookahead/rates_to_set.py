@@ -109,15 +109,16 @@ class RatesToSet:
         return factor
 
     def _lasting_inner(self, factor: float, learned: float) -> float:
-        """The factor that goes by the limit, or a share of the lower one that learned most if only that lasts.
+        """The factor that goes by the limit or, if that does not last, a share of the lower one that learned most.
 
         Where curvature grows within the first steps, as of low-rank adapters that start at zero, a limit says little,
-        and it goes on growing.
+        and it goes on growing. But a lower meta rate may make it last, and learn more.
         """
-        lasts = learned >= factor or self.search.at(factor, steps=LASTING_STEPS).trains
-        if lasts or not self.search.at(learned, steps=LASTING_STEPS).trains:
+        if learned >= factor or self.search.at(factor, steps=LASTING_STEPS).trains:
             return factor
-        return share_to_set(self.problem) * learned
+        lower, beta = self.search.at(learned, steps=LASTING_STEPS), self._lasting(factor, 1.0)
+        both = -math.inf if beta is None else self.search.at(factor, beta, LASTING_STEPS).learned
+        return share_to_set(self.problem) * learned if lower.trains and lower.learned > both else factor
 
     def _meta_factor(self, found: Found, report: StabilityReport, seen: Sequence[StabilityReport]) -> float:
         """Midway between what trials say, and no more than the smallest limit allows, unless they contradict it."""
@@ -163,7 +164,7 @@ def suspicion(
     several = inner_steps_of(problem) > 1
     beyond = several and report.alpha_ratio > _SUSPECT * share_to_set(problem)
     weight = 1.0
-    if several and report.alpha_ratio > 1:
+    if (several or harmful) and report.alpha_ratio > 1:
         weight = math.inf if adaptation_gain <= 0 else _FAR_MORE
     return harmful or math.isnan(report.alpha_c) or beyond, weight
 
