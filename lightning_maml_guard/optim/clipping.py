@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch.optim import Optimizer
 
 from lightning_maml_guard.optim.shadow import Clip
 from lightning_maml_guard.utils.shards import any_split, norm
+
+_is_sparse, _is_on_cpu = attrgetter("is_sparse"), attrgetter("is_cpu")  # asked of every gradient at every step
 
 
 def trainer_clipping(trainer: Any) -> Clip | None:
@@ -95,12 +98,12 @@ def gradient_norm(optimizer: Optimizer) -> torch.Tensor | float | None:
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not gradients:
         return None
-    if [gradient for gradient in gradients if gradient.is_sparse]:
+    if any(map(_is_sparse, gradients)):
         gradients = [each.coalesce().values() if each.is_sparse else each for each in gradients]
     if any_split(gradients):
         return norm(gradients)
     # Equal to get_total_norm here; its sorting by device and type takes 1 % of a small network's step.
-    if not [gradient for gradient in gradients if not gradient.is_cpu]:
+    if all(map(_is_on_cpu, gradients)):
         return math.hypot(*[each.item() for each in torch._foreach_norm(gradients)])
     if len({(gradient.device, gradient.dtype) for gradient in gradients}) == 1:
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))

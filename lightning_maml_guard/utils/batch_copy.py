@@ -108,7 +108,7 @@ def trace(batch: Any) -> Trace | None:
             if value.is_inference():
                 return None
             found.append((value, (value._version, value.requires_grad)))
-        elif not isinstance(value, tuple) and isinstance(value, _ATOMS):
+        elif not isinstance(value, (tuple, list, dict)) and isinstance(value, _ATOMS):
             found.append((value, None))
         elif id(value) not in seen:
             seen.add(id(value))
@@ -117,7 +117,7 @@ def trace(batch: Any) -> Trace | None:
                 return None
             parts, names = inside
             rest += parts
-            found.append((value, None if names is None else (names, [id(each) for each in parts])))
+            found.append((value, None if names is None else (names, [*map(id, parts)])))
     return found
 
 
@@ -152,7 +152,7 @@ def changed(before: Trace, batch: Any) -> bool:
             continue
         inside = _inside(value)
         # The parts live as long as the trace, so that no other one has the same address.
-        if inside is None or held != (inside[1], [id(each) for each in inside[0]]):
+        if inside is None or held != (inside[1], [*map(id, inside[0])]):
             return True
     return False
 

@@ -22,7 +22,7 @@ def is_split(value: Any) -> bool:
 def any_split(values: Iterable[Any]) -> bool:
     """Return True if some tensor is split."""
     known = sys.modules.get("torch.distributed.tensor")
-    return known is not None and bool([value for value in values if isinstance(value, known.DTensor)])
+    return known is not None and any(isinstance(value, known.DTensor) for value in values)
 
 
 def local(value: Tensor) -> Tensor:

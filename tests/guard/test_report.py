@@ -1,11 +1,13 @@
 """CheckReport: a measurement with what the guard found and applied."""
 
-from dataclasses import fields
+import math
+from dataclasses import fields, replace
 
 import pytest
 from torch.optim import Adam
 
 from lightning_maml_guard import CheckReport, CurvatureOptions, StabilityReport, measure
+from lightning_maml_guard.guard.report import latest_limit
 from tests.helpers import linear_module, quadratic_batch
 
 SIMPLIFIED = CurvatureOptions(criterion="simplified")
@@ -37,3 +39,11 @@ def test_it_keeps_what_was_measured(problem):
     assert str(report).startswith("CheckReport at step 7: edge (criterion='simplified')")
     kept = [field.name for field in fields(StabilityReport) if field.name != "status"]
     assert [repr(getattr(report, name)) for name in kept] == [repr(getattr(found, name)) for name in kept]
+
+
+def test_the_limit_at_hand_is_that_of_the_latest_check_that_found_one(problem):
+    found = checked(measure(problem, beta=2.0, curvature=SIMPLIFIED))
+    unknown, lower = replace(found, beta_c=math.nan), replace(found, beta_c=0.25)
+    assert latest_limit([found, lower, unknown], "beta_c") == 0.25 < found.beta_c
+    assert latest_limit([lower, found], "beta_c") == found.beta_c
+    assert math.isnan(latest_limit([unknown], "beta_c")) and math.isnan(latest_limit([], "alpha_c"))
