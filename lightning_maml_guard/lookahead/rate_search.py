@@ -254,8 +254,12 @@ class RateSearch:
         best = _best(ladder)
         largest = next((each for each, below in pairwise(ladder) if each.trains and below.trains), best)
         flat = [each for each in ladder if each.gained >= FLAT * best.gained]
-        share = SHARE_WITH_MEMORY if self.lookahead.has_memory else SHARE
-        return Found(self.at(), best, flat[-1].at.beta if flat else best.at.beta, share * largest.at.beta)
+        return Found(self.at(), best, flat[-1].at.beta if flat else best.at.beta, self.share * largest.at.beta)
+
+    @property
+    def share(self) -> float:
+        """The share to set of the largest meta rate that trains."""
+        return SHARE_WITH_MEMORY if self.lookahead.has_memory else SHARE
 
 
 def _mean(losses: Sequence[float]) -> float:

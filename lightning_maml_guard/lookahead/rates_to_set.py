@@ -22,7 +22,7 @@ from lightning_maml_guard.stability.report import StabilityReport
 _OF_LIMIT = 0.6
 # A meta rate so many times its limit is lowered too where an inner rate is.
 _BEYOND = 2.0
-# Trials that learn at rates so much higher than a share of the limit contradict it.
+# Trials that learn at rates so much higher than a share of the limit contradict it: the truth lies between.
 _FAR_BELOW = 0.15
 # Lower rates must end lower by this share of the loss before they are advised to a run that does not diverge.
 CLEARLY = 0.1
@@ -121,14 +121,16 @@ class RatesToSet:
         return share_to_set(self.problem) * learned if lower.trains and lower.learned > both else factor
 
     def _meta_factor(self, found: Found, report: StabilityReport, seen: Sequence[StabilityReport]) -> float:
-        """Midway between what trials say, and no more than the smallest limit allows, unless they contradict it."""
+        """Midway between what trials say, and no more than the smallest limit allows, or midway to one far below."""
         limit = self._limit(report)
         limit = min((each for each in map(self._limit, seen) if each > 0), default=limit)
         # Limits at an inner rate beyond its own say nothing.
         factor = math.nan if report.alpha_ratio > 1 else share_to_set(self.problem) * limit / self.beta
         # How much a run learns depends on its mean rate; whether it survives, on the peak.
         middle = math.sqrt(min(found.flat / self.mean, found.most) * found.most)
-        return min(factor, middle) if factor > _FAR_BELOW * found.flat else middle
+        if math.isnan(factor):
+            return middle
+        return min(factor if factor > _FAR_BELOW * found.flat else math.sqrt(factor * middle), middle)
 
     def _lasting(self, alpha: float, beta: float) -> float | None:
         """The factor on the meta rate, lowered until the loss survives many more steps than a search's trials.
@@ -137,7 +139,7 @@ class RatesToSet:
         """
         for halved in range(_HALVED):
             if self.search.at(alpha, beta * 0.5**halved, LASTING_STEPS).trains:
-                return beta * 0.5 ** (halved + 1) if halved else beta
+                return beta * 0.5**halved * (self.search.share if halved else 1.0)
         return None
 
     def _limit(self, report: StabilityReport) -> float:
