@@ -139,6 +139,13 @@ def test_where_the_inner_rate_alone_is_named_the_limit_of_the_meta_rate_there_is
     assert any("beta_c" in reason for reason in report.reasons) and "beta_c" not in said[0]
 
 
+def test_where_the_outer_rate_alone_is_named_the_limit_of_the_inner_one_is_no_evidence():
+    guard, said = guarded(HandWritten(alpha=0.089, lr=2.0), sinusoids(1))
+    assert guard.history[0].alpha_ratio > 1 and guard.advice.cause is Cause.BETA and guard.advice.alpha is None
+    assert "alpha" in {each.rate for each in guard.history[0].findings}
+    assert "alpha" not in {each.rate for each in guard.advice.evidence} and "alpha_c" not in said[0]
+
+
 @pytest.mark.parametrize("optimizer", [SGD, pytest.param(Adam, marks=pytest.mark.slow)])
 def test_an_alpha_that_takes_the_query_loss_to_nan_at_step_0_is_named_with_a_number(optimizer):
     rates = {"inner_steps": 5, "lr": 0.01 if optimizer is SGD else 1e-3, "optimizer": optimizer}
