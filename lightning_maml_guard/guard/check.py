@@ -55,6 +55,7 @@ class Check:
             if step == 0 and run.snapshot is None and not self.trainer.fast_dev_run:
                 self.rollback.keep(step)  # first, as the check may fail; later only states whose lookahead passes
             with run.cache.ranks.together():
+                run.ring.drop_unlike(self.module, self.trainer.optimizers)
                 self._check(batch, batch_idx, step, scheduled)
         except GuardWarning:
             raise

@@ -95,6 +95,11 @@ class Snapshot:
         self.step = step
         return True
 
+    def fits(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> bool:
+        """Whether module and optimizers hold as many tensors, of these shapes, as when it was made."""
+        shapes, counts = [local(value).shape for value in _tensors(module)], [len(_held(each)) for each in optimizers]
+        return shapes == [value.shape for value in self._tensors] and counts == [len(each) for each in self._states]
+
     @contextmanager
     def visited(
         self, module: nn.Module, optimizers: Sequence[Optimizer], device: torch.device | str | None = None
@@ -113,11 +118,7 @@ class Snapshot:
 
         Raises a ValueError, and puts nothing back, if module or optimizers hold other tensors than when it was made.
         """
-        held = [
-            [local(value).shape for value in _tensors(module)],
-            *[len(_held(optimizer)) for optimizer in optimizers],
-        ]
-        if held != [[value.shape for value in self._tensors], *[len(states) for states in self._states]]:
+        if not self.fits(module, optimizers):
             raise ValueError(f"the module or its optimizers hold other tensors than at step {self.step}")
         for tensor, saved in zip(_tensors(module), self._tensors, strict=True):
             local(tensor).copy_(saved)
@@ -207,6 +208,10 @@ class SnapshotRing:
         least = self._interval(step)
         ages = [max(step - each.step, least) for each in self.kept] + [least]
         return min(self.kept[1:], key=lambda each: _gap(ages, self.kept.index(each)), default=self.kept[0])
+
+    def drop_unlike(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Forget those that cannot be gone back to, as of before parameters were added to an optimizer."""
+        self.kept = [each for each in self.kept if each.fits(module, optimizers)]
 
     def drop_after(self, step: int) -> None:
         """Forget those of later steps."""

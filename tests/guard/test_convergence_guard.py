@@ -20,6 +20,7 @@ from lightning_maml_guard import (
 )
 from lightning_maml_guard.guard.loggers import metrics
 from lightning_maml_guard.guard.report import CheckReport
+from lightning_maml_guard.messages.reasons import Kind
 from lightning_maml_guard.messages.sentences import returned
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.tasks.regression import Sinusoid
@@ -126,12 +127,14 @@ def test_stop_stops_before_the_loss_is_infinite_and_says_why():
 
 def test_rescale_finishes_with_a_finite_loss_at_the_critical_rate():
     guard = ConvergenceGuard(every_n_steps=10, action="rescale", margin=0.9)
-    with guard_warns(r"Applied from now on: alpha = 0.05, beta = 0.066 .action='rescale'"):
+    with guard_warns(r"Applied from now on: alpha = 0.05, beta = 0.375 .action='rescale'"):
         trainer = fit(module_at(beta=1.5), BATCH, 300, [guard])
     best = float(torch.linalg.lstsq(BATCH.support[0][0], BATCH.support[1][0]).residuals.sum())
     assert loss_of(trainer) == pytest.approx(best, abs=1e-6)
-    # What is advised, which is below 0.9 times the limit.
-    assert guard.history[0].beta_applied == guard.advice.beta == 0.066 < 0.9 * 0.625
+    # The rate whose trial ended lowest, which is below 0.9 times the limit; what is advised has to last without a guard.
+    first = guard.history[0]
+    (tried,) = [each.beta for each in first.advice.evidence if each.kind is Kind.RATES_TRIED]
+    assert first.advice.beta == 0.066 < first.beta_applied == tried < 0.9 * 0.625
     assert trainer.optimizers[0].param_groups[0]["lr"] == 1.5
     assert not trainer.optimizers[0]._optimizer_step_pre_hooks
 
@@ -163,7 +166,7 @@ def test_rescale_lets_go_when_the_rates_are_safe_again():
     with pytest.warns(GuardWarning):
         fit(module, BATCH, 60, [guard])
     applied = [report.beta_applied for report in guard.history]
-    assert applied[0] == guard.advice.beta < 0.2 and applied[-1] == 0.2
+    assert guard.advice.beta < applied[0] < 1.5 and applied[-1] == 0.2
 
 
 def test_log_changes_and_says_nothing():

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.optim import SGD
+from torch.utils.data import DataLoader
 
 from lightning_maml_guard import (
     ConvergenceGuard,
@@ -29,8 +31,8 @@ from lightning_maml_guard.guard.actions import Rescale
 from lightning_maml_guard.guard.check import Check
 from lightning_maml_guard.optim.lr_cap import LRCap
 from lightning_maml_guard.optim.snapshot import Snapshot
-from lightning_maml_guard.utils.lightning_compat import Callback
-from tests.helpers import fit, grouped, guard_warns, is_free_of_hooks, linear_module, one_line, quadratic_batch
+from lightning_maml_guard.utils.lightning_compat import Callback, Trainer
+from tests.helpers import QUIET, fit, grouped, guard_warns, is_free_of_hooks, linear_module, one_line, quadratic_batch
 
 PACKAGE = Path(__file__).parents[2] / "lightning_maml_guard"
 # What runs after a failure, to undo or to report it, has nothing behind it that could undo it in turn; `check` is the
@@ -338,8 +340,8 @@ def test_without_curvature_a_guard_still_stops_and_lowers(monkeypatch):
     start = float(torch.linalg.vector_norm(module.network.weight.detach()))
     with guard_warns("failed to measure the curvature"):
         fit(module, QUADRATIC, 40, [lowered])
-    # Half of it, for no limit is known, and no more than is advised.
-    assert lowered.history[0].beta_applied == min(0.3, lowered.advice.beta)
+    # Half of it, for no limit is known.
+    assert lowered.history[0].beta_applied == 0.3
     assert float(torch.linalg.vector_norm(module.network.weight.detach())) < 0.1 * start
 
 
@@ -552,6 +554,42 @@ def test_a_snapshot_of_other_tensors_is_not_put_back():
     with pytest.raises(ValueError, match="other tensors than at step 7"):
         snapshot.restore(module, [optimizer])
     assert torch.equal(module.weight, before)
+
+
+class Unfrozen(LightningModule):
+    """A body that joins the optimizer after some steps, as BackboneFinetuning does it; then the rate is raised."""
+
+    def __init__(self, lr):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.lr = nn.Linear(4, 8).requires_grad_(False), nn.Linear(8, 1), lr
+
+    def on_train_batch_start(self, batch, batch_idx):
+        groups = self.optimizers().param_groups
+        if batch_idx == 20:
+            self.body.requires_grad_(True)
+            self.optimizers().add_param_group({"params": list(self.body.parameters())})
+        for group in groups:
+            group["lr"] = self.lr if batch_idx >= 50 else 0.1
+
+    def training_step(self, batch, batch_idx):
+        return (self.head(torch.tanh(self.body(batch[0]))) - batch[1]).pow(2).mean()
+
+    def configure_optimizers(self):
+        return SGD(self.head.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(("lr", "told"), [(0.1, 0), (20.0, 1)])
+def test_a_run_is_guarded_on_when_parameters_join_its_optimizer(lr, told):
+    torch.manual_seed(0)
+    batches = [(x, x.sum(1, keepdim=True)) for x in torch.randn(100, 16, 4)]
+    guard = ConvergenceGuard(every_n_steps=10)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Trainer(max_epochs=1, callbacks=[guard], **QUIET).fit(Unfrozen(lr), DataLoader(batches, batch_size=None))
+    said = [one_line(each.message) for each in caught if each.category is GuardWarning]
+    assert not [each for each in said if "failed" in each] and len(guard.history) >= 5
+    assert (guard.advice is not None) == bool(told) == any("is too large" in each for each in said)
 
 
 def test_an_exception_in_training_leaves_no_cap_in_the_optimizer():
