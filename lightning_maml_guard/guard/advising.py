@@ -15,7 +15,7 @@ from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.learning import Learning, nearly_kept
 from lightning_maml_guard.lookahead.lookahead import Lookahead, lookahead_of
 from lightning_maml_guard.lookahead.odd_batches import norm_to_clip_to, without_odd
-from lightning_maml_guard.lookahead.rate_search import LASTING_STEPS, PROBE_GRADIENTS, Found, RateSearch
+from lightning_maml_guard.lookahead.rate_search import LASTING_STEPS, PROBE_GRADIENTS, TRIAL_STEPS, Found, RateSearch
 from lightning_maml_guard.lookahead.rates_to_set import (
     CLEAR,
     CLEARLY,
@@ -206,12 +206,12 @@ class Adviser:
             self._further[alpha_suspect] = self._search(self._look.problems, alpha_suspect)
         return self._further[alpha_suspect]
 
-    def _search(self, problems: Sequence[Problem], alpha_suspect: bool, **steps: int) -> RateSearch:
+    def _search(self, problems: Sequence[Problem], alpha_suspect: bool, steps: int = TRIAL_STEPS) -> RateSearch:
         lookahead = self._lookahead(fresh(self._run, problems))
         lookahead.groups = () if self._rising is None else self._rising.at_peak
         peak = self._peak / lookahead.beta if lookahead.beta > 0 else 1.0
-        given: dict[str, Any] = {"alpha_suspect": alpha_suspect, "peak": peak, **steps}
-        return RateSearch(lookahead, self._look.scale, self._ratio, **given)
+        scale, ratio = self._look.scale, self._ratio
+        return RateSearch(lookahead, scale, ratio, alpha_suspect=alpha_suspect, peak=peak, steps=steps)
 
     def _lookahead(self, problems: Sequence[Problem]) -> Lookahead:
         run, optimizers = self._run, self._look.optimizers

@@ -94,7 +94,7 @@ class ReplayBuffer:
         """Hold on to the batches of a step whose loss spiked, the highest, until the run is at its best again."""
         if at_best:
             self.spike = None
-        elif spiked and (self.spike is None or not loss <= self.spike.loss):
+        elif spiked and self._batches and (self.spike is None or not loss <= self.spike.loss):
             self.spike = Spike(tuple(self._batches)[:accumulated], step, loss)
 
     def latest(self) -> tuple[Any, int]:

@@ -66,3 +66,9 @@ def test_the_batches_are_dropped_with_the_others():
     buffer.take_loss(50.0, 0, 1, spiked=True, at_best=False)
     buffer.clear()
     assert buffer.spike is None and len(buffer) == 0
+
+
+def test_where_no_batch_could_be_kept_none_is_held():
+    buffer = ReplayBuffer(2)
+    buffer.take_loss(50.0, 0, 1, spiked=True, at_best=False)
+    assert buffer.spike is None
