@@ -124,13 +124,13 @@ class Adviser:
         """The same from the oldest copy: what a rate has killed learns at no rate, not even the batches at hand."""
         if not (self._run.state.statistics.stuck and self._run.ring.kept):
             return None
-        here = self._from_here(self._look.harmful).at(steps=LASTING_STEPS)
-        self._from = self._run.ring.kept[0]
+        here, scale, self._from = self._from_here(self._look.harmful), self._look.scale, self._run.ring.kept[0]
         with self._sane():
             search = self._search(self._look.problems, alpha_suspect=True, steps=LASTING_STEPS)
-            lowest = search.spread()
-            if self._look.scale.times(1 + CLEARLY, lowest.end) < min(here.end, search.at().end):
-                return search.find_alpha() if lowest.at.alpha < 1 else search.find_beta(1.0)
+            if search.begins_below(here.at().end):
+                lowest = search.spread()
+                if scale.times(1 + CLEARLY, lowest.end) < min(here.at(steps=LASTING_STEPS).end, search.at().end):
+                    return search.find_alpha() if lowest.at.alpha < 1 else search.find_beta(1.0)
         self._from = None
         return None
 

@@ -167,6 +167,10 @@ class RateSearch:
         """Whether the loss does not leave at a very low meta rate; else this is no place to try rates from."""
         return math.isfinite(self.at(beta=SURE).end)
 
+    def begins_below(self, loss: float) -> bool:
+        """Whether a few steps at a far lower meta rate end below a loss; else a run may only begin slowly."""
+        return self.at(*PROBES[-1], steps=TRIAL_STEPS).end < loss
+
     def spread(self) -> Trial:
         """Try rates far below those at hand, one lowered at a time; the one that ends lowest."""
         alphas = [self.at(factor) for _, factor in PROBES] if self._has_alpha else []

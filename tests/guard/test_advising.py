@@ -518,6 +518,14 @@ def test_a_run_that_its_rate_has_killed_is_advised_from_where_it_began(monkeypat
     assert end(followed) < 1.2 * end(healthy) < 0.6 * end(killed)
 
 
+def test_a_run_that_only_begins_slowly_is_not_tried_at_length_from_where_it_began():
+    guard, said = guarded(HandWritten(lr=2e-5, optimizer=Adam), sinusoids(70))
+    assert 64 in [step for step, _ in guard.severities] and guard.advice is None
+    assert len(said) == 1 and "the loss has not fallen" in said[0]
+    # The trials from there would be another 700 steps' work.
+    assert guard._run.schedule.state.spent < 600
+
+
 def test_a_run_that_something_else_has_killed_is_not_told_to_lower_its_rate():
     class Kills(Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):

@@ -354,6 +354,7 @@ def test_a_rate_that_kills_by_chance_does_not_end_the_ladder_where_a_lower_one_i
     assert search(lookahead, kind=Chancy).find_beta(1.0).best.at.beta == 0.25
     known = search(lookahead, kind=Chancy)
     assert known.spread().at == Factors(1.0, 0.0625)
+    assert known.begins_below(0.5) and not known.begins_below(0.3)
     assert known.find_beta(1.0).best.at.beta == 0.0625
 
 
