@@ -7,7 +7,7 @@ tells a diverging run is that the loss itself leaves, so the guard takes the nex
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -255,12 +255,13 @@ class Lookahead:
         space, found = self._objectives[0].space, self._each()
         return tuple(float(space.norm(torch.stack(torch._foreach_norm(list(g.values()))))) for _, g in found)
 
-    def _each(self, alpha_factor: float = 1.0) -> list[tuple[Tensor, Params]]:
-        """Loss and gradient of every batch at the parameters as they are."""
+    def _each(self, alpha_factor: float = 1.0) -> Iterator[tuple[Tensor, Params]]:
+        """Loss and gradient of every batch at the parameters as they are, one gradient at a time in memory."""
         self.gradients += self.batches
         with preserved_randomness(), double_backward():
             same_masks()
-            return [self._evaluate(self._live, index, alpha_factor) for index in range(self.batches)]
+            for index in range(self.batches):
+                yield self._evaluate(self._live, index, alpha_factor)
 
     def _evaluate(self, params: Params, index: int, factor: float) -> tuple[Tensor, Params]:
         objective = self._objectives[index % len(self._objectives)]

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -208,3 +209,19 @@ def test_a_lookahead_knows_whether_a_step_depends_on_earlier_gradients():
     ):
         assert Lookahead([problem], optimizer, 1).has_memory == memory
     assert not Lookahead([problem], 0.1, 1).has_memory
+
+
+@pytest.mark.parametrize("evaluate", [Lookahead.untrained, Lookahead.gradient_norms])
+def test_batches_are_evaluated_one_gradient_at_a_time(evaluate, monkeypatch):
+    weight, alive, most = nn.Parameter(torch.ones(5)), [], []
+    problems = [PlainProblem({"weight": weight}, lambda params: params["weight"].pow(2).sum()) for _ in range(8)]
+    evaluated = Lookahead._evaluate
+
+    def counted(self, *args):
+        value, gradient = evaluated(self, *args)
+        alive.append(weakref.ref(gradient["weight"]))
+        most.append(sum(each() is not None for each in alive))
+        return value, gradient
+
+    monkeypatch.setattr(Lookahead, "_evaluate", counted)
+    assert len(evaluate(Lookahead(problems, SGD([weight], lr=0.1), 1))) == 8 and max(most) <= 2
