@@ -11,8 +11,8 @@ LOOKAHEAD_GRADIENT = 1.2
 _LOOK = 15.0
 # What a run is given beside its share, in training steps: the first check, a few looks, two longer ones.
 _CREDIT = 300.0
-# The last early check, and the one of a run whose loss does not fall.
-_BEGINNING, _STALLED = 128, 64
+# The last early check, and the one, paid for or not, of a run whose loss does not fall.
+_BEGINNING, STALLED = 128, 64
 # Early checks that a short run is given although it does not pay for them.
 _ON_CREDIT = (2, 8)
 # From how many steps on Adam's second moment tells anything. After one it is a single gradient's: where an entry of
@@ -180,7 +180,7 @@ class Schedule:
         """
         if self.share is None or step <= 0 or step & (step - 1) or step > _BEGINNING:
             return False
-        if stalled and step == _STALLED:
+        if stalled and step == STALLED:
             return True
         state = self.state
         if self.planned is not None and state.spent + _LOOK <= self.share * self.planned:
