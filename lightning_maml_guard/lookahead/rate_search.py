@@ -205,7 +205,10 @@ class RateSearch:
         if _mean(self.untrained(1.0)) < _mean(self.untrained(0.5)) < _mean(self.untrained(0.0)):
             outweighs = 1.0  # an inner loop that diverges does not help the more the higher its rate
         best, factor = _best(alphas), (1.0 if self._alpha_suspect else ALPHA) / outweighs
-        if best.trains and best.learned > factor * max(_best(betas).learned, 0.0):
+        # Below an inner rate that is too high lower ones do not diverge; where they do, one has survived by chance.
+        lower_diverge = not all(math.isfinite(each.end) for each in alphas[alphas.index(best) :])
+        by_chance = lower_diverge and factor > 0 and _best(betas).trains
+        if best.trains and not by_chance and best.learned > factor * max(_best(betas).learned, 0.0):
             return self._found_alpha(alphas)
         betas = self._betas()
         if self._alpha_suspect:
