@@ -15,10 +15,9 @@ from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.learning import Learning, nearly_kept
 from lightning_maml_guard.lookahead.lookahead import Lookahead, lookahead_of
 from lightning_maml_guard.lookahead.odd_batches import norm_to_clip_to, without_odd
-from lightning_maml_guard.lookahead.rate_search import LASTING_STEPS, PROBE_GRADIENTS, TRIAL_STEPS, Found, RateSearch
+from lightning_maml_guard.lookahead.rate_search import CLEARLY, LASTING_STEPS, TRIAL_STEPS, Found, RateSearch
 from lightning_maml_guard.lookahead.rates_to_set import (
     CLEAR,
-    CLEARLY,
     Rates,
     RatesToSet,
     at_limits,
@@ -29,7 +28,7 @@ from lightning_maml_guard.lookahead.rates_to_set import (
     tried_reason,
 )
 from lightning_maml_guard.messages.advice import Advice, Cause, cause_of, settable
-from lightning_maml_guard.messages.reasons import Kind, Reason, Reasons
+from lightning_maml_guard.messages.reasons import UNTOLD, Kind, Reason, Reasons
 from lightning_maml_guard.optim.lr_cap import rates_differ
 from lightning_maml_guard.optim.rates_ahead import RatesAhead, crossing, to_configure
 from lightning_maml_guard.optim.snapshot import Snapshot
@@ -109,7 +108,8 @@ class Adviser:
 
     @property
     def _is_paid(self) -> bool:
-        return self._run.schedule.affords(LOOKAHEAD_GRADIENT * PROBE_GRADIENTS, self._step)
+        """Whether the run pays for probing rates; where it is well, that stops at the first lower one."""
+        return self._run.schedule.affords(LOOKAHEAD_GRADIENT * 2 * TRIAL_STEPS, self._step)
 
     def _better(self, alpha_suspect: bool, share: float = CLEARLY, weight: float = 1.0) -> Found | None:
         """Try the rates for more steps than a lookahead; what was found, if lower ones do clearly better."""
@@ -283,9 +283,9 @@ class Adviser:
         died = () if lower_alpha or not lower_beta else died
         proves = found.best.end < found.present.end or not (lower_alpha or lower_beta)
         tried = [tried_reason(found, alpha, beta, look.scale.start, self._from)] if proves else []
-        # That nothing limits a rate is no reason to lower it, nor is the limit of another rate.
+        # What tells nothing of a rate is no reason to lower it, nor is the limit of another rate.
         told = {"alpha": lower_alpha or not lower_beta, "beta": lower_beta or not lower_alpha}
-        shown = [e for e in findings if told.get(e.rate, True) and not (proves and e.kind is Kind.NOT_JUDGED)]
+        shown = [e for e in findings if told.get(e.rate, True) and not (proves and e.kind in UNTOLD)]
         return Advice(
             cause=cause_of(alpha=lower_alpha, beta=lower_beta, rising=rising is not None, died=bool(died)),
             alpha=None if rates.alpha is None else settable(rates.alpha),

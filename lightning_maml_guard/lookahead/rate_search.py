@@ -27,6 +27,8 @@ BOTH = 1.25
 # And an inner rate whose adaptation is not harmful this much more than a lower meta rate before it is blamed: a few
 # batches are learned by heart the sooner the less a network adapts.
 ALPHA = 1.1
+# Lower rates must end lower by this share of the loss before they are advised to a run that does not diverge.
+CLEARLY = 0.1
 # Adaptation that takes the loss above this many times the one before it is harmful.
 _HARMS = 1.25
 ALPHA_LADDER = tuple(2.0**-k for k in range(1, 9))
@@ -37,8 +39,6 @@ PATIENCE = 2
 PROBES, SUSPECT_PROBE = ((1.0, 0.25), (1.0, 1 / 16)), (0.5, 1.0)
 # At this share of the meta rate only what is wrong with the parameters or the optimizer's state makes the loss leave.
 SURE = 1 / 32
-# Gradients that the probes take in a run that is well: it stops at the first of them.
-PROBE_GRADIENTS = 2 * TRIAL_STEPS
 
 
 class Factors(NamedTuple):
@@ -78,12 +78,14 @@ class Found:
         best: The one of lowered rates that learned most.
         flat: The lowest factor on the meta rate that learns nearly as much; 1 where that rate is not to blame.
         most: The highest one to set for a whole run.
+        near: The highest factor on the inner rates that learns nearly as much.
     """
 
     present: Trial
     best: Trial
     flat: float = 1.0
     most: float = 1.0
+    near: float = 1.0
 
 
 class RateSearch:
@@ -251,8 +253,10 @@ class RateSearch:
         return any(each.learned > best.learned for each in known)
 
     def _found_alpha(self, ladder: Sequence[Trial]) -> Found:
-        best = _best(ladder)
-        return Found(self.at(), best)
+        best, start = _best(ladder), self._scale.start
+        nearly = min(FLAT * best.learned, best.learned - (self._scale.times(1 + CLEARLY, start) - start))
+        near = next((each for each in ladder if each.trains and each.learned >= nearly), best)
+        return Found(self.at(), best, near=near.at.alpha)
 
     def _found_beta(self, ladder: Sequence[Trial]) -> Found:
         best = _best(ladder)

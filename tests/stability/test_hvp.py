@@ -134,6 +134,17 @@ def test_an_operator_that_changes_between_products_is_named():
     assert "do not belong to one symmetric matrix" in report.reasons[0] and "preserve_rng_state" in report.reasons[0]
 
 
+def test_differences_that_kinks_make_coarse_are_named_as_such():
+    """A distance has no double backward; beside ReLUs, differences of its gradients belong to no one matrix."""
+    torch.manual_seed(0)
+    network, x, y = mlp(2, (48, 48), 4, activation="relu"), torch.randn(12, 2), torch.randn(5, 2)
+    loss = lambda net: -torch.cdist(net(x), net(y)).square().log_softmax(-1)[:, 0].mean()  # noqa: E731
+    report = measure(plain(network, loss), beta=0.1)
+    assert report.status == "unresolved" and any("_cdist_backward" in notice for notice in report.notices)
+    assert "finite differences of gradients, which kinks" in report.reasons[0]
+    assert "preserve_rng_state" not in report.reasons[0]
+
+
 def test_a_process_checks_a_networks_second_derivatives_once():
     module = MetaLearningModule(mlp(1, (4,), 1, activation="tanh"))
     batch = Sinusoid().sample(2, torch.Generator().manual_seed(0))
