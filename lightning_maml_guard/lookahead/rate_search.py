@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -78,7 +78,8 @@ class Found:
         best: The one of lowered rates that learned most.
         flat: The lowest factor on the meta rate that learns nearly as much; 1 where that rate is not to blame.
         most: The highest one to set for a whole run.
-        near: The highest factor on the inner rates that learns nearly as much.
+        near: The highest factor on the inner rates that learns nearly as much; where the meta rate is to be lowered,
+            too, that adapts nearly as well.
     """
 
     present: Trial
@@ -206,15 +207,19 @@ class RateSearch:
                 alphas = self._alphas()
         if _mean(self.untrained(1.0)) < _mean(self.untrained(0.5)) < _mean(self.untrained(0.0)):
             outweighs = 1.0  # an inner loop that diverges does not help the more the higher its rate
-        best, factor = _best(alphas), (1.0 if self._alpha_suspect else ALPHA) / outweighs
-        if best.trains and best.learned > factor * max(_best(betas).learned, 0.0):
+        found, factor = _best(alphas), (1.0 if self._alpha_suspect else ALPHA) / outweighs
+        if found.trains and found.learned > factor * max(_best(betas).learned, 0.0):
             return self._found_alpha(alphas)
         betas = self._betas()
         if self._alpha_suspect:
-            both = self._betas(min(ALPHA_LADDER, key=lambda factor: _mean(self.untrained(factor))))
+            adapted = {factor: _mean(self.untrained(factor)) for factor in ALPHA_LADDER}
+            best = min(adapted, key=adapted.__getitem__)
+            both = self._betas(best)
             blamed = not math.isfinite(outweighs) or not _best(betas).trains
             if blamed or _best(both).learned > BOTH * max(_best(betas).learned, 0.0):
-                return self._found_beta(both)
+                nearly = adapted[best] + self._clearly
+                near = next((factor for factor, loss in adapted.items() if loss <= nearly), best)
+                return replace(self._found_beta(both), near=near)
         return self._found_beta(betas)
 
     def find_alpha(self) -> Found:
@@ -253,8 +258,8 @@ class RateSearch:
         return any(each.learned > best.learned for each in known)
 
     def _found_alpha(self, ladder: Sequence[Trial]) -> Found:
-        best, start = _best(ladder), self._scale.start
-        nearly = min(FLAT * best.learned, best.learned - (self._scale.times(1 + CLEARLY, start) - start))
+        best = _best(ladder)
+        nearly = min(FLAT * best.learned, best.learned - self._clearly)
         near = next((each for each in ladder if each.trains and each.learned >= nearly), best)
         return Found(self.at(), best, near=near.at.alpha)
 
@@ -263,6 +268,10 @@ class RateSearch:
         largest = next((each for each, below in pairwise(ladder) if each.trains and below.trains), best)
         flat = [each for each in ladder if each.gained >= FLAT * best.gained]
         return Found(self.at(), best, flat[-1].at.beta if flat else best.at.beta, self.share * largest.at.beta)
+
+    @property
+    def _clearly(self) -> float:
+        return self._scale.times(1 + CLEARLY, self._scale.start) - self._scale.start
 
     @property
     def share(self) -> float:

@@ -185,19 +185,26 @@ def test_an_inner_rate_by_its_limit_that_does_not_last_gives_way_to_what_trials_
 class Alike(RateSearch):
     """Trials that learn a little more the lower the inner rate, below one at which they diverge."""
 
+    most = 1.0  # meta rate at which they do not
+
+    def untrained(self, alpha):
+        return (1 + 0.01 * alpha if alpha <= 0.25 else math.inf,)
+
     def _tried(self, at, steps):
-        trains = at.alpha <= 0.25
+        trains = at.alpha <= 0.25 and at.beta <= self.most
         end = 0.6 + 0.01 * at.alpha if trains else math.inf
         return Trial(at, end, 1 - end if trains else -math.inf, 0.4, trains=trains)
 
 
-def test_an_inner_rate_without_a_limit_is_a_share_of_the_highest_that_learns_nearly_as_much():
+@pytest.mark.parametrize("most", [1.0, 0.1])
+def test_an_inner_rate_without_a_limit_is_a_share_of_the_highest_that_learns_nearly_as_much(most):
     """The best of them is the one that adapts least: a few batches are learned by heart the sooner."""
     problem = replace(meta([1.0], 2.0), inner_steps=2)
     unknown = replace(measure(problem, beta=0.1), alpha_c=math.nan)
     optimizer = SGD(list(problem.params.values()), lr=0.1)
     search = Alike(Lookahead([problem], optimizer, 1), Scale(1.0), 3.0, alpha_suspect=True)
     setter = RatesToSet(search, [optimizer], problem, 0.1, 1.0, repeats=False, measured=lambda factor: unknown)
-    found = search.find_alpha()
-    assert found.best.at.alpha == 2.0**-8
+    search.most = most
+    found = search.find()
+    assert found.best.at.alpha == 2.0**-8 and (found.best.at.beta < 1) == (most < 1)
     assert setter.of(found, unknown, []).alpha == pytest.approx(2.0 * 0.25 * 0.6 / 2**0.6)
