@@ -128,8 +128,8 @@ def check_symmetry(run: LanczosRun, noise: float, *, differences: bool) -> None:
     if run.asymmetry > allowed:
         why = (
             "Likely causes: (a) the loss changes between products, as with random numbers that do not come from "
-            "torch's generator or checkpointing without preserve_rng_state; (b) a layer's second derivative is wrong. "
-            "Make the loss a function of its arguments, or freeze that layer's parameters."
+            "torch's generator; (b) a layer's second derivative is wrong. Make the loss a function of its arguments, "
+            "or freeze that layer's parameters."
         )
         if differences:
             why = (

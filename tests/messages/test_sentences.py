@@ -82,8 +82,8 @@ EXAMPLES = [
     (
         Reason(Kind.WRONG_DOUBLE_BACKWARD, what="meta-update", value=0.25),
         "meta-update: the second derivative by double backward disagrees with finite differences by "
-        "25.0%: a layer's double backward is wrong (a custom autograd Function without one, a reentrant "
-        "checkpoint). The curvature is measured by finite differences of gradients instead.",
+        "25.0%: a layer's double backward is wrong (a custom autograd Function without one). "
+        "The curvature is measured by finite differences of gradients instead.",
     ),
     (
         Reason(
