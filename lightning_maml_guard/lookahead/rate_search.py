@@ -271,7 +271,8 @@ class RateSearch:
 
     @property
     def _clearly(self) -> float:
-        return self._scale.times(1 + CLEARLY, self._scale.start) - self._scale.start
+        before = _mean(self.reference)  # an inner rate may have thrown the loss that training started from
+        return self._scale.times(1 + CLEARLY, before) - before
 
     @property
     def share(self) -> float:

@@ -196,13 +196,14 @@ class Alike(RateSearch):
         return Trial(at, end, 1 - end if trains else -math.inf, 0.4, trains=trains)
 
 
+@pytest.mark.parametrize("start", [1.0, math.nan, 1e9])
 @pytest.mark.parametrize("most", [1.0, 0.1])
-def test_an_inner_rate_without_a_limit_is_a_share_of_the_highest_that_learns_nearly_as_much(most):
+def test_an_inner_rate_without_a_limit_is_a_share_of_the_highest_that_learns_nearly_as_much(most, start):
     """The best of them is the one that adapts least: a few batches are learned by heart the sooner."""
     problem = replace(meta([1.0], 2.0), inner_steps=2)
     unknown = replace(measure(problem, beta=0.1), alpha_c=math.nan)
     optimizer = SGD(list(problem.params.values()), lr=0.1)
-    search = Alike(Lookahead([problem], optimizer, 1), Scale(1.0), 3.0, alpha_suspect=True)
+    search = Alike(Lookahead([problem], optimizer, 1), Scale(start), 3.0, alpha_suspect=True)
     setter = RatesToSet(search, [optimizer], problem, 0.1, 1.0, repeats=False, measured=lambda factor: unknown)
     search.most = most
     found = search.find()
