@@ -22,6 +22,7 @@ from lightning_maml_guard.lookahead.rates_to_set import (
     RatesToSet,
     at_limits,
     is_innocent,
+    is_still_above,
     ratios,
     share_of_start,
     suspicion,
@@ -147,8 +148,7 @@ class Adviser:
             assert state.advice is not None
             found = replace(state.advice, step=self._step, evidence=findings if self._look.is_sane else findings[-1:])
         else:
-            state.searches += 1
-            found = self._found(report, findings, further, None if transition.entered else news)
+            found = self.found(report, findings, further, None if transition.entered else news)
         if news is Kind.NOT_LEARNING:
             losses = (state.statistics.loss, math.nan, state.statistics.start)
             found = replace(found, evidence=(Reason(news, losses=losses, steps=self._step), *found.evidence))
@@ -167,16 +167,17 @@ class Adviser:
             return earlier is not None
         return news is None and earlier.cause is not Cause.UNKNOWN and earlier.is_about(report.alpha, self._peak)
 
-    def _found(self, report: StabilityReport, findings: Reasons, further: Found | None, news: Kind | None) -> Advice:
-        died = self._look.died
+    def found(self, report: StabilityReport, findings: Reasons, further: Found | None, news: Kind | None) -> Advice:
+        """Search for what to advise; a run is given a few searches."""
+        died, self._run.state.searches = self._look.died, self._run.state.searches + 1
         with self._sane() as at:
             if at != self._step:  # limits where the run has been thrown to blame the wrong rate
                 last = findings[len(report.findings) :][-1:]
                 earlier = (each for each in reversed(self._run.state.history) if (each.step or 0) <= at)
                 report = next((replace(each, alpha=report.alpha, beta=report.beta) for each in earlier), report)
-                findings = (*(each for each in report.findings if each.kind is Kind.ABOVE_LIMIT), *last)
-            seen = {Kind.SCHEDULE_AHEAD: self._at_peak, Kind.NOT_LEARNING: self._stalled}
-            known = further or (seen.get(news) if news else None)
+                findings = (*(each for each in report.findings if is_still_above(each, report)), *last)
+            seen = {None: None, Kind.SCHEDULE_AHEAD: self._at_peak, Kind.NOT_LEARNING: self._stalled}
+            known = further or seen.get(news)
             if known is not None:
                 return self._of_rates(known, report, findings, died)
             # Beyond its limit an inner rate alone makes batches unlike one another.
@@ -227,9 +228,8 @@ class Adviser:
     @property
     def _peak(self) -> float:
         """The meta rate to judge: where the schedule takes it, else the one at hand."""
-        rising, lookahead = self._rising, self._look.lookahead
-        assert lookahead is not None
-        return lookahead.beta if rising is None else max(rising.peak()[0], lookahead.beta)
+        rising, beta = self._rising, self._look.beta
+        return beta if rising is None else max(rising.peak()[0], beta)
 
     @contextmanager
     def _sane(self) -> Iterator[int]:

@@ -30,6 +30,8 @@ _SUSPECT = 2.0
 _FAR_MORE = 2.0
 # So often a meta rate is halved until it lasts, and once more then.
 _HALVED = 7
+# A rate has moved since a check if it differs by more than this share.
+_MOVED = 0.1
 # Rates below this share of their limits are not suspected.
 CLEAR = 0.5
 
@@ -190,6 +192,12 @@ def is_innocent(found: Found, report: StabilityReport, scale: Scale) -> bool:
     present = found.present
     low = all(ratio < CLEAR for ratio in ratios(report))
     return low and present.trains and found.best.learned <= present.learned + share_of_start(scale, CLEARLY)
+
+
+def is_still_above(reason: Reason, report: StabilityReport) -> bool:
+    """Return True if a reason says that a rate is above its limit, and the rate has hardly moved since."""
+    moved = not math.isclose(reason.value, {"alpha": report.alpha}.get(reason.rate, report.beta), rel_tol=_MOVED)
+    return reason.kind is Kind.ABOVE_LIMIT and not moved
 
 
 def ratios(report: StabilityReport) -> list[float]:

@@ -12,7 +12,8 @@ from lightning_maml_guard import MetaProblem, measure
 from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.lookahead import Lookahead
 from lightning_maml_guard.lookahead.rate_search import LASTING_STEPS, TRIAL_STEPS, Found, RateSearch, Trial
-from lightning_maml_guard.lookahead.rates_to_set import RatesToSet
+from lightning_maml_guard.lookahead.rates_to_set import RatesToSet, is_still_above
+from lightning_maml_guard.messages.reasons import Kind
 from lightning_maml_guard.stability.problems import PlainProblem
 
 
@@ -209,3 +210,16 @@ def test_an_inner_rate_without_a_limit_is_a_share_of_the_highest_that_learns_nea
     found = search.find()
     assert found.best.at.alpha == 2.0**-8 and (found.best.at.beta < 1) == (most < 1)
     assert setter.of(found, unknown, []).alpha == pytest.approx(2.0 * 0.25 * 0.6 / 2**0.6)
+
+
+def test_that_a_rate_was_above_its_limit_is_no_reason_once_it_has_moved():
+    """A warm-up by hand: the limit was that of the first steps, and so is the rate that is quoted beside it."""
+    for rate, report in (
+        ("beta", measure(plain([10.0, 1.0]), beta=0.3)),
+        ("alpha", measure(meta([4.0], 1.0), beta=0.1)),
+    ):
+        (reason,) = [each for each in report.findings if each.rate == rate]
+        other = {"alpha": "beta", "beta": "alpha"}[rate]
+        assert is_still_above(reason, report) and is_still_above(reason, replace(report, **{other: 10.0}))
+        assert not is_still_above(reason, replace(report, **{rate: 10.0}))
+        assert not is_still_above(replace(reason, kind=Kind.TOO_CLOSE), report)
