@@ -184,7 +184,7 @@ def _heed(run: GuardedRun, advice: Advice, problem: Problem) -> None:
 def _measured(run: GuardedRun, look: Look, step: int) -> tuple[StabilityReport, bool]:
     """Measure the curvature; where that fails and the next steps were tried, they alone decide."""
     curvature, margin = run.settings.curvature, run.settings.margin
-    run.cache.checks = look.is_sane
+    run.cache.checks = look.is_sane and not look.harmful
     try:
         with run.cache.ranks.together():
             report = measure(
