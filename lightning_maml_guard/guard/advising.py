@@ -15,21 +15,21 @@ from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.learning import Learning, nearly_kept
 from lightning_maml_guard.lookahead.lookahead import Lookahead, lookahead_of
 from lightning_maml_guard.lookahead.odd_batches import norm_to_clip_to, without_odd
-from lightning_maml_guard.lookahead.rate_search import LASTING_STEPS, PROBE_GRADIENTS, TRIAL_STEPS, Found, RateSearch
+from lightning_maml_guard.lookahead.rate_search import CLEARLY, LASTING_STEPS, TRIAL_STEPS, Found, RateSearch
 from lightning_maml_guard.lookahead.rates_to_set import (
     CLEAR,
-    CLEARLY,
     Rates,
     RatesToSet,
     at_limits,
     is_innocent,
+    is_still_above,
     ratios,
     share_of_start,
     suspicion,
     tried_reason,
 )
 from lightning_maml_guard.messages.advice import Advice, Cause, cause_of, settable
-from lightning_maml_guard.messages.reasons import Kind, Reason, Reasons
+from lightning_maml_guard.messages.reasons import UNTOLD, Kind, Reason, Reasons
 from lightning_maml_guard.optim.lr_cap import rates_differ
 from lightning_maml_guard.optim.rates_ahead import RatesAhead, crossing, to_configure
 from lightning_maml_guard.optim.snapshot import Snapshot
@@ -109,7 +109,8 @@ class Adviser:
 
     @property
     def _is_paid(self) -> bool:
-        return self._run.schedule.affords(LOOKAHEAD_GRADIENT * PROBE_GRADIENTS, self._step)
+        """Whether the run pays for probing rates; where it is well, that stops at the first lower one."""
+        return self._run.schedule.affords(LOOKAHEAD_GRADIENT * 2 * TRIAL_STEPS, self._step)
 
     def _better(self, alpha_suspect: bool, share: float = CLEARLY, weight: float = 1.0) -> Found | None:
         """Try the rates for more steps than a lookahead; what was found, if lower ones do clearly better."""
@@ -147,8 +148,7 @@ class Adviser:
             assert state.advice is not None
             found = replace(state.advice, step=self._step, evidence=findings if self._look.is_sane else findings[-1:])
         else:
-            state.searches += 1
-            found = self._found(report, findings, further, None if transition.entered else news)
+            found = self.found(report, findings, further, None if transition.entered else news)
         if news is Kind.NOT_LEARNING:
             losses = (state.statistics.loss, math.nan, state.statistics.start)
             found = replace(found, evidence=(Reason(news, losses=losses, steps=self._step), *found.evidence))
@@ -167,16 +167,17 @@ class Adviser:
             return earlier is not None
         return news is None and earlier.cause is not Cause.UNKNOWN and earlier.is_about(report.alpha, self._peak)
 
-    def _found(self, report: StabilityReport, findings: Reasons, further: Found | None, news: Kind | None) -> Advice:
-        died = self._look.died
+    def found(self, report: StabilityReport, findings: Reasons, further: Found | None, news: Kind | None) -> Advice:
+        """Search for what to advise; a run is given a few searches."""
+        died, self._run.state.searches = self._look.died, self._run.state.searches + 1
         with self._sane() as at:
             if at != self._step:  # limits where the run has been thrown to blame the wrong rate
                 last = findings[len(report.findings) :][-1:]
                 earlier = (each for each in reversed(self._run.state.history) if (each.step or 0) <= at)
                 report = next((replace(each, alpha=report.alpha, beta=report.beta) for each in earlier), report)
-                findings = (*(each for each in report.findings if each.kind is Kind.ABOVE_LIMIT), *last)
-            seen = {Kind.SCHEDULE_AHEAD: self._at_peak, Kind.NOT_LEARNING: self._stalled}
-            known = further or (seen.get(news) if news else None)
+                findings = (*(each for each in report.findings if is_still_above(each, report)), *last)
+            seen = {None: None, Kind.SCHEDULE_AHEAD: self._at_peak, Kind.NOT_LEARNING: self._stalled}
+            known = further or seen.get(news)
             if known is not None:
                 return self._of_rates(known, report, findings, died)
             # Beyond its limit an inner rate alone makes batches unlike one another.
@@ -227,9 +228,8 @@ class Adviser:
     @property
     def _peak(self) -> float:
         """The meta rate to judge: where the schedule takes it, else the one at hand."""
-        rising, lookahead = self._rising, self._look.lookahead
-        assert lookahead is not None
-        return lookahead.beta if rising is None else max(rising.peak()[0], lookahead.beta)
+        rising, beta = self._rising, self._look.beta
+        return beta if rising is None else max(rising.peak()[0], beta)
 
     @contextmanager
     def _sane(self) -> Iterator[int]:
@@ -283,9 +283,9 @@ class Adviser:
         died = () if lower_alpha or not lower_beta else died
         proves = found.best.end < found.present.end or not (lower_alpha or lower_beta)
         tried = [tried_reason(found, alpha, beta, look.scale.start, self._from)] if proves else []
-        # That nothing limits a rate is no reason to lower it, nor is the limit of another rate.
+        # What tells nothing of a rate is no reason to lower it, nor is the limit of another rate.
         told = {"alpha": lower_alpha or not lower_beta, "beta": lower_beta or not lower_alpha}
-        shown = [e for e in findings if told.get(e.rate, True) and not (proves and e.kind is Kind.NOT_JUDGED)]
+        shown = [e for e in findings if told.get(e.rate, True) and not (proves and e.kind in UNTOLD)]
         return Advice(
             cause=cause_of(alpha=lower_alpha, beta=lower_beta, rising=rising is not None, died=bool(died)),
             alpha=None if rates.alpha is None else settable(rates.alpha),

@@ -15,6 +15,7 @@ from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.divergence import fails, undecided
 from lightning_maml_guard.lookahead.learning import Learning, last_loss_reason, lookahead_reason
 from lightning_maml_guard.lookahead.lookahead import Caps
+from lightning_maml_guard.lookahead.rate_search import Found
 from lightning_maml_guard.messages.advice import Advice
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_check
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
@@ -96,7 +97,7 @@ def judge(run: GuardedRun, seen: Seen, step: int) -> Judgement:
         # Rates at which a run learns clearly less than at lower ones are judged as those at which it diverges.
         judged = max(look.severity, math.log(ratio))
     if failing and report.status != UNSAFE and look.may_miss_clipping(ratio):
-        run.announce(Reason(Kind.CLIPPING_NOT_SEEN, step=step))
+        _tell_of_clipping(run, seen, report, findings, further, step)
         failing, judged = False, undecided(ratio)
     gone = look.last is not None and look.scale.diverged(look.last, ratio)
     if gone:  # limits where a run has been thrown to blame the wrong rate
@@ -115,6 +116,24 @@ def judge(run: GuardedRun, seen: Seen, step: int) -> Judgement:
     transition = run.machine.take(report, judged)
     advice = seen.adviser.advise(report, findings, transition, further)
     return Judgement(report, measured, findings, failing, judged, further is not None, transition, advice)
+
+
+def _tell_of_clipping(
+    run: GuardedRun,
+    seen: Seen,
+    report: StabilityReport,
+    findings: tuple[Reason, ...],
+    further: Found | None,
+    step: int,
+) -> None:
+    """Say once what to set if a training step clips nothing by itself, as steps tried on copies do not."""
+    told = Reason(Kind.CLIPPING_NOT_SEEN, step=step)
+    if told.key not in run.state.announced and run.settings.acting.speaks:
+        found = seen.adviser.found(report, findings, further, None)
+        rates = {"alpha": found.alpha, "beta": found.beta}
+        given: dict[str, Any] = {name: rate for name, rate in rates.items() if rate is not None}
+        told = replace(told, effect=found.setting, **given)
+    run.announce(told)
 
 
 def situation_of(
@@ -165,7 +184,7 @@ def _heed(run: GuardedRun, advice: Advice, problem: Problem) -> None:
 def _measured(run: GuardedRun, look: Look, step: int) -> tuple[StabilityReport, bool]:
     """Measure the curvature; where that fails and the next steps were tried, they alone decide."""
     curvature, margin = run.settings.curvature, run.settings.margin
-    run.cache.checks = look.is_sane
+    run.cache.checks = look.is_sane and not look.harmful
     try:
         with run.cache.ranks.together():
             report = measure(

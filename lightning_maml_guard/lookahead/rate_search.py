@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -27,6 +27,8 @@ BOTH = 1.25
 # And an inner rate whose adaptation is not harmful this much more than a lower meta rate before it is blamed: a few
 # batches are learned by heart the sooner the less a network adapts.
 ALPHA = 1.1
+# Lower rates must end lower by this share of the loss before they are advised to a run that does not diverge.
+CLEARLY = 0.1
 # Adaptation that takes the loss above this many times the one before it is harmful.
 _HARMS = 1.25
 ALPHA_LADDER = tuple(2.0**-k for k in range(1, 9))
@@ -37,8 +39,6 @@ PATIENCE = 2
 PROBES, SUSPECT_PROBE = ((1.0, 0.25), (1.0, 1 / 16)), (0.5, 1.0)
 # At this share of the meta rate only what is wrong with the parameters or the optimizer's state makes the loss leave.
 SURE = 1 / 32
-# Gradients that the probes take in a run that is well: it stops at the first of them.
-PROBE_GRADIENTS = 2 * TRIAL_STEPS
 
 
 class Factors(NamedTuple):
@@ -78,12 +78,15 @@ class Found:
         best: The one of lowered rates that learned most.
         flat: The lowest factor on the meta rate that learns nearly as much; 1 where that rate is not to blame.
         most: The highest one to set for a whole run.
+        near: The highest factor on the inner rates that learns nearly as much; where the meta rate is to be lowered,
+            too, that adapts nearly as well.
     """
 
     present: Trial
     best: Trial
     flat: float = 1.0
     most: float = 1.0
+    near: float = 1.0
 
 
 class RateSearch:
@@ -212,10 +215,14 @@ class RateSearch:
             return self._found_alpha(alphas)
         betas = self._betas()
         if self._alpha_suspect:
-            both = self._betas(min(ALPHA_LADDER, key=lambda factor: _mean(self.untrained(factor))))
+            adapted = {factor: _mean(self.untrained(factor)) for factor in ALPHA_LADDER}
+            lowest = min(adapted, key=adapted.__getitem__)
+            both = self._betas(lowest)
             blamed = not math.isfinite(outweighs) or not _best(betas).trains
             if blamed or _best(both).learned > BOTH * max(_best(betas).learned, 0.0):
-                return self._found_beta(both)
+                nearly = adapted[lowest] + self._clearly
+                near = next((factor for factor, loss in adapted.items() if loss <= nearly), lowest)
+                return replace(self._found_beta(both), near=near)
         return self._found_beta(betas)
 
     def find_alpha(self) -> Found:
@@ -255,13 +262,20 @@ class RateSearch:
 
     def _found_alpha(self, ladder: Sequence[Trial]) -> Found:
         best = _best(ladder)
-        return Found(self.at(), best)
+        nearly = min(FLAT * best.learned, best.learned - self._clearly)
+        near = next((each for each in ladder if each.trains and each.learned >= nearly), best)
+        return Found(self.at(), best, near=near.at.alpha)
 
     def _found_beta(self, ladder: Sequence[Trial]) -> Found:
         best = _best(ladder)
         largest = next((each for each, below in pairwise(ladder) if each.trains and below.trains), best)
         flat = [each for each in ladder if each.gained >= FLAT * best.gained]
         return Found(self.at(), best, flat[-1].at.beta if flat else best.at.beta, self.share * largest.at.beta)
+
+    @property
+    def _clearly(self) -> float:
+        before = _mean(self.reference)  # an inner rate may have thrown the loss that training started from
+        return self._scale.times(1 + CLEARLY, before) - before
 
     @property
     def share(self) -> float:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch.optim import Optimizer
 
 from lightning_maml_guard.lookahead.divergence import Scale
-from lightning_maml_guard.lookahead.rate_search import ALPHA_LADDER, LASTING_STEPS, Found, RateSearch
+from lightning_maml_guard.lookahead.rate_search import ALPHA_LADDER, CLEARLY, LASTING_STEPS, Found, RateSearch
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.optim.stability_limits import is_preconditioned
@@ -24,14 +24,14 @@ _OF_LIMIT = 0.6
 _BEYOND = 2.0
 # Trials that learn at rates so much higher than a share of the limit contradict it: the truth lies between.
 _FAR_BELOW = 0.15
-# Lower rates must end lower by this share of the loss before they are advised to a run that does not diverge.
-CLEARLY = 0.1
 # An inner rate so many times what its limit would have it set to is a suspect.
 _SUSPECT = 2.0
 # So many times as much a lower meta rate has to learn where several inner steps diverge.
 _FAR_MORE = 2.0
 # So often a meta rate is halved until it lasts, and once more then.
 _HALVED = 7
+# A rate has moved since a check if it differs by more than this share.
+_MOVED = 0.1
 # Rates below this share of their limits are not suspected.
 CLEAR = 0.5
 
@@ -94,11 +94,13 @@ class RatesToSet:
         return Rates(factor * alpha if lower_alpha else None, beta * self.beta if beta < 1 else None)
 
     def _inner_factor(self, found: Found, report: StabilityReport, alpha_c: float) -> float:
-        """From the limit, where that is known; else the one that learned most.
+        """From the limit or, where that is not known, from the highest rate that learned nearly as much as the best.
 
         What adaptation does within a few steps says little about a whole run.
         """
         share = share_to_set(self.problem)
+        if math.isnan(alpha_c):
+            return share * found.near
         factor = share * alpha_c / report.alpha
         if factor >= 0.5 and self.harmful:
             factor = share  # it is beyond the limit that counts: the curvature grows along the inner steps
@@ -190,6 +192,12 @@ def is_innocent(found: Found, report: StabilityReport, scale: Scale) -> bool:
     present = found.present
     low = all(ratio < CLEAR for ratio in ratios(report))
     return low and present.trains and found.best.learned <= present.learned + share_of_start(scale, CLEARLY)
+
+
+def is_still_above(reason: Reason, report: StabilityReport) -> bool:
+    """Return True if a reason says that a rate is above its limit, and the rate has hardly moved since."""
+    moved = not math.isclose(reason.value, {"alpha": report.alpha}.get(reason.rate, report.beta), rel_tol=_MOVED)
+    return reason.kind is Kind.ABOVE_LIMIT and not moved
 
 
 def ratios(report: StabilityReport) -> list[float]:

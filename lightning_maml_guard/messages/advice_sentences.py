@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lightning_maml_guard.messages.advice import Advice, Cause
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.messages.sentences import cause, sentence
-from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling
+from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling, to_configure
 
 NO_WAY_BACK = "Training stops: the parameters are not finite, and there are no earlier ones that would stay finite."
 
@@ -28,13 +28,7 @@ def advised(advice: Advice, spelling: Spelling = IN_PYTHON) -> str:
         Cause.BATCH: "a batch is an outlier; the rates are not to blame",
         Cause.UNKNOWN: "training diverges for a reason that is not known",
     }[advice.cause]
-    to_set = []
-    if advice.alpha is not None:
-        to_set.append(f"the inner rate (inner_lr) to {advice.alpha:.3g}")
-    if advice.beta is not None:
-        owner = "optimizer" if advice.setting == "lr" else "schedule"
-        groups = " (of its groups the largest, the others in proportion)" if advice.several else ""
-        to_set.append(f"the {owner}'s {advice.setting} to {advice.beta:.3g}{groups}")
+    to_set = to_configure(advice.alpha, advice.beta, advice.setting, several=advice.several)
     if advice.gradient_clip_val is not None:
         to_set.append(f"{spelling.trainer(gradient_clip_val=advice.gradient_clip_val)}, or fix the batch")
     if not to_set and advice.cause is Cause.BATCH:

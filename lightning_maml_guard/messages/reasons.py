@@ -78,6 +78,10 @@ class Kind(str, Enum):
     TEXT = "text"
 
 
+# What tells nothing of a rate, and is left out where trials do.
+UNTOLD = (Kind.NOT_JUDGED, Kind.TOO_CLOSE, Kind.NOT_MEASURED)
+
+
 class Remedy(str, Enum):
     """What to do about it."""
 

@@ -44,6 +44,18 @@ def rates(alpha: float, beta: float, joint: str = ", ") -> str:
     return ("" if math.isnan(alpha) else f"alpha = {alpha:.3g}{joint}") + f"beta = {beta:.3g}"
 
 
+def to_configure(alpha: float | None, beta: float | None, setting: str = "lr", *, several: bool = False) -> list[str]:
+    """Write the rates to set, each with the argument that it is for; None or ``nan``: one that is left as it is."""
+    found = []
+    if alpha is not None and not math.isnan(alpha):
+        found.append(f"the inner rate (inner_lr) to {alpha:.3g}")
+    if beta is not None and not math.isnan(beta):
+        owner = "schedule" if setting == "max_lr" else "optimizer"
+        groups = " (of its groups the largest, the others in proportion)" if several else ""
+        found.append(f"the {owner}'s {setting} to {beta:.3g}{groups}")
+    return found
+
+
 def block(message: str) -> str:
     """Wrap a message to the terminal, between words; all lines but the first are indented."""
     first, *others = message.splitlines()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from lightning_maml_guard.messages.reasons import Kind, Reason
-from lightning_maml_guard.messages.spelling import Spelling
+from lightning_maml_guard.messages.spelling import Spelling, to_configure
 
 _PER_OPTIMIZER = (
     "watch one optimizer at a time: a ConvergenceGuard(problem=...) for each, whose function (module, batch) returns "
@@ -95,6 +95,18 @@ def _own_gradients(reason: Reason, spelling: Spelling) -> str:
     )
 
 
+def _clipping_not_seen(reason: Reason, spelling: Spelling) -> str:
+    said = "gradients that training_step clips by itself are not clipped on copies"
+    if reason.step is None:
+        return f"{said[0].upper()}{said[1:]}: if it clips them, higher rates may train than those that were found to."
+    to_set = " and ".join(to_configure(reason.alpha, reason.beta, reason.effect))
+    return (
+        f"step {reason.step}: steps tried on copies diverge, while no rate is known to exceed its critical value. "
+        f"{said[0].upper()}{said[1:]}, so this alone changes nothing.\nTo do: If they are not clipped, "
+        f"{f'set {to_set}' if to_set else 'lower the rates'}."
+    )
+
+
 TRAINING: dict[Kind, Callable[[Reason, Spelling], str]] = {
     Kind.PROBLEM_DIFFERS: _problem_differs,
     Kind.BAREBONES: lambda reason, spelling: (
@@ -110,11 +122,7 @@ TRAINING: dict[Kind, Callable[[Reason, Spelling], str]] = {
         "no checks are made any more: the optimizers that move the problem's parameters take turns, so no single "
         f"problem describes their steps.\nTo do: {_PER_OPTIMIZER[0].upper()}{_PER_OPTIMIZER[1:]}"
     ),
-    Kind.CLIPPING_NOT_SEEN: lambda reason, spelling: (
-        f"step {reason.step}: the lookahead diverges while no rate exceeds its critical value. Gradients that "
-        "training_step clips by itself are not clipped in a lookahead, so this alone changes nothing.\nTo do: If they "
-        "are not clipped, lower the optimizer's lr."
-    ),
+    Kind.CLIPPING_NOT_SEEN: _clipping_not_seen,
     Kind.CLIPPING_FAILED: lambda reason, spelling: (
         "configure_gradient_clipping could not be called on copies, so a lookahead does not clip as the run does, and "
         f"a lookahead alone changes nothing.\nCause: {reason.error}: {reason.detail}"

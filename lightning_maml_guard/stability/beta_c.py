@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_maml_guard.linalg.krylov_basis import Basis
 from lightning_maml_guard.linalg.lanczos import Matvec, Watched
 from lightning_maml_guard.linalg.layout import Layout, Params
-from lightning_maml_guard.linalg.operators import Jacobian, Operator, scaled, simplified
+from lightning_maml_guard.linalg.operators import FiniteDifference, Jacobian, Operator, scaled, simplified
 from lightning_maml_guard.optim.linearized_step import LinearizedStep
 from lightning_maml_guard.stability.estimators import Spectrum
 from lightning_maml_guard.stability.hvp import HESSIAN, Operators
@@ -126,7 +126,7 @@ def exact_limit(
     after = None if shares is None else shares.project
     given: dict[str, Any] = {"value": value, "space": layout.space, "judged": judged, "after": after}
     run = run_lanczos(operator, layout.rows, like, None, krylov=krylov, **given)
-    check_symmetry(run, noise)
+    check_symmetry(run, noise, differences=isinstance(jacobian, FiniteDifference))
     (single,) = run.runs
     error = noise + run.rounding
     top = rates_from_lanczos(*single, 0.0, rounding=error, resolution=krylov.tol, size=layout.rows)

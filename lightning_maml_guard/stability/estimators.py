@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_maml_guard.linalg.lanczos import Matvec, Tridiagonal, Watched, check_finite, start_vector
 from lightning_maml_guard.linalg.layout import Params
-from lightning_maml_guard.linalg.operators import Operator
+from lightning_maml_guard.linalg.operators import FiniteDifference, Operator
 from lightning_maml_guard.linalg.pyhessian import PowerIteration, largest_eigenvalue
 from lightning_maml_guard.stability.krylov_stopping import Judged, Krylov, check_symmetry, run_lanczos
 from lightning_maml_guard.theory.critical_rates import CriticalRates, critical_rates, worst_of
@@ -116,7 +116,7 @@ def _lanczos(wanted: HessianRequest) -> Spectrum:
         judged=wanted.judged,
         space=wanted.hessian.layout.space,
     )
-    check_symmetry(run, wanted.noise)
+    check_symmetry(run, wanted.noise, differences=isinstance(wanted.hessian, FiniteDifference))
     rounding = max(wanted.noise, run.asymmetry) + run.rounding
     return Spectrum(
         runs=tuple(run.runs),

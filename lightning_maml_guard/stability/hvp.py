@@ -91,7 +91,8 @@ class MeasurementCache:
         ranks: The processes that measure together.
         task_map: How its tasks are run over; None before the first measurement.
         asked_to_loop: Whether that is one after another because the problem says so.
-        checks: Whether products may be compared with finite differences: not where a run has been thrown.
+        checks: Whether products may be compared with finite differences: not where a run has been thrown, or an inner
+            loop diverges.
     """
 
     facts: NetworkFacts = field(default_factory=NetworkFacts)

@@ -122,16 +122,24 @@ class ChangingOperatorError(ArithmeticError):
     """Products that belong to no one symmetric matrix: nothing follows from them."""
 
 
-def check_symmetry(run: LanczosRun, noise: float) -> None:
-    """Raise a ChangingOperatorError if a run's products are not those of one symmetric matrix."""
+def check_symmetry(run: LanczosRun, noise: float, *, differences: bool) -> None:
+    """Raise a ChangingOperatorError if a run's products, maybe finite differences, are not of one symmetric matrix."""
     allowed = max(_SYMMETRY, 50 * noise)
     if run.asymmetry > allowed:
+        why = (
+            "Likely causes: (a) the loss changes between products, as with random numbers that do not come from "
+            "torch's generator; (b) a layer's second derivative is wrong. Make the loss a function of its arguments, "
+            "or freeze that layer's parameters."
+        )
+        if differences:
+            why = (
+                "They are finite differences of gradients, which kinks (ReLU, max-pool, a distance of 0) make coarse; "
+                "a loss that changes between products, as with random numbers of its own, does so, too. No critical "
+                "rate follows from them."
+            )
         raise ChangingOperatorError(
             f"The curvature products do not belong to one symmetric matrix (they disagree by {run.asymmetry:.1e} of "
-            f"the largest eigenvalue; up to {allowed:.0e} is rounding). Likely causes: (a) the loss changes between "
-            "products, as with random numbers that do not come from torch's generator or checkpointing without "
-            "preserve_rng_state; (b) a layer's second derivative is wrong. Make the loss a function of its "
-            "arguments, or freeze that layer's parameters."
+            f"the largest eigenvalue; up to {allowed:.0e} is rounding). {why}"
         )
 
 

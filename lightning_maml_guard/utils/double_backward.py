@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 from lightning_maml_guard.utils.statistics import statistics
 
@@ -229,12 +231,41 @@ def full_precision() -> Iterator[None]:
 
 
 @contextmanager
+def _activations_kept() -> Iterator[None]:
+    """Run what is under ``torch.utils.checkpoint`` as if it were not, in this thread.
+
+    Recomputed in a backward pass, activations would be those of a module's live parameters, not of the ones that
+    ``functional_call`` gave it, and without the contexts here. Reentrant checkpoints know no ``autograd.grad``.
+    """
+    module, thread = cast(Any, checkpoint), threading.get_ident()
+    # Both kinds go through these; torch has no public way to switch a checkpoint off.
+    generator, function = getattr(module, "_checkpoint_without_reentrant_generator", None), module.CheckpointFunction
+
+    def kept(*args: Any, **kwargs: Any) -> Iterator[None]:
+        if threading.get_ident() == thread or generator is None:
+            yield
+        else:
+            yield from generator(*args, **kwargs)
+
+    class Kept:
+        @staticmethod
+        def apply(run: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+            return run(*args) if threading.get_ident() == thread else function.apply(run, preserve, *args)
+
+    module._checkpoint_without_reentrant_generator, module.CheckpointFunction = kept, Kept
+    try:
+        yield
+    finally:
+        module._checkpoint_without_reentrant_generator, module.CheckpointFunction = generator, function
+
+
+@contextmanager
 def double_backward() -> Iterator[None]:
     """Make gradients that can be differentiated again, in full precision.
 
     Gradients are on (also under ``no_grad`` and inference mode), attention uses its differentiable kernel, compiled
-    code runs eagerly, cuDNN's recurrent kernels, autocast and TF32 are off, norm layers are computed from primitives,
-    and embeddings have dense gradients.
+    code runs eagerly, cuDNN's recurrent kernels, autocast, TF32 and checkpoints of activations are off, norm layers are
+    computed from primitives, and embeddings have dense gradients.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -242,6 +273,7 @@ def double_backward() -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(full_precision())
+        stack.enter_context(_activations_kept())
         stack.enter_context(torch.autocast("cpu", enabled=False))
         if torch.cuda.is_available():
             stack.enter_context(torch.autocast("cuda", enabled=False))

@@ -182,6 +182,18 @@ def test_several_inner_steps_beyond_their_limit_are_named_although_a_low_meta_ra
     assert guard.advice.cause == Cause.ALPHA and guard.advice.beta is None and guard.advice.alpha < 0.5 * 0.12
 
 
+def test_no_layer_is_called_wrong_where_an_inner_loop_diverges():
+    """As little as where a run has been thrown: finite differences of such a loss say nothing of its derivatives."""
+    checked = []
+    for alpha in (0.01, 1.0):
+        module = HandWritten(alpha=alpha, inner_steps=3)
+        module.net[1] = module.net[3] = nn.Tanh()
+        guard, said = guarded(module, sinusoids(1))
+        assert not any("disagrees with finite differences" in each for each in said)
+        checked.append(guard._run.cache.facts.checked)
+    assert checked[0] and not checked[1]
+
+
 class Ends(Callback):
     """Ends a run early that was planned for longer."""
 

@@ -1,4 +1,4 @@
-"""Parameters and gradients of other kinds, complex and sparse: the same run written with real, dense ones is the truth."""
+"""Other kinds of parameters, gradients and activations: the same run without them is the truth."""
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ from lightning_maml_guard.lookahead.lookahead import Lookahead
 from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.stability.problems import training_step_problem
 from lightning_maml_guard.utils.lightning_compat import Trainer
-from tests.helpers import QUIET, dense_hessian, symmetric_top
+from tests.helpers import QUIET, dense_hessian, fit, symmetric_top
+from tests.utils.test_double_backward import Checkpointed
 
 BATCH = torch.randn(6, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -154,3 +155,30 @@ def test_such_a_run_is_judged_and_left_alone(kind, batch, recwarn):
     assert not [each for each in recwarn if "failed" in str(each.message)]
     for one, other in zip(guarded.parameters(), plain.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+class Recomputed(LightningModule):
+    """A network whose activations are recomputed in the backward pass: ``reentrant`` or not; None: kept."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = Checkpointed(reentrant)
+
+    def training_step(self, batch, batch_idx):
+        return F.mse_loss(self.net(batch), 3 * batch[:, :2])
+
+    def configure_optimizers(self):
+        return Adam(self.parameters(), lr=10.0)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_run_with_checkpoints_of_activations_is_judged_as_one_without(reentrant, recwarn):
+    """Steps on copies are of the copies' parameters; the module's own would be recomputed from."""
+    seen = []
+    for kind in (None, reentrant):
+        guard = ConvergenceGuard()
+        fit(Recomputed(kind), torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), 3, [guard])
+        assert guard.history[0].advice.beta < 5
+        seen.append([(each.lambda_max, str(each.advice), each.severity) for each in guard.history])
+    assert seen[0] == seen[1]

@@ -60,6 +60,28 @@ def test_that_a_rate_has_no_limit_is_no_reason_to_lower_it(optimizer, recwarn):
     assert len(said_in(recwarn)) == 1 and "not judged" not in said_in(recwarn)[0]
 
 
+class Kinked(Surrogate):
+    """A loss whose curvature cannot be measured: its gradient cannot be differentiated again, and has kinks."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(200))
+        self.data = torch.randn(200, 200)
+
+    def training_step(self, batch, batch_idx):
+        return torch.cdist(torch.relu(self.data @ self.weight)[None], self.data[:1]).square().mean()
+
+
+def test_that_no_curvature_could_be_measured_is_no_reason_to_lower_a_rate(recwarn):
+    guard = ConvergenceGuard()
+    fit(Kinked(lambda params, lr: Adam(params, lr=50.0)), torch.ones(1), 3, [guard])
+    assert Kind.NOT_MEASURED in {each.kind for each in guard.history[0].findings}
+    assert guard.advice.cause is Cause.BETA and guard.advice.beta < 10
+    assert {each.kind for each in guard.advice.evidence} == {Kind.LOOKAHEAD_DIVERGES, Kind.RATES_TRIED}
+    assert not any("could not be measured" in each for each in said_in(recwarn))
+
+
 class Slow(Surrogate):
     """A loss that hardly falls, at a learning rate that is a share of its limit."""
 

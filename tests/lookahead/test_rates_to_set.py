@@ -12,7 +12,8 @@ from lightning_maml_guard import MetaProblem, measure
 from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.lookahead import Lookahead
 from lightning_maml_guard.lookahead.rate_search import LASTING_STEPS, TRIAL_STEPS, Found, RateSearch, Trial
-from lightning_maml_guard.lookahead.rates_to_set import RatesToSet
+from lightning_maml_guard.lookahead.rates_to_set import RatesToSet, is_still_above
+from lightning_maml_guard.messages.reasons import Kind
 from lightning_maml_guard.stability.problems import PlainProblem
 
 
@@ -180,3 +181,45 @@ def test_an_inner_rate_by_its_limit_that_does_not_last_gives_way_to_what_trials_
     found = Found(search.at(), search.at(learned))
     rates = setter.of(found, replace(report, alpha_c=1.0), [])
     assert rates.alpha == pytest.approx(2.0 * factor)
+
+
+class Alike(RateSearch):
+    """Trials that learn a little more the lower the inner rate, below one at which they diverge."""
+
+    most = 1.0  # meta rate at which they do not
+
+    def untrained(self, alpha):
+        return (1 + 0.01 * alpha if alpha <= 0.25 else math.inf,)
+
+    def _tried(self, at, steps):
+        trains = at.alpha <= 0.25 and at.beta <= self.most
+        end = 0.6 + 0.01 * at.alpha if trains else math.inf
+        return Trial(at, end, 1 - end if trains else -math.inf, 0.4, trains=trains)
+
+
+@pytest.mark.parametrize("start", [1.0, math.nan, 1e9])
+@pytest.mark.parametrize("most", [1.0, 0.1])
+def test_an_inner_rate_without_a_limit_is_a_share_of_the_highest_that_learns_nearly_as_much(most, start):
+    """The best of them is the one that adapts least: a few batches are learned by heart the sooner."""
+    problem = replace(meta([1.0], 2.0), inner_steps=2)
+    unknown = replace(measure(problem, beta=0.1), alpha_c=math.nan)
+    optimizer = SGD(list(problem.params.values()), lr=0.1)
+    search = Alike(Lookahead([problem], optimizer, 1), Scale(start), 3.0, alpha_suspect=True)
+    setter = RatesToSet(search, [optimizer], problem, 0.1, 1.0, repeats=False, measured=lambda factor: unknown)
+    search.most = most
+    found = search.find()
+    assert found.best.at.alpha == 2.0**-8 and (found.best.at.beta < 1) == (most < 1)
+    assert setter.of(found, unknown, []).alpha == pytest.approx(2.0 * 0.25 * 0.6 / 2**0.6)
+
+
+def test_that_a_rate_was_above_its_limit_is_no_reason_once_it_has_moved():
+    """A warm-up by hand: the limit was that of the first steps, and so is the rate that is quoted beside it."""
+    for rate, report in (
+        ("beta", measure(plain([10.0, 1.0]), beta=0.3)),
+        ("alpha", measure(meta([4.0], 1.0), beta=0.1)),
+    ):
+        (reason,) = [each for each in report.findings if each.rate == rate]
+        other = {"alpha": "beta", "beta": "alpha"}[rate]
+        assert is_still_above(reason, report) and is_still_above(reason, replace(report, **{other: 10.0}))
+        assert not is_still_above(reason, replace(report, **{rate: 10.0}))
+        assert not is_still_above(replace(reason, kind=Kind.TOO_CLOSE), report)

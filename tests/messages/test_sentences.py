@@ -82,8 +82,8 @@ EXAMPLES = [
     (
         Reason(Kind.WRONG_DOUBLE_BACKWARD, what="meta-update", value=0.25),
         "meta-update: the second derivative by double backward disagrees with finite differences by "
-        "25.0%: a layer's double backward is wrong (a custom autograd Function without one, a reentrant "
-        "checkpoint). The curvature is measured by finite differences of gradients instead.",
+        "25.0%: a layer's double backward is wrong (a custom autograd Function without one). "
+        "The curvature is measured by finite differences of gradients instead.",
     ),
     (
         Reason(
@@ -335,10 +335,27 @@ EXAMPLES = [
         "descends as a function of them.",
     ),
     (
+        Reason(Kind.CLIPPING_NOT_SEEN, step=113, beta=0.25, effect="lr"),
+        "step 113: steps tried on copies diverge, while no rate is known to exceed its critical value. Gradients that "
+        "training_step clips by itself are not clipped on copies, so this alone changes nothing.\nTo do: If they are "
+        "not clipped, set the optimizer's lr to 0.25.",
+    ),
+    (
+        Reason(Kind.CLIPPING_NOT_SEEN, step=113, alpha=0.5, beta=0.25, effect="max_lr"),
+        "step 113: steps tried on copies diverge, while no rate is known to exceed its critical value. Gradients that "
+        "training_step clips by itself are not clipped on copies, so this alone changes nothing.\nTo do: If they are "
+        "not clipped, set the inner rate (inner_lr) to 0.5 and the schedule's max_lr to 0.25.",
+    ),
+    (
         Reason(Kind.CLIPPING_NOT_SEEN, step=113),
-        "step 113: the lookahead diverges while no rate exceeds its critical value. Gradients that training_step clips "
-        "by itself are not clipped in a lookahead, so this alone changes nothing.\nTo do: If they are not clipped, "
-        "lower the optimizer's lr.",
+        "step 113: steps tried on copies diverge, while no rate is known to exceed its critical value. Gradients that "
+        "training_step clips by itself are not clipped on copies, so this alone changes nothing.\nTo do: If they are "
+        "not clipped, lower the rates.",
+    ),
+    (
+        Reason(Kind.CLIPPING_NOT_SEEN),
+        "Gradients that training_step clips by itself are not clipped on copies: if it clips them, higher rates may "
+        "train than those that were found to.",
     ),
     (
         Reason(Kind.CLIPPING_FAILED, error="AssertionError", detail="not my optimizer"),

@@ -1,5 +1,7 @@
 """Where second derivatives are missing, wrong or not those of one matrix: recognised and named."""
 
+import random
+
 import numpy as np
 import pytest
 import scipy.sparse.linalg
@@ -7,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
 from lightning_maml_guard import ConvergenceGuard, CurvatureOptions, GuardWarning, MetaLearningModule, measure
 from lightning_maml_guard.linalg.operators import FiniteDifference, Jacobian, gradient_of
@@ -118,11 +119,13 @@ def test_an_operator_that_changes_between_products_is_named():
     torch.manual_seed(0)
     network, x, y = mlp(2, (16,), 1, activation="tanh").double(), torch.randn(9, 2).double(), torch.randn(9, 1).double()
 
+    draw = random.Random(0)
+
     def forgetful(net):
-        # Recomputed at every product, with another mask.
-        return checkpoint(
-            lambda x: F.mse_loss(F.dropout(net(x), 0.5), y), x, use_reentrant=False, preserve_rng_state=False
-        )
+        # Another factor in every backward pass.
+        found = net(x)
+        found.register_hook(lambda gradient: gradient * (1 + draw.random()))
+        return F.mse_loss(found, y)
 
     report = measure(
         plain(network, forgetful),
@@ -131,7 +134,18 @@ def test_an_operator_that_changes_between_products_is_named():
         curvature=CurvatureOptions(criterion="simplified"),
     )
     assert report.status == "unresolved"
-    assert "do not belong to one symmetric matrix" in report.reasons[0] and "preserve_rng_state" in report.reasons[0]
+    assert "do not belong to one symmetric matrix" in report.reasons[0] and "torch's generator" in report.reasons[0]
+
+
+def test_differences_that_kinks_make_coarse_are_named_as_such():
+    """A distance has no double backward; beside ReLUs, differences of its gradients belong to no one matrix."""
+    torch.manual_seed(0)
+    network, x, y = mlp(2, (48, 48), 4, activation="relu"), torch.randn(12, 2), torch.randn(5, 2)
+    loss = lambda net: -torch.cdist(net(x), net(y)).square().log_softmax(-1)[:, 0].mean()  # noqa: E731
+    report = measure(plain(network, loss), beta=0.1)
+    assert report.status == "unresolved" and any("_cdist_backward" in notice for notice in report.notices)
+    assert "finite differences of gradients, which kinks" in report.reasons[0]
+    assert "torch's generator" not in report.reasons[0]
 
 
 def test_a_process_checks_a_networks_second_derivatives_once():

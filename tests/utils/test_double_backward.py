@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -6,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from lightning_maml_guard.linalg.operators import Hessian
 from lightning_maml_guard.utils.double_backward import BatchStatistics, double_backward, full_precision
@@ -218,3 +220,58 @@ def test_a_precision_set_for_one_kind_of_layer_is_no_error_and_stays():
             assert torch.backends.cudnn.rnn.fp32_precision == "ieee"
         assert torch.backends.cudnn.conv.fp32_precision == "ieee"
         assert torch.backends.cudnn.rnn.fp32_precision == "tf32"
+
+
+class Checkpointed(nn.Module):
+    """A layer norm between two layers, recomputed in the backward pass; ``calls``: how often it was computed."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant, self.calls = reentrant, 0
+        self.first, self.inner = nn.Linear(3, 4), nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2), nn.Tanh())
+
+    def count(self, x):
+        self.calls += 1
+        return self.inner(x)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.count(x) if self.reentrant is None else checkpoint(self.count, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_of_activations_are_those_of_the_parameters_at_hand(reentrant):
+    """Where these are not the module's own, as in a lookahead; at the second order, too."""
+    torch.manual_seed(0)
+    network, plain = Checkpointed(reentrant).double(), Checkpointed(None).double()
+    x, v = torch.randn(5, 3).double(), None
+    given = {name: torch.randn_like(value) for name, value in plain.named_parameters()}
+    found = []
+    for each in (network, plain):
+        params = {name: value.clone().requires_grad_() for name, value in given.items()}
+        with double_backward():
+            loss = functional_call(each, params, (x,)).square().mean()
+            gradients = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+            v = v or [torch.randn_like(value) for value in gradients]
+            products = torch.autograd.grad(gradients, list(params.values()), v)
+        assert each.calls == 1
+        found.append([*gradients, *products])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    network(x).sum().backward()  # outside they are as before
+    assert network.calls == 3
+
+
+def test_checkpoints_of_another_thread_are_left_alone():
+    network, x = Checkpointed(False), torch.randn(5, 3)
+    with double_backward(), ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: network(x).sum().backward()).result()
+    assert network.calls == 2
+
+
+def test_what_fails_under_a_checkpoint_says_so_itself():
+    def fails(x):
+        raise ValueError("of the user's")
+
+    with double_backward(), pytest.raises(ValueError, match="of the user's"):
+        checkpoint(fails, torch.ones(1, requires_grad=True), use_reentrant=False)
