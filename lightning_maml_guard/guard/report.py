@@ -31,7 +31,7 @@ class CheckReport(StabilityReport):
 
     Attributes:
         alpha_applied: Inner rate applied after this check; ``alpha`` unless the guard capped it.
-        beta_applied: Meta rate applied after this check.
+        beta_applied: Outer rate applied after this check.
         severity: ``log(loss after the lookahead / loss that training started from)``; ``nan`` without one.
         growth: Factor per step by which the loss grew in the lookahead.
         adaptation_gain: ``log(query loss before adaptation / after it)``: below 0, adaptation makes the tasks worse. Of

@@ -24,10 +24,10 @@ class Ceiling:
 
     Attributes:
         alpha: The inner rate; ``inf`` before anything failed, ``nan`` without an inner loop.
-        beta: The meta rate.
+        beta: The outer rate.
         until: Step from which they may be tried again.
         wait: Steps that the next failure adds.
-        advised: The meta rate that is advised; ``inf`` where none is. Higher ones have to lead further down.
+        advised: The outer rate that is advised; ``inf`` where none is. Higher ones have to lead further down.
     """
 
     alpha: float = math.inf
@@ -41,7 +41,7 @@ class Ceiling:
         return replace(self, alpha=alpha, beta=beta, until=step + self.wait, wait=2 * self.wait)
 
     def heeds(self, beta: float, step: int) -> Ceiling:
-        """Take in the meta rate that is advised at a step."""
+        """Take in the outer rate that is advised at a step."""
         return replace(self, advised=beta, until=max(self.until, step + _WAIT))
 
     def allows(self, caps: Caps, alpha: float, beta: float, step: int) -> bool:

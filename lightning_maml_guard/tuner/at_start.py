@@ -67,7 +67,7 @@ class Finder:
         curvature: How to measure.
         lookahead: How the configured rates are judged.
         ladder: How rates are tried.
-        margin: Share of the largest meta rate that trains above which none is suggested.
+        margin: Share of the largest outer rate that trains above which none is suggested.
         batches: Optimizer steps to measure.
     """
 
