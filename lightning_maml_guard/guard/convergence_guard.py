@@ -127,7 +127,7 @@ class ConvergenceGuard(Callback):
         allow_untested: bool = False,
     ) -> None:
         super().__init__()
-        # A number of steps is taken at its word.
+        # Where the user gives a number of steps, cost leaves no check out.
         self.every_n_steps = 100 if every_n_steps is None else every_n_steps
         self.max_cost: float | None = max_cost
         self.action, self.margin, self.patience = action, margin, patience
@@ -155,7 +155,7 @@ class ConvergenceGuard(Callback):
 
     @property
     def severities(self) -> list[tuple[int, float]]:
-        """Steps of the latest lookaheads, with ``log(loss after it / loss training started from)``."""
+        """Steps of the latest lookaheads, with their severities: ``guard/severity``, explained in the guide."""
         return self._run.state.severities
 
     @property
@@ -179,7 +179,7 @@ class ConvergenceGuard(Callback):
         return self._run.state.advice
 
     def frame(self) -> pd.DataFrame:
-        """Put the history into a pandas table.
+        """Make a pandas table of the history.
 
         Returns:
             One check per row, indexed by ``step``: ``status``, the numbers of a :class:`CheckReport` under their own
@@ -228,7 +228,7 @@ class ConvergenceGuard(Callback):
         return write(record_of(self, self._run.state, self._run.clock), path)
 
     def summary(self) -> str:
-        """Sum the run up: how it came out, its checks and what they cost, the rates applied, what to set.
+        """Sum the run up: how it ended, its checks and what they cost, the rates applied, what to set.
 
         Returns:
             A few lines; printed at the end of a run unless ``action="log"``.
@@ -263,7 +263,7 @@ class ConvergenceGuard(Callback):
                 run.caps.apply(pl_module, run.caps.caps)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Check, if it is time or the last step was out of its range, before the batch is used."""
+        """Check before the batch is used, if a check is due: by schedule, or by the last step's loss or gradient."""
         if self._inert or takes_no_steps(trainer):
             return
         run = self._run

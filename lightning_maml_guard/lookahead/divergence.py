@@ -24,9 +24,9 @@ _PROGRESS, _STUCK, _JUDGED_FROM = 0.85, 0.9, 64
 _ROUNDING = 1e-6
 # The lowest running mean is known after so many steps.
 _SETTLED = 16
-# What a run has to have learned, as a share of the start, before it can lose it, unless its mean is so many times the
-# start; how far the mean of one that keeps it strays from its lowest value, as a share of a batch's noise (5 standard
-# deviations); and the share of that, or of half of what was learned, from which on it is looked into.
+# A run can lose what it learned only if that is `_LEARNED` of the start, or its mean is above `_ABOVE` times the start.
+# The mean of one that loses nothing strays from its lowest value by up to `_STRAYS` times a batch's noise (5 standard
+# deviations). A rise by `_SLIPPING` of that, or of half of what was learned if that is more, is looked into.
 _LEARNED, _ABOVE, _STRAYS, _SLIPPING = 0.2, 1.5, 0.375, 0.5
 # Of the first losses, which are asked for several times a step.
 _median = lru_cache(16)(median)
@@ -64,8 +64,8 @@ class Scale(NamedTuple):
         unit: What distances are measured in; None while every loss was positive.
         settled: Whether there were enough losses to tell; else a lookahead's own are taken in.
         best: The lowest running mean; ``nan`` before anything was learned.
-        rung: What a loss may rise by above ``best``: twice that is half of what was learned, or beyond the noise of a
-            batch, whichever is more.
+        rung: Unit in which a rise above ``best`` is measured: twice that is half of what was learned or, if that is
+            more, beyond the noise of a batch.
     """
 
     start: float = math.nan
@@ -152,7 +152,7 @@ class RunningStatistics:
         return _median(self.first) if self.first else self.looked
 
     def look(self, loss: float) -> None:
-        """Take the loss of a lookahead in."""
+        """Take in the loss at which a lookahead begins; the first one stands for the start of training."""
         if math.isnan(self.looked) and math.isfinite(loss):
             self.looked = loss
 
@@ -183,11 +183,11 @@ class RunningStatistics:
 
     @property
     def slips(self) -> bool:
-        """Whether the running mean has left its lowest value by so much that it is to be looked into."""
+        """Whether the running mean is so far above its lowest value that a check should look into it."""
         return self.is_off(self.loss)
 
     def is_off(self, mean: float, share: float = _SLIPPING) -> bool:
-        """Whether a mean over some batches has left the lowest one by such a share of what was learned."""
+        """Whether a mean over some batches is above the lowest one by such a share of half of what was learned."""
         untrained = self.untrained_from(self.start)
         least = max((untrained - self.best) / 2, _STRAYS * self._noise)
         if self.since < FIRST_LOSSES or not mean - self.best > share * least:

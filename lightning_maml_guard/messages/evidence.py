@@ -1,4 +1,4 @@
-"""What advice rests on, in words."""
+"""The "Why" sentences of advice: what was measured and tried."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sentences about what a guard cannot see of training, and about a problem that is not training's."""
+"""Sentences about what a guard cannot see of a training, and about a problem that differs from it."""
 
 from __future__ import annotations
 
