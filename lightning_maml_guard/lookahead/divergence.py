@@ -24,9 +24,9 @@ _PROGRESS, _STUCK, _JUDGED_FROM = 0.85, 0.9, 64
 _ROUNDING = 1e-6
 # The lowest running mean is known after so many steps.
 _SETTLED = 16
-# A run can lose what it learned only if that is `_LEARNED` of the start, or its mean is above `_ABOVE` times the start.
-# The mean of one that loses nothing strays from its lowest value by up to `_STRAYS` times a batch's noise (5 standard
-# deviations). A rise by `_SLIPPING` of that, or of half of what was learned if that is more, is looked into.
+# What a run has to have learned, as a share of the start, before it can lose it, unless its mean is so many times the
+# start; how far the mean of one that keeps it strays from its lowest value, as a share of a batch's noise (5 standard
+# deviations); and the share of that, or of half of what was learned, from which on it is looked into.
 _LEARNED, _ABOVE, _STRAYS, _SLIPPING = 0.2, 1.5, 0.375, 0.5
 # Of the first losses, which are asked for several times a step.
 _median = lru_cache(16)(median)
