@@ -52,9 +52,9 @@ A command before the task word does one thing:
 {_summaries()}
 
 {prog} fit --help lists every option. Under every command but phase-diagram, --print_config prints the
-configuration as YAML, which --config OWN.yaml reads back. {prog} --version tells the version.
+configuration as YAML, which --config OWN.yaml reads back. {prog} --version prints the version.
 linear trains on one fixed task, as Takagi et al. assume: its test loss, on other tasks, rises as it learns that one.
-omniglot is a first look of 300 steps; omniglot_5way, omniglot_20way, miniimagenet (1 shot) and miniimagenet_5shot
+omniglot trains 300 steps, to try it out; omniglot_5way, omniglot_20way, miniimagenet (1 shot) and miniimagenet_5shot
 follow the published settings (Finn et al. 2017: 60,000 steps, for a GPU). Image data is read from the folder that
 --data FOLDER or $LMG_DATA names (default: data); --data.tasks.download true downloads Omniglot into it.
 """

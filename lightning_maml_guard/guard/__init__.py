@@ -1,1 +1,1 @@
-"""The guard: measure, decide, act, leave no trace."""
+"""The guard: when to check, what a check does, the actions, the advice."""

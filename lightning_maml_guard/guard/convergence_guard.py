@@ -35,59 +35,60 @@ if TYPE_CHECKING:
 class ConvergenceGuard(Callback):
     """Watches whether a MAML run's learning rates can converge, and acts when they cannot.
 
-    A check comes before a step and uses the batch the step will use. It estimates the task loss's Hessian eigenvalues
-    and compares the inner rate with ``alpha_c = 1/lambda_max`` and the meta rate with
-    ``beta_c = min_i 2/(lambda_i - alpha*lambda_i^2)`` (Takagi et al.) or with the limits of the update as configured,
-    for the optimizer as it runs. And it *looks ahead*: it tries the next steps on copies of parameters and optimizer
-    state; a lookahead that does not pass is repeated from two other batches, and the median counts. A ratio above 1
-    alone is not divergence: healthy runs live at the edge of stability. The run is ``unsafe`` when the lookahead takes
-    the loss to ``divergence_ratio`` times the one training started from; a rate beyond its critical value whose
-    lookahead survives is at the ``edge``, which is logged and not warned about. Without a lookahead the ratios decide.
+    A check comes before a step and uses the batch of that step. It estimates the eigenvalues of the task loss's Hessian
+    and compares the inner rate ``alpha`` and the outer rate ``beta`` with their critical values: with those of the
+    update as configured, for the optimizer as it runs, or with those of Takagi et al., ``alpha_c = 1/lambda_max`` and
+    ``beta_c = min_i 2/(lambda_i - alpha*lambda_i^2)``. It also makes a *lookahead*: it tries the next steps on copies
+    of parameters and optimizer state. If the loss rises too far there, that is repeated from two other batches, and the
+    median counts. The run is ``unsafe`` when the lookahead takes the loss to ``divergence_ratio`` times the one that
+    training started from, or when half of what was learned is lost. Healthy runs often have a rate above its critical
+    value: if the lookahead does not diverge, the run is at the ``edge``, which is logged without a warning. Without a
+    lookahead the critical values alone decide.
 
-    Between scheduled checks a jump of the loss or the gradient norm calls one: then the lookahead goes first, and the
-    curvature is measured only if it fails. A check leaves random states, buffers, gradients and logged values as they
-    were; if it fails, training goes on with one warning that says why.
+    A jump of the loss or the gradient norm calls a check between the scheduled ones, which measures curvature only if
+    its lookahead fails. A check leaves random states, buffers, gradients and your logged values as they were. If it
+    raises an exception, training goes on with one warning that says why.
 
     ===========  ================================================================================
-    action       effect when the rates are unsafe
+    action       effect when the run is unsafe
     ===========  ================================================================================
     ``log``      none: the numbers are logged
     ``warn``     one warning each time the state changes to unsafe
     ``rescale``  the applied rates are capped at ``margin`` times their critical values, or lower
-                 if the lookahead does not survive there; later checks release them. The schedule
-                 is never touched
+                 if the lookahead diverges there; later checks raise them again. The schedule is
+                 never changed
     ``stop``     the Trainer is asked to stop (``stopped_step``, ``stopping_reason``)
     ===========  ================================================================================
 
     Args:
-        every_n_steps: Optimizer steps between two checks; the first is at step 0. None: as often as ``max_cost`` pays
-            for, at multiples of 100.
+        every_n_steps: Optimizer steps between two checks; the first is at step 0. None: at step 0, at a few early
+            steps, and at multiples of 100, as often as ``max_cost`` allows.
         action: ``"log"``, ``"warn"``, ``"rescale"`` or ``"stop"``.
-        margin: Fraction of the critical values that counts as the threshold, at most 1; ``rescale`` goes to that.
-        curvature: How curvature is measured, see :class:`CurvatureOptions`. What is logged as ``alpha_c`` and
-            ``beta_c`` is what its ``criterion`` judges.
-        lookahead: How the next steps are tried, see :class:`LookaheadOptions`; ``steps=0`` judges by the ratios alone.
+        margin: Share of its critical value up to which a rate is safe, at most 1; ``rescale`` caps rates there.
+        curvature: How curvature is measured, see :class:`CurvatureOptions`. The critical values of its ``criterion``
+            are those that are judged and logged as ``alpha_c`` and ``beta_c``.
+        lookahead: How the next steps are tried, see :class:`LookaheadOptions`; ``steps=0`` tries none.
         patience: Consecutive unsafe checks before acting.
         problem: ``(pl_module, batch) -> MetaProblem``, for modules that have no ``meta_problem``. The inner rate of
             such a module is capped by its attribute ``inner_lr_cap``, where it has one (None, or the highest rate to
             use). Without a problem, the ``training_step`` is watched as plain training: ``beta_c`` only.
-        rollback: With ``action="rescale"`` (None: yes): keep a few copies of parameters, buffers and optimizer state,
-            and go back to the latest good one when the loss diverges or half of what was learned is lost.
-        max_rollbacks: Rollbacks before the guard stops the run and says so.
-        snapshot_device: Where they are kept (``"cpu"``); None: beside the parameters.
+        rollback: Whether ``action="rescale"`` keeps a few copies of parameters, buffers and optimizer state, and goes
+            back to the latest good one when the loss diverges or half of what was learned is lost. None: it does.
+        max_rollbacks: Rollbacks after which the guard stops the run instead of rolling back once more.
+        snapshot_device: Where the copies are kept (``"cpu"``); None: beside the parameters.
         max_cost: Without ``every_n_steps``: share of the training's work that checks may take, counted in gradients
-            and matrix-vector products, so that the same run checks at the same steps. A check is left out until the
-            steps taken pay for it; the first ones, up to 300 training steps, and that of a diverged loss do not wait.
+            and matrix-vector products, so that the same run checks at the same steps. A check waits until the steps
+            taken pay for it; the first ones, up to 300 training steps, and one of a diverged loss do not wait.
         figures: Whether TensorBoard, Weights & Biases and MLflow get pictures of the region and the spectrum, too.
         history_size: Checks that ``history`` and ``severities`` keep, the latest ones. Loggers get all of them.
         allow_untested: Whether to go on under a strategy the guard was not tested with (DeepSpeed and others that split
-            a module in ways of their own). A check that fails there is one warning, as ever.
+            a module in ways of their own). A check that fails there gives one warning, as elsewhere.
 
     Attributes:
         spelling: How messages write the guard's arguments; the command line sets its own.
 
     Raises:
-        TypeError: If ``curvature`` or ``lookahead`` is something else.
+        TypeError: If ``curvature`` or ``lookahead`` is of another class.
         ValueError: If another argument is not allowed.
 
     Example:
@@ -126,7 +127,7 @@ class ConvergenceGuard(Callback):
         allow_untested: bool = False,
     ) -> None:
         super().__init__()
-        # A number of steps is taken at its word.
+        # Where the user gives a number of steps, cost leaves no check out.
         self.every_n_steps = 100 if every_n_steps is None else every_n_steps
         self.max_cost: float | None = max_cost
         self.action, self.margin, self.patience = action, margin, patience
@@ -154,7 +155,7 @@ class ConvergenceGuard(Callback):
 
     @property
     def severities(self) -> list[tuple[int, float]]:
-        """Steps of the latest lookaheads, with ``log(loss after it / loss training started from)``."""
+        """Steps of the latest lookaheads, with their severities: ``guard/severity``, explained in the guide."""
         return self._run.state.severities
 
     @property
@@ -178,7 +179,7 @@ class ConvergenceGuard(Callback):
         return self._run.state.advice
 
     def frame(self) -> pd.DataFrame:
-        """Put the history into a pandas table.
+        """Make a pandas table of the history.
 
         Returns:
             One check per row, indexed by ``step``: ``status``, the numbers of a :class:`CheckReport` under their own
@@ -227,7 +228,7 @@ class ConvergenceGuard(Callback):
         return write(record_of(self, self._run.state, self._run.clock), path)
 
     def summary(self) -> str:
-        """Sum the run up: how it came out, its checks and what they cost, the rates applied, what to set.
+        """Sum the run up: how it ended, its checks and what they cost, the rates applied, what to set.
 
         Returns:
             A few lines; printed at the end of a run unless ``action="log"``.
@@ -262,7 +263,7 @@ class ConvergenceGuard(Callback):
                 run.caps.apply(pl_module, run.caps.caps)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Check, if it is time or the last step was out of its range, before the batch is used."""
+        """Check before the batch is used, if a check is due: by schedule, or by the last step's loss or gradient."""
         if self._inert or takes_no_steps(trainer):
             return
         run = self._run

@@ -98,7 +98,7 @@ class Ratios:
         return self._report
 
     def look(self, severity: float, rates: tuple[float, float]) -> None:
-        """Take in what a lookahead said, at the rates that it tried."""
+        """Take in the severity of a lookahead, and the rates that it tried."""
         self._severity = self._told = severity
         self._looked_at = rates
 
@@ -113,8 +113,8 @@ class Ratios:
     ) -> None:
         """Log ratios and severity at the rates of a coming step, with the age of the limits, where they moved.
 
-        A severity rises by the logarithm of what the rates have risen by since its lookahead tried them, those that are
-        ``coming`` included, and is no less than what the ``losses`` at hand say.
+        The severity is that of the last lookahead, plus the logarithm of the factor by which the rates have risen since
+        or will have risen (``coming``), and no less than that of the latest ``losses``.
         """
         report = self.take(history)
         if report is None:

@@ -1,4 +1,4 @@
-"""What a guard keeps: of one check, of many as a table, and of a whole run; and how long a run took."""
+"""CheckReport, what a guard keeps of one check; checks as a table; how long a run and its checks took."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class CheckReport(StabilityReport):
     """What a guard keeps of one check: the measurement, what the lookahead saw, and the rates applied after it.
 
     ``status`` is that of the run: beside ``"safe"``, ``"unsafe"`` and ``"unresolved"`` it may be ``"edge"``, where a
-    rate exceeds its critical value and the lookahead does not diverge (the edge of stability). ``findings`` hold the
-    lookahead's too.
+    rate exceeds its critical value but the lookahead does not diverge (the edge of stability). ``findings`` also say
+    what the lookahead found.
 
     Attributes:
         alpha_applied: Inner rate applied after this check; ``alpha`` unless the guard capped it.
-        beta_applied: Meta rate applied after this check.
-        severity: ``log(loss after the lookahead / loss that training started from)``; ``nan`` without one.
+        beta_applied: Outer rate applied after this check.
+        severity: ``log(loss after the lookahead / loss that training started from)``; ``nan`` without a lookahead.
         growth: Factor per step by which the loss grew in the lookahead.
-        adaptation_gain: ``log(query loss before adaptation / after it)``: below 0, adaptation makes the tasks worse. Of
-            losses that may be negative, their difference over its spread over the tasks; ``nan`` in plain training.
+        adaptation_gain: ``log(query loss before adaptation / after it)``: below 0, adaptation makes the tasks worse. If
+            losses may be negative: their difference, divided by its spread over the tasks; ``nan`` in plain training.
     """
 
     alpha_applied: float

@@ -1,4 +1,4 @@
-"""From one check to the next: safe, edge, unsafe or unresolved."""
+"""The state of a run from one check to the next: safe, edge, unsafe or unresolved."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ class Transition(NamedTuple):
 def advance(watch: Watch, status: str, severe: float = math.nan, *, patience: int = 1, ratio: float = 3.0) -> Watch:
     """Take one more check into account.
 
-    With a lookahead its severity decides: ``log(ratio)`` and above fails, half of it and below passes, and between the
-    two nothing changes (hysteresis). Rates beyond their critical values whose lookahead passes are at the edge of
-    stability, where healthy runs live. Without a lookahead (``severe`` is ``nan``) the rates' own status decides.
+    With a lookahead its severity decides: ``log(ratio)`` and above fails, half of it and below passes. Between the two,
+    an unsafe run stays unsafe and another does not become so (hysteresis). A rate beyond its critical value whose
+    lookahead does not fail is at the edge of stability, as in many healthy runs. Without a lookahead (``severe`` is
+    ``nan``) the rates' own status decides.
     """
     tried = not math.isnan(severe)
     bad = fails(severe, ratio) if tried else status == UNSAFE

@@ -1,6 +1,6 @@
-"""Rates at which a run failed, and what is advised instead: higher ones are tried again only after a while.
+"""Rates at which a run failed, and the advised one: higher rates are tried again only after some steps.
 
-The while doubles with each failure.
+Their number doubles with each failure.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 from lightning_maml_guard.lookahead.lookahead import Caps
 
-# Rates above this share of those that failed count as the same.
+# A rate above this share of one that failed counts as that one.
 _NEAR = 0.7
-# And no more than this many times the advised rate counts as that rate.
+# A rate up to this many times the advised one counts as that one.
 _ABOVE = 1.05
-# Steps before they are tried again, the first time.
+# Steps before rates that failed are tried again, the first time.
 _WAIT = 32
 
 
@@ -24,10 +24,10 @@ class Ceiling:
 
     Attributes:
         alpha: The inner rate; ``inf`` before anything failed, ``nan`` without an inner loop.
-        beta: The meta rate.
+        beta: The outer rate.
         until: Step from which they may be tried again.
         wait: Steps that the next failure adds.
-        advised: The meta rate that is advised; ``inf`` where none is. Higher ones have to lead further down.
+        advised: The outer rate that is advised; ``inf`` where none is. A higher one has to take the loss further down.
     """
 
     alpha: float = math.inf
@@ -41,7 +41,7 @@ class Ceiling:
         return replace(self, alpha=alpha, beta=beta, until=step + self.wait, wait=2 * self.wait)
 
     def heeds(self, beta: float, step: int) -> Ceiling:
-        """Take in the meta rate that is advised at a step."""
+        """Take in the outer rate that is advised at a step."""
         return replace(self, advised=beta, until=max(self.until, step + _WAIT))
 
     def allows(self, caps: Caps, alpha: float, beta: float, step: int) -> bool:

@@ -64,8 +64,8 @@ class Scale(NamedTuple):
         unit: What distances are measured in; None while every loss was positive.
         settled: Whether there were enough losses to tell; else a lookahead's own are taken in.
         best: The lowest running mean; ``nan`` before anything was learned.
-        rung: What a loss may rise by above ``best``: twice that is half of what was learned, or beyond the noise of a
-            batch, whichever is more.
+        rung: Unit in which a rise above ``best`` is measured: twice that is half of what was learned or, if that is
+            more, beyond the noise of a batch.
     """
 
     start: float = math.nan
@@ -152,7 +152,7 @@ class RunningStatistics:
         return _median(self.first) if self.first else self.looked
 
     def look(self, loss: float) -> None:
-        """Take the loss of a lookahead in."""
+        """Take in the loss at which a lookahead begins; the first one stands for the start of training."""
         if math.isnan(self.looked) and math.isfinite(loss):
             self.looked = loss
 
@@ -183,11 +183,11 @@ class RunningStatistics:
 
     @property
     def slips(self) -> bool:
-        """Whether the running mean has left its lowest value by so much that it is to be looked into."""
+        """Whether the running mean is so far above its lowest value that a check should look into it."""
         return self.is_off(self.loss)
 
     def is_off(self, mean: float, share: float = _SLIPPING) -> bool:
-        """Whether a mean over some batches has left the lowest one by such a share of what was learned."""
+        """Whether a mean over some batches is above the lowest one by such a share of half of what was learned."""
         untrained = self.untrained_from(self.start)
         least = max((untrained - self.best) / 2, _STRAYS * self._noise)
         if self.since < FIRST_LOSSES or not mean - self.best > share * least:

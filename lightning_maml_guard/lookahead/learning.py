@@ -1,7 +1,7 @@
-"""What a run has learned, and whether it lost it: the same batches at the parameters of now and at earlier ones.
+"""What a run has learned, and whether it lost it: the losses of the same batches at the present and earlier parameters.
 
-A batch is compared with itself, so that neither its noise nor tasks that have become harder look like lost learning,
-and always before a step was taken on it: a network that has lost everything else still does well on its last batches.
+The same batches are compared, so that neither their noise nor harder tasks look like lost learning, and at parameters
+from before a step on them: a network that has lost everything else still does well on the batches just trained on.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Learning:
     Attributes:
         now: At the parameters of now or, where it was higher, before the batch was used; ``inf`` if it is not finite.
         kept: At the snapshots, the oldest first.
-        untrained: The loss before training: no more than this, whatever the oldest snapshot's is.
+        untrained: An upper limit of the loss before training, for which the oldest snapshot's is taken.
         unseen: How many snapshots were made before any of the batches was used.
     """
 
@@ -59,7 +59,7 @@ class Learning:
 
     @property
     def _before(self) -> tuple[float, ...]:
-        """Before training: what the run can fall back to."""
+        """Losses of the batches before training."""
         return tuple(min(loss, self.untrained) for loss in self.kept[0])
 
     @property
@@ -83,7 +83,7 @@ class Learning:
 
     @property
     def kept_loss(self) -> float:
-        """The largest loss at which nearly all that was learned is there."""
+        """The largest loss at which nearly all of what was learned is kept."""
         best, _, before = self.losses
         return _nearly(best, before)
 
@@ -118,7 +118,7 @@ def compared(
         module: Holds the parameters.
         optimizers: What moves them.
         kept: The snapshots, the oldest first.
-        untrained: The loss before training: no more than this, whatever the oldest snapshot's is.
+        untrained: An upper limit of the loss before training, for which the oldest snapshot's is taken.
         seen: The losses of the batches before the steps that used them; ``-inf`` where that is not known.
         before: The first step that used one of them.
         alpha: The inner rate applied now; ``nan`` where it is not known. At a snapshot it is the one applied there.
@@ -138,7 +138,7 @@ def compared(
 def nearly_kept(
     found: Learning, lookahead: Lookahead, module: nn.Module, optimizers: Sequence[Optimizer], kept: Sequence[Snapshot]
 ) -> tuple[float, ...]:
-    """For each batch of a lookahead, the largest loss at which nearly all that was learned is there."""
+    """For each batch of a lookahead, the largest loss at which nearly all of what was learned is kept."""
     losses = []
     for snapshot in (kept[found.best], kept[0]):
         with snapshot.visited(module, optimizers):

@@ -1,7 +1,7 @@
 """The next steps tried on copies of parameters and optimizer state, to see whether the loss survives them.
 
-Curvature at a point says which rates grow along some direction; healthy runs live there (the edge of stability). What
-tells a diverging run is that the loss itself leaves, so the guard takes the next steps with the batches at hand.
+Curvature at a point says at which rates the error grows along some direction. Healthy runs are often there (the edge of
+stability). A run diverges only if its loss rises too, so the guard takes the next steps, with the batches at hand.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from lightning_maml_guard.utils.task_map import TaskMap, as_float32
 
 @dataclass(frozen=True)
 class LookaheadOptions:
-    """How a guard looks ahead: the next steps are tried on copies, and decide whether the run diverges.
+    """How a guard looks ahead: it tries the next steps on copies, to see whether the run diverges.
 
     Args:
-        steps: Steps to try, each about the cost of a training step; 0 judges by the critical rates alone.
-        batches: Batches they go through, the coming one and those before it, kept on the device: by reference, or as
-            copies where a training step changes its batch. With fewer than 8, GuardBench loses most of its recall where
-            tasks are resampled.
+        steps: Steps to try, each about the cost of a training step; 0 tries none, and the critical values alone decide.
+        batches: Batches to try them on, those of the coming step and of the steps before it. They stay on the device:
+            by reference, or as copies where a training step changes its batch. With fewer than 8, most diverging runs
+            are missed where every step draws new tasks (GuardBench).
         divergence_ratio: Factor over the loss that training started from at which a run counts as diverging, above 1.
         triggers: Whether a loss above twice its running mean, or a gradient norm above four times its own, calls a
-            check between the scheduled ones. Reads one number per step from the device.
+            check between the scheduled ones. For this one number per step is read from the device.
 
     Raises:
         ValueError: If a value is not allowed.
@@ -84,15 +84,15 @@ class Caps:
     beta: float | None = None
 
     def applied(self, alpha: float, beta: float) -> tuple[float, float]:
-        """Apply the caps to the configured inner rate (``nan`` without an inner loop) and the scheduled meta rate."""
+        """Apply the caps to the configured inner rate (``nan`` without an inner loop) and the scheduled outer rate."""
         return _capped(alpha, self.alpha), _capped(beta, self.beta)
 
     def at_most(self, beta: float | None) -> Caps:
-        """Lower the cap on the meta rate to a value, if one is given."""
+        """Lower the cap on the outer rate to a value, if one is given."""
         return self if beta is None else Caps(self.alpha, _capped(beta, self.beta))
 
     def halved(self, beta: float) -> Caps:
-        """Cap at half the meta rate that is applied."""
+        """Cap at half the outer rate that is applied."""
         return Caps(self.alpha, _capped(beta, self.beta) / 2)
 
 

@@ -11,16 +11,16 @@ from lightning_maml_guard.lookahead.learning import finite_or_inf
 from lightning_maml_guard.lookahead.lookahead import Lookahead
 from lightning_maml_guard.stability.problems import Problem
 
-# A batch is odd if its loss at sane parameters is this many times the median; of more than so many.
+# A batch is odd if its loss is this many times the median at parameters that have not diverged; of more than so many.
 _ODD, _OTHERS = 5.0, 3
 
 
 def without_odd(
     problems: Sequence[Problem], lookahead: Lookahead, scale: Scale, alpha: float = 1.0
 ) -> tuple[list[Problem], int | None]:
-    """Leave out the batches that are unlike the others at a factor on the inner rates; the index of the worst of them.
+    """Leave out the batches that are unlike the others at a factor on the inner rates.
 
-    The lookahead is of these problems.
+    Returns the problems that stay, and the index of the most unlike one left out. The lookahead is of these problems.
     """
     if len(problems) <= _OTHERS:
         return list(problems), None
@@ -32,9 +32,9 @@ def without_odd(
 
 
 def norm_to_clip_to(lookahead: Lookahead) -> tuple[tuple[float, float], float | None]:
-    """Losses of an odd batch, the first of a lookahead's, and of the others; twice the norm of the others' gradients.
+    """Losses of an odd batch, the first of a lookahead, and of the others; the norm to clip to.
 
-    None where no clipping helps: where the odd one's gradient is not finite.
+    That is twice the norm of the others' gradients; None where the odd one's is not finite, which no clipping helps.
     """
     (odd, *usual), (norm, *norms) = lookahead.untrained(), lookahead.gradient_norms()
     return (odd, median(usual)), 2 * median(norms) if math.isfinite(norm) else None

@@ -1,4 +1,4 @@
-"""The batches a lookahead goes through: the coming one and those before it, also across a restart."""
+"""The batches that a lookahead uses: that of the coming step and those before it, also after a restart."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class Spike:
 class ReplayBuffer:
     """Holds the last ``size`` batches as their steps were given them; ``restored`` are a checkpoint's, not yet used.
 
-    The first batch is copied. If its step leaves it alone, the next ones are held by reference until a step changes
-    its batch: that one is dropped, and copies are made before every step from then on. That of a ``skipped``
-    step is dropped as well.
+    The first batch is copied. If its step does not change it, the next ones are held by reference until a step changes
+    its batch: that one is dropped, and from then on batches are copied before every step. That of a ``skipped`` step is
+    dropped as well.
     """
 
     def __init__(self, size: int) -> None:
         self._batches: deque[tuple[Any, int]] = deque(maxlen=size)
         self._first, self._copies = True, True
-        self.spike: Spike | None = None  # that of the highest loss since the run was last at its best
-        self.skipped = False  # whether the step at hand made no use of its batch, and has no loss
+        self.spike: Spike | None = None  # the highest since the run was last at its best
+        self.skipped = False  # whether Lightning skipped the step because it returned no loss
         # The batch of the step at hand, and what it held before.
         self._given: Any = None
         self._before: Trace | None = None

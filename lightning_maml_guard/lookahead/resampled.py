@@ -1,4 +1,4 @@
-"""Batches drawn from the tasks of those at hand: what training on fresh tasks will be like, before there are any."""
+"""Batches made of tasks drawn from the last ones: they stand for the new tasks of the steps to come."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lightning_maml_guard.utils.task_map import chosen_tasks, joined_tasks
 def resampled(problems: Sequence[Problem], count: int) -> list[Problem]:
     """Add batches up to ``count``, of tasks drawn with replacement from all those at hand (the bootstrap).
 
-    A few batches tried again and again are learned by heart, and survive rates at which fresh tasks do not. Problems
-    without tasks to draw from (plain training, a single task) are left as they are.
+    A network memorises a few batches that are tried again and again, and survives rates at which it diverges on new
+    tasks. Problems without tasks to draw from (plain training, a single task) are left as they are.
     """
     generator = torch.Generator().manual_seed(0)
     parts = [part for each in problems for part in _parts(each)]

@@ -1,1 +1,1 @@
-"""Reasons as data (reasons.py), and the one place that turns them into words (sentences.py)."""
+"""Reasons as data (reasons.py), and what turns them into words: sentences.py, with the other files for its parts."""

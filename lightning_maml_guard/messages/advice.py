@@ -26,21 +26,21 @@ class Advice:
     """What to change so that the run trains: numbers to set, not limits.
 
     Attributes:
-        cause: What is to blame: ``"alpha"``, ``"beta"``, ``"both"``, ``"schedule"`` (the meta rate where the schedule
-            takes it), ``"batch"`` (an outlier in the data), ``"dead units"`` (killed by a meta rate that is too large)
-            or ``"unknown"``.
-        alpha: The inner rate to configure; of several, the largest, the others in proportion. None: leave it as it is.
-        beta: The meta rate to configure, the ``lr`` of the optimizer; under a schedule the number that its peak comes
-            from. Of several groups the largest. None: leave it as it is.
+        cause: What is to blame: ``"alpha"``, ``"beta"``, ``"both"``, ``"schedule"`` (it takes the outer rate too high),
+            ``"batch"`` (one is an outlier), ``"dead units"`` (an outer rate that is too large has killed them) or
+            ``"unknown"``.
+        alpha: The inner rate to configure; of several, the largest: lower the others in proportion. None: leave it.
+        beta: The outer rate to configure, the ``lr`` of the optimizer; under a schedule the number that its peak comes
+            from. If parameter groups differ, the largest: lower the others in proportion. None: leave it as it is.
         setting: Name of the argument that ``beta`` is for: ``"lr"``, or a cyclic schedule's ``"max_lr"``.
         gradient_clip_val: Norm to clip gradients to, ``Trainer(gradient_clip_val=...)``, where a batch is to blame
             whose gradient is finite.
-        step: Training step at which it was given; None outside a training.
-        evidence: What it rests on.
-        configured_alpha: The inner rate it is about.
-        configured_beta: The meta rate it is about; under a schedule its peak.
-        peak_step: Step at which the schedule gets there.
-        several: Whether the optimizer's groups have different rates: ``beta`` is then for the largest one.
+        step: Training step at which the advice was given; None outside a training.
+        evidence: Why: what was measured and tried.
+        configured_alpha: The inner rate that the advice is about.
+        configured_beta: The outer rate that it is about; under a schedule its peak.
+        peak_step: Step at which the schedule reaches that peak.
+        several: Whether the optimizer's parameter groups have different rates.
     """
 
     cause: Cause

@@ -37,8 +37,8 @@ def advised(advice: Advice, spelling: Spelling = IN_PYTHON) -> str:
         found = {each.kind for each in advice.evidence}
         if left_at_any_rate(advice):
             return (
-                "the loss has left its best, and leaves it at lower rates too. Look at the data and the loss: that of "
-                "a policy gradient says nothing of what was learned."
+                "the loss has risen above its best, and rises at lower rates too. Look at the data and the loss: that "
+                "of a policy gradient does not say what was learned."
             )
         untried = found & {Kind.LOSS_DIVERGED, Kind.LOSS_NOT_FINITE} and Kind.RATES_TRIED not in found
         return f"{wrong}. Look at {'the rates, ' if untried else ''}the data, the loss and the precision."

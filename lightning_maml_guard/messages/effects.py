@@ -1,4 +1,4 @@
-"""What a rate beyond its limit does, in words, by ``Reason.effect``; and what else to know, by ``Reason.order``."""
+"""Sentences on what a rate beyond its limit does, by ``Reason.effect``, and on the criterion, by ``Reason.order``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What advice rests on, in words."""
+"""The "Why" sentences of advice: what was measured and tried."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.messages.spelling import Spelling, rates
 
-# A meta rate below this share of its limit may be too low for a run that does not learn.
+# An outer rate below this share of its limit may be too low for a run that does not learn.
 _LOW = 0.25
 
 

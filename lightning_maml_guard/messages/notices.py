@@ -1,4 +1,4 @@
-"""What a guard says of a run beside its rates: batches and states it cannot use."""
+"""Sentences that are not about rates: files, batches, states and caps that a guard cannot write or use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How messages look: the spelling of a guard's arguments, and lines wrapped for a terminal."""
+"""How messages look: how arguments and numbers are written, and lines wrapped for a terminal."""
 
 from __future__ import annotations
 

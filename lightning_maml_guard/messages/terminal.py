@@ -1,4 +1,4 @@
-"""How a message reaches the terminal: on lines of its own, without a file of ours in front."""
+"""How a message reaches the terminal: on lines of its own, beside progress bars, without a file name in front."""
 
 from __future__ import annotations
 

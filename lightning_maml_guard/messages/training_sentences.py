@@ -1,4 +1,4 @@
-"""Sentences about what a guard cannot see of training, and about a problem that is not training's."""
+"""Sentences about what a guard cannot see of a training, and about a problem that differs from it."""
 
 from __future__ import annotations
 
@@ -86,12 +86,13 @@ def _own_gradients(reason: Reason, spelling: Spelling) -> str:
     if reason.effect == "evidence":
         return (
             "training_step takes gradients itself. If that is an inner loop, its rate may be what is too large: "
-            "without a `meta_problem` it is not looked at."
+            "without a `meta_problem` it is not judged."
         )
     return (
         "training_step takes gradients itself, and is watched as plain training.\nTo do: If that is an inner loop, "
-        'state it by `meta_problem` (docs/guide.md, "A MAML module of your own"); else its rate is not looked at, and '
-        "the outer one is blamed for it. Of another use, such as a gradient penalty, there is nothing to state."
+        'describe it by `meta_problem` (docs/guide.md, "A MAML module of your own"): without it the inner rate is not '
+        "judged, and the outer one is blamed instead. If it is something else, such as a gradient penalty, there is "
+        "nothing to do."
     )
 
 
@@ -114,12 +115,12 @@ TRAINING: dict[Kind, Callable[[Reason, Spelling], str]] = {
     ),
     Kind.NO_STEP_LOSS: lambda reason, spelling: (
         "training_step returns no loss, so nothing calls a check between the scheduled ones, a diverged run is rolled "
-        "back only at a check, and the loss at the first check is where training started from. Return the loss from "
-        "training_step to have all of it."
+        "back only at a check, and the loss at the first check is taken for that at the start. Return the loss from "
+        "training_step to avoid all this."
     ),
     Kind.OWN_GRADIENTS: _own_gradients,
     Kind.OPTIMIZERS_TAKE_TURNS: lambda reason, spelling: (
-        "no checks are made any more: the optimizers that move the problem's parameters take turns, so no single "
+        "there are no more checks: the optimizers that move the problem's parameters take turns, so no single "
         f"problem describes their steps.\nTo do: {_PER_OPTIMIZER[0].upper()}{_PER_OPTIMIZER[1:]}"
     ),
     Kind.CLIPPING_NOT_SEEN: _clipping_not_seen,

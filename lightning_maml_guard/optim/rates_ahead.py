@@ -120,7 +120,7 @@ def crossing(ahead: RatesAhead | None, limit: float, step: int) -> tuple[Reason,
 
 
 class Coming:
-    """The highest inner and meta rate of the next steps: as scheduled, or where they go if they rise on.
+    """The highest inner and outer rate of the next steps: as scheduled, or where they go if they rise on.
 
     A rate that no schedule moves rises on if it rose in both halves of the last ten steps; one that has jumped is
     expected to stay.

@@ -13,13 +13,13 @@ class RateLadder:
 
     Attributes:
         alphas: Inner rates, ascending, shape ``(A,)``; ``nan`` in plain training.
-        betas: Meta rates, ascending, each twice the one before, shape ``(B,)``.
+        betas: Outer rates, ascending, each twice the one before, shape ``(B,)``.
         losses: Mean loss over the last quarter of a rung's steps, on batches that no rung had trained on, shape ``(A,
             B)``; ``inf`` where the loss left, ``nan`` where a rung was not trained to its end.
         start: Loss of such batches before training, the lower one of with and without adaptation, shape ``(A,)``.
-        largest: Largest meta rate that trains, with all below it, on the worst of the streams; ``nan`` where none
+        largest: Largest outer rate that trains, with all below it, on the worst of the streams; ``nan`` where none
             does, or where the inner rate had fallen behind before that was known; shape ``(A,)``.
-        suggested: Meta rate up to ``margin * largest`` at which the loss is lowest after the longest training; ``nan``
+        suggested: Outer rate up to ``margin * largest`` at which the loss is lowest after the longest training; ``nan``
             where there was none; shape ``(A,)``.
         raced: That loss, shape ``(A,)``.
         steps: Steps of a rung.

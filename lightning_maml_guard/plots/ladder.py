@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def rate_ladder(
     ladder: RateLadder, suggested: tuple[float, float] = (math.nan, math.nan), ax: Any = None
 ) -> tuple[Any, Axes]:
-    """Draw the loss after a rung's steps over the meta rate, one line for each inner rate.
+    """Draw the loss after a rung's steps over the outer rate, one line for each inner rate.
 
     Args:
         ladder: The ladder.

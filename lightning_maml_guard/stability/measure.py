@@ -45,7 +45,7 @@ def measure(
     Estimates the spectrum of the task loss's Hessian and compares ``alpha`` with
     ``alpha_c = 1/lambda_max`` and ``beta`` with ``beta_c = min_i 2/(lambda_i - alpha*lambda_i^2)``, or with
     its counterpart for the optimizer as it runs (``c`` in place of 2, its preconditioner, its weight decay).
-    Beside it the largest meta rate of the update *as configured* (``exact_beta_c``: any order, ``K`` steps, many
+    Beside it the largest outer rate of the update *as configured* (``exact_beta_c``: any order, ``K`` steps, many
     tasks) is found from its Jacobian ``J = dG/dtheta``. By default (``criterion="exact"``) that one is judged, and the
     inner loop's own limit, ``alpha < 2/lambda_max`` for exact MAML. Parameters, gradients and random states are left as
     they were, and so are the buffers, modes and attributes of modules that the loss calls.
@@ -60,7 +60,7 @@ def measure(
 
     Args:
         problem: The problem; a ``PlainProblem`` for training without an inner loop.
-        beta: Meta rate of plain SGD. Give this or an optimizer, or neither for the critical values alone.
+        beta: Outer rate of plain SGD. Give this or an optimizer, or neither for the critical values alone.
         optimizer: The live optimizer, which holds ``problem.params``; or several that step together: their rates and
             preconditioners apply to their own parameters, and ``beta`` is the largest rate.
         curvature: How to measure; see :class:`~lightning_maml_guard.CurvatureOptions`.
@@ -163,13 +163,13 @@ def measure_border(
     optimizer: Optimizers | None = None,
     curvature: CurvatureOptions = CurvatureOptions(),  # noqa: B008 (frozen)
 ) -> list[StabilityReport]:
-    """Measure the critical meta rate at inner rates up to ten times the configured one, for a picture of the region.
+    """Measure the critical outer rate at inner rates up to ten times the configured one, for a picture of the region.
 
     It costs up to six measurements.
 
     Args:
         problem: The problem, such as ``module.meta_problem(batch)``.
-        beta: Meta rate of plain SGD; see :func:`measure`.
+        beta: Outer rate of plain SGD; see :func:`measure`.
         optimizer: The live optimizer.
         curvature: How to measure.
 

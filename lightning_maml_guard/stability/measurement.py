@@ -82,7 +82,7 @@ class Measurement:
         self._by_task = self._tasks > 1 and not self._update.decoupled
         self._given_notes = notes
         self._notes: list[Reason] = list(notes)
-        self._beta_note = ""  # why the meta rate's limit is not known here
+        self._beta_note = ""  # why the outer rate's limit is not known here
 
     def report(self) -> StabilityReport:
         """Measure. Raises a NonFiniteProductError if the loss or a product is not finite."""
@@ -183,7 +183,7 @@ class Measurement:
         )
 
     def _at_lower_alpha(self, beta: _BetaLimits, lambda_max: float) -> float:
-        """The meta rate's limit at any inner rate below its own, where that is to be lowered: ``beta_c`` moves with it.
+        """The outer rate's limit at any inner rate below its own, where that is to be lowered: ``beta_c`` then moves.
 
         Adaptation that converges makes no direction sharper, so that the limit is at least that of ``lambda_max``.
         """
@@ -251,8 +251,8 @@ class Measurement:
         """The limits of the update as configured."""
         safe_alpha = self._safe_alpha(alpha_limit)
         known = Limit(self._beta, exact_beta.beta_c, exact_beta.interval)
-        # Adaptation that diverges makes the sharpest direction sharper, adaptation that converges does not: a meta rate
-        # that is safe beyond the inner rate's limit is safe at a lower inner rate.
+        # Adaptation that diverges makes the sharpest direction sharper, adaptation that converges does not: an outer
+        # rate that is safe beyond the inner rate's limit is safe at a lower inner rate.
         if not safe_alpha < self._objective.alpha or known.status(self._margin, strict=True) == SAFE:
             return _BetaLimits(exact_beta, exact_beta.beta_c, safe_alpha)
         jacobian, limit = self._exact_limit_if_finite(safe_alpha / self._objective.alpha)

@@ -27,7 +27,7 @@ class CurvatureOptions:
         estimator: ``"lanczos"``, ``"pyhessian"`` or ``(matvec, start vector) -> eigenvalues``.
         max_iter: Lanczos (or power) steps at most.
         tol: Relative residual at which to stop, between 0 and 1. From 1e-2 on, a run ends once its verdict is certain
-            (``criterion="exact"``): the inner rate's limit and exact MAML's of the meta rate are known to 10 %, the
+            (``criterion="exact"``): the inner rate's limit and exact MAML's of the outer rate are known to 10 %, the
             latter to a factor of 4 where the rate is certainly below half of it; their intervals say so.
         tasks: Curvature of the ``"mean"`` task loss, or of the ``"worst"`` (sharpest) task.
         data: The loss whose Hessian is measured: ``"support"``, ``"query"`` or ``"both"`` (their mean).

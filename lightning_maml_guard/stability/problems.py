@@ -24,7 +24,7 @@ from lightning_maml_guard.utils.task_map import as_float32, each_task
 
 @dataclass(frozen=True)
 class PlainProblem:
-    """A loss and its parameters, without an inner loop: only the meta rate, here the learning rate, has a limit.
+    """A loss and its parameters, without an inner loop: only the outer rate, here the learning rate, has a limit.
 
     Args:
         params: The parameters training moves, by name; the module's own tensors.

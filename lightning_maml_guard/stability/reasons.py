@@ -23,7 +23,7 @@ class Verdict:
     Attributes:
         status: ``"safe"``, ``"unsafe"`` or ``"unresolved"`` (the measurement does not clear the threshold).
         alpha_status: The same for the inner rate alone.
-        beta_status: The same for the meta rate alone.
+        beta_status: The same for the outer rate alone.
         findings: What is unsafe or unresolved, why, and what to do; empty when safe.
     """
 
@@ -46,7 +46,7 @@ class Basis:
         plain_sgd: Whether the meta-optimizer is SGD without momentum, so that the growth per step is known.
         plain_steps: Whether the inner loop is gradient descent at one rate for all steps.
         alpha_note: Why the inner rate has no limit, if so.
-        beta_note: Why the meta rate has no limit, if so.
+        beta_note: Why the outer rate has no limit, if so.
     """
 
     margin: float = 1.0
@@ -61,7 +61,7 @@ class Basis:
 
 
 def judge(alpha: Limit | None, beta: Limit | None, basis: Basis) -> Verdict:
-    """Judge the configured rates; ``alpha`` is None in plain training, ``beta`` where no meta rate was given."""
+    """Judge the configured rates; ``alpha`` is None in plain training, ``beta`` where no outer rate was given."""
     alpha_status = SAFE if alpha is None else alpha.status(basis.margin, strict=False)
     beta_status = SAFE if beta is None else beta.status(basis.margin, strict=True)
     findings = []
@@ -129,8 +129,8 @@ def from_limits(
 ) -> Advice | None:
     """Advise on rates beyond their limits; None where none is.
 
-    ``safe_beta_c`` is the meta rate's limit at an inner rate brought below its own: a meta rate that is fine there, or
-    of which that is not known, is left alone.
+    ``safe_beta_c`` is the outer rate's limit at an inner rate brought below its own: an outer rate that is fine there,
+    or of which that is not known, is left alone.
     """
     high_alpha = verdict.alpha_status == UNSAFE
     high_beta = verdict.beta_status == UNSAFE and not (high_alpha and not beta >= margin * safe_beta_c)

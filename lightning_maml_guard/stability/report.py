@@ -23,19 +23,19 @@ class StabilityReport:
     Attributes:
         alpha: Configured inner rate (the largest, if there are several); ``nan`` in plain training.
         alpha_c: Its critical value.
-        beta: Configured meta rate (the largest over parameter groups); ``nan`` if none was given.
+        beta: Configured outer rate (the largest over parameter groups); ``nan`` if none was given.
         beta_c: Its critical value for the optimizer as it runs; ``nan`` if no statement can be made.
         sgd_beta_c: The simplified criterion's ``beta_c`` for plain SGD, whatever the optimizer.
-        exact_beta_c: The critical meta rate of the update as configured, from its Jacobian; ``nan`` where it was not
+        exact_beta_c: The critical outer rate of the update as configured, from its Jacobian; ``nan`` where it was not
             measured, as under ``criterion="simplified"``.
         lambda_max: Largest eigenvalue of the Hessian.
         lambda_min: Smallest Ritz value seen.
         status: ``"safe"``, ``"unsafe"`` or ``"unresolved"``.
         findings: Why, and what to do, as data; :attr:`reasons` has them in words.
         alpha_status: The status of the inner rate alone.
-        beta_status: The status of the meta rate alone.
+        beta_status: The status of the outer rate alone.
         safe_alpha: Inner rate brought down to ``margin * alpha_c``.
-        safe_beta: Meta rate brought down to ``margin * beta_c`` *at* ``safe_alpha``.
+        safe_beta: Outer rate brought down to ``margin * beta_c`` *at* ``safe_alpha``.
         safe_beta_c: That ``beta_c``; it equals ``beta_c`` while ``alpha`` is safe, and, a lower bound then, where
             ``beta`` is safe though ``alpha`` is not (``criterion="exact"``).
         lambda_max_interval: Where ``lambda_max`` lies.
@@ -46,7 +46,7 @@ class StabilityReport:
         hvps: Hessian-vector products used.
         seconds: Wall time.
         exact_beta_c_interval: Where ``exact_beta_c`` lies.
-        beta_c_noise: Meta rate below which the mean square shrinks when the tasks are drawn anew at every step;
+        beta_c_noise: Outer rate below which the mean square shrinks when the tasks are drawn anew at every step;
             ``nan`` for a single task and under ``criterion="simplified"``.
         mean_alpha_c: With ``tasks="worst"``, the ``alpha_c`` of the mean task loss; else ``nan``.
         predicted_change: Change of the meta loss that the coming step ``u`` predicts, ``-1/2 (g + g').u`` with the
@@ -98,7 +98,7 @@ class StabilityReport:
         Args:
             reason: Why there are no critical values.
             alpha: Inner rate as configured.
-            beta: Meta rate as configured.
+            beta: Outer rate as configured.
             known: Other fields that are known.
 
         Returns:

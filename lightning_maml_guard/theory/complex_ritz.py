@@ -1,4 +1,4 @@
-"""Critical meta rates where the Jacobian of the update is not symmetric: complex Ritz values.
+"""Critical outer rates where the Jacobian of the update is not symmetric: complex Ritz values.
 
 First-order and simplified MAML over many tasks follow the gradient of no loss, so ``J`` has complex eigenvalues ``mu``;
 the update ``theta - beta*G`` contracts iff ``beta < 2 Re(mu)/|mu|^2`` for all of them.
@@ -104,7 +104,7 @@ class ComplexLimit:
 
 
 def complex_limit(ritz: ComplexRitz, responses: Sequence[Response], *, tol: float, decay: float = 0.0) -> ComplexLimit:
-    """Compute the largest stable meta rate, ``min_mu 2 Re(mu)/|mu|^2`` for SGD.
+    """Compute the largest stable outer rate, ``min_mu 2 Re(mu)/|mu|^2`` for SGD.
 
     Ritz values that are not known to ``tol`` times the spectral radius, or are smaller than that, are ignored. So are
     those with ``Re(mu) <= 0``, which are unstable at every rate. ``responses`` are the optimizer's linear responses,

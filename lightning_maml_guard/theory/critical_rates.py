@@ -29,10 +29,10 @@ class CriticalRates:
     """The largest rates at which a meta update converges near a minimum, with their intervals.
 
     Attributes:
-        alpha: The inner rate for which the limit of the meta rate was computed.
+        alpha: The inner rate for which the limit of the outer rate was computed.
         alpha_c: Largest convergent inner rate; ``inf`` if no eigenvalue is positive.
-        beta_c: Largest convergent meta rate of plain SGD at ``alpha``; ``inf`` if there is no finite limit, ``0`` if no
-            positive meta rate converges (``alpha`` makes a multiplier negative).
+        beta_c: Largest convergent outer rate of plain SGD at ``alpha``; ``inf`` if there is no finite limit, ``0`` if
+            no positive outer rate converges (``alpha`` makes a multiplier negative).
         lambda_max: Largest eigenvalue of the Hessian.
         lambda_min: Smallest eigenvalue seen. Negative eigenvalues are unstable at every rate and enter no formula.
         curvature: Largest multiplier ``max_i f(lambda_i)``, so that ``beta_c = 2 / curvature``.
@@ -66,7 +66,7 @@ def critical_rates(
     inner_steps: int = 1,
     residuals: Any = 0.0,
 ) -> CriticalRates:
-    """Compute the critical inner and meta rate from a spectrum.
+    """Compute the critical inner and outer rate from a spectrum.
 
     For simplified MAML (Takagi et al.) ``alpha_c = 1/lambda_max`` and ``beta_c = min_i 2/(lambda_i -
     alpha*lambda_i^2)``. The minimum is taken over the *whole* spectrum: once ``alpha > 1/(2*lambda_max)``, an interior

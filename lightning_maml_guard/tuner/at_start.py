@@ -67,7 +67,7 @@ class Finder:
         curvature: How to measure.
         lookahead: How the configured rates are judged.
         ladder: How rates are tried.
-        margin: Share of the largest meta rate that trains above which none is suggested.
+        margin: Share of the largest outer rate that trains above which none is suggested.
         batches: Optimizer steps to measure.
     """
 
@@ -203,11 +203,11 @@ class _Suggesting:
         options = self._finder.ladder
         unknown = next((each for each in listed(self._optimizers) if type(each) not in BY_ENTRY), None)
         if not options.steps:
-            detail = "the ladder has no steps"
+            detail = "LadderOptions has steps=0"
         elif unknown is not None:
-            detail = f"the step of {type(unknown).__name__} is not one of a rate for each run"
+            detail = f"{type(unknown).__name__} cannot step several runs together, each at its own rate"
         elif not 0 < judged.beta < math.inf:
-            detail = f"the configured one is {judged.beta:g}, so the proportions of the groups are not known"
+            detail = f"the configured outer rate is {judged.beta:g}, so the groups' proportions are not known"
         else:
             clip, hook, seen = run_clipping(self._trainer)
             if not seen:

@@ -14,8 +14,8 @@ class LadderOptions:
     """How :func:`~lightning_maml_guard.suggest_rates` tries rates: each pair is trained on copies.
 
     Args:
-        steps: Training steps of a rung; 0 trains none, and then no meta rate is suggested.
-        longest: Steps of the rungs that go on longest.
+        steps: Training steps at each pair of rates; 0 trains none, and then no outer rate is suggested.
+        longest: Training steps at the pairs that are tried longest.
         alphas: Inner rates to try (None: the configured one, and some around the critical one).
         progress: Show a progress bar.
 

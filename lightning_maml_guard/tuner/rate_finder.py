@@ -19,7 +19,7 @@ from lightning_maml_guard.utils.random_state import preserved_randomness
 
 
 class RateFinder(Callback):
-    """Finds the inner and the meta rate where ``fit`` starts, as ``suggest_rates`` does, and trains with them.
+    """Finds the inner and the outer rate where ``fit`` starts, as ``suggest_rates`` does, and trains with them.
 
     The pair is set in the module as :meth:`RateSuggestion.apply` does, the optimizers are made anew, and ``hparams``
     hold it, so that loggers and checkpoints do. Where no pair is suggested the configured one stays, and why is said. A
@@ -28,7 +28,7 @@ class RateFinder(Callback):
 
     Args:
         batches: Optimizer steps whose batches are measured.
-        margin: Share of the largest meta rate that trains above which none is suggested.
+        margin: Share of the largest outer rate that trains above which none is suggested.
         problem: ``(module, batch) -> MetaProblem``, for modules that have no ``meta_problem``.
         ladder: How rates are tried.
         curvature: How the critical rates are measured.

@@ -27,11 +27,11 @@ from lightning_maml_guard.utils.task_map import as_float32
 # Inner rates in units of 1/lambda_max before training, from below its limit of 2 to far beyond: training itself lowers
 # the curvature, and in 102 trained columns the best inner rates began at 1.25 to 50.
 UNITS = (0.5, 1.25, 3.0, 8.0, 20.0, 50.0)
-# Meta rates in units of the one whose first step is as long as the parameters, as powers of 2.
+# Outer rates in units of the one whose first step is as long as the parameters, as powers of 2.
 _LOWEST, _HIGHEST = -16, 5
 # A loss above this many times that before training ends a rung.
 _RATIO = 4.0
-# Meta rates at an inner rate that are trained on after the first look, four times apart.
+# Outer rates at an inner rate that are trained on after the first look, four times apart.
 _KEPT_RUNGS = 3
 
 
@@ -45,7 +45,7 @@ class LadderSearch:
         optimizers: What steps the parameters.
         alphas: Inner rates to try; ``nan`` alone in plain training.
         options: How.
-        margin: Share of the largest meta rate that trains above which none is suggested.
+        margin: Share of the largest outer rate that trains above which none is suggested.
         slopes: Computes losses and gradients.
         clip: Clips a list of parameters' gradients in place.
         hook: Clips as the module does.
@@ -102,7 +102,7 @@ class LadderSearch:
         return self._slopes.losses(problem, copies(self._params, len(alphas)), alphas).double().cpu().numpy()
 
     def _grid(self) -> np.ndarray:
-        """Meta rates, each twice the one before, from hardly any movement to beyond the parameters' own length."""
+        """Outer rates, each twice the one before, from hardly any movement to beyond the parameters' own length."""
         present = scheduled_rate(self._optimizers)
         lowest = self.like.new_tensor(self.alphas[:1])
         gradients, _ = self._slopes.gradients(self._first, copies(self._params, 1), lowest)
@@ -153,7 +153,7 @@ class LadderSearch:
         return most
 
     def _trial(self, rungs: Mapping[int, Sequence[int]]) -> tuple[Trial, np.ndarray, np.ndarray]:
-        """Begin at some meta rates of each inner rate; returns the runs' indices of both rates too."""
+        """Begin at some outer rates of each inner rate; returns the runs' indices of both rates too."""
         columns, places = np.array([(column, rung) for column in rungs for rung in rungs[column]]).T
         return Trial(self, list(zip(columns.tolist(), self.betas[places].tolist(), strict=True))), columns, places
 
@@ -163,7 +163,7 @@ class LadderSearch:
         self._start[columns] = trial.start
 
     def _coarse(self) -> dict[int, range]:
-        """Try every other meta rate at every inner rate; returns the rungs to race at the better inner rates."""
+        """Try every other outer rate at every inner rate; returns the rungs to race at the better inner rates."""
         steps = self.options.steps
         first = min(max(steps // 4, LOOK), steps)
         rungs = list(range(len(self.betas) - 1, -1, -2))[::-1]
@@ -197,7 +197,7 @@ class LadderSearch:
     def _race(self, rungs: dict[int, range]) -> dict[int, tuple[float, float]]:
         """Train rungs from the start and on new batches, ever fewer inner rates longer.
 
-        Returns, of the inner rates that went on longest, the lowest loss up to the share of the largest meta rate that
+        Returns, of the inner rates that went on longest, the lowest loss up to the share of the largest outer rate that
         trains, and where it is.
         """
         self._race_steps, more = 0, self.options.steps
@@ -234,7 +234,7 @@ class LadderSearch:
             more = min(self._race_steps, self.options.longest - self._race_steps)
 
     def _lowest(self, trial: Trial, places: np.ndarray, own: np.ndarray, largest: int) -> tuple[float, float]:
-        """The lowest loss of an inner rate's runs up to the share of the largest meta rate, and where it is."""
+        """The lowest loss of an inner rate's runs up to the share of the largest outer rate, and where it is."""
         cap = self.margin * self.betas[largest]
         able = np.flatnonzero(own & (self.betas[places] <= cap))
         if not len(able):  # the largest fell since: the loss is that nearest above

@@ -48,15 +48,15 @@ def suggest_rates(
     builds its optimizer; module, random states and data stay as they were. Pairs of an inner rate ``alpha`` and a meta
     rate ``beta`` are trained side by side for ``ladder.steps`` steps, each from the initial parameters with the run's
     own optimizer, its groups, weight decay and clipping, at constant rates (under a schedule: where it peaks), on
-    batches as the data gives them. Each loss is that of batches no rung has trained on. Rungs whose loss leaves are
-    dropped. At the better half of the inner rates the meta rates around the best, and up to above the largest that
-    trains, start anew on other batches; half of these inner rates go on twice as long, then half of those, up to
-    ``ladder.longest`` steps. Suggested is the pair whose loss is lowest, with ``beta`` at most ``margin`` times the
-    largest that still trains with all below it.
+    batches as the data gives them. Losses are those of batches that no pair has trained on. Pairs whose loss diverges
+    are dropped. At the better half of the inner rates, training starts anew on other batches, with outer rates from
+    around the best to above the largest that trains; half of these inner rates go on twice as long, then half of those,
+    up to ``ladder.longest`` steps. Suggested is the pair whose loss is lowest, with ``beta`` at most ``margin`` times
+    the largest that trains with all below it.
 
-    By the loss, because the best rates of Adam are far below the largest that train, and by no fixed share. At most a
-    quarter, because a rate that trains for so many steps can be up to four times too high for a whole run, where losses
-    spike. The critical rates at the initialisation are measured and reported beside it. They explain why a rate
+    The loss decides, because the best rates of Adam are far below the largest that train, and by no fixed share. At
+    most a quarter, because a rate that trains for so few steps can be up to four times too high for a whole run, where
+    losses spike. The critical rates at the initialisation are measured and reported as well. They explain why a rate
     diverges at once, and bound neither rate: training itself lowers the curvature.
 
     Args:
@@ -64,7 +64,7 @@ def suggest_rates(
             automatic optimisation, whose ``training_step`` is then plain training: ``beta`` only.
         datamodule: A LightningDataModule, a dataloader, or None for the module's own ``train_dataloader``.
         batches: Optimizer steps whose batches are measured.
-        margin: Share of the largest meta rate that trains above which none is suggested, between 0 and 1.
+        margin: Share of the largest outer rate that trains above which none is suggested, between 0 and 1.
         problem: ``(module, batch) -> MetaProblem``, for modules that have no ``meta_problem``.
         curvature: How to measure; by default that of the sharpest (``"worst"``) task of a batch.
         lookahead: How the configured pair is judged; ``steps=0``: by its limits alone. ``batches`` and ``triggers`` do

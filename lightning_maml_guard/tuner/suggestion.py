@@ -24,19 +24,20 @@ class RateSuggestion:
 
     Attributes:
         alpha: Suggested inner rate; ``nan`` in plain training.
-        beta: Suggested meta rate, where the loss is lowest up to ``margin`` times the largest that trains at that inner
-            rate; under a schedule its peak. ``nan`` where no rates could be tried or none trains: ``notices`` say why.
+        beta: Suggested outer rate, where the loss is lowest up to ``margin`` times the largest that trains at that
+            inner rate; under a schedule its peak. ``nan`` where no rates could be tried or none trains: ``notices``
+            say why.
         alpha_c: Smallest critical inner rate over the batches, as configured.
-        beta_c: Smallest critical meta rate over the batches, at the suggested ``alpha``; ``nan`` where it is not known
+        beta_c: Smallest critical outer rate over the batches, at the suggested ``alpha``; ``nan`` where it is not known
             (Adam and its kin before their first step, curvature that could not be measured).
-        beta_c_noise: Smallest meta rate over the batches below which the mean square shrinks when every step draws new
+        beta_c_noise: Smallest outer rate over the batches below which the mean square shrinks when every step draws new
             tasks, at the suggested ``alpha``; ``nan`` where every step has the same, or one.
         configured_alpha: The module's inner rate; ``nan`` in plain training.
         configured_beta: The optimizer's rate, before a scheduler warms it up.
         status: Of the configured rates, by the batch nearest to its limits and a lookahead as a guard makes it:
             ``"safe"``, ``"edge"``, ``"unsafe"`` or ``"unresolved"``.
         findings: Why, and what to do, as data; ``reasons`` has them in words.
-        margin: Share of the largest meta rate that trains above which none is suggested.
+        margin: Share of the largest outer rate that trains above which none is suggested.
         notes: What the reader of the suggestion should know, as data; ``notices`` has it in words.
         reports: The measurement of each batch with the rates as configured; ``step`` is the batch's number.
         suggested_reports: The measurement of each batch at the suggested ``alpha``.
@@ -130,7 +131,7 @@ class RateSuggestion:
         return figure, axes
 
     def _draw_region(self, ax: Any) -> None:
-        # Without their meta rate: what is marked are the configured and the suggested pair, not the mixture measured.
+        # Without their outer rate: what is marked are the configured and the suggested pair, not the mixture measured.
         measured = [replace(report, beta=math.nan) for report in self.suggested_reports]
         measured.sort(key=lambda report: -_reach(report))
         rates = [self.beta, self.configured_beta]

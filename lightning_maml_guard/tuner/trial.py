@@ -18,7 +18,7 @@ LOOK = 5
 
 
 class Trial:
-    """Pairs of an inner rate's index and a meta rate in training, all from the start."""
+    """Pairs of an inner rate's index and an outer rate in training, all from the start."""
 
     def __init__(self, search: LadderSearch, pairs: Sequence[tuple[int, float]]) -> None:
         self._search = search

@@ -35,7 +35,7 @@ def test_no_rate_is_named_for_a_loss_that_rises_at_any(recwarn):
     guard = ConvergenceGuard()
     fit(Surrogate(), torch.ones(1), 130, [guard])
     said = said_in(recwarn)
-    assert len(said) == 1 and "leaves it at lower rates too. Look at the data and the loss" in said[0]
+    assert len(said) == 1 and "rises at lower rates too. Look at the data and the loss" in said[0]
     assert guard.advice.cause is Cause.UNKNOWN and guard.advice.alpha is guard.advice.beta is None
     assert "action='rescale'" not in said[0]  # which would undo what was learned
 

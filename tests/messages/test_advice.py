@@ -83,8 +83,8 @@ def test_what_was_learned_and_is_lost_at_lower_rates_too():
     lost = Reason(Kind.LEARNING_LOST, losses=(1.0, 2.0, 3.0), steps=4)
     tried = Reason(Kind.RATES_TRIED, losses=(2.0, 1.5, 3.0), steps=30, alpha=math.nan, beta=0.1)
     assert str(Advice(cause=Cause.UNKNOWN, evidence=(lost, tried), **RATES)) == (
-        "the loss has left its best, and leaves it at lower rates too. Look at the data and the loss: that of a policy "
-        "gradient says nothing of what was learned."
+        "the loss has risen above its best, and rises at lower rates too. Look at the data and the loss: that of a "
+        "policy gradient does not say what was learned."
     )
     kept = replace(tried, losses=(0.9, 1.5, 3.0))  # where something else threw the run off
     for evidence in ((lost,), (lost, kept)):

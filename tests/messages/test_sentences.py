@@ -204,8 +204,8 @@ EXAMPLES = [
         "The loss was nan at step 15 after 2 rollbacks (max_rollbacks), each with lower rates.",
     ),
     (
-        Reason(Kind.NO_BETA_SUGGESTED, detail="the ladder has no steps"),
-        "No rates are suggested, for none were tried: the ladder has no steps.",
+        Reason(Kind.NO_BETA_SUGGESTED, detail="LadderOptions has steps=0"),
+        "No rates are suggested, for none were tried: LadderOptions has steps=0.",
     ),
     (
         Reason(Kind.NO_RATE_TRAINS, steps=40),
@@ -312,23 +312,24 @@ EXAMPLES = [
     (
         Reason(Kind.NO_STEP_LOSS),
         "training_step returns no loss, so nothing calls a check between the scheduled ones, a diverged run is rolled "
-        "back only at a check, and the loss at the first check is where training started from. Return the loss from "
-        "training_step to have all of it.",
+        "back only at a check, and the loss at the first check is taken for that at the start. Return the loss from "
+        "training_step to avoid all this.",
     ),
     (
         Reason(Kind.OWN_GRADIENTS),
-        "training_step takes gradients itself, and is watched as plain training.\nTo do: If that is an inner loop, state "
-        'it by `meta_problem` (docs/guide.md, "A MAML module of your own"); else its rate is not looked at, and the '
-        "outer one is blamed for it. Of another use, such as a gradient penalty, there is nothing to state.",
+        "training_step takes gradients itself, and is watched as plain training.\nTo do: If that is an inner loop, "
+        'describe it by `meta_problem` (docs/guide.md, "A MAML module of your own"): without it the inner rate is not '
+        "judged, and the outer one is blamed instead. If it is something else, such as a gradient penalty, there is "
+        "nothing to do.",
     ),
     (
         Reason(Kind.OWN_GRADIENTS, effect="evidence"),
         "training_step takes gradients itself. If that is an inner loop, its rate may be what is too large: without a "
-        "`meta_problem` it is not looked at.",
+        "`meta_problem` it is not judged.",
     ),
     (
         Reason(Kind.OPTIMIZERS_TAKE_TURNS),
-        "no checks are made any more: the optimizers that move the problem's parameters take turns, so no single "
+        "there are no more checks: the optimizers that move the problem's parameters take turns, so no single "
         "problem describes their steps.\nTo do: Watch one optimizer at a time: a ConvergenceGuard(problem=...) for "
         "each, whose function (module, batch) returns PlainProblem(params, loss) of "
         "lightning_maml_guard.stability.problems, with the parameters that optimizer moves, by name, and the loss it "

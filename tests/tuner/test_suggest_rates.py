@@ -412,13 +412,15 @@ def test_an_optimizer_that_needs_a_closure_is_not_tried():
     found = suggest_rates(module, loader(quadratic_batch(list(VALUES))))
     assert found.ladder is None and math.isnan(found.beta) and found.alpha == 0.1
     assert found.notices[0].startswith("The next steps cannot be tried.")
-    assert found.notices[1].startswith("No rates are suggested, for none were tried: the step of LBFGS is not")
+    assert found.notices[1].startswith("No rates are suggested, for none were tried: LBFGS cannot step several")
     for use in (found.plot, lambda: found.apply(module)):
         with pytest.raises(ValueError, match="no rates"):
             use()
 
 
-@pytest.mark.parametrize(("steps", "said"), [(0, "the ladder has no steps"), (8, "at none of those tried is the loss")])
+@pytest.mark.parametrize(
+    ("steps", "said"), [(0, "LadderOptions has steps=0"), (8, "at none of those tried is the loss")]
+)
 def test_nothing_to_learn_no_suggestion(steps, said):
     ladder = LadderOptions(steps=steps, longest=steps, progress=False)
 
