@@ -260,7 +260,8 @@ def _send_histogram(logger: Any, report: CheckReport) -> None:
     if not values:
         return
     counts, edges = histogram(values, weights)
-    name, step = "guard/spectrum", report.step or 0
+    # Not the name of the picture: Weights & Biases keeps one value of a name for each step.
+    name, step = "guard/eigenvalues", report.step or 0
     if wandb:
         import numpy as np
         from wandb import Histogram

@@ -49,7 +49,7 @@ def test_tensorboard_gets_pictures_when_the_state_changes_and_at_the_end_and_a_h
         images = events.Images(name)
         assert [image.step for image in images] == [0, 8]
         assert images[0].encoded_image_string.startswith(b"\x89PNG") and images[0].width >= 500
-    histograms = events.Histograms("guard/spectrum")
+    histograms = events.Histograms("guard/eigenvalues")
     assert [each.step for each in histograms] == [0, 2, 4, 6, 8]
     found = histograms[-1].histogram_value
     assert found.min == pytest.approx(0.3) and found.max == pytest.approx(4.0)
@@ -77,8 +77,9 @@ def test_wandb_gets_them(tmp_path, monkeypatch):
     _, trainer = run(logger, steps=4)
     summary = logger.experiment.summary
     assert summary["trainer/global_step"] == 2 and summary["guard/beta_c"] == pytest.approx(0.625)
-    bins, counts = (np.array(summary["guard/spectrum"][name]) for name in ("bins", "values"))
+    bins, counts = (np.array(summary["guard/eigenvalues"][name]) for name in ("bins", "values"))
     assert bins[0] == pytest.approx(0.3) and bins[-1] == pytest.approx(4.0) and counts.sum() == pytest.approx(1.0)
+    assert summary["guard/spectrum"]["_type"] == summary["guard/safe_region"]["_type"] == "images/separated"
     wandb.finish()
     names = [path.name.rsplit("_", 2)[0] for path in tmp_path.rglob("media/images/guard/*.png")]
     assert sorted(names) == ["safe_region", "safe_region", "spectrum", "spectrum"]
@@ -178,7 +179,7 @@ def test_without_matplotlib_there_is_no_picture_and_no_failure(tmp_path, monkeyp
     guard, trainer = run(TensorBoardLogger(tmp_path))
     events = read(trainer.logger.log_dir)
     assert len(guard.history) == 5 and not events.Tags()["images"]
-    assert len(events.Histograms("guard/spectrum")) == 5
+    assert len(events.Histograms("guard/eigenvalues")) == 5
     assert all("picture" not in sentence(reason) for event in guard.events for reason in event.reasons)
 
 
