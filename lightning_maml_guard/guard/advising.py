@@ -109,12 +109,12 @@ class Adviser:
 
     @property
     def _is_paid(self) -> bool:
-        """Whether the run pays for probing rates; where it is well, that stops at the first lower one."""
-        return self._run.schedule.affords(LOOKAHEAD_GRADIENT * 2 * TRIAL_STEPS, self._step)
+        return self._run.schedule.affords(LOOKAHEAD_GRADIENT * 2 * TRIAL_STEPS, self._step)  # of one lower rate
 
     def _better(self, alpha_suspect: bool, share: float = CLEARLY, weight: float = 1.0) -> Found | None:
         """Try the rates for more steps than a lookahead; what was found, if lower ones do clearly better."""
-        search, clearly = self._from_here(alpha_suspect), share_of_start(self._look.scale, share)
+        search = self._from_here(alpha_suspect)
+        clearly = max(share_of_start(self._look.scale, share), search.clearly(share))
         present, best = search.probe()
         if present.trains and best.learned <= present.learned + clearly:
             return None

@@ -220,7 +220,7 @@ class RateSearch:
             both = self._betas(lowest)
             blamed = not math.isfinite(outweighs) or not _best(betas).trains
             if blamed or _best(both).learned > BOTH * max(_best(betas).learned, 0.0):
-                nearly = adapted[lowest] + self._clearly
+                nearly = adapted[lowest] + self.clearly()
                 near = next((factor for factor, loss in adapted.items() if loss <= nearly), lowest)
                 return replace(self._found_beta(both), near=near)
         return self._found_beta(betas)
@@ -262,7 +262,7 @@ class RateSearch:
 
     def _found_alpha(self, ladder: Sequence[Trial]) -> Found:
         best = _best(ladder)
-        nearly = min(FLAT * best.learned, best.learned - self._clearly)
+        nearly = min(FLAT * best.learned, best.learned - self.clearly())
         near = next((each for each in ladder if each.trains and each.learned >= nearly), best)
         return Found(self.at(), best, near=near.at.alpha)
 
@@ -272,10 +272,10 @@ class RateSearch:
         flat = [each for each in ladder if each.gained >= FLAT * best.gained]
         return Found(self.at(), best, flat[-1].at.beta if flat else best.at.beta, self.share * largest.at.beta)
 
-    @property
-    def _clearly(self) -> float:
-        before = _mean(self.reference)  # an inner rate may have thrown the loss that training started from
-        return self._scale.times(1 + CLEARLY, before) - before
+    def clearly(self, share: float = CLEARLY) -> float:
+        """A share of the loss before training, which may be far from the one that the run started from."""
+        before = _mean(self.reference)
+        return self._scale.times(1 + share, before) - before
 
     @property
     def share(self) -> float:

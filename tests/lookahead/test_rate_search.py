@@ -341,6 +341,11 @@ def test_a_run_comes_back_to_the_losses_of_the_same_batches():
     assert not search(two_batches(0.001)).comes_back((1.1, 10.1), 0.1)  # too slow to be back soon
 
 
+def test_what_counts_as_clearly_lower_is_a_share_of_the_loss_before_training():
+    tried = search(two_batches(0.5))
+    assert tried.clearly(0.1) == pytest.approx(0.1 * (1.5 + 10.5) / 2)
+
+
 class Chancy(RateSearch):
     """Trials of which one is killed by chance, between rates that learn."""
 
