@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_maml_guard.guard.look import Look, fresh, problem_of
 from lightning_maml_guard.guard.run import GuardedRun
-from lightning_maml_guard.guard.schedule import LOOKAHEAD_GRADIENT
+from lightning_maml_guard.guard.schedule import LOOKAHEAD_GRADIENT, STALLED
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.learning import Learning, nearly_kept
 from lightning_maml_guard.lookahead.lookahead import Lookahead, lookahead_of
@@ -79,7 +79,7 @@ class Adviser:
     def look_at_progress(self) -> None:
         """Where the loss does not fall, see whether it would at lower rates, from here or from the start."""
         state, sane = self._run.state, self._look.is_sane and self._look.lookahead is not None
-        if state.statistics.stalled and sane and state.advice is None and self._is_paid:
+        if state.statistics.stalled and sane and state.advice is None and (self._step == STALLED or self._is_paid):
             self._stalled = self._better(self._look.harmful) or self._better_from_start()
             state.statistics.stalled = False
 

@@ -11,8 +11,8 @@ LOOKAHEAD_GRADIENT = 1.2
 _LOOK = 15.0
 # What a run is given beside its share, in training steps: the first check, a few looks, two longer ones.
 _CREDIT = 300.0
-# The last early check, and the one of a run whose loss does not fall.
-_BEGINNING, _STALLED = 128, 64
+# The last early check, and the one, paid for or not, of a run whose loss does not fall.
+_BEGINNING, STALLED = 128, 64
 # Early checks that a short run is given although it does not pay for them.
 _ON_CREDIT = (2, 8)
 # From how many steps on Adam's second moment tells anything. After one it is a single gradient's: where an entry of
@@ -104,9 +104,9 @@ class Schedule:
     for like the rest.
 
     A triggered check waits after each one before it twice as long as the last time, up to half of ``every_n_steps``;
-    with a budget, those that would have to wait longer wait until they are paid for. A check of a diverged loss comes
-    in the next step; where such checks find nothing, the loss is noisy, and each waits twice as long as the one before,
-    up to that half. A loss that is not finite never waits.
+    with a budget, those that would have to wait longer wait until they are paid for by what no measurement needs.
+    A check of a diverged loss comes in the next step; where such checks find nothing, the loss is noisy, and each waits
+    twice as long as the one before, up to that half. A loss that is not finite never waits.
     """
 
     def __init__(self, every_n_steps: int, share: float | None = None, state: ScheduleState | None = None) -> None:
@@ -148,7 +148,8 @@ class Schedule:
         grown = any(risen)
         if not (scheduled or early or grown or state.spiked):
             return None
-        paid = self._paid(state.latest, step)
+        # Looks leave what a measurement costs, or they would take the share before it is enough for one.
+        paid = self._paid(state.latest + state.full, step)
         if not (scheduled or early or grown) and not self._called(step, since, paid):
             return None
         if self.share is None:
@@ -179,7 +180,7 @@ class Schedule:
         """
         if self.share is None or step <= 0 or step & (step - 1) or step > _BEGINNING:
             return False
-        if stalled and step == _STALLED:
+        if stalled and step == STALLED:
             return True
         state = self.state
         if self.planned is not None and state.spent + _LOOK <= self.share * self.planned:

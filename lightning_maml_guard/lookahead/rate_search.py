@@ -207,18 +207,21 @@ class RateSearch:
                 alphas = self._alphas()
         if _mean(self.untrained(1.0)) < _mean(self.untrained(0.5)) < _mean(self.untrained(0.0)):
             outweighs = 1.0  # an inner loop that diverges does not help the more the higher its rate
-        found, factor = _best(alphas), (1.0 if self._alpha_suspect else ALPHA) / outweighs
-        if found.trains and found.learned > factor * max(_best(betas).learned, 0.0):
+        best, factor = _best(alphas), (1.0 if self._alpha_suspect else ALPHA) / outweighs
+        # Below an inner rate that is too high lower ones do not diverge; where they do, one has survived by chance.
+        lower_diverge = not all(math.isfinite(each.end) for each in alphas[alphas.index(best) :])
+        by_chance = lower_diverge and factor > 0 and _best(betas).trains
+        if best.trains and not by_chance and best.learned > factor * max(_best(betas).learned, 0.0):
             return self._found_alpha(alphas)
         betas = self._betas()
         if self._alpha_suspect:
             adapted = {factor: _mean(self.untrained(factor)) for factor in ALPHA_LADDER}
-            best = min(adapted, key=adapted.__getitem__)
-            both = self._betas(best)
+            lowest = min(adapted, key=adapted.__getitem__)
+            both = self._betas(lowest)
             blamed = not math.isfinite(outweighs) or not _best(betas).trains
             if blamed or _best(both).learned > BOTH * max(_best(betas).learned, 0.0):
-                nearly = adapted[best] + self._clearly
-                near = next((factor for factor, loss in adapted.items() if loss <= nearly), best)
+                nearly = adapted[lowest] + self._clearly
+                near = next((factor for factor, loss in adapted.items() if loss <= nearly), lowest)
                 return replace(self._found_beta(both), near=near)
         return self._found_beta(betas)
 

@@ -530,6 +530,20 @@ def test_a_run_that_its_rate_has_killed_is_advised_from_where_it_began(monkeypat
     assert end(followed) < 1.2 * end(healthy) < 0.6 * end(killed)
 
 
+def test_a_run_that_does_not_learn_is_advised_whatever_was_spent_before(monkeypatch):
+    """Else one of 100 steps, whose first measurement took a conv4 some 200 steps, ends without a word."""
+    monkeypatch.setattr(Adviser, "look_further", lambda self, report: None)
+
+    class Spends(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if batch_idx == 40:
+                (guard,) = (each for each in trainer.callbacks if isinstance(each, ConvergenceGuard))
+                guard._run.schedule.state.spent = 1000.0
+
+    guard, _ = guarded(Saturating(5.0), points(80), [Spends()], problem=None)
+    assert guard.advice.step == 64 and guard.advice.cause is Cause.BETA
+
+
 def test_a_run_that_only_begins_slowly_is_not_tried_at_length_from_where_it_began():
     guard, said = guarded(HandWritten(lr=2e-5, optimizer=Adam), sinusoids(70))
     assert 64 in [step for step, _ in guard.severities] and guard.advice is None

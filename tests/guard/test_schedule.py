@@ -217,6 +217,19 @@ def test_a_noisy_run_is_measured_at_every_nth_step():
     assert len(looks - set(range(0, 101, 10))) > 5  # quick looks in between, most of which find nothing
 
 
+def test_what_a_noisy_loss_calls_leaves_the_share_of_a_measurement():
+    """Such looks cost a third of a measurement: paid for as soon as possible, they would use up the share before it."""
+    schedule, measured = Schedule(100, 0.02), []
+    schedule.state.gap = 10**6  # nothing is on credit any more
+    for step in range(15_000):
+        if (kind := schedule.due(step)) is not None:
+            schedule.charge(lookahead_gradients=0, measured=46 if kind == SCHEDULED else 15)
+            measured += [step] if kind == SCHEDULED else []
+        if step % 500 == 499:
+            schedule.spike(diverged=False)
+    assert measured == [0, 2300, 4600, 6900, 9200, 11_500, 13_800]
+
+
 @given(st.floats(0.005, 0.5), st.integers(1, 60), st.integers(4, 200))
 def test_a_noisy_loss_spends_its_share_and_a_bounded_credit(share, cost, every):
     on_credit = sum(2**power <= max(every // 2, 2) for power in range(1, 20)) + 2  # and the early looks
@@ -228,7 +241,8 @@ def test_a_jump_after_quiet_steps_is_looked_at_once_they_have_paid():
     schedule = Schedule(100, 0.02)
     statistics = RunningStatistics()
     calm = list(noisy(schedule, 4000, height=1.0, statistics=statistics))
-    schedule.state.spent = 0.02 * 3950 - 20  # one more check is paid for, three steps after the last
+    # A measurement and one more check are paid for, three steps after the last.
+    schedule.state.spent = schedule.state.paid = 0.02 * 3950 - 40
     schedule.state.last, schedule.state.gap = 3998, 1024
     take(schedule, statistics, 50.0, 1e9)
     assert {kind for step, kind in calm if step not in {2, 8}} == {SCHEDULED}

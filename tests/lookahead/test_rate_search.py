@@ -368,6 +368,28 @@ def test_where_momentum_has_thrown_a_run_no_low_rate_survives(velocity, survives
     assert not math.isfinite(tried.at().end) and tried.survives == survives
 
 
+class Lucky(RateSearch):
+    """Half the inner rate survives and learns most, lower ones diverge as the present one does; low meta rates learn."""
+
+    learned = 0.4  # at lower meta rates
+
+    def untrained(self, alpha):
+        return (1.0,)
+
+    def _tried(self, at, steps):
+        amount = self.learned if at.beta < 1 else {0.5: 0.6}.get(at.alpha, -math.inf)
+        return Trial(at, 1 - amount, amount, amount, trains=amount > 0, steps=steps)
+
+
+@pytest.mark.parametrize(("learned", "weight", "alpha"), [(0.4, 1.0, 1.0), (-0.1, 1.0, 0.5), (0.4, math.inf, 0.5)])
+def test_an_inner_rate_below_which_lower_ones_diverge_is_not_blamed_where_a_lower_meta_rate_learns(
+    learned, weight, alpha
+):
+    tried = search(meta(CURVATURES, 1.0, 0.02), kind=Lucky, alpha_suspect=True)
+    tried.learned = learned
+    assert tried.find(weight).best.at.alpha == alpha
+
+
 class Helped(RateSearch):
     """Lower inner and meta rates learn alike, the latter a little more."""
 
