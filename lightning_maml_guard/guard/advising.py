@@ -48,7 +48,6 @@ class Adviser:
 
     def __init__(self, run: GuardedRun, trainer: Any, module: Any, look: Look, step: int) -> None:
         self._run, self._trainer, self._module, self._look, self._step = run, trainer, module, look, step
-        self._ratio = run.settings.lookahead.divergence_ratio
         self._counted: list[Lookahead] = []  # whose cost is the check's
         self._measured = 0.0  # cost of measurements
         self._further: dict[bool, RateSearch] = {}  # from where the run is, by whether alpha is a suspect
@@ -67,10 +66,8 @@ class Adviser:
         look, told = self._look, self._run.state.advised
         if not self._look.is_sane:
             return None
-        if self._at_peak is not None:
-            return Kind.SCHEDULE_AHEAD
-        if self._stalled is not None:
-            return Kind.NOT_LEARNING
+        if self._at_peak is not None or self._stalled is not None:
+            return Kind.NOT_LEARNING if self._at_peak is None else Kind.SCHEDULE_AHEAD
         return Kind.ADAPTATION_HARMFUL if look.harmful and Kind.ADAPTATION_HARMFUL.value not in told else None
 
     def look_at_peak(self) -> None:
@@ -186,6 +183,10 @@ class Adviser:
             search = self._search(problems, suspect)
             if odd is not None and math.isfinite(search.at().end):
                 return self._of_batch(problems, *odd, report)
+            before = None if odd is None or odd[1] >= at else self._run.ring.latest_before(odd[1])
+            if before is not None:  # the optimizer's state holds what the odd batch did
+                self._from = before
+                return self.found(report, findings, further, news)
             found = search.find_alpha() if news is Kind.ADAPTATION_HARMFUL else search.find(weight)
             if not found.best.trains:
                 found = at_limits(search, found, report, self._peak)
@@ -211,7 +212,7 @@ class Adviser:
         lookahead = self._lookahead(fresh(self._run, problems))
         lookahead.groups = () if self._rising is None else self._rising.at_peak
         peak = self._peak / lookahead.beta if lookahead.beta > 0 else 1.0
-        scale, ratio = self._look.scale, self._ratio
+        scale, ratio = self._look.scale, self._run.settings.lookahead.divergence_ratio
         return RateSearch(lookahead, scale, ratio, alpha_suspect=alpha_suspect, peak=peak, steps=steps)
 
     def _lookahead(self, problems: Sequence[Problem]) -> Lookahead:

@@ -15,6 +15,10 @@ from lightning_maml_guard.utils.batch_copy import BatchCopyError, Trace, changed
 _PLAIN = (bool, int, float, str, type(None))
 
 
+# Steps after which what a batch did has shown: Adam's momentum holds 3 % of its gradient then.
+_SHOWS = 32
+
+
 @dataclass(frozen=True)
 class Spike:
     """The batches of a step with their indices, its number, and its loss, which was far above those before."""
@@ -91,8 +95,11 @@ class ReplayBuffer:
         return one is not None and other is not None and equal(one, other)
 
     def take_loss(self, loss: float, step: int, accumulated: int, *, spiked: bool, at_best: bool) -> None:
-        """Hold on to the batches of a step whose loss spiked, the highest, until the run is at its best again."""
-        if at_best:
+        """Hold on to the batches of a step whose loss spiked, the highest, until the run is at its best again.
+
+        At least for some steps: what a batch does to the parameters through momentum shows only after them.
+        """
+        if at_best and (self.spike is None or step >= self.spike.step + _SHOWS):
             self.spike = None
         elif spiked and self._batches and (self.spike is None or not loss <= self.spike.loss):
             self.spike = Spike(tuple(self._batches)[:accumulated], step, loss)

@@ -156,6 +156,10 @@ class SnapshotRing:
         """The youngest one; None without any."""
         return self.kept[-1] if self.kept else None
 
+    def latest_before(self, step: int) -> Snapshot | None:
+        """The youngest one that was made before a step was taken; None without any."""
+        return next((each for each in reversed(self.kept) if each.step <= step), None)
+
     def latest_that(
         self, passes: Callable[[], bool], module: nn.Module, optimizers: Sequence[Optimizer]
     ) -> Snapshot | None:

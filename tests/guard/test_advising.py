@@ -561,3 +561,27 @@ def test_a_run_that_something_else_has_killed_is_not_told_to_lower_its_rate():
 
     guard, said = guarded(Saturating(0.01), points(80), [Kills()], problem=None)
     assert guard.advice is None and "after 64 steps its mean is" in said[-1]
+
+
+class Smooth(Saturating):
+    """Regression by a small network."""
+
+    def __init__(self, lr):
+        super().__init__(lr)
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def training_step(self, batch, batch_idx):
+        loss = (self.net(batch[0]) - batch[1]).square().mean()
+        self.losses.append(float(loss.detach()))
+        return loss
+
+
+@pytest.mark.parametrize("times", [30, 1000])
+def test_an_outlier_is_named_although_adams_state_holds_it_and_the_next_loss_is_usual(times):
+    """From the state that holds it, no rate survives."""
+    batches = [(x, torch.sin(x[:, :4].sum(1, keepdim=True))) for x in points(140)]
+    batches[100] = (batches[100][0], times * batches[100][1])
+    module = Smooth(0.03)
+    guard, said = guarded(module, batches, problem=None)
+    assert module.losses[101] < module.losses[0]
+    assert guard.advice.cause is Cause.BATCH and "the batch of step 100 has a loss of " in said[0]

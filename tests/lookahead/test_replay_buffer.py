@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_maml_guard.lookahead.replay_buffer import ReplayBuffer
+from lightning_maml_guard.lookahead.replay_buffer import _SHOWS, ReplayBuffer
 
 
 def held(*batches):
@@ -47,7 +47,9 @@ def test_the_batch_of_the_highest_loss_is_held_until_the_run_is_at_its_best_agai
     assert index == 1 and torch.equal(held_batch["x"], batch(50.0)["x"])
     buffer.take_loss(60.0, 5, 2, spiked=True, at_best=False)
     assert [index for _, index in buffer.spike.batches] == [4, 3]  # all that the step accumulated
-    buffer.take_loss(0.9, 6, 1, spiked=False, at_best=True)
+    buffer.take_loss(0.9, 5 + _SHOWS - 1, 1, spiked=False, at_best=True)
+    assert buffer.spike.step == 5  # what it did may not have shown yet
+    buffer.take_loss(0.9, 5 + _SHOWS, 1, spiked=False, at_best=True)
     assert buffer.spike is None
 
 
