@@ -53,8 +53,8 @@ class Adviser:
         self._measured = 0.0  # cost of measurements
         self._further: dict[bool, RateSearch] = {}  # from where the run is, by whether alpha is a suspect
         self._at_peak: Found | None = None  # what was found at the rate that the schedule goes to, if it is too high
-        self._stalled: Found | None = None  # and where a run does not learn
-        self._from: Snapshot | None = None  # from where rates are tried, if it is not where the run is
+        self.stalled: Found | None = None  # and where a run does not learn
+        self.tried_from: Snapshot | None = None  # from where rates are tried, if it is not where the run is
 
     @property
     def cost(self) -> float:
@@ -69,7 +69,7 @@ class Adviser:
             return None
         if self._at_peak is not None:
             return Kind.SCHEDULE_AHEAD
-        if self._stalled is not None:
+        if self.stalled is not None:
             return Kind.NOT_LEARNING
         return Kind.ADAPTATION_HARMFUL if look.harmful and Kind.ADAPTATION_HARMFUL.value not in told else None
 
@@ -83,7 +83,7 @@ class Adviser:
         """Where the loss does not fall, see whether it would at lower rates, from here or from the start."""
         state, sane = self._run.state, self._look.is_sane and self._look.lookahead is not None
         if state.statistics.stalled and sane and state.advice is None and self._is_paid:
-            self._stalled = self._better(self._look.harmful) or self._better_from_start()
+            self.stalled = self._better(self._look.harmful) or self._better_from_start()
             state.statistics.stalled = False
 
     def comes_back(self, learning: Learning) -> bool:
@@ -124,14 +124,14 @@ class Adviser:
         """The same from the oldest copy: what a rate has killed learns at no rate, not even the batches at hand."""
         if not (self._run.state.statistics.stuck and self._run.ring.kept):
             return None
-        here, scale, self._from = self._from_here(self._look.harmful), self._look.scale, self._run.ring.kept[0]
+        here, scale, self.tried_from = self._from_here(self._look.harmful), self._look.scale, self._run.ring.kept[0]
         with self._sane():
             search = self._search(self._look.problems, alpha_suspect=True, steps=LASTING_STEPS)
             if search.begins_below(here.at().end):
                 lowest = search.spread()
                 if scale.times(1 + CLEARLY, lowest.end) < min(here.at(steps=LASTING_STEPS).end, search.at().end):
                     return search.find_alpha() if lowest.at.alpha < 1 else search.find_beta(1.0)
-        self._from = None
+        self.tried_from = None
         return None
 
     def advise(
@@ -150,7 +150,7 @@ class Adviser:
             state.searches += 1
             found = self._found(report, findings, further, None if transition.entered else news)
         if news is Kind.NOT_LEARNING:
-            losses = (state.statistics.loss, math.nan, state.statistics.start)
+            losses = (state.statistics.before, math.nan, state.statistics.start)
             found = replace(found, evidence=(Reason(news, losses=losses, steps=self._step), *found.evidence))
         own = Reason(Kind.OWN_GRADIENTS, effect="evidence")
         if found.beta is not None and own.key in state.announced and own not in found.evidence:
@@ -175,7 +175,7 @@ class Adviser:
                 earlier = (each for each in reversed(self._run.state.history) if (each.step or 0) <= at)
                 report = next((replace(each, alpha=report.alpha, beta=report.beta) for each in earlier), report)
                 findings = (*(each for each in report.findings if each.kind is Kind.ABOVE_LIMIT), *last)
-            seen = {Kind.SCHEDULE_AHEAD: self._at_peak, Kind.NOT_LEARNING: self._stalled}
+            seen = {Kind.SCHEDULE_AHEAD: self._at_peak, Kind.NOT_LEARNING: self.stalled}
             known = further or (seen.get(news) if news else None)
             if known is not None:
                 return self._of_rates(known, report, findings, died)
@@ -234,7 +234,7 @@ class Adviser:
     @contextmanager
     def _sane(self) -> Iterator[int]:
         """Go to the last sane state of the run, whose step is given, and come back."""
-        snapshot, held = self._from, (self._module, self._trainer.optimizers)
+        snapshot, held = self.tried_from, (self._module, self._trainer.optimizers)
         if snapshot is None and not (self._look.is_sane and self._survives()):
             snapshot = self._run.ring.latest_that(self._survives, *held)
         if snapshot is None or snapshot.step >= self._step:
@@ -282,7 +282,7 @@ class Adviser:
         lower_alpha, lower_beta = (rate is not None for rate in rates)
         died = () if lower_alpha or not lower_beta else died
         proves = found.best.end < found.present.end or not (lower_alpha or lower_beta)
-        tried = [tried_reason(found, alpha, beta, look.scale.start, self._from)] if proves else []
+        tried = [tried_reason(found, alpha, beta, look.scale.start, self.tried_from)] if proves else []
         # That nothing limits a rate is no reason to lower it, nor is the limit of another rate.
         told = {"alpha": lower_alpha or not lower_beta, "beta": lower_beta or not lower_alpha}
         shown = [e for e in findings if told.get(e.rate, True) and not (proves and e.kind is Kind.NOT_JUDGED)]

@@ -280,9 +280,10 @@ def allows(run: GuardedRun, caps: Caps, *, alpha: float, beta: float, step: int)
     Where the schedule goes on to rise, a cap on the meta rate is not released for what was tried at the rate at hand.
     """
     rises = run.ahead is not None and run.ahead.peak(step)[0] > beta
-    if run.state.statistics.slips or (rises and run.caps.caps.beta is not None and caps.beta is None):
+    statistics, let_go = run.state.statistics, run.caps.caps.beta is not None and caps.beta is None
+    if statistics.slips or (rises and let_go):
         return False
-    return run.state.ceiling.allows(caps, alpha, beta, step)
+    return run.state.ceiling.allows(caps, alpha, beta, step, learned=not math.isnan(statistics.scale.best))
 
 
 def fresh(run: GuardedRun, problems: Sequence[Problem]) -> list[Problem]:
