@@ -169,7 +169,7 @@ class Check:
             tried = seen.caps.applied(found.report.alpha, found.report.beta)
             run.state.ceiling = run.state.ceiling.failed(*tried, step)
         caps = run.caps.caps if lost else self.settings.acting.decide(situation)
-        took_in(run, look, step, before, changed=caps != run.caps.caps)
+        took_in(run, look, step, before, caps)
         return caps
 
     def _act_on(self, seen: Seen, found: Judgement, caps: Caps, step: int, *, lost: bool) -> None:

@@ -41,6 +41,8 @@ LADDER: tuple[tuple[float | None, float], ...] = (
 RELEASE, RUNGS, SAME, HEADROOM = 2.0, 3, 1.05, 2
 # Factor by which the rates of a run that loses ground are lowered.
 EASE = 4.0
+# Where the loss stands still, so much is enough: what learns its batches by heart favours the higher rate.
+STILL = 0.97
 LookUnder = Callable[[Caps], LookaheadResult]
 BY_RATIO, NO_CAPS = Scale(), Caps()
 
@@ -170,17 +172,19 @@ def eased(
     *,
     reach_alpha: bool,
     scale: Scale = BY_RATIO,
+    stands: bool = False,
 ) -> Caps:
     """Lower the rates of a run that loses ground by ``EASE`` again and again, as long as that leads further down."""
     late = present.late
-    for _ in range(RUNGS):
+    by = RELEASE if stands else EASE
+    for clearly in (STILL, BETTER) if stands else (BETTER,) * RUNGS:
         inner, outer = caps.applied(alpha, beta)
-        lower = [Caps(caps.alpha, outer / EASE)]
+        lower = [Caps(caps.alpha, outer / by)]
         if reach_alpha:
-            lower.append(Caps(inner / EASE, caps.beta))
+            lower.append(Caps(inner / by, caps.beta))
         for candidate in lower:
             found = look(candidate)
-            if found.late < scale.times(BETTER, late):
+            if found.late < scale.times(clearly, late):
                 caps, late = candidate, found.late
                 break
         else:
