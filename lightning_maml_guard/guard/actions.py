@@ -32,7 +32,7 @@ class Situation:
         scale: How losses are compared.
         allows: Whether caps may be tried: not where their rates have just failed.
         harmful: Whether adaptation makes tasks worse.
-        advised: The inner rate that is advised for several inner steps, and the meta rate; None where none is.
+        advised: The inner rate that is advised for several inner steps, and the outer rate; None where none is.
         heeds: Whether rates may be no higher than what is advised.
         left: Whether the loss is too high already where the run is, not only after the steps to come.
     """
@@ -86,8 +86,10 @@ class Action:
         """Find the caps of a capped run whose lookahead passes; ``advised``: the rates that are."""
         return caps
 
-    def ease(self, caps: Caps, present: LookaheadResult, look: Lookahead, scale: Scale, reach_alpha: bool) -> Caps:
-        """Find the caps of a run that loses ground although its lookahead passes."""
+    def ease(
+        self, caps: Caps, present: LookaheadResult, look: Lookahead, scale: Scale, reach_alpha: bool, stands: bool
+    ) -> Caps:
+        """Find the caps of a run that loses ground, or stands still, although its lookahead passes."""
         return caps
 
     def effect(self, spelling: Spelling, applied: str, *, helps: bool, changed: bool) -> list[str]:
@@ -165,9 +167,12 @@ class Rescale(Action):
             return caps
         return released(look.alpha, look.beta, caps, present, look.under, scale=scale, allows=allows, advised=advised)
 
-    def ease(self, caps: Caps, present: LookaheadResult, look: Lookahead, scale: Scale, reach_alpha: bool) -> Caps:
+    def ease(
+        self, caps: Caps, present: LookaheadResult, look: Lookahead, scale: Scale, reach_alpha: bool, stands: bool
+    ) -> Caps:
         """Lower the rates as long as that leads further down."""
-        return eased(look.alpha, look.beta, caps, present, look.under, reach_alpha=reach_alpha, scale=scale)
+        alpha, beta, tried = look.alpha, look.beta, look.under
+        return eased(alpha, beta, caps, present, tried, reach_alpha=reach_alpha, scale=scale, stands=stands)
 
     def effect(self, spelling: Spelling, applied: str, *, helps: bool, changed: bool) -> list[str]:
         """Name the rates that are applied."""

@@ -52,8 +52,8 @@ class Adviser:
         self._measured = 0.0  # cost of measurements
         self._further: dict[bool, RateSearch] = {}  # from where the run is, by whether alpha is a suspect
         self._at_peak: Found | None = None  # what was found at the rate that the schedule goes to, if it is too high
-        self._stalled: Found | None = None  # and where a run does not learn
-        self._from: Snapshot | None = None  # from where rates are tried, if it is not where the run is
+        self.stalled: Found | None = None  # and where a run does not learn
+        self.tried_from: Snapshot | None = None  # from where rates are tried, if it is not where the run is
 
     @property
     def cost(self) -> float:
@@ -66,7 +66,7 @@ class Adviser:
         look, told = self._look, self._run.state.advised
         if not self._look.is_sane:
             return None
-        if self._at_peak is not None or self._stalled is not None:
+        if self._at_peak is not None or self.stalled is not None:
             return Kind.NOT_LEARNING if self._at_peak is None else Kind.SCHEDULE_AHEAD
         return Kind.ADAPTATION_HARMFUL if look.harmful and Kind.ADAPTATION_HARMFUL.value not in told else None
 
@@ -80,7 +80,7 @@ class Adviser:
         """Where the loss does not fall, see whether it would at lower rates, from here or from the start."""
         state, sane = self._run.state, self._look.is_sane and self._look.lookahead is not None
         if state.statistics.stalled and sane and state.advice is None and (self._step == STALLED or self._is_paid):
-            self._stalled = self._better(self._look.harmful) or self._better_from_start()
+            self.stalled = self._better(self._look.harmful) or self._better_from_start()
             state.statistics.stalled = False
 
     def comes_back(self, learning: Learning) -> bool:
@@ -122,14 +122,14 @@ class Adviser:
         """The same from the oldest copy: what a rate has killed learns at no rate, not even the batches at hand."""
         if not (self._run.state.statistics.stuck and self._run.ring.kept):
             return None
-        here, scale, self._from = self._from_here(self._look.harmful), self._look.scale, self._run.ring.kept[0]
+        here, scale, self.tried_from = self._from_here(self._look.harmful), self._look.scale, self._run.ring.kept[0]
         with self._sane():
             search = self._search(self._look.problems, alpha_suspect=True, steps=LASTING_STEPS)
             if search.begins_below(here.at().end):
                 lowest = search.spread()
                 if scale.times(1 + CLEARLY, lowest.end) < min(here.at(steps=LASTING_STEPS).end, search.at().end):
                     return search.find_alpha() if lowest.at.alpha < 1 else search.find_beta(1.0)
-        self._from = None
+        self.tried_from = None
         return None
 
     def advise(
@@ -147,7 +147,7 @@ class Adviser:
         else:
             found = self.found(report, findings, further, None if transition.entered else news)
         if news is Kind.NOT_LEARNING:
-            losses = (state.statistics.loss, math.nan, state.statistics.start)
+            losses = (state.statistics.before, math.nan, state.statistics.start)
             found = replace(found, evidence=(Reason(news, losses=losses, steps=self._step), *found.evidence))
         own = Reason(Kind.OWN_GRADIENTS, effect="evidence")
         if found.beta is not None and own.key in state.announced and own not in found.evidence:
@@ -173,9 +173,8 @@ class Adviser:
                 earlier = (each for each in reversed(self._run.state.history) if (each.step or 0) <= at)
                 report = next((replace(each, alpha=report.alpha, beta=report.beta) for each in earlier), report)
                 findings = (*(each for each in report.findings if is_still_above(each, report)), *last)
-            seen = {None: None, Kind.SCHEDULE_AHEAD: self._at_peak, Kind.NOT_LEARNING: self._stalled}
-            known = further or seen.get(news)
-            if known is not None:
+            known = {None: None, Kind.SCHEDULE_AHEAD: self._at_peak, Kind.NOT_LEARNING: self.stalled}.get(news)
+            if (known := further or known) is not None:
                 return self._of_rates(known, report, findings, died)
             # Beyond its limit an inner rate alone makes batches unlike one another.
             problems, odd = self._without_odd(0.5 / report.alpha_ratio if report.alpha_ratio > 1 else 1.0, at)
@@ -185,7 +184,7 @@ class Adviser:
                 return self._of_batch(problems, *odd, report)
             before = None if odd is None or odd[1] >= at else self._run.ring.latest_before(odd[1])
             if before is not None:  # the optimizer's state holds what the odd batch did
-                self._from = before
+                self.tried_from = before
                 return self.found(report, findings, further, news)
             found = search.find_alpha() if news is Kind.ADAPTATION_HARMFUL else search.find(weight)
             if not found.best.trains:
@@ -222,20 +221,20 @@ class Adviser:
 
     @property
     def _rising(self) -> RatesAhead | None:
-        """The schedule, if it takes the meta rate higher than it was."""
+        """The schedule, if it takes the outer rate higher than it was."""
         ahead = self._run.ahead
         return ahead if ahead is not None and ahead.rises else None
 
     @property
     def _peak(self) -> float:
-        """The meta rate to judge: where the schedule takes it, else the one at hand."""
+        """The outer rate to judge: where the schedule takes it, else the one at hand."""
         rising, beta = self._rising, self._look.beta
         return beta if rising is None else max(rising.peak()[0], beta)
 
     @contextmanager
     def _sane(self) -> Iterator[int]:
         """Go to the last sane state of the run, whose step is given, and come back."""
-        snapshot, held = self._from, (self._module, self._trainer.optimizers)
+        snapshot, held = self.tried_from, (self._module, self._trainer.optimizers)
         if snapshot is None and not (self._look.is_sane and self._survives()):
             snapshot = self._run.ring.latest_that(self._survives, *held)
         if snapshot is None or snapshot.step >= self._step:
@@ -283,7 +282,7 @@ class Adviser:
         lower_alpha, lower_beta = (rate is not None for rate in rates)
         died = () if lower_alpha or not lower_beta else died
         proves = found.best.end < found.present.end or not (lower_alpha or lower_beta)
-        tried = [tried_reason(found, alpha, beta, look.scale.start, self._from)] if proves else []
+        tried = [tried_reason(found, alpha, beta, look.scale.start, self.tried_from)] if proves else []
         # What tells nothing of a rate is no reason to lower it, nor is the limit of another rate.
         told = {"alpha": lower_alpha or not lower_beta, "beta": lower_beta or not lower_alpha}
         shown = [e for e in findings if told.get(e.rate, True) and not (proves and e.kind in UNTOLD)]

@@ -144,11 +144,16 @@ class Check:
 
     def _goes_on(self, seen: Seen, step: int) -> bool:
         """Roll back a run that has diverged already, or lost what it had learned; False if that ends the check."""
-        look = seen.look
+        look, run = seen.look, self.run
         if look.present is None:
             return look.last is None or not self.rollback.ends(look.last, step)
         begin = look.present.begin
-        if self.settings.rollback and seen.failing and seen.thrown and self.rollback.helps(begin):
+        found = seen.adviser.stalled if seen.adviser.tried_from is not None else None
+        killed = found is not None and (found.best.at.beta < 1 or run.caps.reaches_alpha(self.module))
+        thrown = seen.failing and seen.thrown and self.rollback.helps(begin)
+        if self.settings.rollback and (killed or thrown):
+            if killed:  # at lower rates it learns from where it began, and no longer from where it is
+                run.ring.drop_after(run.ring.kept[0].step)
             if not self.rollback.go_back(begin, step, look):
                 return False
             self._rolled_back = look.optimizers, look.present
@@ -164,7 +169,7 @@ class Check:
             tried = seen.caps.applied(found.report.alpha, found.report.beta)
             run.state.ceiling = run.state.ceiling.failed(*tried, step)
         caps = run.caps.caps if lost else self.settings.acting.decide(situation)
-        took_in(run, look, step, before, changed=caps != run.caps.caps)
+        took_in(run, look, step, before, caps)
         return caps
 
     def _act_on(self, seen: Seen, found: Judgement, caps: Caps, step: int, *, lost: bool) -> None:

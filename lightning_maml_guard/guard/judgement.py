@@ -145,7 +145,7 @@ def situation_of(
     heeds = advice is not None and math.isnan(look.scale.best)
     if advice is not None and heeds:
         _heed(run, advice, look.problem)
-    # Where the run survives the next steps, but not for long, a lower meta rate replaces no lower inner one.
+    # Where the run survives the next steps, but not for long, a lower outer rate replaces no lower inner one.
     out_of_reach = found.further and advice is not None and advice.alpha is not None and not reach_alpha
     return Situation(
         report=report,
@@ -167,7 +167,7 @@ def situation_of(
 
 
 def _heed(run: GuardedRun, advice: Advice, problem: Problem) -> None:
-    """Take in the meta rate that is advised: from now on, higher ones have to lead further down.
+    """Take in the outer rate that is advised: from now on, higher ones have to lead further down.
 
     What is advised lasts a run without a guard, which cannot lower it later. With one, and no rise to come, MAML may
     begin at the rate whose trial ended lowest. Plain training may not: its trials learn their few batches by heart.

@@ -57,7 +57,7 @@ class Look:
         present: The lookahead of the median severity; None without one.
         scale: How losses are compared.
         severity: How far the lookahead takes the loss; ``nan`` without one.
-        rises: Whether the schedule takes the meta rate higher than it is.
+        rises: Whether the schedule takes the outer rate higher than it is.
         alpha: The inner rate applied; ``nan`` in plain training.
         adaptation: What adaptation does at it; None in plain training, or where it was not looked at.
         last: Loss of the last step where no step can be tried; None else, or where it is not known.
@@ -83,7 +83,7 @@ class Look:
 
     @property
     def beta(self) -> float:
-        """The scheduled meta rate, read once for the lookahead: on a device that waits; ``nan`` without one."""
+        """The scheduled outer rate, read once for the lookahead: on a device that waits; ``nan`` without one."""
         return math.nan if self.lookahead is None else self.lookahead.beta
 
     @property
@@ -205,7 +205,7 @@ def _look_ahead(look: Look, run: GuardedRun, trainer: Any, module: Any, step: in
 
 
 def highest_to_come(run: GuardedRun, trainer: Any, optimizers: list[Optimizer], step: int) -> float:
-    """The highest meta rate that the schedule has from a step on; ``nan`` without a schedule."""
+    """The highest outer rate that the schedule has from a step on; ``nan`` without a schedule."""
     if not trainer.lr_scheduler_configs:
         return math.nan
     if run.ahead is None or not run.ahead.matches(step, scheduled_rate(optimizers)):
@@ -220,9 +220,8 @@ def due(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_idx: int, 
     with run.only_told("read the inner rate"):
         _read_alpha(run, trainer, module, batch, batch_idx)
     rate, history, statistics = known_rate(trainer.optimizers), run.state.history, run.state.statistics
-    beta_c, alpha_c = latest_limit(history, "beta_c"), latest_limit(history, "alpha_c")
-    rates = {"rate": rate, "beta_c": beta_c, "alpha": run.alpha, "alpha_c": alpha_c}
-    found = run.schedule.due(step, **rates, stalled=statistics.stalled, capped=run.caps.lowers(rate))
+    rates = {"rate": rate, "alpha": run.alpha, **{name: latest_limit(history, name) for name in ("beta_c", "alpha_c")}}
+    found = run.schedule.due(step, **rates, stalled=statistics.stalled, capped=run.is_capped(rate))
     return None if found is None else found == SCHEDULED
 
 
@@ -238,30 +237,35 @@ def _read_alpha(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_id
 
 
 def ease(run: GuardedRun, trainer: Any, module: Any, look: Look, step: int, *, slips: bool) -> None:
-    """Release the caps of a run that is well as far as lookaheads allow; lower the rates of one that slips."""
+    """Release the caps of a run that is well as far as lookaheads allow; lower those of one that slips or stands."""
     lookahead, caps, action = look.lookahead, run.caps.caps, run.settings.acting
     if lookahead is None or look.present is None:
         return
     alpha, beta, before = lookahead.alpha, lookahead.beta, lookahead.gradients
+    stands, back = not slips and run.is_capped(beta) and run.schedule.stands(step), run.schedule.state.raised_from
+    found = caps.at_most(back) if stands and back < beta else caps
     with undisturbed(trainer, module):
-        if slips:
-            found = action.ease(caps, look.present, lookahead, look.scale, run.caps.reaches_alpha(module))
-        else:
+        if slips or (stands and not back < beta):
+            found = action.ease(caps, look.present, lookahead, look.scale, run.caps.reaches_alpha(module), stands)
+        lowers = found != caps
+        if not (slips or lowers):
             may = partial(allows, run, alpha=alpha, beta=beta, step=step)
             found = action.release(caps, look.present, lookahead, look.scale, may, advised_rates(run, look.problem))
-    if slips and found != caps:
+    if lowers:
         run.state.ceiling = run.state.ceiling.failed(*caps.applied(alpha, beta), step)
         if run.state.capped != look.owned:
             run.cap(trainer, look.owned)
-        inform(eased(step, *found.applied(alpha, beta)))
-    took_in(run, look, step, before, changed=found != caps)
+        inform(eased(step, *found.applied(alpha, beta), slips=slips, raised=stands and back < beta))
+    took_in(run, look, step, before, found)
     run.caps.apply(module, found)
 
 
-def took_in(run: GuardedRun, look: Look, step: int, gradients: int, *, changed: bool) -> None:
-    """Plan the next look at capped rates, after one before which ``gradients`` had been tried."""
-    tried = look.lookahead is None or look.lookahead.gradients > gradients
-    run.schedule.ease(step, changed=changed, until=0 if tried or changed else run.state.ceiling.until)
+def took_in(run: GuardedRun, look: Look, step: int, gradients: int, found: Caps) -> None:
+    """Plan the next look at capped rates, after one before which ``gradients`` had been tried that found these caps."""
+    was, now = (each.applied(math.nan, look.beta)[1] for each in (run.caps.caps, found))
+    changed, tried = found != run.caps.caps, look.lookahead is None or look.lookahead.gradients > gradients
+    until = 0 if tried or changed else run.state.ceiling.until
+    run.schedule.ease(step, changed=changed, until=until, raised_from=was if now > was else math.nan)
 
 
 def advised_rates(run: GuardedRun, problem: Problem) -> Caps:
@@ -275,14 +279,15 @@ def advised_rates(run: GuardedRun, problem: Problem) -> Caps:
 
 
 def allows(run: GuardedRun, caps: Caps, *, alpha: float, beta: float, step: int) -> bool:
-    """Whether higher rates may be tried: not those that have just failed, nor in a run that is losing ground.
+    """Whether higher rates may be tried: not those that have just failed, nor in a run that loses ground or ends.
 
-    Where the schedule goes on to rise, a cap on the meta rate is not released for what was tried at the rate at hand.
+    Where the schedule goes on to rise, a cap on the outer rate is not released for what was tried at the rate at hand.
     """
     rises = run.ahead is not None and run.ahead.peak(step)[0] > beta
-    if run.state.statistics.slips or (rises and run.caps.caps.beta is not None and caps.beta is None):
+    statistics, let_go = run.state.statistics, run.caps.caps.beta is not None and caps.beta is None
+    if statistics.slips or run.schedule.ends_before(step) or (rises and let_go):
         return False
-    return run.state.ceiling.allows(caps, alpha, beta, step)
+    return run.state.ceiling.allows(caps, alpha, beta, step, learned=not math.isnan(statistics.scale.best))
 
 
 def fresh(run: GuardedRun, problems: Sequence[Problem]) -> list[Problem]:

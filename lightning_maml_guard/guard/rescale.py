@@ -36,11 +36,13 @@ LADDER: tuple[tuple[float | None, float], ...] = (
 )
 # Factor by which capped rates rise, how often at most in one check, and by which share they may end higher: 10 steps
 # say whether rates survive; of two that do, they favour the lower one, which learns less in a whole run (short-horizon
-# bias, Wu et al., ICLR 2018). So a meta rate rises while one so many rungs above it survives, too; beyond the one that
+# bias, Wu et al., ICLR 2018). So an outer rate rises while one so many rungs above it survives, too; beyond the one that
 # is advised, if it leads further down: what has died survives all rates, and none leads it anywhere.
 RELEASE, RUNGS, SAME, HEADROOM = 2.0, 3, 1.05, 2
 # Factor by which the rates of a run that loses ground are lowered.
 EASE = 4.0
+# Where the loss stands still, so much is enough: what learns its batches by heart favours the higher rate.
+STILL = 0.97
 LookUnder = Callable[[Caps], LookaheadResult]
 BY_RATIO, NO_CAPS = Scale(), Caps()
 
@@ -71,7 +73,7 @@ def lowered(
         present: The lookahead under the caps so far, if they may stay: the loss may have left for another reason, and
             lower rates would only keep it from coming back. None: rates must be lowered.
         reach_alpha: Whether the inner rate can be capped.
-        at_least_halve: Whether the meta rate must fall to half whatever the lookahead says.
+        at_least_halve: Whether the outer rate must fall to half whatever the lookahead says.
         scale: How losses are compared.
 
     Returns:
@@ -123,11 +125,11 @@ def released(
     """Release capped rates by ``RELEASE`` again and again, as long as higher ones survive and lead no less far down.
 
     They are compared on the same batches, by the mean loss of the later steps. Above what is advised, an inner rate has
-    to lead clearly further down, and a meta rate further down at all.
+    to lead clearly further down, and an outer rate further down at all.
 
     Args:
         alpha: The inner rate as configured.
-        beta: The meta rate as scheduled.
+        beta: The outer rate as scheduled.
         caps: The caps so far.
         present: The lookahead under them.
         look: Looks ahead under caps.
@@ -170,17 +172,19 @@ def eased(
     *,
     reach_alpha: bool,
     scale: Scale = BY_RATIO,
+    stands: bool = False,
 ) -> Caps:
     """Lower the rates of a run that loses ground by ``EASE`` again and again, as long as that leads further down."""
     late = present.late
-    for _ in range(RUNGS):
+    by = RELEASE if stands else EASE
+    for clearly in (STILL, BETTER) if stands else (BETTER,) * RUNGS:
         inner, outer = caps.applied(alpha, beta)
-        lower = [Caps(caps.alpha, outer / EASE)]
+        lower = [Caps(caps.alpha, outer / by)]
         if reach_alpha:
-            lower.append(Caps(inner / EASE, caps.beta))
+            lower.append(Caps(inner / by, caps.beta))
         for candidate in lower:
             found = look(candidate)
-            if found.late < scale.times(BETTER, late):
+            if found.late < scale.times(clearly, late):
                 caps, late = candidate, found.late
                 break
         else:
@@ -241,7 +245,7 @@ class AppliedCaps:
         return self._lr_cap is not None
 
     def lowers(self, beta: float) -> bool:
-        """Whether a rate is held below what is configured; ``beta`` is the scheduled meta rate."""
+        """Whether a rate is held below what is configured; ``beta`` is the scheduled outer rate."""
         return self.active and (self.caps.alpha is not None or self.caps.applied(math.nan, beta)[1] < beta)
 
     def hold(self, optimizers: Sequence[Optimizer], holds: Callable[[], bool] | None = None) -> None:

@@ -247,7 +247,7 @@ class Rollback:
             self._tell(self._reason(Kind.ROLLED_BACK, loss, step, **more))
 
     def halve(self, loss: float, scheduled: float, step: int) -> None:
-        """Halve the meta rate of a run that was rolled back to where nothing could be measured, and say so."""
+        """Halve the outer rate of a run that was rolled back to where nothing could be measured, and say so."""
         run, held = self.run, self.run.holds(self.trainer)
         caps, effect = run.caps.caps, "halved" if held else "not lowered"
         if held:

@@ -19,6 +19,7 @@ from lightning_maml_guard.guard.schedule import Schedule
 from lightning_maml_guard.guard.settings import Settings
 from lightning_maml_guard.guard.state import GuardState, StateError, from_checkpoint
 from lightning_maml_guard.guard.state_machine import StateMachine
+from lightning_maml_guard.lookahead.divergence import SETTLED
 from lightning_maml_guard.lookahead.replay_buffer import ReplayBuffer
 from lightning_maml_guard.maml.meta_learning import MetaLearning
 from lightning_maml_guard.messages.advice_sentences import NO_WAY_BACK, advised
@@ -83,6 +84,10 @@ class GuardedRun:
         # Lightning's tuners step the run's optimizers with the run's callbacks taken out, to see what a rate does.
         self.caps.hold(held, lambda: self.settings in trainer.callbacks)
         self.state.capped = owned  # only now: a failure is met again, and told again, at the next check
+
+    def is_capped(self, beta: float) -> bool:
+        """Whether a rate is held below what is configured, or was until just now; ``beta``: as scheduled."""
+        return self.caps.lowers(beta) or self.schedule.raised
 
     def holds(self, trainer: Any) -> bool:
         """Hold all optimizers where it is not known which to hold; return whether any is held."""
@@ -155,6 +160,8 @@ class GuardedRun:
         if (spiked or lost) and lookahead.triggers and not told:
             diverged = lost or statistics.diverged(value, lookahead.divergence_ratio)
             self.schedule.spike(diverged=diverged, lost=not math.isfinite(value))
+        if statistics.since >= SETTLED:
+            self.schedule.level(statistics.loss, logger_step(trainer))
         if lookahead.triggers and not told:
             self.schedule.slip(slips)
         if slips or not statistics.rests:
@@ -281,13 +288,13 @@ class GuardedRun:
             alert(trainer, message)
 
     def rates(self, trainer: Any, step: int) -> tuple[tuple[float, float], tuple[float, float]]:
-        """The inner and the meta rate of a coming step, and the highest of as many as a lookahead goes, as applied."""
+        """The inner and the outer rate of a coming step, and the highest of as many as a lookahead goes, as applied."""
         now = self.alpha, known_rate([trainer.optimizers[at] for at in self.state.capped])
         schedule = self.ahead if trainer.lr_scheduler_configs else None
         caps, coming = self.caps.caps, self._coming.take(now, schedule, step, self.settings.lookahead.steps)
         return caps.applied(*now), caps.applied(*coming)
 
     def note_severity(self, step: int, severe: float, beta: float) -> None:
-        """Keep what a lookahead said at a scheduled meta rate."""
+        """Keep what a lookahead said at a scheduled outer rate."""
         self.bar.look(severe, self.caps.caps.applied(self.alpha, beta))
         self.state.severities = [*self.state.severities, (step, severe)][-self.settings.history_size :]

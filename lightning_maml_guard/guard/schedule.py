@@ -22,6 +22,9 @@ _JUDGED = 2
 _GROWN, _FAR = 1.5, 4.0
 # Capped rates are looked at again after so many steps; where they stay, after so many times as many each time.
 _EASE, _SLOWER = 8, 3
+# And where the mean loss reached no new low for so many steps, or for such a share of the steps so far; sooner after
+# they were raised. What is seen in the first few steps after a change is not its doing.
+_STANDS, _PROVES, _SETTLES = (48, 0.2), (32, 0.1), 16
 # A check that finds no loss is put off to the next step, at most so many times in a row.
 _PUT_OFF = 8
 SCHEDULED, TRIGGERED = "scheduled", "triggered"
@@ -60,7 +63,7 @@ class ScheduleState:
         spiked: Whether a step called a check that has not come yet.
         diverged: Whether its loss had diverged.
         gap: Steps that a triggered check has to wait after the last one.
-        unjudged: Whether the first check could not judge the meta rate yet (Adam before its first step): the second
+        unjudged: Whether the first check could not judge the outer rate yet (Adam before its first step): the second
             one need not be paid for then.
         spent: Cost of all checks so far, in training steps.
         paid: Cost of those among them that the steps taken had paid for.
@@ -68,11 +71,15 @@ class ScheduleState:
         full: Cost of the latest scheduled one, which measures curvature.
         lost: Whether it was not even finite.
         alarms: Checks called by a diverged loss, one soon after another, that found the run well.
-        outer: How the meta rate has risen.
+        outer: How the outer rate has risen.
         inner: How the inner rate has.
         slipped: Whether the loss had left its best when the last step was taken in.
         ease_at: Step from which capped rates are looked at again.
         ease_gap: Steps from one such look to the next.
+        lowest: The lowest mean loss since the caps were moved, or looked at because it stood still.
+        lowest_at: Step of it.
+        moved_at: Step at which they were moved.
+        raised_from: The outer rate that they were raised from, until that is seen to lead further down; else ``nan``.
         waits: How many times the check was put off that comes with the next step.
     """
 
@@ -92,6 +99,10 @@ class ScheduleState:
     slipped: bool = False
     ease_at: int = 0
     ease_gap: int = _EASE
+    lowest: float = math.inf
+    lowest_at: int = 0
+    moved_at: int = 0
+    raised_from: float = math.nan
     waits: int = 0
 
 
@@ -128,7 +139,7 @@ class Schedule:
     ) -> str | None:
         """Return ``"scheduled"``, ``"triggered"`` or None; a check that is due is taken as made.
 
-        ``rate`` is the meta rate of the coming step, ``beta_c`` its latest known limit, ``alpha`` and ``alpha_c`` are
+        ``rate`` is the outer rate of the coming step, ``beta_c`` its latest known limit, ``alpha`` and ``alpha_c`` are
         those of the inner rate; ``stalled``: the loss does not fall; ``capped``: lower rates than the configured ones
         are applied.
         """
@@ -139,7 +150,7 @@ class Schedule:
         # With a budget a triggered check stands for the scheduled one that would follow it closely.
         close = since < self.every_n_steps / 2
         on_time = step % self.every_n_steps == 0 and not (close and self.share is not None)
-        early = self._early(step, stalled) or (capped and since >= 2 and step >= state.ease_at)
+        early = self._early(step, stalled) or (capped and since >= 2 and (step >= state.ease_at or self.stands(step)))
         owed = 0 < state.waits <= _PUT_OFF
         regular = on_time and self._paid(state.full, step)
         scheduled = owed or regular or (state.unjudged and (on_time or (early and step >= _JUDGED)))
@@ -198,12 +209,40 @@ class Schedule:
             self.spike(diverged=True)
         self.state.slipped = slips
 
-    def ease(self, step: int, *, changed: bool, until: int = 0) -> None:
+    def level(self, mean: float, step: int) -> None:
+        """Take the mean loss in."""
+        state = self.state
+        if mean < state.lowest:
+            state.lowest, state.lowest_at = mean, step
+            if step > state.moved_at + _SETTLES:
+                state.raised_from = math.nan
+
+    def stands(self, step: int) -> bool:
+        """Whether the mean loss has reached no new low for long."""
+        least, share = _PROVES if self.raised else _STANDS
+        return step - self.state.lowest_at >= max(least, share * step)
+
+    @property
+    def raised(self) -> bool:
+        """Whether capped rates were raised that have not led further down yet."""
+        return not math.isnan(self.state.raised_from)
+
+    def ends_before(self, step: int) -> bool:
+        """Whether the run ends before rates that are raised at a step are seen to lead further down."""
+        least, share = _PROVES
+        return self.planned is not None and self.planned - step < max(least, share * step)
+
+    def ease(self, step: int, *, changed: bool, until: int = 0, raised_from: float = math.nan) -> None:
         """Take in that capped rates were looked at: soon again where they were changed, later where they stay.
 
-        Where none could be tried ``until`` a step, they are looked at then.
+        Where none could be tried ``until`` a step, they are looked at then. ``raised_from``: the outer rate applied so
+        far, if a higher one is from now on.
         """
         state = self.state
+        if changed or self.stands(step):
+            state.lowest, state.lowest_at = math.inf, step
+        if changed:
+            state.moved_at, state.raised_from = step, raised_from
         if not until:
             state.ease_gap = _EASE if changed else _SLOWER * state.ease_gap
         state.ease_at = max(step + state.ease_gap, until)

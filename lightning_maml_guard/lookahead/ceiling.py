@@ -44,8 +44,12 @@ class Ceiling:
         """Take in the outer rate that is advised at a step."""
         return replace(self, advised=beta, until=max(self.until, step + _WAIT))
 
-    def allows(self, caps: Caps, alpha: float, beta: float, step: int) -> bool:
-        """Whether caps on these configured rates may be tried at a step."""
+    def allows(self, caps: Caps, alpha: float, beta: float, step: int, *, learned: bool = True) -> bool:
+        """Whether caps on these configured rates may be tried at a step, by a run that has learned or not.
+
+        Where nothing was learned, nothing tells that a rate above the advised one has killed a run.
+        """
         inner, outer = caps.applied(alpha, beta)
         near = not (inner < _NEAR * self.alpha or outer < _NEAR * self.beta)
-        return step >= self.until or not (near or outer > _ABOVE * self.advised)
+        above = outer > _ABOVE * self.advised
+        return (step >= self.until and (learned or not above)) or not (near or above)

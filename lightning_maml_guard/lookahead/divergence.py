@@ -23,7 +23,7 @@ _PROGRESS, _STUCK, _JUDGED_FROM = 0.85, 0.9, 64
 # Differences from the mean below this share of a loss are rounding (float32).
 _ROUNDING = 1e-6
 # The lowest running mean is known after so many steps.
-_SETTLED = 16
+SETTLED = 16
 # What a run has to have learned, as a share of the start, before it can lose it, unless its mean is so many times the
 # start; how far the mean of one that keeps it strays from its lowest value, as a share of a batch's noise (5 standard
 # deviations); and the share of that, or of half of what was learned, from which on it is looked into.
@@ -238,7 +238,7 @@ class RunningStatistics:
         if finite:
             self.loss = loss if math.isnan(self.loss) else _MEMORY * self.loss + (1 - _MEMORY) * counted
             self.since += 1
-            if self.since >= _SETTLED:
+            if self.since >= SETTLED:
                 self.best = min(self.best, self.loss)
             self._take_progress()
         if math.isfinite(norm):

@@ -16,7 +16,7 @@ TRIAL_STEPS = 30
 # Steps that rates have to last for before they are advised: with a memory, or where both rates are too high, 30 say
 # little.
 LASTING_STEPS = 100
-# The meta rate to set is no lower than the lowest that learns so large a share of what the best one does, which is too
+# The outer rate to set is no lower than the lowest that learns so large a share of what the best one does, which is too
 # high for a whole run.
 FLAT = 0.7
 # And at most this share of the largest that trains: plain SGD's, and that of optimizers with a memory, whose
@@ -24,7 +24,7 @@ FLAT = 0.7
 SHARE, SHARE_WITH_MEMORY = 0.5, 0.2
 # A pair of lowered rates has to learn this much more than the better one of them alone.
 BOTH = 1.25
-# And an inner rate whose adaptation is not harmful this much more than a lower meta rate before it is blamed: a few
+# And an inner rate whose adaptation is not harmful this much more than a lower outer rate before it is blamed: a few
 # batches are learned by heart the sooner the less a network adapts.
 ALPHA = 1.1
 # Lower rates must end lower by this share of the loss before they are advised to a run that does not diverge.
@@ -35,14 +35,14 @@ ALPHA_LADDER = tuple(2.0**-k for k in range(1, 9))
 BETA_LADDER = tuple(2.0**-k for k in range(1, 15))
 # Inner rates below the best one that are tried before the ladder ends.
 PATIENCE = 2
-# Factors on the inner rate and on the meta rate that are tried to see whether lower rates do better.
+# Factors on the inner rate and on the outer rate that are tried to see whether lower rates do better.
 PROBES, SUSPECT_PROBE = ((1.0, 0.25), (1.0, 1 / 16)), (0.5, 1.0)
-# At this share of the meta rate only what is wrong with the parameters or the optimizer's state makes the loss leave.
+# At this share of the outer rate only what is wrong with the parameters or the optimizer's state makes the loss leave.
 SURE = 1 / 32
 
 
 class Factors(NamedTuple):
-    """Factors on the inner rates and on the meta rate."""
+    """Factors on the inner rates and on the outer rate."""
 
     alpha: float = 1.0
     beta: float = 1.0
@@ -56,7 +56,7 @@ class Trial:
         at: Factors on the rates.
         end: Mean loss over the last quarter of the steps; ``inf`` where the loss left.
         learned: By how much ``end`` is below the loss before training.
-        gained: By how much it is below the loss that the same inner rates start from: what the meta rate did.
+        gained: By how much it is below the loss that the same inner rates start from: what the outer rate did.
         trains: Whether the loss never left and ended no higher than before training.
         steps: Their number.
     """
@@ -76,9 +76,9 @@ class Found:
     Attributes:
         present: A trial of the rates as they are.
         best: The one of lowered rates that learned most.
-        flat: The lowest factor on the meta rate that learns nearly as much; 1 where that rate is not to blame.
+        flat: The lowest factor on the outer rate that learns nearly as much; 1 where that rate is not to blame.
         most: The highest one to set for a whole run.
-        near: The highest factor on the inner rates that learns nearly as much; where the meta rate is to be lowered,
+        near: The highest factor on the inner rates that learns nearly as much; where the outer rate is to be lowered,
             too, that adapts nearly as well.
     """
 
@@ -97,7 +97,7 @@ class RateSearch:
         scale: How losses are compared.
         ratio: Factor on the loss before training at which a trial ends.
         alpha_suspect: Whether the inner rate may be to blame.
-        peak: Factor on the scheduled meta rate that stands for 1 here: where the schedule goes.
+        peak: Factor on the scheduled outer rate that stands for 1 here: where the schedule goes.
         steps: Steps of a trial.
     """
 
@@ -167,11 +167,11 @@ class RateSearch:
 
     @property
     def survives(self) -> bool:
-        """Whether the loss does not leave at a very low meta rate; else this is no place to try rates from."""
+        """Whether the loss does not leave at a very low outer rate; else this is no place to try rates from."""
         return math.isfinite(self.at(beta=SURE).end)
 
     def begins_below(self, loss: float) -> bool:
-        """Whether a few steps at a far lower meta rate end below a loss; else a run may only begin slowly."""
+        """Whether a few steps at a far lower outer rate end below a loss; else a run may only begin slowly."""
         return self.at(*PROBES[-1], steps=TRIAL_STEPS).end < loss
 
     def spread(self) -> Trial:
@@ -190,7 +190,7 @@ class RateSearch:
         return _mean([losses[step % len(losses)] for step in range(steps)[-max(steps // 4, 1) :]])
 
     def find(self, outweighs: float = 1.0) -> Found:
-        """Find which rate to lower, and to what; a lower meta rate is blamed if it learns so many times as much.
+        """Find which rate to lower, and to what; a lower outer rate is blamed if it learns so many times as much.
 
         Lowering the right rate alone lets the run learn; lowering the other one alone does not, or learns less. The
         suspect's ladder is gone down rung by rung, the other one's in long strides, to compare.
@@ -226,15 +226,15 @@ class RateSearch:
         return self._found_beta(betas)
 
     def find_alpha(self) -> Found:
-        """Find the inner rate to set where the meta rate is to be left alone."""
+        """Find the inner rate to set where the outer rate is to be left alone."""
         return self._found_alpha(self._alphas())
 
     def find_beta(self, alpha: float) -> Found:
-        """Find the meta rate to set at a factor on the inner rates."""
+        """Find the outer rate to set at a factor on the inner rates."""
         return self._found_beta(self._betas(alpha))
 
     def _betas(self, alpha: float = 1.0, strides: int = 1) -> list[Trial]:
-        """Try lower and lower meta rates until one learns much less than the best one."""
+        """Try lower and lower outer rates until one learns much less than the best one."""
         found: list[Trial] = []
         for factor in BETA_LADDER[strides - 1 :: strides]:
             found.append(self.at(alpha, factor))
@@ -279,7 +279,7 @@ class RateSearch:
 
     @property
     def share(self) -> float:
-        """The share to set of the largest meta rate that trains."""
+        """The share to set of the largest outer rate that trains."""
         return SHARE_WITH_MEMORY if self.lookahead.has_memory else SHARE
 
 

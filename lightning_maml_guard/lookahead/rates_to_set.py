@@ -20,15 +20,15 @@ from lightning_maml_guard.stability.report import StabilityReport
 # The numbers here were chosen on AdviceBench's tuning seeds.
 # Of a limit, the share to set: s for one inner step, s / K**s for K.
 _OF_LIMIT = 0.6
-# A meta rate so many times its limit is lowered too where an inner rate is.
+# An outer rate so many times its limit is lowered too where an inner rate is.
 _BEYOND = 2.0
 # Trials that learn at rates so much higher than a share of the limit contradict it: the truth lies between.
 _FAR_BELOW = 0.15
 # An inner rate so many times what its limit would have it set to is a suspect.
 _SUSPECT = 2.0
-# So many times as much a lower meta rate has to learn where several inner steps diverge.
+# So many times as much a lower outer rate has to learn where several inner steps diverge.
 _FAR_MORE = 2.0
-# So often a meta rate is halved until it lasts, and once more then.
+# So often an outer rate is halved until it lasts, and once more then.
 _HALVED = 7
 # A rate has moved since a check if it differs by more than this share.
 _MOVED = 0.1
@@ -51,8 +51,8 @@ class RatesToSet:
         search: Tries rates.
         optimizers: They move the problem's parameters.
         problem: The problem of the coming step.
-        beta: The meta rate to replace.
-        mean: Mean of the meta rates to come, as a share of the one to replace, their peak.
+        beta: The outer rate to replace.
+        mean: Mean of the outer rates to come, as a share of the one to replace, their peak.
         repeats: Whether every step uses the same batch, so that its noise sets no limit.
         measured: Measures the limits at a factor on the inner rates.
         harmful: Whether adaptation makes tasks worse at the inner rate to replace.
@@ -70,7 +70,7 @@ class RatesToSet:
     def of(self, found: Found, report: StabilityReport, earlier: Sequence[StabilityReport]) -> Rates:
         """The rates to set, by the smallest limits of a report and of earlier ones.
 
-        The meta rate's limit is another one where the inner rate is lowered: it is measured there.
+        The outer rate's limit is another one where the inner rate is lowered: it is measured there.
         """
         seen = [*earlier, report]
         factor, lower_beta = 1.0, found.best.at.beta < 1
@@ -114,7 +114,7 @@ class RatesToSet:
         """The factor that goes by the limit or, if that does not last, a share of the lower one that learned most.
 
         Where curvature grows within the first steps, as of low-rank adapters that start at zero, a limit says little,
-        and it goes on growing. But a lower meta rate may make it last, and learn more.
+        and it goes on growing. But a lower outer rate may make it last, and learn more.
         """
         if learned >= factor or self.search.at(factor, steps=LASTING_STEPS).trains:
             return factor
@@ -135,7 +135,7 @@ class RatesToSet:
         return min(factor if factor > _FAR_BELOW * found.flat else math.sqrt(factor * middle), middle)
 
     def _lasting(self, alpha: float, beta: float) -> float | None:
-        """The factor on the meta rate, lowered until the loss survives many more steps than a search's trials.
+        """The factor on the outer rate, lowered until the loss survives many more steps than a search's trials.
 
         None where it rises at any: then what the steps descend is not this loss, and no rate is to blame.
         """
@@ -145,7 +145,7 @@ class RatesToSet:
         return None
 
     def _limit(self, report: StabilityReport) -> float:
-        """The meta rate's limit, with the noise of the tasks where they are drawn anew; ``nan`` if it says nothing."""
+        """The outer rate's limit, with the noise of the tasks where they are drawn anew; ``nan`` if it says nothing."""
         if not math.isfinite(report.beta_c) or any(map(is_preconditioned, self.optimizers)):
             return math.nan
         return report.beta_c if self.repeats or math.isnan(report.beta_c_noise) else report.beta_c_noise
@@ -159,10 +159,10 @@ def share_to_set(problem: Problem) -> float:
 def suspicion(
     report: StabilityReport, problem: Problem, adaptation_gain: float, *, harmful: bool
 ) -> tuple[bool, float]:
-    """Whether the inner rate is a suspect, and how many times as much as a lower one a lower meta rate has to learn.
+    """Whether the inner rate is a suspect, and how many times as much as a lower one a lower outer rate has to learn.
 
     A single inner step beyond its limit may help, as on Omniglot; several diverge. An inner loop that kills its units
-    is left with a constant, which a low meta rate soon makes the mean of the targets: it has to learn far more to be
+    is left with a constant, which a low outer rate soon makes the mean of the targets: it has to learn far more to be
     blamed there and, where adaptation is of no use either, is not blamed at all.
     """
     several = inner_steps_of(problem) > 1
@@ -201,7 +201,7 @@ def is_still_above(reason: Reason, report: StabilityReport) -> bool:
 
 
 def ratios(report: StabilityReport) -> list[float]:
-    """The rates over their limits: the meta rate's, and the inner one's where there is an inner loop."""
+    """The rates over their limits: the outer rate's, and the inner one's where there is an inner loop."""
     return [report.beta_ratio, *([] if math.isnan(report.alpha) else [report.alpha_ratio])]
 
 

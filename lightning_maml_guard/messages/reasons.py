@@ -113,7 +113,7 @@ class Reason:
         hvps: Hessian-vector products used.
         step: Training step.
         alpha: Inner rate that was tried or is applied.
-        beta: Meta rate that was tried or is applied.
+        beta: Outer rate that was tried or is applied.
         losses: Loss before, loss after, and the loss that training started from.
         steps: Number of steps a lookahead took; of rollbacks the step returned to, and ``value`` the steps thrown away.
         counts: How many of how many: rollbacks so far and at most, or units that are dead.

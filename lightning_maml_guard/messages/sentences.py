@@ -53,7 +53,7 @@ def announced(reason: Reason, spelling: Spelling = IN_PYTHON) -> str:
 
 
 def returned(step: int, *, safe: bool, applied: float, configured: float, tried: bool = True) -> str:
-    """Say that the rates are not unsafe any more; the two rates are the meta rate's; ``tried``: by a lookahead."""
+    """Say that the rates are not unsafe any more; the two rates are the outer rate's; ``tried``: by a lookahead."""
     if safe:
         said = "the rates are back in the safe region."
     elif not tried:
@@ -65,9 +65,12 @@ def returned(step: int, *, safe: bool, applied: float, configured: float, tried:
     return f"ConvergenceGuard: step {step}: {said}"
 
 
-def eased(step: int, alpha: float, beta: float) -> str:
-    """Say that the rates of a run that loses ground are lowered, and to what."""
-    why = "the loss has left its best, and at lower rates the next steps lead further down."
+def eased(step: int, alpha: float, beta: float, *, slips: bool, raised: bool) -> str:
+    """Say that the rates of a run that loses ground, or stands still, are lowered, and to what."""
+    lost = "has left its best" if slips else "does not fall any more"
+    why = f"the loss {lost}, and at lower rates the next steps lead further down."
+    if raised:
+        why = "the loss has not fallen since the outer rate was raised."
     return f"ConvergenceGuard: step {step}: {why} Applied from now on: {rates(alpha, beta)}."
 
 

@@ -1,4 +1,4 @@
-"""The meta rate's limit ``beta_c`` for the optimizer as it runs: simplified criterion, and exact Jacobian."""
+"""The outer rate's limit ``beta_c`` for the optimizer as it runs: simplified criterion, and exact Jacobian."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from lightning_maml_guard.theory.ritz import rates_from_lanczos, ritz_pairs, rit
 
 @dataclass(frozen=True)
 class MetaRateLimit:
-    """Largest stable meta rate.
+    """Largest stable outer rate.
 
     Attributes:
         beta_c: The rate; ``nan`` when no statement can be made, ``inf`` when there is no finite limit.
@@ -75,7 +75,7 @@ def simplified_limit(
     """Compute ``beta_c`` of the simplified update: stable iff ``beta * lambda_max(D (H - HAH + W)) < c``.
 
     With plain SGD and one inner rate the spectrum of ``H`` already answers; otherwise a second Lanczos run on the
-    scaled operator does. ``collapsed``: the inner rate exceeds its own limit, so that no meta rate is stable.
+    scaled operator does. ``collapsed``: the inner rate exceeds its own limit, so that no outer rate is stable.
     """
     if step.note:
         return UNKNOWN

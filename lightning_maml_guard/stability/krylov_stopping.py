@@ -154,7 +154,7 @@ def run_arnoldi(
     value: Watched | None = None,
     space: Space = WHOLE,
 ) -> ArnoldiRun:
-    """Run Arnoldi until the meta rate's limit is known to a relative accuracy."""
+    """Run Arnoldi until the outer rate's limit is known to a relative accuracy."""
 
     def resolved(hessenberg: np.ndarray, residual: float) -> bool:
         settled = step.responses[:1]

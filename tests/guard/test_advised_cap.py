@@ -143,6 +143,15 @@ def test_rates_above_the_advised_one_are_tried_after_a_while():
     assert Ceiling().failed(math.nan, 1.0, 0).allows(Caps(None, 0.2), math.nan, 1.0, 8)
 
 
+def test_rates_above_the_advised_one_wait_until_something_was_learned():
+    """What a rate kills before that looks as it did."""
+    ceiling = Ceiling().heeds(0.1, 0)
+    for learned in (True, False):
+        assert ceiling.allows(Caps(None, 0.2), math.nan, 1.0, 40, learned=learned) is learned
+        assert ceiling.allows(Caps(None, 0.1), math.nan, 1.0, 40, learned=learned)
+        assert Ceiling().allows(Caps(None, 0.2), math.nan, 1.0, 40, learned=learned)
+
+
 class Tasks(Dataset):
     def __len__(self):
         return 40

@@ -544,6 +544,18 @@ def test_a_run_that_does_not_learn_is_advised_whatever_was_spent_before(monkeypa
     assert guard.advice.step == 64 and guard.advice.cause is Cause.BETA
 
 
+def test_rescale_takes_a_run_that_its_rate_has_killed_back_to_where_it_began(monkeypatch):
+    monkeypatch.setattr(Adviser, "look_further", lambda self, report: None)
+    killed, advised = Saturating(5.0), Saturating(0.01)
+    guard, said = guarded(killed, points(300), action="rescale", problem=None)
+    mean = sum(killed.losses[:64]) / 64
+    assert any(f"the loss hardly falls: it is {mean:.2g}" in text for text in said)  # not nan
+    assert any("rolled back to step 0" in text and "64 of 64 steps are lost" in text for text in said)
+    assert [each.step for each in guard.events if each.kind == "rolled back"] == [64]
+    guarded(advised, points(300), problem=None)
+    assert end(killed) < 1.2 * end(advised)
+
+
 def test_a_run_that_only_begins_slowly_is_not_tried_at_length_from_where_it_began():
     guard, said = guarded(HandWritten(lr=2e-5, optimizer=Adam), sinusoids(70))
     assert 64 in [step for step, _ in guard.severities] and guard.advice is None

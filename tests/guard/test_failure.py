@@ -138,7 +138,7 @@ def state(module, optimizer):
         "hooks": (len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)),
         "rates": [group["lr"] for group in optimizer.param_groups],
         "parameters": repr([value.tolist() for value in module.parameters()]),
-        "optimizer": repr(optimizer.state_dict()["state"]),
+        "optimizer": repr(sorted(optimizer.state_dict()["state"].items())),
     }
 
 

@@ -181,3 +181,19 @@ def test_an_inner_rate_that_makes_a_run_lose_ground_is_lowered_if_it_can_be():
     look = ends_best_at((0.025, 1.0))
     assert eased(0.1, 1.0, Caps(), look(Caps()), look, reach_alpha=True) == Caps(0.025, None)
     assert eased(0.1, 1.0, Caps(), look(Caps()), look, reach_alpha=False) == Caps()
+
+
+@pytest.mark.parametrize(
+    ("lates", "cap"),
+    [
+        ({1.0: 1.0, 0.5: 0.96, 0.25: 0.9}, 0.5),  # a little lower is enough for half the rate, not for a quarter
+        ({1.0: 1.0, 0.5: 0.96, 0.25: 0.8}, 0.25),
+        ({1.0: 1.0, 0.5: 0.96, 0.25: 0.8, 0.125: 0.1}, 0.25),
+        ({1.0: 1.0, 0.5: 0.98, 0.25: 0.1}, None),
+    ],
+)
+def test_the_rate_of_a_run_that_stands_still_is_halved_where_that_leads_further_down(lates, cap):
+    def look(caps):
+        return LookaheadResult((1.0, lates[caps.applied(0.1, 1.0)[1]]))
+
+    assert eased(0.1, 1.0, Caps(), look(Caps()), look, reach_alpha=False, stands=True) == Caps(None, cap)

@@ -383,3 +383,41 @@ def test_capped_rates_that_could_not_be_tried_are_looked_at_when_they_may_be():
     assert schedule.state.ease_at == 32 + 24
     schedule.ease(56, changed=False, until=40)  # a time that is past is no time to wait for
     assert schedule.state.ease_at == 56 + 24
+
+
+def test_capped_rates_are_looked_at_where_the_mean_loss_reaches_no_new_low():
+    schedule, found = Schedule(10_000, 0.02), []
+    schedule.ease(0, changed=True)
+    schedule.state.ease_at = 10_000  # the look that comes in any case
+    for step in range(1, 600):
+        schedule.level(1.0 - min(step, 200) / 400, step)
+        stands = schedule.stands(step)
+        if schedule.due(step, capped=True) is not None and stands:
+            found.append(step)
+            schedule.ease(step, changed=False, until=10_000)
+    # After 48 steps, or a fifth of the steps so far; then it waits as long again.
+    assert found == [250, 314, 394, 494]
+    assert Schedule(10_000, 0.02, schedule.state).due(900, capped=False) is None
+
+
+def test_rates_that_were_raised_have_to_prove_themselves():
+    schedule = Schedule(100, 0.02)
+    schedule.level(0.5, 40)
+    schedule.ease(50, changed=True, raised_from=0.1)
+    schedule.level(0.5, 51)
+    assert schedule.raised and not schedule.stands(82) and schedule.stands(83)
+    schedule.level(0.4, 60)  # not yet their doing
+    assert schedule.raised and not schedule.stands(83)
+    schedule.level(0.3, 70)
+    assert not schedule.raised and not schedule.stands(70 + 47) and schedule.stands(70 + 48)
+    schedule.ease(120, changed=False)
+    assert not schedule.raised
+
+
+def test_rates_are_not_raised_where_the_run_ends_before_that_is_seen_to_help():
+    schedule = Schedule(100, 0.02)
+    assert not schedule.ends_before(10**6)  # no end is known
+    schedule.planned = 300
+    assert [step for step in range(300) if schedule.ends_before(step)] == list(range(269, 300))
+    schedule.planned = 3000
+    assert schedule.ends_before(2800) and not schedule.ends_before(2700)
