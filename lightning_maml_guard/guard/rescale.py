@@ -36,8 +36,8 @@ LADDER: tuple[tuple[float | None, float], ...] = (
 )
 # Factor by which capped rates rise, how often at most in one check, and by which share they may end higher: 10 steps
 # say whether rates survive; of two that do, they favour the lower one, which learns less in a whole run (short-horizon
-# bias, Wu et al., ICLR 2018). So an outer rate rises while one so many rungs above it survives, too; beyond the one that
-# is advised, if it leads further down: what has died survives all rates, and none leads it anywhere.
+# bias, Wu et al., ICLR 2018). So an outer rate rises while one so many rungs above it survives, too; beyond the one
+# that is advised, if it leads further down: what has died survives all rates, and none leads it anywhere.
 RELEASE, RUNGS, SAME, HEADROOM = 2.0, 3, 1.05, 2
 # Factor by which the rates of a run that loses ground are lowered.
 EASE = 4.0

@@ -410,7 +410,7 @@ def test_caps_are_released_when_the_region_widens():
     module = linear_module(4, 3.0, inner_lr=0.05, order="simplified")
     trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[guard])
     with guard_warns("beta = 3 is .*x beta_c"):
-        trainer.fit(module, DataLoader([BATCH] * 6 + [milder] * 60, batch_size=None))
+        trainer.fit(module, DataLoader([BATCH] * 6 + [milder] * 100, batch_size=None))
     path = [report.beta_applied for report in guard.history]
     assert path[0] < 0.5 and path[-1] > 1.0  # beyond that the loss is 0 within a lookahead, at any rate
     assert path == sorted(path)
