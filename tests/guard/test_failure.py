@@ -326,7 +326,7 @@ def test_a_run_whose_curvature_cannot_be_measured_is_judged_by_its_next_steps(ac
         assert (
             "step 0: beta = 3 is too large. Set the optimizer's lr to 0." in said[1] and "take the loss from" in said[1]
         )
-        assert "Why: The curvature could not be measured: NotImplementedError: no derivative here" in said[1]
+        assert "could not be measured" not in said[1]  # told already, and no reason to lower a rate
 
 
 def test_without_curvature_a_guard_still_stops_and_lowers(monkeypatch):
