@@ -118,7 +118,7 @@ class Check:
             failing = fails(look.severity, ratio)
             gone = gone or look.scale.diverged(look.present.begin, ratio)
             if failing and self.rollback.helps(look.present.begin):
-                run.schedule.confirm()
+                run.schedule.confirm_divergence()
             run.note_severity(step, look.severity, look.beta)
         if stuck and not failing and adviser.new_finding is None:
             self.rollback.warn_of_stall(look, step)
@@ -266,7 +266,7 @@ class Check:
         left = loss is not None and scale.diverged(loss, ratio) and not self.trainer.fast_dev_run
         if loss is None or not left or self.rollback.ends(loss, step):
             return
-        run.schedule.confirm()
+        run.schedule.confirm_divergence()
         beta = max(scheduled_rate(each) for each in self.trainer.optimizers)
         report = StabilityReport.unmeasured(last_loss_reason(loss, scale), alpha=math.nan, beta=beta, step=step)
         run.note_severity(step, scale.severity(loss), beta)

@@ -108,7 +108,7 @@ def judge(run: GuardedRun, seen: Seen, step: int) -> Judgement:
         run.note_severity(step, judged, report.beta)
         failing = fails(judged, ratio)
         if failing:
-            run.schedule.confirm()
+            run.schedule.confirm_divergence()
             findings = (*findings, last_loss_reason(look.last, look.scale))
     if failing and look.present is not None and further is None and seen.collapsed is None:
         tried = seen.caps.applied(report.alpha, report.beta)

@@ -242,7 +242,7 @@ def ease(run: GuardedRun, trainer: Any, module: Any, look: Look, step: int, *, s
     if lookahead is None or look.present is None:
         return
     alpha, beta, before = lookahead.alpha, lookahead.beta, lookahead.gradients
-    stands, back = not slips and run.is_capped(beta) and run.schedule.stands(step), run.schedule.state.raised_from
+    stands, back = not slips and run.is_capped(beta) and run.schedule.stands_still(step), run.schedule.state.raised_from
     found = caps.at_most(back) if stands and back < beta else caps
     with undisturbed(trainer, module):
         if slips or (stands and not back < beta):

@@ -234,7 +234,7 @@ class Rollback:
         run, ratio = self.run, self.run.settings.lookahead.divergence_ratio
         if not (run.settings.rollback and run.snapshot and run.state.statistics.diverged(loss, ratio)):
             return False
-        run.schedule.confirm()
+        run.schedule.confirm_divergence()
         if self.go_back(loss, step):
             self.halve(loss, scheduled_rate(self.trainer.optimizers), step)
         return True

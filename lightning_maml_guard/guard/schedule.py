@@ -8,23 +8,23 @@ from dataclasses import dataclass, field
 # Cost of a gradient of a lookahead, in training steps (`python -m benchmarks.hvp_cost`).
 LOOKAHEAD_GRADIENT = 1.2
 # About the cost of a check that measures no curvature.
-_LOOK = 15.0
-# What a run is given beside its share, in training steps: the first check, a few looks, two longer ones.
+_LOOK_COST = 15.0
+# What a run may spend beyond its share, in training steps: the first check and a few more.
 _CREDIT = 300.0
-# The last early check, and the one, paid for or not, of a run whose loss does not fall.
-_BEGINNING, STALLED = 128, 64
-# Early checks that a short run is given although it does not pay for them.
+# Steps of the last early check, and of the one that a run whose loss does not fall gets in any case.
+_LAST_EARLY, STALLED = 128, 64
+# Steps of the early checks that even a short run gets.
 _ON_CREDIT = (2, 8)
 # From how many steps on Adam's second moment tells anything. After one it is a single gradient's: where an entry of
 # it is near 0, the limit is (the sinusoid's beta_c at steps 1 and 2, three seeds: 1e-6, .09; .002, .15; .006, .18).
 _JUDGED = 2
-# A rate that has grown by half is looked at again, unless its limit is more than this many times higher.
-_GROWN, _FAR = 1.5, 4.0
-# Capped rates are looked at again after so many steps; where they stay, after so many times as many each time.
-_EASE, _SLOWER = 8, 3
-# And where the mean loss reached no new low for so many steps, or for such a share of the steps so far; sooner after
-# they were raised. What is seen in the first few steps after a change is not its doing.
-_STANDS, _PROVES, _SETTLES = (48, 0.2), (32, 0.1), 16
+# A rate that has grown by this factor calls a check, unless its limit is more than this many times higher.
+_GROWN, _FAR_BELOW = 1.5, 4.0
+# Steps after which capped rates are looked at again; each time they stay, that number grows by this factor.
+_RELEASE_GAP, _SLOWER = 8, 3
+# The mean loss stands still if it reached no new low for so many steps, and for such a share of the steps so far; after
+# capped rates were raised, for fewer. Losses of the first steps after a raise say nothing about it.
+_STANDS_STILL, _RAISE_FAILED, _RAISE_SETTLES = (48, 0.2), (32, 0.1), 16
 # A check that finds no loss is put off to the next step, at most so many times in a row.
 _PUT_OFF = 8
 SCHEDULED, TRIGGERED = "scheduled", "triggered"
@@ -35,7 +35,7 @@ class Rise:
     """How a rate has risen.
 
     Attributes:
-        looked: It at the last check, or the lowest one since.
+        looked: The rate at the last check, or the lowest one since.
         highest: The highest so far.
     """
 
@@ -51,7 +51,7 @@ class Rise:
             return False
         self.looked, highest = min(self.looked, rate), self.highest
         self.highest = max(highest, rate)
-        return rate > _GROWN * self.looked and not _FAR * rate < critical and (rate > highest or again)
+        return rate > _GROWN * self.looked and not _FAR_BELOW * rate < critical and (rate > highest or again)
 
 
 @dataclass
@@ -98,7 +98,7 @@ class ScheduleState:
     inner: Rise = field(default_factory=Rise)
     slipped: bool = False
     ease_at: int = 0
-    ease_gap: int = _EASE
+    ease_gap: int = _RELEASE_GAP
     lowest: float = math.inf
     lowest_at: int = 0
     moved_at: int = 0
@@ -150,51 +150,55 @@ class Schedule:
         # With a budget a triggered check stands for the scheduled one that would follow it closely.
         close = since < self.every_n_steps / 2
         on_time = step % self.every_n_steps == 0 and not (close and self.share is not None)
-        early = self._early(step, stalled) or (capped and since >= 2 and (step >= state.ease_at or self.stands(step)))
-        owed = 0 < state.waits <= _PUT_OFF
-        regular = on_time and self._paid(state.full, step)
-        scheduled = owed or regular or (state.unjudged and (on_time or (early and step >= _JUDGED)))
-        again = since >= self._longest
-        risen = [state.outer.grown(rate, beta_c, again=again), state.inner.grown(alpha, alpha_c, again=again)]
-        grown = any(risen)
-        if not (scheduled or early or grown or state.spiked):
-            return None
-        # Looks leave what a measurement costs, or they would take the share before it is enough for one.
-        paid = self._paid(state.latest + state.full, step)
-        if not (scheduled or early or grown) and not self._called(step, since, paid):
+        look_at_caps = capped and since >= 2 and (step >= state.ease_at or self.stands_still(step))
+        early = self._is_early_check(step, stalled) or look_at_caps
+        put_off = 0 < state.waits <= _PUT_OFF
+        regular = on_time and self._within_budget(state.full, step)
+        scheduled = put_off or regular or (state.unjudged and (on_time or (early and step >= _JUDGED)))
+        again = since >= self._longest_wait
+        grown = any([state.outer.grown(rate, beta_c, again=again), state.inner.grown(alpha, alpha_c, again=again)])
+        # Checks without curvature leave room for one with it, or they would use up the share before it suffices.
+        paid = self._within_budget(state.latest + state.full, step)
+        untriggered = scheduled or early or grown
+        if not untriggered and not (state.spiked and self._trigger_is_due(step, since, paid)):
             return None
         if self.share is None:
             if not (scheduled or early):
-                state.gap = min(2 * state.gap, self._longest)
+                state.gap = min(2 * state.gap, self._longest_wait)
             elif not close and not state.spiked:  # else the loss is as noisy as it was
                 state.gap = 2
         elif not (paid or early or grown):
             state.gap *= 2
         if since > self.every_n_steps:
             state.alarms = 0
-        if state.diverged and not (scheduled or early or grown):
+        if state.diverged and not untriggered:
             state.alarms += 1
         self._kind = SCHEDULED if scheduled else TRIGGERED
-        waited = not (scheduled or early or grown or state.diverged)
+        waited = not (untriggered or state.diverged)
         self._from_share = state.spent > 0 and (regular or (paid and waited))
+        self._begin_check(step, rate, alpha)
+        return self._kind
+
+    def _begin_check(self, step: int, rate: float, alpha: float) -> None:
+        """Take a check as made: spikes are forgotten, and rates grow from now on."""
+        state = self.state
         state.last, state.spiked, state.diverged, state.lost = step, False, False, False
         state.outer.looked = math.inf if math.isnan(rate) else rate
         state.inner.looked = math.inf if math.isnan(alpha) else alpha
-        if scheduled:
+        if self._kind == SCHEDULED:
             state.unjudged = False
-        return self._kind
 
-    def _early(self, step: int, stalled: bool) -> bool:
+    def _is_early_check(self, step: int, stalled: bool) -> bool:
         """Whether to look at a run that has just begun: at 1, 2, 4, ... as far as the whole run pays for it.
 
         A run that does not learn is looked at once on credit.
         """
-        if self.share is None or step <= 0 or step & (step - 1) or step > _BEGINNING:
+        if self.share is None or step <= 0 or step & (step - 1) or step > _LAST_EARLY:
             return False
         if stalled and step == STALLED:
             return True
         state = self.state
-        if self.planned is not None and state.spent + _LOOK <= self.share * self.planned:
+        if self.planned is not None and state.spent + _LOOK_COST <= self.share * self.planned:
             return True
         return step in _ON_CREDIT
 
@@ -209,27 +213,27 @@ class Schedule:
             self.spike(diverged=True)
         self.state.slipped = slips
 
-    def level(self, mean: float, step: int) -> None:
+    def note_mean_loss(self, mean: float, step: int) -> None:
         """Take the mean loss in."""
         state = self.state
         if mean < state.lowest:
             state.lowest, state.lowest_at = mean, step
-            if step > state.moved_at + _SETTLES:
+            if step > state.moved_at + _RAISE_SETTLES:
                 state.raised_from = math.nan
 
-    def stands(self, step: int) -> bool:
+    def stands_still(self, step: int) -> bool:
         """Whether the mean loss has reached no new low for long."""
-        least, share = _PROVES if self.raised else _STANDS
+        least, share = _RAISE_FAILED if self.raised else _STANDS_STILL
         return step - self.state.lowest_at >= max(least, share * step)
 
     @property
     def raised(self) -> bool:
-        """Whether capped rates were raised that have not led further down yet."""
+        """Whether capped rates were raised, and the loss has not reached a new low since."""
         return not math.isnan(self.state.raised_from)
 
     def ends_before(self, step: int) -> bool:
         """Whether the run ends before rates that are raised at a step are seen to lead further down."""
-        least, share = _PROVES
+        least, share = _RAISE_FAILED
         return self.planned is not None and self.planned - step < max(least, share * step)
 
     def ease(self, step: int, *, changed: bool, until: int = 0, raised_from: float = math.nan) -> None:
@@ -239,20 +243,20 @@ class Schedule:
         far, if a higher one is from now on.
         """
         state = self.state
-        if changed or self.stands(step):
+        if changed or self.stands_still(step):
             state.lowest, state.lowest_at = math.inf, step
         if changed:
             state.moved_at, state.raised_from = step, raised_from
         if not until:
-            state.ease_gap = _EASE if changed else _SLOWER * state.ease_gap
+            state.ease_gap = _RELEASE_GAP if changed else _SLOWER * state.ease_gap
         state.ease_at = max(step + state.ease_gap, until)
 
-    def confirm(self) -> None:
-        """Take in that a check found the run diverging: such alarms are heard at once."""
+    def confirm_divergence(self) -> None:
+        """Take in that a check found the run diverging: the next alarm does not wait."""
         self.state.alarms = 0
 
     def put_off(self) -> bool:
-        """Put the check at hand off to the next step, which has a loss maybe; False if that was done too often."""
+        """Put the check at hand off to the next step, which may have a loss; False if that was done too often."""
         self.state.waits += 1
         return self.state.waits <= _PUT_OFF
 
@@ -263,7 +267,7 @@ class Schedule:
         state.paid += cost if self._from_share else 0.0
         state.full = cost if self._kind == SCHEDULED else state.full
 
-    def _paid(self, cost: float, step: int) -> bool:
+    def _within_budget(self, cost: float, step: int) -> bool:
         """Whether one more check of a cost stays within the budget; the first one always does."""
         state = self.state
         if self.share is None or state.spent == 0:
@@ -271,21 +275,21 @@ class Schedule:
         return max(state.paid, state.spent - _CREDIT) + cost <= self.share * step
 
     def affords(self, cost: float, step: int) -> bool:
-        """Return True if the run as planned pays for a cost, in training steps, beside what every run is given."""
+        """Return True if the whole run as planned, with the credit, pays for a cost in training steps."""
         if self.share is None:
             return True
         return self.state.spent + cost <= self.share * max(self.planned or 0, step) + _CREDIT
 
     @property
-    def _longest(self) -> int:
+    def _longest_wait(self) -> int:
         return max(self.every_n_steps // 2, 2)
 
-    def _called(self, step: int, since: float, paid: bool) -> bool:
+    def _trigger_is_due(self, step: int, since: float, paid: bool) -> bool:
         state = self.state
         if state.diverged:  # waits for no payment
-            return state.lost or since >= min(2**state.alarms, self._longest) or since > self.every_n_steps
+            return state.lost or since >= min(2**state.alarms, self._longest_wait) or since > self.every_n_steps
         if self.share is None:
             return since >= state.gap
         # The first few are on credit: a run that diverges early has paid for nothing.
-        credit = state.gap <= self._longest and self.affords(_LOOK, step)
+        credit = state.gap <= self._longest_wait and self.affords(_LOOK_COST, step)
         return (paid and since >= 2) or (credit and since >= state.gap)

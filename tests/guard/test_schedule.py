@@ -269,7 +269,7 @@ def test_a_diverged_loss_is_looked_at_in_the_next_step_and_one_that_is_not_finit
             schedule.spike(diverged=True)
         if step in {200, 203, 206}:
             schedule.spike(diverged=True)
-            schedule.confirm()  # each is found to be right
+            schedule.confirm_divergence()  # each is found to be right
         if 210 <= step < 220:
             schedule.spike(diverged=True, lost=True)
     assert found == [0, 2, 8, 21, 23, 27, 35, 51, 201, 204, 207, *range(211, 221)]
@@ -390,8 +390,8 @@ def test_capped_rates_are_looked_at_where_the_mean_loss_reaches_no_new_low():
     schedule.ease(0, changed=True)
     schedule.state.ease_at = 10_000  # the look that comes in any case
     for step in range(1, 600):
-        schedule.level(1.0 - min(step, 200) / 400, step)
-        stands = schedule.stands(step)
+        schedule.note_mean_loss(1.0 - min(step, 200) / 400, step)
+        stands = schedule.stands_still(step)
         if schedule.due(step, capped=True) is not None and stands:
             found.append(step)
             schedule.ease(step, changed=False, until=10_000)
@@ -402,14 +402,14 @@ def test_capped_rates_are_looked_at_where_the_mean_loss_reaches_no_new_low():
 
 def test_rates_that_were_raised_have_to_prove_themselves():
     schedule = Schedule(100, 0.02)
-    schedule.level(0.5, 40)
+    schedule.note_mean_loss(0.5, 40)
     schedule.ease(50, changed=True, raised_from=0.1)
-    schedule.level(0.5, 51)
-    assert schedule.raised and not schedule.stands(82) and schedule.stands(83)
-    schedule.level(0.4, 60)  # not yet their doing
-    assert schedule.raised and not schedule.stands(83)
-    schedule.level(0.3, 70)
-    assert not schedule.raised and not schedule.stands(70 + 47) and schedule.stands(70 + 48)
+    schedule.note_mean_loss(0.5, 51)
+    assert schedule.raised and not schedule.stands_still(82) and schedule.stands_still(83)
+    schedule.note_mean_loss(0.4, 60)  # not yet their doing
+    assert schedule.raised and not schedule.stands_still(83)
+    schedule.note_mean_loss(0.3, 70)
+    assert not schedule.raised and not schedule.stands_still(70 + 47) and schedule.stands_still(70 + 48)
     schedule.ease(120, changed=False)
     assert not schedule.raised
 
