@@ -383,6 +383,15 @@ def test_the_first_loss_that_is_not_finite_is_said_once_in_the_next_step(steps):
     assert lost[0].startswith(f"ConvergenceGuard: step {13 if steps else 12}: ")
 
 
+@pytest.mark.parametrize(("seconds", "action", "told"), [(0.0, "warn", [0]), (0.0, "log", []), (60.0, "warn", [])])
+def test_a_check_that_takes_long_says_once_what_training_waits_for(seconds, action, told, monkeypatch, caplog):
+    monkeypatch.setattr("lightning_maml_guard.guard.report.LONG", seconds)
+    with caplog.at_level("INFO"):
+        guarded(HandWritten(lr=1.0), sinusoids(2), action=action)
+    waits = [one_line(each.message) for each in caplog.records if "training waits" in each.message]
+    assert [int(re.search(r"step (\d+): training waits while lower rates", text)[1]) for text in waits] == told
+
+
 class Rising(HandWritten):
     """Its inner rate rises by a share a step, from a step on."""
 
