@@ -1,4 +1,4 @@
-"""What to advise: the last sane state of a run says which rate is to blame, rates tried from there what to set."""
+"""What to advise: rates tried from the last undamaged state of a run say which one is to blame, and what to set."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.learning import Learning, nearly_kept
 from lightning_maml_guard.lookahead.lookahead import Lookahead, lookahead_of
 from lightning_maml_guard.lookahead.odd_batches import norm_to_clip_to, without_odd
-from lightning_maml_guard.lookahead.rate_search import CLEARLY, LASTING_STEPS, TRIAL_STEPS, Found, RateSearch
+from lightning_maml_guard.lookahead.rate_search import CLEAR_SHARE, LASTING_STEPS, TRIAL_STEPS, RateSearch, SearchResult
 from lightning_maml_guard.lookahead.rates_to_set import (
-    CLEAR,
+    UNSUSPECTED,
     Rates,
     RatesToSet,
-    at_limits,
-    is_innocent,
+    is_not_to_blame,
     is_still_above,
     ratios,
     share_of_start,
     suspicion,
     tried_reason,
+    try_half_limits,
 )
 from lightning_maml_guard.messages.advice import Advice, Cause, cause_of, settable
 from lightning_maml_guard.messages.reasons import INCONCLUSIVE, Kind, Reason, Reasons
@@ -37,9 +37,9 @@ from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.stability.problems import PlainProblem, Problem
 from lightning_maml_guard.stability.report import StabilityReport
 
-# Lower rates must end lower by this share of the loss where a rate is so many times its limit.
-_CLEARLY_BEYOND, _BEYOND = 0.05, 2.0
-# A search may cost as much as some hundred steps, so that one run makes no more than so many.
+# If a rate exceeds this many times its limit, lower ones need to end lower by this share of the loss only.
+_BEYOND, _CLEAR_SHARE_BEYOND = 2.0, 0.05
+# Searches in one run at most: each may cost some hundred steps.
 _MOST_SEARCHES = 4
 
 
@@ -48,21 +48,21 @@ class Adviser:
 
     def __init__(self, run: GuardedRun, trainer: Any, module: Any, look: Look, step: int) -> None:
         self._run, self._trainer, self._module, self._look, self._step = run, trainer, module, look, step
-        self._counted: list[Lookahead] = []  # whose cost is the check's
-        self._measured = 0.0  # cost of measurements
-        self._further: dict[bool, RateSearch] = {}  # from where the run is, by whether alpha is a suspect
-        self._at_peak: Found | None = None  # what was found at the rate that the schedule goes to, if it is too high
-        self.stalled: Found | None = None  # and where a run does not learn
-        self.tried_from: Snapshot | None = None  # from where rates are tried, if it is not where the run is
+        self._lookaheads: list[Lookahead] = []  # whose cost is counted
+        self._measurement_cost = 0.0
+        self._searches: dict[bool, RateSearch] = {}  # by whether alpha is a suspect
+        self._at_peak: SearchResult | None = None  # if the rate that the schedule goes to is too high
+        self.stalled: SearchResult | None = None  # if the run does not learn
+        self.tried_from: Snapshot | None = None  # where rates are tried from, if not where the run is
 
     @property
     def cost(self) -> float:
         """What advising cost, in training steps."""
-        return self._measured + LOOKAHEAD_GRADIENT * sum(each.gradients for each in self._counted)
+        return self._measurement_cost + LOOKAHEAD_GRADIENT * sum(each.gradients for each in self._lookaheads)
 
     @property
-    def news(self) -> Kind | None:
-        """What a look found that calls for advice although the run survives the next steps; once each."""
+    def new_finding(self) -> Kind | None:
+        """A finding that calls for advice, once, although the run survives the next steps."""
         look, told = self._look, self._run.state.advised
         if not self._look.is_sane:
             return None
@@ -71,81 +71,80 @@ class Adviser:
         return Kind.ADAPTATION_HARMFUL if look.harmful and Kind.ADAPTATION_HARMFUL.value not in told else None
 
     def look_at_peak(self) -> None:
-        """Try the rate that the schedule goes to, until it was found too high."""
+        """Try the schedule's peak, until it was found too high."""
         untold = self._look.rises and self._look.is_sane and Kind.SCHEDULE_AHEAD.value not in self._run.state.advised
-        if untold and (not self._run.state.history or self._is_paid):
-            self._at_peak = self._better(self._look.harmful)
+        if untold and (not self._run.state.history or self._affords_trial):
+            self._at_peak = self._lower(self._look.harmful)
 
     def look_at_progress(self) -> None:
-        """Where the loss does not fall, see whether it would at lower rates, from here or from the start."""
+        """If the loss does not fall, see whether it would at lower rates, from here or from the start."""
         state, sane = self._run.state, self._look.is_sane and self._look.lookahead is not None
-        if state.statistics.stalled and sane and state.advice is None and (self._step == STALLED or self._is_paid):
-            self.stalled = self._better(self._look.harmful) or self._better_from_start()
+        judged = state.statistics.stalled and sane and state.advice is None
+        if judged and (self._step == STALLED or self._affords_trial):
+            self.stalled = self._lower(self._look.harmful) or self._lower_from_start()
             state.statistics.stalled = False
 
-    def comes_back(self, learning: Learning) -> bool:
-        """Whether a run that has lost what it had learned soon has it again; tried a few times, then if it is paid."""
-        run, search = self._run, self._from_here(alpha_suspect=True)
+    def recovers(self, learning: Learning) -> bool:
+        """Whether a run that has lost what it learned soon has it again; False if a trial costs too much."""
+        run, search = self._run, self._search_from_here(alpha_suspect=True)
         run.state.searches += 1
-        if run.state.searches > _MOST_SEARCHES and not self._is_paid:
+        if run.state.searches > _MOST_SEARCHES and not self._affords_trial:
             return False
         kept = nearly_kept(learning, search.lookahead, self._module, self._trainer.optimizers, run.ring.kept)
-        return search.comes_back(kept, share_of_start(self._look.scale, CLEARLY))
+        return search.recovers(kept, share_of_start(self._look.scale, CLEAR_SHARE))
 
-    def look_further(self, report: StabilityReport) -> Found | None:
-        """Try more steps than a lookahead does; what was found, if lower rates do clearly better.
-
-        Left out where the critical values are far above the rates.
-        """
+    def look_further(self, report: StabilityReport) -> SearchResult | None:
+        """Try more steps than a lookahead does, unless the rates are far below their limits; see `_lower`."""
         known = ratios(report)
-        if self._look.lookahead is None or all(ratio < CLEAR for ratio in known):
+        if self._look.lookahead is None or all(ratio < UNSUSPECTED for ratio in known):
             return None
-        suspect, weight = self._suspicion(report)
+        suspect, beta_handicap = self._suspicion(report)
         beyond = suspect or any(ratio > _BEYOND for ratio in known)
-        return self._better(suspect, _CLEARLY_BEYOND if beyond else CLEARLY, weight)
+        return self._lower(suspect, _CLEAR_SHARE_BEYOND if beyond else CLEAR_SHARE, beta_handicap)
 
     @property
-    def _is_paid(self) -> bool:
-        return self._run.schedule.affords(LOOKAHEAD_GRADIENT * 2 * TRIAL_STEPS, self._step)  # of one lower rate
+    def _affords_trial(self) -> bool:  # of one lower rate
+        return self._run.schedule.affords(LOOKAHEAD_GRADIENT * 2 * TRIAL_STEPS, self._step)
 
-    def _better(self, alpha_suspect: bool, share: float = CLEARLY, weight: float = 1.0) -> Found | None:
-        """Try the rates for more steps than a lookahead; what was found, if lower ones do clearly better."""
-        search = self._from_here(alpha_suspect)
-        clearly = max(share_of_start(self._look.scale, share), search.clearly(share))
+    def _lower(self, alpha_suspect: bool, share: float = CLEAR_SHARE, handicap: float = 1.0) -> SearchResult | None:
+        """Search for lower rates; None unless they do better by a share of the loss."""
+        search = self._search_from_here(alpha_suspect)
+        margin = max(share_of_start(self._look.scale, share), search.clear_margin(share))
         present, best = search.probe()
-        if present.trains and best.learned <= present.learned + clearly:
+        if present.trains and best.learned <= present.learned + margin:
             return None
-        found = search.find(weight)
-        return found if found.best.trains and found.best.learned > found.present.learned + clearly else None
+        found = search.find(handicap)
+        return found if found.best.trains and found.best.learned > found.present.learned + margin else None
 
-    def _better_from_start(self) -> Found | None:
-        """The same from the oldest copy: what a rate has killed learns at no rate, not even the batches at hand."""
+    def _lower_from_start(self) -> SearchResult | None:
+        """Search from the oldest copy: a network whose units have died learns at no rate from where it is."""
         if not (self._run.state.statistics.stuck and self._run.ring.kept):
             return None
-        here, scale, self.tried_from = self._from_here(self._look.harmful), self._look.scale, self._run.ring.kept[0]
-        with self._sane():
+        here, self.tried_from = self._search_from_here(self._look.harmful), self._run.ring.kept[0]
+        with self._at_last_sane_state():
             search = self._search(self._look.problems, alpha_suspect=True, steps=LASTING_STEPS)
-            if search.begins_below(here.at().end):
-                lowest = search.spread()
-                if scale.times(1 + CLEARLY, lowest.end) < min(here.at(steps=LASTING_STEPS).end, search.at().end):
-                    return search.find_alpha() if lowest.at.alpha < 1 else search.find_beta(1.0)
+            if search.is_soon_below(here.trial().end):
+                lowest = search.lowest_far_below()
+                present = min(here.trial(steps=LASTING_STEPS).end, search.trial().end)
+                if self._look.scale.times(1 + CLEAR_SHARE, lowest.end) < present:
+                    return search.find_alpha() if lowest.factors.alpha < 1 else search.find_beta(1.0)
         self.tried_from = None
         return None
 
     def advise(
-        self, report: StabilityReport, findings: Reasons, transition: Transition, further: Found | None
+        self, report: StabilityReport, findings: Reasons, transition: Transition, further: SearchResult | None
     ) -> Advice | None:
-        """Advise a run that has just become unsafe, or of which a look found something new; else None."""
-        state, news = self._run.state, self.news
+        """Advise a run that has just become unsafe, or of which something new was found; else None."""
+        state, news = self._run.state, self.new_finding
         if not transition.entered and news is None:
             return None
         if self._look.lookahead is None or self._look.present is None:
             found = replace(report.advice or Advice(cause=Cause.UNKNOWN), step=self._step, evidence=findings)
-        elif self._stands(report, news):
+        elif self._still_holds(report, news):
             assert state.advice is not None
             found = replace(state.advice, step=self._step, evidence=findings if self._look.is_sane else findings[-1:])
         else:
-            found = self.found(report, findings, further, None if transition.entered else news)
+            found = self.search_advice(report, findings, further, None if transition.entered else news)
         if news is Kind.NOT_LEARNING:
             losses = (state.statistics.before, math.nan, state.statistics.start)
             found = replace(found, evidence=(Reason(news, losses=losses, steps=self._step), *found.evidence))
@@ -157,55 +156,57 @@ class Adviser:
         state.advice = found
         return found
 
-    def _stands(self, report: StabilityReport, news: Kind | None) -> bool:
-        """Whether earlier advice still stands: it was about the same rates, and nothing new was found."""
+    def _still_holds(self, report: StabilityReport, news: Kind | None) -> bool:
+        """Whether earlier advice still holds: it was about the same rates, and nothing new was found."""
         earlier = self._run.state.advice
         if earlier is None or self._run.state.searches >= _MOST_SEARCHES:
             return earlier is not None
         return news is None and earlier.cause is not Cause.UNKNOWN and earlier.is_about(report.alpha, self._peak)
 
-    def found(self, report: StabilityReport, findings: Reasons, further: Found | None, news: Kind | None) -> Advice:
-        """Search for what to advise; a run is given a few searches."""
+    def search_advice(
+        self, report: StabilityReport, findings: Reasons, known: SearchResult | None, news: Kind | None
+    ) -> Advice:
         died, self._run.state.searches = self._look.died, self._run.state.searches + 1
-        with self._sane() as at:
-            if at != self._step:  # limits where the run has been thrown to blame the wrong rate
+        with self._at_last_sane_state() as at:
+            if at != self._step:  # limits measured after a divergence blame the wrong rate
                 last = findings[len(report.findings) :][-1:]
                 earlier = (each for each in reversed(self._run.state.history) if (each.step or 0) <= at)
                 report = next((replace(each, alpha=report.alpha, beta=report.beta) for each in earlier), report)
                 findings = (*(each for each in report.findings if is_still_above(each, report)), *last)
-            known = {None: None, Kind.SCHEDULE_AHEAD: self._at_peak, Kind.NOT_LEARNING: self.stalled}.get(news)
-            if (known := further or known) is not None:
-                return self._of_rates(known, report, findings, died)
-            # Beyond its limit an inner rate alone makes batches unlike one another.
+            if known is None and news is not None:
+                known = {Kind.SCHEDULE_AHEAD: self._at_peak, Kind.NOT_LEARNING: self.stalled}.get(news)
+            if known is not None:
+                return self._rate_advice(known, report, findings, died)
+            # An inner rate beyond its limit makes the losses of good batches differ, too.
             problems, odd = self._without_odd(0.5 / report.alpha_ratio if report.alpha_ratio > 1 else 1.0, at)
-            suspect, weight = self._suspicion(report)
+            suspect, beta_handicap = self._suspicion(report)
             search = self._search(problems, suspect)
-            if odd is not None and math.isfinite(search.at().end):
-                return self._of_batch(problems, *odd, report)
+            if odd is not None and math.isfinite(search.trial().end):
+                return self._clip_advice(problems, *odd, report)
             before = None if odd is None or odd[1] >= at else self._run.ring.latest_before(odd[1])
-            if before is not None:  # the optimizer's state holds what the odd batch did
+            if before is not None:  # the odd batch is still in the optimizer's momentum
                 self.tried_from = before
-                return self.found(report, findings, further, news)
-            found = search.find_alpha() if news is Kind.ADAPTATION_HARMFUL else search.find(weight)
+                return self.search_advice(report, findings, known, news)
+            found = search.find_alpha() if news is Kind.ADAPTATION_HARMFUL else search.find(beta_handicap)
             if not found.best.trains:
-                found = at_limits(search, found, report, self._peak)
-            return self._of_rates(found, report, findings, died)
+                found = try_half_limits(search, found, report, self._peak)
+            return self._rate_advice(found, report, findings, died)
 
     def _suspicion(self, report: StabilityReport) -> tuple[bool, float]:
         return suspicion(report, self._look.problem, self._look.adaptation_gain, harmful=self._look.harmful)
 
     def _measured_at(self, factor: float) -> StabilityReport:
-        problem, run = self._look.problem, self._run
+        problem, optimizers, run = self._look.problem, self._look.optimizers, self._run
         assert not isinstance(problem, PlainProblem)
-        given: dict[str, Any] = {"optimizer": self._look.optimizers, "curvature": run.settings.curvature}
-        report = measure(problem.at_factor(factor), **given, cache=run.cache)
-        self._measured += report.cost
+        at, curvature = problem.at_factor(factor), run.settings.curvature
+        report = measure(at, optimizer=optimizers, curvature=curvature, cache=run.cache)
+        self._measurement_cost += report.cost
         return report
 
-    def _from_here(self, alpha_suspect: bool) -> RateSearch:
-        if alpha_suspect not in self._further:
-            self._further[alpha_suspect] = self._search(self._look.problems, alpha_suspect)
-        return self._further[alpha_suspect]
+    def _search_from_here(self, alpha_suspect: bool) -> RateSearch:
+        if alpha_suspect not in self._searches:
+            self._searches[alpha_suspect] = self._search(self._look.problems, alpha_suspect)
+        return self._searches[alpha_suspect]
 
     def _search(self, problems: Sequence[Problem], alpha_suspect: bool, steps: int = TRIAL_STEPS) -> RateSearch:
         lookahead = self._lookahead(fresh(self._run, problems))
@@ -216,8 +217,8 @@ class Adviser:
 
     def _lookahead(self, problems: Sequence[Problem]) -> Lookahead:
         run, optimizers = self._run, self._look.optimizers
-        self._counted.append(lookahead_of(problems, optimizers, 1, self._trainer, run.cache, run.state.clipped_to))
-        return self._counted[-1]
+        self._lookaheads.append(lookahead_of(problems, optimizers, 1, self._trainer, run.cache, run.state.clipped_to))
+        return self._lookaheads[-1]
 
     @property
     def _rising(self) -> RatesAhead | None:
@@ -227,27 +228,27 @@ class Adviser:
 
     @property
     def _peak(self) -> float:
-        """The outer rate to judge: where the schedule takes it, else the one at hand."""
+        """The outer rate to judge: the schedule's peak if it is higher, else the one at hand."""
         rising, beta = self._rising, self._look.beta
         return beta if rising is None else max(rising.peak()[0], beta)
 
     @contextmanager
-    def _sane(self) -> Iterator[int]:
-        """Go to the last sane state of the run, whose step is given, and come back."""
+    def _at_last_sane_state(self) -> Iterator[int]:
+        """Go to the last state from which the loss survives, yield its step, and come back."""
         snapshot, held = self.tried_from, (self._module, self._trainer.optimizers)
         if snapshot is None and not (self._look.is_sane and self._survives()):
             snapshot = self._run.ring.latest_that(self._survives, *held)
         if snapshot is None or snapshot.step >= self._step:
             yield self._step
-            return
-        with snapshot.visited(*held, self._run.settings.snapshot_device):
-            yield snapshot.step
+        else:
+            with snapshot.visited(*held, self._run.settings.snapshot_device):
+                yield snapshot.step
 
     def _survives(self) -> bool:
         return self._search(self._without_odd(1.0)[0], alpha_suspect=True).survives
 
     def _without_odd(self, alpha: float, since: float = math.inf) -> tuple[list[Problem], tuple[Problem, int] | None]:
-        """Leave out batches unlike the others, also that of the highest loss since a step; the worst, and its step."""
+        """Leave out batches unlike the others, also the highest spike after a step; return the worst and its step."""
         run, problems = self._run, self._look.problems
         if run.repeats:
             return problems, None
@@ -257,8 +258,7 @@ class Adviser:
         kept, odd = without_odd(problems, self._lookahead(problems), self._look.scale, alpha)
         return kept, None if odd is None else (problems[odd], steps[odd])
 
-    def _of_batch(self, problems: Sequence[Problem], odd: Problem, step: int, report: StabilityReport) -> Advice:
-        """Advise to clip what an odd batch does, where that helps."""
+    def _clip_advice(self, problems: Sequence[Problem], odd: Problem, step: int, report: StabilityReport) -> Advice:
         losses, norm = norm_to_clip_to(self._lookahead([odd, *problems]))
         return Advice(
             cause=Cause.BATCH,
@@ -269,9 +269,9 @@ class Adviser:
             configured_beta=to_configure(self._run.ahead, self._peak),
         )
 
-    def _of_rates(self, found: Found, report: StabilityReport, findings: Reasons, died: Reasons) -> Advice:
-        proved = self._look.harmful and report.alpha_ratio > 1
-        to_blame = proved or (found.best.trains and not is_innocent(found, report, self._look.scale))
+    def _rate_advice(self, found: SearchResult, report: StabilityReport, findings: Reasons, died: Reasons) -> Advice:
+        proven = self._look.harmful and report.alpha_ratio > 1
+        to_blame = proven or (found.best.trains and not is_not_to_blame(found, report, self._look.scale))
         alpha, beta, rising = report.alpha, self._peak, self._rising
         rates, look, step = Rates(), self._look, report.step or 0
         if to_blame:
@@ -281,11 +281,11 @@ class Adviser:
             rates = to_set.of(found, report, [each for each in self._run.state.history if (each.step or 0) <= step])
         lower_alpha, lower_beta = (rate is not None for rate in rates)
         died = () if lower_alpha or not lower_beta else died
-        proves = found.best.end < found.present.end or not (lower_alpha or lower_beta)
-        tried = [tried_reason(found, alpha, beta, look.scale.start, self.tried_from)] if proves else []
-        # What tells nothing of a rate is no reason to lower it, nor is the limit of another rate.
+        supports = found.best.end < found.present.end or not (lower_alpha or lower_beta)
+        tried = [tried_reason(found, alpha, beta, look.scale.start, self.tried_from)] if supports else []
+        # Findings about the other rate, or about neither, are no reason to lower a rate.
         told = {"alpha": lower_alpha or not lower_beta, "beta": lower_beta or not lower_alpha}
-        shown = [e for e in findings if told.get(e.rate, True) and not (proves and e.kind in INCONCLUSIVE)]
+        shown = [e for e in findings if told.get(e.rate, True) and not (supports and e.kind in INCONCLUSIVE)]
         return Advice(
             cause=cause_of(alpha=lower_alpha, beta=lower_beta, rising=rising is not None, died=bool(died)),
             alpha=None if rates.alpha is None else settable(rates.alpha),

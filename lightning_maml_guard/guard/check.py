@@ -108,7 +108,7 @@ class Check:
                 run.begin_match(trainer, module, batch, batch_idx, look.optimizers)
             adviser, stuck = Adviser(run, trainer, module, look, step), statistics.stuck
             learning, collapsed = self.rollback.compare(look), None
-            if learning is not None and learning.has_lost_half and not adviser.comes_back(learning):
+            if learning is not None and learning.has_lost_half and not adviser.recovers(learning):
                 collapsed = self.rollback.lost(learning, look, step)
                 look.severity = max(look.severity, math.log(ratio))
             adviser.look_at_peak()
@@ -120,7 +120,7 @@ class Check:
             if failing and self.rollback.helps(look.present.begin):
                 run.schedule.confirm()
             run.note_severity(step, look.severity, look.beta)
-        if stuck and not failing and adviser.news is None:
+        if stuck and not failing and adviser.new_finding is None:
             self.rollback.warn_of_stall(look, step)
         thrown = gone or not (look.is_sane or look.may_miss_clipping(ratio))
         return Seen(look, adviser, caps, learning, collapsed, failing, gone, thrown)
@@ -128,7 +128,7 @@ class Check:
     def _ends_early(self, seen: Seen, step: int, *, scheduled: bool) -> bool:
         """End a triggered check that found nothing: the caps may move, and a run that is well is kept."""
         look, run, trainer, module = seen.look, self.run, self.trainer, self.module
-        if look.present is None or scheduled or seen.failing or seen.adviser.news is not None:
+        if look.present is None or scheduled or seen.failing or seen.adviser.new_finding is not None:
             return False
         left_best = seen.learning is not None and not seen.learning.holds
         well = passes(look.severity, self.ratio)
@@ -149,7 +149,7 @@ class Check:
             return look.last is None or not self.rollback.ends(look.last, step)
         begin = look.present.begin
         found = seen.adviser.stalled if seen.adviser.tried_from is not None else None
-        killed = found is not None and (found.best.at.beta < 1 or run.caps.reaches_alpha(self.module))
+        killed = found is not None and (found.best.factors.beta < 1 or run.caps.reaches_alpha(self.module))
         thrown = seen.failing and seen.thrown and self.rollback.helps(begin)
         if self.settings.rollback and (killed or thrown):
             if killed:  # at lower rates it learns from where it began, and no longer from where it is

@@ -15,7 +15,7 @@ from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.divergence import fails, undecided_severity
 from lightning_maml_guard.lookahead.learning import Learning, last_loss_reason, lookahead_reason
 from lightning_maml_guard.lookahead.lookahead import Caps
-from lightning_maml_guard.lookahead.rate_search import Found
+from lightning_maml_guard.lookahead.rate_search import SearchResult
 from lightning_maml_guard.messages.advice import Advice
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_check
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
@@ -123,13 +123,13 @@ def _tell_of_clipping(
     seen: Seen,
     report: StabilityReport,
     findings: tuple[Reason, ...],
-    further: Found | None,
+    further: SearchResult | None,
     step: int,
 ) -> None:
     """Say once what to set if a training step clips nothing by itself, as steps tried on copies do not."""
     told = Reason(Kind.CLIPPING_NOT_SEEN, step=step)
     if told.key not in run.state.announced and run.settings.acting.speaks:
-        found = seen.adviser.found(report, findings, further, None)
+        found = seen.adviser.search_advice(report, findings, further, None)
         rates = {"alpha": found.alpha, "beta": found.beta}
         given: dict[str, Any] = {name: rate for name, rate in rates.items() if rate is not None}
         told = replace(told, effect=found.setting, **given)

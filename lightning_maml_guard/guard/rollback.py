@@ -16,7 +16,7 @@ from lightning_maml_guard.lookahead.divergence import fails
 from lightning_maml_guard.lookahead.learning import PROBES, Learning, compared, lost_reason, spread_out
 from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, lookahead_of
 from lightning_maml_guard.lookahead.odd_batches import without_odd
-from lightning_maml_guard.lookahead.rate_search import SURE
+from lightning_maml_guard.lookahead.rate_search import FAR_LOWER_BETA
 from lightning_maml_guard.messages.advice_sentences import given_up
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced
@@ -168,7 +168,7 @@ class Rollback:
             return
         good = [ring.kept[index] for index in self._learning(look, start=self.run.state.statistics.start).good]
         caps = self.run.caps.caps
-        beta = SURE * caps.applied(math.nan, before.beta)[1]
+        beta = FAR_LOWER_BETA * caps.applied(math.nan, before.beta)[1]
         ends: dict[int, float] = {}
         for snapshot in good[:_TRIED]:
             with snapshot.visited(self.module, self.trainer.optimizers):

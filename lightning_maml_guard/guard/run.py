@@ -249,7 +249,7 @@ class GuardedRun:
         # One of several processes has batches of its own, or pieces, and the checkpoint is the first one's.
         exactly = settings.acting.resumes_exactly and settings.lookahead.steps > 0 and ranks.processes == 1
         kept = self.ring.state() if settings.rollback and ranks.size == ranks.processes else []
-        self.cache.note_the_map()
+        self.cache.remember_looping()
         state = replace(self.state, watches=self.machine.watches, caps=self.caps.caps, snapshots=kept)
         return replace(state, batches=self.replay.state(), spike=self.replay.spike_state()) if exactly else state
 

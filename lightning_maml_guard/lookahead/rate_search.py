@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -11,34 +11,35 @@ from typing import NamedTuple
 from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.lookahead import Lookahead
 
-# Steps that each pair of rates is tried for: rates that survive 10 steps may diverge within 30.
+# Steps of a trial: rates that survive 10 steps may diverge within 30.
 TRIAL_STEPS = 30
-# Steps that rates have to last for before they are advised: with a memory, or where both rates are too high, 30 say
-# little.
+# Steps that rates have to survive before they are advised: 30 say little for optimizers with momentum, or where both
+# rates are too high.
 LASTING_STEPS = 100
-# The outer rate to set is no lower than the lowest that learns so large a share of what the best one does, which is too
-# high for a whole run.
-FLAT = 0.7
-# And at most this share of the largest that trains: plain SGD's, and that of optimizers with a memory, whose
-# instability takes longer to show.
+# Lower bound of the outer rate to set: the lowest one that learns this share of what the best one does. The best one
+# itself is too high for a whole run.
+NEARLY_AS_MUCH = 0.7
+# Upper bound of the outer rate to set, as a share of the largest that trains: for plain SGD, and for optimizers with
+# momentum, whose instability takes longer to show.
 SHARE, SHARE_WITH_MEMORY = 0.5, 0.2
-# A pair of lowered rates has to learn this much more than the better one of them alone.
+# Both rates are lowered only if that learns this many times as much as the better one alone.
 BOTH = 1.25
-# And an inner rate whose adaptation is not harmful this much more than a lower outer rate before it is blamed: a few
-# batches are learned by heart the sooner the less a network adapts.
+# An inner rate whose adaptation is not harmful is blamed only if lowering it learns this many times as much as lowering
+# the outer rate: a network memorises a few batches the sooner the less it adapts.
 ALPHA = 1.1
 # Lower rates must end lower by this share of the loss before they are advised to a run that does not diverge.
-CLEARLY = 0.1
+CLEAR_SHARE = 0.1
 # Adaptation that takes the loss above this many times the one before it is harmful.
 _HARMS = 1.25
+# Factors on the rates, from high to low.
 ALPHA_LADDER = tuple(2.0**-k for k in range(1, 9))
 BETA_LADDER = tuple(2.0**-k for k in range(1, 15))
-# Inner rates below the best one that are tried before the ladder ends.
+# Inner rates below the best one that are tried before the search stops.
 PATIENCE = 2
-# Factors on the inner rate and on the outer rate that are tried to see whether lower rates do better.
-PROBES, SUSPECT_PROBE = ((1.0, 0.25), (1.0, 1 / 16)), (0.5, 1.0)
-# At this share of the outer rate only what is wrong with the parameters or the optimizer's state makes the loss leave.
-SURE = 1 / 32
+# Factors on both rates with which `probe` sees whether lower rates do better.
+BETA_PROBES, ALPHA_PROBE = ((1.0, 0.25), (1.0, 1 / 16)), (0.5, 1.0)
+# At this factor on the outer rate a loss that still diverges is the fault of the parameters or the optimizer's state.
+FAR_LOWER_BETA = 1 / 32
 
 
 class Factors(NamedTuple):
@@ -50,54 +51,54 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class Trial:
-    """The next steps at some rates.
+    """The next steps, tried at some rates.
 
     Attributes:
-        at: Factors on the rates.
-        end: Mean loss over the last quarter of the steps; ``inf`` where the loss left.
+        factors: Factors on the rates.
+        end: Mean loss over the last quarter of the steps; ``inf`` if the loss diverged.
         learned: By how much ``end`` is below the loss before training.
-        gained: By how much it is below the loss that the same inner rates start from: what the outer rate did.
-        trains: Whether the loss never left and ended no higher than before training.
-        steps: Their number.
+        outer_gain: By how much ``end`` is below the loss before the first step with the same inner rates.
+        trains: Whether the loss never diverged and ended no higher than before training.
+        steps: Number of steps.
     """
 
-    at: Factors
+    factors: Factors
     end: float
     learned: float
-    gained: float
+    outer_gain: float
     trains: bool
     steps: int = TRIAL_STEPS
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search found.
 
     Attributes:
-        present: A trial of the rates as they are.
-        best: The one of lowered rates that learned most.
-        flat: The lowest factor on the outer rate that learns nearly as much; 1 where that rate is not to blame.
-        most: The highest one to set for a whole run.
-        near: The highest factor on the inner rates that learns nearly as much; where the outer rate is to be lowered,
-            too, that adapts nearly as well.
+        present: The trial of the rates as they are.
+        best: The trial of lowered rates that learned most.
+        lowest_beta: The lowest factor on the outer rate that learns nearly as much; 1 if that rate is not to blame.
+        highest_beta: The highest factor on the outer rate to set for a whole run.
+        highest_alpha: The highest factor on the inner rates that learns nearly as much; if the outer rate is lowered
+            too, the highest that adapts nearly as well.
     """
 
     present: Trial
     best: Trial
-    flat: float = 1.0
-    most: float = 1.0
-    near: float = 1.0
+    lowest_beta: float = 1.0
+    highest_beta: float = 1.0
+    highest_alpha: float = 1.0
 
 
 class RateSearch:
-    """Tries rates on copies, each pair once.
+    """Tries pairs of rates on copies, each pair once. "Learned" is measured from the loss before training.
 
     Args:
-        lookahead: Tries steps.
+        lookahead: Takes steps on copies.
         scale: How losses are compared.
-        ratio: Factor on the loss before training at which a trial ends.
+        ratio: Factor on the loss before training at which a trial counts as diverged and ends.
         alpha_suspect: Whether the inner rate may be to blame.
-        peak: Factor on the scheduled outer rate that stands for 1 here: where the schedule goes.
+        peak: Peak of the schedule over the outer rate at hand; factors on the outer rate are relative to the peak.
         steps: Steps of a trial.
     """
 
@@ -113,178 +114,185 @@ class RateSearch:
     ) -> None:
         self.lookahead, self._scale, self._ratio, self._peak, self.steps = lookahead, scale, ratio, peak, steps
         self._alpha_suspect, self._has_alpha = alpha_suspect, not math.isnan(lookahead.alpha)
-        self._known: dict[tuple[Factors, int], Trial] = {}
-        self._untrained: dict[float, tuple[float, ...]] = {}
+        self._trials: dict[tuple[Factors, int], Trial] = {}
+        self._initial_losses: dict[float, tuple[float, ...]] = {}
 
-    def untrained(self, alpha: float) -> tuple[float, ...]:
-        """The losses of the batches before training, at a factor on the inner rates."""
-        if alpha not in self._untrained:
-            self._untrained[alpha] = self.lookahead.untrained(alpha)
-        return self._untrained[alpha]
+    def initial_losses(self, alpha: float) -> tuple[float, ...]:
+        """Losses of the batches before the first step, at a factor on the inner rates."""
+        if alpha not in self._initial_losses:
+            self._initial_losses[alpha] = self.lookahead.untrained(alpha)
+        return self._initial_losses[alpha]
 
     def harms(self, alpha: float) -> bool:
-        """Whether adaptation at a factor on the inner rates makes the batches clearly worse than none."""
-        return not _mean(self.untrained(alpha)) <= self._scale.times(_HARMS, _mean(self.untrained(0.0)))
+        """Whether adaptation at a factor on the inner rates makes the loss clearly worse than no adaptation."""
+        return not _mean(self.initial_losses(alpha)) <= self._scale.times(_HARMS, _mean(self.initial_losses(0.0)))
 
     @property
     def reference(self) -> tuple[float, ...]:
-        """The losses of the batches before training, with adaptation or, where that may be harmful, without."""
-        adapted = self.untrained(1.0)
+        """Losses of the batches before training, with adaptation or, if adaptation may be harmful, without."""
+        adapted = self.initial_losses(1.0)
         if self._has_alpha and (self._alpha_suspect or not math.isfinite(_mean(adapted))):
-            return min(adapted, self.untrained(0.0), key=_mean)
+            return min(adapted, self.initial_losses(0.0), key=_mean)
         return adapted
 
-    def at(self, alpha: float = 1.0, beta: float = 1.0, steps: int | None = None) -> Trial:
+    def trial(self, alpha: float = 1.0, beta: float = 1.0, steps: int | None = None) -> Trial:
         """Try factors on the rates, for another number of steps if one is given."""
         key = Factors(alpha, beta), steps or self.steps
-        if key not in self._known:
-            self._known[key] = self._tried(*key)
-        return self._known[key]
+        if key not in self._trials:
+            self._trials[key] = self._tried(*key)
+        return self._trials[key]
 
-    def _tried(self, at: Factors, steps: int) -> Trial:
-        start, untrained = self.reference, self.untrained(at.alpha)
-        # A loss may begin high, where the inner rate is to blame, but may not rise.
-        highest = self._scale.times(self._ratio, max(*start, *untrained))
+    def _tried(self, factors: Factors, steps: int) -> Trial:
+        start, initial = self.reference, self.initial_losses(factors.alpha)
+        # A loss may begin high if the inner rate is to blame, but it may not rise.
+        highest = self._scale.times(self._ratio, max(*start, *initial))
         if not math.isfinite(highest):
-            return Trial(at, math.inf, -math.inf, -math.inf, trains=False, steps=steps)
-        losses = self.lookahead.run(at.alpha, at.beta * self._peak, steps=steps, highest=highest).losses
+            return Trial(factors, math.inf, -math.inf, -math.inf, trains=False, steps=steps)
+        losses = self.lookahead.run(factors.alpha, factors.beta * self._peak, steps=steps, highest=highest).losses
         if not all(loss <= highest for loss in losses):
-            return Trial(at, math.inf, -math.inf, -math.inf, trains=False, steps=steps)
-        end, before, own = (self._at_end(each, steps) for each in (losses[:steps], start, untrained))
-        return Trial(at, end, before - end, own - end, trains=end <= before, steps=steps)
+            return Trial(factors, math.inf, -math.inf, -math.inf, trains=False, steps=steps)
+        end, before, initial_loss = (self._mean_at_end(each, steps) for each in (losses[:steps], start, initial))
+        return Trial(factors, end, before - end, initial_loss - end, trains=end <= before, steps=steps)
 
     def probe(self) -> tuple[Trial, Trial]:
-        """Try the rates as they are and a few lower ones: the former, and the one of all that learns most.
+        """Try the rates as they are and a few lower ones; return the trial of the former and the best of all.
 
-        Where a run trains at a lower rate and learns less than at its own, it is not tried at still lower ones.
+        If the run trains at a lower rate but learns less, still lower ones are not tried.
         """
-        tried = [self.at(), *([self.at(*SUSPECT_PROBE)] if self._has_alpha and self._alpha_suspect else [])]
-        for factors in PROBES:
-            tried.append(self.at(*factors))
+        tried = [self.trial(), *([self.trial(*ALPHA_PROBE)] if self._has_alpha and self._alpha_suspect else [])]
+        for factors in BETA_PROBES:
+            tried.append(self.trial(*factors))
             if tried[-1].trains and tried[-1].learned < tried[0].learned:
                 break
         return tried[0], _best(tried)
 
     @property
     def survives(self) -> bool:
-        """Whether the loss does not leave at a very low outer rate; else this is no place to try rates from."""
-        return math.isfinite(self.at(beta=SURE).end)
+        """Whether the loss stays finite at a very low outer rate; if not, rates cannot be compared from here."""
+        return math.isfinite(self.trial(beta=FAR_LOWER_BETA).end)
 
-    def begins_below(self, loss: float) -> bool:
-        """Whether a few steps at a far lower outer rate end below a loss; else a run may only begin slowly."""
-        return self.at(*PROBES[-1], steps=TRIAL_STEPS).end < loss
+    def is_soon_below(self, loss: float) -> bool:
+        """Whether a trial at a far lower outer rate ends below a loss; if not, the run may just begin slowly."""
+        return self.trial(*BETA_PROBES[-1], steps=TRIAL_STEPS).end < loss
 
-    def spread(self) -> Trial:
-        """Try rates far below those at hand, one lowered at a time; the one that ends lowest."""
-        alphas = [self.at(factor) for _, factor in PROBES] if self._has_alpha else []
-        return min([*(self.at(*factors) for factors in PROBES), *alphas], key=lambda each: each.end)
+    def lowest_far_below(self) -> Trial:
+        """Try each rate alone far below its present value; return the trial that ends lowest."""
+        alphas = [self.trial(factor) for _, factor in BETA_PROBES] if self._has_alpha else []
+        return min([*(self.trial(*factors) for factors in BETA_PROBES), *alphas], key=lambda each: each.end)
 
-    def comes_back(self, kept: Sequence[float], clearly: float) -> bool:
-        """Whether the rates as they are lead the batches down to losses, and no lower ones learn clearly more."""
+    def recovers(self, goal: Sequence[float], margin: float) -> bool:
+        """Whether the rates as they are bring the batches down to losses, and lower rates are not clearly better."""
         present, best = self.probe()
-        lost = present.end > self._at_end(kept, self.steps)
-        return present.trains and not lost and best.learned <= present.learned + clearly
+        lost = present.end > self._mean_at_end(goal, self.steps)
+        return present.trains and not lost and best.learned <= present.learned + margin
 
-    def _at_end(self, losses: Sequence[float], steps: int) -> float:
+    def _mean_at_end(self, losses: Sequence[float], steps: int) -> float:
         """Mean loss over the last quarter of the steps, each on its batch."""
         return _mean([losses[step % len(losses)] for step in range(steps)[-max(steps // 4, 1) :]])
 
-    def find(self, outweighs: float = 1.0) -> Found:
-        """Find which rate to lower, and to what; a lower outer rate is blamed if it learns so many times as much.
+    def find(self, beta_handicap: float = 1.0) -> SearchResult:
+        """Find which rate to lower, and to what.
 
-        Lowering the right rate alone lets the run learn; lowering the other one alone does not, or learns less. The
-        suspect's ladder is gone down rung by rung, the other one's in long strides, to compare.
+        Each rate is lowered alone, the suspect in factors of two and the other one in large strides. The one whose
+        lowering learns more is to blame; the outer one has to learn ``beta_handicap`` times as much.
         """
         if not self._has_alpha:
-            return self._found_beta(self._betas())
+            return self._beta_result(self._lower_betas())
         if self._alpha_suspect:
-            alphas, betas = self._alphas(), self._betas(strides=3)
+            alphas, betas = self._lower_alphas(), self._lower_betas(stride=3)
             if _best(betas).learned > _best(alphas).learned:
-                betas = self._betas()
+                betas = self._lower_betas()
         else:
-            betas, alphas = self._betas(), [self.at(factor, 1.0) for factor in (0.5, 0.125)]
+            betas, alphas = self._lower_betas(), [self.trial(factor, 1.0) for factor in (0.5, 0.125)]
             if _best(alphas).learned > ALPHA * _best(betas).learned:
-                alphas = self._alphas()
-        if _mean(self.untrained(1.0)) < _mean(self.untrained(0.5)) < _mean(self.untrained(0.0)):
-            outweighs = 1.0  # an inner loop that diverges does not help the more the higher its rate
-        best, factor = _best(alphas), (1.0 if self._alpha_suspect else ALPHA) / outweighs
-        # Below an inner rate that is too high lower ones do not diverge; where they do, one has survived by chance.
+                alphas = self._lower_alphas()
+        if _mean(self.initial_losses(1.0)) < _mean(self.initial_losses(0.5)) < _mean(self.initial_losses(0.0)):
+            beta_handicap = 1.0  # adaptation helps, the more the higher the inner rate: it does not diverge
+        if self._is_alpha_to_blame(alphas, betas, beta_handicap):
+            return self._alpha_result(alphas)
+        betas = self._lower_betas()
+        return (self._alpha_suspect and self._both_lowered(betas, beta_handicap)) or self._beta_result(betas)
+
+    def _is_alpha_to_blame(self, alphas: list[Trial], betas: list[Trial], beta_handicap: float) -> bool:
+        """Whether lowering the inner rate alone learns more than lowering the outer rate alone."""
+        best, factor = _best(alphas), (1.0 if self._alpha_suspect else ALPHA) / beta_handicap
+        # Below an inner rate that is too high lower ones do not diverge; if they do, one has survived by chance.
         lower_diverge = not all(math.isfinite(each.end) for each in alphas[alphas.index(best) :])
         by_chance = lower_diverge and factor > 0 and _best(betas).trains
-        if best.trains and not by_chance and best.learned > factor * max(_best(betas).learned, 0.0):
-            return self._found_alpha(alphas)
-        betas = self._betas()
-        if self._alpha_suspect:
-            adapted = {factor: _mean(self.untrained(factor)) for factor in ALPHA_LADDER}
-            lowest = min(adapted, key=adapted.__getitem__)
-            both = self._betas(lowest)
-            blamed = not math.isfinite(outweighs) or not _best(betas).trains
-            if blamed or _best(both).learned > BOTH * max(_best(betas).learned, 0.0):
-                nearly = adapted[lowest] + self.clearly()
-                near = next((factor for factor, loss in adapted.items() if loss <= nearly), lowest)
-                return replace(self._found_beta(both), near=near)
-        return self._found_beta(betas)
+        return best.trains and not by_chance and best.learned > factor * max(_best(betas).learned, 0.0)
 
-    def find_alpha(self) -> Found:
+    def _both_lowered(self, betas: list[Trial], beta_handicap: float) -> SearchResult | None:
+        """Lower the outer rate at the inner rate that adapts best; None if lowering the outer rate alone suffices."""
+        adapted = {factor: _mean(self.initial_losses(factor)) for factor in ALPHA_LADDER}
+        lowest = min(adapted, key=adapted.__getitem__)
+        both = self._lower_betas(lowest)
+        needed = not math.isfinite(beta_handicap) or not _best(betas).trains
+        if not needed and not _best(both).learned > BOTH * max(_best(betas).learned, 0.0):
+            return None
+        nearly = adapted[lowest] + self.clear_margin()
+        highest = next((factor for factor, loss in adapted.items() if loss <= nearly), lowest)
+        return replace(self._beta_result(both), highest_alpha=highest)
+
+    def find_alpha(self) -> SearchResult:
         """Find the inner rate to set where the outer rate is to be left alone."""
-        return self._found_alpha(self._alphas())
+        return self._alpha_result(self._lower_alphas())
 
-    def find_beta(self, alpha: float) -> Found:
+    def find_beta(self, alpha: float) -> SearchResult:
         """Find the outer rate to set at a factor on the inner rates."""
-        return self._found_beta(self._betas(alpha))
+        return self._beta_result(self._lower_betas(alpha))
 
-    def _betas(self, alpha: float = 1.0, strides: int = 1) -> list[Trial]:
+    def _lower_betas(self, alpha: float = 1.0, stride: int = 1) -> list[Trial]:
         """Try lower and lower outer rates until one learns much less than the best one."""
-        found: list[Trial] = []
-        for factor in BETA_LADDER[strides - 1 :: strides]:
-            found.append(self.at(alpha, factor))
-            best, lower = _best(found), [Factors(alpha, below) for below in BETA_LADDER if below < factor]
-            falls = best.trains and found[-1].trains and found[-1].gained < FLAT * best.gained
-            if falls and not self._known_below(best, lower):
-                break
-        return found
 
-    def _alphas(self) -> list[Trial]:
+        def falls(tried: list[Trial], best: Trial) -> bool:
+            return tried[-1].trains and tried[-1].outer_gain < NEARLY_AS_MUCH * best.outer_gain
+
+        return self._descend([Factors(alpha, factor) for factor in BETA_LADDER], falls, stride)
+
+    def _lower_alphas(self) -> list[Trial]:
         """Try lower and lower inner rates until several in a row learn less than the best one."""
-        found: list[Trial] = []
-        for factor in ALPHA_LADDER:
-            found.append(self.at(factor, 1.0))
-            best, lower = _best(found), [Factors(below, 1.0) for below in ALPHA_LADDER if below < factor]
-            falls = best.trains and len(found) - found.index(best) > PATIENCE
-            if falls and not self._known_below(best, lower):
+        ladder = [Factors(alpha=factor) for factor in ALPHA_LADDER]
+        return self._descend(ladder, lambda tried, best: len(tried) - tried.index(best) > PATIENCE)
+
+    def _descend(
+        self, ladder: Sequence[Factors], falls: Callable[[list[Trial], Trial], bool], stride: int = 1
+    ) -> list[Trial]:
+        """Try rates from high to low until they learn less (``falls``), and no lower one is known to learn more."""
+        tried: list[Trial] = []
+        for index in range(stride - 1, len(ladder), stride):
+            tried.append(self.trial(*ladder[index]))
+            best = _best(tried)
+            known = [self._trials[at, self.steps] for at in ladder[index + 1 :] if (at, self.steps) in self._trials]
+            if best.trains and falls(tried, best) and not any(each.learned > best.learned for each in known):
                 break
-        return found
+        return tried
 
-    def _known_below(self, best: Trial, lower: Sequence[Factors]) -> bool:
-        """Whether lower rates are known to learn more than the best ones of a ladder: one that kills is not its end."""
-        known = [self._known[at, self.steps] for at in lower if (at, self.steps) in self._known]
-        return any(each.learned > best.learned for each in known)
-
-    def _found_alpha(self, ladder: Sequence[Trial]) -> Found:
+    def _alpha_result(self, ladder: Sequence[Trial]) -> SearchResult:
         best = _best(ladder)
-        nearly = min(FLAT * best.learned, best.learned - self.clearly())
-        near = next((each for each in ladder if each.trains and each.learned >= nearly), best)
-        return Found(self.at(), best, near=near.at.alpha)
+        nearly = min(NEARLY_AS_MUCH * best.learned, best.learned - self.clear_margin())
+        highest = next((each for each in ladder if each.trains and each.learned >= nearly), best)
+        return SearchResult(self.trial(), best, highest_alpha=highest.factors.alpha)
 
-    def _found_beta(self, ladder: Sequence[Trial]) -> Found:
+    def _beta_result(self, ladder: Sequence[Trial]) -> SearchResult:
         best = _best(ladder)
         largest = next((each for each, below in pairwise(ladder) if each.trains and below.trains), best)
-        flat = [each for each in ladder if each.gained >= FLAT * best.gained]
-        return Found(self.at(), best, flat[-1].at.beta if flat else best.at.beta, self.share * largest.at.beta)
+        enough = [each for each in ladder if each.outer_gain >= NEARLY_AS_MUCH * best.outer_gain]
+        lowest = enough[-1] if enough else best
+        return SearchResult(self.trial(), best, lowest.factors.beta, self.share_of_largest * largest.factors.beta)
 
-    def clearly(self, share: float = CLEARLY) -> float:
-        """A share of the loss before training, which may be far from the one that the run started from."""
+    def clear_margin(self, share: float = CLEAR_SHARE) -> float:
+        """A share of the loss before these trials, which may be far from the loss that the run started from."""
         before = _mean(self.reference)
         return self._scale.times(1 + share, before) - before
 
     @property
-    def share(self) -> float:
-        """The share to set of the largest outer rate that trains."""
+    def share_of_largest(self) -> float:
+        """Share of the largest outer rate that trains which may be set."""
         return SHARE_WITH_MEMORY if self.lookahead.has_memory else SHARE
 
 
 def _mean(losses: Sequence[float]) -> float:
-    """Mean of losses; infinite where one is not finite."""
+    """Mean of losses; infinite if one is not finite."""
     return sum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.inf
 
 

@@ -9,7 +9,7 @@ from lightning_maml_guard.linalg.lanczos import Matvec
 from lightning_maml_guard.linalg.operators import Operator, scaled
 from lightning_maml_guard.messages.reasons import UNKNOWN_INTERVAL
 from lightning_maml_guard.stability.hvp import HESSIAN, Operators
-from lightning_maml_guard.stability.krylov_stopping import Judged, Krylov, top_eigenvalue
+from lightning_maml_guard.stability.krylov_stopping import Krylov, RateToJudge, top_eigenvalue
 from lightning_maml_guard.stability.objective import MamlObjective
 from lightning_maml_guard.theory.critical_rates import CriticalRates
 from lightning_maml_guard.theory.limits import Limit
@@ -34,15 +34,17 @@ class InnerRateLimit:
     exact: bool
     krylov: Krylov
 
-    def judged(self, margin: float, rounding: float) -> Judged | None:
-        """What the Hessian's top eigenvalue is to judge: the inner rate of the update as configured.
+    def rate_to_judge(self, margin: float, rounding: float) -> RateToJudge | None:
+        """The inner rate, if the Hessian's top eigenvalue is to judge it.
 
-        Not a task's: each process would end its own tasks' runs where it likes.
+        Not for tasks one by one: each process would end its own tasks' runs elsewhere.
         """
         if self.maml is None or not self.exact or self.maml.rates is not None or self.operators.blocks is not None:
             return None
-        reach = self._reach
-        return Judged(self.maml.alpha / margin, lambda curvature: (reach / curvature,) * 3, rounding=rounding)
+        scaled_limit = self._scaled_limit
+        return RateToJudge(
+            self.maml.alpha / margin, lambda curvature: (scaled_limit / curvature,) * 3, rounding=rounding
+        )
 
     def of(self, hessian: Operator, known: CriticalRates) -> tuple[Limit, str]:
         """Find the limit; with rates ``A`` per parameter it is that of ``A^(1/2) H A^(1/2)``.
@@ -58,12 +60,12 @@ class InnerRateLimit:
         if rates is None:
             if not self.exact:
                 return Limit(alpha, known.alpha_c, known.alpha_c_interval), ""
-            return _limit(alpha, self._reach, known.lambda_max, known.lambda_max_interval), ""
+            return _limit(alpha, self._scaled_limit, known.lambda_max, known.lambda_max_interval), ""
         if any(bool((rate < 0).any()) for rate in rates.values()):
             return Limit(alpha, math.nan, UNKNOWN_INTERVAL), _NEGATIVE_RATE
         weights = hessian.layout.flatten(as_float32(rates)).to(hessian.gradient)
         blocks = self.operators.blocks
-        limit = self._of_top(scaled(hessian, weights), hessian, blocks, alpha * self._reach)
+        limit = self._of_top(scaled(hessian, weights), hessian, blocks, alpha * self._scaled_limit)
         if not self.maml.lower_bound or not self.exact:
             return limit, ""
         if limit.ratio > 1:
@@ -85,7 +87,7 @@ class InnerRateLimit:
         return self._uniform(False).critical
 
     @property
-    def _reach(self) -> float:
+    def _scaled_limit(self) -> float:
         """``alpha_c * lambda_max``."""
         assert self.maml is not None
         return self.maml.inner_limit if self.exact else 1 / self.maml.inner_steps
@@ -93,11 +95,11 @@ class InnerRateLimit:
     def _uniform(self, per_task: bool) -> Limit:
         assert self.maml is not None
         operator, _ = self.operators.build(HESSIAN, self.maml.curvature(per_task))
-        limit = self._of_top(operator, operator, self.maml.tasks if per_task else None, self._reach)
+        limit = self._of_top(operator, operator, self.maml.tasks if per_task else None, self._scaled_limit)
         operator.release()
         return limit
 
-    def _of_top(self, matvec: Matvec, hessian: Operator, blocks: int | None, reach: float) -> Limit:
+    def _of_top(self, matvec: Matvec, hessian: Operator, blocks: int | None, scaled_limit: float) -> Limit:
         assert self.maml is not None
         like = next(iter(self.maml.params.values())).new_empty(())
         found = self.operators.over_blocks(
@@ -107,9 +109,9 @@ class InnerRateLimit:
             blocks,
             max,
         )
-        return _limit(self.maml.alpha, reach, *found)
+        return _limit(self.maml.alpha, scaled_limit, *found)
 
 
-def _limit(alpha: float, reach: float, top: float, interval: tuple[float, float]) -> Limit:
-    ends = [reach / end if end > 0 else math.inf for end in (interval[1], top, interval[0])]
+def _limit(alpha: float, scaled_limit: float, top: float, interval: tuple[float, float]) -> Limit:
+    ends = [scaled_limit / end if end > 0 else math.inf for end in (interval[1], top, interval[0])]
     return Limit(alpha, ends[1], (ends[0], ends[2]))

@@ -18,8 +18,8 @@ from lightning_maml_guard.optim.linearized_step import LinearizedStep
 from lightning_maml_guard.stability.estimators import Spectrum
 from lightning_maml_guard.stability.hvp import HESSIAN, Operators
 from lightning_maml_guard.stability.krylov_stopping import (
-    Judged,
     Krylov,
+    RateToJudge,
     check_symmetry,
     run_arnoldi,
     run_lanczos,
@@ -52,9 +52,18 @@ class MetaRateLimit:
     by_task: Tensor | None = None
 
 
-# The factor to which the limit has to be known where the rate is far below it: larger than the inner rate's, because a
+@dataclass(frozen=True)
+class MetaRateLimits:
+    """``beta_c`` at the configured inner rate and at the safe one, and the safe inner rate."""
+
+    configured: MetaRateLimit
+    at_safe_alpha: float
+    safe_alpha: float
+
+
+# The factor to which the limit has to be known if the rate is far below it: larger than the inner rate's, because a
 # product with the update's Jacobian costs as much as five with the Hessian.
-_WITHIN = 4.0
+_KNOWN_WITHIN = 4.0
 
 UNKNOWN = MetaRateLimit(math.nan, (math.nan, math.nan))
 
@@ -106,25 +115,27 @@ def exact_limit(
     noise: float,
     value: Watched,
     rate: float = math.nan,
-    tell_apart: bool = False,
+    by_task: bool = False,
 ) -> MetaRateLimit:
     """Compute ``beta_c`` of the update as configured, from the Jacobian ``J`` of its meta-gradient.
 
     Lanczos where ``J`` is symmetric, else Arnoldi. The limit is ``inf`` where no direction has positive curvature.
     Unless ``tol`` asks for more, a Lanczos run ends once it is certain on which side of its limit the ``rate`` is.
-    ``tell_apart``: find each task's curvature along the direction that binds, too, where that costs nothing.
+    ``by_task``: find each task's curvature along the direction that binds, too, if that costs nothing.
     """
     layout = jacobian.layout
     if not symmetric:
         operator = _as_stepped(jacobian, step, layout, like)
         return _nonsymmetric(operator, layout, step, like, krylov, noise, value)
-    shares = None
-    if tell_apart and isinstance(jacobian, Jacobian) and jacobian.tells_tasks_apart:
-        shares = _Shares(jacobian, 1.0 if step.scale is None else layout.flatten(step.scale).to(like).sqrt())
-    operator = _as_stepped(shares or jacobian, step, layout, like)
-    judged = Judged(rate, step.rates, _WITHIN, noise)
-    after = None if shares is None else shares.project
-    given: dict[str, Any] = {"value": value, "space": layout.space, "judged": judged, "after": after}
+    by_task_products = None
+    if by_task and isinstance(jacobian, Jacobian) and jacobian.tells_tasks_apart:
+        by_task_products = _TaskProducts(
+            jacobian, 1.0 if step.scale is None else layout.flatten(step.scale).to(like).sqrt()
+        )
+    operator = _as_stepped(by_task_products or jacobian, step, layout, like)
+    rate_to_judge = RateToJudge(rate, step.rates, _KNOWN_WITHIN, noise)
+    after = None if by_task_products is None else by_task_products.project
+    given: dict[str, Any] = {"value": value, "space": layout.space, "rate_to_judge": rate_to_judge, "after": after}
     run = run_lanczos(operator, layout.rows, like, None, krylov=krylov, **given)
     check_symmetry(run, noise, differences=isinstance(jacobian, FiniteDifference))
     (single,) = run.runs
@@ -138,12 +149,12 @@ def exact_limit(
         limit.interval,
         _combine(run.basis, vectors[:, -1], layout),
         _combine(run.basis, vectors[:, 0], layout) if negative else None,
-        None if shares is None else shares.along(vectors[:, -1]),
+        None if by_task_products is None else by_task_products.along(vectors[:, -1]),
     )
 
 
-class _Shares:
-    """Products with the Jacobian that keep what each task's own Jacobian ``J_t`` is on the Krylov space.
+class _TaskProducts:
+    """Multiplies with the Jacobian, and keeps each task's Jacobian ``J_t`` projected on the Krylov space.
 
     Attributes:
         jacobian: The mean of the tasks' Jacobians, each of them symmetric.
@@ -169,7 +180,7 @@ class _Shares:
     def along(self, weights: np.ndarray) -> Tensor:
         """Return ``y . J_t y`` by task, for ``y`` the sum of the basis vectors with these weights."""
         each = torch.as_tensor(weights).to(self._projected[0])
-        # What is kept of a vector is above the diagonal; below it is the same.
+        # Only the upper triangle is kept: the projected Jacobians are symmetric.
         found = [
             each[last] * (2 * (row[:, :last] @ each[:last]) + row[:, last] * each[last])
             for last, row in enumerate(self._projected[: len(each)])
@@ -195,7 +206,7 @@ def _nonsymmetric(
 
 
 def _as_stepped(matvec: Matvec, step: LinearizedStep, layout: Layout, like: Tensor) -> Matvec:
-    """Scale an operator by what the optimizer makes of a gradient."""
+    """Scale an operator by the optimizer's preconditioner and weight decay."""
     if step.scale is None and step.coupled == 0.0:
         return matvec
     scale = like.new_ones(layout.size) if step.scale is None else layout.flatten(step.scale).to(like)
@@ -213,9 +224,11 @@ def _combine(basis: Basis, weights: np.ndarray, layout: Layout) -> Tensor:
     return vector / layout.space.norm(vector)
 
 
-def is_turned(maml: MamlObjective, operators: Operators, step: LinearizedStep, direction: Tensor) -> bool:
-    """Return True if the inner rate turned a direction that a task's curvature makes too sharp for it."""
-    # Directions that the task losses curve down themselves are saddles, not the rates' doing.
+def is_inner_rate_at_fault(maml: MamlObjective, operators: Operators, step: LinearizedStep, direction: Tensor) -> bool:
+    """Return True if a negative direction of the update comes from an inner rate beyond some task's limit.
+
+    A direction along which the task losses themselves curve down is a saddle, and no rate's fault.
+    """
     if maml.symmetric or maml.alpha == 0:
         return False
     direction = step.unscaled(direction)

@@ -13,7 +13,7 @@ from lightning_maml_guard.linalg.lanczos import Matvec, Tridiagonal, Watched, ch
 from lightning_maml_guard.linalg.layout import Params
 from lightning_maml_guard.linalg.operators import FiniteDifference, Operator
 from lightning_maml_guard.linalg.pyhessian import PowerIteration, largest_eigenvalue
-from lightning_maml_guard.stability.krylov_stopping import Judged, Krylov, check_symmetry, run_lanczos
+from lightning_maml_guard.stability.krylov_stopping import Krylov, RateToJudge, check_symmetry, run_lanczos
 from lightning_maml_guard.theory.critical_rates import CriticalRates, critical_rates, worst_of
 from lightning_maml_guard.theory.ritz import rates_from_lanczos, rates_from_top
 from lightning_maml_guard.utils.checks import shown
@@ -89,7 +89,7 @@ class HessianRequest:
         krylov: How far a run goes.
         noise: Relative rounding error of a product.
         value: The loss there, and what it is called: it has to be finite.
-        judged: The rate that ``lambda_max`` is to judge, where it is wanted for nothing else.
+        rate_to_judge: The rate that ``lambda_max`` is to judge, if it is wanted for nothing else.
     """
 
     hessian: Operator
@@ -100,7 +100,7 @@ class HessianRequest:
     krylov: Krylov
     noise: float
     value: Watched
-    judged: Judged | None = None
+    rate_to_judge: RateToJudge | None = None
 
 
 def _lanczos(wanted: HessianRequest) -> Spectrum:
@@ -113,7 +113,7 @@ def _lanczos(wanted: HessianRequest) -> Spectrum:
         krylov=wanted.krylov,
         alpha=wanted.alpha,
         value=wanted.value,
-        judged=wanted.judged,
+        rate_to_judge=wanted.rate_to_judge,
         space=wanted.hessian.layout.space,
     )
     check_symmetry(run, wanted.noise, differences=isinstance(wanted.hessian, FiniteDifference))

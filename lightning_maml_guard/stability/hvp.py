@@ -62,7 +62,7 @@ class NetworkFacts:
 
 
 # What measurements without a cache found out, by network.
-_KNOWN: WeakKeyDictionary[nn.Module, dict[Any, NetworkFacts]] = WeakKeyDictionary()
+_FACTS_BY_NETWORK: WeakKeyDictionary[nn.Module, dict[Any, NetworkFacts]] = WeakKeyDictionary()
 
 
 def facts_of(problem: MetaProblem | PlainProblem, modules: Sequence[nn.Module]) -> NetworkFacts:
@@ -79,7 +79,7 @@ def facts_of(problem: MetaProblem | PlainProblem, modules: Sequence[nn.Module]) 
         # Layers that are put in later, or switched to evaluation, are others.
         tuple((type(part), part.training) for module in modules for part in module.modules()),
     )
-    return _KNOWN.setdefault(modules[0], {}).setdefault(kind, NetworkFacts())
+    return _FACTS_BY_NETWORK.setdefault(modules[0], {}).setdefault(kind, NetworkFacts())
 
 
 @dataclass
@@ -91,8 +91,8 @@ class MeasurementCache:
         ranks: The processes that measure together.
         task_map: How its tasks are run over; None before the first measurement.
         asked_to_loop: Whether that is one after another because the problem says so.
-        checks: Whether products may be compared with finite differences: not where a run has been thrown, or an inner
-            loop diverges.
+        checks: Whether products may be compared with finite differences: not after a divergence, nor if the inner loop
+            diverges.
     """
 
     facts: NetworkFacts = field(default_factory=NetworkFacts)
@@ -103,7 +103,7 @@ class MeasurementCache:
 
     def map_for(self, chunk_size: int | None, looped: bool = False) -> TaskMap:
         """Return the way to run over tasks: ``chunk_size`` vmapped at once (None: all), or one after another."""
-        self.note_the_map()
+        self.remember_looping()
         if self.task_map is None or self.task_map.chunk_size != chunk_size or self.asked_to_loop != looped:
             self.task_map, self.asked_to_loop = TaskMap(chunk_size, looped=looped or self.facts.looped), looped
         return self.task_map
@@ -113,7 +113,7 @@ class MeasurementCache:
         one = first_batch(problem)
         return self.map_for(getattr(one, "task_chunk_size", None), getattr(one, "looped", False))
 
-    def note_the_map(self) -> None:
+    def remember_looping(self) -> None:
         """Remember that vmap failed: a map that found it out goes on looping; one that was asked to loop need not."""
         if self.task_map is not None and self.task_map.looped and not self.asked_to_loop:
             self.facts.looped = True
@@ -126,18 +126,18 @@ class Operators:
         self.objective, self.cache, self.ranks = objective, cache, cache.ranks
         # Number of blocks of the Hessian, one per task; None for a single matrix.
         self.blocks = objective.tasks if per_task else None
-        self._counted: list[tuple[Operator, Price]] = []
+        self._built: list[tuple[Operator, Price]] = []
         self._other_products, self._other_cost = 0, 0.0
 
     @property
     def hvps(self) -> int:
         """Products used so far."""
-        return sum(operator.matvecs for operator, _ in self._counted) + self._other_products
+        return sum(operator.matvecs for operator, _ in self._built) + self._other_products
 
     @property
     def cost(self) -> float:
         """What was used so far, in training steps."""
-        return sum(price.graph + price.product * each.matvecs for each, price in self._counted) + self._other_cost
+        return sum(price.graph + price.product * each.matvecs for each, price in self._built) + self._other_cost
 
     @property
     def hessian_price(self) -> Price:
@@ -162,7 +162,7 @@ class Operators:
         if target.space is WHOLE and name not in facts.checked and name not in facts.finite:
             self.charge(0, price, graphs=_SELF_CHECK)
         operator, noise = make_operator(name, target, self.cache)
-        self._counted.append((operator, price))
+        self._built.append((operator, price))
         return operator, noise
 
     def gradient(self, target: Target) -> Operator:

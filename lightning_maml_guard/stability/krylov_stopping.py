@@ -25,7 +25,7 @@ from lightning_maml_guard.theory.ritz import highest_allowed, lanczos_resolved, 
 _ROUNDING_ULPS = 16
 # Products that disagree by more than this share of the spectral radius are not those of one matrix.
 _SYMMETRY = 1e-2
-# A run for a verdict may end before ``tol`` where that is at least so coarse.
+# A run that judges a rate may end before ``tol`` is met if ``tol`` is at least this coarse.
 _COARSE = 1e-2
 # It ends where the rate is certainly so many times below its limit; or certainly on one side of it, and the top
 # eigenvalue known to this factor and relative residual.
@@ -48,7 +48,7 @@ class Krylov:
 
 
 @dataclass(frozen=True)
-class Judged:
+class RateToJudge:
     """The rate that a run's top eigenvalue is to judge: the run may end once that is certain.
 
     Attributes:
@@ -97,22 +97,22 @@ def run_lanczos(
     krylov: Krylov,
     alpha: float = 0.0,
     value: Watched | None = None,
-    judged: Judged | None = None,
+    rate_to_judge: RateToJudge | None = None,
     space: Space = WHOLE,
     after: Callable[[Basis], None] | None = None,
 ) -> LanczosRun:
     """Run Lanczos until the top (and, for ``alpha > 0``, ``beta_c``) is known to a relative residual.
 
-    Where a rate is to be ``judged``, and ``tol`` asks for no more, until the verdict is certain.
+    If there is a rate to judge, and ``tol`` asks for no more, until the verdict is certain.
     """
     start = space.start((size,) if blocks is None else (blocks, size), like)
-    # A small space is exhausted soon, and what is told of hidden eigenvalues needs an orthonormal basis.
+    # A small space is exhausted soon, and the bound on hidden eigenvalues needs an orthonormal basis.
     if krylov.tol < _COARSE or size <= krylov.max_iter or krylov.basis == "bfloat16":
-        judged = None
+        rate_to_judge = None
 
     def resolved(runs: Sequence[Tridiagonal]) -> bool:
         known = partial(lanczos_resolved, alpha=alpha, tol=krylov.tol, size=size)
-        return all((judged is not None and judged.settled(run, size)) or known(*run) for run in runs)
+        return all((rate_to_judge is not None and rate_to_judge.settled(run, size)) or known(*run) for run in runs)
 
     given: dict[str, Any] = {"basis": krylov.basis, "value": value, "space": space, "after": after}
     return lanczos(matvec, start, max_iter=krylov.max_iter, stop=resolved, **given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack, nullcontext
+from typing import Any
 
 from torch import Tensor
 
@@ -90,6 +91,47 @@ def measure(
         >>> round(report.alpha_c, 3), round(report.beta_c, 3), report.status
         (0.5, 1.25, 'unsafe')
     """
+    one = _check_arguments(problem, beta, optimizer, curvature, margin, step, cache)
+    reference = None if check_against is None else check_reference(check_against)
+    modules = modules_of(one.task_loss if isinstance(one, MetaProblem) else one.loss)
+    whole, cache, share = problem, cache or MeasurementCache(facts_of(one, modules)), 1.0
+    if not isinstance(problem, PlainProblem) and curvature.max_tasks is not None:
+        part = problem.part(curvature.max_tasks)
+        problem, share = part, part.tasks / problem.tasks
+    with ExitStack() as isolation, preserved_randomness(), double_backward():
+        for module in modules:
+            isolation.enter_context(isolated(module))
+        same_masks()  # in every check, so that their numbers can be compared
+        task_map = cache.map_of(one)
+        objective = objective_of(problem, curvature.data, task_map)
+        mismatch: Reason | None = None
+        with explained(one) if isinstance(one, MetaProblem) else nullcontext():
+            if reference is not None:
+                match = TrainingMatch(whole, objective_of(whole, curvature.data, task_map), listed(optimizer or ()))
+                mismatch = match.finish(reference)
+        measurement = Measurement(
+            objective,
+            optimizer,
+            beta,
+            curvature,
+            cache,
+            margin=margin,
+            step=step,
+            tasks_share=share,
+            notes=() if mismatch is None else (mismatch,),
+        )
+        try:
+            with explained(one) if isinstance(one, MetaProblem) else nullcontext():
+                return measurement.report()
+        except (NonFiniteProductError, ChangingOperatorError) as error:
+            padded = isinstance(error, NonFiniteProductError) and isinstance(one, MetaProblem) and has_nan(one)
+            return measurement.failed(error, padded=padded)
+
+
+def _check_arguments(
+    problem: Any, beta: Any, optimizer: Any, curvature: Any, margin: Any, step: Any, cache: Any
+) -> MetaProblem | PlainProblem:
+    """Raise a TypeError or ValueError if an argument of :func:`measure` is not allowed; return the first batch."""
     if not isinstance(problem, (MetaProblem, PlainProblem, AccumulatedProblem)):
         raise TypeError(
             f"Expected argument `problem` to be a MetaProblem but got {type(problem).__name__}. Pass "
@@ -116,40 +158,7 @@ def measure(
             f"Expected argument `cache` to be a MeasurementCache or None but got {type(cache).__name__}. Leave it out, "
             "or pass the MeasurementCache() of the calls before."
         )
-    reference = None if check_against is None else check_reference(check_against)
-    modules = modules_of(one.task_loss if isinstance(one, MetaProblem) else one.loss)
-    whole, cache, share = problem, cache or MeasurementCache(facts_of(one, modules)), 1.0
-    if not isinstance(problem, PlainProblem) and curvature.max_tasks is not None:
-        part = problem.part(curvature.max_tasks)
-        problem, share = part, part.tasks / problem.tasks
-    with ExitStack() as isolation, preserved_randomness(), double_backward():
-        for module in modules:
-            isolation.enter_context(isolated(module))
-        same_masks()  # in every check, so that their numbers can be compared
-        task_map = cache.map_of(one)
-        objective = objective_of(problem, curvature.data, task_map)
-        differs: Reason | None = None
-        with explained(one) if isinstance(one, MetaProblem) else nullcontext():
-            if reference is not None:
-                match = TrainingMatch(whole, objective_of(whole, curvature.data, task_map), listed(optimizer or ()))
-                differs = match.finish(reference)
-        measurement = Measurement(
-            objective,
-            optimizer,
-            beta,
-            curvature,
-            cache,
-            margin=margin,
-            step=step,
-            tasks_share=share,
-            notes=() if differs is None else (differs,),
-        )
-        try:
-            with explained(one) if isinstance(one, MetaProblem) else nullcontext():
-                return measurement.report()
-        except (NonFiniteProductError, ChangingOperatorError) as error:
-            padded = isinstance(error, NonFiniteProductError) and isinstance(one, MetaProblem) and has_nan(one)
-            return measurement.failed(error, padded=padded)
+    return one
 
 
 # Beyond the inner rate as configured, a decade in six steps.

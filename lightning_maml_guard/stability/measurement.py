@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import Any
 
 from lightning_maml_guard.linalg.lanczos import NonFiniteProductError, check_finite
@@ -19,8 +18,9 @@ from lightning_maml_guard.stability.alpha_c import InnerRateLimit
 from lightning_maml_guard.stability.beta_c import (
     UNKNOWN,
     MetaRateLimit,
+    MetaRateLimits,
     exact_limit,
-    is_turned,
+    is_inner_rate_at_fault,
     mean_square_limit,
     simplified_limit,
 )
@@ -34,20 +34,11 @@ from lightning_maml_guard.stability.estimators import (
 from lightning_maml_guard.stability.hvp import HESSIAN, META_UPDATE, UPDATE, MeasurementCache, Operators
 from lightning_maml_guard.stability.objective import MamlObjective, Objective
 from lightning_maml_guard.stability.options import CurvatureOptions
-from lightning_maml_guard.stability.reasons import Basis, from_limits, judge, no_curvature
+from lightning_maml_guard.stability.reasons import Verdict, VerdictContext, from_limits, judge, no_curvature
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import SAFE, Limit
 
 _QUERY_LOSS = "The query loss after adaptation"
-
-
-@dataclass(frozen=True)
-class _BetaLimits:
-    """``beta_c`` at the configured inner rate and at the safe one, and the safe inner rate."""
-
-    configured: MetaRateLimit
-    at_safe_alpha: float
-    safe_alpha: float
 
 
 class Measurement:
@@ -80,84 +71,36 @@ class Measurement:
         self._tasks = sum(cache.ranks.gather(objective.tasks))
         # Whether the tasks' own curvatures are wanted, and known to matter: not under a decay beside the gradient.
         self._by_task = self._tasks > 1 and not self._update.decoupled
+        self._simplified_alpha = 0.0 if self._maml is None else objective.alpha
         self._given_notes = notes
         self._notes: list[Reason] = list(notes)
         self._beta_note = ""  # why the outer rate's limit is not known here
 
     def report(self) -> StabilityReport:
         """Measure. Raises a NonFiniteProductError if the loss or a product is not finite."""
-        objective, operators, ranks = self._objective, self._operators, self._operators.ranks
-        blocks = operators.blocks
-        hessian, noise = operators.build(HESSIAN, objective.curvature(blocks is not None))
-        # Over blocks the value is this rank's own, and what ends a measurement must end it on every rank.
-        value = hessian.value if blocks is None else ranks.mean(hessian.value)
-        simplified_alpha = 0.0 if self._maml is None else objective.alpha
-        alpha_c = InnerRateLimit(operators, self._maml, self._exact, self._options.krylov)
-        wanted = HessianRequest(
-            hessian,
-            objective.mean_loss,
-            objective.params,
-            blocks,
-            alpha=0.0 if self._exact else simplified_alpha * objective.inner_steps,
-            krylov=self._options.krylov,
-            noise=noise,
-            value=("The task loss", value),
-            judged=alpha_c.judged(self._margin, noise),
-        )
-        spectrum = operators.over_blocks(lambda: estimate_spectrum(self._options.estimator, wanted), blocks, merged)
-        if counts_itself(self._options.estimator):
-            operators.charge(spectrum.matvecs, operators.hessian_price)
-        known = spectrum.rates(simplified_alpha, objective.inner_steps)
+        alpha_c = InnerRateLimit(self._operators, self._maml, self._exact, self._options.krylov)
+        hessian, spectrum = self._hessian_spectrum(alpha_c)
+        known = spectrum.rates(self._simplified_alpha, self._objective.inner_steps)
         alpha_limit, alpha_note = alpha_c.of(hessian, known)
         # One graph at a time: each is often several times the parameters' size.
         simplified = None if self._exact else self._simplified_limits(hessian, spectrum, alpha_limit)
         if self._maml is not None:
             hessian.release()
-        # Of the simplified criterion nobody asked for the update's own Jacobian, whose products are most of a check.
-        jacobian: Operator | None = hessian if self._maml is None else None
-        exact_beta = UNKNOWN
+        # In plain training the Hessian is the update's Jacobian. The simplified criterion does without the Jacobian of
+        # MAML's update, whose products are most of a check.
+        jacobian, exact_beta = hessian if self._maml is None else None, UNKNOWN
         if self._exact:
             jacobian, exact_beta = self._exact_limit_if_finite(1.0)
-        change = predicted_change(jacobian, self._optimizer, self._beta, objective.live)
-        operators.charge(0, UPDATE, graphs=int(change is not None))
-        if jacobian is not None:
-            jacobian.release()
-        if exact_beta.direction is None or not self._by_task:
-            predicted, noise_limit = math.nan if change is None else float(change), math.nan
-        else:  # what is predicted comes from the device with the rest
-            direction = self._update.unscaled(exact_beta.direction)
-            by_task = operators.by_task(direction) if exact_beta.by_task is None else exact_beta.by_task
-            predicted, noise_limit = mean_square_limit(by_task, operators, self._update, direction, self._tasks, change)
+        predicted, noise_limit = self._predicted_change(jacobian, exact_beta)
         if self._exact and exact_beta.beta_c == 0 and not alpha_limit.ratio > 1:
             alpha_limit = alpha_c.sharpest(alpha_limit)
         beta = simplified or self._exact_limits(alpha_limit, exact_beta)
-        basis = Basis(
-            margin=self._margin,
-            hvps=operators.hvps,
-            step=self._at_step,
-            order=objective.order,
-            exact=self._exact,
-            plain_sgd=self._update.plain_sgd,
-            plain_steps=objective.plain_steps,
-            alpha_note=alpha_note,
-            beta_note=self._beta_note or self._update.note,
-        )
-        flat = known.lambda_max == 0 and known.lambda_min == 0
-        inner = None if self._maml is None else alpha_limit
-        outer = Limit(self._beta, beta.configured.beta_c, beta.configured.interval)
-        verdict = no_curvature(basis) if flat else judge(inner, None if math.isnan(self._beta) else outer, basis)
-        self._notes += list(operators.cache.facts.finite.values())
-        if flat:
-            self._notes += verdict.findings
-        elif self._update.lasting:
-            self._notes.append(Reason(Kind.NOT_JUDGED, rate="beta", detail=self._update.note, step=self._at_step))
-        if objective.alpha_note and alpha_note and not flat:
-            self._notes.append(Reason(Kind.NOT_JUDGED, rate="alpha", detail=alpha_note, step=self._at_step))
+        verdict = self._verdict(alpha_limit, alpha_note, beta, flat=known.lambda_max == 0 and known.lambda_min == 0)
         mean_alpha_c, lowered = alpha_c.of_mean(), self._at_lower_alpha(beta, known.lambda_max)
         where: dict[str, Any] = {"margin": self._margin, "step": self._at_step}
         at_safe = self._margin * beta.at_safe_alpha
         return StabilityReport(
-            **self._head(),
+            **self._common_fields(),
             alpha_c=alpha_limit.critical,
             beta_c=beta.configured.beta_c,
             sgd_beta_c=known.beta_c if self._maml is not None and self._maml.uniform_steps else math.nan,
@@ -182,10 +125,69 @@ class Measurement:
             advice=from_limits(verdict, alpha=alpha_limit, beta=self._beta, safe_beta_c=lowered, **where),
         )
 
-    def _at_lower_alpha(self, beta: _BetaLimits, lambda_max: float) -> float:
-        """The outer rate's limit at any inner rate below its own, where that is to be lowered: ``beta_c`` then moves.
+    def _hessian_spectrum(self, alpha_c: InnerRateLimit) -> tuple[Operator, Spectrum]:
+        objective, operators, blocks = self._objective, self._operators, self._operators.blocks
+        hessian, noise = operators.build(HESSIAN, objective.curvature(blocks is not None))
+        # Over blocks the value is this rank's own, and what ends a measurement must end it on every rank.
+        value = hessian.value if blocks is None else operators.ranks.mean(hessian.value)
+        request = HessianRequest(
+            hessian,
+            objective.mean_loss,
+            objective.params,
+            blocks,
+            alpha=0.0 if self._exact else self._simplified_alpha * objective.inner_steps,
+            krylov=self._options.krylov,
+            noise=noise,
+            value=("The task loss", value),
+            rate_to_judge=alpha_c.rate_to_judge(self._margin, noise),
+        )
+        spectrum = operators.over_blocks(lambda: estimate_spectrum(self._options.estimator, request), blocks, merged)
+        if counts_itself(self._options.estimator):
+            operators.charge(spectrum.matvecs, operators.hessian_price)
+        return hessian, spectrum
 
-        Adaptation that converges makes no direction sharper, so that the limit is at least that of ``lambda_max``.
+    def _predicted_change(self, jacobian: Operator | None, exact_beta: MetaRateLimit) -> tuple[float, float]:
+        """The change of the loss that the coming step predicts, and the limit for tasks drawn anew at every step."""
+        change = predicted_change(jacobian, self._optimizer, self._beta, self._objective.live)
+        self._operators.charge(0, UPDATE, graphs=int(change is not None))
+        if jacobian is not None:
+            jacobian.release()
+        if exact_beta.direction is None or not self._by_task:
+            return math.nan if change is None else float(change), math.nan
+        direction = self._update.unscaled(exact_beta.direction)
+        by_task = self._operators.by_task(direction) if exact_beta.by_task is None else exact_beta.by_task
+        return mean_square_limit(by_task, self._operators, self._update, direction, self._tasks, change)
+
+    def _verdict(self, alpha_limit: Limit, alpha_note: str, beta: MetaRateLimits, *, flat: bool) -> Verdict:
+        """Judge the rates, and note what will keep a rate from being judged at later checks, too."""
+        objective, update = self._objective, self._update
+        context = VerdictContext(
+            margin=self._margin,
+            hvps=self._operators.hvps,
+            step=self._at_step,
+            order=objective.order,
+            exact=self._exact,
+            plain_sgd=update.plain_sgd,
+            plain_steps=objective.plain_steps,
+            alpha_note=alpha_note,
+            beta_note=self._beta_note or update.note,
+        )
+        inner = None if self._maml is None else alpha_limit
+        outer = Limit(self._beta, beta.configured.beta_c, beta.configured.interval)
+        verdict = no_curvature(context) if flat else judge(inner, None if math.isnan(self._beta) else outer, context)
+        self._notes += self._operators.cache.facts.finite.values()
+        if flat:
+            self._notes += verdict.findings
+        elif update.lasting:
+            self._notes.append(Reason(Kind.NOT_JUDGED, rate="beta", detail=update.note, step=self._at_step))
+        if objective.alpha_note and alpha_note and not flat:
+            self._notes.append(Reason(Kind.NOT_JUDGED, rate="alpha", detail=alpha_note, step=self._at_step))
+        return verdict
+
+    def _at_lower_alpha(self, beta: MetaRateLimits, lambda_max: float) -> float:
+        """The outer rate's limit at the lowered inner rate if that is to be lowered: ``beta_c`` moves with it.
+
+        Adaptation that converges makes no direction sharper, so the limit is at least that of ``lambda_max``.
         """
         update = self._update
         lowered = beta.safe_alpha < self._objective.alpha and lambda_max > 0 and not update.note
@@ -197,9 +199,9 @@ class Measurement:
         """Report a measurement that failed: unresolved. ``padded``: the data holds nan."""
         reason = of_error(Kind.NAN_IN_DATA if padded else Kind.NOT_MEASURED, error, step=self._at_step)
         self._notes = [*self._given_notes, *self._operators.cache.facts.finite.values(), reason]
-        return StabilityReport.unmeasured(reason, **self._head())
+        return StabilityReport.unmeasured(reason, **self._common_fields())
 
-    def _head(self) -> dict[str, Any]:
+    def _common_fields(self) -> dict[str, Any]:
         return {
             "alpha": self._objective.alpha,
             "beta": self._beta,
@@ -213,7 +215,7 @@ class Measurement:
         }
 
     def _exact_limit_if_finite(self, factor: float) -> tuple[Operator | None, MetaRateLimit]:
-        """The same; unknown where the query loss is not finite, as an inner rate beyond its own limit makes it."""
+        """See `_exact_limit`; unknown if the query loss is not finite, as beyond the inner rate's own limit."""
         try:
             return self._exact_limit(factor)
         except NonFiniteProductError as error:
@@ -240,36 +242,36 @@ class Measurement:
             noise=noise,
             value=(_QUERY_LOSS, jacobian.value),
             rate=self._beta / self._margin,
-            tell_apart=self._by_task,
+            by_task=self._by_task,
         )
         lowest = limit.lowest_direction
-        if lowest is not None and is_turned(self._maml, self._operators, self._update, lowest):
+        if lowest is not None and is_inner_rate_at_fault(self._maml, self._operators, self._update, lowest):
             limit = MetaRateLimit(0.0, (0.0, 0.0), limit.direction, by_task=limit.by_task)
         return jacobian, limit
 
-    def _exact_limits(self, alpha_limit: Limit, exact_beta: MetaRateLimit) -> _BetaLimits:
+    def _exact_limits(self, alpha_limit: Limit, exact_beta: MetaRateLimit) -> MetaRateLimits:
         """The limits of the update as configured."""
         safe_alpha = self._safe_alpha(alpha_limit)
         known = Limit(self._beta, exact_beta.beta_c, exact_beta.interval)
         # Adaptation that diverges makes the sharpest direction sharper, adaptation that converges does not: an outer
         # rate that is safe beyond the inner rate's limit is safe at a lower inner rate.
         if not safe_alpha < self._objective.alpha or known.status(self._margin, strict=True) == SAFE:
-            return _BetaLimits(exact_beta, exact_beta.beta_c, safe_alpha)
+            return MetaRateLimits(exact_beta, exact_beta.beta_c, safe_alpha)
         jacobian, limit = self._exact_limit_if_finite(safe_alpha / self._objective.alpha)
         if jacobian is not None:
             jacobian.release()
-        return _BetaLimits(exact_beta, limit.beta_c, safe_alpha)
+        return MetaRateLimits(exact_beta, limit.beta_c, safe_alpha)
 
-    def _simplified_limits(self, hessian: Operator, spectrum: Spectrum, alpha_limit: Limit) -> _BetaLimits:
+    def _simplified_limits(self, hessian: Operator, spectrum: Spectrum, alpha_limit: Limit) -> MetaRateLimits:
         """The limits by the simplified criterion."""
         safe_alpha, alpha, rates = self._safe_alpha(alpha_limit), self._objective.alpha, self._objective.rates
         beyond = alpha_limit.ratio > 1 + 1e-12
-        limit = self._simplified(hessian, spectrum, 0.0 if self._maml is None else alpha, rates, beyond)
+        limit = self._simplified(hessian, spectrum, self._simplified_alpha, rates, beyond)
         if not safe_alpha < alpha:
-            return _BetaLimits(limit, limit.beta_c, safe_alpha)
+            return MetaRateLimits(limit, limit.beta_c, safe_alpha)
         lowered = None if rates is None else {n: r * (safe_alpha / alpha) for n, r in rates.items()}
         at_safe = self._simplified(hessian, spectrum, safe_alpha, lowered, False)
-        return _BetaLimits(limit, at_safe.beta_c, safe_alpha)
+        return MetaRateLimits(limit, at_safe.beta_c, safe_alpha)
 
     def _simplified(
         self, hessian: Operator, spectrum: Spectrum, alpha: float, rates: Params | None, collapsed: bool

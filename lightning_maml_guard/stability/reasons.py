@@ -34,8 +34,8 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Basis:
-    """What a verdict rests on.
+class VerdictContext:
+    """What a verdict needs to know beside the limits.
 
     Attributes:
         margin: Fraction of the critical values that counts as the threshold, above 0.
@@ -60,38 +60,38 @@ class Basis:
     beta_note: str = ""
 
 
-def judge(alpha: Limit | None, beta: Limit | None, basis: Basis) -> Verdict:
+def judge(alpha: Limit | None, beta: Limit | None, context: VerdictContext) -> Verdict:
     """Judge the configured rates; ``alpha`` is None in plain training, ``beta`` where no outer rate was given."""
-    alpha_status = SAFE if alpha is None else alpha.status(basis.margin, strict=False)
-    beta_status = SAFE if beta is None else beta.status(basis.margin, strict=True)
+    alpha_status = SAFE if alpha is None else alpha.status(context.margin, strict=False)
+    beta_status = SAFE if beta is None else beta.status(context.margin, strict=True)
     findings = []
     if alpha is not None and alpha_status != SAFE:
-        findings.append(_alpha_reason(alpha, alpha_status, basis))
+        findings.append(_alpha_reason(alpha, alpha_status, context))
     if beta is not None and beta_status != SAFE:
-        findings.append(_beta_reason(beta, beta_status, alpha_status, basis))
+        findings.append(_beta_reason(beta, beta_status, alpha_status, context))
     return Verdict(worst(alpha_status, beta_status), alpha_status, beta_status, tuple(findings))
 
 
-def no_curvature(basis: Basis) -> Verdict:
+def no_curvature(context: VerdictContext) -> Verdict:
     """State that the loss has no curvature, so that nothing follows: that is not the same as safe."""
-    reason = Reason(Kind.NO_CURVATURE, hvps=basis.hvps, step=basis.step)
+    reason = Reason(Kind.NO_CURVATURE, hvps=context.hvps, step=context.step)
     return Verdict(UNRESOLVED, UNRESOLVED, UNRESOLVED, (reason,))
 
 
-def _alpha_reason(limit: Limit, status: str, basis: Basis) -> Reason:
-    reason = _compared("alpha", limit, status, basis, basis.alpha_note)
+def _alpha_reason(limit: Limit, status: str, context: VerdictContext) -> Reason:
+    reason = _compared("alpha", limit, status, context, context.alpha_note)
     if reason.kind is not Kind.ABOVE_LIMIT:
         return reason
     # The theorem of Takagi et al. is about simplified MAML; users of the other orders must know what it means for them.
-    order = basis.order if not basis.exact and basis.order in {"exact", "first"} else ""
-    effect = _EFFECTS.get(basis.order, "simplified") if basis.exact else "simplified"
-    if effect != "simplified" and not basis.plain_steps:
+    order = context.order if not context.exact and context.order in {"exact", "first"} else ""
+    effect = _EFFECTS.get(context.order, "simplified") if context.exact else "simplified"
+    if effect != "simplified" and not context.plain_steps:
         effect = f"{effect}, other steps"
     return replace(reason, effect=effect, order=order, remedy=Remedy.LOWER_ALPHA)
 
 
-def _beta_reason(limit: Limit, status: str, alpha_status: str, basis: Basis) -> Reason:
-    reason = _compared("beta", limit, status, basis, basis.beta_note)
+def _beta_reason(limit: Limit, status: str, alpha_status: str, context: VerdictContext) -> Reason:
+    reason = _compared("beta", limit, status, context, context.beta_note)
     if reason.kind is not Kind.ABOVE_LIMIT:
         return reason
     if limit.critical == 0:
@@ -100,11 +100,11 @@ def _beta_reason(limit: Limit, status: str, alpha_status: str, basis: Basis) -> 
     remedy = Remedy.LOWER_BETA_IF_STILL_ABOVE if alpha_status == UNSAFE else Remedy.LOWER_BETA
     if limit.value <= limit.critical:
         return replace(reason, effect="within the margin", remedy=remedy)
-    growth = abs(1 - 2 * limit.ratio) if basis.plain_sgd else math.nan
+    growth = abs(1 - 2 * limit.ratio) if context.plain_sgd else math.nan
     return replace(reason, effect="grows", growth=growth, remedy=remedy)
 
 
-def _compared(rate: str, limit: Limit, status: str, basis: Basis, note: str) -> Reason:
+def _compared(rate: str, limit: Limit, status: str, context: VerdictContext, note: str) -> Reason:
     kind, remedy = Kind.ABOVE_LIMIT, Remedy.NONE
     if status == UNRESOLVED and math.isnan(limit.critical):
         kind = Kind.NOT_JUDGED
@@ -116,10 +116,10 @@ def _compared(rate: str, limit: Limit, status: str, basis: Basis, note: str) -> 
         value=limit.value,
         limit=limit.critical,
         interval=limit.interval,
-        margin=basis.margin,
+        margin=context.margin,
         remedy=remedy,
-        hvps=basis.hvps,
-        step=basis.step,
+        hvps=context.hvps,
+        step=context.step,
         detail=note if kind is Kind.NOT_JUDGED else "",
     )
 

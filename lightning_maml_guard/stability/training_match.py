@@ -24,12 +24,11 @@ from lightning_maml_guard.utils.shards import local
 _LOSS, _GRADIENT = 0.01, 0.1
 # The same in half precision and under autocast, for the problem is evaluated in float32.
 _HALF_LOSS, _HALF_GRADIENT = 0.1, 0.5
-# Where training draws random numbers a loss is another one each time: what is within this factor is no mismatch.
+# If training draws random numbers, its loss differs each time: within this factor there is no mismatch.
 _RANDOM = 2.0
-# Evaluations that show the problem's own scatter, if two differ, and multiples of their range that are allowed.
+# Evaluations that show the problem's own scatter if two differ; multiples of their range that are no mismatch.
 _DRAWS, _SCATTER = 4, 3.0
-# Units in the last place by which parameters are moved to see what rounding does: an inner loop that diverges makes
-# much of it.
+# Units in the last place by which parameters are moved to see what rounding does: a diverging inner loop amplifies it.
 _LAST_PLACES = 16
 # How near a ratio of losses must be to a number of tasks or batches to be explained by it, and cosines for one
 # direction.
@@ -88,7 +87,8 @@ class TrainingMatch:
         self._learns_rates = isinstance(problem, MetaProblem) and not isinstance(problem.inner_lr, (int, float))
         self._evaluate(objective)
         self._random = RandomStates()
-        self._gap, self._size, self._own_size, self._along = 0.0, 0.0, 0.0, 0.0
+        # Squared norms of training's gradients and of the problem's, and their inner product.
+        self._size, self._own_size, self._along = 0.0, 0.0, 0.0
         self._seen: set[str] = set()
         self._lacking, self._finite = False, True
 
@@ -149,22 +149,22 @@ class TrainingMatch:
 
     def _evaluate(self, objective: Objective) -> None:
         target = objective.update() if isinstance(objective, MamlObjective) else objective.curvature(False)
-        self.loss, self._gradient = self._drawn(target, 0)
+        self.loss, self._gradient = self._evaluated(target, 0)
         losses = [self.loss]
-        for draw in range(1, _DRAWS):
-            losses.append(self._drawn(target, draw)[0])
+        for seed in range(1, _DRAWS):
+            losses.append(self._evaluated(target, seed)[0])
             if losses[1] == self.loss:
                 break
-        loss, gradient = self._drawn((target[0], _rounded(target[1])), 0)
+        loss, gradient = self._evaluated((target[0], _rounded(target[1])), 0)
         gaps = [(gradient[name] - own).double().square().sum() for name, own in self._gradient.items()]
         sizes = [own.double().square().sum() for own in self._gradient.values()]
         gap, size = self._space.total(torch.stack([torch.stack(gaps).sum(), torch.stack(sizes).sum()])).tolist()
         self.rounding = abs(loss - self.loss) if math.isfinite(loss - self.loss) else 0.0
-        self._blur = math.sqrt(gap / size) if size > 0 and math.isfinite(gap) else 0.0
+        self._rounding_share = math.sqrt(gap / size) if size > 0 and math.isfinite(gap) else 0.0
         self.spread = max(losses) - min(losses) if all(map(math.isfinite, losses)) else 0.0
 
-    def _drawn(self, target: Any, seed: int) -> tuple[float, Params]:
-        """The loss and the gradient of an evaluation that draws from a seed."""
+    def _evaluated(self, target: Any, seed: int) -> tuple[float, Params]:
+        """The loss and the gradient with random numbers from a seed."""
         with preserved_randomness():
             torch.manual_seed(seed)
             leaves = {name: value.detach().requires_grad_() for name, value in target[1].items()}
@@ -190,7 +190,7 @@ class TrainingMatch:
             return False  # as long, or clipped
         gap = max(self._size + self._own_size - 2 * self._along, 0.0)
         share = _HALF_GRADIENT if self._half else _GRADIENT
-        return math.sqrt(gap / self._own_size) > share + _SCATTER * self._blur
+        return math.sqrt(gap / self._own_size) > share + _SCATTER * self._rounding_share
 
     @property
     def clipped_to(self) -> float:

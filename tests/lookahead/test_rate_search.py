@@ -34,8 +34,8 @@ def search(lookahead, *, alpha_suspect=False, kind=RateSearch, **arguments):
 
 def to_set(found):
     """The factors on the rates that a search leads to."""
-    alpha, beta = found.best.at
-    return alpha, min(found.flat, found.most) if beta < 1 else 1.0
+    alpha, beta = found.best.factors
+    return alpha, min(found.lowest_beta, found.highest_beta) if beta < 1 else 1.0
 
 
 def descended(curvatures, rate, steps, momentum=0.0):
@@ -62,7 +62,7 @@ def test_a_rate_beyond_the_limit_is_lowered_to_one_that_learns(curvatures, times
     assert not found.present.trains and found.present.end == math.inf and found.best.trains
     alpha, beta = to_set(found)
     lower = beta * rate
-    assert alpha == 1.0 and 0 < lower < limit and found.most * rate < limit
+    assert alpha == 1.0 and 0 < lower < limit and found.highest_beta * rate < limit
     # It trains to the end, and within the trial it learns half of what the best of many rates does.
     start = 0.5 * sum(curvatures)
     assert descended(curvatures, lower, 5000, momentum) < 0.01 * start
@@ -76,8 +76,8 @@ def test_a_trial_ends_where_a_plain_loop_does(times):
     tried = search(plain(curvatures, lambda p: SGD(p, lr=rate)))
     for factor in (1.0, 0.5, 2.0**-8, 2.0**-14):
         losses = [descended(curvatures, factor * rate, steps) for steps in range(TRIAL_STEPS + 1)]
-        trial = tried.at(beta=factor)
-        assert trial.at == Factors(1.0, factor)
+        trial = tried.trial(beta=factor)
+        assert trial.factors == Factors(1.0, factor)
         if max(losses) > RATIO * losses[0]:
             assert (trial.end, trial.learned, trial.trains) == (math.inf, -math.inf, False)
             continue
@@ -173,7 +173,7 @@ def test_the_inner_rate_alone_is_looked_for_where_the_meta_rate_is_to_be_left():
 def test_rates_that_are_fine_learn_most_as_they_are():
     for lookahead in (plain([1.0, 0.5], lambda p: SGD(p, lr=0.5)), meta([4.0, 1.0], 0.2, 0.5)):
         present, best = search(lookahead).probe()
-        assert present is best and present.trains and present.at == Factors(1.0, 1.0)
+        assert present is best and present.trains and present.factors == Factors(1.0, 1.0)
 
 
 def test_a_probe_sees_that_lower_rates_do_better_where_the_rates_as_they_are_survive():
@@ -181,7 +181,7 @@ def test_a_probe_sees_that_lower_rates_do_better_where_the_rates_as_they_are_sur
     lookahead = plain([10.0], lambda p: SGD(p, lr=0.2))
     present, best = search(lookahead).probe()
     assert present.end == pytest.approx(5.0) and present.learned == pytest.approx(0.0, abs=1e-9)
-    assert best.at.beta < 1 and best.learned > 4.0
+    assert best.factors.beta < 1 and best.learned > 4.0
 
 
 @pytest.mark.parametrize("suspect", [True, False])
@@ -190,7 +190,7 @@ def test_a_probe_lowers_an_inner_rate_that_is_a_suspect(suspect):
     alpha, beta = 0.48, 0.3
     tried = search(meta(CURVATURES, alpha, beta, steps=5), alpha_suspect=suspect)
     present, best = tried.probe()
-    assert present.trains and (best.at == Factors(0.5, 1.0)) == suspect
+    assert present.trains and (best.factors == Factors(0.5, 1.0)) == suspect
     assert present.end == pytest.approx(meta_descended(CURVATURES, alpha, beta, TRIAL_STEPS, inner=5), rel=1e-3)
     assert meta_descended(CURVATURES, 0.5 * alpha, beta, TRIAL_STEPS, inner=5) < 0.2 * present.end
 
@@ -200,9 +200,9 @@ def test_a_probe_ends_at_the_first_lower_rate_that_learns_less():
     tried = search(lookahead)
     tried.probe()
     made = lookahead.gradients
-    tried.at(beta=0.25)
+    tried.trial(beta=0.25)
     assert lookahead.gradients == made
-    tried.at(beta=1 / 16)
+    tried.trial(beta=1 / 16)
     assert lookahead.gradients > made
 
 
@@ -221,7 +221,7 @@ def test_a_query_loss_that_overflows_is_the_inner_rates():
     """At unchanged parameters: the reference is the loss without adaptation, which is finite."""
     lookahead = meta(CURVATURES, 1e200, 0.3)
     tried = search(lookahead)
-    assert tried.untrained(1.0) == (math.inf,) and tried.reference == tried.untrained(0.0)
+    assert tried.initial_losses(1.0) == (math.inf,) and tried.reference == tried.initial_losses(0.0)
     assert tried.reference[0] == pytest.approx(meta_descended(CURVATURES, 0.0, 0.0, 0))
     tried = search(meta(CURVATURES, 40.0, 0.3, steps=40), alpha_suspect=True)
     found = tried.find()
@@ -235,13 +235,13 @@ def test_a_trial_that_leaves_ends_there_and_none_is_made_twice():
     tried = search(lookahead)
     reference = tried.reference
     before = lookahead.gradients
-    assert tried.at().end == math.inf and reference == (0.5,)
+    assert tried.trial().end == math.inf and reference == (0.5,)
     assert lookahead.gradients - before == 2  # the loss at the start, and the one that left
     spent = lookahead.gradients
-    assert tried.at() is tried.at(1.0, 1.0) and tried.at(beta=2.0**-4).trains
+    assert tried.trial() is tried.trial(1.0, 1.0) and tried.trial(beta=2.0**-4).trains
     assert lookahead.gradients - spent == TRIAL_STEPS + 1
     spent = lookahead.gradients
-    tried.at(beta=2.0**-4), tried.probe()[0], tried.reference
+    tried.trial(beta=2.0**-4), tried.probe()[0], tried.reference
     assert lookahead.gradients - spent == TRIAL_STEPS + 1  # of the probe at a sixteenth that is known, one is new
 
 
@@ -249,15 +249,15 @@ def test_what_lower_inner_rates_take_away_is_not_counted_as_the_meta_rates():
     """Else a meta rate that does nothing learns nearly as much as the best one, beside a much lower inner rate."""
     found = search(meta(CURVATURES, 1.0, 20.0), alpha_suspect=True).find_beta(0.2)
     tried = search(meta(CURVATURES, 1.0, 20.0), alpha_suspect=True)
-    lowest, idle = tried.at(0.2, found.flat), tried.at(0.2, 2.0**-14)
-    assert found.flat < 1 and lowest.gained > 0.65 * found.best.gained > 10 * idle.gained
+    lowest, idle = tried.trial(0.2, found.lowest_beta), tried.trial(0.2, 2.0**-14)
+    assert found.lowest_beta < 1 and lowest.outer_gain > 0.65 * found.best.outer_gain > 10 * idle.outer_gain
     assert idle.learned > 0.6 * found.best.learned
 
 
 def test_a_peak_stands_for_the_rate_that_the_schedule_goes_to():
     """A warm-up at a tenth of the limit that goes to three times the limit."""
     lookahead = plain([10.0, 1.0], lambda p: SGD(p, lr=0.02))
-    assert search(lookahead).at().trains
+    assert search(lookahead).trial().trains
     found = search(lookahead, peak=30.0).find()
     assert not found.present.trains and found.best.trains
     lower = to_set(found)[1] * 30.0 * 0.02  # a factor on the peak
@@ -281,7 +281,7 @@ def test_the_batches_are_compared_with_themselves():
         PlainProblem({"w": weight}, lambda p, more=more: (0.5 * p["w"] ** 2).sum() + more) for more in (0.0, 100.0)
     ]
     lookahead = Lookahead(problems, SGD([weight], lr=1e-3), 1)
-    trial = search(lookahead).at()
+    trial = search(lookahead).trial()
     assert trial.trains and 0 < trial.learned < 0.5
 
 
@@ -310,18 +310,18 @@ def to_blame(learned_at_lower_alpha, weight):
     """What is lowered where a lower inner rate learns so much, and a lower meta rate 0.5; nothing else trains."""
 
     class Scripted(RateSearch):
-        def at(self, alpha=1.0, beta=1.0, steps=None):
+        def trial(self, alpha=1.0, beta=1.0, steps=None):
             gained = {(0.5, 1.0): learned_at_lower_alpha, (1.0, 0.125): 0.5}.get((alpha, beta), -1.0)
             return Trial(Factors(alpha, beta), 1.0 - gained, gained, gained, trains=gained > 0)
 
-        def untrained(self, alpha):
+        def initial_losses(self, alpha):
             return (1.0,)
 
     leaf = nn.Parameter(torch.ones(1))
     problem = MetaProblem({"w": leaf}, lambda p, d: (d * p["w"]).sum(), torch.ones(1, 1), torch.ones(1, 1), 0.1)
     lookahead = Lookahead([problem], SGD([leaf], lr=0.1), 1)
     found = search(lookahead, alpha_suspect=True, kind=Scripted).find(weight)
-    return "alpha" if found.best.at.alpha < 1 else "beta"
+    return "alpha" if found.best.factors.alpha < 1 else "beta"
 
 
 def two_batches(rate):
@@ -336,14 +336,14 @@ def two_batches(rate):
 def test_a_run_comes_back_to_the_losses_of_the_same_batches():
     """The trial ends on four hard batches and three easy ones, at 6.14; the median of what was kept is 5.6."""
     tried = search(two_batches(0.5))
-    assert tried.comes_back((1.1, 10.1), 0.1)
-    assert not tried.comes_back((0.5, 10.0), 0.1)
-    assert not search(two_batches(0.001)).comes_back((1.1, 10.1), 0.1)  # too slow to be back soon
+    assert tried.recovers((1.1, 10.1), 0.1)
+    assert not tried.recovers((0.5, 10.0), 0.1)
+    assert not search(two_batches(0.001)).recovers((1.1, 10.1), 0.1)  # too slow to be back soon
 
 
 def test_what_counts_as_clearly_lower_is_a_share_of_the_loss_before_training():
     tried = search(two_batches(0.5))
-    assert tried.clearly(0.1) == pytest.approx(0.1 * (1.5 + 10.5) / 2)
+    assert tried.clear_margin(0.1) == pytest.approx(0.1 * (1.5 + 10.5) / 2)
 
 
 class Chancy(RateSearch):
@@ -356,11 +356,11 @@ class Chancy(RateSearch):
 
 def test_a_rate_that_kills_by_chance_does_not_end_the_ladder_where_a_lower_one_is_known_to_learn_more():
     lookahead = plain([1.0], lambda weights: SGD(weights, lr=0.1))
-    assert search(lookahead, kind=Chancy).find_beta(1.0).best.at.beta == 0.25
+    assert search(lookahead, kind=Chancy).find_beta(1.0).best.factors.beta == 0.25
     known = search(lookahead, kind=Chancy)
-    assert known.spread().at == Factors(1.0, 0.0625)
-    assert known.begins_below(0.5) and not known.begins_below(0.3)
-    assert known.find_beta(1.0).best.at.beta == 0.0625
+    assert known.lowest_far_below().factors == Factors(1.0, 0.0625)
+    assert known.is_soon_below(0.5) and not known.is_soon_below(0.3)
+    assert known.find_beta(1.0).best.factors.beta == 0.0625
 
 
 @pytest.mark.parametrize(("velocity", "survives"), [(0.0, True), (1e6, False)])
@@ -370,7 +370,7 @@ def test_where_momentum_has_thrown_a_run_no_low_rate_survives(velocity, survives
     optimizer.state[weight]["momentum_buffer"] = torch.full_like(weight, velocity)
     problem = PlainProblem({"w": weight}, lambda p: 0.5 * p["w"].square().sum())
     tried = search(Lookahead([problem], optimizer, 1))
-    assert not math.isfinite(tried.at().end) and tried.survives == survives
+    assert not math.isfinite(tried.trial().end) and tried.survives == survives
 
 
 class Lucky(RateSearch):
@@ -378,7 +378,7 @@ class Lucky(RateSearch):
 
     learned = 0.4  # at lower meta rates
 
-    def untrained(self, alpha):
+    def initial_losses(self, alpha):
         return (1.0,)
 
     def _tried(self, at, steps):
@@ -392,7 +392,7 @@ def test_an_inner_rate_below_which_lower_ones_diverge_is_not_blamed_where_a_lowe
 ):
     tried = search(meta(CURVATURES, 1.0, 0.02), kind=Lucky, alpha_suspect=True)
     tried.learned = learned
-    assert tried.find(weight).best.at.alpha == alpha
+    assert tried.find(weight).best.factors.alpha == alpha
 
 
 class Helped(RateSearch):
@@ -400,7 +400,7 @@ class Helped(RateSearch):
 
     halved = 2.0
 
-    def untrained(self, alpha):
+    def initial_losses(self, alpha):
         return ({0.0: 3.0, 1.0: 1.0}.get(alpha, self.halved),)
 
     def _tried(self, at, steps):
@@ -414,8 +414,8 @@ def test_an_inner_loop_that_helps_the_more_the_higher_its_rate_does_not_diverge(
     One that diverges at half its rate may do well at its own: its units have died, and what is left is a constant.
     """
     lookahead = meta(CURVATURES, 1.0, 0.02)
-    assert search(lookahead, kind=Helped, alpha_suspect=True).find(2.0).best.at.alpha == 1
+    assert search(lookahead, kind=Helped, alpha_suspect=True).find(2.0).best.factors.alpha == 1
     for halved in (0.5, 4.0):
         harmed = search(lookahead, kind=Helped, alpha_suspect=True)
         harmed.halved = halved
-        assert harmed.find(2.0).best.at.alpha < 1
+        assert harmed.find(2.0).best.factors.alpha < 1

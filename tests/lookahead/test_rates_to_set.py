@@ -11,7 +11,7 @@ from torch.optim import SGD
 from lightning_maml_guard import MetaProblem, measure
 from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.lookahead import Lookahead
-from lightning_maml_guard.lookahead.rate_search import LASTING_STEPS, TRIAL_STEPS, Found, RateSearch, Trial
+from lightning_maml_guard.lookahead.rate_search import LASTING_STEPS, TRIAL_STEPS, RateSearch, SearchResult, Trial
 from lightning_maml_guard.lookahead.rates_to_set import RatesToSet, is_still_above
 from lightning_maml_guard.messages.reasons import Kind
 from lightning_maml_guard.stability.problems import PlainProblem
@@ -54,10 +54,10 @@ def test_rates_that_survive_a_trial_and_die_later_are_lowered_further():
     assert descended(SLOW, RATE, TRIAL_STEPS) < start < descended(SLOW, RATE, LASTING_STEPS)
     problem = plain(SLOW)
     setter, search = to_set(problem, 2 * RATE)
-    tried = search.at(1.0, 0.5)
-    assert tried.trains and not search.at(1.0, 0.5, LASTING_STEPS).trains
+    tried = search.trial(1.0, 0.5)
+    assert tried.trains and not search.trial(1.0, 0.5, LASTING_STEPS).trains
     unknown = replace(measure(problem, beta=2 * RATE), beta_c=math.nan)
-    rates = setter.of(Found(search.at(), tried, 0.5, 0.5), unknown, [])
+    rates = setter.of(SearchResult(search.trial(), tried, 0.5, 0.5), unknown, [])
     assert rates.alpha is None and rates.beta == pytest.approx(2 * RATE / 8)  # half of the first one that lasts
     assert descended(SLOW, rates.beta, 5000) < 0.01 * start
 
@@ -69,9 +69,9 @@ def test_no_rate_is_named_where_the_loss_rises_at_all_of_them():
     problem = PlainProblem({"w": weight}, lambda p: 1 - p["w"] + 2 * p["w"].detach())
     setter, search = to_set(problem, 0.1)
     unknown = replace(measure(plain([1.0]), beta=0.1), beta_c=math.nan)
-    tried = search.at(1.0, 2.0**-14)
-    assert not tried.trains and tried.end < search.at().end  # the lower, the better
-    assert setter.of(Found(search.at(), tried, 0.5, 0.5), unknown, []) == (None, None)
+    tried = search.trial(1.0, 2.0**-14)
+    assert not tried.trains and tried.end < search.trial().end  # the lower, the better
+    assert setter.of(SearchResult(search.trial(), tried, 0.5, 0.5), unknown, []) == (None, None)
 
 
 def test_the_meta_rate_goes_by_the_smallest_limit_seen():
@@ -81,8 +81,10 @@ def test_the_meta_rate_goes_by_the_smallest_limit_seen():
     assert report.beta_c == pytest.approx(0.2)
     earlier = replace(report, beta_c=0.02)
     # Midway between half of the largest one tried that trains, and the lowest that learns nearly as much.
-    assert found.most * 2.0 == 0.0625 and found.flat < found.most
-    assert setter.of(found, report, []).beta == pytest.approx(2.0 * math.sqrt(found.flat * found.most), rel=0.01)
+    assert found.highest_beta * 2.0 == 0.0625 and found.lowest_beta < found.highest_beta
+    assert setter.of(found, report, []).beta == pytest.approx(
+        2.0 * math.sqrt(found.lowest_beta * found.highest_beta), rel=0.01
+    )
     assert setter.of(found, report, [earlier]).beta == pytest.approx(0.6 * 0.02)
     assert setter.of(found, earlier, [report]).beta == pytest.approx(0.6 * 0.02)
 
@@ -94,7 +96,7 @@ def test_without_a_limit_the_meta_rate_lies_midway_between_what_trials_say(flat,
     """In logarithms, and no higher than the highest to set; a peak is held for a part of the run only."""
     problem = plain([10.0, 1.0])
     setter, search = to_set(problem, 0.2, mean=mean)
-    found = Found(search.at(), search.at(1.0, 0.25), flat, 0.25)
+    found = SearchResult(search.trial(), search.trial(1.0, 0.25), flat, 0.25)
     unknown = replace(measure(problem, beta=0.2), beta_c=math.nan)
     assert setter.of(found, unknown, []).beta == pytest.approx(expected * 0.2)
 
@@ -110,9 +112,9 @@ def test_the_meta_rate_is_lowered_too_where_it_is_far_beyond_its_limit_at_the_in
         return replace(measure(problem.at_factor(factor), beta=beta), beta_c=limit, beta_c_noise=math.nan)
 
     setter, search = to_set(problem, beta, measured)
-    best = search.at(0.15)
-    assert best.trains and not search.at().trains
-    rates = setter.of(Found(search.at(), best), measure(problem, beta=beta), [])
+    best = search.trial(0.15)
+    assert best.trains and not search.trial().trains
+    rates = setter.of(SearchResult(search.trial(), best), measure(problem, beta=beta), [])
     assert asked == [pytest.approx(0.6 * 0.5 / alpha, rel=1e-3)]  # the inner loop converges below 2/4
     assert rates.alpha == pytest.approx(0.3, rel=1e-3)
     assert (rates.beta is not None) == both
@@ -126,7 +128,7 @@ def test_a_limit_far_below_what_trials_learn_at_is_contradicted():
     setter, search = to_set(problem, 2.0)
     found = search.find()
     report = replace(measure(problem, beta=2.0), beta_c=1e-4)
-    assert setter.of(found, report, []).beta > 0.1 * found.flat * 2.0
+    assert setter.of(found, report, []).beta > 0.1 * found.lowest_beta * 2.0
 
 
 @pytest.mark.parametrize(("harmful", "share"), [(True, 0.6 / 2**0.6), (False, 0.5)])
@@ -136,7 +138,7 @@ def test_an_inner_rate_that_makes_tasks_worse_is_beyond_its_limit_whatever_the_c
     setter, search = to_set(problem, 0.1, measured=lambda factor: measure(problem.at_factor(factor), beta=0.1))
     report = measure(problem, beta=0.1)
     assert report.alpha_ratio < 1
-    found = Found(search.at(), search.at(0.5))
+    found = SearchResult(search.trial(), search.trial(0.5))
     rates = replace(setter, harmful=harmful).of(found, report, [])
     assert rates.alpha == pytest.approx(share * 2.0)
 
@@ -157,9 +159,9 @@ def test_an_inner_rate_at_which_adaptation_harms_is_lowered_further():
 
     report = replace(measure(problem, beta=1e-3), alpha_c=limit)
     assert harmed(share * limit) and not harmed(share**2 * limit)
-    best = search.at(1 / 16)
+    best = search.trial(1 / 16)
     assert best.trains and search.harms(share * limit / alpha)
-    assert setter.of(Found(search.at(), best), report, []).alpha == pytest.approx(share**2 * limit)
+    assert setter.of(SearchResult(search.trial(), best), report, []).alpha == pytest.approx(share**2 * limit)
 
 
 class Growing(RateSearch):
@@ -178,7 +180,7 @@ def test_an_inner_rate_by_its_limit_that_does_not_last_gives_way_to_what_trials_
     optimizer = SGD(list(problem.params.values()), lr=0.1)
     search = Growing(Lookahead([problem], optimizer, 1), Scale(), 3.0, alpha_suspect=True)
     setter = RatesToSet(search, [optimizer], problem, 0.1, 1.0, repeats=False, measured=lambda factor: report)
-    found = Found(search.at(), search.at(learned))
+    found = SearchResult(search.trial(), search.trial(learned))
     rates = setter.of(found, replace(report, alpha_c=1.0), [])
     assert rates.alpha == pytest.approx(2.0 * factor)
 
@@ -188,7 +190,7 @@ class Alike(RateSearch):
 
     most = 1.0  # meta rate at which they do not
 
-    def untrained(self, alpha):
+    def initial_losses(self, alpha):
         return (1 + 0.01 * alpha if alpha <= 0.25 else math.inf,)
 
     def _tried(self, at, steps):
@@ -208,7 +210,7 @@ def test_an_inner_rate_without_a_limit_is_a_share_of_the_highest_that_learns_nea
     setter = RatesToSet(search, [optimizer], problem, 0.1, 1.0, repeats=False, measured=lambda factor: unknown)
     search.most = most
     found = search.find()
-    assert found.best.at.alpha == 2.0**-8 and (found.best.at.beta < 1) == (most < 1)
+    assert found.best.factors.alpha == 2.0**-8 and (found.best.factors.beta < 1) == (most < 1)
     assert setter.of(found, unknown, []).alpha == pytest.approx(2.0 * 0.25 * 0.6 / 2**0.6)
 
 

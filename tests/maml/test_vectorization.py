@@ -117,7 +117,7 @@ def test_a_checkpoint_that_holds_a_choice_of_an_older_version_loads(tmp_path):
 
 def test_the_guards_map_follows_the_problem_and_remembers_what_vmap_cannot_do():
     def known(cache):
-        cache.note_the_map()
+        cache.remember_looping()
         return cache.facts.looped
 
     cache = MeasurementCache()

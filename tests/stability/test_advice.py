@@ -10,7 +10,7 @@ from torch.optim import SGD
 from lightning_maml_guard import CurvatureOptions, MetaProblem, measure
 from lightning_maml_guard.messages.advice import Cause
 from lightning_maml_guard.stability.problems import PlainProblem
-from lightning_maml_guard.stability.reasons import Basis, from_limits, judge
+from lightning_maml_guard.stability.reasons import VerdictContext, from_limits, judge
 from lightning_maml_guard.theory.limits import Limit
 from tests.helpers import linear_module, quadratic_batch
 
@@ -79,7 +79,7 @@ def limit(value, critical):
 def test_a_meta_rate_not_known_to_be_too_large_below_alpha_c_is_left_alone(safe_beta_c):
     """Beyond alpha_c no meta rate is stable, so that beta is always above its limit of 0."""
     alpha, beta = limit(0.3, 0.2), limit(0.5, 0.0)
-    verdict = judge(alpha, beta, Basis())
+    verdict = judge(alpha, beta, VerdictContext())
     assert verdict.beta_status == "unsafe"
     advice = from_limits(verdict, alpha=alpha, beta=0.5, safe_beta_c=safe_beta_c, margin=1.0, step=None)
     assert (advice.cause, advice.alpha, advice.beta) == (Cause.ALPHA, 0.1, None)
@@ -87,7 +87,7 @@ def test_a_meta_rate_not_known_to_be_too_large_below_alpha_c_is_left_alone(safe_
 
 def test_numbers_have_two_digits():
     beta = limit(0.5, 0.123456)
-    verdict = judge(None, beta, Basis())
+    verdict = judge(None, beta, VerdictContext())
     advice = from_limits(verdict, alpha=limit(math.nan, math.nan), beta=0.5, safe_beta_c=0.123456, margin=1.0, step=3)
     assert advice.beta == 0.062 and str(advice).endswith("Set the optimizer's lr to 0.062.")
 

@@ -286,7 +286,7 @@ def test_the_tasks_curvatures_come_with_the_products(make, basis):
     operators = Operators(maml, MeasurementCache(), per_task=False)
     jacobian, noise = operators.build(META_UPDATE, maml.update())
     step, like, value = linearized_step(optimizer, maml.live), jacobian.gradient[:1], ("the loss", jacobian.value)
-    given = {"krylov": Krylov(basis=basis), "noise": noise, "value": value, "tell_apart": True}
+    given = {"krylov": Krylov(basis=basis), "noise": noise, "value": value, "by_task": True}
     limit = exact_limit(jacobian, True, step, like, **given)
     expected = operators.by_task(step.unscaled(limit.direction))
     assert len(expected) > 1 and limit.by_task.numpy() == pytest.approx(expected.numpy(), rel=1e-3)

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 from lightning_maml_guard.messages.reasons import Kind, Remedy
 from lightning_maml_guard.messages.sentences import sentences
-from lightning_maml_guard.stability.reasons import Basis, judge
+from lightning_maml_guard.stability.reasons import VerdictContext, judge
 from lightning_maml_guard.theory.limits import Limit
 
 
 def judged(alpha, beta, **basis):
-    return judge(alpha, beta, Basis(**basis))
+    return judge(alpha, beta, VerdictContext(**basis))
 
 
 def words(alpha, beta, **basis):
@@ -123,7 +123,7 @@ def limits():
     st.none() | limits(),
     st.none() | limits(),
     st.builds(
-        Basis,
+        VerdictContext,
         margin=st.floats(0.05, 2),
         hvps=st.integers(0, 99),
         step=st.none() | st.integers(0, 999),
