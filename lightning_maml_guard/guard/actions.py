@@ -33,7 +33,7 @@ class Situation:
         allows: Whether caps may be tried: not where their rates have just failed.
         harmful: Whether adaptation makes tasks worse.
         advised: The inner rate that is advised for several inner steps, and the outer rate; None where none is.
-        heeds: Whether rates may be no higher than what is advised.
+        follows_advice: Whether rates may be no higher than what is advised.
         left: Whether the loss is too high already where the run is, not only after the steps to come.
     """
 
@@ -50,7 +50,7 @@ class Situation:
     allows: Callable[[Caps], bool] = lambda caps: True
     harmful: bool = False
     advised: Caps = NO_CAPS
-    heeds: bool = False
+    follows_advice: bool = False
     left: bool = False
 
 
@@ -157,7 +157,7 @@ class Rescale(Action):
         else:
             found = self.release(caps, present, look, situation.scale, situation.allows, situation.advised)
         # A rate that survives the next steps may still kill what could have learned.
-        return found.at_most(situation.advised.beta) if situation.heeds else found
+        return found.at_most(situation.advised.beta) if situation.follows_advice else found
 
     def release(
         self,

@@ -29,7 +29,7 @@ from lightning_maml_guard.lookahead.rates_to_set import (
     try_half_limits,
 )
 from lightning_maml_guard.messages.advice import Advice, Cause, cause_of, settable
-from lightning_maml_guard.messages.reasons import UNTOLD, Kind, Reason, Reasons
+from lightning_maml_guard.messages.reasons import INCONCLUSIVE, Kind, Reason, Reasons
 from lightning_maml_guard.optim.lr_cap import rates_differ
 from lightning_maml_guard.optim.rates_ahead import RatesAhead, crossing, to_configure
 from lightning_maml_guard.optim.snapshot import Snapshot
@@ -285,7 +285,7 @@ class Adviser:
         tried = [tried_reason(found, alpha, beta, look.scale.start, self.tried_from)] if supports else []
         # Findings about the other rate, or about neither, are no reason to lower a rate.
         told = {"alpha": lower_alpha or not lower_beta, "beta": lower_beta or not lower_alpha}
-        shown = [e for e in findings if told.get(e.rate, True) and not (supports and e.kind in UNTOLD)]
+        shown = [e for e in findings if told.get(e.rate, True) and not (supports and e.kind in INCONCLUSIVE)]
         return Advice(
             cause=cause_of(alpha=lower_alpha, beta=lower_beta, rising=rising is not None, died=bool(died)),
             alpha=None if rates.alpha is None else settable(rates.alpha),

@@ -71,7 +71,7 @@ class Check:
                 optimizers, present = self._rolled_back
                 self.rollback.halve(present.begin, scheduled_rate(optimizers), step)
             elif not (self._looked or self._acted):
-                with run.only_told("judge the run by its last loss"):
+                with run.warn_on_failure("judge the run by its last loss"):
                     self._judge_last_loss(step)
 
     def _check(self, batch: Any, batch_idx: int, step: int, scheduled: bool) -> None:
@@ -101,14 +101,14 @@ class Check:
             look = look_at(run, trainer, module, batch, batch_idx, step)
             self._looked = look.present is not None
             if look.present is not None:
-                statistics.look(look.present.begin)
+                statistics.note_lookahead(look.present.begin)
             if not run.state.history:
                 statistics.chance = chance_loss(module, batch)
             if not any(map(needs_closure, look.optimizers)):  # else a step's loss is that of parameters it has moved
                 run.begin_match(trainer, module, batch, batch_idx, look.optimizers)
             adviser, stuck = Adviser(run, trainer, module, look, step), statistics.stuck
             learning, collapsed = self.rollback.compare(look), None
-            if learning is not None and learning.lost and not adviser.recovers(learning):
+            if learning is not None and learning.has_lost_half and not adviser.recovers(learning):
                 collapsed = self.rollback.lost(learning, look, step)
                 look.severity = max(look.severity, math.log(ratio))
             adviser.look_at_peak()
@@ -130,12 +130,12 @@ class Check:
         look, run, trainer, module = seen.look, self.run, self.trainer, self.module
         if look.present is None or scheduled or seen.failing or seen.adviser.new_finding is not None:
             return False
-        slips = seen.learning is not None and not seen.learning.holds
+        left_best = seen.learning is not None and not seen.learning.holds
         well = passes(look.severity, self.ratio)
         if seen.away:
             self.rollback.undo(look, step)
-        elif slips or well:
-            ease(run, trainer, module, look, step, slips=slips)
+        elif left_best or well:
+            ease(run, trainer, module, look, step, left_best=left_best)
         if well and not seen.away:
             self.rollback.keep(step)
         self._charge(look, seen.adviser.cost)
@@ -167,7 +167,7 @@ class Check:
         situation = situation_of(run, seen, found, step, reach_alpha=reach, rolled_back=rolled_back)
         if found.failing or rolled_back:
             tried = seen.caps.applied(found.report.alpha, found.report.beta)
-            run.state.ceiling = run.state.ceiling.failed(*tried, step)
+            run.state.ceiling = run.state.ceiling.with_failure(*tried, step)
         caps = run.caps.caps if lost else self.settings.acting.decide(situation)
         took_in(run, look, step, before, caps)
         return caps

@@ -12,7 +12,7 @@ from lightning_maml_guard.guard.advising import Adviser
 from lightning_maml_guard.guard.look import Look, advised_rates, allows
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.state_machine import Transition
-from lightning_maml_guard.lookahead.divergence import fails, undecided
+from lightning_maml_guard.lookahead.divergence import fails, undecided_severity
 from lightning_maml_guard.lookahead.learning import Learning, last_loss_reason, lookahead_reason
 from lightning_maml_guard.lookahead.lookahead import Caps
 from lightning_maml_guard.lookahead.rate_search import SearchResult
@@ -54,7 +54,7 @@ class Seen:
     @property
     def away(self) -> bool:
         """Whether half of what was learned is gone, if only for some steps."""
-        return self.learning is not None and self.learning.lost
+        return self.learning is not None and self.learning.has_lost_half
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def judge(run: GuardedRun, seen: Seen, step: int) -> Judgement:
         judged = max(look.severity, math.log(ratio))
     if failing and report.status != UNSAFE and look.may_miss_clipping(ratio):
         _tell_of_clipping(run, seen, report, findings, further, step)
-        failing, judged = False, undecided(ratio)
+        failing, judged = False, undecided_severity(ratio)
     gone = look.last is not None and look.scale.diverged(look.last, ratio)
     if gone:  # limits where a run has been thrown to blame the wrong rate
         known = next((each.advice for each in reversed(run.state.history) if each.advice is not None), None)
@@ -142,9 +142,9 @@ def situation_of(
     """Put together what an action decides on."""
     look, report, advice = seen.look, found.report, found.advice
     # Trials from where a run has learned favour rates that are too low for the rest of it.
-    heeds = advice is not None and math.isnan(look.scale.best)
-    if advice is not None and heeds:
-        _heed(run, advice, look.problem)
+    follows_advice = advice is not None and math.isnan(look.scale.best)
+    if advice is not None and follows_advice:
+        _take_advised_beta(run, advice, look.problem)
     # Where the run survives the next steps, but not for long, a lower outer rate replaces no lower inner one.
     out_of_reach = found.further and advice is not None and advice.alpha is not None and not reach_alpha
     return Situation(
@@ -160,13 +160,13 @@ def situation_of(
         scale=look.scale,
         harmful=look.harmful,
         advised=advised_rates(run, look.problem),
-        heeds=heeds,
+        follows_advice=follows_advice,
         left=seen.gone,
         allows=partial(allows, run, alpha=report.alpha, beta=report.beta, step=step),
     )
 
 
-def _heed(run: GuardedRun, advice: Advice, problem: Problem) -> None:
+def _take_advised_beta(run: GuardedRun, advice: Advice, problem: Problem) -> None:
     """Take in the outer rate that is advised: from now on, higher ones have to lead further down.
 
     What is advised lasts a run without a guard, which cannot lower it later. With one, and no rise to come, MAML may
@@ -178,7 +178,7 @@ def _heed(run: GuardedRun, advice: Advice, problem: Problem) -> None:
     rate = advice.beta * peak / to_configure(ahead, peak)
     if (ahead is None or not ahead.rises) and not isinstance(problem, PlainProblem):
         rate = max([rate, *(each.beta for each in advice.evidence if each.kind is Kind.RATES_TRIED)])
-    run.state.ceiling = run.state.ceiling.heeds(rate, advice.step or 0)
+    run.state.ceiling = run.state.ceiling.with_advised(rate, advice.step or 0)
 
 
 def _measured(run: GuardedRun, look: Look, step: int) -> tuple[StabilityReport, bool]:

@@ -217,7 +217,7 @@ def highest_to_come(run: GuardedRun, trainer: Any, optimizers: list[Optimizer], 
 
 def due(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_idx: int, step: int) -> bool | None:
     """Whether a check that is due before a step is a scheduled one; None where none is due."""
-    with run.only_told("read the inner rate"):
+    with run.warn_on_failure("read the inner rate"):
         _read_alpha(run, trainer, module, batch, batch_idx)
     rate, history, statistics = known_rate(trainer.optimizers), run.state.history, run.state.statistics
     rates = {"rate": rate, "alpha": run.alpha, **{name: latest_limit(history, name) for name in ("beta_c", "alpha_c")}}
@@ -236,26 +236,26 @@ def _read_alpha(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_id
             run.alpha = getattr(state_problem(source, module, batch, batch_idx), "alpha", math.nan)
 
 
-def ease(run: GuardedRun, trainer: Any, module: Any, look: Look, step: int, *, slips: bool) -> None:
-    """Release the caps of a run that is well as far as lookaheads allow; lower those of one that slips or stands."""
+def ease(run: GuardedRun, trainer: Any, module: Any, look: Look, step: int, *, left_best: bool) -> None:
+    """Release the caps of a run that is well as far as lookaheads allow; lower those of one that is not."""
     lookahead, caps, action = look.lookahead, run.caps.caps, run.settings.acting
     if lookahead is None or look.present is None:
         return
     alpha, beta, before = lookahead.alpha, lookahead.beta, lookahead.gradients
-    stands, back = not slips and run.is_capped(beta) and run.schedule.stands(step), run.schedule.state.raised_from
+    stands, back = not left_best and run.is_capped(beta) and run.schedule.stands(step), run.schedule.state.raised_from
     found = caps.at_most(back) if stands and back < beta else caps
     with undisturbed(trainer, module):
-        if slips or (stands and not back < beta):
+        if left_best or (stands and not back < beta):
             found = action.ease(caps, look.present, lookahead, look.scale, run.caps.reaches_alpha(module), stands)
         lowers = found != caps
-        if not (slips or lowers):
+        if not (left_best or lowers):
             may = partial(allows, run, alpha=alpha, beta=beta, step=step)
             found = action.release(caps, look.present, lookahead, look.scale, may, advised_rates(run, look.problem))
     if lowers:
-        run.state.ceiling = run.state.ceiling.failed(*caps.applied(alpha, beta), step)
+        run.state.ceiling = run.state.ceiling.with_failure(*caps.applied(alpha, beta), step)
         if run.state.capped != look.owned:
             run.cap(trainer, look.owned)
-        inform(eased(step, *found.applied(alpha, beta), slips=slips, raised=stands and back < beta))
+        inform(eased(step, *found.applied(alpha, beta), left_best=left_best, raised=stands and back < beta))
     took_in(run, look, step, before, found)
     run.caps.apply(module, found)
 
@@ -285,7 +285,7 @@ def allows(run: GuardedRun, caps: Caps, *, alpha: float, beta: float, step: int)
     """
     rises = run.ahead is not None and run.ahead.peak(step)[0] > beta
     statistics, let_go = run.state.statistics, run.caps.caps.beta is not None and caps.beta is None
-    if statistics.slips or run.schedule.ends_before(step) or (rises and let_go):
+    if statistics.has_left_best or run.schedule.ends_before(step) or (rises and let_go):
         return False
     return run.state.ceiling.allows(caps, alpha, beta, step, learned=not math.isnan(statistics.scale.best))
 

@@ -203,11 +203,11 @@ class Schedule:
         state = self.state
         state.spiked, state.diverged, state.lost = True, state.diverged or diverged, state.lost or lost
 
-    def slip(self, slips: bool) -> None:
+    def note_left_best(self, left_best: bool) -> None:
         """Take in whether the loss has left its best: when it does, that calls a check that waits for no payment."""
-        if slips and not self.state.slipped:
+        if left_best and not self.state.slipped:
             self.spike(diverged=True)
-        self.state.slipped = slips
+        self.state.slipped = left_best
 
     def level(self, mean: float, step: int) -> None:
         """Take the mean loss in."""

@@ -204,7 +204,7 @@ class Lookahead:
         """
         result = self.under(caps)
         self.begin = result.begin
-        scale = scale.over(result.losses)
+        scale = scale.completed_by(result.losses)
         found = [result]
         if not passes(scale.severity(result.end, result.begin), ratio) and self.batches > 1:
             found += [self.under(caps, (self.batches * share) // 3) for share in (1, 2)]

@@ -153,7 +153,7 @@ def test_rates_that_survive_alone_may_stay_unless_lower_ones_bring_the_loss_furt
 
 def test_rates_that_have_just_failed_are_not_tried_again():
     look, caps = ends_best_at((0.1, 1.0)), Caps(None, 0.1)
-    failed = Ceiling().failed(0.1, 0.4, 10)
+    failed = Ceiling().with_failure(0.1, 0.4, 10)
 
     def release(step):
         return released(0.1, 1.0, caps, look(caps), look, allows=lambda each: failed.allows(each, 0.1, 1.0, step))
@@ -162,7 +162,7 @@ def test_rates_that_have_just_failed_are_not_tried_again():
     assert found == Caps(None, 0.2)  # 0.4 is what failed
     later = release(failed.until)
     assert later == Caps(None, 0.8)
-    again = failed.failed(0.1, 0.4, 50)
+    again = failed.with_failure(0.1, 0.4, 50)
     assert again.until - 50 == 2 * (failed.until - 10)
 
 

@@ -178,7 +178,7 @@ def test_a_share_that_is_none_is_refused(share):
 def take(schedule, statistics, loss, ratio):
     """What the guard does with a step's loss."""
     if statistics.update(loss, 1.0):
-        schedule.spike(diverged=statistics.diverged(loss, ratio))
+        schedule.spike(diverged=statistics.scale.diverged(loss, ratio))
 
 
 def noisy(schedule, steps, height=10.0, ratio=1e9, cost=20, statistics=None):
@@ -367,7 +367,7 @@ def test_a_loss_that_leaves_its_best_is_looked_at_once_without_payment():
     schedule.state.spent = 1e6
     found = []
     for step in range(101, 160):
-        schedule.slip(110 <= step < 130 or step >= 150)
+        schedule.note_left_best(110 <= step < 130 or step >= 150)
         if schedule.due(step) is not None:
             found.append(step)
     assert found == [110, 150]

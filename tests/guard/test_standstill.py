@@ -73,11 +73,11 @@ def test_a_cap_at_which_the_loss_stands_still_is_lowered(caplog):
 @pytest.mark.parametrize(
     ("how", "why"),
     [
-        ({"slips": True}, "the loss has left its best, and at lower rates the next steps lead further down."),
+        ({"left_best": True}, "the loss has left its best, and at lower rates the next steps lead further down."),
         ({}, "the loss does not fall any more, and at lower rates the next steps lead further down."),
         ({"raised": True}, "the loss has not fallen since the outer rate was raised."),
     ],
 )
 def test_why_rates_are_lowered_is_said(how, why):
-    said = eased(7, float("nan"), 0.5, **{"slips": False, "raised": False, **how})
+    said = eased(7, float("nan"), 0.5, **{"left_best": False, "raised": False, **how})
     assert said == f"ConvergenceGuard: step 7: {why} Applied from now on: beta = 0.5."
