@@ -7,7 +7,7 @@ import itertools
 import random
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from io import IOBase
@@ -126,6 +126,8 @@ _LEFT = (*ATOMS, torch.optim.Optimizer, LRScheduler, Logger, PurePath, ModuleTyp
 _FRAMES = frozenset({"lightning", "lightning_fabric", "lightning_maml_guard", "pytorch_lightning"})
 # Tensors and arrays in containers and objects are kept up to so many bytes, each counted as a few KB at least.
 _MOST, _LEAST = 2**26, 2**12
+# A container of more values (a replay buffer, a vocabulary) is put back, but not what is in it.
+_VALUES = 10_000
 
 
 class OwnIteratorError(RuntimeError):
@@ -156,7 +158,7 @@ class _Attributes:
     """Puts back the own attributes of a module's parts: counters, lists of outputs, metrics, objects, iterators."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._seen, self._room = {id(part) for part in module.modules()}, _MOST
+        self._seen, self._room, self._values = {id(part) for part in module.modules()}, _MOST, _VALUES
         self._swaps: list[tuple[Any, Any, Any]] = []
         self._kept = [(part, self._of_part(part)) for part in module.modules()]
 
@@ -207,7 +209,10 @@ class _Attributes:
             raise _OpaqueError
         return None
 
-    def _of_parts(self, parts: Iterable[Any], *, inside: bool) -> list[Undo]:
+    def _of_parts(self, parts: Collection[Any], *, inside: bool) -> list[Undo]:
+        if len(parts) > self._values:
+            return []
+        self._values -= len(parts)
         return [found for part in parts if (found := self._of(part, inside=inside))]
 
     def _of_numbers(self, value: Any) -> Undo | None:
@@ -220,7 +225,7 @@ class _Attributes:
 
     def _of_container(self, value: Any, *, inside: bool) -> Undo:
         content = copy.copy(value)
-        if isinstance(value, (list, dict)):
+        if isinstance(value, (list, dict)) and len(value) <= self._values:
             self._stand_in(value, content.items() if isinstance(value, dict) else enumerate(content))
         inner = self._of_parts(content.values() if isinstance(content, dict) else content, inside=inside)
 
@@ -255,7 +260,7 @@ def _all(undos: list[Undo]) -> Undo | None:
     return (lambda: [each() for each in undos]) if undos else None
 
 
-def _parts(value: Any) -> Iterable[Any]:
+def _parts(value: Any) -> Collection[Any]:
     if isinstance(value, MethodType):
         return (value.__self__,)
     return (*value.args, *value.keywords.values()) if isinstance(value, partial) else value

@@ -220,6 +220,17 @@ def test_large_containers_of_tensors_are_left_to_the_users_code():
     assert [float(each[0]) for each in module.bank] == [0.0, 1.0]
 
 
+def test_a_container_of_very_many_values_is_put_back_without_looking_into_them():
+    module = Probe()
+    module.replay, module.few = deque([[0]] * 20_000), [[0]]
+    with isolated(module):
+        for kept in (module.replay, module.few):
+            kept[0].append(1)
+            kept.append([2])
+    assert len(module.replay) == 20_000 and module.replay[0] == [0, 1]
+    assert module.few == [[0]]
+
+
 @pytest.mark.filterwarnings("error")
 def test_steps_draw_from_copies_of_iterators():
     module = Probe()
