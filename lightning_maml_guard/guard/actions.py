@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lightning_maml_guard.guard.rescale import BY_RATIO, NO_CAPS, at_limits, eased, lowered, released
+from lightning_maml_guard.guard.rescale import BY_RATIO, NO_CAPS, at_limits, lowered, lowered_further, released
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, LookaheadResult
@@ -34,7 +34,7 @@ class Situation:
         harmful: Whether adaptation makes tasks worse.
         advised: The inner rate that is advised for several inner steps, and the outer rate; None where none is.
         follows_advice: Whether rates may be no higher than what is advised.
-        left: Whether the loss is too high already where the run is, not only after the steps to come.
+        has_diverged: Whether the loss is too high already, not only after the coming steps.
     """
 
     report: StabilityReport
@@ -51,7 +51,7 @@ class Situation:
     harmful: bool = False
     advised: Caps = NO_CAPS
     follows_advice: bool = False
-    left: bool = False
+    has_diverged: bool = False
 
 
 class Action:
@@ -86,8 +86,8 @@ class Action:
         """Find the caps of a capped run whose lookahead passes; ``advised``: the rates that are."""
         return caps
 
-    def ease(
-        self, caps: Caps, present: LookaheadResult, look: Lookahead, scale: Scale, reach_alpha: bool, stands: bool
+    def lower_further(
+        self, caps: Caps, present: LookaheadResult, look: Lookahead, scale: Scale, reach_alpha: bool, stagnates: bool
     ) -> Caps:
         """Find the caps of a run that loses ground, or stands still, although its lookahead passes."""
         return caps
@@ -145,7 +145,7 @@ class Rescale(Action):
                 margin,
                 look.under,
                 loss=loss,
-                present=present if situation.left and not rolled_back else None,
+                present=present if situation.has_diverged and not rolled_back else None,
                 reach_alpha=reach,
                 at_least_halve=rolled_back,
                 scale=situation.scale,
@@ -173,12 +173,14 @@ class Rescale(Action):
             return caps
         return released(look.alpha, look.beta, caps, present, look.under, scale=scale, allows=allows, advised=advised)
 
-    def ease(
-        self, caps: Caps, present: LookaheadResult, look: Lookahead, scale: Scale, reach_alpha: bool, stands: bool
+    def lower_further(
+        self, caps: Caps, present: LookaheadResult, look: Lookahead, scale: Scale, reach_alpha: bool, stagnates: bool
     ) -> Caps:
         """Lower the rates as long as that leads further down."""
         alpha, beta, tried = look.alpha, look.beta, look.under
-        return eased(alpha, beta, caps, present, tried, reach_alpha=reach_alpha, scale=scale, stands=stands)
+        return lowered_further(
+            alpha, beta, caps, present, tried, reach_alpha=reach_alpha, scale=scale, stagnates=stagnates
+        )
 
     def effect(self, spelling: Spelling, applied: str, *, helps: bool, changed: bool) -> list[str]:
         """Name the rates that are applied."""

@@ -163,7 +163,7 @@ def released(
     return caps
 
 
-def eased(
+def lowered_further(
     alpha: float,
     beta: float,
     caps: Caps,
@@ -172,12 +172,12 @@ def eased(
     *,
     reach_alpha: bool,
     scale: Scale = BY_RATIO,
-    stands: bool = False,
+    stagnates: bool = False,
 ) -> Caps:
     """Lower the rates of a run that loses ground by ``EASE`` again and again, as long as that leads further down."""
     late = present.late
-    by = RELEASE if stands else EASE
-    for clearly in (STILL, BETTER) if stands else (BETTER,) * RUNGS:
+    by = RELEASE if stagnates else EASE
+    for clearly in (STILL, BETTER) if stagnates else (BETTER,) * RUNGS:
         inner, outer = caps.applied(alpha, beta)
         lower = [Caps(caps.alpha, outer / by)]
         if reach_alpha:

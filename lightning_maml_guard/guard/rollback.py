@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from lightning_maml_guard.guard.loggers import logger_step
-from lightning_maml_guard.guard.look import Look, stated
+from lightning_maml_guard.guard.look import Look, step_problem
 from lightning_maml_guard.guard.rescale import is_calm
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.lookahead.divergence import fails
@@ -236,7 +236,7 @@ class Rollback:
         run, ratio = self.run, self.run.settings.lookahead.divergence_ratio
         if not (run.settings.rollback and run.snapshot and run.state.statistics.scale.diverged(loss, ratio)):
             return False
-        run.schedule.confirm()
+        run.schedule.confirm_divergence()
         if self.go_back(loss, step):
             self.halve(loss, scheduled_rate(self.trainer.optimizers), step)
         return True
@@ -269,7 +269,7 @@ class Rollback:
             run.schedule.state.spiked or not statistics.first
         ):  # nothing else tells without losses
             with run.cache.ranks.together(), undisturbed(self.trainer, self.module):
-                problem, _, optimizers = stated(run, self.trainer, self.module, *run.replay.latest())
+                problem, _, optimizers = step_problem(run, self.trainer, self.module, *run.replay.latest())
                 lookahead = lookahead_of([problem], optimizers, 0, self.trainer, run.cache)
                 loss = lookahead.under(run.caps.caps).begin
                 # Under an inner rate that has risen since, the loss may be too high there, too.

@@ -161,7 +161,7 @@ class GuardedRun:
             diverged = lost or statistics.scale.diverged(value, lookahead.divergence_ratio)
             self.schedule.spike(diverged=diverged, lost=not math.isfinite(value))
         if statistics.since >= SETTLED:
-            self.schedule.level(statistics.loss, logger_step(trainer))
+            self.schedule.note_mean_loss(statistics.loss, logger_step(trainer))
         if lookahead.triggers and not told:
             self.schedule.note_left_best(left_best)
         if left_best or not statistics.near_best:

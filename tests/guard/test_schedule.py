@@ -269,7 +269,7 @@ def test_a_diverged_loss_is_looked_at_in_the_next_step_and_one_that_is_not_finit
             schedule.spike(diverged=True)
         if step in {200, 203, 206}:
             schedule.spike(diverged=True)
-            schedule.confirm()  # each is found to be right
+            schedule.confirm_divergence()  # each is found to be right
         if 210 <= step < 220:
             schedule.spike(diverged=True, lost=True)
     assert found == [0, 2, 8, 21, 23, 27, 35, 51, 201, 204, 207, *range(211, 221)]
@@ -375,26 +375,26 @@ def test_a_loss_that_leaves_its_best_is_looked_at_once_without_payment():
 
 def test_capped_rates_that_could_not_be_tried_are_looked_at_when_they_may_be():
     schedule = Schedule(100, 0.02)
-    schedule.ease(0, changed=True)
+    schedule.note_caps_checked(0, changed=True)
     assert schedule.state.ease_at == 8
-    schedule.ease(8, changed=False, until=32)
+    schedule.note_caps_checked(8, changed=False, until=32)
     assert schedule.state.ease_at == 32
-    schedule.ease(32, changed=False)  # they stay, as was tried
+    schedule.note_caps_checked(32, changed=False)  # they stay, as was tried
     assert schedule.state.ease_at == 32 + 24
-    schedule.ease(56, changed=False, until=40)  # a time that is past is no time to wait for
+    schedule.note_caps_checked(56, changed=False, until=40)  # a time that is past is no time to wait for
     assert schedule.state.ease_at == 56 + 24
 
 
 def test_capped_rates_are_looked_at_where_the_mean_loss_reaches_no_new_low():
     schedule, found = Schedule(10_000, 0.02), []
-    schedule.ease(0, changed=True)
+    schedule.note_caps_checked(0, changed=True)
     schedule.state.ease_at = 10_000  # the look that comes in any case
     for step in range(1, 600):
-        schedule.level(1.0 - min(step, 200) / 400, step)
-        stands = schedule.stands(step)
-        if schedule.due(step, capped=True) is not None and stands:
+        schedule.note_mean_loss(1.0 - min(step, 200) / 400, step)
+        stagnates = schedule.stagnates(step)
+        if schedule.due(step, capped=True) is not None and stagnates:
             found.append(step)
-            schedule.ease(step, changed=False, until=10_000)
+            schedule.note_caps_checked(step, changed=False, until=10_000)
     # After 48 steps, or a fifth of the steps so far; then it waits as long again.
     assert found == [250, 314, 394, 494]
     assert Schedule(10_000, 0.02, schedule.state).due(900, capped=False) is None
@@ -402,15 +402,15 @@ def test_capped_rates_are_looked_at_where_the_mean_loss_reaches_no_new_low():
 
 def test_rates_that_were_raised_have_to_prove_themselves():
     schedule = Schedule(100, 0.02)
-    schedule.level(0.5, 40)
-    schedule.ease(50, changed=True, raised_from=0.1)
-    schedule.level(0.5, 51)
-    assert schedule.raised and not schedule.stands(82) and schedule.stands(83)
-    schedule.level(0.4, 60)  # not yet their doing
-    assert schedule.raised and not schedule.stands(83)
-    schedule.level(0.3, 70)
-    assert not schedule.raised and not schedule.stands(70 + 47) and schedule.stands(70 + 48)
-    schedule.ease(120, changed=False)
+    schedule.note_mean_loss(0.5, 40)
+    schedule.note_caps_checked(50, changed=True, raised_from=0.1)
+    schedule.note_mean_loss(0.5, 51)
+    assert schedule.raised and not schedule.stagnates(82) and schedule.stagnates(83)
+    schedule.note_mean_loss(0.4, 60)  # not yet their doing
+    assert schedule.raised and not schedule.stagnates(83)
+    schedule.note_mean_loss(0.3, 70)
+    assert not schedule.raised and not schedule.stagnates(70 + 47) and schedule.stagnates(70 + 48)
+    schedule.note_caps_checked(120, changed=False)
     assert not schedule.raised
 
 
