@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lightning_maml_guard.guard.rescale import BY_RATIO, NO_CAPS, at_limits, eased, lowered, released
+from lightning_maml_guard.guard.rescale import BY_RATIO, NO_CAPS, at_limits, lowered, lowered_further, released
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, LookaheadResult
@@ -33,8 +33,8 @@ class Situation:
         allows: Whether caps may be tried: not where their rates have just failed.
         harmful: Whether adaptation makes tasks worse.
         advised: The inner rate that is advised for several inner steps, and the outer rate; None where none is.
-        heeds: Whether rates may be no higher than what is advised.
-        left: Whether the loss is too high already where the run is, not only after the steps to come.
+        follows_advice: Whether rates may be no higher than what is advised.
+        has_diverged: Whether the loss is too high already, not only after the coming steps.
     """
 
     report: StabilityReport
@@ -50,8 +50,8 @@ class Situation:
     allows: Callable[[Caps], bool] = lambda caps: True
     harmful: bool = False
     advised: Caps = NO_CAPS
-    heeds: bool = False
-    left: bool = False
+    follows_advice: bool = False
+    has_diverged: bool = False
 
 
 class Action:
@@ -86,8 +86,8 @@ class Action:
         """Find the caps of a capped run whose lookahead passes; ``advised``: the rates that are."""
         return caps
 
-    def ease(
-        self, caps: Caps, present: LookaheadResult, look: Lookahead, scale: Scale, reach_alpha: bool, stands: bool
+    def lower_further(
+        self, caps: Caps, present: LookaheadResult, look: Lookahead, scale: Scale, reach_alpha: bool, stagnates: bool
     ) -> Caps:
         """Find the caps of a run that loses ground, or stands still, although its lookahead passes."""
         return caps
@@ -115,6 +115,12 @@ class Warn(Action):
         return [f"Or let the guard do it: {spelling.guard(action='rescale')}."] if helps else []
 
 
+OUT_OF_REACH = (
+    "The guard cannot lower this module's inner rate; it could by an attribute inner_lr_cap "
+    '(docs/guide.md, "A MAML module of your own").'
+)
+
+
 class Rescale(Action):
     """Cap the applied rates until a lookahead survives, and release them as the safe region widens."""
 
@@ -139,7 +145,7 @@ class Rescale(Action):
                 margin,
                 look.under,
                 loss=loss,
-                present=present if situation.left and not rolled_back else None,
+                present=present if situation.has_diverged and not rolled_back else None,
                 reach_alpha=reach,
                 at_least_halve=rolled_back,
                 scale=situation.scale,
@@ -151,7 +157,7 @@ class Rescale(Action):
         else:
             found = self.release(caps, present, look, situation.scale, situation.allows, situation.advised)
         # A rate that survives the next steps may still kill what could have learned.
-        return found.at_most(situation.advised.beta) if situation.heeds else found
+        return found.at_most(situation.advised.beta) if situation.follows_advice else found
 
     def release(
         self,
@@ -167,21 +173,23 @@ class Rescale(Action):
             return caps
         return released(look.alpha, look.beta, caps, present, look.under, scale=scale, allows=allows, advised=advised)
 
-    def ease(
-        self, caps: Caps, present: LookaheadResult, look: Lookahead, scale: Scale, reach_alpha: bool, stands: bool
+    def lower_further(
+        self, caps: Caps, present: LookaheadResult, look: Lookahead, scale: Scale, reach_alpha: bool, stagnates: bool
     ) -> Caps:
         """Lower the rates as long as that leads further down."""
         alpha, beta, tried = look.alpha, look.beta, look.under
-        return eased(alpha, beta, caps, present, tried, reach_alpha=reach_alpha, scale=scale, stands=stands)
+        return lowered_further(
+            alpha, beta, caps, present, tried, reach_alpha=reach_alpha, scale=scale, stagnates=stagnates
+        )
 
     def effect(self, spelling: Spelling, applied: str, *, helps: bool, changed: bool) -> list[str]:
         """Name the rates that are applied."""
         by = spelling.arguments(action="rescale")
+        done = f"Applied from now on: {applied} ({by})."
         if not changed:
-            lower = "a lower rate" if helps else "the inner rate is out of the guard's reach, and a lower lr"
-            within = "" if helps else " With an attribute inner_lr_cap of the module it would be within reach."
-            return [f"Nothing is lowered: {lower} does not bring the loss down ({by}).{within}"]
-        return [f"Applied from now on: {applied} ({by})."]
+            lower = "a lower rate" if helps else "a lower lr"
+            done = f"Nothing is lowered: {lower} does not bring the loss down ({by})."
+        return [done if helps else f"{done} {OUT_OF_REACH}"]
 
 
 class Stop(Action):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from lightning_maml_guard.guard.look import Look, fresh, problem_of
+from lightning_maml_guard.guard.look import Look, problem_of, with_resampled
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.schedule import LOOKAHEAD_GRADIENT, STALLED
 from lightning_maml_guard.guard.state_machine import Transition
@@ -29,7 +29,7 @@ from lightning_maml_guard.lookahead.rates_to_set import (
     try_half_limits,
 )
 from lightning_maml_guard.messages.advice import Advice, Cause, cause_of, settable
-from lightning_maml_guard.messages.reasons import UNTOLD, Kind, Reason, Reasons
+from lightning_maml_guard.messages.reasons import INCONCLUSIVE, Kind, Reason, Reasons
 from lightning_maml_guard.optim.lr_cap import rates_differ
 from lightning_maml_guard.optim.rates_ahead import RatesAhead, crossing, to_configure
 from lightning_maml_guard.optim.snapshot import Snapshot
@@ -39,8 +39,7 @@ from lightning_maml_guard.stability.report import StabilityReport
 
 # If a rate exceeds this many times its limit, lower ones need to end lower by this share of the loss only.
 _BEYOND, _CLEAR_SHARE_BEYOND = 2.0, 0.05
-# Searches in one run at most: each may cost some hundred steps.
-_MOST_SEARCHES = 4
+_MOST_SEARCHES = 4  # in one run: each may cost some hundred steps
 
 
 class Adviser:
@@ -64,7 +63,7 @@ class Adviser:
     def new_finding(self) -> Kind | None:
         """A finding that calls for advice, once, although the run survives the next steps."""
         look, told = self._look, self._run.state.advised
-        if not self._look.is_sane:
+        if not self._look.is_intact:
             return None
         if self._at_peak is not None or self.stalled is not None:
             return Kind.NOT_LEARNING if self._at_peak is None else Kind.SCHEDULE_AHEAD
@@ -72,13 +71,13 @@ class Adviser:
 
     def look_at_peak(self) -> None:
         """Try the schedule's peak, until it was found too high."""
-        untold = self._look.rises and self._look.is_sane and Kind.SCHEDULE_AHEAD.value not in self._run.state.advised
-        if untold and (not self._run.state.history or self._affords_trial):
-            self._at_peak = self._lower(self._look.harmful)
+        look, untold = self._look, Kind.SCHEDULE_AHEAD.value not in self._run.state.advised
+        if look.schedule_rises and look.is_intact and untold and (not self._run.state.history or self._affords_trial):
+            self._at_peak = self._lower(look.harmful)
 
     def look_at_progress(self) -> None:
         """If the loss does not fall, see whether it would at lower rates, from here or from the start."""
-        state, sane = self._run.state, self._look.is_sane and self._look.lookahead is not None
+        state, sane = self._run.state, self._look.is_intact and self._look.lookahead is not None
         judged = state.statistics.stalled and sane and state.advice is None
         if judged and (self._step == STALLED or self._affords_trial):
             self.stalled = self._lower(self._look.harmful) or self._lower_from_start()
@@ -121,7 +120,7 @@ class Adviser:
         if not (self._run.state.statistics.stuck and self._run.ring.kept):
             return None
         here, self.tried_from = self._search_from_here(self._look.harmful), self._run.ring.kept[0]
-        with self._at_last_sane_state():
+        with self._at_last_intact_state():
             search = self._search(self._look.problems, alpha_suspect=True, steps=LASTING_STEPS)
             if search.is_soon_below(here.trial().end):
                 lowest = search.lowest_far_below()
@@ -142,7 +141,7 @@ class Adviser:
             found = replace(report.advice or Advice(cause=Cause.UNKNOWN), step=self._step, evidence=findings)
         elif self._still_holds(report, news):
             assert state.advice is not None
-            found = replace(state.advice, step=self._step, evidence=findings if self._look.is_sane else findings[-1:])
+            found = replace(state.advice, step=self._step, evidence=findings if self._look.is_intact else findings[-1:])
         else:
             found = self.search_advice(report, findings, further, None if transition.entered else news)
         if news is Kind.NOT_LEARNING:
@@ -167,7 +166,7 @@ class Adviser:
         self, report: StabilityReport, findings: Reasons, known: SearchResult | None, news: Kind | None
     ) -> Advice:
         died, self._run.state.searches = self._look.died, self._run.state.searches + 1
-        with self._at_last_sane_state() as at:
+        with self._at_last_intact_state() as at:
             if at != self._step:  # limits measured after a divergence blame the wrong rate
                 last = findings[len(report.findings) :][-1:]
                 earlier = (each for each in reversed(self._run.state.history) if (each.step or 0) <= at)
@@ -209,7 +208,7 @@ class Adviser:
         return self._searches[alpha_suspect]
 
     def _search(self, problems: Sequence[Problem], alpha_suspect: bool, steps: int = TRIAL_STEPS) -> RateSearch:
-        lookahead = self._lookahead(fresh(self._run, problems))
+        lookahead = self._lookahead(with_resampled(self._run, problems))
         lookahead.groups = () if self._rising is None else self._rising.at_peak
         peak = self._peak / lookahead.beta if lookahead.beta > 0 else 1.0
         scale, ratio = self._look.scale, self._run.settings.lookahead.divergence_ratio
@@ -218,6 +217,7 @@ class Adviser:
     def _lookahead(self, problems: Sequence[Problem]) -> Lookahead:
         run, optimizers = self._run, self._look.optimizers
         self._lookaheads.append(lookahead_of(problems, optimizers, 1, self._trainer, run.cache, run.state.clipped_to))
+        self._lookaheads[-1].before_run = run.clock.tell_if_long
         return self._lookaheads[-1]
 
     @property
@@ -233,10 +233,10 @@ class Adviser:
         return beta if rising is None else max(rising.peak()[0], beta)
 
     @contextmanager
-    def _at_last_sane_state(self) -> Iterator[int]:
+    def _at_last_intact_state(self) -> Iterator[int]:
         """Go to the last state from which the loss survives, yield its step, and come back."""
         snapshot, held = self.tried_from, (self._module, self._trainer.optimizers)
-        if snapshot is None and not (self._look.is_sane and self._survives()):
+        if snapshot is None and not (self._look.is_intact and self._survives()):
             snapshot = self._run.ring.latest_that(self._survives, *held)
         if snapshot is None or snapshot.step >= self._step:
             yield self._step
@@ -285,7 +285,7 @@ class Adviser:
         tried = [tried_reason(found, alpha, beta, look.scale.start, self.tried_from)] if supports else []
         # Findings about the other rate, or about neither, are no reason to lower a rate.
         told = {"alpha": lower_alpha or not lower_beta, "beta": lower_beta or not lower_alpha}
-        shown = [e for e in findings if told.get(e.rate, True) and not (supports and e.kind in UNTOLD)]
+        shown = [e for e in findings if told.get(e.rate, True) and not (supports and e.kind in INCONCLUSIVE)]
         return Advice(
             cause=cause_of(alpha=lower_alpha, beta=lower_beta, rising=rising is not None, died=bool(died)),
             alpha=None if rates.alpha is None else settable(rates.alpha),

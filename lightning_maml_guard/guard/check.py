@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 
 from lightning_maml_guard.guard.actions import applied_rates
 from lightning_maml_guard.guard.advising import Adviser
-from lightning_maml_guard.guard.judgement import Judgement, Seen, judge, situation_of
+from lightning_maml_guard.guard.judgement import Judgement, Outlook, judge, situation_of
 from lightning_maml_guard.guard.loggers import log_check, log_values
-from lightning_maml_guard.guard.look import Look, ease, look_at, took_in
+from lightning_maml_guard.guard.look import Look, adjust_caps, look_at, plan_next_caps_check
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.rollback import Rollback
 from lightning_maml_guard.guard.run import GuardedRun
@@ -64,117 +64,118 @@ class Check:
             # without acting on it is changed again by the next.
             if not self._acted:
                 run.machine.watches = watches
-            if isinstance(error, NoLossError) and run.cache.ranks.processes == 1 and run.schedule.put_off():
+            if isinstance(error, NoLossError) and run.cache.ranks.processes == 1 and run.schedule.postpone():
                 return
             run.announce(of_check(error, step))
             if self._rolled_back is not None:
                 optimizers, present = self._rolled_back
                 self.rollback.halve(present.begin, scheduled_rate(optimizers), step)
             elif not (self._looked or self._acted):
-                with run.only_told("judge the run by its last loss"):
+                with run.warn_on_failure("judge the run by its last loss"):
                     self._judge_last_loss(step)
 
     def _check(self, batch: Any, batch_idx: int, step: int, scheduled: bool) -> None:
         """Look ahead; unless that ends the check, roll back, measure, decide, act and keep what was found."""
         run, trainer = self.run, self.trainer
-        seen = self._look(batch, batch_idx, step)
-        look = seen.look
-        if self._ends_early(seen, step, scheduled=scheduled) or not self._goes_on(seen, step):
+        outlook = self._look(batch, batch_idx, step)
+        look = outlook.look
+        if self._ends_early(outlook, step, scheduled=scheduled) or not self._goes_on(outlook, step):
             return
         lost = look.loss is not None and self._is_lost(look.loss)
         with undisturbed(trainer, self.module):
-            found = judge(run, seen, step)
-            caps = self._decide(seen, found, step, lost=lost)
+            found = judge(run, outlook, step)
+            caps = self._decide(outlook, found, step, lost=lost)
         if run.state.capped != look.owned:
             run.cap(trainer, look.owned)
         if not trainer.fast_dev_run:
             self._acted = True
-            self._act_on(seen, found, caps, step, lost=lost)
+            self._act_on(outlook, found, caps, step, lost=lost)
         self.rollback.warn_of_collapse(look.problem, found.report, found.transition.state, step)
-        self._keep(seen, found, step)
+        self._keep(outlook, found, step)
 
-    def _look(self, batch: Any, batch_idx: int, step: int) -> Seen:
-        """Look ahead, compare the run with its snapshots, and try rates that are to come or lead nowhere."""
+    def _look(self, batch: Any, batch_idx: int, step: int) -> Outlook:
+        """Look ahead, compare the run with its snapshots, and try the schedule's peak or a stalled run's rates."""
         run, trainer, module, ratio = self.run, self.trainer, self.module, self.ratio
         caps, statistics = run.caps.caps, run.state.statistics
         with undisturbed(trainer, module):
             look = look_at(run, trainer, module, batch, batch_idx, step)
             self._looked = look.present is not None
             if look.present is not None:
-                statistics.look(look.present.begin)
+                statistics.note_lookahead(look.present.begin)
             if not run.state.history:
                 statistics.chance = chance_loss(module, batch)
             if not any(map(needs_closure, look.optimizers)):  # else a step's loss is that of parameters it has moved
                 run.begin_match(trainer, module, batch, batch_idx, look.optimizers)
             adviser, stuck = Adviser(run, trainer, module, look, step), statistics.stuck
-            learning, collapsed = self.rollback.compare(look), None
-            if learning is not None and learning.lost and not adviser.recovers(learning):
-                collapsed = self.rollback.lost(learning, look, step)
+            learning, collapse = self.rollback.compare(look), None
+            if learning is not None and learning.has_lost_half and not adviser.recovers(learning):
+                collapse = self.rollback.lost(learning, look, step)
                 look.severity = max(look.severity, math.log(ratio))
             adviser.look_at_peak()
             adviser.look_at_progress()
-        failing, gone = False, collapsed is not None
+        diverges_ahead, has_diverged = False, collapse is not None
         if look.present is not None:
-            failing = fails(look.severity, ratio)
-            gone = gone or look.scale.diverged(look.present.begin, ratio)
-            if failing and self.rollback.helps(look.present.begin):
+            diverges_ahead = fails(look.severity, ratio)
+            has_diverged = has_diverged or look.scale.diverged(look.present.begin, ratio)
+            if diverges_ahead and self.rollback.helps(look.present.begin):
                 run.schedule.confirm_divergence()
             run.note_severity(step, look.severity, look.beta)
-        if stuck and not failing and adviser.new_finding is None:
+        if stuck and not diverges_ahead and adviser.new_finding is None:
             self.rollback.warn_of_stall(look, step)
-        thrown = gone or not (look.is_sane or look.may_miss_clipping(ratio))
-        return Seen(look, adviser, caps, learning, collapsed, failing, gone, thrown)
+        has_left_learned = has_diverged or not (look.is_intact or look.may_miss_clipping(ratio))
+        return Outlook(look, adviser, caps, learning, collapse, diverges_ahead, has_diverged, has_left_learned)
 
-    def _ends_early(self, seen: Seen, step: int, *, scheduled: bool) -> bool:
-        """End a triggered check that found nothing: the caps may move, and a run that is well is kept."""
-        look, run, trainer, module = seen.look, self.run, self.trainer, self.module
-        if look.present is None or scheduled or seen.failing or seen.adviser.new_finding is not None:
+    def _ends_early(self, outlook: Outlook, step: int, *, scheduled: bool) -> bool:
+        """End a triggered check that found nothing: adjust the caps, and keep a snapshot if the lookahead passes."""
+        look, run, trainer, module = outlook.look, self.run, self.trainer, self.module
+        if look.present is None or scheduled or outlook.diverges_ahead or outlook.adviser.new_finding is not None:
             return False
-        slips = seen.learning is not None and not seen.learning.holds
+        left_best = outlook.learning is not None and not outlook.learning.holds
         well = passes(look.severity, self.ratio)
-        if seen.away:
+        if outlook.has_lost_half:
             self.rollback.undo(look, step)
-        elif slips or well:
-            ease(run, trainer, module, look, step, slips=slips)
-        if well and not seen.away:
+        elif left_best or well:
+            adjust_caps(run, trainer, module, look, step, left_best=left_best)
+        if well and not outlook.has_lost_half:
             self.rollback.keep(step)
-        self._charge(look, seen.adviser.cost)
+        self._charge(look, outlook.adviser.cost)
         log_values(trainer, look.metrics, step)
         return True
 
-    def _goes_on(self, seen: Seen, step: int) -> bool:
+    def _goes_on(self, outlook: Outlook, step: int) -> bool:
         """Roll back a run that has diverged already, or lost what it had learned; False if that ends the check."""
-        look, run = seen.look, self.run
+        look, run = outlook.look, self.run
         if look.present is None:
-            return look.last is None or not self.rollback.ends(look.last, step)
+            return look.last_loss is None or not self.rollback.ends(look.last_loss, step)
         begin = look.present.begin
-        found = seen.adviser.stalled if seen.adviser.tried_from is not None else None
-        killed = found is not None and (found.best.factors.beta < 1 or run.caps.reaches_alpha(self.module))
-        thrown = seen.failing and seen.thrown and self.rollback.helps(begin)
-        if self.settings.rollback and (killed or thrown):
-            if killed:  # at lower rates it learns from where it began, and no longer from where it is
+        # At lower rates the run learns from its oldest snapshot, and no longer from where it is.
+        found = outlook.adviser.stalled if outlook.adviser.tried_from is not None else None
+        restarts = found is not None and (found.best.factors.beta < 1 or run.caps.reaches_alpha(self.module))
+        diverged = outlook.diverges_ahead and outlook.has_left_learned and self.rollback.helps(begin)
+        if self.settings.rollback and (restarts or diverged):
+            if restarts:
                 run.ring.drop_after(run.ring.kept[0].step)
             if not self.rollback.go_back(begin, step, look):
                 return False
             self._rolled_back = look.optimizers, look.present
         return True
 
-    def _decide(self, seen: Seen, found: Judgement, step: int, *, lost: bool) -> Caps:
+    def _decide(self, outlook: Outlook, found: Judgement, step: int, *, lost: bool) -> Caps:
         """Decide on the caps to apply; those of a run that no rate brings back stay."""
-        run, look, rolled_back = self.run, seen.look, self._rolled_back is not None
+        run, look, rolled_back = self.run, outlook.look, self._rolled_back is not None
         before = 0 if look.lookahead is None else look.lookahead.gradients
         reach = run.caps.reaches_alpha(self.module)
-        situation = situation_of(run, seen, found, step, reach_alpha=reach, rolled_back=rolled_back)
+        situation = situation_of(run, outlook, found, step, reach_alpha=reach, rolled_back=rolled_back)
         if found.failing or rolled_back:
-            tried = seen.caps.applied(found.report.alpha, found.report.beta)
-            run.state.ceiling = run.state.ceiling.failed(*tried, step)
+            tried = outlook.caps.applied(found.report.alpha, found.report.beta)
+            run.state.ceiling = run.state.ceiling.with_failure(*tried, step)
         caps = run.caps.caps if lost else self.settings.acting.decide(situation)
-        took_in(run, look, step, before, caps)
+        plan_next_caps_check(run, look, step, before, caps)
         return caps
 
-    def _act_on(self, seen: Seen, found: Judgement, caps: Caps, step: int, *, lost: bool) -> None:
+    def _act_on(self, outlook: Outlook, found: Judgement, caps: Caps, step: int, *, lost: bool) -> None:
         """Act on what a check found, and keep a copy of a run that is well."""
-        run, report, present, acting = self.run, found.report, seen.look.present, self.settings.acting
+        run, report, present, acting = self.run, found.report, outlook.look.present, self.settings.acting
         halved = not found.measured and caps.beta == run.caps.caps.applied(report.alpha, report.beta)[1] / 2
         self._act(report, found.advice, found.transition, caps, step, lost=lost)
         if found.advice is None and not run.state.history and acting.speaks:
@@ -221,17 +222,17 @@ class Check:
             run.stop(self.trainer, step, report.findings if advice is None else advice.evidence)
         if action.speaks:
             for note in report.notes:
-                # That nothing can be measured where a run has been thrown to is no news, nor that a rate has no limit
-                # to compare with where its steps are tried.
-                thrown = note.kind is Kind.NOT_MEASURED and transition.state == UNSAFE
+                # Nobody need be told that a diverged run could not be measured, nor that a rate has no limit to compare
+                # with if its steps were tried.
+                diverged = note.kind is Kind.NOT_MEASURED and transition.state == UNSAFE
                 tried = note.kind is Kind.NOT_JUDGED and self._looked
-                told = thrown or tried or (transition.entered and note in report.findings)
+                told = diverged or tried or (transition.entered and note in report.findings)
                 run.announce(replace(note, step=step), just_said=told)
 
-    def _keep(self, seen: Seen, found: Judgement, step: int) -> None:
+    def _keep(self, outlook: Outlook, found: Judgement, step: int) -> None:
         """Count what a check cost, keep what it found in the history, and log it."""
-        run, report, look = self.run, found.report, seen.look
-        self._charge(look, report.cost + seen.adviser.cost)
+        run, report, look = self.run, found.report, outlook.look
+        self._charge(look, report.cost + outlook.adviser.cost)
         run.schedule.state.unjudged = not run.state.history and report.beta_status == UNRESOLVED
         alpha, beta = run.caps.caps.applied(report.alpha, report.beta)
         if self.trainer.fast_dev_run:
@@ -260,11 +261,11 @@ class Check:
         return acts and not math.isfinite(loss) and not finite(self.module)
 
     def _judge_last_loss(self, step: int) -> None:
-        """Act on the loss of the last step where no step could be tried: a run that has diverged is not left alone."""
+        """Act on the loss of the last step if no step could be tried."""
         run, statistics, ratio = self.run, self.run.state.statistics, self.ratio
         loss, scale = statistics.last, statistics.scale
-        left = loss is not None and scale.diverged(loss, ratio) and not self.trainer.fast_dev_run
-        if loss is None or not left or self.rollback.ends(loss, step):
+        diverged = loss is not None and scale.diverged(loss, ratio) and not self.trainer.fast_dev_run
+        if loss is None or not diverged or self.rollback.ends(loss, step):
             return
         run.schedule.confirm_divergence()
         beta = max(scheduled_rate(each) for each in self.trainer.optimizers)

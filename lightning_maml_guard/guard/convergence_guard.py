@@ -255,9 +255,9 @@ class ConvergenceGuard(Callback):
         """Apply the caps of a resumed run from its first step on."""
         check_pieces(trainer, pl_module)
         run = self._run
-        with run.only_told("read how long the run will be"):
+        with run.warn_on_failure("read how long the run will be"):
             run.begin(trainer)
-        with run.only_told("apply the caps that the checkpoint holds"):
+        with run.warn_on_failure("apply the caps that the checkpoint holds"):
             run.cap(trainer, run.state.capped)
             if run.caps.caps.alpha is not None:
                 run.caps.apply(pl_module, run.caps.caps)
@@ -269,7 +269,7 @@ class ConvergenceGuard(Callback):
         run = self._run
         if self.lookahead.steps or trainer.accumulate_grad_batches > 1:
             what = "take up the batches that the checkpoint holds" if run.replay.restored else "keep a batch"
-            with run.only_told(what):
+            with run.warn_on_failure(what):
                 run.take_batch(batch, batch_idx, trainer.accumulate_grad_batches)
         run.turns.begin()
         if batch_idx % trainer.accumulate_grad_batches or run.turns.found:
@@ -277,14 +277,14 @@ class ConvergenceGuard(Callback):
         step = logger_step(trainer)
         if (scheduled := due(run, trainer, pl_module, batch, batch_idx, step)) is None:
             Rollback(run, trainer, pl_module).keep_if_due(step)
-            with run.only_told("log ratios and severity of now"):
+            with run.warn_on_failure("log ratios and severity of now"):
                 run.bar.move(trainer, self.history, run.state.statistics, *run.rates(trainer, step), step)
             return
         last, unsafe = self.history[-1:], run.machine.unsafe
-        with run.clock.checking():
+        with run.clock.checking(step, speaks=self.acting.speaks):
             Check(run, trainer, pl_module).check(batch, batch_idx, step, scheduled=scheduled)
         if self.history[-1:] != last:
-            with run.only_told("send a picture or histogram to a logger (figures=False sends none)"):
+            with run.warn_on_failure("send a picture or histogram to a logger (figures=False sends none)"):
                 run.figures.after_check(trainer, self.history, changed=run.machine.unsafe != unsafe)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -300,16 +300,16 @@ class ConvergenceGuard(Callback):
         """Compare the step's loss and gradient norm with those of the steps before."""
         if not self._inert and not takes_no_steps(trainer):
             self._run.take_step(outputs.get("loss") if isinstance(outputs, dict) else outputs, trainer, batch_idx)
-            with self._run.only_told("compare a batch with what it was before its step"):
+            with self._run.warn_on_failure("compare a batch with what it was before its step"):
                 self._run.replay.after_step()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Roll back a last step that made the run diverge, send the last pictures, and sum the run up."""
         run = self._run
-        with run.only_told("roll the last step back"):
+        with run.warn_on_failure("roll the last step back"):
             Rollback(run, trainer, pl_module).end()
         if not self._inert:
-            with run.only_told("send the last pictures to a logger (figures=False sends none)"):
+            with run.warn_on_failure("send the last pictures to a logger (figures=False sends none)"):
                 run.figures.at_end(trainer, self.history)
             run.clock.end()
             if self.acting.speaks:

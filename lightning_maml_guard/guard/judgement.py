@@ -9,10 +9,10 @@ from typing import Any
 
 from lightning_maml_guard.guard.actions import Situation
 from lightning_maml_guard.guard.advising import Adviser
-from lightning_maml_guard.guard.look import Look, advised_rates, allows
+from lightning_maml_guard.guard.look import Look, advised_rates, may_try
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.state_machine import Transition
-from lightning_maml_guard.lookahead.divergence import fails, undecided
+from lightning_maml_guard.lookahead.divergence import fails, undecided_severity
 from lightning_maml_guard.lookahead.learning import Learning, last_loss_reason, lookahead_reason
 from lightning_maml_guard.lookahead.lookahead import Caps
 from lightning_maml_guard.lookahead.rate_search import SearchResult
@@ -28,33 +28,33 @@ from lightning_maml_guard.utils.warnings import GuardWarning
 
 
 @dataclass(frozen=True)
-class Seen:
+class Outlook:
     """What looking ahead told of a run, before any curvature is measured.
 
     Attributes:
         look: The next steps, adaptation and the schedule.
-        adviser: Knows which other rates were tried.
-        caps: The caps under which they were.
-        learning: The run beside its snapshots; None where its loss has not left its best.
-        collapsed: How the run lost what it had learned; None where it did not.
-        failing: Whether the next steps diverge.
-        gone: Whether the run has diverged or collapsed already.
-        thrown: Whether it is gone, or no longer where it learned.
+        adviser: Tries other rates.
+        caps: The caps under which the next steps were tried.
+        learning: The run compared with its snapshots; None if its loss is near its best.
+        collapse: How the run lost what it had learned; None if it did not.
+        diverges_ahead: Whether the next steps diverge.
+        has_diverged: Whether the run has diverged or collapsed already.
+        has_left_learned: Whether it has, or its parameters are no longer intact (``Look.is_intact``).
     """
 
     look: Look
     adviser: Adviser
     caps: Caps
     learning: Learning | None
-    collapsed: Reason | None
-    failing: bool
-    gone: bool
-    thrown: bool
+    collapse: Reason | None
+    diverges_ahead: bool
+    has_diverged: bool
+    has_left_learned: bool
 
     @property
-    def away(self) -> bool:
-        """Whether half of what was learned is gone, if only for some steps."""
-        return self.learning is not None and self.learning.lost
+    def has_lost_half(self) -> bool:
+        """Whether half of what was learned is lost, if only for some steps."""
+        return self.learning is not None and self.learning.has_lost_half
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Judgement:
         measured: Whether it could be measured.
         findings: What is wrong.
         failing: Whether the run diverges, or learns clearly less than at lower rates.
-        severity: By which the state was judged.
-        further: Whether only steps beyond those of a lookahead told.
+        severity: The severity that decided the state.
+        further: Whether only more steps than those of a lookahead showed it.
         transition: What the check changed.
         advice: What to set; None where there is nothing new to say.
     """
@@ -82,45 +82,45 @@ class Judgement:
     advice: Advice | None
 
 
-def judge(run: GuardedRun, seen: Seen, step: int) -> Judgement:
+def judge(run: GuardedRun, outlook: Outlook, step: int) -> Judgement:
     """Measure the curvature, find what is wrong, advance the state of the run, and advise."""
-    look, ratio, failing = seen.look, run.settings.lookahead.divergence_ratio, seen.failing
+    look, ratio, failing = outlook.look, run.settings.lookahead.divergence_ratio, outlook.diverges_ahead
     report, measured = _measured(run, look, step)
-    findings = (*report.findings, *look.findings, *([] if seen.collapsed is None else [seen.collapsed]))
-    further = None if failing or run.state.history else seen.adviser.look_further(report)
+    findings = (*report.findings, *look.findings, *([] if outlook.collapse is None else [outlook.collapse]))
+    further = None if failing or run.state.history else outlook.adviser.look_further(report)
     judged = look.severity
     if further is not None:
-        # What leaves only in a longer look is no more severe than what just fails in a lookahead.
+        # A run that diverges only after more steps is no more severe than one that just fails the lookahead.
         failing, longer = True, min(look.scale.severity(further.present.end), math.log(ratio))
         look.severity = max(look.severity, longer)
         run.note_severity(step, look.severity, look.beta)
         # Rates at which a run learns clearly less than at lower ones are judged as those at which it diverges.
         judged = max(look.severity, math.log(ratio))
     if failing and report.status != UNSAFE and look.may_miss_clipping(ratio):
-        _tell_of_clipping(run, seen, report, findings, further, step)
-        failing, judged = False, undecided(ratio)
-    gone = look.last is not None and look.scale.diverged(look.last, ratio)
-    if gone:  # limits where a run has been thrown to blame the wrong rate
+        _tell_of_clipping(run, outlook, report, findings, further, step)
+        failing, judged = False, undecided_severity(ratio)
+    last_diverged = look.last_loss is not None and look.scale.diverged(look.last_loss, ratio)
+    if last_diverged:  # limits measured where a run has diverged blame the wrong rate
         known = next((each.advice for each in reversed(run.state.history) if each.advice is not None), None)
         report, findings = replace(report, advice=known), look.findings
-    if look.last is not None and (gone or report.status != UNSAFE):  # else the curvature has its word
-        judged = look.scale.severity(look.last)
+    if look.last_loss is not None and (last_diverged or report.status != UNSAFE):  # else the curvature decides
+        judged = look.scale.severity(look.last_loss)
         run.note_severity(step, judged, report.beta)
         failing = fails(judged, ratio)
         if failing:
             run.schedule.confirm_divergence()
-            findings = (*findings, last_loss_reason(look.last, look.scale))
-    if failing and look.present is not None and further is None and seen.collapsed is None:
-        tried = seen.caps.applied(report.alpha, report.beta)
+            findings = (*findings, last_loss_reason(look.last_loss, look.scale))
+    if failing and look.present is not None and further is None and outlook.collapse is None:
+        tried = outlook.caps.applied(report.alpha, report.beta)
         findings = (*findings, lookahead_reason(look.present, look.scale.start, *tried))
     transition = run.machine.take(report, judged)
-    advice = seen.adviser.advise(report, findings, transition, further)
+    advice = outlook.adviser.advise(report, findings, transition, further)
     return Judgement(report, measured, findings, failing, judged, further is not None, transition, advice)
 
 
 def _tell_of_clipping(
     run: GuardedRun,
-    seen: Seen,
+    outlook: Outlook,
     report: StabilityReport,
     findings: tuple[Reason, ...],
     further: SearchResult | None,
@@ -129,7 +129,7 @@ def _tell_of_clipping(
     """Say once what to set if a training step clips nothing by itself, as steps tried on copies do not."""
     told = Reason(Kind.CLIPPING_NOT_SEEN, step=step)
     if told.key not in run.state.announced and run.settings.acting.speaks:
-        found = seen.adviser.search_advice(report, findings, further, None)
+        found = outlook.adviser.search_advice(report, findings, further, None)
         rates = {"alpha": found.alpha, "beta": found.beta}
         given: dict[str, Any] = {name: rate for name, rate in rates.items() if rate is not None}
         told = replace(told, effect=found.setting, **given)
@@ -137,15 +137,15 @@ def _tell_of_clipping(
 
 
 def situation_of(
-    run: GuardedRun, seen: Seen, found: Judgement, step: int, *, reach_alpha: bool, rolled_back: bool
+    run: GuardedRun, outlook: Outlook, found: Judgement, step: int, *, reach_alpha: bool, rolled_back: bool
 ) -> Situation:
     """Put together what an action decides on."""
-    look, report, advice = seen.look, found.report, found.advice
-    # Trials from where a run has learned favour rates that are too low for the rest of it.
-    heeds = advice is not None and math.isnan(look.scale.best)
-    if advice is not None and heeds:
-        _heed(run, advice, look.problem)
-    # Where the run survives the next steps, but not for long, a lower outer rate replaces no lower inner one.
+    look, report, advice = outlook.look, found.report, found.advice
+    # Once a run has learned, trials favour rates that are too low for the rest of it.
+    follows_advice = advice is not None and math.isnan(look.scale.best)
+    if advice is not None and follows_advice:
+        _take_advised_beta(run, advice, look.problem)
+    # If only more steps diverge and the inner rate is to blame, capping the outer rate does not help.
     out_of_reach = found.further and advice is not None and advice.alpha is not None and not reach_alpha
     return Situation(
         report=report,
@@ -160,17 +160,17 @@ def situation_of(
         scale=look.scale,
         harmful=look.harmful,
         advised=advised_rates(run, look.problem),
-        heeds=heeds,
-        left=seen.gone,
-        allows=partial(allows, run, alpha=report.alpha, beta=report.beta, step=step),
+        follows_advice=follows_advice,
+        has_diverged=outlook.has_diverged,
+        allows=partial(may_try, run, alpha=report.alpha, beta=report.beta, step=step),
     )
 
 
-def _heed(run: GuardedRun, advice: Advice, problem: Problem) -> None:
-    """Take in the outer rate that is advised: from now on, higher ones have to lead further down.
+def _take_advised_beta(run: GuardedRun, advice: Advice, problem: Problem) -> None:
+    """Keep the outer rate that is advised: from now on, a higher one has to take the loss further down.
 
-    What is advised lasts a run without a guard, which cannot lower it later. With one, and no rise to come, MAML may
-    begin at the rate whose trial ended lowest. Plain training may not: its trials learn their few batches by heart.
+    Advice is for a whole run without a guard. A guard can lower the rate later, so MAML may begin at the rate whose
+    trial ended lowest, unless the schedule rises. Plain training may not: its trials memorise their few batches.
     """
     if advice.beta is None:
         return
@@ -178,13 +178,13 @@ def _heed(run: GuardedRun, advice: Advice, problem: Problem) -> None:
     rate = advice.beta * peak / to_configure(ahead, peak)
     if (ahead is None or not ahead.rises) and not isinstance(problem, PlainProblem):
         rate = max([rate, *(each.beta for each in advice.evidence if each.kind is Kind.RATES_TRIED)])
-    run.state.ceiling = run.state.ceiling.heeds(rate, advice.step or 0)
+    run.state.ceiling = run.state.ceiling.with_advised(rate, advice.step or 0)
 
 
 def _measured(run: GuardedRun, look: Look, step: int) -> tuple[StabilityReport, bool]:
     """Measure the curvature; where that fails and the next steps were tried, they alone decide."""
     curvature, margin = run.settings.curvature, run.settings.margin
-    run.cache.checks = look.is_sane and not look.harmful
+    run.cache.checks = look.is_intact and not look.harmful
     try:
         with run.cache.ranks.together():
             report = measure(

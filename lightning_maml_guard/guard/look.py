@@ -18,7 +18,7 @@ from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, LookaheadR
 from lightning_maml_guard.lookahead.resampled import resampled
 from lightning_maml_guard.maml.meta_learning import MetaLearning
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
-from lightning_maml_guard.messages.sentences import eased
+from lightning_maml_guard.messages.sentences import rates_lowered
 from lightning_maml_guard.messages.terminal import inform
 from lightning_maml_guard.optim.lr_cap import known_rate, scheduled_rate
 from lightning_maml_guard.optim.rates_ahead import read_ahead
@@ -38,8 +38,8 @@ from lightning_maml_guard.stability.problems import (
 from lightning_maml_guard.utils.isolation import undisturbed
 from lightning_maml_guard.utils.lightning_compat import plan_of
 
-# A run's parameters count as sane while its loss is below this many times the one that training started from.
-_SANE = 1.5
+# A run's parameters count as intact while its loss is below this many times the one that training started from.
+_INTACT = 1.5
 # Batches from one reading of a stated problem's inner rate to the next.
 _READ = 8
 
@@ -57,10 +57,10 @@ class Look:
         present: The lookahead of the median severity; None without one.
         scale: How losses are compared.
         severity: How far the lookahead takes the loss; ``nan`` without one.
-        rises: Whether the schedule takes the outer rate higher than it is.
+        schedule_rises: Whether the schedule takes the outer rate higher than it is.
         alpha: The inner rate applied; ``nan`` in plain training.
         adaptation: What adaptation does at it; None in plain training, or where it was not looked at.
-        last: Loss of the last step where no step can be tried; None else, or where it is not known.
+        last_loss: Loss of the last step where no step can be tried; None else, or where it is not known.
     """
 
     problem: Problem
@@ -71,15 +71,15 @@ class Look:
     present: LookaheadResult | None = None
     scale: Scale = Scale()  # noqa: RUF009 (a tuple)
     severity: float = math.nan
-    rises: bool = False
+    schedule_rises: bool = False
     alpha: float = math.nan
     adaptation: Adaptation | None = None
-    last: float | None = None
+    last_loss: float | None = None
 
     @property
     def loss(self) -> float | None:
         """The loss where the run is, or of the last step."""
-        return self.last if self.present is None else self.present.begin
+        return self.last_loss if self.present is None else self.present.begin
 
     @property
     def beta(self) -> float:
@@ -88,7 +88,7 @@ class Look:
 
     @property
     def adaptation_gain(self) -> float:
-        """Logarithm of the loss before adaptation over the one after it; ``nan`` where it was not looked at."""
+        """See :attr:`Adaptation.gain`; ``nan`` where it was not looked at."""
         return math.nan if self.adaptation is None else self.adaptation.gain
 
     @property
@@ -112,9 +112,9 @@ class Look:
         return (Reason(Kind.ADAPTATION_HARMFUL, alpha=self.alpha, losses=losses, steps=diverges_at),)
 
     @property
-    def is_sane(self) -> bool:
-        """Whether the run is still where it learned."""
-        return self.lookahead is None or self.lookahead.begin <= self.scale.times(_SANE, self.scale.start)
+    def is_intact(self) -> bool:
+        """Whether the loss is not much above the one that training started from."""
+        return self.lookahead is None or self.lookahead.begin <= self.scale.times(_INTACT, self.scale.start)
 
     def may_miss_clipping(self, ratio: float) -> bool:
         """Whether the run may survive what the lookahead did not, because it clips out of sight; no inner loop does."""
@@ -126,7 +126,7 @@ class Look:
     @property
     def died(self) -> tuple[Reason, ...]:
         """The units that are dead where the run is now, if most are and the loss has not left."""
-        if not self.is_sane or not math.isfinite(self.severity):
+        if not self.is_intact or not math.isfinite(self.severity):
             return ()
         found = dead_units(self.problem)
         return (Reason(Kind.UNITS_DIED, counts=(found.dead, found.units)),) if found.most else ()
@@ -139,7 +139,7 @@ class Look:
 
 def look_at(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_idx: int, step: int) -> Look:
     """Look at a run before a step."""
-    problem, owned, optimizers = stated(run, trainer, module, batch, batch_idx)
+    problem, owned, optimizers = step_problem(run, trainer, module, batch, batch_idx)
     run.repeats = run.repeats or all(run.cache.ranks.gather(run.replay.repeats))
     run.turns.watch(optimizers)
     if len(optimizers) < len(trainer.optimizers):
@@ -153,19 +153,17 @@ def look_at(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_idx: i
     look = Look(problem, owned, optimizers, scale=run.state.statistics.scale)
     _look_ahead(look, run, trainer, module, step)
     look.alpha = run.caps.caps.applied(run.alpha, math.nan)[0]
-    look.adaptation = found = _adapted(run, at_alpha(problem, look.alpha) if look.alpha < run.alpha else problem)
+    look.adaptation = found = _adaptation_of(run, at_alpha(problem, look.alpha) if look.alpha < run.alpha else problem)
     if found is not None:
         run.state.losses.adapt(step, found.before, found.after)
     return look
 
 
-def stated(
+def step_problem(
     run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_idx: int
 ) -> tuple[Problem, list[int], list[Optimizer]]:
-    """State a step's problem, and the optimizers that move it with their indices.
-
-    A step accumulates batches of which the first is at hand: those before it stand for the others.
-    """
+    """State a step's problem, and the optimizers that move it with their indices."""
+    # Of the batches that a step accumulates only the first is at hand: those before it stand for the others.
     more = trainer.accumulate_grad_batches - 1
     batches = [(batch, batch_idx), *(run.replay.earlier()[:more] if more else [])]
     problem = problem_of(run, module, batches)
@@ -187,24 +185,24 @@ def _look_ahead(look: Look, run: GuardedRun, trainer: Any, module: Any, step: in
     older = older[: min(run.cache.ranks.gather(len(older)))]  # as many on every rank
     groups = [older[first : first + size] for first in range(0, len(older) - size + 1, size)]
     look.problems = [look.problem, *map(accumulated, groups)]
-    problems = fresh(run, look.problems)
+    problems = with_resampled(run, look.problems)
     try:
         look.lookahead = lookahead_of(
             problems, look.optimizers, options.steps, trainer, run.cache, run.state.clipped_to
         )
     except ClosureError as error:
         run.announce(Reason(Kind.NO_LOOKAHEAD, detail=str(error)))
-        look.last = run.state.statistics.last
+        look.last_loss = run.state.statistics.last
         return
-    ratio, caps, scale = options.divergence_ratio, run.caps.caps, look.scale
-    look.present, look.scale, look.severity = look.lookahead.judged(caps, scale, ratio)
+    caps, ratio = run.caps.caps, options.divergence_ratio
+    look.present, look.scale, look.severity = look.lookahead.judged(caps, look.scale, ratio)
     if look.lookahead.clipping_failure is not None:
         run.announce(of_error(Kind.CLIPPING_FAILED, look.lookahead.clipping_failure))
-    now = look.lookahead.beta
-    look.rises = highest_to_come(run, trainer, look.optimizers, step) > 1.01 * now > 0 and caps.beta is None
+    peak = peak_ahead(run, trainer, look.optimizers, step)
+    look.schedule_rises = peak > 1.01 * look.lookahead.beta > 0 and caps.beta is None
 
 
-def highest_to_come(run: GuardedRun, trainer: Any, optimizers: list[Optimizer], step: int) -> float:
+def peak_ahead(run: GuardedRun, trainer: Any, optimizers: list[Optimizer], step: int) -> float:
     """The highest outer rate that the schedule has from a step on; ``nan`` without a schedule."""
     if not trainer.lr_scheduler_configs:
         return math.nan
@@ -217,7 +215,7 @@ def highest_to_come(run: GuardedRun, trainer: Any, optimizers: list[Optimizer], 
 
 def due(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_idx: int, step: int) -> bool | None:
     """Whether a check that is due before a step is a scheduled one; None where none is due."""
-    with run.only_told("read the inner rate"):
+    with run.warn_on_failure("read the inner rate"):
         _read_alpha(run, trainer, module, batch, batch_idx)
     rate, history, statistics = known_rate(trainer.optimizers), run.state.history, run.state.statistics
     rates = {"rate": rate, "alpha": run.alpha, **{name: latest_limit(history, name) for name in ("beta_c", "alpha_c")}}
@@ -236,65 +234,66 @@ def _read_alpha(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_id
             run.alpha = getattr(state_problem(source, module, batch, batch_idx), "alpha", math.nan)
 
 
-def ease(run: GuardedRun, trainer: Any, module: Any, look: Look, step: int, *, slips: bool) -> None:
-    """Release the caps of a run that is well as far as lookaheads allow; lower those of one that slips or stands."""
+def adjust_caps(run: GuardedRun, trainer: Any, module: Any, look: Look, step: int, *, left_best: bool) -> None:
+    """Lower the caps of a run whose loss left its best or stagnates, else release them as far as lookaheads allow."""
     lookahead, caps, action = look.lookahead, run.caps.caps, run.settings.acting
     if lookahead is None or look.present is None:
         return
     alpha, beta, before = lookahead.alpha, lookahead.beta, lookahead.gradients
-    stands, back = not slips and run.is_capped(beta) and run.schedule.stands_still(step), run.schedule.state.raised_from
-    found = caps.at_most(back) if stands and back < beta else caps
+    stagnates = not left_best and run.is_capped(beta) and run.schedule.stagnates(step)
+    raised_from = run.schedule.state.raised_from
+    undo_raise = stagnates and raised_from < beta
+    found, reach, given = caps, run.caps.reaches_alpha(module), (caps, look.present, lookahead, look.scale)
     with undisturbed(trainer, module):
-        if slips or (stands and not back < beta):
-            found = action.ease(caps, look.present, lookahead, look.scale, run.caps.reaches_alpha(module), stands)
+        if undo_raise:
+            found = caps.at_most(raised_from)
+        elif left_best or stagnates:
+            found = action.lower_further(*given, reach, stagnates)
         lowers = found != caps
-        if not (slips or lowers):
-            may = partial(allows, run, alpha=alpha, beta=beta, step=step)
-            found = action.release(caps, look.present, lookahead, look.scale, may, advised_rates(run, look.problem))
+        if not (left_best or lowers):
+            allows = partial(may_try, run, alpha=alpha, beta=beta, step=step)
+            found = action.release(*given, allows, advised_rates(run, look.problem))
     if lowers:
-        run.state.ceiling = run.state.ceiling.failed(*caps.applied(alpha, beta), step)
+        run.state.ceiling = run.state.ceiling.with_failure(*caps.applied(alpha, beta), step)
         if run.state.capped != look.owned:
             run.cap(trainer, look.owned)
-        inform(eased(step, *found.applied(alpha, beta), slips=slips, raised=stands and back < beta))
-    took_in(run, look, step, before, found)
+        inform(rates_lowered(step, *found.applied(alpha, beta), left_best=left_best, raised=undo_raise))
+    plan_next_caps_check(run, look, step, before, found)
     run.caps.apply(module, found)
 
 
-def took_in(run: GuardedRun, look: Look, step: int, gradients: int, found: Caps) -> None:
-    """Plan the next look at capped rates, after one before which ``gradients`` had been tried that found these caps."""
+def plan_next_caps_check(run: GuardedRun, look: Look, step: int, gradients: int, found: Caps) -> None:
+    """Plan the next check of capped rates after one that found these caps; ``gradients``: computed before it."""
     was, now = (each.applied(math.nan, look.beta)[1] for each in (run.caps.caps, found))
     changed, tried = found != run.caps.caps, look.lookahead is None or look.lookahead.gradients > gradients
     until = 0 if tried or changed else run.state.ceiling.until
-    run.schedule.ease(step, changed=changed, until=until, raised_from=was if now > was else math.nan)
+    run.schedule.note_caps_checked(step, changed=changed, until=until, raised_from=was if now > was else math.nan)
 
 
 def advised_rates(run: GuardedRun, problem: Problem) -> Caps:
-    """The rates beyond which higher ones have to lead further down; None where none is advised.
-
-    The next steps survive at rates at which a run learns nothing: several inner steps lead nowhere, or units die.
-    """
+    """The advised rates, None where there is none: higher ones have to take the loss further down, not only survive."""
     advice, beta = run.state.advice, run.state.ceiling.advised
     alpha = advice.alpha if advice is not None and inner_steps_of(problem) > 1 else None
     return Caps(alpha, beta if beta < math.inf else None)
 
 
-def allows(run: GuardedRun, caps: Caps, *, alpha: float, beta: float, step: int) -> bool:
-    """Whether higher rates may be tried: not those that have just failed, nor in a run that loses ground or ends.
+def may_try(run: GuardedRun, caps: Caps, *, alpha: float, beta: float, step: int) -> bool:
+    """Whether higher rates may be tried: not if they have just failed, the loss left its best, or the run ends soon.
 
-    Where the schedule goes on to rise, a cap on the outer rate is not released for what was tried at the rate at hand.
+    Before the schedule's peak the cap on the outer rate is not lifted for what was tried at a lower rate.
     """
     rises = run.ahead is not None and run.ahead.peak(step)[0] > beta
-    statistics, let_go = run.state.statistics, run.caps.caps.beta is not None and caps.beta is None
-    if statistics.slips or run.schedule.ends_before(step) or (rises and let_go):
+    statistics, lifts_cap = run.state.statistics, run.caps.caps.beta is not None and caps.beta is None
+    if statistics.has_left_best or run.schedule.ends_before(step) or (rises and lifts_cap):
         return False
     return run.state.ceiling.allows(caps, alpha, beta, step, learned=not math.isnan(statistics.scale.best))
 
 
-def fresh(run: GuardedRun, problems: Sequence[Problem]) -> list[Problem]:
+def with_resampled(run: GuardedRun, problems: Sequence[Problem]) -> list[Problem]:
     """Fill problems up to the lookahead's number, unless the run uses the same batch at every step."""
     return list(problems) if run.repeats else resampled(problems, run.settings.lookahead.batches)
 
 
-def _adapted(run: GuardedRun, problem: Problem) -> Adaptation | None:
+def _adaptation_of(run: GuardedRun, problem: Problem) -> Adaptation | None:
     found = adaptation(problem, run.cache.map_of(problem), each_step=False)
     return None if found is None else Adaptation.of(run.cache.ranks.gather(found))

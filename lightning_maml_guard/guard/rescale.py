@@ -43,7 +43,7 @@ HEADROOM = 2
 EASE = 4.0
 # If the loss stands still, lower rates have to take it below this share only: a run that memorises its batches favours
 # the higher rate.
-STANDS_STILL = 0.97
+STAGNATES = 0.97
 LookUnder = Callable[[Caps], LookaheadResult]
 BY_RATIO, NO_CAPS = Scale(), Caps()
 
@@ -171,7 +171,7 @@ def released(
     return caps
 
 
-def eased(
+def lowered_further(
     alpha: float,
     beta: float,
     caps: Caps,
@@ -180,12 +180,12 @@ def eased(
     *,
     reach_alpha: bool,
     scale: Scale = BY_RATIO,
-    stands: bool = False,
+    stagnates: bool = False,
 ) -> Caps:
-    """Lower the rates of a run that loses ground, or ``stands`` still, as long as the loss then ends lower."""
+    """Lower the rates of a run that loses ground, or ``stagnates``, as long as the loss then ends lower."""
     late = present.late
-    by = RELEASE if stands else EASE
-    for clearly in (STANDS_STILL, BETTER) if stands else (BETTER,) * MOST_RAISES:
+    by = RELEASE if stagnates else EASE
+    for clearly in (STAGNATES, BETTER) if stagnates else (BETTER,) * MOST_RAISES:
         inner, outer = caps.applied(alpha, beta)
         lower = [Caps(caps.alpha, outer / by)]
         if reach_alpha:

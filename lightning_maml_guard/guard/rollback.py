@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from lightning_maml_guard.guard.loggers import logger_step
-from lightning_maml_guard.guard.look import Look, stated
+from lightning_maml_guard.guard.look import Look, step_problem
 from lightning_maml_guard.guard.rescale import is_calm
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.lookahead.divergence import fails
@@ -63,7 +63,7 @@ class Rollback:
     def keep_if_due(self, step: int) -> None:
         """Keep the state before a step if the last copy is old and the run is well."""
         run = self.run
-        if run.ring.is_due(step) and run.state.statistics.rests:
+        if run.ring.is_due(step) and run.state.statistics.near_best:
             self.keep(step)
 
     def compare(self, look: Look) -> Learning | None:
@@ -76,10 +76,12 @@ class Rollback:
             return None
         first = look.present.losses[: PROBES + 1]
         level, ratio = median(first), run.settings.lookahead.divergence_ratio
-        far = statistics.diverged(level, ratio)
+        far = statistics.scale.diverged(level, ratio)
         # The start of a few batches may be that of easy tasks.
         early = not look.scale.settled and fails(look.severity, ratio)
-        if not all(map(math.isfinite, first)) or not (far or early or statistics.slips or statistics.is_off(level)):
+        if not all(map(math.isfinite, first)) or not (
+            far or early or statistics.has_left_best or statistics.is_above_best(level)
+        ):
             return None
         found = self._learning(look, statistics.recent, start=statistics.start)
         mean = found.losses[1] if early else level if far else statistics.loss
@@ -216,7 +218,7 @@ class Rollback:
         run.snapshot.restore(self.module, self.trainer.optimizers)
         self._thrown = step - run.state.wasted - run.snapshot.progress
         run.state.wasted += self._thrown
-        run.state.statistics.forget()
+        run.state.statistics.reset_means()
         run.state.rollbacks += 1
         return True
 
@@ -232,7 +234,7 @@ class Rollback:
     def ends(self, loss: float, step: int) -> bool:
         """Go back if the last loss has diverged, where no step could be tried; False if the check is to go on."""
         run, ratio = self.run, self.run.settings.lookahead.divergence_ratio
-        if not (run.settings.rollback and run.snapshot and run.state.statistics.diverged(loss, ratio)):
+        if not (run.settings.rollback and run.snapshot and run.state.statistics.scale.diverged(loss, ratio)):
             return False
         run.schedule.confirm_divergence()
         if self.go_back(loss, step):
@@ -267,14 +269,14 @@ class Rollback:
             run.schedule.state.spiked or not statistics.first
         ):  # nothing else tells without losses
             with run.cache.ranks.together(), undisturbed(self.trainer, self.module):
-                problem, _, optimizers = stated(run, self.trainer, self.module, *run.replay.latest())
+                problem, _, optimizers = step_problem(run, self.trainer, self.module, *run.replay.latest())
                 lookahead = lookahead_of([problem], optimizers, 0, self.trainer, run.cache)
                 loss = lookahead.under(run.caps.caps).begin
                 # Under an inner rate that has risen since, the loss may be too high there, too.
                 with run.snapshot.visited(self.module, self.trainer.optimizers):
                     earlier = lookahead.under(run.caps.caps).begin
             ratio = run.settings.lookahead.divergence_ratio
-            if statistics.diverged(loss, ratio) and not statistics.diverged(earlier, ratio):
+            if statistics.scale.diverged(loss, ratio) and not statistics.scale.diverged(earlier, ratio):
                 self._at_end(loss, statistics.start)
 
     def _at_end(self, loss: float, start: float) -> None:

@@ -39,7 +39,7 @@ from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.double_backward import double_backward
 from lightning_maml_guard.utils.lightning_compat import plan_of
 from lightning_maml_guard.utils.shards import finite
-from lightning_maml_guard.utils.warnings import Told
+from lightning_maml_guard.utils.warnings import ReportedFailure
 
 
 class GuardedRun:
@@ -92,7 +92,7 @@ class GuardedRun:
     def holds(self, trainer: Any) -> bool:
         """Hold all optimizers where it is not known which to hold; return whether any is held."""
         if not (self.state.capped and self.caps.held):
-            with self.only_told("lower the outer rate"):
+            with self.warn_on_failure("lower the outer rate"):
                 self.cap(trainer, list(range(len(trainer.optimizers))))
         return bool(self.state.capped) and self.caps.held
 
@@ -100,7 +100,7 @@ class GuardedRun:
         """Compare the gradient at hand with the problem's, and keep its norm; a failure costs one warning."""
         self.turns.step(optimizer)
         if self.match is not None:
-            with self.only_told("compare the gradient with the problem's"):
+            with self.warn_on_failure("compare the gradient with the problem's"):
                 self.match.take_gradient(optimizer)
         if self.settings.lookahead.triggers and self.settings.lookahead.steps:
             try:
@@ -153,18 +153,18 @@ class GuardedRun:
         self.state.losses.take(value)
         statistics, lookahead = self.state.statistics, self.settings.lookahead
         told = self.machine.unsafe and not self.settings.acting.caps_rates
-        spiked, slips = statistics.update(value, norm), statistics.slips
-        lost = slips and statistics.lost
+        spiked, left_best = statistics.update(value, norm), statistics.has_left_best
+        lost = left_best and statistics.has_lost_half
         size, at_best = trainer.accumulate_grad_batches, statistics.loss <= statistics.best
         self.replay.take_loss(value, logger_step(trainer), size, spiked=spiked, at_best=at_best)
         if (spiked or lost) and lookahead.triggers and not told:
-            diverged = lost or statistics.diverged(value, lookahead.divergence_ratio)
+            diverged = lost or statistics.scale.diverged(value, lookahead.divergence_ratio)
             self.schedule.spike(diverged=diverged, lost=not math.isfinite(value))
         if statistics.since >= SETTLED:
             self.schedule.note_mean_loss(statistics.loss, logger_step(trainer))
         if lookahead.triggers and not told:
-            self.schedule.slip(slips)
-        if slips or not statistics.rests:
+            self.schedule.note_left_best(left_best)
+        if left_best or not statistics.near_best:
             self.ring.drop_from(logger_step(trainer))  # the loss is that of the copy made before the step
 
     def _not_finite(self, loss: float, trainer: Any) -> None:
@@ -213,7 +213,7 @@ class GuardedRun:
         if match is not None and not match.is_at(self.caps.caps.applied(self.alpha, math.nan)[0]):
             self.matched = False  # a cap has moved since the problem was stated: the next step is compared
         elif match is not None:
-            with self.only_told("compare the loss with the problem's"):
+            with self.warn_on_failure("compare the loss with the problem's"):
                 differs = match.finish(loss)
                 if not math.isnan(match.clipped_to):
                     self.state.clipped_to = match.clipped_to
@@ -261,9 +261,9 @@ class GuardedRun:
                 self.state.note("notice", reason, step=reason.step)
                 warn(announced(reason, self.settings.spelling))
 
-    def only_told(self, what: str) -> Told:
+    def warn_on_failure(self, what: str) -> ReportedFailure:
         """Let a failure outside a check cost one warning and nothing else; ``what`` could not be done."""
-        return Told(lambda error: self.announce(of_error(Kind.TASK_FAILED, error, what=what)))
+        return ReportedFailure(lambda error: self.announce(of_error(Kind.TASK_FAILED, error, what=what)))
 
     def stop(self, trainer: Any, step: int, reasons: tuple[Reason, ...]) -> None:
         """Ask the Trainer to stop."""
@@ -284,7 +284,7 @@ class GuardedRun:
     def tell(self, trainer: Any, message: str) -> None:
         """Warn, and send an alert through the loggers that have them."""
         warn(message)
-        with self.only_told("send an alert to a logger"):
+        with self.warn_on_failure("send an alert to a logger"):
             alert(trainer, message)
 
     def rates(self, trainer: Any, step: int) -> tuple[tuple[float, float], tuple[float, float]]:

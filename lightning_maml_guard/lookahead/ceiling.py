@@ -36,11 +36,11 @@ class Ceiling:
     wait: int = _WAIT
     advised: float = math.inf
 
-    def failed(self, alpha: float, beta: float, step: int) -> Ceiling:
+    def with_failure(self, alpha: float, beta: float, step: int) -> Ceiling:
         """Take a failure in."""
         return replace(self, alpha=alpha, beta=beta, until=step + self.wait, wait=2 * self.wait)
 
-    def heeds(self, beta: float, step: int) -> Ceiling:
+    def with_advised(self, beta: float, step: int) -> Ceiling:
         """Take in the outer rate that is advised at a step."""
         return replace(self, advised=beta, until=max(self.until, step + _WAIT))
 

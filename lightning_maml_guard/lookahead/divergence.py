@@ -12,22 +12,24 @@ from typing import NamedTuple
 
 # The start is the median of this many first losses: one odd batch does not move it.
 FIRST_LOSSES = 8
+# A loss or a gradient norm this many times its running mean is a spike.
 _LOSS_SPIKE, _NORM_SPIKE = 2.0, 4.0
+# Weight of the past in a running mean.
 _MEMORY = 0.9
 # What a loss that may be negative is compared with, in units of its mean step-to-step change: about 4.5 standard
 # deviations of independent noise. No single change counts for more than `_LARGEST_CHANGE` times that mean.
 _SPREADS, _LARGEST_CHANGE = 4.0, 4.0
-# A loss that is not below this share of an earlier one has not fallen; one above this share of the loss without
-# learning is stuck. Judged from so many steps on: before, hardly any run's loss has fallen by so much.
-_PROGRESS, _STUCK, _JUDGED_FROM = 0.85, 0.9, 64
-# Differences from the mean below this share of a loss are rounding (float32).
-_ROUNDING = 1e-6
-# The lowest running mean is known after so many steps.
-SETTLED = 16
-# What a run has to have learned, as a share of the start, before it can lose it, unless its mean is so many times the
-# start; how far the mean of one that keeps it strays from its lowest value, as a share of a batch's noise (5 standard
-# deviations); and the share of that, or of half of what was learned, from which on it is looked into.
-_LEARNED, _ABOVE, _STRAYS, _SLIPPING = 0.2, 1.5, 0.375, 0.5
+# A loss above this share of an earlier one has not fallen; one above that share of the loss without learning is stuck.
+_PROGRESS, _STUCK = 0.85, 0.9
+_JUDGED_FROM = 64  # before this step hardly any run's loss has fallen by so much
+_ROUNDING = 1e-6  # differences from the mean below this share of a loss are rounding (float32)
+SETTLED = 16  # steps after which the running mean counts for the lowest one
+# A run can lose what it learned only if that was this share of the start, or if its mean is this many times the start.
+_LEARNED, _FAR_ABOVE_START = 0.2, 1.5
+# The running mean of a run that keeps what it learned varies by this share of a batch's noise (5 standard deviations).
+_MEAN_NOISE = 0.375
+# Share of that, or of half of what was learned, from which on a rise of the mean calls a check.
+_CALLS_CHECK = 0.5
 # Of the first losses, which are asked for several times a step.
 _median = lru_cache(16)(median)
 
@@ -35,9 +37,8 @@ _median = lru_cache(16)(median)
 def severity(end: float, start: float, unit: float | None = None) -> float:
     """Measure how far a lookahead takes the loss: ``log(end / start)``, with the loss that training started from.
 
-    With a unit (:class:`Scale`) it is ``log(1 + (end - start) / unit)``, the same number where the unit is the start.
-    ``inf`` where the loss is not finite, ``nan`` where there is nothing to compare with (a start at or below 0 and no
-    unit).
+    With a unit (:class:`Scale`) it is ``log(1 + (end - start) / unit)``, the same number if the unit is the start.
+    ``inf`` if the loss is not finite, ``nan`` without a unit if the start is not above 0.
     """
     if not math.isfinite(end):
         return math.inf
@@ -64,15 +65,15 @@ class Scale(NamedTuple):
         unit: What distances are measured in; None while every loss was positive.
         settled: Whether there were enough losses to tell; else a lookahead's own are taken in.
         best: The lowest running mean; ``nan`` before anything was learned.
-        rung: Unit in which a rise above ``best`` is measured: twice that is half of what was learned or, if that is
-            more, beyond the noise of a batch.
+        rise_unit: Unit of a rise above ``best``: twice that is half of what was learned or, if that is more, beyond the
+            noise of a batch.
     """
 
     start: float = math.nan
     unit: float | None = None
     settled: bool = False
     best: float = math.nan
-    rung: float = math.nan
+    rise_unit: float = math.nan
 
     def times(self, factor: float, loss: float) -> float:
         """``factor`` times a loss; with a unit, as much above it as that is above the start of positive losses."""
@@ -81,21 +82,21 @@ class Scale(NamedTuple):
     def severity(self, end: float, begin: float = math.nan) -> float:
         """Measure how far the loss is from the start; see :func:`severity`.
 
-        Given the loss of the same batch before, the rise counts as well, as ``log(1 + rise / rung)``, as far as it
-        leads above the best mean: a run that has learned diverges before it is back at its start.
+        Given the batch's loss before, its rise above the best mean counts too, as ``log(1 + rise / rise_unit)``: a run
+        that has learned diverges before it is back at its start.
         """
-        far = severity(end, self.start, self.unit)
+        from_start = severity(end, self.start, self.unit)
         if math.isnan(begin) or math.isnan(self.best) or not math.isfinite(end):
-            return far
-        rises = severity(end, max(begin, self.best), self.rung)
-        return max(far, rises) if rises > 0 else far
+            return from_start
+        rise = severity(end, max(begin, self.best), self.rise_unit)
+        return max(from_start, rise) if rise > 0 else from_start
 
     def diverged(self, loss: float, ratio: float) -> bool:
         """Return True if a loss is not finite, or above ``ratio`` times the one that training started from."""
         return not math.isfinite(loss) or loss > self.times(ratio, self.start)
 
-    def over(self, losses: Sequence[float]) -> Scale:
-        """Take in the losses of a lookahead where a run had too few of its own."""
+    def completed_by(self, losses: Sequence[float]) -> Scale:
+        """Estimate the start and the unit from a lookahead's losses if the run had too few of its own."""
         if self.settled:
             return self
         start = losses[0] if math.isnan(self.start) else self.start
@@ -151,8 +152,8 @@ class RunningStatistics:
         """Loss that training started from; ``nan`` before the first lookahead or step."""
         return _median(self.first) if self.first else self.looked
 
-    def look(self, loss: float) -> None:
-        """Take in the loss at which a lookahead begins; the first one stands for the start of training."""
+    def note_lookahead(self, loss: float) -> None:
+        """Take the loss at the first lookahead as the start of training, until steps have told their losses."""
         if math.isnan(self.looked) and math.isfinite(loss):
             self.looked = loss
 
@@ -166,8 +167,8 @@ class RunningStatistics:
         unit = None if self.lowest > 0 else max(start - self.lowest, self._noise)
         if not self._has_learned(start):
             return Scale(start, unit, settled)
-        rung = min(max((self.untrained_from(start) - self.best) / 4, self._noise / 2), start if unit is None else unit)
-        return Scale(start, unit, settled, self.best, rung)
+        rise_unit = max((self.untrained_from(start) - self.best) / 4, self._noise / 2)
+        return Scale(start, unit, settled, self.best, min(rise_unit, start if unit is None else unit))
 
     def untrained_from(self, start: float) -> float:
         """The loss without learning: that of the start, or of guessing where that is lower."""
@@ -177,22 +178,22 @@ class RunningStatistics:
         return self.untrained_from(start) - self.best > (_LEARNED * start if self.lowest > 0 else self._noise / 2)
 
     @property
-    def lost(self) -> bool:
+    def has_lost_half(self) -> bool:
         """Whether half of what was learned is lost: the running mean is that far from its lowest value."""
-        return self.is_off(self.loss, 1.0)
+        return self.is_above_best(self.loss, 1.0)
 
     @property
-    def slips(self) -> bool:
-        """Whether the running mean is so far above its lowest value that a check should look into it."""
-        return self.is_off(self.loss)
+    def has_left_best(self) -> bool:
+        """Whether the running mean is so far above its lowest value that a check is due."""
+        return self.is_above_best(self.loss)
 
-    def is_off(self, mean: float, share: float = _SLIPPING) -> bool:
-        """Whether a mean over some batches is above the lowest one by such a share of half of what was learned."""
+    def is_above_best(self, mean: float, share: float = _CALLS_CHECK) -> bool:
+        """Whether a mean over some batches is above the lowest one by this share of half of what was learned."""
         untrained = self.untrained_from(self.start)
-        least = max((untrained - self.best) / 2, _STRAYS * self._noise)
+        least = max((untrained - self.best) / 2, _MEAN_NOISE * self._noise)
         if self.since < FIRST_LOSSES or not mean - self.best > share * least:
             return False
-        return self._has_learned(self.start) or mean > self.scale.times(_ABOVE, untrained)
+        return self._has_learned(self.start) or mean > self.scale.times(_FAR_ABOVE_START, untrained)
 
     @property
     def stuck(self) -> bool:
@@ -201,13 +202,13 @@ class RunningStatistics:
         return self.stalled and self.loss > self.scale.times(_STUCK, untrained)
 
     @property
-    def rests(self) -> bool:
-        """Whether the last loss and the mean are near the best so far: no spike, nothing lost."""
-        well = self.last is not None and math.isfinite(self.last) and not self.slips
-        return well and not (self.since > 1 and self._is_above_mean(self.last or 0.0))
+    def near_best(self) -> bool:
+        """Whether the last loss is no spike and the running mean is near its lowest value."""
+        finite = self.last is not None and math.isfinite(self.last)
+        return finite and not self.has_left_best and not (self.since > 1 and self._is_above_mean(self.last or 0.0))
 
     def rebase(self, mean: float) -> bool:
-        """Take a mean for the best, and for the start if it is higher, as the tasks are harder; True if any changed."""
+        """Raise the best mean, and the start, to the level of tasks that became harder; True if either changed."""
         changes = mean > min(self.best, self.start)
         if changes and self.best < math.inf:
             self.best = mean
@@ -220,36 +221,31 @@ class RunningStatistics:
         return 0.0 if math.isnan(self.spread) else _SPREADS * self.spread
 
     def update(self, loss: float, norm: float = math.nan) -> bool:
-        """Take a step in, and return True if its loss or its norm spiked or is not finite."""
+        """Add a step; return True if its loss or its gradient norm spiked, or the loss is not finite."""
         finite = math.isfinite(loss)
         if finite:
             self._take_spread(loss)
             self.lowest = min(self.lowest, loss)
         counted = min(loss, max(self.recent, default=loss))  # one odd batch moves no mean, a loss that stays does
         self.last, self.recent = loss, (*self.recent, loss if finite else math.inf)[-FIRST_LOSSES:]
-        # A run that diverges within its first steps must not move its start.
-        if (
-            finite
-            and len(self.first) < FIRST_LOSSES
-            and (not self.first or loss <= self._scale(self.first[0]).times(_LOSS_SPIKE, self.first[0]))
-        ):
+        if finite and len(self.first) < FIRST_LOSSES and self._is_near_first(loss):
             self.first = (*self.first, loss)
         spiked = not finite or self._is_above_mean(loss) or norm > _NORM_SPIKE * self.norm
         if finite:
-            self.loss = loss if math.isnan(self.loss) else _MEMORY * self.loss + (1 - _MEMORY) * counted
+            self.loss = loss if math.isnan(self.loss) else _updated(self.loss, counted)
             self.since += 1
             if self.since >= SETTLED:
                 self.best = min(self.best, self.loss)
             self._take_progress()
         if math.isfinite(norm):
-            self.norm = norm if math.isnan(self.norm) else _MEMORY * self.norm + (1 - _MEMORY) * norm
+            self.norm = norm if math.isnan(self.norm) else _updated(self.norm, norm)
         return spiked
 
-    def diverged(self, loss: float, ratio: float) -> bool:
-        """Return True if a loss is not finite, or above ``ratio`` times the one that training started from."""
-        return self.scale.diverged(loss, ratio)
+    def _is_near_first(self, loss: float) -> bool:
+        """Whether a loss may count for the start, which a run that diverges within its first steps must not move."""
+        return not self.first or loss <= self._scale(self.first[0]).times(_LOSS_SPIKE, self.first[0])
 
-    def forget(self) -> None:
+    def reset_means(self) -> None:
         """Drop the running means of a run that was rolled back: beside a lost loss nothing is a spike."""
         self.loss, self.norm, self.since, self.recent = math.nan, math.nan, 0, ()
 
@@ -268,7 +264,7 @@ class RunningStatistics:
         return loss - self.loss > max((self.start - self.lowest) / 2, self._noise, _ROUNDING * abs(loss))
 
     def _take_spread(self, loss: float) -> None:
-        """Take a change in; of the first losses the median, so that a run that leaves at once does not raise it."""
+        """Update the mean change; the median of the first ones counts, so that early divergence does not raise it."""
         if self.last is None or not math.isfinite(self.last):
             return
         change = abs(loss - self.last)
@@ -277,7 +273,11 @@ class RunningStatistics:
         elif not self.spread > 0:
             self.spread = change
         else:
-            self.spread = _MEMORY * self.spread + (1 - _MEMORY) * min(change, _LARGEST_CHANGE * self.spread)
+            self.spread = _updated(self.spread, min(change, _LARGEST_CHANGE * self.spread))
+
+
+def _updated(mean: float, value: float) -> float:
+    return _MEMORY * mean + (1 - _MEMORY) * value
 
 
 def _typical_change(losses: Sequence[float]) -> float:
@@ -295,6 +295,6 @@ def passes(severe: float, ratio: float) -> bool:
     return severe <= 0.5 * math.log(ratio)
 
 
-def undecided(ratio: float) -> float:
+def undecided_severity(ratio: float) -> float:
     """Return a severity at which nothing is decided."""
     return 0.75 * math.log(ratio)

@@ -68,7 +68,7 @@ class Learning:
         return median(self._best), median(self.now), median(self._before)
 
     @property
-    def lost(self) -> bool:
+    def has_lost_half(self) -> bool:
         """Whether most batches have lost half of what was learned on them."""
         both = list(zip(self._before, self._best, strict=True))
         learned = median([before - best for before, best in both])

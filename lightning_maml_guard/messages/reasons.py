@@ -79,7 +79,7 @@ class Kind(str, Enum):
 
 
 # What tells nothing of a rate, and is left out where trials do.
-UNTOLD = (Kind.NOT_JUDGED, Kind.TOO_CLOSE, Kind.NOT_MEASURED)
+INCONCLUSIVE = (Kind.NOT_JUDGED, Kind.TOO_CLOSE, Kind.NOT_MEASURED)
 
 
 class Remedy(str, Enum):

@@ -67,9 +67,9 @@ def returned(step: int, *, safe: bool, applied: float, configured: float, tried:
     return f"ConvergenceGuard: step {step}: {said}"
 
 
-def eased(step: int, alpha: float, beta: float, *, slips: bool, raised: bool) -> str:
+def rates_lowered(step: int, alpha: float, beta: float, *, left_best: bool, raised: bool) -> str:
     """Say that the rates of a run that loses ground, or stands still, are lowered, and to what."""
-    lost = "has left its best" if slips else "does not fall any more"
+    lost = "has left its best" if left_best else "does not fall any more"
     why = f"the loss {lost}, and at lower rates the next steps lead further down."
     if raised:
         why = "the loss has not fallen since the outer rate was raised."

@@ -73,7 +73,7 @@ class LadderSearch:
         self._untrained: dict[int, np.ndarray] = {}
         self.taken, self._race_steps, self._bar = 0, 0, tqdm(disable=True)
         before = self._before(self._first)
-        scale = Scale().over([float(loss) for loss in before if math.isfinite(loss)] or [math.nan])
+        scale = Scale().completed_by([float(loss) for loss in before if math.isfinite(loss)] or [math.nan])
         self.highest = np.array([scale.times(_RATIO, max(loss, before[-1])) for loss in before[:-1]])
         self.betas = self._grid()
 

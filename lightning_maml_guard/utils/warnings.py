@@ -10,7 +10,7 @@ class GuardWarning(UserWarning):
     """A warning of lightning_maml_guard."""
 
 
-class Told:
+class ReportedFailure:
     """A context in which a failure is told and goes no further; a warning that was made an error does.
 
     It is a class because a generator's context takes three times as long, and several are entered at every step.

@@ -136,16 +136,16 @@ def test_above_the_advised_rate_caps_rise_where_higher_rates_lead_further_down(e
 
 
 def test_rates_above_the_advised_one_are_tried_after_a_while():
-    for ceiling in (Ceiling().heeds(0.1, 0), Ceiling().failed(math.nan, 1.0, 0).heeds(0.1, 0)):
+    for ceiling in (Ceiling().with_advised(0.1, 0), Ceiling().with_failure(math.nan, 1.0, 0).with_advised(0.1, 0)):
         for inner in (math.nan, 0.5):
             tried = [ceiling.allows(Caps(None, beta), inner, 1.0, step) for beta in (0.1, 0.2) for step in (8, 32)]
             assert tried == [True, True, False, True]
-    assert Ceiling().failed(math.nan, 1.0, 0).allows(Caps(None, 0.2), math.nan, 1.0, 8)
+    assert Ceiling().with_failure(math.nan, 1.0, 0).allows(Caps(None, 0.2), math.nan, 1.0, 8)
 
 
 def test_rates_above_the_advised_one_wait_until_something_was_learned():
     """What a rate kills before that looks as it did."""
-    ceiling = Ceiling().heeds(0.1, 0)
+    ceiling = Ceiling().with_advised(0.1, 0)
     for learned in (True, False):
         assert ceiling.allows(Caps(None, 0.2), math.nan, 1.0, 40, learned=learned) is learned
         assert ceiling.allows(Caps(None, 0.1), math.nan, 1.0, 40, learned=learned)

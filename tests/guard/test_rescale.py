@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_maml_guard.guard.rescale import LADDER, MOST_RAISES, RELEASE, eased, lowered, released
+from lightning_maml_guard.guard.rescale import LADDER, MOST_RAISES, RELEASE, lowered, lowered_further, released
 from lightning_maml_guard.lookahead.ceiling import Ceiling
 from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult
 
@@ -153,7 +153,7 @@ def test_rates_that_survive_alone_may_stay_unless_lower_ones_bring_the_loss_furt
 
 def test_rates_that_have_just_failed_are_not_tried_again():
     look, caps = ends_best_at((0.1, 1.0)), Caps(None, 0.1)
-    failed = Ceiling().failed(0.1, 0.4, 10)
+    failed = Ceiling().with_failure(0.1, 0.4, 10)
 
     def release(step):
         return released(0.1, 1.0, caps, look(caps), look, allows=lambda each: failed.allows(each, 0.1, 1.0, step))
@@ -162,7 +162,7 @@ def test_rates_that_have_just_failed_are_not_tried_again():
     assert found == Caps(None, 0.2)  # 0.4 is what failed
     later = release(failed.until)
     assert later == Caps(None, 0.8)
-    again = failed.failed(0.1, 0.4, 50)
+    again = failed.with_failure(0.1, 0.4, 50)
     assert again.until - 50 == 2 * (failed.until - 10)
 
 
@@ -174,13 +174,13 @@ def test_a_rate_that_may_rise_rises_where_the_other_may_not():
 @pytest.mark.parametrize(("best", "cap"), [(1.0, None), (0.2, 1 / 4), (0.1, 1 / 16)])
 def test_the_rate_of_a_run_that_loses_ground_is_lowered_while_that_leads_further_down(best, cap):
     look = ends_best_at((0.1, best))
-    assert eased(0.1, 1.0, Caps(), look(Caps()), look, reach_alpha=False) == Caps(None, cap)
+    assert lowered_further(0.1, 1.0, Caps(), look(Caps()), look, reach_alpha=False) == Caps(None, cap)
 
 
 def test_an_inner_rate_that_makes_a_run_lose_ground_is_lowered_if_it_can_be():
     look = ends_best_at((0.025, 1.0))
-    assert eased(0.1, 1.0, Caps(), look(Caps()), look, reach_alpha=True) == Caps(0.025, None)
-    assert eased(0.1, 1.0, Caps(), look(Caps()), look, reach_alpha=False) == Caps()
+    assert lowered_further(0.1, 1.0, Caps(), look(Caps()), look, reach_alpha=True) == Caps(0.025, None)
+    assert lowered_further(0.1, 1.0, Caps(), look(Caps()), look, reach_alpha=False) == Caps()
 
 
 @pytest.mark.parametrize(
@@ -196,4 +196,4 @@ def test_the_rate_of_a_run_that_stands_still_is_halved_where_that_leads_further_
     def look(caps):
         return LookaheadResult((1.0, lates[caps.applied(0.1, 1.0)[1]]))
 
-    assert eased(0.1, 1.0, Caps(), look(Caps()), look, reach_alpha=False, stands=True) == Caps(None, cap)
+    assert lowered_further(0.1, 1.0, Caps(), look(Caps()), look, reach_alpha=False, stagnates=True) == Caps(None, cap)

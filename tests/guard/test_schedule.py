@@ -178,7 +178,7 @@ def test_a_share_that_is_none_is_refused(share):
 def take(schedule, statistics, loss, ratio):
     """What the guard does with a step's loss."""
     if statistics.update(loss, 1.0):
-        schedule.spike(diverged=statistics.diverged(loss, ratio))
+        schedule.spike(diverged=statistics.scale.diverged(loss, ratio))
 
 
 def noisy(schedule, steps, height=10.0, ratio=1e9, cost=20, statistics=None):
@@ -367,7 +367,7 @@ def test_a_loss_that_leaves_its_best_is_looked_at_once_without_payment():
     schedule.state.spent = 1e6
     found = []
     for step in range(101, 160):
-        schedule.slip(110 <= step < 130 or step >= 150)
+        schedule.note_left_best(110 <= step < 130 or step >= 150)
         if schedule.due(step) is not None:
             found.append(step)
     assert found == [110, 150]
@@ -375,26 +375,26 @@ def test_a_loss_that_leaves_its_best_is_looked_at_once_without_payment():
 
 def test_capped_rates_that_could_not_be_tried_are_looked_at_when_they_may_be():
     schedule = Schedule(100, 0.02)
-    schedule.ease(0, changed=True)
+    schedule.note_caps_checked(0, changed=True)
     assert schedule.state.ease_at == 8
-    schedule.ease(8, changed=False, until=32)
+    schedule.note_caps_checked(8, changed=False, until=32)
     assert schedule.state.ease_at == 32
-    schedule.ease(32, changed=False)  # they stay, as was tried
+    schedule.note_caps_checked(32, changed=False)  # they stay, as was tried
     assert schedule.state.ease_at == 32 + 24
-    schedule.ease(56, changed=False, until=40)  # a time that is past is no time to wait for
+    schedule.note_caps_checked(56, changed=False, until=40)  # a time that is past is no time to wait for
     assert schedule.state.ease_at == 56 + 24
 
 
 def test_capped_rates_are_looked_at_where_the_mean_loss_reaches_no_new_low():
     schedule, found = Schedule(10_000, 0.02), []
-    schedule.ease(0, changed=True)
+    schedule.note_caps_checked(0, changed=True)
     schedule.state.ease_at = 10_000  # the look that comes in any case
     for step in range(1, 600):
         schedule.note_mean_loss(1.0 - min(step, 200) / 400, step)
-        stands = schedule.stands_still(step)
-        if schedule.due(step, capped=True) is not None and stands:
+        stagnates = schedule.stagnates(step)
+        if schedule.due(step, capped=True) is not None and stagnates:
             found.append(step)
-            schedule.ease(step, changed=False, until=10_000)
+            schedule.note_caps_checked(step, changed=False, until=10_000)
     # After 48 steps, or a fifth of the steps so far; then it waits as long again.
     assert found == [250, 314, 394, 494]
     assert Schedule(10_000, 0.02, schedule.state).due(900, capped=False) is None
@@ -403,14 +403,14 @@ def test_capped_rates_are_looked_at_where_the_mean_loss_reaches_no_new_low():
 def test_rates_that_were_raised_have_to_prove_themselves():
     schedule = Schedule(100, 0.02)
     schedule.note_mean_loss(0.5, 40)
-    schedule.ease(50, changed=True, raised_from=0.1)
+    schedule.note_caps_checked(50, changed=True, raised_from=0.1)
     schedule.note_mean_loss(0.5, 51)
-    assert schedule.raised and not schedule.stands_still(82) and schedule.stands_still(83)
+    assert schedule.raised and not schedule.stagnates(82) and schedule.stagnates(83)
     schedule.note_mean_loss(0.4, 60)  # not yet their doing
-    assert schedule.raised and not schedule.stands_still(83)
+    assert schedule.raised and not schedule.stagnates(83)
     schedule.note_mean_loss(0.3, 70)
-    assert not schedule.raised and not schedule.stands_still(70 + 47) and schedule.stands_still(70 + 48)
-    schedule.ease(120, changed=False)
+    assert not schedule.raised and not schedule.stagnates(70 + 47) and schedule.stagnates(70 + 48)
+    schedule.note_caps_checked(120, changed=False)
     assert not schedule.raised
 
 

@@ -8,7 +8,7 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_maml_guard import ConvergenceGuard
-from lightning_maml_guard.messages.sentences import eased
+from lightning_maml_guard.messages.sentences import rates_lowered
 from tests.helpers import guard_warns, one_line
 
 PLAIN = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -73,11 +73,11 @@ def test_a_cap_at_which_the_loss_stands_still_is_lowered(caplog):
 @pytest.mark.parametrize(
     ("how", "why"),
     [
-        ({"slips": True}, "the loss has left its best, and at lower rates the next steps lead further down."),
+        ({"left_best": True}, "the loss has left its best, and at lower rates the next steps lead further down."),
         ({}, "the loss does not fall any more, and at lower rates the next steps lead further down."),
         ({"raised": True}, "the loss has not fallen since the outer rate was raised."),
     ],
 )
 def test_why_rates_are_lowered_is_said(how, why):
-    said = eased(7, float("nan"), 0.5, **{"slips": False, "raised": False, **how})
+    said = rates_lowered(7, float("nan"), 0.5, **{"left_best": False, "raised": False, **how})
     assert said == f"ConvergenceGuard: step 7: {why} Applied from now on: beta = 0.5."

@@ -29,7 +29,7 @@ def verdicts(losses, ends, ratio=RATIO):
     for loss, end in zip(losses, ends, strict=True):
         spiked = seen.update(loss)
         severe = seen.scale.severity(end)
-        found.append((spiked, seen.diverged(loss, ratio), fails(severe, ratio), passes(severe, ratio)))
+        found.append((spiked, seen.scale.diverged(loss, ratio), fails(severe, ratio), passes(severe, ratio)))
     return found
 
 
@@ -57,9 +57,9 @@ def test_a_finite_loss_at_or_below_the_start_has_never_diverged(losses, ratio):
     for loss in losses:
         seen.update(loss)
         if loss <= seen.start:
-            assert not seen.diverged(loss, ratio)
+            assert not seen.scale.diverged(loss, ratio)
             assert not fails(seen.scale.severity(loss), ratio) and not fails(
-                seen.scale.over([loss]).severity(loss), ratio
+                seen.scale.completed_by([loss]).severity(loss), ratio
             )
 
 
@@ -68,7 +68,7 @@ def test_a_loss_that_only_falls_calls_no_check_and_is_never_rolled_back(losses):
     """From above 0 through 0 to below, however fast."""
     seen = RunningStatistics()
     for loss in sorted(losses, reverse=True):
-        assert not seen.update(loss) and not seen.diverged(loss, RATIO)
+        assert not seen.update(loss) and not seen.scale.diverged(loss, RATIO)
 
 
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=40), st.floats(1e-6, 1e7))
@@ -82,8 +82,8 @@ def test_positive_losses_are_judged_by_the_ratios_as_ever(losses, end):
         counted = min([loss, max(latest, default=loss)])
         latest = [*latest, loss][-8:]
         mean = loss if math.isnan(mean) else 0.9 * mean + (1 - 0.9) * counted
-        assert seen.diverged(loss, RATIO) == (loss > RATIO * start) and seen.scale.unit is None
-        assert seen.scale.severity(end) == math.log(end / start) == seen.scale.over([loss, end]).severity(end)
+        assert seen.scale.diverged(loss, RATIO) == (loss > RATIO * start) and seen.scale.unit is None
+        assert seen.scale.severity(end) == math.log(end / start) == seen.scale.completed_by([loss, end]).severity(end)
 
 
 @pytest.mark.parametrize("offset", [0.0, -0.5, -1000.0])
@@ -96,7 +96,7 @@ def test_noise_calls_hardly_any_check_and_a_loss_that_leaves_is_seen(offset):
     for step in range(60):
         loss += 0.05 * 1.3**step
         spiked = seen.update(loss)
-        if seen.diverged(loss, RATIO):
+        if seen.scale.diverged(loss, RATIO):
             break
     assert spiked and loss - offset < 10  # 50 standard deviations
 
@@ -108,11 +108,11 @@ def test_one_odd_batch_moves_no_mean_and_a_loss_that_stays_does(odd):
     for each in noise:
         seen.update(1.0 + 0.1 * float(each))
     mean = seen.loss
-    assert seen.update(odd) and seen.loss == pytest.approx(mean, rel=0.1) and not seen.slips
-    assert not seen.update(1.0) and seen.loss == pytest.approx(mean, rel=0.1) and not seen.slips
+    assert seen.update(odd) and seen.loss == pytest.approx(mean, rel=0.1) and not seen.has_left_best
+    assert not seen.update(1.0) and seen.loss == pytest.approx(mean, rel=0.1) and not seen.has_left_best
     for _ in range(8):
         seen.update(5.0)
-    assert seen.loss > 3 * mean and seen.lost
+    assert seen.loss > 3 * mean and seen.has_lost_half
 
 
 def test_what_is_a_spike_below_zero():
@@ -121,17 +121,21 @@ def test_what_is_a_spike_below_zero():
         assert not seen.update(loss)
     assert (seen.scale.start, seen.scale.settled) == (-1.0, True) and seen.scale.unit == pytest.approx(4 * 0.1, abs=0.1)
     assert not seen.update(-0.9) and seen.update(0.0) and seen.update(math.nan)
-    assert not seen.diverged(-0.5, RATIO) and seen.diverged(1.0, RATIO) and seen.diverged(math.inf, RATIO)
+    assert (
+        not seen.scale.diverged(-0.5, RATIO)
+        and seen.scale.diverged(1.0, RATIO)
+        and seen.scale.diverged(math.inf, RATIO)
+    )
 
 
 def test_a_first_lookahead_of_a_loss_at_zero_is_measured_in_its_own_changes():
     healthy, leaving = (0.0, -0.1, 0.1, -0.2, 0.05, -0.1), (0.0, 0.1, 0.4, 1.6, 6.4, 25.6, 100.0)
     for start in (0.0, -0.1, 1e-9):
-        at = Scale().over([start, *healthy[1:]])
+        at = Scale().completed_by([start, *healthy[1:]])
         assert at.start == start and passes(at.severity(0.05), RATIO)
-        assert fails(Scale().over([-abs(start), *leaving[1:]]).severity(100.0), RATIO)
+        assert fails(Scale().completed_by([-abs(start), *leaving[1:]]).severity(100.0), RATIO)
     settled = Scale(2.0, None, settled=True)
-    assert settled.over([1.0, -5.0]) is settled
+    assert settled.completed_by([1.0, -5.0]) is settled
     assert math.isnan(severity(1.0, -1.0)) and math.isnan(severity(1.0, -1.0, 0.0))
     assert severity(2.0, -1.0, 1.5) == pytest.approx(math.log(3)) and severity(-4.0, -1.0, 1.5) == -math.inf
     assert severity(math.nan, -1.0, 1.5) == math.inf
@@ -158,7 +162,12 @@ def test_a_checkpoint_of_an_older_version_goes_on_with_losses_below_zero():
     old = {"version": 1, "statistics": {"first": [-1.0] * 8, "loss": -2.0, "norm": 1.0}}
     seen = from_checkpoint(old).statistics
     assert repr(seen.scale) == repr(Scale(-1.0, 0.0, settled=True))
-    assert not seen.update(-2.1) and not seen.update(-2.0) and not seen.update(-1.9) and not seen.diverged(-1.9, RATIO)
+    assert (
+        not seen.update(-2.1)
+        and not seen.update(-2.0)
+        and not seen.update(-1.9)
+        and not seen.scale.diverged(-1.9, RATIO)
+    )
     new = from_checkpoint({"version": 1, "statistics": {"first": [1.0], "loss": 1.0, "norm": 1.0}}).statistics
     assert repr(new.scale) == repr(Scale(1.0))
 

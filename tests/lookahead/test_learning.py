@@ -33,10 +33,10 @@ FALLING = [1.0 * 0.9**step + 0.1 for step in range(60)]
 
 def test_half_of_what_was_learned_is_lost_long_before_three_times_the_start():
     seen = after(FALLING)
-    assert not seen.lost and not seen.slips and seen.rests
+    assert not seen.has_lost_half and not seen.has_left_best and seen.near_best
     back = after([*FALLING, *[1.0] * 12])
-    assert back.lost and not back.diverged(1.0, 3.0) and not back.rests
-    assert not after([*FALLING, 1.0]).lost  # one batch
+    assert back.has_lost_half and not back.scale.diverged(1.0, 3.0) and not back.near_best
+    assert not after([*FALLING, 1.0]).has_lost_half  # one batch
 
 
 def test_noise_is_no_lost_learning():
@@ -47,7 +47,7 @@ def test_noise_is_no_lost_learning():
         seen, lost = RunningStatistics(), 0
         for loss in losses:
             seen.update(loss)
-            lost += seen.lost
+            lost += seen.has_lost_half
         assert lost == 0
 
 
@@ -55,11 +55,11 @@ def test_a_classifier_falls_back_to_guessing_and_not_to_its_start():
     """It began worse than guessing, so that guessing again is hardly half of the way back to the start."""
     falling = [6.0 * 0.9**step + 0.4 for step in range(80)]
     guessing = [*falling, *[math.log(5)] * 15]
-    assert after(guessing, math.log(5)).lost and not after(guessing).lost
+    assert after(guessing, math.log(5)).has_lost_half and not after(guessing).has_lost_half
 
 
 def test_a_run_that_learned_nothing_has_nothing_to_lose():
-    assert not after([*[1.0] * 60, *[1.4] * 30]).lost
+    assert not after([*[1.0] * 60, *[1.4] * 30]).has_lost_half
 
 
 def test_a_rise_counts_from_the_best_mean_and_only_on_the_same_batch():
@@ -76,13 +76,13 @@ def test_a_rise_counts_from_the_best_mean_and_only_on_the_same_batch():
 )
 def test_most_batches_decide(now, lost, holds):
     found = Learning(now, ((1.0, 1.0, 1.0), (0.2, 0.2, 0.2), (0.9, 0.9, 0.9)), 1.0, 3)
-    assert (found.lost, found.holds, found.good) == (lost, holds, [1])
+    assert (found.has_lost_half, found.holds, found.good) == (lost, holds, [1])
     assert found.losses[0] == 0.2 and found.losses[2] == 1.0
 
 
 def test_tasks_that_are_harder_for_all_parameters_are_not_lost_learning():
     found = Learning((9.0, 9.1), ((10.0, 10.0), (9.0, 9.0)), 1.0, 2)
-    assert not found.lost and found.holds
+    assert not found.has_lost_half and found.holds
 
 
 def test_the_youngest_snapshot_that_lost_nothing_is_the_one_to_go_back_to():
@@ -94,7 +94,7 @@ def test_the_youngest_snapshot_that_lost_nothing_is_the_one_to_go_back_to():
 def test_a_snapshot_that_has_seen_the_batches_is_not_what_the_run_is_compared_with():
     """It does better on them than a run that meets each for the first time, however well that is."""
     kept = ((1.0,), (0.6,), (0.1,))
-    assert Learning((0.65,), kept, 1.0, 3).lost and not Learning((0.65,), kept, 1.0, 2).lost
+    assert Learning((0.65,), kept, 1.0, 3).has_lost_half and not Learning((0.65,), kept, 1.0, 2).has_lost_half
     assert Learning((0.65,), kept, 1.0, 2).losses == (0.6, 0.65, 1.0)
 
 
