@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lightning_maml_guard.messages.reasons import Kind, Reason
-from lightning_maml_guard.messages.spelling import Spelling
 
 
 def not_written(what: str, path: object, error: OSError) -> str:
@@ -16,7 +15,7 @@ def not_written(what: str, path: object, error: OSError) -> str:
     )
 
 
-def _batch_not_copied(reason: Reason, spelling: Spelling) -> str:
+def _batch_not_copied(reason: Reason) -> str:
     return (
         f"the batch at step {reason.step} cannot be copied ({reason.what}), so it is not checked; training goes on. A "
         f"check works on a copy, so that training gets the batch unchanged.\nCause: {reason.detail}\nTo do: Leave "
@@ -24,7 +23,7 @@ def _batch_not_copied(reason: Reason, spelling: Spelling) -> str:
     )
 
 
-def _cap_ignored(reason: Reason, spelling: Spelling) -> str:
+def _cap_ignored(reason: Reason) -> str:
     return (
         f"the module has an attribute inner_lr_cap, but under a cap of {reason.limit:.3g} the inner rate of its "
         f"problem is {reason.value:.3g}, so the guard does not lower it.\nTo do: Where the cap is not None, use the "
@@ -32,11 +31,11 @@ def _cap_ignored(reason: Reason, spelling: Spelling) -> str:
     )
 
 
-def _state_not_read(reason: Reason, spelling: Spelling) -> str:
+def _state_not_read(reason: Reason) -> str:
     return f"the guard's state in the checkpoint cannot be read, so it starts anew.\nCause: {reason.detail}"
 
 
-NOTICES: dict[Kind, Callable[[Reason, Spelling], str]] = {
+NOTICES: dict[Kind, Callable[[Reason], str]] = {
     Kind.BATCH_NOT_COPIED: _batch_not_copied,
     Kind.CAP_IGNORED: _cap_ignored,
     Kind.STATE_NOT_READ: _state_not_read,

@@ -9,7 +9,7 @@ from lightning_maml_guard.messages.effects import EFFECTS, ORDERS
 from lightning_maml_guard.messages.evidence import EVIDENCE
 from lightning_maml_guard.messages.notices import NOTICES
 from lightning_maml_guard.messages.reasons import IN_USERS_CODE, Kind, Reason, Remedy
-from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling, rates, short, times
+from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling, multiple, rates, two_digits
 from lightning_maml_guard.messages.training_sentences import TRAINING
 
 
@@ -25,7 +25,9 @@ def sentences(reasons: Sequence[Reason], spelling: Spelling = IN_PYTHON, *, advi
 
 def cause(reason: Reason, spelling: Spelling = IN_PYTHON) -> str:
     """Say what happened and why, without what to do."""
-    return _CAUSES[reason.kind](reason, spelling)
+    if reason.kind is Kind.NETWORK_COLLAPSED:  # names an argument of the guard
+        return _network_collapsed(reason, spelling)
+    return _CAUSES[reason.kind](reason)
 
 
 def remedy(reason: Reason, spelling: Spelling = IN_PYTHON) -> str:
@@ -85,56 +87,56 @@ def _beside_limit(reason: Reason) -> str:
     if not reason.limit > 0:
         return f"{rate} exceeds {_limit(reason)}"
     share = reason.value / reason.limit
-    said = f"{rate} is {times(share)} {_limit(reason)}"
+    said = f"{rate} is {multiple(share)} {_limit(reason)}"
     return said if reason.margin == 1 or share > 1 else f"{said}, above the margin of {reason.margin:g}"
 
 
-def _above_limit(reason: Reason, spelling: Spelling) -> str:
+def _above_limit(reason: Reason) -> str:
     effect = EFFECTS.get(reason.effect, "")
     if reason.effect == "grows":
         effect = "the update grows along the sharpest direction."
         if reason.growth > 1:
-            effect = f"along the sharpest direction each step multiplies the error by {short(reason.growth)}."
+            effect = f"along the sharpest direction each step multiplies the error by {two_digits(reason.growth)}."
     said = f"{_beside_limit(reason)}: {effect}"
     return f"{said} {ORDERS[reason.order]}" if reason.order else said
 
 
-def _too_close(reason: Reason, spelling: Spelling) -> str:
+def _too_close(reason: Reason) -> str:
     scaled = f"{reason.margin:g} * " if reason.margin != 1 else ""
     return f"{reason.rate} = {reason.value:.3g} is too close to {scaled}{_limit(reason)} to be called safe or unsafe."
 
 
-def _not_judged(reason: Reason, spelling: Spelling) -> str:
+def _not_judged(reason: Reason) -> str:
     return f"{reason.rate} is not judged: {reason.detail or 'its critical value could not be measured.'}"
 
 
-def _no_curvature(reason: Reason, spelling: Spelling) -> str:
+def _no_curvature(reason: Reason) -> str:
     return (
         "The loss has no curvature at these parameters and this batch, so there is no limit to compare with. That is "
         "not the same as safe: ReLU networks with dead units and linear losses look like this."
     )
 
 
-def _nan_in_data(reason: Reason, spelling: Spelling) -> str:
+def _nan_in_data(reason: Reason) -> str:
     return (
         f"The curvature could not be measured: {reason.detail} The data holds nan. If it pads tasks to one size, list "
         "the tasks instead, each of its own size: support=[(x_1, y_1), (x_2, y_2), ...]."
     )
 
 
-def _no_exact_limit(reason: Reason, spelling: Spelling) -> str:
+def _no_exact_limit(reason: Reason) -> str:
     why = f"{reason.error}: {reason.detail}"
     return f"exact_beta_c could not be measured ({why}); the simplified criterion is still checked."
 
 
-def _no_double_backward(reason: Reason, spelling: Spelling) -> str:
+def _no_double_backward(reason: Reason) -> str:
     return (
         f"{reason.what}: this network has no second derivative by double backward ({reason.detail}), so its curvature "
         "is measured by finite differences of gradients (less sharp, two gradients per product)."
     )
 
 
-def _wrong_double_backward(reason: Reason, spelling: Spelling) -> str:
+def _wrong_double_backward(reason: Reason) -> str:
     return (
         f"{reason.what}: the second derivative by double backward disagrees with finite differences by "
         f"{reason.value:.1%}: a layer's double backward is wrong (a custom autograd Function without one). "
@@ -142,7 +144,7 @@ def _wrong_double_backward(reason: Reason, spelling: Spelling) -> str:
     )
 
 
-def _lookahead_diverges(reason: Reason, spelling: Spelling) -> str:
+def _lookahead_diverges(reason: Reason) -> str:
     before, after, start = reason.losses
     # Of two batches the losses differ by as much.
     started = "" if math.isclose(before, start, rel_tol=0.25) else f" (training started from {start:.3g})"
@@ -152,11 +154,11 @@ def _lookahead_diverges(reason: Reason, spelling: Spelling) -> str:
     )
 
 
-def _loss_not_finite(reason: Reason, spelling: Spelling) -> str:
+def _loss_not_finite(reason: Reason) -> str:
     return f"The loss is {reason.losses[0]} at these parameters."
 
 
-def _check_failed(reason: Reason, spelling: Spelling) -> str:
+def _check_failed(reason: Reason) -> str:
     where = f" ({reason.where})" if reason.where and reason.effect != IN_USERS_CODE else ""
     to_do = {
         IN_USERS_CODE: f"Fix {reason.where}.",
@@ -174,21 +176,21 @@ def _check_failed(reason: Reason, spelling: Spelling) -> str:
     )
 
 
-def _no_lookahead(reason: Reason, spelling: Spelling) -> str:
+def _no_lookahead(reason: Reason) -> str:
     if reason.effect == "before training":
         return f"The next steps cannot be tried. {reason.detail}"
     decides = "the curvature decides where it judges a rate, and else the last loss"
     return f"the next steps cannot be tried, so {decides}. {reason.detail}"
 
 
-def _no_gradient_norm(reason: Reason, spelling: Spelling) -> str:
+def _no_gradient_norm(reason: Reason) -> str:
     return (
         "a jump of the loss still calls a check, a jump of the gradient norm does not: the norm could not be "
         f"computed.\nCause: {reason.error}: {reason.detail}"
     )
 
 
-def _no_snapshot(reason: Reason, spelling: Spelling) -> str:
+def _no_snapshot(reason: Reason) -> str:
     kept = f"a rollback goes to step {reason.steps}" if reason.steps >= 0 else "there is nothing to roll back to"
     return (
         f"parameters and optimizer state could not be copied at step {reason.step}, so {kept}. snapshot_device='cpu' "
@@ -208,7 +210,7 @@ def _network_collapsed(reason: Reason, spelling: Spelling) -> str:
     )
 
 
-def _rolled_back(reason: Reason, spelling: Spelling) -> str:
+def _rolled_back(reason: Reason) -> str:
     said = (
         f"the loss was {reason.losses[0]:.3g} at step {reason.step}, so parameters and optimizer state were rolled "
         f"back to step {reason.steps} and the batches since are skipped (rollback {reason.counts[0]} of at most "
@@ -224,7 +226,7 @@ def _rolled_back(reason: Reason, spelling: Spelling) -> str:
     return f"{said}\nApplied from now on: {rates(reason.alpha, reason.beta)}."
 
 
-def _rolled_back_at_end(reason: Reason, spelling: Spelling) -> str:
+def _rolled_back_at_end(reason: Reason) -> str:
     after, start = reason.losses[1:]
     what = "the last step made parameters non-finite"
     if not math.isnan(start):
@@ -232,7 +234,7 @@ def _rolled_back_at_end(reason: Reason, spelling: Spelling) -> str:
     return f"{what}, so parameters and optimizer state were rolled back to step {reason.steps}."
 
 
-def _too_many_rollbacks(reason: Reason, spelling: Spelling) -> str:
+def _too_many_rollbacks(reason: Reason) -> str:
     return (
         f"The loss was {reason.losses[0]:.3g} at step {reason.step} after {reason.counts[0]} rollbacks "
         "(max_rollbacks), each with lower rates."
@@ -242,14 +244,14 @@ def _too_many_rollbacks(reason: Reason, spelling: Spelling) -> str:
 _LONGER = "More steps tell more (ladder=LadderOptions(longest=...))"
 
 
-def _no_rate_trains(reason: Reason, spelling: Spelling) -> str:
+def _no_rate_trains(reason: Reason) -> str:
     return (
         f"No rates are suggested: at none of those tried is the loss within {reason.steps} steps on copies below that "
         f"before training. {_LONGER}, or the data or the loss is at fault."
     )
 
 
-def _little_learned(reason: Reason, spelling: Spelling) -> str:
+def _little_learned(reason: Reason) -> str:
     before, after, _ = reason.losses
     return (
         f"The suggested rates are a guess: in {reason.steps} steps on copies the loss falls by less than a tenth, from "
@@ -258,39 +260,38 @@ def _little_learned(reason: Reason, spelling: Spelling) -> str:
 
 
 # What was measured: the step of the measurement is said beside it.
-_MEASURED: dict[Kind, Callable[[Reason, Spelling], str]] = {
+_MEASURED: dict[Kind, Callable[[Reason], str]] = {
     Kind.ABOVE_LIMIT: _above_limit,
     Kind.TOO_CLOSE: _too_close,
     Kind.NOT_JUDGED: _not_judged,
     Kind.NO_CURVATURE: _no_curvature,
-    Kind.NOT_MEASURED: lambda reason, spelling: f"The curvature could not be measured: {reason.detail}",
+    Kind.NOT_MEASURED: lambda reason: f"The curvature could not be measured: {reason.detail}",
     Kind.NAN_IN_DATA: _nan_in_data,
     Kind.LOSS_NOT_FINITE: _loss_not_finite,
     Kind.NO_EXACT_LIMIT: _no_exact_limit,
     Kind.NO_DOUBLE_BACKWARD: _no_double_backward,
     Kind.WRONG_DOUBLE_BACKWARD: _wrong_double_backward,
-    Kind.TEXT: lambda reason, spelling: reason.detail,
+    Kind.TEXT: lambda reason: reason.detail,
 }
-_CAUSES: dict[Kind, Callable[[Reason, Spelling], str]] = {
+_CAUSES: dict[Kind, Callable[[Reason], str]] = {
     **_MEASURED,
     **NOTICES,
     **EVIDENCE,
     **TRAINING,
     Kind.LOOKAHEAD_DIVERGES: _lookahead_diverges,
-    Kind.LOSS_DIVERGED: lambda reason, _: f"The last loss is {reason.losses[0]:.3g}, the first {reason.losses[2]:.3g}.",
+    Kind.LOSS_DIVERGED: lambda reason: f"The last loss is {reason.losses[0]:.3g}, the first {reason.losses[2]:.3g}.",
     Kind.CHECK_FAILED: _check_failed,
     Kind.NO_CURVATURE_MEASURED: _check_failed,
-    Kind.TASK_FAILED: lambda reason, spelling: (
+    Kind.TASK_FAILED: lambda reason: (
         f"could not {reason.what}; training goes on.\nCause: {reason.error}: {reason.detail}"
     ),
     Kind.NO_LOOKAHEAD: _no_lookahead,
     Kind.NO_GRADIENT_NORM: _no_gradient_norm,
     Kind.NO_SNAPSHOT: _no_snapshot,
-    Kind.NETWORK_COLLAPSED: _network_collapsed,
     Kind.ROLLED_BACK: _rolled_back,
     Kind.ROLLED_BACK_AT_END: _rolled_back_at_end,
     Kind.TOO_MANY_ROLLBACKS: _too_many_rollbacks,
-    Kind.NO_BETA_SUGGESTED: lambda reason, spelling: f"No rates are suggested, for none were tried: {reason.detail}.",
+    Kind.NO_BETA_SUGGESTED: lambda reason: f"No rates are suggested, for none were tried: {reason.detail}.",
     Kind.NO_RATE_TRAINS: _no_rate_trains,
     Kind.LITTLE_LEARNED: _little_learned,
 }

@@ -29,14 +29,14 @@ class Spelling:
 IN_PYTHON = Spelling()
 
 
-def short(value: float) -> str:
+def two_digits(value: float) -> str:
     """Write a number with two digits, or with all before its point: 0.25, 7.2, 13, 130."""
     return f"{value:.0f}" if 10 <= value < 1e5 else f"{value:.2g}"
 
 
-def times(share: float) -> str:
+def multiple(share: float) -> str:
     """Write how many times its limit a rate is: two digits, and three around 1."""
-    return f"{share:.3g}x" if 0.95 < share < 1.05 else f"{short(share)}x"
+    return f"{share:.3g}x" if 0.95 < share < 1.05 else f"{two_digits(share)}x"
 
 
 def rates(alpha: float, beta: float, joint: str = ", ") -> str:

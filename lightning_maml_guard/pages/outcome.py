@@ -6,7 +6,7 @@ import math
 from collections import Counter
 
 from lightning_maml_guard.messages.advice_sentences import advised
-from lightning_maml_guard.messages.spelling import short, times
+from lightning_maml_guard.messages.spelling import multiple, two_digits
 from lightning_maml_guard.pages.events import rollbacks
 from lightning_maml_guard.pages.record import RunRecord
 
@@ -36,8 +36,8 @@ def summary(record: RunRecord) -> str:
         states = ", ".join(f"{number} {state}" for state, number in Counter(each.status for each in history).items())
         cost = ""
         if record.seconds > 0:
-            taken, share = short(record.check_seconds), short(100 * record.check_seconds / record.seconds)
-            cost = f"; {taken} s of {short(record.seconds)} s ({share} %)"
+            taken, share = two_digits(record.check_seconds), two_digits(100 * record.check_seconds / record.seconds)
+            cost = f"; {taken} s of {two_digits(record.seconds)} s ({share} %)"
         lines.append(f"{counted(len(history), 'check')}: {states}{cost}.")
         lines.append(f"At the last check, step {history[-1].step}: {', '.join(_rates(history[-1]))}.")
     else:
@@ -63,7 +63,7 @@ def _rate(report: object, name: str) -> str:
         return ""
     text = f"{name} = {rate:.3g}"
     if math.isfinite(ratio):
-        text += f" is {times(ratio)} {name}_c = {limit:.3g}"
+        text += f" is {multiple(ratio)} {name}_c = {limit:.3g}"
     elif limit == 0:
         text += f" exceeds {name}_c = 0"
     elif math.isnan(limit):

@@ -9,7 +9,7 @@ from typing import Any
 from lightning_maml_guard.messages.advice import Advice
 from lightning_maml_guard.messages.reasons import UNKNOWN_INTERVAL, Reason
 from lightning_maml_guard.messages.sentences import sentences
-from lightning_maml_guard.messages.spelling import short
+from lightning_maml_guard.messages.spelling import two_digits
 from lightning_maml_guard.stability.estimators import Spectrum
 from lightning_maml_guard.theory.limits import EDGE, UNRESOLVED, Limit
 from lightning_maml_guard.theory.multiplier import Interval
@@ -119,7 +119,7 @@ class StabilityReport:
         lines += [self._rate_line(name) for name in ("alpha", "beta") if not math.isnan(getattr(self, name))]
         lines.append(
             f"  lambda_max = {self.lambda_max:.3g}, lambda_min = {self.lambda_min:.3g}; {self.hvps} Hessian-vector "
-            f"products, {short(self.seconds)} s"
+            f"products, {two_digits(self.seconds)} s"
         )
         to_do = [] if self.advice is None else [f"  To do: {self.advice}"]
         return "\n".join([*lines, *(f"  {reason}" for reason in self.reasons), *to_do])
@@ -129,7 +129,7 @@ class StabilityReport:
         if math.isnan(critical):
             return f"  {name} = {rate:.3g}, {name}_c not known"
         low, high = getattr(self, f"{name}_c_interval")
-        return f"  {name} = {rate:.3g}, {short(ratio)} of {name}_c = {critical:.3g} ({low:.3g} to {high:.3g})"
+        return f"  {name} = {rate:.3g}, {two_digits(ratio)} of {name}_c = {critical:.3g} ({low:.3g} to {high:.3g})"
 
     @property
     def reasons(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from lightning_maml_guard.cli import commands as _cli_runs
 from lightning_maml_guard.cli import parser
 from lightning_maml_guard.cli.arguments import COMMANDS, CONFIGS, TASKS
 from lightning_maml_guard.cli.main import console, main
-from lightning_maml_guard.messages.spelling import times
+from lightning_maml_guard.messages.spelling import multiple
 from tests.helpers import full_disk, guard_warns, one_line
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -196,7 +196,7 @@ def test_the_last_line_of_a_run_says_which_rates_were_applied_in_place_of_the_co
         last = main(["fit", *words_of("linear"), *rates, "--guard=rescale"]).guard.history[-1]
     assert last.alpha_applied < 1 and last.beta_applied < 5
     (verdict,) = [one_line(record.message) for record in caplog.records if "At the last check" in record.message]
-    assert f"alpha = 1 is {times(last.alpha_ratio)} alpha_c = {last.alpha_c:.3g}, applied as" in verdict
+    assert f"alpha = 1 is {multiple(last.alpha_ratio)} alpha_c = {last.alpha_c:.3g}, applied as" in verdict
     assert last.beta_c == 0 and f"beta = 5 exceeds beta_c = 0, applied as {last.beta_applied:.3g}." in verdict
 
 
