@@ -115,6 +115,12 @@ class Warn(Action):
         return [f"Or let the guard do it: {spelling.guard(action='rescale')}."] if helps else []
 
 
+OUT_OF_REACH = (
+    "The guard cannot lower this module's inner rate; it could by an attribute inner_lr_cap "
+    '(docs/guide.md, "A MAML module of your own").'
+)
+
+
 class Rescale(Action):
     """Cap the applied rates until a lookahead survives, and release them as the safe region widens."""
 
@@ -179,11 +185,11 @@ class Rescale(Action):
     def effect(self, spelling: Spelling, applied: str, *, helps: bool, changed: bool) -> list[str]:
         """Name the rates that are applied."""
         by = spelling.arguments(action="rescale")
+        done = f"Applied from now on: {applied} ({by})."
         if not changed:
-            lower = "a lower rate" if helps else "the inner rate is out of the guard's reach, and a lower lr"
-            within = "" if helps else " With an attribute inner_lr_cap of the module it would be within reach."
-            return [f"Nothing is lowered: {lower} does not bring the loss down ({by}).{within}"]
-        return [f"Applied from now on: {applied} ({by})."]
+            lower = "a lower rate" if helps else "a lower lr"
+            done = f"Nothing is lowered: {lower} does not bring the loss down ({by})."
+        return [done if helps else f"{done} {OUT_OF_REACH}"]
 
 
 class Stop(Action):

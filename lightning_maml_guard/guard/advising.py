@@ -39,8 +39,7 @@ from lightning_maml_guard.stability.report import StabilityReport
 
 # If a rate exceeds this many times its limit, lower ones need to end lower by this share of the loss only.
 _BEYOND, _CLEAR_SHARE_BEYOND = 2.0, 0.05
-# Searches in one run at most: each may cost some hundred steps.
-_MOST_SEARCHES = 4
+_MOST_SEARCHES = 4  # in one run: each may cost some hundred steps
 
 
 class Adviser:
@@ -218,6 +217,7 @@ class Adviser:
     def _lookahead(self, problems: Sequence[Problem]) -> Lookahead:
         run, optimizers = self._run, self._look.optimizers
         self._lookaheads.append(lookahead_of(problems, optimizers, 1, self._trainer, run.cache, run.state.clipped_to))
+        self._lookaheads[-1].before_run = run.clock.tell_if_long
         return self._lookaheads[-1]
 
     @property

@@ -64,7 +64,7 @@ class Check:
             # without acting on it is changed again by the next.
             if not self._acted:
                 run.machine.watches = watches
-            if isinstance(error, NoLossError) and run.cache.ranks.processes == 1 and run.schedule.put_off():
+            if isinstance(error, NoLossError) and run.cache.ranks.processes == 1 and run.schedule.postpone():
                 return
             run.announce(of_check(error, step))
             if self._rolled_back is not None:

@@ -281,7 +281,7 @@ class ConvergenceGuard(Callback):
                 run.ratios.log_moved(trainer, self.history, run.state.statistics, *run.rates(trainer, step), step)
             return
         last, unsafe = self.history[-1:], run.machine.unsafe
-        with run.clock.checking():
+        with run.clock.checking(step, speaks=self.acting.speaks):
             Check(run, trainer, pl_module).check(batch, batch_idx, step, scheduled=scheduled)
         if self.history[-1:] != last:
             with run.warn_on_failure("send a picture or histogram to a logger (figures=False sends none)"):

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from lightning_maml_guard.messages.advice_sentences import waiting
 from lightning_maml_guard.messages.reasons import Reason
+from lightning_maml_guard.messages.terminal import inform
 from lightning_maml_guard.pages.record import RunRecord
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import Limit
@@ -108,12 +110,17 @@ def _row(report: CheckReport, numbers: Sequence[str]) -> dict[str, Any]:
     return row | {name: getattr(report, name) for name in _DERIVED}
 
 
+# Seconds of a check after which the guard says what training waits for.
+LONG = 10.0
+
+
 class Stopwatch:
     """Times a run and its checks, since it began or was resumed."""
 
     def __init__(self) -> None:
         self._began: float | None = None
         self._ended: float | None = None
+        self._untold: tuple[int, float] | None = None  # step and beginning of a check, until its length is told
         self.checks = 0.0
 
     def begin(self) -> None:
@@ -125,13 +132,21 @@ class Stopwatch:
         self._ended = time.perf_counter()
 
     @contextmanager
-    def checking(self) -> Iterator[None]:
-        """Time what is done inside as part of the checks."""
+    def checking(self, step: int, *, speaks: bool) -> Iterator[None]:
+        """Time what is done inside as part of the checks; ``speaks``: the user is told once if that takes long."""
         began = time.perf_counter()
+        self._untold = (step, began) if speaks else None
         try:
             yield
         finally:
+            self._untold = None
             self.checks += time.perf_counter() - began
+
+    def tell_if_long(self) -> None:
+        """Say what training waits for, once in a check that has taken long."""
+        if self._untold is not None and time.perf_counter() - self._untold[1] > LONG:
+            inform(waiting(self._untold[0]))
+            self._untold = None
 
     @property
     def seconds(self) -> float:

@@ -1,4 +1,4 @@
-"""How far the rates of a diverging run are lowered, and when they are released. A lookahead is a function here."""
+"""How far the rates of a diverging run are lowered, and when they are raised again, by what lookaheads show."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from lightning_maml_guard.stability.problems import Problem
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import UNSAFE
 
-# A lookahead at lowered rates is calm if it does not raise the loss by more than the scatter of a batch.
+# A lookahead is calm if it ends at no more than this many times the loss it starts from: the scatter of a batch.
 CALM = 1.2
-# Beyond the first calm one, lower rates are taken while they bring the loss further down by this much; tried so often.
-BETTER = 0.9
-PATIENCE = 2
-# Shares of the lowered rates to try one after another; None leaves the inner rate alone.
+# Still lower rates are tried while they take the loss below this share, and given up after so many that do not.
+BETTER, PATIENCE = 0.9, 2
+# Shares of the lowered inner and outer rate to try one after another; None leaves the inner rate alone.
 LADDER: tuple[tuple[float | None, float], ...] = (
     (1.0, 1.0),
     (None, 1.0),
@@ -34,15 +33,17 @@ LADDER: tuple[tuple[float | None, float], ...] = (
     (0.25, 1 / 16),
     (None, 1 / 256),
 )
-# Factor by which capped rates rise, how often at most in one check, and by which share they may end higher: 10 steps
-# say whether rates survive; of two that do, they favour the lower one, which learns less in a whole run (short-horizon
-# bias, Wu et al., ICLR 2018). So an outer rate rises while one so many rungs above it survives, too; beyond the one
-# that is advised, if it leads further down: what has died survives all rates, and none leads it anywhere.
-RELEASE, RUNGS, SAME, HEADROOM = 2.0, 3, 1.05, 2
+# Capped rates are raised by this factor, at most so many times in one check, if the loss ends at no more than this many
+# times its end under the caps so far.
+RELEASE, MOST_RAISES, SAME = 2.0, 3, 1.05
+# An outer rate is raised only if one that is raised so many times more survives, too: 10 steps favour the lower of two
+# rates that survive, which learns less in a whole run (short-horizon bias, Wu et al., ICLR 2018).
+HEADROOM = 2
 # Factor by which the rates of a run that loses ground are lowered.
 EASE = 4.0
-# Where the loss stands still, so much is enough: what learns its batches by heart favours the higher rate.
-STILL = 0.97
+# If the loss stands still, lower rates have to take it below this share only: a run that memorises its batches favours
+# the higher rate.
+STAGNATES = 0.97
 LookUnder = Callable[[Caps], LookaheadResult]
 BY_RATIO, NO_CAPS = Scale(), Caps()
 
@@ -70,8 +71,8 @@ def lowered(
         margin: Fraction of the critical values.
         look: Looks ahead under caps.
         loss: Loss where the run is; ``inf`` if it is not known.
-        present: The lookahead under the caps so far, if they may stay: the loss may have left for another reason, and
-            lower rates would only keep it from coming back. None: rates must be lowered.
+        present: The lookahead under the caps so far, if they may stay: the loss may be high for another reason, and
+            lower rates would only keep it from falling again. None: rates must be lowered.
         reach_alpha: Whether the inner rate can be capped.
         at_least_halve: Whether the outer rate must fall to half whatever the lookahead says.
         scale: How losses are compared.
@@ -81,12 +82,7 @@ def lowered(
         is calm, those whose lookahead ended lowest. Where the caps may stay, others must bring the loss further down.
     """
     alpha, beta = caps.applied(report.alpha, report.beta)
-    lower_alpha, lower_beta = alpha, beta
-    if reach_alpha and report.alpha_status == UNSAFE:
-        lower_alpha = min(alpha, margin * report.alpha_c)
-    critical = margin * report.safe_beta_c
-    if math.isfinite(critical) and critical > 0:
-        lower_beta = min(beta, critical)
+    lower_alpha, lower_beta = _at_most_limits(report, alpha, beta, margin, reach_alpha=reach_alpha)
     if at_least_halve or (lower_beta == beta and not lower_alpha < alpha):
         lower_beta = min(lower_beta, beta / 2)
     tried: dict[Caps, LookaheadResult] = {}
@@ -111,6 +107,17 @@ def lowered(
     return best or min(tried, key=lambda each: tried[each].end)
 
 
+def _at_most_limits(
+    report: StabilityReport, alpha: float, beta: float, margin: float, *, reach_alpha: bool
+) -> tuple[float, float]:
+    """Lower applied rates to ``margin`` times their limits, if they are above."""
+    lower_alpha = alpha
+    if reach_alpha and report.alpha_status == UNSAFE:
+        lower_alpha = min(alpha, margin * report.alpha_c)
+    critical = margin * report.safe_beta_c
+    return lower_alpha, min(beta, critical) if math.isfinite(critical) and critical > 0 else beta
+
+
 def released(
     alpha: float,
     beta: float,
@@ -122,10 +129,11 @@ def released(
     allows: Callable[[Caps], bool] = lambda caps: True,
     advised: Caps = NO_CAPS,
 ) -> Caps:
-    """Release capped rates by ``RELEASE`` again and again, as long as higher ones survive and lead no less far down.
+    """Raise capped rates by ``RELEASE`` again and again, as long as higher ones survive and end no higher.
 
-    They are compared on the same batches, by the mean loss of the later steps. Above what is advised, an inner rate has
-    to lead clearly further down, and an outer rate further down at all.
+    They are compared on the same batches, by the mean loss of the later steps. Above the advised rates, an inner rate
+    has to end clearly lower, and an outer rate lower: a network whose units have died survives any rate, and learns at
+    none.
 
     Args:
         alpha: The inner rate as configured.
@@ -141,7 +149,7 @@ def released(
         The caps to apply.
     """
     late = present.late
-    for _ in range(RUNGS):
+    for _ in range(MOST_RAISES):
         both = Caps(_raised(caps.alpha, alpha), _raised(caps.beta, beta))
         for candidate in dict.fromkeys((both, Caps(caps.alpha, both.beta), Caps(both.alpha, caps.beta))):
             if candidate == caps or not allows(candidate):
@@ -174,10 +182,10 @@ def lowered_further(
     scale: Scale = BY_RATIO,
     stagnates: bool = False,
 ) -> Caps:
-    """Lower the rates of a run that loses ground by ``EASE`` again and again, as long as that leads further down."""
+    """Lower the rates of a run that loses ground, or ``stagnates``, as long as the loss then ends lower."""
     late = present.late
     by = RELEASE if stagnates else EASE
-    for clearly in (STILL, BETTER) if stagnates else (BETTER,) * RUNGS:
+    for clearly in (STAGNATES, BETTER) if stagnates else (BETTER,) * MOST_RAISES:
         inner, outer = caps.applied(alpha, beta)
         lower = [Caps(caps.alpha, outer / by)]
         if reach_alpha:
@@ -222,7 +230,7 @@ class AppliedCaps:
 
     def __init__(self, active: bool, caps: Caps) -> None:
         self.active, self.caps = active, caps
-        self.ignored = False  # whether the module has ``inner_lr_cap``, and its inner rate does not keep to it
+        self.ignored = False  # whether the module has ``inner_lr_cap`` and does not apply it
         self._lr_cap: LRCap | None = None
 
     def reaches_alpha(self, pl_module: Any) -> bool:

@@ -7,7 +7,7 @@ stability). A run diverges only if its loss rises too, so the guard takes the ne
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -170,6 +170,7 @@ class Lookahead:
         self.beta = scheduled_rate(self._optimizers)
         self.batches = len(problems)
         self.groups: Sequence[dict[str, Any]] = ()  # settings of the optimizers to try instead of those at hand
+        self.before_run: Callable[[], None] | None = None
         self.gradients = 0  # computed so far
         self.begin = math.nan  # loss of the first batch, where the next steps were judged
 
@@ -224,6 +225,8 @@ class Lookahead:
 
         Where a ``highest`` loss is given, a loss above it, or one that is not finite, is the last that is tried.
         """
+        if self.before_run is not None:
+            self.before_run()
         steps = self._steps if steps is None else steps
         live = self._live
         if not self._owned:

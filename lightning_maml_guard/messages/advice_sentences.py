@@ -63,3 +63,11 @@ def given_up(reason: Reason, advice: Advice | None, spelling: Spelling) -> str:
     """Say why training stops for good, and what to do."""
     to_do = "Look at the data, the loss and the precision." if advice is None else advised(advice, spelling)
     return f"ConvergenceGuard: training stops. {sentence(reason)}\n{to_do[0].upper()}{to_do[1:]}"
+
+
+def waiting(step: int) -> str:
+    """Say what training waits for while a check takes long."""
+    return (
+        f"ConvergenceGuard: step {step}: training waits while lower rates are tried on copies. That takes as long as "
+        "several hundred training steps, and happens at most four times in a run."
+    )

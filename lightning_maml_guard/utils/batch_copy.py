@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 # Nobody writes into these.
-_ATOMS = (
+ATOMS = (
     bool,
     int,
     float,
@@ -38,6 +38,11 @@ _ATOMS = (
 
 class _Plain:
     """Holds all of its state in ``__dict__``."""
+
+
+def is_plain(value: Any) -> bool:
+    """Return True if an object holds all of its state in ``__dict__``."""
+    return getattr(value, "__dict__", None) is not None and type(value).__basicsize__ <= _Plain.__basicsize__
 
 
 class BatchCopyError(TypeError):
@@ -108,7 +113,7 @@ def trace(batch: Any) -> Trace | None:
             if value.is_inference():
                 return None
             found.append((value, (value._version, value.requires_grad)))
-        elif not isinstance(value, (tuple, list, dict)) and isinstance(value, _ATOMS):
+        elif not isinstance(value, (tuple, list, dict)) and isinstance(value, ATOMS):
             found.append((value, None))
         elif id(value) not in seen:
             seen.add(id(value))
@@ -136,7 +141,7 @@ def _inside(value: Any) -> tuple[Sequence[Any], Any] | None:
         return [*value.values(), *values], (tuple(value), names)
     if isinstance(value, (set, frozenset)):
         return values, (frozenset(value), names)
-    return None if own is None or type(value).__basicsize__ > _Plain.__basicsize__ else (values, (None, names))
+    return (values, (None, names)) if is_plain(value) else None
 
 
 def changed(before: Trace, batch: Any) -> bool:

@@ -383,6 +383,15 @@ def test_the_first_loss_that_is_not_finite_is_said_once_in_the_next_step(steps):
     assert lost[0].startswith(f"ConvergenceGuard: step {13 if steps else 12}: ")
 
 
+@pytest.mark.parametrize(("seconds", "action", "told"), [(0.0, "warn", [0]), (0.0, "log", []), (60.0, "warn", [])])
+def test_a_check_that_takes_long_says_once_what_training_waits_for(seconds, action, told, monkeypatch, caplog):
+    monkeypatch.setattr("lightning_maml_guard.guard.report.LONG", seconds)
+    with caplog.at_level("INFO"):
+        guarded(HandWritten(lr=1.0), sinusoids(2), action=action)
+    waits = [one_line(each.message) for each in caplog.records if "training waits" in each.message]
+    assert [int(re.search(r"step (\d+): training waits while lower rates", text)[1]) for text in waits] == told
+
+
 class Rising(HandWritten):
     """Its inner rate rises by a share a step, from a step on."""
 
@@ -403,7 +412,10 @@ def test_a_run_that_an_inner_rate_out_of_reach_throws_off_is_left_as_it_is_and_a
     at, alpha, lower = re.search(r"step (\d+): alpha = (\S+) is too .* \(inner_lr\) to (\S+)\. ", advised).groups()
     now = 0.02 * 1.1 ** (int(at) - 71)  # the module sets the rate after the check
     assert float(alpha) == pytest.approx(now, rel=0.01) and now / 64 < float(lower) < now / 2
-    assert "Nothing is lowered: the inner rate is out of the guard's reach" in advised
+    assert (
+        "Nothing is lowered: a lower lr does not bring" in advised
+        and "cannot lower this module's inner rate" in advised
+    )
     assert not [text for text in said if "fallen" in text] and not guard.events
     assert {each.beta_applied for each in guard.history} == {0.01}
 

@@ -1,12 +1,15 @@
+import itertools
 import random
+import threading
 from collections import Counter, deque
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from lightning_maml_guard.utils.isolation import isolated
+from lightning_maml_guard.utils.isolation import OwnIteratorError, isolated
 from lightning_maml_guard.utils.random_state import preserved_randomness
 
 
@@ -160,3 +163,90 @@ def test_a_layer_named_log_is_no_logging():
     net = Net()
     with isolated(net):
         assert net(torch.zeros(1)) is not None and net.log is net._modules["log"]
+
+
+class Meter:
+    """A running mean as users write it."""
+
+    def __init__(self):
+        self.steps, self.total, self.seen = 0, torch.zeros(()), {"losses": []}
+        self.hidden, self.me = [nn.BatchNorm1d(2)], self
+
+    def take(self, value):
+        self.steps += 1
+        self.total += value
+        self.seen["losses"].append(value)
+        self.hidden[0].running_mean += 1
+        self.hidden[0].eval()
+        self.new = 1
+
+
+def test_objects_arrays_and_tensors_in_containers_are_put_back():
+    """A mean in an object of the user's, a moving average in a dict, counts in an array, a module in a list."""
+    module = Probe()
+    module.meter, module.averages, module.counts = Meter(), {"mean": torch.zeros(2)}, np.zeros(2)
+    module.take, module.also = module.meter.take, (module.averages,)
+    meter, mean = module.meter, module.averages["mean"]
+    with isolated(module):
+        module.take(1.0)
+        mean.lerp_(torch.ones(2), 0.5)
+        module.counts[0] += 1
+    assert (meter.steps, float(meter.total), meter.seen["losses"]) == (0, 0.0, []) and not hasattr(meter, "new")
+    assert meter.hidden[0].training and not meter.hidden[0].running_mean.any()
+    assert module.meter is meter and module.averages["mean"] is mean and not mean.any() and not module.counts.any()
+
+
+def test_an_object_that_holds_what_cannot_be_put_back_is_left_as_a_whole(tmp_path):
+    """A simulator whose step count went back, but not its state, would be wrong; a container beside it is put back."""
+    module, around = Probe(), Meter()
+    around.lock, around.list = threading.Lock(), []
+    module.around, module.list = around, around.list
+    with (tmp_path / "log").open("w") as file:
+        module.file = file
+        with isolated(module):
+            around.take(1.0)
+            module.list.append(1)
+            assert module.file is file
+    assert around.steps == 1 and module.list == []
+
+
+def test_large_containers_of_tensors_are_left_to_the_users_code():
+    module = Probe()
+    module.bank = [torch.zeros(2**24) for _ in range(2)]
+    with isolated(module):
+        for each in module.bank:
+            each[0] = 1
+        module.bank.append(None)
+    assert [float(each[0]) for each in module.bank] == [0.0, 1.0]
+
+
+def test_a_container_of_very_many_values_is_put_back_without_looking_into_them():
+    module = Probe()
+    module.replay, module.few = deque([[0]] * 20_000), [[0]]
+    with isolated(module):
+        for kept in (module.replay, module.few):
+            kept[0].append(1)
+            kept.append([2])
+    assert len(module.replay) == 20_000 and module.replay[0] == [0, 1]
+    assert module.few == [[0]]
+
+
+@pytest.mark.filterwarnings("error")
+def test_steps_draw_from_copies_of_iterators():
+    module = Probe()
+    module.count, module.cycle, module.rest = itertools.count(), itertools.cycle([1, 2]), {"it": iter([torch.ones(1)])}
+    count, first = module.count, module.rest["it"]
+    with isolated(module):
+        assert [next(module.count), next(module.cycle), float(next(module.rest["it"]))] == [0, 1, 1.0]
+    assert module.count is count and module.rest["it"] is first
+    assert [next(module.count), next(module.cycle), float(next(module.rest["it"]))] == [0, 1, 1.0]
+
+
+def test_an_iterator_that_cannot_be_copied_is_not_drawn_from():
+    module = Probe()
+    module.draws, module.loader = (each for each in range(3)), iter(DataLoader([0, 1, 2]))
+    for name in ("draws", "loader"):
+        with isolated(module), pytest.raises(OwnIteratorError, match="an iterator that it keeps") as raised:
+            next(iter(getattr(module, name)))
+        assert "several loaders at once" in str(raised.value)
+        assert [int(each) for each in getattr(module, name)] == [0, 1, 2]

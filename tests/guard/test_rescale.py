@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_maml_guard.guard.rescale import LADDER, RELEASE, RUNGS, lowered, lowered_further, released
+from lightning_maml_guard.guard.rescale import LADDER, MOST_RAISES, RELEASE, lowered, lowered_further, released
 from lightning_maml_guard.lookahead.ceiling import Ceiling
 from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult
 
@@ -109,7 +109,7 @@ def test_release_goes_up_while_a_higher_rate_goes_further_down_and_is_lifted_at_
     look = ends_best_at((0.1, 1.0))
     start = Caps(None, 0.01)
     once = released(0.1, 1.0, start, look(start), look)
-    assert once == Caps(None, pytest.approx(0.01 * RELEASE**RUNGS))
+    assert once == Caps(None, pytest.approx(0.01 * RELEASE**MOST_RAISES))
     caps = start
     for _ in range(4):
         caps = released(0.1, 1.0, caps, look(caps), look)
