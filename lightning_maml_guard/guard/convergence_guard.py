@@ -258,7 +258,7 @@ class ConvergenceGuard(Callback):
         with run.warn_on_failure("read how long the run will be"):
             run.begin(trainer)
         with run.warn_on_failure("apply the caps that the checkpoint holds"):
-            run.cap(trainer, run.state.capped)
+            run.cap_optimizers(trainer, run.state.capped)
             if run.caps.caps.alpha is not None:
                 run.caps.apply(pl_module, run.caps.caps)
 
@@ -278,7 +278,7 @@ class ConvergenceGuard(Callback):
         if (scheduled := due(run, trainer, pl_module, batch, batch_idx, step)) is None:
             Rollback(run, trainer, pl_module).keep_if_due(step)
             with run.warn_on_failure("log ratios and severity of now"):
-                run.bar.move(trainer, self.history, run.state.statistics, *run.rates(trainer, step), step)
+                run.ratios.log_moved(trainer, self.history, run.state.statistics, *run.rates(trainer, step), step)
             return
         last, unsafe = self.history[-1:], run.machine.unsafe
         with run.clock.checking(step, speaks=self.acting.speaks):
@@ -307,7 +307,7 @@ class ConvergenceGuard(Callback):
         """Roll back a last step that made the run diverge, send the last pictures, and sum the run up."""
         run = self._run
         with run.warn_on_failure("roll the last step back"):
-            Rollback(run, trainer, pl_module).end()
+            Rollback(run, trainer, pl_module).undo_last_step()
         if not self._inert:
             with run.warn_on_failure("send the last pictures to a logger (figures=False sends none)"):
                 run.figures.at_end(trainer, self.history)

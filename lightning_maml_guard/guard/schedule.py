@@ -9,24 +9,27 @@ from dataclasses import dataclass, field
 LOOKAHEAD_GRADIENT = 1.2
 # About the cost of a check that measures no curvature.
 _LOOK_COST = 15.0
-# What a run may spend beyond its share, in training steps: the first check and a few more.
+# Training steps' worth of checks that every run is given beside its share: the first check, a few looks, two searches.
 _CREDIT = 300.0
-# Steps of the last early check, and of the one that a run whose loss does not fall gets in any case.
+# The last early check, and the one that a run whose loss does not fall is given in any case.
 _LAST_EARLY, STALLED = 128, 64
-# Steps of the early checks that even a short run gets.
+# Early checks that a short run is given although it does not pay for them.
 _ON_CREDIT = (2, 8)
-# From how many steps on Adam's second moment tells anything. After one it is a single gradient's: where an entry of
-# it is near 0, the limit is (the sinusoid's beta_c at steps 1 and 2, three seeds: 1e-6, .09; .002, .15; .006, .18).
-_JUDGED = 2
-# A rate that has grown by this factor calls a check, unless its limit is more than this many times higher.
-_GROWN, _FAR_BELOW = 1.5, 4.0
-# Steps after which capped rates are looked at again; each time they stay, that number grows by this factor.
-_RELEASE_GAP, _SLOWER = 8, 3
-# The mean loss stands still if it reached no new low for so many steps, and for such a share of the steps so far; after
-# capped rates were raised, for fewer. Losses of the first steps after a raise say nothing about it.
-_STANDS_STILL, _RAISE_FAILED, _RAISE_SETTLES = (48, 0.2), (32, 0.1), 16
-# A check that finds no loss is put off to the next step, at most so many times in a row.
-_PUT_OFF = 8
+# First step at which Adam's second moment tells anything. After one step it is a single gradient's: where an entry is
+# near 0, the limit is (the sinusoid's beta_c at steps 1 and 2, three seeds: 1e-6, .09; .002, .15; .006, .18).
+_FIRST_JUDGED = 2
+# A rate that has grown by half is checked again, unless its limit is more than this many times higher.
+_GROWN, _FAR_BELOW_LIMIT = 1.5, 4.0
+# Capped rates are checked again after so many steps; if they stay, after so many times as many each time.
+_CAPS_GAP, _CAPS_GAP_FACTOR = 8, 3
+# The loss stagnates if its mean reached no new low for so many steps and for such a share of the steps so far.
+_STAGNATES = (48, 0.2)
+# Sooner after capped rates were raised ...
+_STAGNATES_AFTER_RAISE = (32, 0.1)
+# ... and a new low within so many steps of a change is not its doing.
+_SETTLES = 16
+# A check that finds no loss is postponed to the next step, at most so many times in a row.
+_MOST_POSTPONED = 8
 SCHEDULED, TRIGGERED = "scheduled", "triggered"
 
 
@@ -36,22 +39,22 @@ class Rise:
 
     Attributes:
         looked: The rate at the last check, or the lowest one since.
-        highest: The highest so far.
+        highest: The highest rate so far.
     """
 
     looked: float = math.inf
     highest: float = 0.0
 
     def grown(self, rate: float, critical: float, *, again: bool) -> bool:
-        """Whether it has grown by half since the last check, or since its lowest value after that.
+        """Whether the rate has grown by half since the last check, or since its lowest value after that.
 
-        Not where its limit is far, nor, unless ``again``, where it comes back to where it was, as in every cycle.
+        Not if its limit is far above, nor, unless ``again``, if it was as high before, as in a cyclic schedule.
         """
         if not rate > 0:
             return False
         self.looked, highest = min(self.looked, rate), self.highest
         self.highest = max(highest, rate)
-        return rate > _GROWN * self.looked and not _FAR_BELOW * rate < critical and (rate > highest or again)
+        return rate > _GROWN * self.looked and not _FAR_BELOW_LIMIT * rate < critical and (rate > highest or again)
 
 
 @dataclass
@@ -61,26 +64,26 @@ class ScheduleState:
     Attributes:
         last: Step of the latest check.
         spiked: Whether a step called a check that has not come yet.
-        diverged: Whether its loss had diverged.
+        diverged: Whether the loss of that step had diverged.
         gap: Steps that a triggered check has to wait after the last one.
-        unjudged: Whether the first check could not judge the outer rate yet (Adam before its first step): the second
-            one need not be paid for then.
+        unjudged: Whether the first check could not judge the outer rate yet (Adam before its first step), so that the
+            second one need not be paid for.
         spent: Cost of all checks so far, in training steps.
-        paid: Cost of those among them that the steps taken had paid for.
-        latest: Cost of the latest one.
+        paid: Cost of those checks that the steps taken had paid for.
+        latest: Cost of the latest check.
         full: Cost of the latest scheduled one, which measures curvature.
-        lost: Whether it was not even finite.
-        alarms: Checks called by a diverged loss, one soon after another, that found the run well.
+        lost: Whether the loss of the step that called a check was not finite.
+        alarms: False alarms in a row: checks called by a diverged loss that found the run well.
         outer: How the outer rate has risen.
         inner: How the inner rate has.
         slipped: Whether the loss had left its best at the last step.
-        ease_at: Step from which capped rates are looked at again.
-        ease_gap: Steps from one such look to the next.
-        lowest: The lowest mean loss since the caps were moved, or looked at because it stood still.
-        lowest_at: Step of it.
-        moved_at: Step at which they were moved.
-        raised_from: The outer rate that they were raised from, until that is seen to lead further down; else ``nan``.
-        waits: How many times the check was put off that comes with the next step.
+        ease_at: Step from which capped rates are checked again.
+        ease_gap: Steps from one such check to the next.
+        lowest: The lowest mean loss since the caps were changed, or checked because it stagnated.
+        lowest_at: Step of that loss.
+        moved_at: Step at which the caps were changed.
+        raised_from: The outer rate before the caps were raised, until the loss reaches a new low; else ``nan``.
+        waits: How many times the check that comes with the next step was postponed.
     """
 
     last: int | None = None
@@ -98,7 +101,7 @@ class ScheduleState:
     inner: Rise = field(default_factory=Rise)
     slipped: bool = False
     ease_at: int = 0
-    ease_gap: int = _RELEASE_GAP
+    ease_gap: int = _CAPS_GAP
     lowest: float = math.inf
     lowest_at: int = 0
     moved_at: int = 0
@@ -150,49 +153,44 @@ class Schedule:
         # With a budget a triggered check stands for the scheduled one that would follow it closely.
         close = since < self.every_n_steps / 2
         on_time = step % self.every_n_steps == 0 and not (close and self.share is not None)
-        look_at_caps = capped and since >= 2 and (step >= state.ease_at or self.stands_still(step))
-        early = self._is_early_check(step, stalled) or look_at_caps
-        put_off = 0 < state.waits <= _PUT_OFF
+        caps_due = capped and since >= 2 and (step >= state.ease_at or self.stagnates(step))
+        early = self._early_look_due(step, stalled) or caps_due
+        postponed = 0 < state.waits <= _MOST_POSTPONED
         regular = on_time and self._within_budget(state.full, step)
-        scheduled = put_off or regular or (state.unjudged and (on_time or (early and step >= _JUDGED)))
+        scheduled = postponed or regular or (state.unjudged and (on_time or (early and step >= _FIRST_JUDGED)))
         again = since >= self._longest_wait
+        # Both are asked, as both take the rates in.
         grown = any([state.outer.grown(rate, beta_c, again=again), state.inner.grown(alpha, alpha_c, again=again)])
-        # Checks without curvature leave room for one with it, or they would use up the share before it suffices.
+        only_triggered = not (scheduled or early or grown)
+        if only_triggered and not state.spiked:
+            return None
+        # Looks leave what a measurement costs, or they would take the share before it is enough for one.
         paid = self._within_budget(state.latest + state.full, step)
-        untriggered = scheduled or early or grown
-        if not untriggered and not (state.spiked and self._trigger_is_due(step, since, paid)):
+        if only_triggered and not self._trigger_due(step, since, paid):
             return None
         if self.share is None:
             if not (scheduled or early):
                 state.gap = min(2 * state.gap, self._longest_wait)
             elif not close and not state.spiked:  # else the loss is as noisy as it was
                 state.gap = 2
-        elif not (paid or early or grown):
+        elif only_triggered and not paid:
             state.gap *= 2
         if since > self.every_n_steps:
             state.alarms = 0
-        if state.diverged and not untriggered:
+        if state.diverged and only_triggered:
             state.alarms += 1
         self._kind = SCHEDULED if scheduled else TRIGGERED
-        waited = not (untriggered or state.diverged)
+        waited = only_triggered and not state.diverged
         self._from_share = state.spent > 0 and (regular or (paid and waited))
-        self._begin_check(step, rate, alpha)
-        return self._kind
-
-    def _begin_check(self, step: int, rate: float, alpha: float) -> None:
-        """Take a check as made: spikes are forgotten, and rates grow from now on."""
-        state = self.state
         state.last, state.spiked, state.diverged, state.lost = step, False, False, False
         state.outer.looked = math.inf if math.isnan(rate) else rate
         state.inner.looked = math.inf if math.isnan(alpha) else alpha
-        if self._kind == SCHEDULED:
+        if scheduled:
             state.unjudged = False
+        return self._kind
 
-    def _is_early_check(self, step: int, stalled: bool) -> bool:
-        """Whether to look at a run that has just begun: at 1, 2, 4, ... as far as the whole run pays for it.
-
-        A run that does not learn is looked at once on credit.
-        """
+    def _early_look_due(self, step: int, stalled: bool) -> bool:
+        """Whether an early check is due: at steps 1, 2, 4, ... if the whole run pays for it, and once if stalled."""
         if self.share is None or step <= 0 or step & (step - 1) or step > _LAST_EARLY:
             return False
         if stalled and step == STALLED:
@@ -203,7 +201,7 @@ class Schedule:
         return step in _ON_CREDIT
 
     def spike(self, *, diverged: bool, lost: bool = False) -> None:
-        """Take a spike in: it calls a check, soon if the loss has diverged, at once if it is not finite."""
+        """Call a check because of a spike: soon if the loss has diverged, at once if it is not finite."""
         state = self.state
         state.spiked, state.diverged, state.lost = True, state.diverged or diverged, state.lost or lost
 
@@ -218,22 +216,22 @@ class Schedule:
         state = self.state
         if mean < state.lowest:
             state.lowest, state.lowest_at = mean, step
-            if step > state.moved_at + _RAISE_SETTLES:
+            if step > state.moved_at + _SETTLES:
                 state.raised_from = math.nan
 
-    def stands_still(self, step: int) -> bool:
+    def stagnates(self, step: int) -> bool:
         """Whether the mean loss has reached no new low for long."""
-        least, share = _RAISE_FAILED if self.raised else _STANDS_STILL
+        least, share = _STAGNATES_AFTER_RAISE if self.raised else _STAGNATES
         return step - self.state.lowest_at >= max(least, share * step)
 
     @property
     def raised(self) -> bool:
-        """Whether capped rates were raised, and the loss has not reached a new low since."""
+        """Whether capped rates were raised that have not led further down yet."""
         return not math.isnan(self.state.raised_from)
 
     def ends_before(self, step: int) -> bool:
-        """Whether the run ends before rates that are raised at a step are seen to lead further down."""
-        least, share = _RAISE_FAILED
+        """Whether the run ends before the loss could reach a new low at rates that are raised now."""
+        least, share = _STAGNATES_AFTER_RAISE
         return self.planned is not None and self.planned - step < max(least, share * step)
 
     def note_caps_checked(self, step: int, *, changed: bool, until: int = 0, raised_from: float = math.nan) -> None:
@@ -243,22 +241,22 @@ class Schedule:
         raised.
         """
         state = self.state
-        if changed or self.stands_still(step):
+        if changed or self.stagnates(step):
             state.lowest, state.lowest_at = math.inf, step
         if changed:
             state.moved_at, state.raised_from = step, raised_from
         if not until:
-            state.ease_gap = _RELEASE_GAP if changed else _SLOWER * state.ease_gap
+            state.ease_gap = _CAPS_GAP if changed else _CAPS_GAP_FACTOR * state.ease_gap
         state.ease_at = max(step + state.ease_gap, until)
 
     def confirm_divergence(self) -> None:
-        """Take in that a check found the run diverging: the next alarm does not wait."""
+        """Note that a check found the run diverging: it was no false alarm."""
         self.state.alarms = 0
 
-    def put_off(self) -> bool:
-        """Put the check at hand off to the next step, which may have a loss; False if that was done too often."""
+    def postpone(self) -> bool:
+        """Postpone the check to the next step, which may have a loss; False if that was done too often."""
         self.state.waits += 1
-        return self.state.waits <= _PUT_OFF
+        return self.state.waits <= _MOST_POSTPONED
 
     def charge(self, *, lookahead_gradients: int, measured: float) -> None:
         """Count the cost of a check: gradients of its lookaheads, and its measurement in training steps."""
@@ -268,14 +266,14 @@ class Schedule:
         state.full = cost if self._kind == SCHEDULED else state.full
 
     def _within_budget(self, cost: float, step: int) -> bool:
-        """Whether one more check of a cost stays within the budget; the first one always does."""
+        """Whether one more check of this cost stays within the budget; the first one always does."""
         state = self.state
         if self.share is None or state.spent == 0:
             return True
         return max(state.paid, state.spent - _CREDIT) + cost <= self.share * step
 
     def affords(self, cost: float, step: int) -> bool:
-        """Return True if the whole run as planned, with the credit, pays for a cost in training steps."""
+        """Return True if the whole run and its credit pay for a cost, in training steps."""
         if self.share is None:
             return True
         return self.state.spent + cost <= self.share * max(self.planned or 0, step) + _CREDIT
@@ -284,7 +282,7 @@ class Schedule:
     def _longest_wait(self) -> int:
         return max(self.every_n_steps // 2, 2)
 
-    def _trigger_is_due(self, step: int, since: float, paid: bool) -> bool:
+    def _trigger_due(self, step: int, since: float, paid: bool) -> bool:
         state = self.state
         if state.diverged:  # waits for no payment
             return state.lost or since >= min(2**state.alarms, self._longest_wait) or since > self.every_n_steps

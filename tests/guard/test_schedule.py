@@ -391,8 +391,8 @@ def test_capped_rates_are_looked_at_where_the_mean_loss_reaches_no_new_low():
     schedule.state.ease_at = 10_000  # the look that comes in any case
     for step in range(1, 600):
         schedule.note_mean_loss(1.0 - min(step, 200) / 400, step)
-        stands = schedule.stands_still(step)
-        if schedule.due(step, capped=True) is not None and stands:
+        stagnates = schedule.stagnates(step)
+        if schedule.due(step, capped=True) is not None and stagnates:
             found.append(step)
             schedule.note_caps_checked(step, changed=False, until=10_000)
     # After 48 steps, or a fifth of the steps so far; then it waits as long again.
@@ -405,11 +405,11 @@ def test_rates_that_were_raised_have_to_prove_themselves():
     schedule.note_mean_loss(0.5, 40)
     schedule.note_caps_checked(50, changed=True, raised_from=0.1)
     schedule.note_mean_loss(0.5, 51)
-    assert schedule.raised and not schedule.stands_still(82) and schedule.stands_still(83)
+    assert schedule.raised and not schedule.stagnates(82) and schedule.stagnates(83)
     schedule.note_mean_loss(0.4, 60)  # not yet their doing
-    assert schedule.raised and not schedule.stands_still(83)
+    assert schedule.raised and not schedule.stagnates(83)
     schedule.note_mean_loss(0.3, 70)
-    assert not schedule.raised and not schedule.stands_still(70 + 47) and schedule.stands_still(70 + 48)
+    assert not schedule.raised and not schedule.stagnates(70 + 47) and schedule.stagnates(70 + 48)
     schedule.note_caps_checked(120, changed=False)
     assert not schedule.raised
 
