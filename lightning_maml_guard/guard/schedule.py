@@ -153,7 +153,8 @@ class Schedule:
         early = self._early(step, stalled) or (capped and since >= 2 and (step >= state.ease_at or self.stands(step)))
         owed = 0 < state.waits <= _PUT_OFF
         regular = on_time and self._paid(state.full, step)
-        scheduled = owed or regular or (state.unjudged and (on_time or (early and step >= _JUDGED)))
+        first = state.last is None  # also of a run that is resumed, or fitted again
+        scheduled = first or owed or regular or (state.unjudged and (on_time or (early and step >= _JUDGED)))
         again = since >= self._longest
         risen = [state.outer.grown(rate, beta_c, again=again), state.inner.grown(alpha, alpha_c, again=again)]
         grown = any(risen)
