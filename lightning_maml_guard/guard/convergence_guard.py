@@ -15,11 +15,10 @@ from lightning_maml_guard.guard.look import due
 from lightning_maml_guard.guard.report import CheckReport, frame, record_of
 from lightning_maml_guard.guard.rollback import Rollback
 from lightning_maml_guard.guard.run import GuardedRun
-from lightning_maml_guard.guard.settings import check_pieces, check_settings, check_watchable, identity
+from lightning_maml_guard.guard.settings import check_pieces, check_settings, check_watchable, identity, idle_because
 from lightning_maml_guard.guard.state import Event, to_checkpoint
 from lightning_maml_guard.lookahead.lookahead import LookaheadOptions
 from lightning_maml_guard.messages.advice import Advice
-from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling
 from lightning_maml_guard.messages.terminal import inform
 from lightning_maml_guard.pages.outcome import summary
@@ -248,13 +247,14 @@ class ConvergenceGuard(Callback):
         check_strategy(trainer, self.allow_untested)
         self._inert = bool(getattr(trainer, "barebones", False))
         self._run = GuardedRun(self, inert=self._inert, ranks=ranks_of(trainer))
-        if self._inert:
-            self._run.announce(Reason(Kind.BAREBONES))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Apply the caps of a resumed run from its first step on."""
         check_pieces(trainer, pl_module)
-        run = self._run
+        run, idle = self._run, idle_because(trainer)
+        if idle is not None:
+            self._inert = True
+            return run.announce(idle)
         with run.warn_on_failure("read how long the run will be"):
             run.begin(trainer)
         with run.warn_on_failure("apply the caps that the checkpoint holds"):

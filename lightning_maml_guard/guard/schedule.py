@@ -157,7 +157,8 @@ class Schedule:
         early = self._early_look_due(step, stalled) or caps_due
         postponed = 0 < state.waits <= _MOST_POSTPONED
         regular = on_time and self._within_budget(state.full, step)
-        scheduled = postponed or regular or (state.unjudged and (on_time or (early and step >= _FIRST_JUDGED)))
+        first = state.last is None  # also of a run that is resumed, or fitted again
+        scheduled = first or postponed or regular or (state.unjudged and (on_time or (early and step >= _FIRST_JUDGED)))
         again = since >= self._longest_wait
         # Both are asked, as both take the rates in.
         grown = any([state.outer.grown(rate, beta_c, again=again), state.inner.grown(alpha, alpha_c, again=again)])
