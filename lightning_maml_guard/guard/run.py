@@ -111,7 +111,7 @@ class GuardedRun:
     def take_batch(self, batch: Any, batch_idx: int, accumulated: int) -> None:
         """Keep the batch of the coming step: for the lookaheads, and for the curvature of an accumulated batch."""
         looked = self.settings.lookahead.batches if self.settings.lookahead.steps else 1
-        self.replay.hold(looked * accumulated)
+        self.replay.resize(looked * accumulated)
         self.replay.add(batch, batch_idx)
 
     def take_step(self, loss: Any, trainer: Any, batch_idx: int) -> None:
@@ -128,7 +128,7 @@ class GuardedRun:
             value = float(loss.item()) * trainer.accumulate_grad_batches if known else math.nan
             self._finish_match(value)
             if known:
-                self.state.losses.take(value)
+                self.state.losses.add(value)
             if known and not math.isfinite(value):
                 self._not_finite(value, trainer)
             return
@@ -150,13 +150,13 @@ class GuardedRun:
         if not self._losses or ((batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch):
             return
         value, self._losses = fmean(self._losses), []
-        self.state.losses.take(value)
+        self.state.losses.add(value)
         statistics, lookahead = self.state.statistics, self.settings.lookahead
         told = self.machine.unsafe and not self.settings.acting.caps_rates
         spiked, left_best = statistics.update(value, norm), statistics.has_left_best
         lost = left_best and statistics.has_lost_half
         size, at_best = trainer.accumulate_grad_batches, statistics.loss <= statistics.best
-        self.replay.take_loss(value, logger_step(trainer), size, spiked=spiked, at_best=at_best)
+        self.replay.note_loss(value, logger_step(trainer), size, spiked=spiked, at_best=at_best)
         if (spiked or lost) and lookahead.triggers and not told:
             diverged = lost or statistics.scale.diverged(value, lookahead.divergence_ratio)
             self.schedule.spike(diverged=diverged, lost=not math.isfinite(value))
