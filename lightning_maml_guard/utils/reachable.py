@@ -25,17 +25,17 @@ def modules_of(*roots: Any) -> list[nn.Module]:
             continue
         seen[id(value), names] = value
         if not isinstance(value, nn.Module):
-            waiting += _behind(value, names)
+            waiting += _reachable_from(value, names)
         elif all(value is not each for each in found):
             found.append(value)
     parts = {id(part) for module in found for part in module.modules() if part is not module}
     return [module for module in found if id(module) not in parts]
 
 
-def _behind(value: Any, names: Names) -> Iterator[tuple[Any, Names]]:
-    """Go one step further; ``names`` are those that the function has which led here."""
+def _reachable_from(value: Any, names: Names) -> Iterator[tuple[Any, Names]]:
+    """Yield what a value leads to; ``names`` are those used by the function that led to the value."""
     if isinstance(value, FunctionType):
-        yield from _of_function(value)
+        yield from _from_function(value)
     elif isinstance(value, MethodType):
         yield value.__func__, names
         yield value.__self__, _names(value.__func__)
@@ -46,10 +46,10 @@ def _behind(value: Any, names: Names) -> Iterator[tuple[Any, Names]]:
     elif isinstance(value, dict):
         yield from ((each, names) for each in value.values())
     else:
-        yield from _of_object(value, names)
+        yield from _from_object(value, names)
 
 
-def _of_function(function: FunctionType) -> Iterator[tuple[Any, Names]]:
+def _from_function(function: FunctionType) -> Iterator[tuple[Any, Names]]:
     names = _names(function)
     defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
     held = [*defaults, *vars(function).values()]
@@ -63,7 +63,7 @@ def _of_function(function: FunctionType) -> Iterator[tuple[Any, Names]]:
     yield from ((each, names) for each in held)
 
 
-def _of_object(value: Any, names: Names) -> Iterator[tuple[Any, Names]]:
+def _from_object(value: Any, names: Names) -> Iterator[tuple[Any, Names]]:
     own = getattr(value, "__dict__", {})
     if isinstance(value, (ModuleType, type)):
         yield from ((own[name], names) for name in names if name in own)
