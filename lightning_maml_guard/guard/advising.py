@@ -12,7 +12,7 @@ from lightning_maml_guard.guard.look import Look, problem_of, with_resampled
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.schedule import LOOKAHEAD_GRADIENT, STALLED
 from lightning_maml_guard.guard.state_machine import Transition
-from lightning_maml_guard.lookahead.learning import Learning, nearly_kept
+from lightning_maml_guard.lookahead.learning import Learning, highest_kept_losses
 from lightning_maml_guard.lookahead.lookahead import Lookahead, lookahead_of
 from lightning_maml_guard.lookahead.odd_batches import norm_to_clip_to, without_odd
 from lightning_maml_guard.lookahead.rate_search import CLEAR_SHARE, LASTING_STEPS, TRIAL_STEPS, RateSearch, SearchResult
@@ -89,7 +89,7 @@ class Adviser:
         run.state.searches += 1
         if run.state.searches > _MOST_SEARCHES and not self._affords_trial:
             return False
-        kept = nearly_kept(learning, search.lookahead, self._module, self._trainer.optimizers, run.ring.kept)
+        kept = highest_kept_losses(learning, search.lookahead, self._module, self._trainer.optimizers, run.ring.kept)
         return search.recovers(kept, share_of_start(self._look.scale, CLEAR_SHARE))
 
     def look_further(self, report: StabilityReport) -> SearchResult | None:

@@ -52,7 +52,7 @@ class Check:
         """Check once, on the batch of the coming step; a triggered check that finds nothing ends early."""
         run, watches = self.run, self.run.machine.watches
         try:
-            if step == 0 and run.snapshot is None and not self.trainer.fast_dev_run:
+            if step == 0 and run.ring.latest is None and not self.trainer.fast_dev_run:
                 self.rollback.keep(step)  # first, as the check may fail; later only states whose lookahead passes
             with run.cache.ranks.together():
                 run.ring.drop_unlike(self.module, self.trainer.optimizers)
@@ -69,7 +69,7 @@ class Check:
             run.announce(of_check(error, step))
             if self._rolled_back is not None:
                 optimizers, present = self._rolled_back
-                self.rollback.halve(present.begin, scheduled_rate(optimizers), step)
+                self.rollback.halve_beta(present.begin, scheduled_rate(optimizers), step)
             elif not (self._looked or self._acted):
                 with run.warn_on_failure("judge the run by its last loss"):
                     self._judge_last_loss(step)
@@ -86,7 +86,7 @@ class Check:
             found = judge(run, outlook, step)
             caps = self._decide(outlook, found, step, lost=lost)
         if run.state.capped != look.owned:
-            run.cap(trainer, look.owned)
+            run.cap_optimizers(trainer, look.owned)
         if not trainer.fast_dev_run:
             self._acted = True
             self._act_on(outlook, found, caps, step, lost=lost)
@@ -109,7 +109,7 @@ class Check:
             adviser, stuck = Adviser(run, trainer, module, look, step), statistics.stuck
             learning, collapse = self.rollback.compare(look), None
             if learning is not None and learning.has_lost_half and not adviser.recovers(learning):
-                collapse = self.rollback.lost(learning, look, step)
+                collapse = self.rollback.forget_lost(learning, look, step)
                 look.severity = max(look.severity, math.log(ratio))
             adviser.look_at_peak()
             adviser.look_at_progress()
@@ -117,7 +117,7 @@ class Check:
         if look.present is not None:
             diverges_ahead = fails(look.severity, ratio)
             has_diverged = has_diverged or look.scale.diverged(look.present.begin, ratio)
-            if diverges_ahead and self.rollback.helps(look.present.begin):
+            if diverges_ahead and self.rollback.may_help(look.present.begin):
                 run.schedule.confirm_divergence()
             run.note_severity(step, look.severity, look.beta)
         if stuck and not diverges_ahead and adviser.new_finding is None:
@@ -130,10 +130,10 @@ class Check:
         look, run, trainer, module = outlook.look, self.run, self.trainer, self.module
         if look.present is None or scheduled or outlook.diverges_ahead or outlook.adviser.new_finding is not None:
             return False
-        left_best = outlook.learning is not None and not outlook.learning.holds
+        left_best = outlook.learning is not None and not outlook.learning.does_as_well
         well = passes(look.severity, self.ratio)
         if outlook.has_lost_half:
-            self.rollback.undo(look, step)
+            self.rollback.undo_excursion(look, step)
         elif left_best or well:
             adjust_caps(run, trainer, module, look, step, left_best=left_best)
         if well and not outlook.has_lost_half:
@@ -146,12 +146,12 @@ class Check:
         """Roll back a run that has diverged already, or lost what it had learned; False if that ends the check."""
         look, run = outlook.look, self.run
         if look.present is None:
-            return look.last_loss is None or not self.rollback.ends(look.last_loss, step)
+            return look.last_loss is None or not self.rollback.go_back_untried(look.last_loss, step)
         begin = look.present.begin
         # At lower rates the run learns from its oldest snapshot, and no longer from where it is.
         found = outlook.adviser.stalled if outlook.adviser.tried_from is not None else None
         restarts = found is not None and (found.best.factors.beta < 1 or run.caps.reaches_alpha(self.module))
-        diverged = outlook.diverges_ahead and outlook.has_left_learned and self.rollback.helps(begin)
+        diverged = outlook.diverges_ahead and outlook.has_left_learned and self.rollback.may_help(begin)
         if self.settings.rollback and (restarts or diverged):
             if restarts:
                 run.ring.drop_after(run.ring.kept[0].step)
@@ -215,9 +215,9 @@ class Check:
             effect = action.effect(spelling, applied, helps=helps, changed=changed) if acts else []
             if lost:
                 effect = [NO_WAY_BACK]
-            run.tell(self.trainer, advice_given(step, advice, effect, spelling))
+            run.warn_and_alert(self.trainer, advice_given(step, advice, effect, spelling))
         elif lost and action.speaks:
-            run.tell(self.trainer, f"ConvergenceGuard: step {step}: {NO_WAY_BACK}")
+            run.warn_and_alert(self.trainer, f"ConvergenceGuard: step {step}: {NO_WAY_BACK}")
         if lost or (transition.state == UNSAFE and action.stops):
             run.stop(self.trainer, step, report.findings if advice is None else advice.evidence)
         if action.speaks:
@@ -265,7 +265,7 @@ class Check:
         run, statistics, ratio = self.run, self.run.state.statistics, self.ratio
         loss, scale = statistics.last, statistics.scale
         diverged = loss is not None and scale.diverged(loss, ratio) and not self.trainer.fast_dev_run
-        if loss is None or not diverged or self.rollback.ends(loss, step):
+        if loss is None or not diverged or self.rollback.go_back_untried(loss, step):
             return
         run.schedule.confirm_divergence()
         beta = max(scheduled_rate(each) for each in self.trainer.optimizers)
@@ -273,7 +273,7 @@ class Check:
         run.note_severity(step, scale.severity(loss), beta)
         transition, lost = run.machine.take(report, scale.severity(loss)), self._is_lost(loss)
         caps, lowers = run.caps.caps, self.settings.acting.caps_rates and transition.state == UNSAFE
-        if lowers and math.isfinite(loss) and run.holds(self.trainer):
+        if lowers and math.isfinite(loss) and run.cap_all_optimizers(self.trainer):
             caps = caps.halved(beta)
         found = Advice(cause=Cause.UNKNOWN, step=step, evidence=report.findings)
         advice = found if transition.entered else None

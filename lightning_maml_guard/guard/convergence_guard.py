@@ -15,11 +15,10 @@ from lightning_maml_guard.guard.look import due
 from lightning_maml_guard.guard.report import CheckReport, frame, record_of
 from lightning_maml_guard.guard.rollback import Rollback
 from lightning_maml_guard.guard.run import GuardedRun
-from lightning_maml_guard.guard.settings import check_pieces, check_settings, check_watchable, identity
+from lightning_maml_guard.guard.settings import check_pieces, check_settings, check_watchable, identity, idle_because
 from lightning_maml_guard.guard.state import Event, to_checkpoint
 from lightning_maml_guard.lookahead.lookahead import LookaheadOptions
 from lightning_maml_guard.messages.advice import Advice
-from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.messages.spelling import IN_PYTHON, Spelling
 from lightning_maml_guard.messages.terminal import inform
 from lightning_maml_guard.pages.outcome import summary
@@ -248,17 +247,18 @@ class ConvergenceGuard(Callback):
         check_strategy(trainer, self.allow_untested)
         self._inert = bool(getattr(trainer, "barebones", False))
         self._run = GuardedRun(self, inert=self._inert, ranks=ranks_of(trainer))
-        if self._inert:
-            self._run.announce(Reason(Kind.BAREBONES))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Apply the caps of a resumed run from its first step on."""
         check_pieces(trainer, pl_module)
-        run = self._run
+        run, idle = self._run, idle_because(trainer)
+        if idle is not None:
+            self._inert = True
+            return run.announce(idle)
         with run.warn_on_failure("read how long the run will be"):
             run.begin(trainer)
         with run.warn_on_failure("apply the caps that the checkpoint holds"):
-            run.cap(trainer, run.state.capped)
+            run.cap_optimizers(trainer, run.state.capped)
             if run.caps.caps.alpha is not None:
                 run.caps.apply(pl_module, run.caps.caps)
 
@@ -278,7 +278,7 @@ class ConvergenceGuard(Callback):
         if (scheduled := due(run, trainer, pl_module, batch, batch_idx, step)) is None:
             Rollback(run, trainer, pl_module).keep_if_due(step)
             with run.warn_on_failure("log ratios and severity of now"):
-                run.bar.move(trainer, self.history, run.state.statistics, *run.rates(trainer, step), step)
+                run.ratios.log_moved(trainer, self.history, run.state.statistics, *run.rates(trainer, step), step)
             return
         last, unsafe = self.history[-1:], run.machine.unsafe
         with run.clock.checking(step, speaks=self.acting.speaks):
@@ -307,7 +307,7 @@ class ConvergenceGuard(Callback):
         """Roll back a last step that made the run diverge, send the last pictures, and sum the run up."""
         run = self._run
         with run.warn_on_failure("roll the last step back"):
-            Rollback(run, trainer, pl_module).end()
+            Rollback(run, trainer, pl_module).undo_last_step()
         if not self._inert:
             with run.warn_on_failure("send the last pictures to a logger (figures=False sends none)"):
                 run.figures.at_end(trainer, self.history)

@@ -75,7 +75,7 @@ def _to_callbacks(trainer: Any, values: dict[str, float]) -> None:
 
 
 # Shares by which ratios have to move before they are logged again: where other values are logged too, and elsewhere.
-_LITTLE, _MUCH = 1e-3, 0.1
+_MOVED_BESIDE_OTHERS, _MOVED_ALONE = 1e-3, 0.1
 _SHORT = {"guard/alpha_ratio": "a/ac", "guard/beta_ratio": "b/bc"}
 
 
@@ -84,25 +84,28 @@ class Ratios:
 
     def __init__(self) -> None:
         self._report: CheckReport | None = None
-        self._at = self._looked_at = (math.nan, math.nan)  # the rates of the latest ratios, and of the last lookahead
-        self._severity = self._told = math.nan  # of the last lookahead, and as it was logged last
+        self._logged_rates = self._lookahead_rates = (
+            math.nan,
+            math.nan,
+        )  # the rates of the latest ratios, and of the last lookahead
+        self._severity = self._logged_severity = math.nan  # of the last lookahead, and as it was logged last
         self._latest: dict[str, float] = {}
         self._shown: dict[str, float] = {}
 
-    def take(self, history: Sequence[CheckReport]) -> CheckReport | None:
+    def _latest_report(self, history: Sequence[CheckReport]) -> CheckReport | None:
         """Go on from the last report; None before the first."""
         if history and history[-1] is not self._report:
             self._report = history[-1]
-            self._at = self._report.alpha_applied, self._report.beta_applied
-            self._latest = self._report.ratios(*self._at)
+            self._logged_rates = self._report.alpha_applied, self._report.beta_applied
+            self._latest = self._report.ratios(*self._logged_rates)
         return self._report
 
-    def look(self, severity: float, rates: tuple[float, float]) -> None:
+    def note_lookahead(self, severity: float, rates: tuple[float, float]) -> None:
         """Take in the severity of a lookahead, and the rates that it tried."""
-        self._severity = self._told = severity
-        self._looked_at = rates
+        self._severity = self._logged_severity = severity
+        self._lookahead_rates = rates
 
-    def move(
+    def log_moved(
         self,
         trainer: Any,
         history: Sequence[CheckReport],
@@ -116,20 +119,20 @@ class Ratios:
         The severity is that of the last lookahead, plus the logarithm of the factor by which the rates have risen since
         or will have risen (``coming``), and no less than that of the latest ``losses``.
         """
-        report = self.take(history)
+        report = self._latest_report(history)
         if report is None:
             return
-        least = _LITTLE if step % trainer.log_every_n_steps == 0 else _MUCH
-        rises = [now / looked for now, looked in zip(coming, self._looked_at, strict=True) if now > looked > 0]
+        least = _MOVED_BESIDE_OTHERS if step % trainer.log_every_n_steps == 0 else _MOVED_ALONE
+        rises = [now / looked for now, looked in zip(coming, self._lookahead_rates, strict=True) if now > looked > 0]
         severity = self._severity + math.log(max([1.0, *rises]))
         at_hand = severity_at_hand(losses)
         severity = max(severity, at_hand) if math.isfinite(at_hand) else severity
         values = {}
-        if any(abs(now - at) > least * at for now, at in zip(rates, self._at, strict=True)):
-            self._at, self._latest = rates, report.ratios(*rates)
+        if any(abs(now - at) > least * at for now, at in zip(rates, self._logged_rates, strict=True)):
+            self._logged_rates, self._latest = rates, report.ratios(*rates)
             values = self._latest | {"guard/limits_age": float(step - (report.step or 0))}
-        if math.isfinite(severity) and (values or abs(severity - self._told) > least):
-            self._told = values["guard/severity"] = severity
+        if math.isfinite(severity) and (values or abs(severity - self._logged_severity) > least):
+            self._logged_severity = values["guard/severity"] = severity
         if values:
             log_values(trainer, values, step)
 
@@ -138,7 +141,7 @@ class Ratios:
 
         To be called after the step, so that the user's loss comes first.
         """
-        self.take(history)
+        self._latest_report(history)
         if not self._latest or self._latest is self._shown:
             return
         self._shown = self._latest
@@ -183,7 +186,7 @@ class Figures:
     def __init__(self, wanted: bool) -> None:
         self._wanted = wanted
         self._sent: CheckReport | None = None
-        self._quiet = 0
+        self._checks_to_wait = 0
 
     def after_check(self, trainer: Any, history: Sequence[CheckReport], *, changed: bool) -> None:
         """Send what belongs to a check, that of the last report; ``changed``: whether the run's state did."""
@@ -192,9 +195,9 @@ class Figures:
             return
         for logger in trainer.loggers:
             _send_histogram(logger, report)
-        self._quiet -= 1
-        if changed and self._quiet < 0:
-            self._quiet = _CHECKS_BETWEEN
+        self._checks_to_wait -= 1
+        if changed and self._checks_to_wait < 0:
+            self._checks_to_wait = _CHECKS_BETWEEN
             self._send(trainer, history)
 
     def at_end(self, trainer: Any, history: Sequence[CheckReport]) -> None:

@@ -256,7 +256,7 @@ def adjust_caps(run: GuardedRun, trainer: Any, module: Any, look: Look, step: in
     if lowers:
         run.state.ceiling = run.state.ceiling.with_failure(*caps.applied(alpha, beta), step)
         if run.state.capped != look.owned:
-            run.cap(trainer, look.owned)
+            run.cap_optimizers(trainer, look.owned)
         inform(rates_lowered(step, *found.applied(alpha, beta), left_best=left_best, raised=undo_raise))
     plan_next_caps_check(run, look, step, before, found)
     run.caps.apply(module, found)

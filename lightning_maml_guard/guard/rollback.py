@@ -13,7 +13,7 @@ from lightning_maml_guard.guard.look import Look, step_problem
 from lightning_maml_guard.guard.rescale import is_calm
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.lookahead.divergence import fails
-from lightning_maml_guard.lookahead.learning import PROBES, Learning, compared, lost_reason, spread_out
+from lightning_maml_guard.lookahead.learning import PROBES, Learning, compare_with_snapshots, lost_reason, probe_indices
 from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, lookahead_of
 from lightning_maml_guard.lookahead.odd_batches import without_odd
 from lightning_maml_guard.lookahead.rate_search import FAR_LOWER_BETA
@@ -29,23 +29,24 @@ from lightning_maml_guard.theory.limits import SAFE
 from lightning_maml_guard.utils.isolation import undisturbed
 from lightning_maml_guard.utils.shards import finite
 
-# Snapshots that are tried from, the youngest first.
-_TRIED = 3
-# A run has learned nothing while its loss on the batches at hand is above this share of that at its oldest snapshot.
+# Snapshots that are tried before a rollback, the youngest first.
+_MOST_TRIED = 3
+# A run has learned nothing while its loss is above this share of that at its oldest snapshot, on the same batches.
 _UNLEARNED = 0.97
 # Inner rates that differ by no more than this share are the same.
-_SAME = 0.95
+_SAME_ALPHA = 0.95
 
 
 class Rollback:
-    """Keeps snapshots of a run, compares it with them, goes back to one, and says so."""
+    """Keeps snapshots of a run, compares the run with them, and goes back to one."""
 
     def __init__(self, run: GuardedRun, trainer: Any, module: Any) -> None:
         self.run, self.trainer, self.module = run, trainer, module
-        self._thrown, self._now = 0, math.nan  # steps thrown away; the loss of a run that has lost what it learned
+        self._steps_discarded = 0
+        self._loss_now = math.nan  # of a run that has lost what it learned
 
     def keep(self, step: int) -> None:
-        """Keep the state of the run: on all ranks, or on none. A failure costs one warning."""
+        """Keep a snapshot: on all ranks, or on none. A failure costs one warning."""
         run = self.run
         if not run.settings.lookahead.steps:
             return
@@ -57,19 +58,19 @@ class Rollback:
                 wasted = run.state.wasted
                 run.ring.keep(self.module, self.trainer.optimizers, step, device, wasted=wasted, alpha=alpha)
         except Exception as error:
-            earlier = -1 if run.snapshot is None else run.snapshot.step
+            earlier = -1 if run.ring.latest is None else run.ring.latest.step
             run.announce(replace(of_error(Kind.NO_SNAPSHOT, error, step=step), steps=earlier))
 
     def keep_if_due(self, step: int) -> None:
-        """Keep the state before a step if the last copy is old and the run is well."""
+        """Keep a snapshot if the latest one is old and the loss is near its best."""
         run = self.run
         if run.ring.is_due(step) and run.state.statistics.near_best:
             self.keep(step)
 
     def compare(self, look: Look) -> Learning | None:
-        """Compare a run whose loss has left its best with its snapshots; None where it has not, or without any.
+        """Compare a run whose loss has left its best with its snapshots; None if it has not, or without any.
 
-        Where none of them does better, the tasks have become harder: the losses to come are compared with those of now.
+        If none of them does better, the tasks have become harder, and the best loss is raised to that of now.
         """
         run, statistics = self.run, self.run.state.statistics
         if look.lookahead is None or look.present is None or not run.ring.kept:
@@ -83,24 +84,24 @@ class Rollback:
             far or early or statistics.has_left_best or statistics.is_above_best(level)
         ):
             return None
-        found = self._learning(look, statistics.recent, start=statistics.start)
+        found = self._compared(look, statistics.recent, start=statistics.start)
         mean = found.losses[1] if early else level if far else statistics.loss
-        if found.holds and (early or len(run.ring.kept) > 1) and statistics.rebase(mean):
+        if found.does_as_well and (early or len(run.ring.kept) > 1) and statistics.rebase(mean):
             look.scale = statistics.scale
             look.severity = look.scale.severity(look.present.end, look.present.begin)
         return found
 
-    def lost(self, found: Learning, look: Look, step: int) -> Reason:
-        """Forget the snapshots of a run that has lost what it learned but for the good ones, and state the loss."""
-        ring, self._now = self.run.ring, found.losses[1]
-        ring.drop_after(ring.kept[found.good[0]].step)
+    def forget_lost(self, found: Learning, look: Look, step: int) -> Reason:
+        """Forget the snapshots made after the run lost what it had learned; the reason that says so."""
+        ring, self._loss_now = self.run.ring, found.losses[1]
+        ring.drop_after(ring.kept[found.good_snapshots[0]].step)
         if look.lookahead is not None:
             look.lookahead.begin = math.inf  # what to advise is not to be tried from here
         assert ring.latest is not None
         return lost_reason(found, ring.latest.step, step)
 
     def warn_of_collapse(self, problem: Problem, report: StabilityReport, status: str, step: int) -> None:
-        """Warn where nearly all curvature is gone and the loss is where it began, because the network's units died."""
+        """Warn of dead units if nearly all curvature is gone and the loss is back where it began."""
         reason = self.run.state.collapse(report.lambda_max, step)
         if reason is None or status != SAFE or not self.run.settings.acting.speaks:
             return
@@ -110,12 +111,12 @@ class Rollback:
             self.run.announce(replace(reason, counts=(found.dead, found.units)))
 
     def warn_of_stall(self, look: Look, step: int) -> None:
-        """Say that a run does not learn, and whether that is because its units have died."""
+        """Warn that a run does not learn, and whether that is because its units have died."""
         state, statistics = self.run.state, self.run.state.statistics
         if not self.run.settings.acting.speaks or look.lookahead is None or not self.run.ring.kept:
             return
         with undisturbed(self.trainer, self.module):
-            _, now, before = self._learning(look).losses
+            _, now, before = self._compared(look).losses
             # A slow run at least does better on the batches that it was just trained on.
             if now < look.scale.times(_UNLEARNED, before):
                 statistics.stalled = False
@@ -129,11 +130,11 @@ class Rollback:
         reason = Reason(Kind.STALLED, losses=losses, limit=statistics.chance, steps=statistics.steps, counts=counts)
         self.run.announce(replace(reason, value=max(shares, default=math.nan), step=step))
 
-    def _learning(self, look: Look, recent: Sequence[float] = (), *, start: float = math.inf) -> Learning:
-        statistics, chosen = self.run.state.statistics, spread_out(len(look.problems))
+    def _compared(self, look: Look, recent: Sequence[float] = (), *, start: float = math.inf) -> Learning:
+        statistics, chosen = self.run.state.statistics, probe_indices(len(look.problems))
         lookahead = self._lookahead([look.problems[index] for index in chosen], look)
         seen = [recent[-index] if 0 < index <= len(recent) else -math.inf for index in chosen]
-        found = compared(
+        found = compare_with_snapshots(
             lookahead,
             self.module,
             self.trainer.optimizers,
@@ -150,27 +151,26 @@ class Rollback:
         run, steps = self.run, self.run.settings.lookahead.steps
         return lookahead_of(problems, look.optimizers, steps, self.trainer, run.cache, run.state.clipped_to)
 
-    def helps(self, loss: float) -> bool:
-        """Whether going back may help: not where an inner rate out of reach has risen, nor again if it is to blame."""
-        youngest, state = self.run.snapshot, self.run.state
-        risen = youngest is not None and youngest.alpha < _SAME * self.run.alpha
+    def may_help(self, loss: float) -> bool:
+        """Whether going back may help: not if an inner rate that cannot be capped has risen or is to blame."""
+        youngest, state = self.run.ring.latest, self.run.state
+        risen = youngest is not None and youngest.alpha < _SAME_ALPHA * self.run.alpha
         again = state.blames_alpha and state.rollbacks > 0
         return self.run.caps.reaches_alpha(self.module) or not (risen if math.isfinite(loss) else again)
 
-    def choose(self, look: Look) -> None:
-        """Drop the snapshots that are no place to go back to: of those that lost nothing the youngest that survives.
+    def drop_unusable_snapshots(self, look: Look) -> None:
+        """Drop the snapshots after the youngest good one from which the next steps survive at a very low rate.
 
-        The next steps are tried from there, without a batch that is unlike the others, at a rate so low that only what
-        is wrong with the parameters or the optimizer's state makes the loss leave: which rates to apply is found later.
+        At such a rate only wrong parameters or a wrong optimizer state make the loss diverge. An odd batch is left out.
         """
         ring, before = self.run.ring, look.lookahead
         if before is None or len(ring.kept) < 2:
             return
-        good = [ring.kept[index] for index in self._learning(look, start=self.run.state.statistics.start).good]
+        found = self._compared(look, start=self.run.state.statistics.start)
         caps = self.run.caps.caps
         beta = FAR_LOWER_BETA * caps.applied(math.nan, before.beta)[1]
         ends: dict[int, float] = {}
-        for snapshot in good[:_TRIED]:
+        for snapshot in [ring.kept[index] for index in found.good_snapshots[:_MOST_TRIED]]:
             with snapshot.visited(self.module, self.trainer.optimizers):
                 look.lookahead = self._without_odd(look)
                 tried = look.lookahead.under(Caps(self._alpha_at(snapshot), beta))
@@ -181,14 +181,14 @@ class Rollback:
         ring.drop_after(min(ends, key=lambda step: ends[step]))
 
     def _alpha_at(self, snapshot: Snapshot) -> float | None:
-        """The cap on the inner rate where a run goes back to a snapshot: no more than was applied there."""
+        """The cap on the inner rate after going back to a snapshot: no more than was applied there."""
         cap = self.run.caps.caps.alpha
-        if not self.run.caps.reaches_alpha(self.module) or not 0 < snapshot.alpha < _SAME * self.run.alpha:
+        if not self.run.caps.reaches_alpha(self.module) or not 0 < snapshot.alpha < _SAME_ALPHA * self.run.alpha:
             return cap
         return snapshot.alpha if cap is None else min(cap, snapshot.alpha)
 
     def _without_odd(self, look: Look) -> Lookahead:
-        """The lookahead without a batch whose loss is far above the others' at the parameters at hand."""
+        """The lookahead without batches whose loss is far above the others'."""
         before, tried = look.lookahead, self._lookahead(look.problems, look)
         assert before is not None
         kept, odd = without_odd(look.problems, tried, look.scale)
@@ -199,72 +199,69 @@ class Rollback:
         return found
 
     def go_back(self, loss: float, step: int, look: Look | None = None) -> bool:
-        """Go back to the snapshot, or stop the run if that was done too often; False if it was stopped.
-
-        Before there is a snapshot the run goes on from where it is.
-        """
+        """Go back to the latest snapshot, if there is one; stop the run and return False after too many rollbacks."""
         run = self.run
-        if run.snapshot is None:
+        if run.ring.latest is None:
             return True
         if run.state.rollbacks >= run.settings.max_rollbacks:
             reason = self._reason(Kind.TOO_MANY_ROLLBACKS, loss, step)
             run.stop(self.trainer, step, (reason,))
-            run.tell(self.trainer, given_up(reason, run.state.advice, run.settings.spelling))
+            run.warn_and_alert(self.trainer, given_up(reason, run.state.advice, run.settings.spelling))
             return False
         if look is not None:
             with undisturbed(self.trainer, self.module):
-                self.choose(look)
-        run.caps.apply(self.module, Caps(self._alpha_at(run.snapshot), run.caps.caps.beta))
-        run.snapshot.restore(self.module, self.trainer.optimizers)
-        self._thrown = step - run.state.wasted - run.snapshot.progress
-        run.state.wasted += self._thrown
+                self.drop_unusable_snapshots(look)
+        run.caps.apply(self.module, Caps(self._alpha_at(run.ring.latest), run.caps.caps.beta))
+        run.ring.latest.restore(self.module, self.trainer.optimizers)
+        self._steps_discarded = step - run.state.wasted - run.ring.latest.progress
+        run.state.wasted += self._steps_discarded
         run.state.statistics.reset_means()
         run.state.rollbacks += 1
         return True
 
-    def undo(self, look: Look, step: int) -> None:
-        """Go back from an excursion at the rates as they are: from there they lead back, only later."""
+    def undo_excursion(self, look: Look, step: int) -> None:
+        """Go back before the loss rose for some steps, with the same rates: they would lead back too, but later."""
         run, tried, found = self.run, look.lookahead, look.present
         left = run.settings.rollback and run.state.rollbacks < run.settings.max_rollbacks
-        if not left or tried is None or found is None or not self.helps(found.begin):
+        if not left or tried is None or found is None or not self.may_help(found.begin):
             return
         if self.go_back(found.begin, step, look):
             self.report(found.begin, tried.alpha, tried.beta, step)
 
-    def ends(self, loss: float, step: int) -> bool:
-        """Go back if the last loss has diverged, where no step could be tried; False if the check is to go on."""
+    def go_back_untried(self, loss: float, step: int) -> bool:
+        """Go back if the last loss has diverged and no step could be tried; False if the check is to go on."""
         run, ratio = self.run, self.run.settings.lookahead.divergence_ratio
-        if not (run.settings.rollback and run.snapshot and run.state.statistics.scale.diverged(loss, ratio)):
+        if not (run.settings.rollback and run.ring.latest and run.state.statistics.scale.diverged(loss, ratio)):
             return False
         run.schedule.confirm_divergence()
         if self.go_back(loss, step):
-            self.halve(loss, scheduled_rate(self.trainer.optimizers), step)
+            self.halve_beta(loss, scheduled_rate(self.trainer.optimizers), step)
         return True
 
     def report(self, loss: float, alpha: float, beta: float, step: int, *, halved: bool = False) -> None:
-        """Say that the run was rolled back because of a loss, and which rates are applied from now on."""
-        if self.run.snapshot is not None:
+        """Warn that the run was rolled back because of a loss, and say which rates are applied from now on."""
+        if self.run.ring.latest is not None:
             applied = self.run.caps.caps.applied(alpha, beta)
             more = {"alpha": applied[0], "beta": applied[1], "effect": "halved" if halved else ""}
             self._tell(self._reason(Kind.ROLLED_BACK, loss, step, **more))
 
-    def halve(self, loss: float, scheduled: float, step: int) -> None:
-        """Halve the outer rate of a run that was rolled back to where nothing could be measured, and say so."""
-        run, held = self.run, self.run.holds(self.trainer)
+    def halve_beta(self, loss: float, scheduled: float, step: int) -> None:
+        """Halve the outer rate of a run that was rolled back to where nothing could be measured, and warn."""
+        run, held = self.run, self.run.cap_all_optimizers(self.trainer)
         caps, effect = run.caps.caps, "halved" if held else "not lowered"
         if held:
             run.caps.apply(self.module, caps.halved(scheduled))
-        if run.snapshot is not None:
+        if run.ring.latest is not None:
             beta = run.caps.caps.beta or math.nan
             self._tell(self._reason(Kind.ROLLED_BACK, loss, step, beta=beta, effect=effect))
 
-    def end(self) -> None:
-        """Roll back a last step that made the run diverge: no check comes after it."""
+    def undo_last_step(self) -> None:
+        """Go back if the last step of training made the run diverge: no check comes after it."""
         run, statistics = self.run, self.run.state.statistics
-        if run.snapshot is None or not run.settings.rollback:
+        if run.ring.latest is None or not run.settings.rollback:
             return
         if not finite(self.module):
-            self._at_end(math.nan, math.nan)
+            self._go_back_at_end(math.nan, math.nan)
         elif len(run.replay) and (
             run.schedule.state.spiked or not statistics.first
         ):  # nothing else tells without losses
@@ -273,26 +270,28 @@ class Rollback:
                 lookahead = lookahead_of([problem], optimizers, 0, self.trainer, run.cache)
                 loss = lookahead.under(run.caps.caps).begin
                 # Under an inner rate that has risen since, the loss may be too high there, too.
-                with run.snapshot.visited(self.module, self.trainer.optimizers):
+                with run.ring.latest.visited(self.module, self.trainer.optimizers):
                     earlier = lookahead.under(run.caps.caps).begin
             ratio = run.settings.lookahead.divergence_ratio
             if statistics.scale.diverged(loss, ratio) and not statistics.scale.diverged(earlier, ratio):
-                self._at_end(loss, statistics.start)
+                self._go_back_at_end(loss, statistics.start)
 
-    def _at_end(self, loss: float, start: float) -> None:
-        """End the run where the latest snapshot was taken; ``nan``: parameters not finite."""
-        assert self.run.snapshot is not None
-        self.run.snapshot.restore(self.module, self.trainer.optimizers)
+    def _go_back_at_end(self, loss: float, start: float) -> None:
+        """Go back to the latest snapshot when training ends; a loss of ``nan``: parameters not finite."""
+        assert self.run.ring.latest is not None
+        self.run.ring.latest.restore(self.module, self.trainer.optimizers)
         losses, step = (math.nan, loss, start), logger_step(self.trainer)
-        self._tell(Reason(Kind.ROLLED_BACK_AT_END, losses=losses, steps=self.run.snapshot.step, step=step))
+        self._tell(Reason(Kind.ROLLED_BACK_AT_END, losses=losses, steps=self.run.ring.latest.step, step=step))
 
     def _reason(self, kind: Kind, loss: float, step: int, **more: Any) -> Reason:
         run = self.run
-        to = -1 if run.snapshot is None else run.snapshot.step
+        to = -1 if run.ring.latest is None else run.ring.latest.step
         counts = run.state.rollbacks, run.settings.max_rollbacks
-        losses, thrown = (loss if math.isnan(self._now) else self._now, math.nan, math.nan), float(self._thrown)
-        return Reason(kind, losses=losses, steps=to, counts=counts, step=step, value=thrown, **more)
+        losses = (loss if math.isnan(self._loss_now) else self._loss_now, math.nan, math.nan)
+        return Reason(
+            kind, losses=losses, steps=to, counts=counts, step=step, value=float(self._steps_discarded), **more
+        )
 
     def _tell(self, reason: Reason) -> None:
         self.run.state.note("rolled back", reason, step=reason.step)
-        self.run.tell(self.trainer, announced(reason, self.run.settings.spelling))
+        self.run.warn_and_alert(self.trainer, announced(reason, self.run.settings.spelling))

@@ -57,19 +57,14 @@ class GuardedRun:
         self.replay = ReplayBuffer(settings.lookahead.batches)
         self.replay.load(self.state.batches, self.state.spike)
         self.state.snapshots, self.state.batches, self.state.spike = [], [], []  # `saved` asks the live objects
-        self.figures, self.bar, self.clock = Figures(settings.figures), Ratios(), Stopwatch()
-        self.norm: Tensor | float | None = None  # of the gradient at hand, maybe on the device; None: not known
-        self._losses: list[float] = []  # of the batches that the step at hand accumulates so far
-        self.match: TrainingMatch | None = None  # the problem beside the step at hand, if that is to be compared
+        self.figures, self.ratios, self.clock = Figures(settings.figures), Ratios(), Stopwatch()
+        self.norm: Tensor | float | None = None  # of the latest gradient, maybe on the device; None: not known
+        self._losses: list[float] = []  # of the batches accumulated so far
+        self.match: TrainingMatch | None = None  # compares the problem with the coming step, once
         self.matched, self.turns, self._coming = False, Turns(), Coming()
         self.ahead: RatesAhead | None = None
         self.alpha = math.nan  # the inner rate as configured, where it was read last
         self.repeats = False  # whether every step uses the same batch: then nothing is drawn from its tasks
-
-    @property
-    def snapshot(self) -> Snapshot | None:
-        """What a rollback goes to."""
-        return self.ring.latest
 
     def begin(self, trainer: Any) -> None:
         """Take in how far a run will go and what data it has."""
@@ -78,26 +73,26 @@ class GuardedRun:
         self.schedule.planned = None if plan.steps is None else plan.steps + logger_step(trainer)
         self.repeats = plan.batches is not None and plan.batches <= trainer.accumulate_grad_batches
 
-    def cap(self, trainer: Any, owned: list[int]) -> None:
-        """Hold the optimizers that move the problem's parameters at the caps."""
+    def cap_optimizers(self, trainer: Any, owned: list[int]) -> None:
+        """Cap the steps of the optimizers with these indices."""
         held = [each for index, each in enumerate(trainer.optimizers) if index in owned]
         # Lightning's tuners step the run's optimizers with the run's callbacks taken out, to see what a rate does.
         self.caps.hold(held, lambda: self.settings in trainer.callbacks)
-        self.state.capped = owned  # only now: a failure is met again, and told again, at the next check
+        self.state.capped = owned  # last, so that after a failure the next check tries again
 
     def is_capped(self, beta: float) -> bool:
-        """Whether a rate is held below what is configured, or was until just now; ``beta``: as scheduled."""
+        """Whether a rate is capped below what is configured, or was raised just now; ``beta``: as scheduled."""
         return self.caps.lowers(beta) or self.schedule.raised
 
-    def holds(self, trainer: Any) -> bool:
-        """Hold all optimizers where it is not known which to hold; return whether any is held."""
+    def cap_all_optimizers(self, trainer: Any) -> bool:
+        """Cap all optimizers if none is capped yet; return whether any is."""
         if not (self.state.capped and self.caps.held):
             with self.warn_on_failure("lower the outer rate"):
-                self.cap(trainer, list(range(len(trainer.optimizers))))
+                self.cap_optimizers(trainer, list(range(len(trainer.optimizers))))
         return bool(self.state.capped) and self.caps.held
 
     def take_gradient(self, optimizer: Optimizer) -> None:
-        """Compare the gradient at hand with the problem's, and keep its norm; a failure costs one warning."""
+        """Compare the gradient with the problem's, and keep its norm; a failure costs one warning."""
         self.turns.step(optimizer)
         if self.match is not None:
             with self.warn_on_failure("compare the gradient with the problem's"):
@@ -110,78 +105,82 @@ class GuardedRun:
 
     def take_batch(self, batch: Any, batch_idx: int, accumulated: int) -> None:
         """Keep the batch of the coming step: for the lookaheads, and for the curvature of an accumulated batch."""
-        looked = self.settings.lookahead.batches if self.settings.lookahead.steps else 1
-        self.replay.resize(looked * accumulated)
+        self.replay.resize(accumulated * (self.settings.lookahead.batches if self.settings.lookahead.steps else 1))
         self.replay.add(batch, batch_idx)
 
     def take_step(self, loss: Any, trainer: Any, batch_idx: int) -> None:
         """Compare a step's loss and gradient norm with those of the steps before; a spike calls a check."""
         self.replay.skipped = loss is None and trainer.lightning_module.automatic_optimization
-        self.bar.show(trainer, self.state.history)
+        self.ratios.show(trainer, self.state.history)
         self.state.losses.end = logger_step(trainer) + 1
         if self.turns.taken():
             self.announce(Reason(Kind.OPTIMIZERS_TAKE_TURNS))
             self.caps.release()
             self.ring.kept.clear()
+        known, accumulated = isinstance(loss, Tensor) and loss.numel() == 1, trainer.accumulate_grad_batches
         if not self.settings.lookahead.steps:
-            known = isinstance(loss, Tensor) and loss.numel() == 1 and self.cache.ranks.processes == 1
-            value = float(loss.item()) * trainer.accumulate_grad_batches if known else math.nan
-            self._finish_match(value)
-            if known:
-                self.state.losses.add(value)
-            if known and not math.isfinite(value):
-                self._not_finite(value, trainer)
-            return
-        known = isinstance(loss, Tensor) and loss.numel() == 1
-        value = float(loss.item()) if known else math.nan
-        norm, self.norm = math.nan if self.norm is None else float(self.norm), None
-        if self.cache.ranks.processes > 1:
-            # On every rank, whatever it has: one that stayed away would leave the others waiting.
-            had = torch.tensor([float(known), value, norm], device=trainer.strategy.root_device)
-            share, value, norm = trainer.strategy.reduce(had, reduce_op="mean").tolist()
-            known = share == 1
-        value *= trainer.accumulate_grad_batches
+            known = known and self.cache.ranks.processes == 1
+            return self._take_loss_alone(float(loss.item()) * accumulated if known else None, trainer)
+        known, value, norm = self._mean_over_ranks(known, float(loss.item()) if known else math.nan, trainer)
+        value *= accumulated
         self._finish_match(value if known else math.nan)
         if known:
             self._losses.append(value)
         elif not trainer.lightning_module.automatic_optimization and self.settings.acting.speaks:
             self.announce(Reason(Kind.NO_STEP_LOSS))
         # One batch after another is accumulated: the step's loss is their mean.
-        if not self._losses or ((batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch):
-            return
-        value, self._losses = fmean(self._losses), []
-        self.state.losses.add(value)
-        statistics, lookahead = self.state.statistics, self.settings.lookahead
-        told = self.machine.unsafe and not self.settings.acting.caps_rates
-        spiked, left_best = statistics.update(value, norm), statistics.has_left_best
-        lost = left_best and statistics.has_lost_half
+        if self._losses and ((batch_idx + 1) % accumulated == 0 or trainer.is_last_batch):
+            value, self._losses = fmean(self._losses), []
+            self._compare_step(value, norm, trainer)
+
+    def _mean_over_ranks(self, known: bool, loss: float, trainer: Any) -> tuple[bool, float, float]:
+        """Whether every rank knows a batch's loss, and the means of the loss and of the gradient norm."""
+        norm, self.norm = math.nan if self.norm is None else float(self.norm), None
+        if self.cache.ranks.processes == 1:
+            return known, loss, norm
+        # On every rank, whatever it has: one that stayed away would leave the others waiting.
+        own = torch.tensor([float(known), loss, norm], device=trainer.strategy.root_device)
+        share, loss, norm = trainer.strategy.reduce(own, reduce_op="mean").tolist()
+        return share == 1, loss, norm
+
+    def _compare_step(self, loss: float, norm: float, trainer: Any) -> None:
+        """Call a check if the step's loss or gradient norm spiked; drop the snapshot before it if it did no good."""
+        self.state.losses.add(loss)
+        step, statistics, lookahead = logger_step(trainer), self.state.statistics, self.settings.lookahead
+        watches = lookahead.triggers and (self.settings.acting.caps_rates or not self.machine.unsafe)
+        spiked, left_best = statistics.update(loss, norm), statistics.has_left_best
+        lost_half = left_best and statistics.has_lost_half
         size, at_best = trainer.accumulate_grad_batches, statistics.loss <= statistics.best
-        self.replay.note_loss(value, logger_step(trainer), size, spiked=spiked, at_best=at_best)
-        if (spiked or lost) and lookahead.triggers and not told:
-            diverged = lost or statistics.scale.diverged(value, lookahead.divergence_ratio)
-            self.schedule.spike(diverged=diverged, lost=not math.isfinite(value))
+        self.replay.note_loss(loss, step, size, spiked=spiked, at_best=at_best)
+        if (spiked or lost_half) and watches:
+            diverged = lost_half or statistics.scale.diverged(loss, lookahead.divergence_ratio)
+            self.schedule.spike(diverged=diverged, lost=not math.isfinite(loss))
         if statistics.since >= SETTLED:
-            self.schedule.note_mean_loss(statistics.loss, logger_step(trainer))
-        if lookahead.triggers and not told:
+            self.schedule.note_mean_loss(statistics.loss, step)
+        if watches:
             self.schedule.note_left_best(left_best)
         if left_best or not statistics.near_best:
-            self.ring.drop_from(logger_step(trainer))  # the loss is that of the copy made before the step
+            self.ring.drop_from(step)  # the loss is that of the copy made before the step
 
-    def _not_finite(self, loss: float, trainer: Any) -> None:
-        """Say that the loss is not finite, and stop where that is the action: no lookahead will."""
-        step = logger_step(trainer)
+    def _take_loss_alone(self, loss: float | None, trainer: Any) -> None:
+        """Without lookaheads: say that a loss is not finite, and stop if that is the action or nothing can help."""
+        self._finish_match(math.nan if loss is None else loss)
+        if loss is not None:
+            self.state.losses.add(loss)
+        if loss is None or math.isfinite(loss):
+            return
+        step, action = logger_step(trainer), self.settings.acting
         reason = Reason(Kind.LOSS_NOT_FINITE, losses=(loss, math.nan, math.nan), step=step)
-        action = self.settings.acting
         lost = action.caps_rates and not finite(trainer.lightning_module)
         if action.speaks:
             self.announce(reason)
-            if lost:
-                self.tell(trainer, f"ConvergenceGuard: step {step}: {NO_WAY_BACK}")
+        if action.speaks and lost:
+            self.warn_and_alert(trainer, f"ConvergenceGuard: step {step}: {NO_WAY_BACK}")
         if action.stops or lost:
             self.stop(trainer, step, (reason,))
 
     def begin_match(self, trainer: Any, module: Any, batch: Any, batch_idx: int, optimizers: list[Optimizer]) -> None:
-        """Begin to compare a problem that was stated for the run with the step to come; once."""
+        """Begin to compare the problem that the user states with the coming step; once."""
         source, ours = self.settings.problem, isinstance(module, MetaLearning)
         if self.matched or (source is None and (ours or not has_meta_problem(module))):
             return
@@ -195,7 +194,7 @@ class GuardedRun:
             ignored = self.caps.try_on(module, alpha, stated)
             if ignored is not None:
                 self.announce(ignored)
-        # Compiled code too runs eagerly there: what is traced here would not be compiled again for training.
+        # There compiled code runs eagerly: what is traced here would not be compiled again for training.
         with double_backward():
             self.match = TrainingMatch(
                 problem,
@@ -221,16 +220,15 @@ class GuardedRun:
                     self.announce(differs)
 
     def take_over(self, before: GuardedRun) -> None:
-        """Go on with the hooks, batches and pictures of a run whose state is replaced while it trains."""
-        # Lightning's LearningRateFinder does that: it saves the run, trains, and loads the checkpoint again.
+        """Keep the hooks, batches and pictures when Lightning's LearningRateFinder loads its checkpoint again."""
         self.caps.take_over(before.caps)
-        self.figures, self.bar, self.clock = before.figures, before.bar, before.clock
+        self.figures, self.ratios, self.clock = before.figures, before.ratios, before.clock
         self.repeats, self.schedule.planned = before.repeats, before.schedule.planned
         if not self.replay.restored:
             self.replay = before.replay
 
     def resumed(self, plain: Any) -> GuardedRun:
-        """Make the run that a checkpoint tells of; one whose state cannot be read starts anew, and says so."""
+        """Restore a run from a checkpoint; if its state cannot be read, it starts anew with a warning."""
         settings, unread, most = self.settings, None, self.settings.history_size
         try:
             state = from_checkpoint(plain)
@@ -244,7 +242,7 @@ class GuardedRun:
         return run
 
     def saved(self) -> GuardState:
-        """Collect the state for a checkpoint, what the live objects hold included."""
+        """Collect the state for a checkpoint from here and from the live objects."""
         settings, ranks = self.settings, self.cache.ranks
         # One of several processes has batches of its own, or pieces, and the checkpoint is the first one's.
         exactly = settings.acting.resumes_exactly and settings.lookahead.steps > 0 and ranks.processes == 1
@@ -262,7 +260,7 @@ class GuardedRun:
                 warn(announced(reason, self.settings.spelling))
 
     def warn_on_failure(self, what: str) -> ReportedFailure:
-        """Let a failure outside a check cost one warning and nothing else; ``what`` could not be done."""
+        """Turn an exception into one warning, that ``what`` could not be done."""
         return ReportedFailure(lambda error: self.announce(of_error(Kind.TASK_FAILED, error, what=what)))
 
     def stop(self, trainer: Any, step: int, reasons: tuple[Reason, ...]) -> None:
@@ -281,20 +279,20 @@ class GuardedRun:
         to_do = [] if state.advice is None else [advised(state.advice, spelling)]
         return " ".join([*to_do, *(cause(each, spelling) for each in state.stopping)])
 
-    def tell(self, trainer: Any, message: str) -> None:
+    def warn_and_alert(self, trainer: Any, message: str) -> None:
         """Warn, and send an alert through the loggers that have them."""
         warn(message)
         with self.warn_on_failure("send an alert to a logger"):
             alert(trainer, message)
 
     def rates(self, trainer: Any, step: int) -> tuple[tuple[float, float], tuple[float, float]]:
-        """The inner and the outer rate of a coming step, and the highest of as many as a lookahead goes, as applied."""
+        """The applied inner and outer rates of the coming step, and the highest over a lookahead's steps."""
         now = self.alpha, known_rate([trainer.optimizers[at] for at in self.state.capped])
         schedule = self.ahead if trainer.lr_scheduler_configs else None
         caps, coming = self.caps.caps, self._coming.take(now, schedule, step, self.settings.lookahead.steps)
         return caps.applied(*now), caps.applied(*coming)
 
     def note_severity(self, step: int, severe: float, beta: float) -> None:
-        """Keep what a lookahead said at a scheduled outer rate."""
-        self.bar.look(severe, self.caps.caps.applied(self.alpha, beta))
+        """Keep a lookahead's severity; ``beta``: the scheduled outer rate."""
+        self.ratios.note_lookahead(severe, self.caps.caps.applied(self.alpha, beta))
         self.state.severities = [*self.state.severities, (step, severe)][-self.settings.history_size :]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 # Cost of a gradient of a lookahead, in training steps (`python -m benchmarks.hvp_cost`).
 LOOKAHEAD_GRADIENT = 1.2
 # About the cost of a check that measures no curvature.
-_LOOK = 15.0
+_LOOK_COST = 15.0
 # Training steps' worth of checks that every run is given beside its share: the first check, a few looks, two searches.
 _CREDIT = 300.0
 # The last early check, and the one that a run whose loss does not fall is given in any case.
@@ -157,7 +157,8 @@ class Schedule:
         early = self._early_look_due(step, stalled) or caps_due
         postponed = 0 < state.waits <= _MOST_POSTPONED
         regular = on_time and self._within_budget(state.full, step)
-        scheduled = postponed or regular or (state.unjudged and (on_time or (early and step >= _FIRST_JUDGED)))
+        first = state.last is None  # also of a run that is resumed, or fitted again
+        scheduled = first or postponed or regular or (state.unjudged and (on_time or (early and step >= _FIRST_JUDGED)))
         again = since >= self._longest_wait
         # Both are asked, as both take the rates in.
         grown = any([state.outer.grown(rate, beta_c, again=again), state.inner.grown(alpha, alpha_c, again=again)])
@@ -196,7 +197,7 @@ class Schedule:
         if stalled and step == STALLED:
             return True
         state = self.state
-        if self.planned is not None and state.spent + _LOOK <= self.share * self.planned:
+        if self.planned is not None and state.spent + _LOOK_COST <= self.share * self.planned:
             return True
         return step in _ON_CREDIT
 
@@ -289,5 +290,5 @@ class Schedule:
         if self.share is None:
             return since >= state.gap
         # The first few are on credit: a run that diverges early has paid for nothing.
-        credit = state.gap <= self._longest_wait and self.affords(_LOOK, step)
+        credit = state.gap <= self._longest_wait and self.affords(_LOOK_COST, step)
         return (paid and since >= 2) or (credit and since >= state.gap)

@@ -8,8 +8,10 @@ import torch
 
 from lightning_maml_guard.guard.actions import ACTIONS, Action
 from lightning_maml_guard.lookahead.lookahead import LookaheadOptions, check_lookahead
+from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.messages.spelling import Spelling
 from lightning_maml_guard.messages.training_sentences import take_turns
+from lightning_maml_guard.optim.stability_limits import climbs
 from lightning_maml_guard.sharding.space import Split
 from lightning_maml_guard.stability.options import CurvatureOptions, check_curvature
 from lightning_maml_guard.stability.problems import ProblemSource, has_meta_problem
@@ -101,6 +103,14 @@ def check_watchable(settings: Settings, trainer: Any, pl_module: Any) -> None:
             "ConvergenceGuard takes no estimator but 'lanczos' under ModelParallelStrategy: each process holds a piece "
             "of every vector, and products of vectors are sums over all processes. Use estimator='lanczos'."
         )
+
+
+def idle_because(trainer: Any) -> Reason | None:
+    """Why a guard does nothing in a run; None if it works."""
+    climbing = next((each for each in trainer.optimizers if climbs(each)), None)
+    if getattr(trainer, "barebones", False):
+        return Reason(Kind.BAREBONES)
+    return None if climbing is None else Reason(Kind.MAXIMIZES, what=type(climbing).__name__)
 
 
 def check_pieces(trainer: Any, pl_module: Any) -> None:

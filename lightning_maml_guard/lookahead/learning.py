@@ -1,7 +1,7 @@
 """What a run has learned, and whether it lost it: the losses of the same batches at the present and earlier parameters.
 
-The same batches are compared, so that neither their noise nor harder tasks look like lost learning, and at parameters
-from before a step on them: a network that has lost everything else still does well on the batches just trained on.
+On the same batches neither noise nor harder tasks look like lost learning. The losses are those before a step on them,
+as a network that has lost everything else still does well on the batches just trained on.
 """
 
 from __future__ import annotations
@@ -40,57 +40,57 @@ class Learning:
         now: At the parameters of now or, where it was higher, before the batch was used; ``inf`` if it is not finite.
         kept: At the snapshots, the oldest first.
         untrained: An upper limit of the loss before training, for which the oldest snapshot's is taken.
-        unseen: How many snapshots were made before any of the batches was used.
+        snapshots_before: How many snapshots were made before any of the batches was used.
     """
 
     now: tuple[float, ...]
     kept: tuple[tuple[float, ...], ...]
     untrained: float
-    unseen: int
+    snapshots_before: int
 
     @property
-    def best(self) -> int:
+    def best_snapshot(self) -> int:
         """Index of the best snapshot, of those made before any of the batches was used."""
-        return min(range(max(self.unseen, 1)), key=lambda index: median(self.kept[index]))
+        return min(range(max(self.snapshots_before, 1)), key=lambda index: median(self.kept[index]))
 
     @property
-    def _best(self) -> tuple[float, ...]:
-        return self.kept[self.best]
+    def _best_losses(self) -> tuple[float, ...]:
+        return self.kept[self.best_snapshot]
 
     @property
-    def _before(self) -> tuple[float, ...]:
+    def _untrained_losses(self) -> tuple[float, ...]:
         """Losses of the batches before training."""
         return tuple(min(loss, self.untrained) for loss in self.kept[0])
 
     @property
     def losses(self) -> tuple[float, float, float]:
-        """At the best snapshot, now, and before training: medians over the batches."""
-        return median(self._best), median(self.now), median(self._before)
+        """Medians over the batches: at the best snapshot, now, and before training."""
+        return median(self._best_losses), median(self.now), median(self._untrained_losses)
 
     @property
     def has_lost_half(self) -> bool:
         """Whether most batches have lost half of what was learned on them."""
-        both = list(zip(self._before, self._best, strict=True))
+        both = list(zip(self._untrained_losses, self._best_losses, strict=True))
         learned = median([before - best for before, best in both])
-        if not learned > _LEARNED * abs(median(self._before)):
+        if not learned > _LEARNED * abs(median(self._untrained_losses)):
             return False
         return median([now - (before + best) / 2 for now, (before, best) in zip(self.now, both, strict=True)]) >= 0
 
     @property
-    def holds(self) -> bool:
-        """Whether the parameters of now do as well as the best earlier ones: then it is the tasks that changed."""
-        return self.losses[1] <= self.kept_loss
+    def does_as_well(self) -> bool:
+        """Whether the parameters of now do as well as the best earlier ones: then the tasks have changed."""
+        return self.losses[1] <= self.highest_kept_loss
 
     @property
-    def kept_loss(self) -> float:
+    def highest_kept_loss(self) -> float:
         """The largest loss at which nearly all of what was learned is kept."""
         best, _, before = self.losses
-        return _nearly(best, before)
+        return _nearly_best(best, before)
 
     @property
-    def good(self) -> list[int]:
-        """Indices of the snapshots that are as good as the best one, the youngest first."""
-        best, before = self._best, self._before
+    def good_snapshots(self) -> list[int]:
+        """Indices of the snapshots that are nearly as good as the best one, the youngest first; of all if none is."""
+        best, before = self._best_losses, self._untrained_losses
         near = _NEAR * max(median([b - a for a, b in zip(best, before, strict=True)]), 0.0)
         near = max(near, _LEARNED * abs(median(best)))
         found = [
@@ -101,7 +101,7 @@ class Learning:
         return (found or list(range(len(self.kept))))[::-1]
 
 
-def compared(
+def compare_with_snapshots(
     lookahead: Lookahead,
     module: nn.Module,
     optimizers: Sequence[Optimizer],
@@ -129,50 +129,50 @@ def compared(
     kept_losses = []
     for snapshot in kept:
         with snapshot.visited(module, optimizers):
-            kept_losses.append(finite_or_inf(lookahead.untrained(_share(snapshot.alpha, lookahead.alpha))))
-    found = finite_or_inf(lookahead.untrained(_share(alpha, lookahead.alpha)))
+            kept_losses.append(finite_or_inf(lookahead.untrained(_inner_factor(snapshot.alpha, lookahead.alpha))))
+    found = finite_or_inf(lookahead.untrained(_inner_factor(alpha, lookahead.alpha)))
     now = tuple(max(pair) for pair in zip(seen, found, strict=True))
     return Learning(now, tuple(kept_losses), untrained, sum(each.step <= before for each in kept))
 
 
-def nearly_kept(
+def highest_kept_losses(
     found: Learning, lookahead: Lookahead, module: nn.Module, optimizers: Sequence[Optimizer], kept: Sequence[Snapshot]
 ) -> tuple[float, ...]:
     """For each batch of a lookahead, the largest loss at which nearly all of what was learned is kept."""
     losses = []
-    for snapshot in (kept[found.best], kept[0]):
+    for snapshot in (kept[found.best_snapshot], kept[0]):
         with snapshot.visited(module, optimizers):
-            losses.append(finite_or_inf(lookahead.untrained(_share(snapshot.alpha, lookahead.alpha))))
-    return tuple(_nearly(best, min(before, found.untrained)) for best, before in zip(*losses, strict=True))
+            losses.append(finite_or_inf(lookahead.untrained(_inner_factor(snapshot.alpha, lookahead.alpha))))
+    return tuple(_nearly_best(best, min(before, found.untrained)) for best, before in zip(*losses, strict=True))
 
 
-def _nearly(best: float, before: float) -> float:
+def _nearly_best(best: float, before: float) -> float:
     return best + _NEAR * abs(before - best)
 
 
-def _share(alpha: float, configured: float) -> float:
-    """Factor on the configured inner rate that makes it the one that was applied; 1 where either is not known."""
+def _inner_factor(alpha: float, configured: float) -> float:
+    """The applied inner rate over the configured one; 1 where either is not known."""
     return alpha / configured if alpha > 0 and configured > 0 else 1.0
 
 
-def spread_out(count: int) -> list[int]:
-    """Indices of the batches to compare on, out of so many."""
+def probe_indices(count: int) -> list[int]:
+    """Indices of the batches to compare on, spread evenly over ``count``."""
     return sorted({(index * count) // PROBES for index in range(PROBES)})
 
 
 def lost_reason(found: Learning, at: int, step: int) -> Reason:
-    """State that a run has lost what it had learned; ``at``: the step of the best snapshot."""
+    """Make the reason that a run has lost what it had learned; ``at``: the step of the best snapshot."""
     return Reason(Kind.LEARNING_LOST, losses=found.losses, steps=at, step=step)
 
 
 def last_loss_reason(loss: float, scale: Scale) -> Reason:
-    """State that the loss of the last step has diverged."""
+    """Make the reason that the loss of the last step has diverged."""
     kind = Kind.LOSS_DIVERGED if math.isfinite(loss) else Kind.LOSS_NOT_FINITE
     return Reason(kind, losses=(loss, math.nan, scale.start))
 
 
 def lookahead_reason(result: LookaheadResult, start: float, alpha: float, beta: float) -> Reason:
-    """State what a lookahead that diverges saw at these rates."""
+    """Make the reason that a lookahead diverges at these rates."""
     losses = (result.begin, result.end, start)
     if not math.isfinite(result.begin):
         return Reason(Kind.LOSS_NOT_FINITE, losses=losses)
@@ -180,10 +180,7 @@ def lookahead_reason(result: LookaheadResult, start: float, alpha: float, beta: 
 
 
 def severity_at_hand(statistics: RunningStatistics) -> float:
-    """How far the latest losses are from the best ones, by their median, as the loss of a lookahead is measured.
-
-    ``nan`` where there are too few.
-    """
+    """Severity of the median of the latest losses, compared with the best mean; ``nan`` if there are too few."""
     if len(statistics.recent) < FIRST_LOSSES or not math.isfinite(statistics.best):
         return math.nan
     return statistics.scale.severity(median(statistics.recent), statistics.best)
@@ -204,5 +201,5 @@ def chance_loss(module: nn.Module, batch: object) -> float:
 
 
 def finite_or_inf(losses: Sequence[float]) -> tuple[float, ...]:
-    """Take losses that are not finite for infinite, so that they can be compared."""
+    """Replace losses that are not finite by infinity, so that they can be compared."""
     return tuple(loss if math.isfinite(loss) else math.inf for loss in losses)

@@ -58,6 +58,7 @@ class Kind(str, Enum):
     NO_SNAPSHOT = "no snapshot"
     NETWORK_COLLAPSED = "network collapsed"
     BAREBONES = "barebones"
+    MAXIMIZES = "maximizes"
     # What a guard cannot see of training, and a problem that is not training's.
     PROBLEM_DIFFERS = "problem differs from training"
     CAP_IGNORED = "inner rate ignores its cap"

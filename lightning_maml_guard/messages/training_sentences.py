@@ -119,6 +119,10 @@ TRAINING: dict[Kind, Callable[[Reason], str]] = {
     Kind.BAREBONES: lambda reason: (
         "nothing is done in this run: Trainer(barebones=True) asks for no logging and no extra work."
     ),
+    Kind.MAXIMIZES: lambda reason: (
+        f"nothing is done in this run: {reason.what}(maximize=True) climbs the loss, and a guard takes a loss that "
+        "rises for one that diverges.\nTo do: Return the negated loss from training_step, and leave maximize out."
+    ),
     Kind.NO_STEP_LOSS: lambda reason: (
         "training_step returns no loss, so nothing calls a check between the scheduled ones, a diverged run is rolled "
         "back only at a check, and the loss at the first check is taken for that at the start. Return the loss from "

@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 import random
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, SparseAdam
-from torch.utils._pytree import tree_map
 
 from lightning_maml_guard.linalg.layout import Params, real_pairs, unpaired
 from lightning_maml_guard.linalg.operators import Operator
@@ -44,37 +43,78 @@ class ShadowOptimizer:
     def _copy(self, optimizer: Optimizer, factor: float) -> tuple[Optimizer, list[str]]:
         """Copy one optimizer; returns the copy and the names of the parameters it moves."""
         check_no_closure(optimizer)
-        names = {id(value): name for name, value in self._live.items()}
+        names, twins = {id(value): name for name, value in self._live.items()}, dict[int, Any]()
         own: list[str] = []
-        shadow = object.__new__(type(optimizer))
-        shadow._optimizer_step_pre_hooks, shadow._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
-        shadow.state, shadow.param_groups = defaultdict(dict), []
         for group in optimizer.param_groups:
-            moved = []
-            for parameter in group["params"]:
-                name = names.get(id(parameter))
-                if name is None:
-                    continue
-                if name not in self._moved:
-                    self._moved[name] = nn.Parameter(self._spread(parameter, parameter))
-                    self.params[name] = self._moved[name].detach()
-                replica = self._moved[name]
-                own.append(name)
-                moved.append(replica)
-                if parameter in optimizer.state:
-                    known = optimizer.state[parameter].items()
-                    shadow.state[replica] = {
-                        key: _cloned(value) if key in _COUNTERS else self._spread(_cloned(value), parameter)
-                        for key, value in known
-                    }
-            rest = {key: _cloned(value) for key, value in group.items() if key != "params"}
-            shadow.param_groups.append({**rest, "lr": rest["lr"] * factor, "params": moved})
-        replicas: dict[int, Tensor] = {id(self._live[name]): self._moved[name] for name in own}
-        # The instance's own `step` (a scheduler's counter) and hooks (an LR cap's) belong to the live one; whatever
-        # else a step may write into is copied.
-        rest = {key: value for key, value in optimizer.__dict__.items() if key != "step" and key not in shadow.__dict__}
-        shadow.__dict__.update(tree_map(lambda leaf: _copied(leaf, replicas), rest))
-        return shadow, own
+            own += [names[id(each)] for each in group["params"] if id(each) in names]
+            self._group(group, names, factor, twins)
+        return self._twin(optimizer, names, twins), own
+
+    def _group(self, group: dict[str, Any], names: dict[int, str], factor: float, twins: dict[int, Any]) -> None:
+        """Copy a parameter group, at a factor on its rate, and the parameters in it that are known by name."""
+        for parameter in group["params"]:
+            name = names.get(id(parameter))
+            if name is not None and name not in self._moved:
+                self._moved[name] = nn.Parameter(self._spread(parameter, parameter))
+                self.params[name] = self._moved[name].detach()
+            if name is not None:
+                twins[id(parameter)] = self._moved[name]
+        moved = [twins[id(each)] for each in group["params"] if id(each) in names]
+        rest = {key: _cloned(value) for key, value in group.items() if key != "params"}
+        twins[id(group)] = {**rest, "lr": rest["lr"] * factor, "params": moved}
+
+    def _twin(self, optimizer: Optimizer, names: dict[int, str], twins: dict[int, Any]) -> Optimizer:
+        """Copy an optimizer whose groups may have twins, and those that it steps: of what they share there is one twin.
+
+        The instance's own `step` (a scheduler's counter) and hooks (an LR cap's) belong to the live one; whatever else
+        a step may write into is copied.
+        """
+        shadow = twins[id(optimizer)] = object.__new__(type(optimizer))
+        shadow._optimizer_step_pre_hooks, shadow._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+        for group in optimizer.param_groups:
+            if id(group) not in twins:  # of a wrapped optimizer: the rate of the one that wraps it is another
+                self._group(group, names, 1.0, twins)
+        held = vars(optimizer)
+        if "param_groups" in held and id(held["param_groups"]) not in twins:
+            twins[id(held["param_groups"])] = [twins[id(each)] for each in optimizer.param_groups]
+        if "state" in held and id(held["state"]) not in twins:
+            twins[id(held["state"])] = self._state(held["state"], names, twins)
+        for key, value in held.items():
+            if key != "step" and key not in vars(shadow):
+                vars(shadow)[key] = self._within(value, names, twins)
+        return shadow
+
+    def _state(self, live: dict[Any, Any], names: dict[int, str], twins: dict[int, Any]) -> dict[Any, Any]:
+        """Copy an optimizer's state: of the parameters that are known by name, and of what is none."""
+        state = defaultdict[Any, Any](dict)
+        for key, known in live.items():
+            if not isinstance(key, Tensor):
+                state[key] = self._within(known, names, twins)
+            elif id(key) in names:
+                state[twins[id(key)]] = {
+                    name: _cloned(value) if name in _COUNTERS else self._spread(_cloned(value), key)
+                    for name, value in known.items()
+                }
+        return state
+
+    def _within(self, value: Any, names: dict[int, str], twins: dict[int, Any]) -> Any:
+        """Copy what an optimizer holds."""
+        if id(value) in twins:
+            return twins[id(value)]
+        if isinstance(value, Optimizer):
+            return self._twin(value, names, twins)
+        if type(value) in _CONTAINERS:
+            twin = twins[id(value)] = copy.copy(value)
+            twin.clear()
+            if isinstance(value, dict):
+                twin.update((self._within(k, names, twins), self._within(v, names, twins)) for k, v in value.items())
+            else:
+                twin.extend(self._within(each, names, twins) for each in value)
+            return twin
+        if isinstance(value, tuple):
+            held = [self._within(each, names, twins) for each in value]
+            return type(value)(*held) if hasattr(value, "_fields") else tuple(held)
+        return _copied(value)
 
     def _spread(self, value: Any, parameter: Tensor) -> Any:
         """Copy a parameter, or a state of its shape, for every run."""
@@ -124,6 +164,8 @@ class ShadowOptimizer:
 
 # Entries of an optimizer's state that are one number, also of a parameter that is one number.
 _COUNTERS = frozenset({"step", "mu_product"})
+# What is copied with all that it holds.
+_CONTAINERS = frozenset({dict, OrderedDict, defaultdict, Counter, list, deque})
 # Optimizers whose step treats every entry by itself, and whose movement is in proportion to their rate.
 BY_ENTRY = (SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad, Adadelta)
 
@@ -178,9 +220,9 @@ def predicted_change(
     return jacobian.layout.space.total(-0.5 * ((gradient + jacobian.gradient_after(update)) @ update))
 
 
-def _copied(leaf: Any, replicas: dict[int, Tensor]) -> Any:
+def _copied(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
-        return replicas[id(leaf)] if id(leaf) in replicas else leaf.detach().clone()
+        return leaf.detach().clone()
     if isinstance(leaf, torch.Generator):
         return leaf.clone_state()
     states = (set, random.Random, np.random.Generator, np.random.RandomState)

@@ -34,7 +34,8 @@ class Snapshot:
     ) -> None:
         self.step = self.progress = step
         self.alpha = math.nan
-        self._tensors = [_kept(tensor, device) for tensor in _tensors(module)]
+        optimizers = _with_wrapped(optimizers)
+        self._tensors = [_kept(tensor, device) for tensor in _tensors(module, optimizers)]
         self._states = [
             [{key: _kept(value, device) for key, value in optimizer.state.get(p, {}).items()} for p in _held(optimizer)]
             for optimizer in optimizers
@@ -71,8 +72,9 @@ class Snapshot:
     @torch.no_grad()
     def renew(self, module: nn.Module, optimizers: Sequence[Optimizer], step: int) -> bool:
         """Copy the present state over this one; False, and nothing is done, where it does not fit into the old."""
+        optimizers = _with_wrapped(optimizers)
         live = [[optimizer.state.get(p, {}) for p in _held(optimizer)] for optimizer in optimizers]
-        into, values, others = list(self._tensors), [local(each) for each in _tensors(module)], []
+        into, values, others = list(self._tensors), [local(each) for each in _tensors(module, optimizers)], []
         if [len(saved) for saved in self._states] != [len(now) for now in live] or len(into) != len(values):
             return False
         for old, new in zip(chain.from_iterable(self._states), chain.from_iterable(live), strict=True):
@@ -97,7 +99,9 @@ class Snapshot:
 
     def fits(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> bool:
         """Whether module and optimizers hold as many tensors, of these shapes, as when it was made."""
-        shapes, counts = [local(value).shape for value in _tensors(module)], [len(_held(each)) for each in optimizers]
+        optimizers = _with_wrapped(optimizers)
+        shapes = [local(value).shape for value in _tensors(module, optimizers)]
+        counts = [len(_held(each)) for each in optimizers]
         return shapes == [value.shape for value in self._tensors] and counts == [len(each) for each in self._states]
 
     @contextmanager
@@ -120,7 +124,8 @@ class Snapshot:
         """
         if not self.fits(module, optimizers):
             raise ValueError(f"the module or its optimizers hold other tensors than at step {self.step}")
-        for tensor, saved in zip(_tensors(module), self._tensors, strict=True):
+        optimizers = _with_wrapped(optimizers)
+        for tensor, saved in zip(_tensors(module, optimizers), self._tensors, strict=True):
             local(tensor).copy_(saved)
         for optimizer, states in zip(optimizers, self._states, strict=True):
             for parameter, saved in zip(_held(optimizer), states, strict=True):
@@ -234,8 +239,34 @@ def _gap(ages: Sequence[int], index: int) -> float:
     return ages[index - 1] / ages[index + 1]
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
+def _tensors(module: nn.Module, optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    """The tensors of a module, and what optimizers hold beside their parameters and states."""
+    states = [each for optimizer in optimizers for each in (optimizer.state, optimizer.param_groups)]
+    apart = {id(each) for each in (*module.parameters(), *states)}
+    held = (each for optimizer in optimizers for name, each in vars(optimizer).items() if name != "defaults")
+    return [*module.parameters(), *module.buffers(), *(each for value in held for each in _within(value, apart))]
+
+
+def _within(value: Any, apart: set[int]) -> Iterator[Tensor]:
+    if id(value) in apart:
+        return
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _within(each, apart)
+
+
+def _with_wrapped(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
+    """List optimizers and those that they hold, as one that wraps another does."""
+    found: list[Optimizer] = []
+    waiting = list(optimizers)
+    while waiting:
+        optimizer = waiting.pop(0)
+        if all(optimizer is not each for each in found):
+            found.append(optimizer)
+            waiting += [each for each in vars(optimizer).values() if isinstance(each, Optimizer)]
+    return found
 
 
 def _held(optimizer: Optimizer) -> list[nn.Parameter]:

@@ -226,6 +226,11 @@ def decoupled_decay(group: Group, optimizer: Optimizer) -> bool:
     return type(unwrap(optimizer)) is AdamW or bool(group.get("decoupled_weight_decay", False))
 
 
+def climbs(optimizer: Optimizer) -> bool:
+    """Return True if an optimizer climbs its loss with all parameters; with some, it looks for a saddle."""
+    return all(group.get("maximize") for group in optimizer.param_groups)
+
+
 def unwrap(optimizer: Any) -> Optimizer:
     """Return the optimizer inside wrappers such as Lightning's ``LightningOptimizer``."""
     while type(optimizer) not in LIMITS and isinstance(getattr(optimizer, "optimizer", None), Optimizer):

@@ -25,7 +25,7 @@ from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.optim.clipping import run_clipping
 from lightning_maml_guard.optim.rates_ahead import read_ahead
 from lightning_maml_guard.optim.shadow import BY_ENTRY, ClosureError
-from lightning_maml_guard.optim.stability_limits import listed
+from lightning_maml_guard.optim.stability_limits import climbs, listed
 from lightning_maml_guard.phase.ladder import RateLadder
 from lightning_maml_guard.phase.rungs import Slopes
 from lightning_maml_guard.stability.hvp import MeasurementCache
@@ -204,6 +204,8 @@ class _Suggesting:
         unknown = next((each for each in listed(self._optimizers) if type(each) not in BY_ENTRY), None)
         if not options.steps:
             detail = "LadderOptions has steps=0"
+        elif any(map(climbs, self._optimizers)):
+            detail = "the optimizer climbs the loss (maximize=True); return the negated loss, and leave maximize out"
         elif unknown is not None:
             detail = f"{type(unknown).__name__} cannot step several runs together, each at its own rate"
         elif not 0 < judged.beta < math.inf:

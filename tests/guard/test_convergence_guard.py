@@ -5,6 +5,7 @@ import warnings
 import pandas as pd
 import pytest
 import torch
+from pytorch_lightning.callbacks import LambdaCallback
 from torch import nn
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader
@@ -29,7 +30,7 @@ from lightning_maml_guard.utils.lightning_compat import (
     MisconfigurationException,
     Trainer,
 )
-from tests.helpers import QUIET, fit, grouped, guard_warns, linear_module, one_line, quadratic_batch
+from tests.helpers import QUIET, fit, grouped, guard_warns, is_free_of_hooks, linear_module, one_line, quadratic_batch
 
 SPECTRUM = [0.3, 1.0, 2.0, 4.0]
 BATCH = quadratic_batch(SPECTRUM, target=1.0)
@@ -329,6 +330,26 @@ def test_barebones_makes_it_inert():
             module_at(), DataLoader([BATCH] * 2, batch_size=None)
         )
     assert guard.history == []
+
+
+def test_an_optimizer_that_climbs_the_loss_makes_it_inert():
+    """A reward that rises is no loss that diverges."""
+    module = MetaLearningModule(mlp(), inner_lr=0.01, optimizer=lambda p: Adam(p, lr=1e-3, maximize=True))
+    guard = ConvergenceGuard(action="rescale")
+    with guard_warns(r"Adam\(maximize=True\) climbs the loss"):
+        fit(module, Sinusoid().sample(5, torch.Generator()), 4, [guard])
+    assert guard.history == [] and is_free_of_hooks(module.trainer)
+
+
+def test_a_run_that_is_fitted_again_is_checked_where_it_begins():
+    """Before, the rate was first looked at where the loss jumped, or at a multiple of 100."""
+    module, guard, kept = module_at(beta=0.01), ConvergenceGuard(action="rescale"), []
+    copies = LambdaCallback(on_train_batch_end=lambda *_: kept.append(guard._run.ring.kept[0].step))
+    trainer = fit(module, BATCH, 3, [guard, copies])
+    trainer.fit_loop.epoch_loop.max_steps = 6
+    trainer.fit(module, DataLoader([BATCH] * 6, batch_size=None))
+    assert [report.step for report in guard.history][:1] == [3]
+    assert kept == [0, 0, 0, 3, 3, 3]  # the copy to go back to
 
 
 def test_adam_is_judged_from_its_second_step_on():

@@ -238,7 +238,7 @@ def test_injected_at_every_line_of_a_check_that_advises(every, watched, monkeypa
 
     def watched_anew(self, *arguments, **options):
         self.run.machine.watches, self.run.state.advice, self.run.state.searches = {}, None, 0
-        if self.run.snapshot is None:  # to take it may have failed at step 0, and it is what there is to go back to
+        if self.run.ring.latest is None:  # to take it may have failed at step 0, and it is what there is to go back to
             self.rollback.keep(0)
         watching(self, *arguments, **options)
 

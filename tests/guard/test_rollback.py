@@ -217,7 +217,9 @@ def test_a_state_whose_lookahead_fails_is_never_one_to_go_back_to():
 
     class Look(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            kept.append((guard.severities[-1][1], None if guard._run.snapshot is None else guard._run.snapshot.step))
+            kept.append(
+                (guard.severities[-1][1], None if guard._run.ring.latest is None else guard._run.ring.latest.step)
+            )
 
     trainer.callbacks += [guard, Look()]
     trainer.fit_loop.epoch_loop.max_steps = 5

@@ -364,13 +364,20 @@ def test_an_inner_rate_that_has_grown_by_half_is_looked_at_too():
 
 def test_a_loss_that_leaves_its_best_is_looked_at_once_without_payment():
     schedule = Schedule(100, 0.02)
-    schedule.state.spent = 1e6
+    schedule.state.spent, schedule.state.last = 1e6, 0
     found = []
     for step in range(101, 160):
         schedule.note_left_best(110 <= step < 130 or step >= 150)
         if schedule.due(step) is not None:
             found.append(step)
     assert found == [110, 150]
+
+
+@pytest.mark.parametrize("begin", [0, 37, 160])
+def test_a_run_is_checked_where_it_begins(begin):
+    """It may be resumed without the guard's state, or fitted again."""
+    schedule = Schedule(100, 0.02)
+    assert schedule.due(begin) == SCHEDULED and schedule.due(begin + 1) is None
 
 
 def test_capped_rates_that_could_not_be_tried_are_looked_at_when_they_may_be():

@@ -57,4 +57,4 @@ def test_memory_stays_flat_and_nothing_is_left(steps):
     (optimizer,) = trainer.optimizers
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
     assert not {"log", "log_dict"} & set(module.__dict__) and not module._forward_pre_hooks
-    assert guard._run.snapshot is None and not guard._run.replay.earlier()
+    assert guard._run.ring.latest is None and not guard._run.replay.earlier()

@@ -266,7 +266,7 @@ def test_the_snapshot_of_a_checkpoint_from_before_there_were_several_is_one_of_t
     old = {key: value for key, value in SNAPSHOT.items() if key != "progress"}
     guard = ConvergenceGuard(action="rescale")
     guard.load_state_dict({"version": VERSION, "snapshot": old})
-    assert guard._run.snapshot.step == 2 and guard._run.snapshot.progress == 2
+    assert guard._run.ring.latest.step == 2 and guard._run.ring.latest.progress == 2
     assert from_checkpoint({"version": VERSION, "snapshot": None}).snapshots == []
 
 
@@ -282,7 +282,7 @@ def test_a_guard_hands_its_state_on():
         "proportion) and Trainer(gradient_clip_val=1.5), or fix "
         "the batch."
     )
-    assert second._run.snapshot.step == 2 and second._run.caps.caps == Caps(0.045, 0.5)
+    assert second._run.ring.latest.step == 2 and second._run.caps.caps == Caps(0.045, 0.5)
     assert second._run.machine.unsafe and second._run.schedule.state.last == 4
 
 
@@ -407,7 +407,7 @@ def test_a_flat_state_of_before_the_tree_loads_into_the_same_values():
     assert from_checkpoint(flat()).history[0].reasons == ("beta = 1.5 exceeds beta_c.",)
     guard = ConvergenceGuard(action="rescale", rollback=True)
     guard.load_state_dict(flat())
-    assert guard.stopping_reason == "beta = 1.5 exceeds beta_c." and guard._run.snapshot.step == 2
+    assert guard.stopping_reason == "beta = 1.5 exceeds beta_c." and guard._run.ring.latest.step == 2
     told = happened([], guard.events, IN_PYTHON)
     assert [(row.step, row.why) for row in told][:2] == [(3, "The loss was 9 at step 3."), (4, "Adamax is not known.")]
 

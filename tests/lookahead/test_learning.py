@@ -10,7 +10,7 @@ from torch.optim import SGD
 
 from lightning_maml_guard import ConvergenceGuard, GuardWarning, MetaLearningModule
 from lightning_maml_guard.lookahead.divergence import RunningStatistics, Scale, fails, passes
-from lightning_maml_guard.lookahead.learning import Learning, chance_loss, nearly_kept, spread_out
+from lightning_maml_guard.lookahead.learning import Learning, chance_loss, highest_kept_losses, probe_indices
 from lightning_maml_guard.lookahead.lookahead import Lookahead
 from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.stability.problems import PlainProblem
@@ -76,19 +76,19 @@ def test_a_rise_counts_from_the_best_mean_and_only_on_the_same_batch():
 )
 def test_most_batches_decide(now, lost, holds):
     found = Learning(now, ((1.0, 1.0, 1.0), (0.2, 0.2, 0.2), (0.9, 0.9, 0.9)), 1.0, 3)
-    assert (found.has_lost_half, found.holds, found.good) == (lost, holds, [1])
+    assert (found.has_lost_half, found.does_as_well, found.good_snapshots) == (lost, holds, [1])
     assert found.losses[0] == 0.2 and found.losses[2] == 1.0
 
 
 def test_tasks_that_are_harder_for_all_parameters_are_not_lost_learning():
     found = Learning((9.0, 9.1), ((10.0, 10.0), (9.0, 9.0)), 1.0, 2)
-    assert not found.has_lost_half and found.holds
+    assert not found.has_lost_half and found.does_as_well
 
 
 def test_the_youngest_snapshot_that_lost_nothing_is_the_one_to_go_back_to():
     kept = ((1.0,), (0.3,), (0.2,), (0.25,), (0.8,))
-    assert Learning((math.inf,), kept, 1.0, 5).good == [3, 2, 1]
-    assert Learning((math.inf,), ((math.inf,), (math.inf,)), 1.0, 2).good == [1, 0]
+    assert Learning((math.inf,), kept, 1.0, 5).good_snapshots == [3, 2, 1]
+    assert Learning((math.inf,), ((math.inf,), (math.inf,)), 1.0, 2).good_snapshots == [1, 0]
 
 
 def test_a_snapshot_that_has_seen_the_batches_is_not_what_the_run_is_compared_with():
@@ -99,7 +99,7 @@ def test_a_snapshot_that_has_seen_the_batches_is_not_what_the_run_is_compared_wi
 
 
 def test_batches_to_compare_on_are_spread_out():
-    assert spread_out(1) == [0] and spread_out(3) == [0, 1, 2] and spread_out(8) == [0, 2, 4, 6]
+    assert probe_indices(1) == [0] and probe_indices(3) == [0, 1, 2] and probe_indices(8) == [0, 2, 4, 6]
 
 
 @pytest.mark.parametrize(
@@ -171,5 +171,7 @@ def test_what_was_nearly_kept_is_told_batch_by_batch():
     nn.init.constant_(weight.weight, 5.0)
     lookahead = Lookahead([square(1.0), square(10.0)], optimizer, 1)
     found = Learning((5.0,), ((4.0,), (1.0,), (0.0,)), 12.0, 2)  # the last one was made when the batches had been used
-    assert nearly_kept(found, lookahead, weight, [optimizer], kept) == pytest.approx((2 + 0.25 * 3, 11 + 0.25 * 1))
+    assert highest_kept_losses(found, lookahead, weight, [optimizer], kept) == pytest.approx(
+        (2 + 0.25 * 3, 11 + 0.25 * 1)
+    )
     assert weight.weight.item() == 5.0

@@ -189,6 +189,11 @@ EXAMPLES = [
         "nothing is done in this run: Trainer(barebones=True) asks for no logging and no extra work.",
     ),
     (
+        Reason(Kind.MAXIMIZES, what="SGD"),
+        "nothing is done in this run: SGD(maximize=True) climbs the loss, and a guard takes a loss that rises for one "
+        "that diverges.\nTo do: Return the negated loss from training_step, and leave maximize out.",
+    ),
+    (
         Reason(Kind.ROLLED_BACK, step=15, steps=10, losses=(nan, nan, nan), counts=(1, 10), alpha=0.05, beta=0.05),
         "the loss was nan at step 15, so parameters and optimizer state were rolled back to step 10 and "
         "the batches since are skipped (rollback 1 of at most 10).\n"

@@ -418,6 +418,13 @@ def test_an_optimizer_that_needs_a_closure_is_not_tried():
             use()
 
 
+def test_an_optimizer_that_climbs_the_loss_is_not_tried():
+    module = on_quadratic(optimizer=lambda parameters: SGD(parameters, lr=0.1, maximize=True))
+    found = suggest_rates(module, loader(quadratic_batch(list(VALUES))))
+    assert found.ladder is None and math.isnan(found.beta)
+    assert "the optimizer climbs the loss (maximize=True)" in found.notices[-1]
+
+
 @pytest.mark.parametrize(
     ("steps", "said"), [(0, "LadderOptions has steps=0"), (8, "at none of those tried is the loss")]
 )
