@@ -80,7 +80,7 @@ def test_the_batch_of_a_spike_survives_too():
     replay = ReplayBuffer(2)
     for index in range(4):
         replay.add({"x": torch.full((2,), float(index))}, index)
-        replay.take_loss(50.0, index, 1, spiked=index == 1, at_best=False)
+        replay.note_loss(50.0, index, 1, spiked=index == 1, at_best=False)
     again = ReplayBuffer(2)
     again.load(replay.state(), replay.spike_state())
     assert again.spike is None and repr(again.spike_state()) == repr(replay.spike_state())
