@@ -20,7 +20,7 @@ from lightning_maml_guard.linalg.layout import Params
 from lightning_maml_guard.linalg.operators import Field, FieldValue
 from lightning_maml_guard.sharding.space import Split
 from lightning_maml_guard.utils.reachable import modules_of
-from lightning_maml_guard.utils.shards import gathered_here, local, over_all, reshard
+from lightning_maml_guard.utils.shards import local, reduce_over_processes, reshard, sharded_parts
 
 T = TypeVar("T")
 # A function of the live parameters, whose values are those of the point.
@@ -35,7 +35,7 @@ class OwnBackward:
 
     def __init__(self, live: Params, *functions: Any) -> None:
         self.live, self.space = live, Split(live)
-        self._modules: list[nn.Module] = [each for each in modules_of(*functions) if gathered_here(each)]
+        self._modules: list[nn.Module] = [each for each in modules_of(*functions) if sharded_parts(each)]
         if not self._modules:
             raise ValueError(
                 "Expected the loss to call the module whose parameters are split, but it leads to none: name the "
@@ -109,4 +109,4 @@ class OwnBackward:
 
 def mean(value: Tensor) -> Tensor:
     """Average a loss over the processes."""
-    return over_all(value) / dist.get_world_size()
+    return reduce_over_processes(value) / dist.get_world_size()

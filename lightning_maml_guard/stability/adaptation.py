@@ -18,7 +18,7 @@ from lightning_maml_guard.sharding.meta_gradient import ShardedMaml
 from lightning_maml_guard.stability.objective import in_float32
 from lightning_maml_guard.stability.problems import AccumulatedProblem, PlainProblem, Problem
 from lightning_maml_guard.utils.double_backward import double_backward
-from lightning_maml_guard.utils.random_state import preserved_randomness, same_masks
+from lightning_maml_guard.utils.random_state import fix_dropout_masks, preserved_randomness
 from lightning_maml_guard.utils.shards import any_split
 from lightning_maml_guard.utils.task_map import TaskMap, each_task, task_count
 
@@ -174,7 +174,7 @@ def adaptation(problem: Problem, task_map: TaskMap, *, each_step: bool = True) -
         return None
     parts = problem.parts if isinstance(problem, AccumulatedProblem) else (problem,)
     with preserved_randomness(), double_backward(), torch.no_grad():
-        same_masks()
+        fix_dropout_masks()
         return Adaptation.of([_of_batch(in_float32(each), task_map, each_step) for each in parts])
 
 

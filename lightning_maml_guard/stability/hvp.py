@@ -20,7 +20,7 @@ from lightning_maml_guard.stability.objective import MamlObjective, Objective, T
 from lightning_maml_guard.stability.problems import PlainProblem, Problem, first_batch
 from lightning_maml_guard.utils.checks import first_line
 from lightning_maml_guard.utils.distributed import Ranks
-from lightning_maml_guard.utils.random_state import same_masks
+from lightning_maml_guard.utils.random_state import fix_dropout_masks
 from lightning_maml_guard.utils.task_map import TaskMap
 
 T = TypeVar("T")
@@ -211,7 +211,7 @@ def make_operator(name: str, target: Target, cache: MeasurementCache) -> tuple[O
         return operator, _finite_noise(operator.error)
     trouble = None
     if name not in facts.finite:
-        same_masks()  # that the finite differences draw, too
+        fix_dropout_masks()  # that the finite differences draw, too
         checked = name in facts.checked or not cache.checks
         operator, trouble = _double_backward(name, gradient, params, layout, checked=checked)
         if cache.checks:

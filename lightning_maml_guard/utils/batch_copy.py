@@ -36,13 +36,13 @@ ATOMS = (
 )
 
 
-class _Plain:
+class _DictOnly:
     """Holds all of its state in ``__dict__``."""
 
 
 def is_plain(value: Any) -> bool:
     """Return True if an object holds all of its state in ``__dict__``."""
-    return getattr(value, "__dict__", None) is not None and type(value).__basicsize__ <= _Plain.__basicsize__
+    return getattr(value, "__dict__", None) is not None and type(value).__basicsize__ <= _DictOnly.__basicsize__
 
 
 class BatchCopyError(TypeError):
@@ -66,7 +66,7 @@ def copied(batch: Any, clone: Callable[[Tensor], Tensor] = _clone) -> Any:
         with _Clones(clone):
             return copy.deepcopy(batch)
     except Exception as error:
-        return _by_parts(batch, clone, error)
+        return _copy_parts(batch, clone, error)
 
 
 class _Clones(TorchFunctionMode):
@@ -82,7 +82,7 @@ class _Clones(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _by_parts(batch: Any, clone: Callable[[Tensor], Tensor], error: Exception) -> Any:
+def _copy_parts(batch: Any, clone: Callable[[Tensor], Tensor], error: Exception) -> Any:
     """Copy what ``deepcopy`` failed at: part by part, and objects by a ``clone`` of their own."""
     kind = type(batch)
     if kind is dict:
@@ -100,7 +100,7 @@ def _by_parts(batch: Any, clone: Callable[[Tensor], Tensor], error: Exception) -
     raise BatchCopyError(kind.__name__, error) from error
 
 
-# What a batch holds: each object, and what shows that it was written into.
+# Each object that a batch holds, with what changes when the object is written into.
 Trace = list[tuple[Any, Any]]
 
 
@@ -117,7 +117,7 @@ def trace(batch: Any) -> Trace | None:
             found.append((value, None))
         elif id(value) not in seen:
             seen.add(id(value))
-            inside = _inside(value)
+            inside = _parts_of(value)
             if inside is None:
                 return None
             parts, names = inside
@@ -126,10 +126,10 @@ def trace(batch: Any) -> Trace | None:
     return found
 
 
-def _inside(value: Any) -> tuple[Sequence[Any], Any] | None:
-    """List the parts of a container or an object, and their names: None where no others can take their place.
+def _parts_of(value: Any) -> tuple[Sequence[Any], Any] | None:
+    """List the parts of a container or an object, and their names (None for a tuple, whose parts cannot be replaced).
 
-    None where they cannot be seen.
+    None if the parts cannot be listed.
     """
     own = getattr(value, "__dict__", None)
     if own is None and isinstance(value, (list, tuple, deque)):
@@ -155,7 +155,7 @@ def changed(before: Trace, batch: Any) -> bool:
             if held != (value._version, value.requires_grad):
                 return True
             continue
-        inside = _inside(value)
+        inside = _parts_of(value)
         # The parts live as long as the trace, so that no other one has the same address.
         if inside is None or held != (inside[1], [*map(id, inside[0])]):
             return True

@@ -15,7 +15,7 @@ Names = frozenset[str]
 
 
 def modules_of(*roots: Any) -> list[nn.Module]:
-    """List the modules that functions can call, the parts of a listed one left out; the functions' own calls count."""
+    """List the modules that functions can call, directly or through others, without the parts of a listed one."""
     found: list[nn.Module] = []
     seen: dict[tuple[int, Names], Any] = {}  # holds what it has seen, so that no id is used twice
     waiting: list[tuple[Any, Names]] = [(root, frozenset()) for root in roots]
@@ -25,15 +25,15 @@ def modules_of(*roots: Any) -> list[nn.Module]:
             continue
         seen[id(value), names] = value
         if not isinstance(value, nn.Module):
-            waiting += _behind(value, names)
+            waiting += _reachable_from(value, names)
         elif all(value is not each for each in found):
             found.append(value)
     parts = {id(part) for module in found for part in module.modules() if part is not module}
     return [module for module in found if id(module) not in parts]
 
 
-def _behind(value: Any, names: Names) -> Iterator[tuple[Any, Names]]:
-    """Go one step further; ``names`` are those that the function has which led here."""
+def _reachable_from(value: Any, names: Names) -> Iterator[tuple[Any, Names]]:
+    """What a value leads to, each with names; ``names``: the attributes that the function leading here mentions."""
     if isinstance(value, FunctionType):
         yield from _of_function(value)
     elif isinstance(value, MethodType):

@@ -44,19 +44,19 @@ def split_like(piece: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def gathered_here(module: nn.Module) -> list[Any]:
-    """List the parts of a module that ``fully_shard`` split, which gather their parameters to be called."""
+def sharded_parts(module: nn.Module) -> list[Any]:
+    """List the parts of a module that ``fully_shard`` split; each gathers its parameters when it is called."""
     known = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     return [] if known is None else [part for part in module.modules() if isinstance(part, known)]
 
 
 def reshard(module: nn.Module) -> None:
-    """Have a module hold its pieces: a forward pass without a backward pass leaves gathered parameters behind."""
-    for part in gathered_here(module):
+    """Free gathered parameters, which a forward pass without a backward pass leaves behind."""
+    for part in sharded_parts(module):
         part.reshard()
 
 
-def over_all(value: Tensor, op: Any = None) -> Tensor:
+def reduce_over_processes(value: Tensor, op: Any = None) -> Tensor:
     """Combine what each process found in its piece; the sum unless another operation is given."""
     total = value.detach().clone()
     dist.all_reduce(total, dist.ReduceOp.SUM if op is None else op)
@@ -68,7 +68,7 @@ def norm(values: Sequence[Tensor]) -> Tensor:
     split = [value for value in values if is_split(value)]
     whole = [value for value in values if not is_split(value)]
     squares = [torch.linalg.vector_norm(local(value)) ** 2 / _copies(value) for value in split]
-    total = over_all(torch.stack(squares).sum())
+    total = reduce_over_processes(torch.stack(squares).sum())
     return (total + sum(torch.linalg.vector_norm(value) ** 2 for value in whole)).sqrt()
 
 
@@ -86,4 +86,4 @@ def finite(module: nn.Module) -> bool:
     if not any_split(parameters):
         return here
     flag = torch.tensor(int(here), device=parameters[0].device)
-    return bool(over_all(flag, dist.ReduceOp.MIN))
+    return bool(reduce_over_processes(flag, dist.ReduceOp.MIN))
