@@ -21,7 +21,7 @@ from lightning_maml_guard import MetaLearningModule, MetaProblem
 from lightning_maml_guard.linalg.operators import Jacobian, gradient_of
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.stability.adaptation import COST, ENDS_COST, adaptation
-from lightning_maml_guard.stability.hvp import CURVATURE, UPDATE
+from lightning_maml_guard.stability.hvp import HESSIAN_PRICE, UPDATE_PRICE
 from lightning_maml_guard.stability.objective import MamlObjective
 from lightning_maml_guard.tasks.episodes import episode_generator
 from lightning_maml_guard.tasks.regression import Sinusoid
@@ -97,9 +97,15 @@ def main() -> None:
     jobs = [partial(costs, rows[name], order, given.turns) for name, order in both]
     for (name, order), found in zip(both, each_done(jobs, "5 minutes with all rows"), strict=True):
         print(f"| {name} | {order} | {' | '.join(f'{found[column]:.2f}' for column in columns)} |", flush=True)
-    counted = (UPDATE.graph, UPDATE.product, CURVATURE.graph, CURVATURE.product, UPDATE.graph + UPDATE.product)
+    counted = (
+        UPDATE_PRICE.graph,
+        UPDATE_PRICE.product,
+        HESSIAN_PRICE.graph,
+        HESSIAN_PRICE.product,
+        UPDATE_PRICE.graph + UPDATE_PRICE.product,
+    )
     print(
-        f"| counted as | | {' | '.join(f'{cost:.2f}' for cost in counted)} | {UPDATE.product:.2f} | "
+        f"| counted as | | {' | '.join(f'{cost:.2f}' for cost in counted)} | {UPDATE_PRICE.product:.2f} | "
         f"{COST:.2f} | {ENDS_COST:.2f} |"
     )
 

@@ -155,7 +155,7 @@ def look_at(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_idx: i
     look.alpha = run.caps.caps.applied(run.alpha, math.nan)[0]
     look.adaptation = found = _adaptation_of(run, at_alpha(problem, look.alpha) if look.alpha < run.alpha else problem)
     if found is not None:
-        run.state.losses.adapt(step, found.before, found.after)
+        run.state.losses.note_adaptation(step, found.before, found.after)
     return look
 
 

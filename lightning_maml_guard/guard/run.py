@@ -105,7 +105,7 @@ class GuardedRun:
 
     def take_batch(self, batch: Any, batch_idx: int, accumulated: int) -> None:
         """Keep the batch of the coming step: for the lookaheads, and for the curvature of an accumulated batch."""
-        self.replay.hold(accumulated * (self.settings.lookahead.batches if self.settings.lookahead.steps else 1))
+        self.replay.resize(accumulated * (self.settings.lookahead.batches if self.settings.lookahead.steps else 1))
         self.replay.add(batch, batch_idx)
 
     def take_step(self, loss: Any, trainer: Any, batch_idx: int) -> None:
@@ -145,13 +145,13 @@ class GuardedRun:
 
     def _compare_step(self, loss: float, norm: float, trainer: Any) -> None:
         """Call a check if the step's loss or gradient norm spiked; drop the snapshot before it if it did no good."""
-        self.state.losses.take(loss)
+        self.state.losses.add(loss)
         step, statistics, lookahead = logger_step(trainer), self.state.statistics, self.settings.lookahead
         watches = lookahead.triggers and (self.settings.acting.caps_rates or not self.machine.unsafe)
         spiked, left_best = statistics.update(loss, norm), statistics.has_left_best
         lost_half = left_best and statistics.has_lost_half
         size, at_best = trainer.accumulate_grad_batches, statistics.loss <= statistics.best
-        self.replay.take_loss(loss, step, size, spiked=spiked, at_best=at_best)
+        self.replay.note_loss(loss, step, size, spiked=spiked, at_best=at_best)
         if (spiked or lost_half) and watches:
             diverged = lost_half or statistics.scale.diverged(loss, lookahead.divergence_ratio)
             self.schedule.spike(diverged=diverged, lost=not math.isfinite(loss))
@@ -166,7 +166,7 @@ class GuardedRun:
         """Without lookaheads: say that a loss is not finite, and stop if that is the action or nothing can help."""
         self._finish_match(math.nan if loss is None else loss)
         if loss is not None:
-            self.state.losses.take(loss)
+            self.state.losses.add(loss)
         if loss is None or math.isfinite(loss):
             return
         step, action = logger_step(trainer), self.settings.acting

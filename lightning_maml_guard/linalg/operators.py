@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_maml_guard.linalg.lanczos import Matvec
 from lightning_maml_guard.linalg.layout import WHOLE, Layout, Params, Space
 from lightning_maml_guard.utils.distributed import Ranks
-from lightning_maml_guard.utils.random_state import fix_dropout_masks
+from lightning_maml_guard.utils.random_state import seed_generators
 from lightning_maml_guard.utils.task_map import TaskMap
 
 
@@ -211,7 +211,7 @@ class FiniteDifference:
 def _evaluated(field: Field, params: Params, layout: Layout, batch: int) -> tuple[Tensor, Tensor]:
     """Value and flat gradient of a field, from the random state that every evaluation starts from."""
     leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
-    fix_dropout_masks()
+    seed_generators()
     value, gradients, _ = field(leaves, False)
     return value, layout.flatten(_filled(gradients, leaves), batch).detach()
 

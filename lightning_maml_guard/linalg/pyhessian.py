@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_maml_guard.linalg.layout import Params
 from lightning_maml_guard.linalg.operators import Hessian
-from lightning_maml_guard.utils.random_state import fix_dropout_masks
+from lightning_maml_guard.utils.random_state import seed_generators
 
 
 class PowerIteration(NamedTuple):
@@ -61,7 +61,7 @@ def largest_eigenvalue(
     from pyhessian import hessian
 
     def fixed(at: Params) -> Tensor:
-        fix_dropout_masks()  # for every product, else it is not one matrix
+        seed_generators()  # for every product, else it is not one matrix
         return loss(at)
 
     objective = _Objective(fixed, params)

@@ -28,7 +28,7 @@ from lightning_maml_guard.stability.problems import Problem
 from lightning_maml_guard.utils.checks import check_count, check_flag, check_number
 from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.double_backward import double_backward
-from lightning_maml_guard.utils.random_state import fix_dropout_masks, preserved_randomness
+from lightning_maml_guard.utils.random_state import preserved_randomness, seed_generators
 from lightning_maml_guard.utils.shards import local
 from lightning_maml_guard.utils.task_map import TaskMap, as_float32
 
@@ -232,7 +232,7 @@ class Lookahead:
         if not self._owned:
             live = dict(zip(self._live, self._optimizers[0].param_groups[0]["params"], strict=True))
         with preserved_randomness(), double_backward():
-            fix_dropout_masks()  # at every rate, so that results can be compared
+            seed_generators()  # at every rate, so that results can be compared
             shadow = ShadowOptimizer(self._optimizers, live, beta_factor)
             if self.groups:
                 shadow.set_groups(self.groups)
@@ -262,7 +262,7 @@ class Lookahead:
         """Loss and gradient of every batch at the parameters as they are, one gradient at a time in memory."""
         self.gradients += self.batches
         with preserved_randomness(), double_backward():
-            fix_dropout_masks()
+            seed_generators()
             for index in range(self.batches):
                 yield self._evaluate(self._live, index, alpha_factor)
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-# Twice as many points are merged in pairs.
+# When there are twice as many points, they are merged in pairs.
 _POINTS = 200
 
 
@@ -20,7 +20,7 @@ class LossPoint(NamedTuple):
     finite: int
 
     def joined(self, later: LossPoint) -> LossPoint:
-        """Take the steps of the next point in."""
+        """Join this point with the next one."""
         count = self.finite + later.finite
         if self.finite and later.finite:
             mean = self.mean * (self.finite / count) + later.mean * (later.finite / count)
@@ -45,8 +45,8 @@ class LossCurve:
     adapted: list[tuple[int, float, float]] = field(default_factory=list)
     end: int = 0
 
-    def take(self, loss: float) -> None:
-        """Take the loss of the latest step in, the one before ``end``; what is not finite counts as ``inf``."""
+    def add(self, loss: float) -> None:
+        """Add the loss of the latest step, ``end - 1``; what is not finite counts as ``inf``."""
         step, finite = self.end - 1, math.isfinite(loss)
         value = loss if finite else math.inf
         point = LossPoint(step, loss if finite else math.nan, value, value, int(finite))
@@ -63,12 +63,12 @@ class LossCurve:
         else:
             self.points.append(point)
 
-    def adapt(self, step: int, before: float, after: float) -> None:
-        """Take the losses before and after adaptation in."""
+    def note_adaptation(self, step: int, before: float, after: float) -> None:
+        """Add the losses before and after adaptation."""
         self.adapted = [*self.adapted, (step, before, after)][-2 * _POINTS :]
 
     @property
-    def ended(self) -> float:
+    def final(self) -> float:
         """The mean loss of the latest two points; ``inf`` where the latest is not finite, ``nan`` without any."""
         if not self.points:
             return math.nan

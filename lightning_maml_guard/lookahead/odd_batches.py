@@ -11,8 +11,8 @@ from lightning_maml_guard.lookahead.learning import finite_or_inf
 from lightning_maml_guard.lookahead.lookahead import Lookahead
 from lightning_maml_guard.stability.problems import Problem
 
-# A batch is odd if its loss is this many times the median at parameters that have not diverged; of more than so many.
-_ODD, _OTHERS = 5.0, 3
+# A batch is odd if its loss is this many times the median of the batches; of this many or fewer, none is called odd.
+_ODD_FROM, _MOST_WITHOUT = 5.0, 3
 
 
 def without_odd(
@@ -22,19 +22,19 @@ def without_odd(
 
     Returns the problems that stay, and the index of the most unlike one left out. The lookahead is of these problems.
     """
-    if len(problems) <= _OTHERS:
+    if len(problems) <= _MOST_WITHOUT:
         return list(problems), None
     losses = finite_or_inf(lookahead.untrained(alpha))
-    usual, worst = scale.times(_ODD, median(losses)), max(range(len(losses)), key=losses.__getitem__)
+    usual, worst = scale.times(_ODD_FROM, median(losses)), max(range(len(losses)), key=losses.__getitem__)
     if losses[worst] <= usual:
         return list(problems), None
     return [each for each, loss in zip(problems, losses, strict=True) if loss <= usual], worst
 
 
 def norm_to_clip_to(lookahead: Lookahead) -> tuple[tuple[float, float], float | None]:
-    """Losses of an odd batch, the first of a lookahead, and of the others; the norm to clip to.
+    """Losses of an odd batch (the first of a lookahead) and of the others, and the norm to clip gradients to.
 
-    That is twice the norm of the others' gradients; None where the odd one's is not finite, which no clipping helps.
+    That is twice the median norm of the others' gradients; None if the odd one's is not finite: clipping cannot help.
     """
     (odd, *usual), (norm, *norms) = lookahead.untrained(), lookahead.gradient_norms()
     return (odd, median(usual)), 2 * median(norms) if math.isfinite(norm) else None

@@ -15,8 +15,8 @@ from lightning_maml_guard.utils.batch_copy import BatchCopyError, Trace, changed
 _PLAIN = (bool, int, float, str, type(None))
 
 
-# Steps after which what a batch did has shown: Adam's momentum holds 3 % of its gradient then.
-_SHOWS = 32
+# Steps after which the effect of a batch has shown: by then Adam's momentum holds 3 % of its gradient.
+_EFFECT_SHOWS_AFTER = 32
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def hold(self, size: int) -> None:
-        """Hold so many batches from now on."""
+    def resize(self, size: int) -> None:
+        """Hold ``size`` batches from now on."""
         if size != self._batches.maxlen:
             self._batches = deque(list(self._batches)[:size], maxlen=size)
 
@@ -71,7 +71,7 @@ class ReplayBuffer:
             self.spike = Spike(known, step, loss) if len(known) == len(saved) else None
 
     def after_step(self) -> None:
-        """See whether the step changed its batch."""
+        """Drop the batch if the step changed it or was skipped; decide whether to copy the next ones."""
         given, before, self._given, self._before = self._given, self._before, None, None
         if before is None:
             return
@@ -94,12 +94,12 @@ class ReplayBuffer:
         one, other = (trace(batch) for batch, _ in list(self._batches)[:2])
         return one is not None and other is not None and equal(one, other)
 
-    def take_loss(self, loss: float, step: int, accumulated: int, *, spiked: bool, at_best: bool) -> None:
-        """Hold on to the batches of a step whose loss spiked, the highest, until the run is at its best again.
+    def note_loss(self, loss: float, step: int, accumulated: int, *, spiked: bool, at_best: bool) -> None:
+        """Keep the batches of the highest spike until the loss is at its best again, and at least for some steps.
 
-        At least for some steps: what a batch does to the parameters through momentum shows only after them.
+        What a batch does to the parameters through momentum shows only then.
         """
-        if at_best and (self.spike is None or step >= self.spike.step + _SHOWS):
+        if at_best and (self.spike is None or step >= self.spike.step + _EFFECT_SHOWS_AFTER):
             self.spike = None
         elif spiked and self._batches and (self.spike is None or not loss <= self.spike.loss):
             self.spike = Spike(tuple(self._batches)[:accumulated], step, loss)

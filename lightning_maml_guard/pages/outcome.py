@@ -72,13 +72,13 @@ def _rate(report: object, name: str) -> str:
 
 
 def _diverged_or_trained(record: RunRecord) -> str:
-    start, last = record.start, record.losses.ended
+    start, last = record.start, record.losses.final
     gone = math.isinf(last) or (start > 0 and last > record.divergence_ratio * start)
     return "diverged within" if gone else "trained"
 
 
 def _ended(record: RunRecord) -> str:
-    start, last = record.start, record.losses.ended
+    start, last = record.start, record.losses.final
     if math.isnan(last):
         return ""
     if not math.isfinite(last):

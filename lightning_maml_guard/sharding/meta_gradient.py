@@ -20,7 +20,7 @@ from lightning_maml_guard.linalg.layout import Params
 from lightning_maml_guard.linalg.operators import Field, FieldValue
 from lightning_maml_guard.sharding.own_backward import OwnBackward
 from lightning_maml_guard.sharding.space import Split
-from lightning_maml_guard.utils.random_state import fix_dropout_masks, preserved_randomness
+from lightning_maml_guard.utils.random_state import preserved_randomness, seed_generators
 from lightning_maml_guard.utils.shards import any_split
 from lightning_maml_guard.utils.task_map import each_task
 
@@ -178,7 +178,7 @@ class ShardedMaml:
             ends = []
             for side in (reach, -reach):
                 with preserved_randomness():
-                    fix_dropout_masks()
+                    seed_generators()
                     moved = {name: value + side * direction[name] for name, value in theta.items()}
                     ends.append(own.dot(direction, self.of_task(moved, *each).gradient))
             found.append((ends[0] - ends[1]) / (2 * reach))

@@ -20,7 +20,7 @@ from lightning_maml_guard.linalg.layout import Params
 from lightning_maml_guard.linalg.operators import Field, FieldValue
 from lightning_maml_guard.sharding.space import Split
 from lightning_maml_guard.utils.reachable import modules_of
-from lightning_maml_guard.utils.shards import local, reduce_over_processes, reshard, sharded_parts
+from lightning_maml_guard.utils.shards import all_reduced, local, reshard, sharded_parts
 
 T = TypeVar("T")
 # A function of the live parameters, whose values are those of the point.
@@ -109,4 +109,4 @@ class OwnBackward:
 
 def mean(value: Tensor) -> Tensor:
     """Average a loss over the processes."""
-    return reduce_over_processes(value) / dist.get_world_size()
+    return all_reduced(value) / dist.get_world_size()

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_maml_guard.linalg.layout import Params, Space
-from lightning_maml_guard.utils.shards import is_split, reduce_over_processes
+from lightning_maml_guard.utils.shards import all_reduced, is_split
 
 # Start vectors are drawn in blocks of so many entries: a multiple of 16, in which torch draws normal numbers.
 _BLOCK = 1 << 20
@@ -33,10 +33,10 @@ class Split(Space):
         self._copies = copies.pop()
 
     def total(self, partial: Tensor) -> Tensor:
-        return reduce_over_processes(partial) / self._copies
+        return all_reduced(partial) / self._copies
 
     def largest(self, partial: Tensor) -> Tensor:
-        return reduce_over_processes(partial, dist.ReduceOp.MAX)
+        return all_reduced(partial, dist.ReduceOp.MAX)
 
     def norm(self, vector: Tensor) -> Tensor:
         return self.total(torch.linalg.vector_norm(vector, dim=-1, keepdim=True) ** 2).sqrt()

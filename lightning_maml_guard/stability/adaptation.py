@@ -18,20 +18,19 @@ from lightning_maml_guard.sharding.meta_gradient import ShardedMaml
 from lightning_maml_guard.stability.objective import in_float32
 from lightning_maml_guard.stability.problems import AccumulatedProblem, PlainProblem, Problem
 from lightning_maml_guard.utils.double_backward import double_backward
-from lightning_maml_guard.utils.random_state import fix_dropout_masks, preserved_randomness
+from lightning_maml_guard.utils.random_state import preserved_randomness, seed_generators
 from lightning_maml_guard.utils.shards import any_split
 from lightning_maml_guard.utils.task_map import TaskMap, each_task, task_count
 
 # In training steps, with the query losses of each inner step and without: the upper end of what
 # `python -m benchmarks.hvp_cost` measures, which is that of first-order MAML (exact MAML: half as much).
 COST, ENDS_COST = 3.0, 1.5
-# Rises of the mean loss, as a share of the loss before it (where losses are below 0, of their spread over the
-# tasks): worse if it is beyond the noise over the tasks; worse if the inner loop raises its own, the support, loss too;
-# and what the query set of a single task has to rise by beyond that if it does not.
-_CLEAR, _GROSS, _SINGLE = 0.25, 1.0, 8.0
-# Standard errors of the mean rise that are noise: 3, and more of few tasks, whose error is known less well; of fewer
-# than three tasks it says nothing.
-_NOISE, _FEW, _LEAST = 3.0, 6.0, 3
+# Adaptation is harmful if it raises the mean query loss by at least these shares (of losses below 0: shares of their
+# spread over the tasks). The first: if the rise exceeds the noise over the tasks. The second: in any case, if the
+# support loss rises, too. The second plus the third divided by the number of tasks: even if the support loss falls.
+_CLEAR_RISE, _GROSS_RISE, _GROSS_PER_TASK = 0.25, 1.0, 8.0
+# A mean rise of up to 3 + 6 / (tasks - 1) standard errors is noise; the error of fewer than 3 tasks says nothing.
+_NOISE_ERRORS, _FEW_TASKS_ERRORS, _LEAST_TASKS = 3.0, 6.0, 3
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class Adaptation:
         """
         support = self.support_losses
         overshoots = not support[-1] <= support[0]
-        return self._rises(self.query, _GROSS if overshoots else _GROSS + _SINGLE / len(self.query))
+        return self._rises(self.query, _GROSS_RISE if overshoots else _GROSS_RISE + _GROSS_PER_TASK / len(self.query))
 
     @property
     def diverges_at(self) -> int | None:
@@ -117,7 +116,7 @@ class Adaptation:
         for step, loss in enumerate(losses):
             if not math.isfinite(loss):
                 return step
-        if not self._rises(self.support, _GROSS):
+        if not self._rises(self.support, _GROSS_RISE):
             return None
         step = len(losses) - 1
         while step > 1 and losses[0] < losses[step - 1] < losses[step]:
@@ -150,13 +149,13 @@ class Adaptation:
         if not math.isfinite(mean):
             return True
         size = mean / self._scale(losses)
-        if size >= gross or size < _CLEAR:
+        if size >= gross or size < _CLEAR_RISE:
             return size >= gross
         count = len(weights)
-        if count < _LEAST:
+        if count < _LEAST_TASKS:
             return False
         error = math.sqrt(float((weights * weights * (rises - mean) ** 2).sum()) * count / (count - 1))
-        return mean > (_NOISE + _FEW / (count - 1)) * error
+        return mean > (_NOISE_ERRORS + _FEW_TASKS_ERRORS / (count - 1)) * error
 
 
 def _no_negative(losses: Tensor) -> bool:
@@ -174,7 +173,7 @@ def adaptation(problem: Problem, task_map: TaskMap, *, each_step: bool = True) -
         return None
     parts = problem.parts if isinstance(problem, AccumulatedProblem) else (problem,)
     with preserved_randomness(), double_backward(), torch.no_grad():
-        fix_dropout_masks()
+        seed_generators()
         return Adaptation.of([_of_batch(in_float32(each), task_map, each_step) for each in parts])
 
 

@@ -20,18 +20,19 @@ from lightning_maml_guard.stability.objective import MamlObjective, Objective, T
 from lightning_maml_guard.stability.problems import PlainProblem, Problem, first_batch
 from lightning_maml_guard.utils.checks import first_line
 from lightning_maml_guard.utils.distributed import Ranks
-from lightning_maml_guard.utils.random_state import fix_dropout_masks
+from lightning_maml_guard.utils.random_state import seed_generators
 from lightning_maml_guard.utils.task_map import TaskMap
 
 T = TypeVar("T")
 
 # What the operators are called, in messages too.
 HESSIAN, META_UPDATE = "Hessian", "meta-update"
-# Step sizes of the self-check, and how far a product may be from it, relative to its size, beyond their scatter.
-_STRETCHES = (1.0, 1 / 16, 1 / 256)
+# The self-check compares a product with finite differences at these step sizes. They may differ by the differences'
+# scatter and by a share of the product's size.
+_STEP_SIZES = (1.0, 1 / 16, 1 / 256)
 # Gradients that the self-check takes: two for each step size.
-_SELF_CHECK = 2 * len(_STRETCHES)
-_AGREEMENT = {torch.float32: 2e-2, torch.float64: 1e-4}
+_SELF_CHECK = 2 * len(_STEP_SIZES)
+_ALLOWED_MISMATCH = {torch.float32: 2e-2, torch.float64: 1e-4}
 
 
 class Price(NamedTuple):
@@ -43,7 +44,7 @@ class Price(NamedTuple):
 
 # So that the same run checks at the same steps on any machine: the upper end of what `python -m benchmarks.hvp_cost`
 # measures of the Jacobian of the update that trains (MAML's or plain training's), and of the task loss's Hessian.
-UPDATE, CURVATURE = Price(1.2, 2.1), Price(0.5, 0.75)
+UPDATE_PRICE, HESSIAN_PRICE = Price(1.2, 2.1), Price(0.5, 0.75)
 
 
 @dataclass
@@ -114,7 +115,7 @@ class MeasurementCache:
         return self.map_for(getattr(one, "task_chunk_size", None), getattr(one, "looped", False))
 
     def remember_looping(self) -> None:
-        """Remember that vmap failed: a map that found it out goes on looping; one that was asked to loop need not."""
+        """Remember that vmap failed, unless the map loops because it was asked to."""
         if self.task_map is not None and self.task_map.looped and not self.asked_to_loop:
             self.facts.looped = True
 
@@ -142,7 +143,7 @@ class Operators:
     @property
     def hessian_price(self) -> Price:
         """The Hessian's price: in plain training it is the Jacobian of the update."""
-        return CURVATURE if isinstance(self.objective, MamlObjective) else UPDATE
+        return HESSIAN_PRICE if isinstance(self.objective, MamlObjective) else UPDATE_PRICE
 
     def charge(self, products: int, price: Price, graphs: int = 0) -> None:
         """Count what no operator counts itself."""
@@ -152,12 +153,12 @@ class Operators:
     def by_task(self, direction: Tensor) -> Tensor:
         """Measure each task's curvature of the update along a direction with a graph of its own."""
         assert isinstance(self.objective, MamlObjective)
-        self.charge(1, UPDATE, graphs=1)
+        self.charge(1, UPDATE_PRICE, graphs=1)
         return self.objective.curvature_by_task(Layout(self.objective.params, self.objective.space).split(direction))
 
     def build(self, name: str, target: Target) -> tuple[Operator, float]:
         """Build an operator whose products count; returns it with the relative error of its products."""
-        price = UPDATE if name == META_UPDATE else self.hessian_price
+        price = UPDATE_PRICE if name == META_UPDATE else self.hessian_price
         facts = self.cache.facts
         if target.space is WHOLE and name not in facts.checked and name not in facts.finite:
             self.charge(0, price, graphs=_SELF_CHECK)
@@ -169,7 +170,7 @@ class Operators:
         """Evaluate a field where no product with its Jacobian is needed; it counts as a graph of the update's."""
         operator = FiniteDifference(target.field, target.params, target.block, space=target.space, error=target.error)
         operator.across(self.ranks)
-        self.charge(0, UPDATE, graphs=1)
+        self.charge(0, UPDATE_PRICE, graphs=1)
         return operator
 
     def over_blocks(self, compute: Callable[[], T], blocks: int | None, choose: Callable[[list[T]], T]) -> T:
@@ -187,8 +188,8 @@ class Operators:
             own = error
         used = self.hvps - before
         gathered = self.ranks.gather((own, used))
-        # Their runs differ in length. What is counted decides when to check next, so it is the longest on all.
-        self.charge(max(length for _, length in gathered) - used, CURVATURE)
+        # Ranks' runs differ in length. The count decides when to check next, so all ranks count the longest.
+        self.charge(max(length for _, length in gathered) - used, HESSIAN_PRICE)
         found = [each for each, _ in gathered]
         for each in found:
             if isinstance(each, ArithmeticError):
@@ -208,15 +209,15 @@ def make_operator(name: str, target: Target, cache: MeasurementCache) -> tuple[O
     operator: Operator | None = None
     if target.space is not WHOLE:  # a sharded module has no double backward
         operator = FiniteDifference(gradient, params, layout, space=target.space, error=target.error)
-        return operator, _finite_noise(operator.error)
+        return operator, _difference_noise(operator.error)
     trouble = None
     if name not in facts.finite:
-        fix_dropout_masks()  # that the finite differences draw, too
+        seed_generators()  # that the finite differences draw, too
         checked = name in facts.checked or not cache.checks
         operator, trouble = _double_backward(name, gradient, params, layout, checked=checked)
         if cache.checks:
             facts.checked.add(name)
-    # What fails on one rank is done by finite differences on all: their products are averaged.
+    # What fails on one rank is done by finite differences on all, because their products are averaged.
     found = [each for each in cache.ranks.gather(trouble) if each is not None]
     if found:
         facts.finite[name] = found[0]
@@ -224,7 +225,7 @@ def make_operator(name: str, target: Target, cache: MeasurementCache) -> tuple[O
         operator = FiniteDifference(gradient, params, layout)  # raises what the loss itself raises
     if layout is None:
         operator.across(cache.ranks)
-    return operator, rounding(like) if isinstance(operator, Jacobian) else _finite_noise(operator.error)
+    return operator, rounding(like) if isinstance(operator, Jacobian) else _difference_noise(operator.error)
 
 
 def _double_backward(
@@ -261,18 +262,18 @@ def _probe(operator: Jacobian, like: Tensor) -> Tensor:
 def _mismatch(gradient: Field, params: Params, layout: Layout | None, probe: Tensor, product: Tensor) -> float | None:
     """Relative distance of ``v.Jv`` from finite differences, if it is more than they can explain."""
     # The scatter over three step sizes is what kinks (ReLU, max-pool) and rounding do to the differences; a double
-    # backward that is wrong is off by more. `v.Jv` does not depend on which side of J the product is.
+    # backward that is wrong is off by more. `v.Jv` is the same for J and its transpose.
     difference = FiniteDifference(gradient, params, layout)
-    differences = [difference.product(probe, stretch) for stretch in _STRETCHES]
+    differences = [difference.product(probe, step_size) for step_size in _STEP_SIZES]
     values = torch.stack([(probe * each).sum(-1) for each in differences])
     sizes = torch.stack([torch.linalg.vector_norm(each, dim=-1) for each in (product, differences[0])]).amax(0)
     gap = ((probe * product).sum(-1) - values.median(0).values).abs()
     scatter = values.amax(0) - values.amin(0)
-    if not bool((gap > _AGREEMENT.get(product.dtype, 5e-2) * sizes + 2 * scatter).any()):
+    if not bool((gap > _ALLOWED_MISMATCH.get(product.dtype, 5e-2) * sizes + 2 * scatter).any()):
         return None
     return float((gap / sizes.clamp(min=torch.finfo(sizes.dtype).tiny)).max())
 
 
-def _finite_noise(error: float) -> float:
+def _difference_noise(error: float) -> float:
     """Relative error of a central difference with the step balanced: of the order of ``error^(2/3)``."""
     return float(40 * error ** (2 / 3))

@@ -61,8 +61,8 @@ def _of_each_step(problem: MetaProblem, rates: Params, usual: float) -> InnerLoo
         return InnerLoopLimit(usual, {name: rate.mean(0) for name, rate in rates.items()})
     square = (top * top).sum()
     ratios = (each * top).sum(1) / square if bool(square > 0) else torch.ones_like(each[:, 0])
-    away = (each - ratios.unsqueeze(1) * top).abs().amax()
-    if bool(away <= _PROPORTIONAL * top.amax()):
+    deviation = (each - ratios.unsqueeze(1) * top).abs().amax()
+    if bool(deviation <= _PROPORTIONAL * top.amax()):
         return InnerLoopLimit(inner_limit(problem.order, (ratios / ratios.max()).tolist()), largest)
     note = (
         "the inner rates differ between steps and parameters at once, so the steps share no directions and only a "

@@ -24,12 +24,12 @@ from lightning_maml_guard.theory.ritz import highest_allowed, lanczos_resolved, 
 # A float product carries rounding of this many units in the last place, relative to the spectral radius.
 _ROUNDING_ULPS = 16
 # Products that disagree by more than this share of the spectral radius are not those of one matrix.
-_SYMMETRY = 1e-2
+_ALLOWED_ASYMMETRY = 1e-2
 # A run that judges a rate may end before ``tol`` is met if ``tol`` is at least this coarse.
-_COARSE = 1e-2
-# It ends where the rate is certainly so many times below its limit; or certainly on one side of it, and the top
-# eigenvalue known to this factor and relative residual.
-_FAR, _DECIDED, _DECIDED_RESIDUAL = 2.0, 1.1, 1e-2
+_COARSE_TOL = 1e-2
+# It ends once the rate is certainly this many times below its limit; or once it is certainly on one side of the limit,
+# and the top eigenvalue is known to this factor and relative residual.
+_FAR_BELOW, _DECIDED_WITHIN, _DECIDED_RESIDUAL = 2.0, 1.1, 1e-2
 
 
 @dataclass(frozen=True)
@@ -60,20 +60,20 @@ class RateToJudge:
 
     rate: float
     limits: Callable[[float], tuple[float, float, float]]
-    within: float = _DECIDED
+    within: float = _DECIDED_WITHIN
     rounding: float = 0.0
 
     def settled(self, run: Tridiagonal, size: int) -> bool:
-        """Return True if the verdict is certain, and the limit known as well as that needs."""
+        """Return True if it is certain whether the rate is below its limit, and the limit is known well enough."""
         values, residuals = ritz_values(*run)
         top = float(values[-1])
         if math.isnan(self.rate) or top <= 0 or top + residuals[-1] > self.within * top:
             return False
         high = highest_allowed(*run, size, rounding=self.rounding)
         least = self.limits(high)[1]
-        if high <= self.within * top and least > _FAR * self.rate:
+        if high <= self.within * top and least > _FAR_BELOW * self.rate:
             return True
-        known = high <= _DECIDED * top and residuals[-1] <= _DECIDED_RESIDUAL * top
+        known = high <= _DECIDED_WITHIN * top and residuals[-1] <= _DECIDED_RESIDUAL * top
         return known and (self.rate < least or self.rate > self.limits(top)[2])
 
 
@@ -107,7 +107,7 @@ def run_lanczos(
     """
     start = space.start((size,) if blocks is None else (blocks, size), like)
     # A small space is exhausted soon, and the bound on hidden eigenvalues needs an orthonormal basis.
-    if krylov.tol < _COARSE or size <= krylov.max_iter or krylov.basis == "bfloat16":
+    if krylov.tol < _COARSE_TOL or size <= krylov.max_iter or krylov.basis == "bfloat16":
         rate_to_judge = None
 
     def resolved(runs: Sequence[Tridiagonal]) -> bool:
@@ -124,7 +124,7 @@ class ChangingOperatorError(ArithmeticError):
 
 def check_symmetry(run: LanczosRun, noise: float, *, differences: bool) -> None:
     """Raise a ChangingOperatorError if a run's products, maybe finite differences, are not of one symmetric matrix."""
-    allowed = max(_SYMMETRY, 50 * noise)
+    allowed = max(_ALLOWED_ASYMMETRY, 50 * noise)
     if run.asymmetry > allowed:
         why = (
             "Likely causes: (a) the loss changes between products, as with random numbers that do not come from "

@@ -26,7 +26,7 @@ from lightning_maml_guard.theory.multiplier import check_rate
 from lightning_maml_guard.utils.checks import check_count
 from lightning_maml_guard.utils.double_backward import double_backward
 from lightning_maml_guard.utils.isolation import isolated
-from lightning_maml_guard.utils.random_state import fix_dropout_masks, preserved_randomness
+from lightning_maml_guard.utils.random_state import preserved_randomness, seed_generators
 from lightning_maml_guard.utils.reachable import modules_of
 
 
@@ -101,7 +101,7 @@ def measure(
     with ExitStack() as isolation, preserved_randomness(), double_backward():
         for module in modules:
             isolation.enter_context(isolated(module))
-        fix_dropout_masks()  # in every check, so that their numbers can be compared
+        seed_generators()  # in every check, so that their numbers can be compared
         task_map = cache.map_of(one)
         objective = objective_of(problem, curvature.data, task_map)
         mismatch: Reason | None = None

@@ -31,7 +31,7 @@ from lightning_maml_guard.stability.estimators import (
     estimate_spectrum,
     merged,
 )
-from lightning_maml_guard.stability.hvp import HESSIAN, META_UPDATE, UPDATE, MeasurementCache, Operators
+from lightning_maml_guard.stability.hvp import HESSIAN, META_UPDATE, UPDATE_PRICE, MeasurementCache, Operators
 from lightning_maml_guard.stability.objective import MamlObjective, Objective
 from lightning_maml_guard.stability.options import CurvatureOptions
 from lightning_maml_guard.stability.reasons import Verdict, VerdictContext, from_limits, judge, no_curvature
@@ -149,7 +149,7 @@ class Measurement:
     def _predicted_change(self, jacobian: Operator | None, exact_beta: MetaRateLimit) -> tuple[float, float]:
         """The change of the loss that the coming step predicts, and the limit for tasks drawn anew at every step."""
         change = predicted_change(jacobian, self._optimizer, self._beta, self._objective.live)
-        self._operators.charge(0, UPDATE, graphs=int(change is not None))
+        self._operators.charge(0, UPDATE_PRICE, graphs=int(change is not None))
         if jacobian is not None:
             jacobian.release()
         if exact_beta.direction is None or not self._by_task:

@@ -93,7 +93,7 @@ class MamlObjective:
         if own is not None and inner.rates is not None:
             self.rates = {name: own.space.piece(name, rate) for name, rate in inner.rates.items()}
         self.lower_bound = inner.lower_bound
-        # Whether the inner loop is the one of Takagi et al., whose beta_c the Hessian's spectrum has at hand.
+        # Whether the inner loop is that of Takagi et al., whose beta_c follows from the Hessian's spectrum.
         self.uniform_steps = problem.uniform and problem.inner_update is None
         self.plain_steps = not problem.per_step and problem.inner_update is None
         self._map = task_map

@@ -21,18 +21,18 @@ from lightning_maml_guard.utils.random_state import preserved_randomness
 from lightning_maml_guard.utils.shards import local
 
 # Relative difference of losses, and of gradients, that is no mismatch: rounding, kinks and other orders of summation.
-_LOSS, _GRADIENT = 0.01, 0.1
+_LOSS_GAP, _GRADIENT_GAP = 0.01, 0.1
 # The same in half precision and under autocast, for the problem is evaluated in float32.
-_HALF_LOSS, _HALF_GRADIENT = 0.1, 0.5
+_HALF_LOSS_GAP, _HALF_GRADIENT_GAP = 0.1, 0.5
 # If training draws random numbers, its loss differs each time: within this factor there is no mismatch.
-_RANDOM = 2.0
+_RANDOM_FACTOR = 2.0
 # Evaluations that show the problem's own scatter if two differ; multiples of their range that are no mismatch.
 _DRAWS, _SCATTER = 4, 3.0
 # Units in the last place by which parameters are moved to see what rounding does: a diverging inner loop amplifies it.
 _LAST_PLACES = 16
 # How near a ratio of losses must be to a number of tasks or batches to be explained by it, and cosines for one
 # direction.
-_NEAR, _PARALLEL = 0.05, 0.995
+_EXPLAINED_WITHIN, _PARALLEL_FROM = 0.05, 0.995
 
 
 class RandomStates:
@@ -128,7 +128,7 @@ class TrainingMatch:
         wrong_gradient = not random_training and self._gradient_differs()
         if self._seen and self._finite and len(self._others) > len(self._optimizers) and not random_training:
             wrong_loss = wrong_loss and wrong_gradient  # the loss may be that of another optimizer
-        if math.isnan(loss) and wrong_gradient and self._cosine > _PARALLEL:
+        if math.isnan(loss) and wrong_gradient and self._cosine > _PARALLEL_FROM:
             factor = self._along / self._own_size
         if wrong_loss or wrong_gradient or effect:
             effect = effect or self._cause(factor, wrong_loss or math.isnan(loss))
@@ -175,10 +175,10 @@ class TrainingMatch:
         return float(self._ranks.mean(value.detach().float())), gradient
 
     def _loss_differs(self, loss: float, random_training: bool) -> bool:
-        share = _HALF_LOSS if self._half else _LOSS
+        share = _HALF_LOSS_GAP if self._half else _LOSS_GAP
         allowed = share * max(abs(loss), abs(self.loss)) + _SCATTER * (self.spread + self.rounding)
         if random_training and loss > 0 and self.loss > 0:
-            allowed = max(allowed, (_RANDOM - 1) * min(loss, self.loss))
+            allowed = max(allowed, (_RANDOM_FACTOR - 1) * min(loss, self.loss))
         elif random_training:
             allowed = max(allowed, max(abs(loss), abs(self.loss)))
         return abs(loss - self.loss) > allowed
@@ -186,16 +186,18 @@ class TrainingMatch:
     def _gradient_differs(self) -> bool:
         if not self._seen or not self._finite or self._own_size == 0:
             return False
-        if self._cosine > _PARALLEL and self._along <= self._own_size:
+        if self._cosine > _PARALLEL_FROM and self._along <= self._own_size:
             return False  # as long, or clipped
         gap = max(self._size + self._own_size - 2 * self._along, 0.0)
-        share = _HALF_GRADIENT if self._half else _GRADIENT
+        share = _HALF_GRADIENT_GAP if self._half else _GRADIENT_GAP
         return math.sqrt(gap / self._own_size) > share + _SCATTER * self._rounding_share
 
     @property
     def clipped_to(self) -> float:
         """Length of a gradient that training shortened before its step; ``nan`` where it did not."""
-        shortened = self._finite and self._cosine > _PARALLEL and self._along < (1 - _GRADIENT) * self._own_size
+        shortened = (
+            self._finite and self._cosine > _PARALLEL_FROM and self._along < (1 - _GRADIENT_GAP) * self._own_size
+        )
         return math.sqrt(self._size) if shortened else math.nan
 
     @property
@@ -209,7 +211,7 @@ class TrainingMatch:
                 wrong_loss
                 and number > 1
                 and factor > 0
-                and min(abs(math.log(factor * n)) for n in (number, 1 / number)) < _NEAR
+                and min(abs(math.log(factor * n)) for n in (number, 1 / number)) < _EXPLAINED_WITHIN
             ):
                 return name
         lacking = self._lacking and not self._learns_rates

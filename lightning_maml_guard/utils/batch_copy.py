@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# Nobody writes into these.
+# Types whose values never change.
 ATOMS = (
     bool,
     int,
@@ -36,13 +36,13 @@ ATOMS = (
 )
 
 
-class _DictOnly:
-    """Holds all of its state in ``__dict__``."""
+class _WithoutSlots:
+    """An object as small as one without ``__slots__`` can be, to compare others with."""
 
 
 def is_plain(value: Any) -> bool:
     """Return True if an object holds all of its state in ``__dict__``."""
-    return getattr(value, "__dict__", None) is not None and type(value).__basicsize__ <= _DictOnly.__basicsize__
+    return getattr(value, "__dict__", None) is not None and type(value).__basicsize__ <= _WithoutSlots.__basicsize__
 
 
 class BatchCopyError(TypeError):
@@ -108,7 +108,7 @@ def trace(batch: Any) -> Trace | None:
     """List what a batch holds, so that a change can be seen; None where one could not (NumPy arrays, ``__slots__``)."""
     found: Trace = []
     seen, rest = set(), [batch]
-    for value in rest:  # to which parts are appended on the way
+    for value in rest:  # grows while it is gone through
         if isinstance(value, Tensor):
             if value.is_inference():
                 return None
@@ -127,9 +127,9 @@ def trace(batch: Any) -> Trace | None:
 
 
 def _parts_of(value: Any) -> tuple[Sequence[Any], Any] | None:
-    """List the parts of a container or an object, and their names (None for a tuple, whose parts cannot be replaced).
+    """List the parts of a container or an object, and their names (None if the parts cannot be replaced by others).
 
-    None if the parts cannot be listed.
+    Returns None if the parts cannot be seen.
     """
     own = getattr(value, "__dict__", None)
     if own is None and isinstance(value, (list, tuple, deque)):
@@ -156,7 +156,7 @@ def changed(before: Trace, batch: Any) -> bool:
                 return True
             continue
         inside = _parts_of(value)
-        # The parts live as long as the trace, so that no other one has the same address.
+        # The trace keeps the parts alive, so no other object has the address of one.
         if inside is None or held != (inside[1], [*map(id, inside[0])]):
             return True
     return False

@@ -74,6 +74,7 @@ class ProcessGroup(Ranks):
             self._exchange_failures()
 
     def _exchange_failures(self, failure: str | None = None) -> None:
+        """Wait for the other ranks; raise a SharedError on all if one of them has failed."""
         flag = torch.tensor(int(failure is not None), device=self._device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         if int(flag):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 
-def fix_dropout_masks() -> None:
+def seed_generators() -> None:
     """Start torch's generators from one state, so that the same dropout masks are drawn."""
     if _only_cpu():  # torch.manual_seed takes a third of a small network's training step to note it for later devices
         torch.default_generator.manual_seed(0)

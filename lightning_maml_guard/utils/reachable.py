@@ -33,9 +33,9 @@ def modules_of(*roots: Any) -> list[nn.Module]:
 
 
 def _reachable_from(value: Any, names: Names) -> Iterator[tuple[Any, Names]]:
-    """What a value leads to, each with names; ``names``: the attributes that the function leading here mentions."""
+    """Yield what a value leads to; ``names`` are those used by the function that led to the value."""
     if isinstance(value, FunctionType):
-        yield from _of_function(value)
+        yield from _from_function(value)
     elif isinstance(value, MethodType):
         yield value.__func__, names
         yield value.__self__, _names(value.__func__)
@@ -46,10 +46,10 @@ def _reachable_from(value: Any, names: Names) -> Iterator[tuple[Any, Names]]:
     elif isinstance(value, dict):
         yield from ((each, names) for each in value.values())
     else:
-        yield from _of_object(value, names)
+        yield from _from_object(value, names)
 
 
-def _of_function(function: FunctionType) -> Iterator[tuple[Any, Names]]:
+def _from_function(function: FunctionType) -> Iterator[tuple[Any, Names]]:
     names = _names(function)
     defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
     held = [*defaults, *vars(function).values()]
@@ -63,7 +63,7 @@ def _of_function(function: FunctionType) -> Iterator[tuple[Any, Names]]:
     yield from ((each, names) for each in held)
 
 
-def _of_object(value: Any, names: Names) -> Iterator[tuple[Any, Names]]:
+def _from_object(value: Any, names: Names) -> Iterator[tuple[Any, Names]]:
     own = getattr(value, "__dict__", {})
     if isinstance(value, (ModuleType, type)):
         yield from ((own[name], names) for name in names if name in own)

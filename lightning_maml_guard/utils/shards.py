@@ -45,18 +45,18 @@ def split_like(piece: Tensor, like: Tensor) -> Tensor:
 
 
 def sharded_parts(module: nn.Module) -> list[Any]:
-    """List the parts of a module that ``fully_shard`` split; each gathers its parameters when it is called."""
+    """List the parts of a module that ``fully_shard`` split, which gather their parameters to be called."""
     known = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     return [] if known is None else [part for part in module.modules() if isinstance(part, known)]
 
 
 def reshard(module: nn.Module) -> None:
-    """Free gathered parameters, which a forward pass without a backward pass leaves behind."""
+    """Have a module hold its pieces: a forward pass without a backward pass leaves gathered parameters behind."""
     for part in sharded_parts(module):
         part.reshard()
 
 
-def reduce_over_processes(value: Tensor, op: Any = None) -> Tensor:
+def all_reduced(value: Tensor, op: Any = None) -> Tensor:
     """Combine what each process found in its piece; the sum unless another operation is given."""
     total = value.detach().clone()
     dist.all_reduce(total, dist.ReduceOp.SUM if op is None else op)
@@ -67,12 +67,12 @@ def norm(values: Sequence[Tensor]) -> Tensor:
     """Compute the norm of several tensors together, split ones over all processes."""
     split = [value for value in values if is_split(value)]
     whole = [value for value in values if not is_split(value)]
-    squares = [torch.linalg.vector_norm(local(value)) ** 2 / _copies(value) for value in split]
-    total = reduce_over_processes(torch.stack(squares).sum())
+    squares = [torch.linalg.vector_norm(local(value)) ** 2 / _replicas(value) for value in split]
+    total = all_reduced(torch.stack(squares).sum())
     return (total + sum(torch.linalg.vector_norm(value) ** 2 for value in whole)).sqrt()
 
 
-def _copies(value: Any) -> int:
+def _replicas(value: Any) -> int:
     """On how many processes each piece of a split tensor lies."""
     sizes = [value.device_mesh.size(axis) for axis, each in enumerate(value.placements) if each.is_replicate()]
     return math.prod(sizes)
@@ -86,4 +86,4 @@ def finite(module: nn.Module) -> bool:
     if not any_split(parameters):
         return here
     flag = torch.tensor(int(here), device=parameters[0].device)
-    return bool(reduce_over_processes(flag, dist.ReduceOp.MIN))
+    return bool(all_reduced(flag, dist.ReduceOp.MIN))

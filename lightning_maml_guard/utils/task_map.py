@@ -117,18 +117,18 @@ def task_count(data: Any, name: str) -> int:
     TypeError if a leaf is not a tensor.
     """
     leaves = tree_leaves(data)
-    strangers = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
-    if strangers:
-        kinds = ", ".join(sorted({type(leaf).__name__ for leaf in strangers}))
+    non_tensors = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+    if non_tensors:
+        kinds = ", ".join(sorted({type(leaf).__name__ for leaf in non_tensors}))
         to_do = "Leave it out, or make it a tensor."
-        if not all(isinstance(leaf, (type(None), str)) for leaf in strangers):
+        if not all(isinstance(leaf, (type(None), str)) for leaf in non_tensors):
             to_do = (
                 "Stack the tasks' data, as in torch.stack([task.x for task in tasks]), or list the tasks, as in "
                 "[(task.x, task.y) for task in tasks]."
             )
         raise TypeError(
             f"Expected `{name}` to hold tensors with a leading task dimension but found {kinds} at "
-            f"{name}{_place_of_stranger(data)}. {to_do}"
+            f"{name}{_path_of_non_tensor(data)}. {to_do}"
         )
     if is_listed(data):
         return len(data)
@@ -143,8 +143,8 @@ def task_count(data: Any, name: str) -> int:
     return sizes.pop()
 
 
-def _place_of_stranger(data: Any) -> str:
-    """Where the first leaf is that is not a tensor, as Python would index it."""
+def _path_of_non_tensor(data: Any) -> str:
+    """The index expression of the first leaf that is not a tensor, such as ``[0]['x']``."""
 
     def has_no_keys(node: Any) -> bool:
         kind = _pytree.SUPPORTED_NODES.get(type(node))
@@ -238,7 +238,7 @@ class TaskMap:
 
 
 def _any_listed(args: tuple[Any, ...]) -> bool:
-    # A set stands by itself or, support beside query, in one tuple.
+    # An argument is a set of tasks, or a tuple of a support and a query set.
     return any(is_listed(part) for arg in args for part in (arg if type(arg) is tuple else (arg,)))
 
 
@@ -262,7 +262,7 @@ def _joined(outputs: Iterable[Any], join: Callable[[Any], Any], added: bool = Fa
 
 
 def _sum(total: list[Tensor], more: list[Tensor], count: int) -> list[Tensor]:
-    # In place from the third on: two entries of the first may be one tensor, and a graph may hold any.
+    # In place from the third output on: entries of the first may share a tensor. Never if a graph may hold them.
     if count == 1 or any(each.requires_grad for each in (*total, *more)):
         return [one + other for one, other in zip(total, more, strict=True)]
     torch._foreach_add_(total, more)

@@ -20,7 +20,7 @@ from lightning_maml_guard import (
 from lightning_maml_guard.guard.schedule import SCHEDULED, TRIGGERED, Schedule
 from lightning_maml_guard.lookahead.divergence import RunningStatistics
 from lightning_maml_guard.networks import mlp
-from lightning_maml_guard.stability.hvp import CURVATURE, UPDATE, MeasurementCache, make_operator
+from lightning_maml_guard.stability.hvp import HESSIAN_PRICE, UPDATE_PRICE, MeasurementCache, make_operator
 from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.stability.problems import PlainProblem
 from lightning_maml_guard.tasks.regression import Sinusoid
@@ -327,10 +327,10 @@ def test_a_measurement_is_counted_by_what_its_graphs_and_products_are_of(kind, m
     if kind == "plain":
         loss = lambda params: sum((value**2).sum() for value in params.values())  # noqa: E731
         problem = PlainProblem(dict(network.named_parameters()), loss)
-        prices = {"Hessian": UPDATE}
+        prices = {"Hessian": UPDATE_PRICE}
     else:
         problem = MetaLearningModule(network, inner_lr=1e-3).meta_problem((task, task))
-        prices = {"Hessian": CURVATURE, "meta-update": UPDATE}
+        prices = {"Hessian": HESSIAN_PRICE, "meta-update": UPDATE_PRICE}
     cache = MeasurementCache()
     for self_check in (6, 0):  # gradients of the self-check, in the first measurement
         made.clear()
@@ -338,7 +338,7 @@ def test_a_measurement_is_counted_by_what_its_graphs_and_products_are_of(kind, m
         assert {name for name, _ in made} == set(prices)
         paid = [prices[name].graph * (1 + self_check) + prices[name].product * each.matvecs for name, each in made]
         # Beside the products, the gradient after the coming step.
-        assert report.cost == pytest.approx(sum(paid) + UPDATE.graph)
+        assert report.cost == pytest.approx(sum(paid) + UPDATE_PRICE.graph)
         assert report.hvps == sum(each.matvecs for _, each in made)
 
 

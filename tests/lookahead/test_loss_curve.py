@@ -12,7 +12,7 @@ def of(losses):
     curve = LossCurve()
     for step, loss in enumerate(losses):
         curve.end = step + 1
-        curve.take(loss)
+        curve.add(loss)
     return curve
 
 
@@ -33,12 +33,12 @@ def test_a_loss_that_is_not_finite_is_seen_and_leaves_the_mean_alone():
     curve = of([1.0] * 400 + [math.nan, 3.0])
     last = curve.points[-1]
     assert (last.mean, last.low, last.high, last.finite) == (3.0, 3.0, math.inf, 1)
-    assert math.isinf(curve.ended) and of([2.0, 4.0]).ended == 3.0 and math.isnan(LossCurve().ended)
-    assert of([math.inf, 4.0]).ended == 4.0
+    assert math.isinf(curve.final) and of([2.0, 4.0]).final == 3.0 and math.isnan(LossCurve().final)
+    assert of([math.inf, 4.0]).final == 4.0
 
 
 def test_what_adaptation_does_is_kept_for_the_latest_checks():
     curve = LossCurve()
     for step in range(1000):
-        curve.adapt(step, 2.0, 1.0)
+        curve.note_adaptation(step, 2.0, 1.0)
     assert len(curve.adapted) == 400 and curve.adapted[-1] == (999, 2.0, 1.0)

@@ -23,7 +23,7 @@ def curve(*losses):
     found = LossCurve()
     for step, loss in enumerate(losses):
         found.end = step + 1
-        found.take(loss)
+        found.add(loss)
     return found
 
 

@@ -79,7 +79,7 @@ def test_the_page_holds_the_run(rescued, written):
     for title in ("The run", "Safe region", "Spectrum", "What happened", "Configuration", "Versions"):
         assert title in page.words
     assert "5 checks, steps 0 to 8" in page.words
-    last = rescued._run.state.losses.ended
+    last = rescued._run.state.losses.final
     assert f"Trained 10 steps; the loss went from 4.15 to {last:.3g}" in page.words
     assert f"To do: {rescued.advice}" in page.words
     assert re.search(r"0 unsafe first check beta = 1.5 is 2.4x beta_c = 0.625", page.words)

@@ -118,8 +118,8 @@ def test_a_run_is_drawn_to_its_end_with_its_loss_and_what_happened():
     losses = LossCurve()
     for step in range(160):
         losses.end = step + 1
-        losses.take(1e6 if 80 <= step < 90 else 2.0 - step / 100)
-    losses.adapt(0, 3.0, 2.0), losses.adapt(100, 2.5, 1.0)
+        losses.add(1e6 if 80 <= step < 90 else 2.0 - step / 100)
+    losses.note_adaptation(0, 3.0, 2.0), losses.note_adaptation(100, 2.5, 1.0)
     events, back = [(0, "unsafe"), (0, "capped"), (90, "rolled back")], [(70, 90)]
     for width in (style.WIDE, style.NARROW):
         figure, (loss, states, ratios) = run_history(
@@ -142,8 +142,8 @@ def test_a_run_is_drawn_to_its_end_with_its_loss_and_what_happened():
 @pytest.mark.parametrize("width", [style.WIDE, style.NARROW])
 def test_of_a_single_step_every_value_is_inside_its_axes_and_the_ticks_differ(width):
     losses = LossCurve(end=1)
-    losses.take(3.52)
-    losses.adapt(0, 3.53, 3.52)
+    losses.add(3.52)
+    losses.note_adaptation(0, 3.53, 3.52)
     figure, axes = run_history(checks()[:1], losses=losses, end=1, width=width)
     figure.canvas.draw()
     (loss, *_), (ratios,) = axes, [ax for ax in axes if "Rates" in ax.get_title()]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_maml_guard.utils import random_state
-from lightning_maml_guard.utils.random_state import fix_dropout_masks
+from lightning_maml_guard.utils.random_state import seed_generators
 
 
 @pytest.mark.parametrize("only_cpu", [True, False])
@@ -13,5 +13,5 @@ def test_masks_are_the_same_whatever_was_drawn_before(monkeypatch, only_cpu):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.rand(7)
-    fix_dropout_masks()
+    seed_generators()
     assert torch.equal(torch.rand(3), expected)
