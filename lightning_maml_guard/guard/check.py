@@ -54,7 +54,7 @@ class Check:
         try:
             if step == 0 and run.ring.latest is None and not self.trainer.fast_dev_run:
                 self.rollback.keep(step)  # first, as the check may fail; later only states whose lookahead passes
-            with run.cache.ranks.together():
+            with run.cache.ranks.fail_together():
                 run.ring.drop_unlike(self.module, self.trainer.optimizers)
                 self._check(batch, batch_idx, step, scheduled)
         except GuardWarning:

@@ -186,7 +186,7 @@ def _measured(run: GuardedRun, look: Look, step: int) -> tuple[StabilityReport, 
     curvature, margin = run.settings.curvature, run.settings.margin
     run.cache.checks = look.is_intact and not look.harmful
     try:
-        with run.cache.ranks.together():
+        with run.cache.ranks.fail_together():
             report = measure(
                 look.problem,
                 optimizer=look.optimizers,

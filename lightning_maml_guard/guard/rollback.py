@@ -51,7 +51,7 @@ class Rollback:
         if not run.settings.lookahead.steps:
             return
         try:
-            with run.cache.ranks.together():
+            with run.cache.ranks.fail_together():
                 # What is never rolled back to does not take memory of the device.
                 device = run.settings.snapshot_device or (None if run.settings.rollback else "cpu")
                 alpha = run.caps.caps.applied(run.alpha, math.nan)[0]
@@ -102,7 +102,7 @@ class Rollback:
 
     def warn_of_collapse(self, problem: Problem, report: StabilityReport, status: str, step: int) -> None:
         """Warn of dead units if nearly all curvature is gone and the loss is back where it began."""
-        reason = self.run.state.collapse(report.lambda_max, step)
+        reason = self.run.state.collapse_reason(report.lambda_max, step)
         if reason is None or status != SAFE or not self.run.settings.acting.speaks:
             return
         with undisturbed(self.trainer, self.module):
@@ -265,7 +265,7 @@ class Rollback:
         elif len(run.replay) and (
             run.schedule.state.spiked or not statistics.first
         ):  # nothing else tells without losses
-            with run.cache.ranks.together(), undisturbed(self.trainer, self.module):
+            with run.cache.ranks.fail_together(), undisturbed(self.trainer, self.module):
                 problem, _, optimizers = step_problem(run, self.trainer, self.module, *run.replay.latest())
                 lookahead = lookahead_of([problem], optimizers, 0, self.trainer, run.cache)
                 loss = lookahead.under(run.caps.caps).begin
@@ -293,5 +293,5 @@ class Rollback:
         )
 
     def _tell(self, reason: Reason) -> None:
-        self.run.state.note("rolled back", reason, step=reason.step)
+        self.run.state.add_event("rolled back", reason, step=reason.step)
         self.run.warn_and_alert(self.trainer, announced(reason, self.run.settings.spelling))

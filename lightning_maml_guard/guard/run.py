@@ -256,7 +256,7 @@ class GuardedRun:
         if reason.key not in self.state.announced:
             self.state.announced.add(reason.key)
             if not just_said:
-                self.state.note("notice", reason, step=reason.step)
+                self.state.add_event("notice", reason, step=reason.step)
                 warn(announced(reason, self.settings.spelling))
 
     def warn_on_failure(self, what: str) -> ReportedFailure:
@@ -266,7 +266,7 @@ class GuardedRun:
     def stop(self, trainer: Any, step: int, reasons: tuple[Reason, ...]) -> None:
         """Ask the Trainer to stop."""
         if self.state.stopped_step is None:
-            self.state.note("stopped", *reasons, step=step)
+            self.state.add_event("stopped", *reasons, step=step)
         self.state.stopped_step, self.state.stopping = step, list(reasons)
         trainer.should_stop = True
 

@@ -17,7 +17,7 @@ from lightning_maml_guard.stability.options import CurvatureOptions, check_curva
 from lightning_maml_guard.stability.problems import ProblemSource, has_meta_problem
 from lightning_maml_guard.theory.limits import check_margin
 from lightning_maml_guard.utils.checks import check_choice, check_count, check_device, check_flag, check_number
-from lightning_maml_guard.utils.lightning_compat import MisconfigurationException, holds_one_model
+from lightning_maml_guard.utils.lightning_compat import MisconfigurationException, is_sharded
 from lightning_maml_guard.utils.shards import any_split, reshard
 
 
@@ -98,7 +98,7 @@ def check_watchable(settings: Settings, trainer: Any, pl_module: Any) -> None:
             f"ConvergenceGuard(estimator='pyhessian') measures one process's loss, but {trainer.world_size} train "
             "together. Use estimator='lanczos', whose products are averaged over them."
         )
-    if holds_one_model(trainer) and settings.curvature.estimator != "lanczos":
+    if is_sharded(trainer) and settings.curvature.estimator != "lanczos":
         raise MisconfigurationException(
             "ConvergenceGuard takes no estimator but 'lanczos' under ModelParallelStrategy: each process holds a piece "
             "of every vector, and products of vectors are sums over all processes. Use estimator='lanczos'."
@@ -115,7 +115,7 @@ def idle_because(trainer: Any) -> Reason | None:
 
 def check_pieces(trainer: Any, pl_module: Any) -> None:
     """Raise a MisconfigurationException where a model's parameters are not split in a way that can be measured."""
-    if not holds_one_model(trainer):
+    if not is_sharded(trainer):
         return
     reshard(pl_module)
     trained = {name: value for name, value in pl_module.named_parameters() if value.requires_grad}

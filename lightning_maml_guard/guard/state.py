@@ -1,4 +1,4 @@
-"""What a guard knows of a run: one tree of dataclasses, and the one way into a checkpoint and out of it."""
+"""What a guard knows of a run: one tree of dataclasses, and how it is written to a checkpoint and read from it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from lightning_maml_guard.theory.limits import EDGE, SAFE, UNRESOLVED, UNSAFE
 VERSION = 1
 _EVENTS = 1000  # kept at most
 
-# Shares of the largest curvature so far and of the loss at the start: a collapsed network has hardly any of the first
-# left, and is back at the second.
-_COLLAPSED, _UNLEARNED = 0.15, (0.8, 1.5)
+# A network has collapsed if its curvature is below this share of the largest so far, and its loss between these shares
+# of the loss at the start.
+_COLLAPSED, _BACK_AT_START = 0.15, (0.8, 1.5)
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,16 @@ class GuardState:
         capped: Indices of the optimizers that are capped.
         rollbacks: Rollbacks so far.
         stopped_step: Step at which the guard stopped the run; None if it did not.
-        stopping: Why.
+        stopping: Why it did.
         facts: What is known of the network.
         clipped_to: Length to which training_step was seen to clip a gradient by itself; ``nan`` where it was not.
         batches: The lookahead's batches, on the host.
         spike: Step, loss and batches of the highest spike since the run was at its best; empty without one.
         snapshots: The states to roll back to, the oldest first.
-        wasted: Steps that rollbacks threw away.
-        ceiling: Rates that failed.
+        wasted: Steps that rollbacks discarded.
+        ceiling: Rates that failed, to which capped rates are not raised again at once.
         advice: The latest advice.
-        advised: What was advised on although the run survived, each once.
+        advised: Kinds of findings that were advised on although the run survived the next steps, each once.
         searches: Searches for rates to set so far.
         version: Of this layout.
     """
@@ -104,18 +104,18 @@ class GuardState:
         """Whether the latest advice is to lower the inner rate alone."""
         return self.advice is not None and self.advice.cause is Cause.ALPHA
 
-    def collapse(self, lambda_max: float, step: int) -> Reason | None:
-        """Take a check's curvature in; a reason where nearly all of it is gone and the loss is where it began."""
+    def collapse_reason(self, lambda_max: float, step: int) -> Reason | None:
+        """The reason that nearly all curvature is gone and the loss is back where it began, if so and not yet said."""
         loss, scale = self.statistics.loss, self.statistics.scale
         self.sharpest = max(self.sharpest, lambda_max)
-        low, high = (scale.times(share, scale.start) for share in _UNLEARNED)
+        low, high = (scale.times(share, scale.start) for share in _BACK_AT_START)
         if not (lambda_max < _COLLAPSED * self.sharpest and low < loss <= high):
             return None
         losses = (math.nan, loss, scale.start)
         reason = Reason(Kind.NETWORK_COLLAPSED, value=lambda_max, limit=self.sharpest, losses=losses, step=step)
         return None if reason.key in self.announced else reason
 
-    def note(self, kind: str, *reasons: Reason, step: int | None) -> None:
+    def add_event(self, kind: str, *reasons: Reason, step: int | None) -> None:
         """Keep an event, for the run's report."""
         self.events = [*self.events, Event(step, kind, reasons)][-_EVENTS:]
 
@@ -140,10 +140,10 @@ def from_checkpoint(plain: Any) -> GuardState:
         raise StateError(f"it is a {type(plain).__name__} and no dict")
     if "version" not in plain:
         try:
-            plain = _from_flat(plain)
+            plain = _from_release_0_1(plain)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise StateError(f"it is not laid out as release 0.1 did ({type(error).__name__}: {error})") from error
-    if plain.get("snapshot") is not None:  # of before there were several
+    if plain.get("snapshot") is not None:  # written before there were several
         plain = plain | {"snapshots": [plain["snapshot"]]}
     state: GuardState = _from_plain(GuardState, plain, "")
     _check_ranges(state)
@@ -253,9 +253,9 @@ def _hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-def _from_flat(old: dict[str, Any]) -> dict[str, Any]:
-    """Bring a state from before the tree (release 0.1 and earlier) into today's layout."""
-    given = {name: old[name] for name in _UNCHANGED if name in old}
+def _from_release_0_1(old: dict[str, Any]) -> dict[str, Any]:
+    """Convert the flat state of release 0.1 and earlier."""
+    given = {name: old[name] for name in _SAME_KEYS if name in old}
     spiked, diverged, gap = old.get("triggered", (False, False, 2))
     spent, latest = old.get("spent", (0.0, 0.0))
     schedule = {"last": old.get("last_step"), "spiked": spiked, "diverged": diverged, "gap": gap}
@@ -263,8 +263,8 @@ def _from_flat(old: dict[str, Any]) -> dict[str, Any]:
     watches = {name: {"state": state, "failed": failed} for name, (state, failed) in old.get("watches", {}).items()}
     stopping = old.get("stopping_reason")
     return given | {
-        "history": [_flat_report(report) for report in old.get("history", [])],
-        "events": [_flat_event(*event) for event in old.get("events", [])],
+        "history": [_report_of_0_1(report) for report in old.get("history", [])],
+        "events": [_event_of_0_1(*event) for event in old.get("events", [])],
         "announced": old.get("said", []),
         "schedule": schedule,
         "statistics": old.get("range", {}),
@@ -280,17 +280,17 @@ def _from_flat(old: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-_UNCHANGED = ("severities", "sharpest", "rollbacks", "stopped_step", "batches", "snapshot")
+_SAME_KEYS = ("severities", "sharpest", "rollbacks", "stopped_step", "batches", "snapshot")
 
 
-def _flat_report(report: dict[str, Any]) -> dict[str, Any]:
+def _report_of_0_1(report: dict[str, Any]) -> dict[str, Any]:
     words = {"findings": report.get("reasons", []), "notes": report.get("notices", [])}
     reasons = {name: [_text(text) for text in texts] for name, texts in words.items()}
     applied = {f"{name}_applied": report.get(f"{name}_applied", report[name]) for name in ("alpha", "beta")}
     return report | reasons | applied
 
 
-def _flat_event(step: int, kind: str, text: str) -> dict[str, Any]:
+def _event_of_0_1(step: int, kind: str, text: str) -> dict[str, Any]:
     # Without the guard's name and the step, which the report of a run has beside the text.
     text = text.removeprefix("ConvergenceGuard").removeprefix(":").removeprefix(" ").removeprefix(f"step {step}: ")
     return {"step": None if step == -1 else step, "kind": kind, "reasons": [_text(text)]}

@@ -142,7 +142,7 @@ def phase_diagram(
     own = range(rank, len(chunks), ranks.size)
     found: dict[int, dict[str, Tensor]] = {}
     with (
-        ranks.together(),
+        ranks.fail_together(),
         tqdm(total=len(own) * steps, desc="phase diagram", unit="step", disable=not progress or rank > 0) as bar,
     ):
         for index in own:

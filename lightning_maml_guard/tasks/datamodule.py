@@ -14,7 +14,7 @@ from lightning_maml_guard.utils.checks import check_count, check_flag
 from lightning_maml_guard.utils.lightning_compat import (
     LightningDataModule,
     check_data_module,
-    holds_one_model,
+    is_sharded,
     no_loader,
 )
 
@@ -242,7 +242,7 @@ class TaskDataModule(LightningDataModule):
     @property
     def _shared(self) -> bool:
         """Whether the processes go through the same tasks."""
-        return self.trainer is not None and holds_one_model(self.trainer)
+        return self.trainer is not None and is_sharded(self.trainer)
 
     @property
     def _options(self) -> dict[str, Any]:

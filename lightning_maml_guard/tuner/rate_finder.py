@@ -14,7 +14,12 @@ from lightning_maml_guard.tuner.ladder import LadderOptions, check_ladder
 from lightning_maml_guard.tuner.suggest_rates import WORST_TASK, check_problem, data_kept, training_batches
 from lightning_maml_guard.tuner.suggestion import RateSuggestion
 from lightning_maml_guard.utils.checks import check_count, check_number
-from lightning_maml_guard.utils.lightning_compat import Callback, MisconfigurationException, inform, tools_for
+from lightning_maml_guard.utils.lightning_compat import (
+    Callback,
+    MisconfigurationException,
+    inform,
+    trainer_and_loader_of,
+)
 from lightning_maml_guard.utils.random_state import preserved_randomness
 
 
@@ -84,7 +89,7 @@ class RateFinder(Callback):
                 "together. Call suggest_rates before the run, with as large a batch as all of them see together."
             )
         trainer.fit_loop.setup_data()
-        draw = partial(training_batches, tools_for(pl_module, "module")[1])
+        draw = partial(training_batches, trainer_and_loader_of(pl_module, "module")[1])
         judged = LookaheadOptions(steps=0)
         finder = Finder(draw, self.problem, self.curvature, judged, self.ladder, self.margin, self.batches)
         with preserved_randomness(), data_kept(trainer.train_dataloader):

@@ -19,7 +19,7 @@ from lightning_maml_guard.tuner.at_start import Finder
 from lightning_maml_guard.tuner.ladder import LadderOptions, check_ladder
 from lightning_maml_guard.tuner.suggestion import RateSuggestion
 from lightning_maml_guard.utils.checks import check_count, check_number, shown
-from lightning_maml_guard.utils.lightning_compat import Callback, inform_less, tools_for
+from lightning_maml_guard.utils.lightning_compat import Callback, quiet_lightning, trainer_and_loader_of
 from lightning_maml_guard.utils.random_state import preserved_randomness
 
 # The sharpest task and not the mean: one task beyond its limit can end a run.
@@ -102,9 +102,9 @@ def suggest_rates(
     check_curvature(curvature)
     check_lookahead(lookahead)
     check_ladder(ladder)
-    trainer_class, combined_loader = tools_for(module, "module")
+    trainer_class, combined_loader = trainer_and_loader_of(module, "module")
     _check_sources(module, datamodule, problem)
-    with preserved_randomness(), inform_less(), data_kept(datamodule):
+    with preserved_randomness(), quiet_lightning(), data_kept(datamodule):
         draw = partial(training_batches, combined_loader)
         start = _FindAtStart(Finder(draw, problem, curvature, lookahead, ladder, margin, batches))
         trainer = trainer_class(

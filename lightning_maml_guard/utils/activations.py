@@ -29,7 +29,7 @@ class DeadUnits(NamedTuple):
     Attributes:
         dead: Units that are 0 on all data.
         units: All units.
-        blocked: Whether some activation has no other ones.
+        blocked: Whether all units of some activation are dead.
     """
 
     dead: int
@@ -38,7 +38,7 @@ class DeadUnits(NamedTuple):
 
     @property
     def most(self) -> bool:
-        """Whether so many units are dead that hardly anything passes."""
+        """Whether at least half of the units are dead, or all of one activation."""
         return self.units > 0 and (self.blocked or 2 * self.dead >= self.units)
 
 
@@ -69,7 +69,7 @@ class ReluUnits(TorchFunctionMode):
     def __enter__(self) -> ReluUnits:
         entering = register_module_forward_pre_hook(lambda module, _: self._calls.append([id(module), 0]))
         self._hooks.callback(entering.remove)
-        leaving = register_module_forward_hook(lambda *_: self._leave(), always_call=True)
+        leaving = register_module_forward_hook(lambda *_: self._leave_call(), always_call=True)
         self._hooks.callback(leaving.remove)
         super().__enter__()
         return self
@@ -83,7 +83,7 @@ class ReluUnits(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        rectifies = func in _RELU_LIKE or (func is F.hardtanh and _lowest(*args[1:], **kwargs) == 0)
+        rectifies = func in _RELU_LIKE or (func is F.hardtanh and _hardtanh_minimum(*args[1:], **kwargs) == 0)
         # Inside a transform of torch.func values cannot be read.
         if rectifies and isinstance(result, Tensor) and result.dim() > 1 and not inside_transform():
             self._note(result.detach() > 0)
@@ -97,10 +97,10 @@ class ReluUnits(TorchFunctionMode):
         call[1] += 1
         self._alive[place] = self._alive[place] | alive if place in self._alive else alive
 
-    def _leave(self) -> None:
+    def _leave_call(self) -> None:
         if len(self._calls) > 1:
             self._calls.pop()
 
 
-def _lowest(min_val: float = -1.0, *_: Any, **__: Any) -> float:
+def _hardtanh_minimum(min_val: float = -1.0, *_: Any, **__: Any) -> float:
     return min_val

@@ -66,7 +66,7 @@ def copied(batch: Any, clone: Callable[[Tensor], Tensor] = _clone) -> Any:
         with _Clones(clone):
             return copy.deepcopy(batch)
     except Exception as error:
-        return _by_parts(batch, clone, error)
+        return _copy_parts(batch, clone, error)
 
 
 class _Clones(TorchFunctionMode):
@@ -82,7 +82,7 @@ class _Clones(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _by_parts(batch: Any, clone: Callable[[Tensor], Tensor], error: Exception) -> Any:
+def _copy_parts(batch: Any, clone: Callable[[Tensor], Tensor], error: Exception) -> Any:
     """Copy what ``deepcopy`` failed at: part by part, and objects by a ``clone`` of their own."""
     kind = type(batch)
     if kind is dict:
@@ -100,7 +100,7 @@ def _by_parts(batch: Any, clone: Callable[[Tensor], Tensor], error: Exception) -
     raise BatchCopyError(kind.__name__, error) from error
 
 
-# What a batch holds: each object, and what shows that it was written into.
+# Each object that a batch holds, with what changes when the object is written into.
 Trace = list[tuple[Any, Any]]
 
 

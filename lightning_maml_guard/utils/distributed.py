@@ -31,7 +31,7 @@ class Ranks:
         return [value]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def fail_together(self) -> Iterator[None]:
         """Raise a SharedError on every rank if the block fails on one."""
         yield
 
@@ -43,8 +43,8 @@ class SharedError(Exception):
 class ProcessGroup(Ranks):
     """The ranks of the default process group, whose tensors live on ``device``.
 
-    Inside :meth:`together` all ranks go through the same collectives. Before each of them the ranks exchange a flag, so
-    that a rank that has failed in between meets the others there instead of leaving them waiting.
+    Inside :meth:`fail_together` all ranks go through the same collectives. Before each the ranks exchange a flag, so
+    that the others learn of a rank that has failed instead of waiting for it.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -52,28 +52,28 @@ class ProcessGroup(Ranks):
         self._device = device
 
     def mean(self, tensor: Tensor) -> Tensor:
-        self._meet()
+        self._exchange_failures()
         total = tensor.detach().clone()
         dist.all_reduce(total)
         return total / self.size
 
     def gather(self, value: T) -> list[T]:
-        self._meet()
+        self._exchange_failures()
         return self._collect(value)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def fail_together(self) -> Iterator[None]:
         """Raise a SharedError on every rank if the block fails on one; it names the rank and the cause."""
         try:
             yield
         except SharedError:
             raise
         except Exception as error:
-            self._meet(f"{type(error).__name__}: {error}")
+            self._exchange_failures(f"{type(error).__name__}: {error}")
         else:
-            self._meet()
+            self._exchange_failures()
 
-    def _meet(self, failure: str | None = None) -> None:
+    def _exchange_failures(self, failure: str | None = None) -> None:
         """Wait for the other ranks; raise a SharedError on all if one of them has failed."""
         flag = torch.tensor(int(failure is not None), device=self._device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
@@ -87,12 +87,12 @@ class ProcessGroup(Ranks):
         return found
 
 
-class OneModel(ProcessGroup):
+class ShardedRanks(ProcessGroup):
     """The ranks that hold one model in pieces and go through its batches together: they measure as one process does.
 
     A loss and a gradient are those of all ranks by the module's own backward. What only one rank can know (its data)
-    counts as rank 0 knows it, so that all decide alike. A rank that fails inside of the module's own collectives cannot
-    meet the others: the job then ends, as it does in training.
+    counts as rank 0 knows it, so that all decide alike. If a rank fails inside the module's own collectives, the job
+    ends, as it does in training.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -103,7 +103,7 @@ class OneModel(ProcessGroup):
         return tensor
 
     def gather(self, value: T) -> list[T]:
-        self._meet()
+        self._exchange_failures()
         told: list[Any] = [value]
         dist.broadcast_object_list(told)
         return told

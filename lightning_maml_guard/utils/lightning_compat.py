@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_info as inform
 
-from lightning_maml_guard.utils.distributed import OneModel, ProcessGroup, Ranks
+from lightning_maml_guard.utils.distributed import ProcessGroup, Ranks, ShardedRanks
 from lightning_maml_guard.utils.warnings import GuardWarning
 
 # Two packages with the same code and different classes: a Trainer of one does not accept a module of the other.
 _NAMES = ("pytorch_lightning", "lightning.pytorch")
 
 
-def _chosen() -> tuple[str, ...]:
+def _packages_in_use() -> tuple[str, ...]:
     """The packages that are already imported; else the first one that is installed."""
     imported = tuple(name for name in _NAMES if sys.modules.get(name) is not None)
     if imported:
@@ -38,7 +38,7 @@ def _chosen() -> tuple[str, ...]:
     )
 
 
-PACKAGES = _chosen()
+PACKAGES = _packages_in_use()
 PACKAGE = PACKAGES[0]
 
 if TYPE_CHECKING:
@@ -97,13 +97,13 @@ __all__ = [
     "default_loggers",
     "hyperparameters_given",
     "inform",
-    "inform_less",
     "no_loader",
     "overrides",
     "plan_of",
+    "quiet_lightning",
     "ranks_of",
     "seed_everything",
-    "tools_for",
+    "trainer_and_loader_of",
 ]
 
 
@@ -158,7 +158,7 @@ def hyperparameters_given() -> bool:
     return False
 
 
-def tools_for(module: Any, name: str) -> tuple[Any, Any]:
+def trainer_and_loader_of(module: Any, name: str) -> tuple[Any, Any]:
     """Return the ``Trainer`` and the ``CombinedLoader`` of a module's package.
 
     Raises a TypeError that calls the module ``name`` if it is a LightningModule of neither package.
@@ -178,12 +178,12 @@ def no_loader(module: Any) -> Any:
 
     Lightning takes an empty list for a loader, and warns.
     """
-    combined_loader = tools_for(module, "module")[1]
+    combined_loader = trainer_and_loader_of(module, "module")[1]
     return type("NoLoader", (combined_loader,), {"flattened": []})([], "sequential")
 
 
 @contextmanager
-def inform_less() -> Iterator[None]:
+def quiet_lightning() -> Iterator[None]:
     """Silence Lightning's messages about devices and tips, for a Trainer that the user did not make."""
     loggers = [logging.getLogger(name) for name in _NAMES]
     levels = [logger.level for logger in loggers]
@@ -219,7 +219,7 @@ def check_strategy(trainer: Any, allow_untested: bool) -> None:
     )
 
 
-def holds_one_model(trainer: Any) -> bool:
+def is_sharded(trainer: Any) -> bool:
     """Return True if the processes hold one model in pieces, and go through the same tasks together."""
     return _is_one_of(trainer, {_SHARDING})
 
@@ -227,7 +227,7 @@ def holds_one_model(trainer: Any) -> bool:
 def ranks_of(trainer: Any) -> Ranks:
     """Find the processes that train together."""
     if trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
-        group = OneModel if holds_one_model(trainer) else ProcessGroup
+        group = ShardedRanks if is_sharded(trainer) else ProcessGroup
         return group(trainer.strategy.root_device)
     return Ranks()
 

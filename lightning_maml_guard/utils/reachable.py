@@ -15,7 +15,7 @@ Names = frozenset[str]
 
 
 def modules_of(*roots: Any) -> list[nn.Module]:
-    """List the modules that functions can call, the parts of a listed one left out; the functions' own calls count."""
+    """List the modules that functions can call, directly or through others, without the parts of a listed one."""
     found: list[nn.Module] = []
     seen: dict[tuple[int, Names], Any] = {}  # holds what it has seen, so that no id is used twice
     waiting: list[tuple[Any, Names]] = [(root, frozenset()) for root in roots]

@@ -44,23 +44,25 @@ def as_tasks(support: Any, query: Any) -> tuple[Any, Any]:
     A list of tuples (lists, dicts) of tensors is one. A tuple of such is one where it cannot be read as tensors with a
     leading task dimension, which is how nested tuples are read otherwise.
     """
-    support, query = (TaskList(each) if type(each) is list and _of_tasks(each) else each for each in (support, query))
-    sizes = _leading(support) | _leading(query)
+    support, query = (
+        TaskList(each) if type(each) is list and _is_list_of_tasks(each) else each for each in (support, query)
+    )
+    sizes = _task_counts(support) | _task_counts(query)
     if len(sizes) == 1 and 0 not in sizes:
         return support, query
     return tuple(  # type: ignore[return-value]
-        TaskList(each) if type(each) is tuple and _of_tasks(each) else each for each in (support, query)
+        TaskList(each) if type(each) is tuple and _is_list_of_tasks(each) else each for each in (support, query)
     )
 
 
-def _of_tasks(data: Sequence[Any]) -> bool:
+def _is_list_of_tasks(data: Sequence[Any]) -> bool:
     leaves = [tree_leaves(each) for each in data]
     tensors = all(isinstance(leaf, Tensor) for task in leaves for leaf in task)
     return bool(data) and tensors and all(leaves) and not any(isinstance(each, Tensor) for each in data)
 
 
-def _leading(data: Any) -> set[int]:
-    """The task counts by the tensors' leading dimensions and the lengths of lists; 0 for anything else."""
+def _task_counts(data: Any) -> set[int]:
+    """The task counts by the tensors' leading dimensions and the lists' lengths; 0 for what has none."""
     leaves = tree_leaves(data, is_leaf=is_listed)
     return {len(leaf) if is_listed(leaf) or (isinstance(leaf, Tensor) and leaf.dim()) else 0 for leaf in leaves}
 
@@ -246,7 +248,7 @@ def _stacked(group: Sequence[Tensor]) -> Any:
 
 
 def _joined(outputs: Iterable[Any], join: Callable[[Any], Any], added: bool = False) -> Any:
-    """Join what the tasks' function returned, one after another; ``added``: the first part of it is summed."""
+    """Join what a function returned for each task; ``added``: its first part is summed instead."""
     total: list[Tensor] = []
     rest, spec = [], None
     for count, output in enumerate(outputs):

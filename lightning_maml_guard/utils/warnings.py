@@ -11,9 +11,9 @@ class GuardWarning(UserWarning):
 
 
 class ReportedFailure:
-    """A context in which a failure is told and goes no further; a warning that was made an error does.
+    """A context that passes an exception to a function and ends it there, unless it is a GuardWarning made an error.
 
-    It is a class because a generator's context takes three times as long, and several are entered at every step.
+    A class, because a generator's context takes three times as long and several are entered at every step.
     """
 
     def __init__(self, tell: Callable[[Exception], None]) -> None:
@@ -23,7 +23,7 @@ class ReportedFailure:
         """Enter it."""
 
     def __exit__(self, kind: Any, error: BaseException | None, where: Any) -> bool:
-        """Tell a failure."""
+        """Report an exception."""
         if not isinstance(error, Exception) or isinstance(error, GuardWarning):
             return False
         self._tell(error)

@@ -110,7 +110,7 @@ def _measured(rank: int, folder: str, options: dict, failing: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     cache = MeasurementCache(ranks=ProcessGroup())
     try:
-        with cache.ranks.together():
+        with cache.ranks.fail_together():
             report = measure(
                 _problem(part(episodes(), rank, 2), rank == failing),
                 **grouped_measure(beta=0.05, cache=cache, **options),
@@ -202,7 +202,7 @@ def _measured_with_nan(rank: int, folder: str) -> None:
     batch = part(episodes(), rank, 2)
     if rank == 1:
         batch.support[1][0, 0] = torch.nan
-    with cache.ranks.together():
+    with cache.ranks.fail_together():
         report = measure(
             _problem(batch), beta=0.05, cache=cache, curvature=CurvatureOptions(criterion="simplified", tasks="worst")
         )

@@ -10,7 +10,7 @@ from lightning_maml_guard.guard.settings import check_pieces, check_watchable
 from lightning_maml_guard.linalg.layout import WHOLE, Layout
 from lightning_maml_guard.sharding.own_backward import OwnBackward
 from lightning_maml_guard.sharding.space import Split, _NormalNumbers
-from lightning_maml_guard.utils.distributed import OneModel, SharedError
+from lightning_maml_guard.utils.distributed import ShardedRanks, SharedError
 from lightning_maml_guard.utils.lightning_compat import MisconfigurationException
 from lightning_maml_guard.utils.shards import finite, is_split, local, norm, split_like
 from tests.sharding.program import SPLITS_ON_CPUS
@@ -113,10 +113,10 @@ def test_a_module_refuses_options_that_its_pieces_do_not_have(network, options, 
 
 
 def test_a_failed_rank_and_rank_zeros_word_count_for_all(network):
-    ranks = OneModel()
+    ranks = ShardedRanks()
     assert (ranks.size, ranks.processes) == (1, 1) and ranks.gather("own") == ["own"]
     assert ranks.mean(torch.tensor(2.0)) == 2.0
-    with pytest.raises(SharedError, match="on rank 0: OSError: full"), ranks.together():
+    with pytest.raises(SharedError, match="on rank 0: OSError: full"), ranks.fail_together():
         raise OSError("full")
 
 
