@@ -105,6 +105,18 @@ def test_a_wrong_double_backward_is_found_by_the_self_check():
     assert "disagrees with finite differences by 100.0%" in notice and "double backward is wrong" in notice
 
 
+def test_a_loss_over_its_own_detached_value_is_measured_as_the_update_that_it_is():
+    def loss(p):
+        value = p["w"].square().sum()
+        return value / (1 + value.detach())
+
+    weight = torch.tensor([1.0, 2.0]).double()
+    report = measure(PlainProblem({"w": nn.Parameter(weight)}, loss), beta=0.1)
+    update = 2 * torch.eye(2) / 6 - 4 * torch.outer(weight, weight) / 36  # d/dw of 2w / (1 + w.w)
+    assert report.lambda_max == pytest.approx(float(torch.linalg.eigvalsh(update)[-1]), rel=1e-6)
+    assert "or the loss holds a value that was detached" in report.notices[0]
+
+
 def test_where_a_run_has_been_thrown_nothing_is_compared_and_later_it_is():
     """There kinks and overflow make differences and double backward disagree, and no layer is wrong."""
     problem = PlainProblem({"w": nn.Parameter(torch.tensor([1.0, 2.0]).double())}, lambda p: Wrong.apply(p["w"]).sum())
