@@ -185,17 +185,16 @@ def _look_ahead(look: Look, run: GuardedRun, trainer: Any, module: Any, step: in
     older = older[: min(run.cache.ranks.gather(len(older)))]  # as many on every rank
     groups = [older[first : first + size] for first in range(0, len(older) - size + 1, size)]
     look.problems = [look.problem, *map(accumulated, groups)]
-    problems = with_resampled(run, look.problems)
+    problems, ratio, caps = with_resampled(run, look.problems), options.divergence_ratio, run.caps.caps
     try:
         look.lookahead = lookahead_of(
             problems, look.optimizers, options.steps, trainer, run.cache, run.state.clipped_to
         )
+        look.present, look.scale, look.severity = look.lookahead.judged(caps, look.scale, ratio)
     except ClosureError as error:
         run.announce(Reason(Kind.NO_LOOKAHEAD, detail=str(error)))
-        look.last_loss = run.state.statistics.last
+        look.lookahead, look.last_loss = None, run.state.statistics.last
         return
-    caps, ratio = run.caps.caps, options.divergence_ratio
-    look.present, look.scale, look.severity = look.lookahead.judged(caps, look.scale, ratio)
     if look.lookahead.clipping_failure is not None:
         run.announce(of_error(Kind.CLIPPING_FAILED, look.lookahead.clipping_failure))
     peak = peak_ahead(run, trainer, look.optimizers, step)

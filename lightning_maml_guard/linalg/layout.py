@@ -70,7 +70,7 @@ class Layout:
 
     def flatten(self, values: Params, batch: int = 0) -> Tensor:
         """Concatenate named tensors, each with ``batch`` leading dimensions, to vectors of shape ``(*leading, n)``."""
-        return torch.cat([local(values[name]).flatten(batch) for name in self.shapes], dim=-1)
+        return torch.cat([rows_of(local(values[name]), batch) for name in self.shapes], dim=-1)
 
     def split(self, vector: Tensor) -> Params:
         """Cut vectors of shape ``(*leading, n)`` into named tensors of shape ``(*leading, *parameter shape)``."""
@@ -80,6 +80,11 @@ class Layout:
             name: piece.reshape(leading + shape)
             for piece, (name, shape) in zip(pieces, self.shapes.items(), strict=True)
         }
+
+
+def rows_of(value: Tensor, batch: int = 1) -> Tensor:
+    """Flatten what follows ``batch`` leading dimensions; of a scalar parameter nothing does."""
+    return value.reshape(*value.shape[:batch], -1)
 
 
 def real_pairs(params: Params) -> Params:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_maml_guard.linalg.layout import rows_of
 from lightning_maml_guard.maml.inner_loop import InnerRate, Params
 from lightning_maml_guard.theory.multiplier import check_rate
 from lightning_maml_guard.utils.checks import check_holds_rate, shown
@@ -71,7 +72,7 @@ class InnerRates:
             gradients = {name: torch.stack([each[name] for each in gradients]) for name in gradients[0]}
             # A rate of a whole parameter moves all of its entries.
             gradients = {
-                name: gradients[name].flatten(1).sum(1) if self._one_per_step else gradients[name]
+                name: rows_of(gradients[name]).sum(1) if self._one_per_step else gradients[name]
                 for name, rate in zip(self.names, self.learned, strict=True)
                 if name in gradients
             }

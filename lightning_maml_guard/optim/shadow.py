@@ -9,6 +9,7 @@ import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -159,11 +160,19 @@ class ShadowOptimizer:
                 clip([self._moved[name] for name in own])
             if hook is not None:
                 hook(shadow, [(self._moved[name], self._live[name]) for name in own])
-            type(shadow).step(shadow)
+            try:
+                type(shadow).step(shadow)
+            except Exception:
+                if _asks_for_closure(shadow):
+                    _ASKING.add(type(shadow))
+                    check_no_closure(shadow)
+                raise
 
 
 # Entries of an optimizer's state that are one number, also of a parameter that is one number.
 _COUNTERS = frozenset({"step", "mu_product"})
+# Kinds whose steps were seen to need a closure although it is None by default.
+_ASKING: WeakSet[type[Optimizer]] = WeakSet()
 # What is copied with all that it holds.
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, Counter, list, deque})
 # Optimizers whose step treats every entry by itself, and whose movement is in proportion to their rate.
@@ -176,8 +185,24 @@ class ClosureError(TypeError):
 
 def needs_closure(optimizer: Optimizer) -> bool:
     """Whether a step of an optimizer evaluates the loss itself, as LBFGS does."""
-    closure = inspect.signature(type(unwrap(optimizer)).step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
+    kind = type(unwrap(optimizer))
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    return kind in _ASKING or (closure is not None and closure.default is inspect.Parameter.empty)
+
+
+def _asks_for_closure(shadow: Optimizer) -> bool:
+    """Whether a step that failed without a closure, None by default as torch has it, does not fail with one."""
+    calls = []
+
+    def closure() -> Any:
+        calls.append(1)
+        return torch.zeros(())
+
+    try:
+        type(shadow).step(shadow, closure)
+    except Exception:
+        return False  # the error is the step's own, and is raised
+    return bool(calls)
 
 
 def check_no_closure(optimizer: Optimizer) -> None:
@@ -194,9 +219,9 @@ def next_update(optimizers: Optimizers, params: Params, gradient: Params) -> Par
     """
     try:
         shadow = ShadowOptimizer(optimizers, params)
+        shadow.step(gradient)
     except ClosureError:
         return None
-    shadow.step(gradient)
     return {name: value.detach() - shadow.params[name] for name, value in params.items()}
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from lightning_maml_guard.linalg.layout import rows_of
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.phase.gradients import copies, grid_gradient
 from lightning_maml_guard.phase.optimizers import MetaOptimizer, Params, meta_optimizer
@@ -193,5 +194,5 @@ def _bisect(
 
 
 def _norm(gradients: Params) -> Tensor:
-    squares = [each.flatten(1).square().sum(1) for each in gradients.values()]
+    squares = [rows_of(each).square().sum(1) for each in gradients.values()]
     return torch.stack(squares).sum(0).sqrt()

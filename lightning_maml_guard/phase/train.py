@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_maml_guard.linalg.layout import rows_of
 from lightning_maml_guard.maml.inner_loop import Params
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.phase.critical_rates import GridRates, grid_rates
@@ -109,7 +110,7 @@ class _Chunk:
 
     def drop_diverged(self) -> None:
         """Take the runs whose parameters are not finite out of the program."""
-        finite = torch.stack([torch.isfinite(value).flatten(1).all(1) for value in self.params.values()]).all(0)
+        finite = torch.stack([rows_of(torch.isfinite(value)).all(1) for value in self.params.values()]).all(0)
         if bool(finite.all()):
             return
         keep = finite.nonzero().flatten()

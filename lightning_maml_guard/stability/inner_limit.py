@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_maml_guard.linalg.layout import Params
+from lightning_maml_guard.linalg.layout import Params, rows_of
 from lightning_maml_guard.maml.inner_updates import Adam, Momentum, RMSprop
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.optim.stability_limits import adam_response, rmsprop_response, sgd_response
@@ -50,7 +50,7 @@ def inner_loop_limit(problem: MetaProblem) -> InnerLoopLimit:
 
 
 def _of_each_step(problem: MetaProblem, rates: Params, usual: float) -> InnerLoopLimit:
-    each = torch.cat([rate.double().flatten(1) for rate in rates.values()], 1)
+    each = torch.cat([rows_of(rate.double()) for rate in rates.values()], 1)
     top = each.amax(0)
     largest = {name: rate.amax(0) for name, rate in rates.items()}
     if problem.inner_update is not None:

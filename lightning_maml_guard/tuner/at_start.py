@@ -188,11 +188,11 @@ class _Suggesting:
             return judged.status, judged.findings
         try:
             lookahead = lookahead_of(self._problems, self._optimizers, options.steps, self._trainer, self._cache)
+            present, scale, severe = lookahead.judged(Caps(), Scale(), options.divergence_ratio)
         except ClosureError as error:
             self._notes.append(Reason(Kind.NO_LOOKAHEAD, effect="before training", detail=str(error)))
             return judged.status, judged.findings
         ratio = options.divergence_ratio
-        present, scale, severe = lookahead.judged(Caps(), Scale(), ratio)
         status = advance(Watch(), judged.status, severe, ratio=ratio).state
         if not fails(severe, ratio):
             return status, judged.findings

@@ -1,14 +1,16 @@
 """Optimizers that wrap another one, as Lookahead and SAM do: tried on copies, and rolled back, with all they hold."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
+from torch.utils.data import DataLoader
 
-from lightning_maml_guard import ConvergenceGuard
-from lightning_maml_guard.optim.shadow import ShadowOptimizer
+from lightning_maml_guard import ConvergenceGuard, GuardWarning, suggest_rates
+from lightning_maml_guard.optim.shadow import ClosureError, ShadowOptimizer, needs_closure, next_update
 from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.utils.lightning_compat import LightningModule
 from tests.helpers import fit
@@ -126,16 +128,89 @@ def test_state_that_belongs_to_no_parameter_is_copied():
     assert torch.equal(shadow.params["w"], weight)
 
 
+class Sharpness(Optimizer):
+    """SAM as the package that most use has it: its closure is None by default, and asserted."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+        self.base_optimizer = SGD(self.param_groups, lr=lr)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        assert closure is not None, "SAM requires closure, but it was not provided"
+        closure = torch.enable_grad()(closure)
+        loss = closure()
+        moved = [(p, 0.05 * p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for parameter, by in moved:
+            parameter.add_(by)
+        self.zero_grad()
+        closure()
+        for parameter, by in moved:
+            parameter.sub_(by)
+        self.base_optimizer.step()
+        return loss
+
+
+class Broken(SGD):
+    def step(self, closure=None):
+        if closure is not None:
+            closure()
+        raise RuntimeError("a step of its own")
+
+
+def test_one_that_asserts_its_closure_is_known_from_then_on():
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = Sharpness([weight], lr=0.1)
+    gradient = {"w": torch.ones(2)}
+    assert next_update(optimizer, {"w": weight}, gradient) is None
+    assert needs_closure(optimizer) and weight.tolist() == [1, 1]
+    with pytest.raises(ClosureError, match="Sharpness needs a closure for a step"):
+        ShadowOptimizer(optimizer, {"w": weight})
+
+
+def test_an_error_of_its_own_is_no_missing_closure():
+    weight = nn.Parameter(torch.ones(2))
+    shadow = ShadowOptimizer(Broken([weight], lr=0.1), {"w": weight})
+    with pytest.raises(RuntimeError, match="a step of its own"):
+        shadow.step({"w": torch.ones(2)})
+    assert not needs_closure(Broken([weight], lr=0.1))
+
+
+def test_a_guard_says_so_where_no_step_can_be_tried():
+    class Own(Sharpness):  # not seen by another test
+        pass
+
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    guard = ConvergenceGuard(every_n_steps=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Wrapped(0.01, Own), (x, x.sum(1, keepdim=True)), 3, [guard])
+    said = [" ".join(str(each.message).split()) for each in caught if each.category is GuardWarning]
+    assert sum("Own needs a closure for a step." in each for each in said) == 1
+    assert not any("failed" in each for each in said)
+    assert len(guard.history) == 3
+
+
+def test_rates_before_training_say_so_too():
+    class Own(Sharpness):
+        pass
+
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    found = suggest_rates(Wrapped(0.01, Own), DataLoader([(x, x.sum(1, keepdim=True))] * 3, batch_size=None))
+    assert "Own needs a closure for a step" in " ".join(str(found).split())
+
+
 class Wrapped(LightningModule):
-    def __init__(self, lr):
+    def __init__(self, lr, kind=lambda params, lr: Slow(SGD(params, lr=lr))):
         super().__init__()
-        self.lr, self.net = lr, nn.Linear(4, 1)
+        self.lr, self.kind, self.net = lr, kind, nn.Linear(4, 1)
 
     def training_step(self, batch, batch_idx):
         return (self.net(batch[0]) - batch[1]).square().mean()
 
     def configure_optimizers(self):
-        return Slow(SGD(self.parameters(), lr=self.lr))
+        return self.kind(self.parameters(), self.lr)
 
 
 @pytest.mark.parametrize(("lr", "unsafe"), [(0.01, False), (2.0, True)])
