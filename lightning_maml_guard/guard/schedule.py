@@ -151,9 +151,10 @@ class Schedule:
         close = since < self.every_n_steps / 2
         on_time = step % self.every_n_steps == 0 and not (close and self.share is not None)
         early = self._early(step, stalled) or (capped and since >= 2 and (step >= state.ease_at or self.stands(step)))
-        owed = 0 < state.waits <= _PUT_OFF or state.last is None  # a run may begin at any step
+        owed = 0 < state.waits <= _PUT_OFF
         regular = on_time and self._paid(state.full, step)
-        scheduled = owed or regular or (state.unjudged and (on_time or (early and step >= _JUDGED)))
+        first = state.last is None  # also of a run that is resumed, or fitted again
+        scheduled = first or owed or regular or (state.unjudged and (on_time or (early and step >= _JUDGED)))
         again = since >= self._longest
         risen = [state.outer.grown(rate, beta_c, again=again), state.inner.grown(alpha, alpha_c, again=again)]
         grown = any(risen)
