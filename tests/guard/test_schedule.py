@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_maml_guard import (
     ConvergenceGuard,
@@ -24,8 +25,8 @@ from lightning_maml_guard.stability.hvp import HESSIAN_PRICE, UPDATE_PRICE, Meas
 from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.stability.problems import PlainProblem
 from lightning_maml_guard.tasks.regression import Sinusoid
-from lightning_maml_guard.utils.lightning_compat import Trainer
-from tests.helpers import QUIET
+from lightning_maml_guard.utils.lightning_compat import Callback, LightningModule, Trainer
+from tests.helpers import QUIET, fit
 
 
 @given(st.floats(0.005, 0.5), st.integers(1, 40), st.floats(0, 100), st.integers(1, 50))
@@ -428,3 +429,34 @@ def test_rates_are_not_raised_where_the_run_ends_before_that_is_seen_to_help():
     assert [step for step in range(300) if schedule.ends_before(step)] == list(range(269, 300))
     schedule.planned = 3000
     assert schedule.ends_before(2800) and not schedule.ends_before(2700)
+
+
+class Descent(LightningModule):
+    def __init__(self, lr):
+        super().__init__()
+        self.lr, self.weight = lr, nn.Parameter(torch.ones(4))
+
+    def training_step(self, batch, batch_idx):
+        return ((batch * self.weight).square()).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+@pytest.mark.parametrize("action", ["warn", "rescale"])
+def test_a_guard_that_joins_a_run_checks_before_its_first_step(action, tmp_path, recwarn):
+    batch = torch.tensor([0.3, 1.0, 2.0, 4.0])
+    before = fit(Descent(0.05), batch, 41)
+    before.save_checkpoint(tmp_path / "before.ckpt")
+    loss = float(before.lightning_module.training_step(batch, 0))
+
+    class Raise(Callback):
+        def on_train_start(self, trainer, pl_module):
+            trainer.optimizers[0].param_groups[0]["lr"] = 1.0
+
+    module, guard = Descent(0.05), ConvergenceGuard(action=action)
+    trainer = Trainer(max_steps=60, max_epochs=-1, callbacks=[Raise(), guard], **QUIET)
+    trainer.fit(module, DataLoader([batch] * 100, batch_size=None), ckpt_path=tmp_path / "before.ckpt")
+    assert (guard.history[0].step, guard.history[0].status, guard.advice.step) == (41, "unsafe", 41)
+    assert guard.advice.beta < 0.5
+    assert (float(module.training_step(batch, 0)) <= loss) == (action == "rescale")
