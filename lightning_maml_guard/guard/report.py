@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_maml_guard.messages.advice_sentences import waiting
 from lightning_maml_guard.messages.reasons import Reason
-from lightning_maml_guard.messages.terminal import inform
 from lightning_maml_guard.pages.record import RunRecord
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import Limit
@@ -144,6 +143,8 @@ class Stopwatch:
 
     def tell_if_long(self) -> None:
         """Say what training waits for, once in a check that has taken long."""
+        from lightning_maml_guard.messages.terminal import inform  # of Lightning; a report is read without it
+
         if self._untold is not None and time.perf_counter() - self._untold[1] > LONG:
             inform(waiting(self._untold[0]))
             self._untold = None

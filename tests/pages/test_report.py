@@ -157,7 +157,7 @@ def test_rollbacks_and_stops_are_told_and_survive_a_checkpoint(tmp_path):
     assert "Stopped at step 0." in words
     rolled = ConvergenceGuard(every_n_steps=5, action="rescale", rollback=True)
     back = Reason(Kind.ROLLED_BACK, losses=(9.0, math.nan, math.nan), step=7, steps=5, counts=(1, 10), beta=0.1)
-    rolled._run.state.note("rolled back", back, step=7)
+    rolled._run.state.add_event("rolled back", back, step=7)
     assert "7 rolled back The loss was 9 at step 7" in checked(rolled.report(tmp_path / "r.html").read_text()).words
 
 
@@ -170,7 +170,7 @@ def test_caps_are_told_as_they_move(rescued):
 
 def roll_back(guard, at, to, loss=9.0):
     reason = Reason(Kind.ROLLED_BACK, losses=(loss, math.nan, math.nan), step=at, steps=to, counts=(1, 10), beta=0.1)
-    guard._run.state.note("rolled back", reason, step=at)
+    guard._run.state.add_event("rolled back", reason, step=at)
 
 
 def test_no_spectrum_of_rolled_back_parameters_is_shown_without_saying_so(rescued, tmp_path):
