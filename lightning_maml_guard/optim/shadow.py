@@ -8,6 +8,7 @@ import math
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 from weakref import WeakSet
 
@@ -191,18 +192,20 @@ def needs_closure(optimizer: Optimizer) -> bool:
 
 
 def _asks_for_closure(shadow: Optimizer) -> bool:
-    """Whether a step that failed without a closure, None by default as torch has it, does not fail with one."""
+    """Whether a step that failed without a closure fails so again, and not with one; None is torch's default for it."""
     calls = []
 
     def closure() -> Any:
         calls.append(1)
         return torch.zeros(())
 
-    try:
+    with suppress(Exception):  # the step's own error is raised by the caller
+        type(shadow).step(shadow)
+        return False  # what failed has passed, as a lack of memory may
+    with suppress(Exception):
         type(shadow).step(shadow, closure)
-    except Exception:
-        return False  # the error is the step's own, and is raised
-    return bool(calls)
+        return bool(calls)
+    return False
 
 
 def check_no_closure(optimizer: Optimizer) -> None:

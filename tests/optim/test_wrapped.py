@@ -177,6 +177,27 @@ def test_an_error_of_its_own_is_no_missing_closure():
     assert not needs_closure(Broken([weight], lr=0.1))
 
 
+def test_an_error_that_passes_is_no_missing_closure():
+    class Once(SGD):
+        """Its first step fails, as where memory runs out for a moment."""
+
+        failed = False
+
+        def step(self, closure=None):
+            if not Once.failed:
+                Once.failed = True
+                raise MemoryError("a moment's lack of memory")
+            return super().step(closure)
+
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = Once([weight], lr=0.1)
+    with pytest.raises(MemoryError, match="a moment's lack"):
+        ShadowOptimizer(optimizer, {"w": weight}).step({"w": torch.ones(2)})
+    assert not needs_closure(optimizer)
+    update = next_update(optimizer, {"w": weight}, {"w": torch.ones(2)})
+    torch.testing.assert_close(update["w"], torch.full((2,), 0.1))
+
+
 def test_a_guard_says_so_where_no_step_can_be_tried():
     class Own(Sharpness):  # not seen by another test
         pass
