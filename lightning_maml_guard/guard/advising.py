@@ -30,6 +30,7 @@ from lightning_maml_guard.lookahead.rates_to_set import (
 )
 from lightning_maml_guard.messages.advice import Advice, Cause, cause_of, settable
 from lightning_maml_guard.messages.reasons import INCONCLUSIVE, Kind, Reason, Reasons
+from lightning_maml_guard.optim.held import taken_back
 from lightning_maml_guard.optim.lr_cap import rates_differ
 from lightning_maml_guard.optim.rates_ahead import RatesAhead, crossing, to_configure
 from lightning_maml_guard.optim.snapshot import Snapshot
@@ -48,7 +49,7 @@ class Adviser:
     def __init__(self, run: GuardedRun, trainer: Any, module: Any, look: Look, step: int) -> None:
         self._run, self._trainer, self._module, self._look, self._step = run, trainer, module, look, step
         self._lookaheads: list[Lookahead] = []  # whose cost is counted
-        self._measurement_cost = 0.0
+        self._held, self._measurement_cost = taken_back(trainer, module, run.settings.rollback), 0.0
         self._searches: dict[bool, RateSearch] = {}  # by whether alpha is a suspect
         self._at_peak: SearchResult | None = None  # if the rate that the schedule goes to is too high
         self.stalled: SearchResult | None = None  # if the run does not learn
@@ -89,7 +90,7 @@ class Adviser:
         run.state.searches += 1
         if run.state.searches > _MOST_SEARCHES and not self._affords_trial:
             return False
-        kept = highest_kept_losses(learning, search.lookahead, self._module, self._trainer.optimizers, run.ring.kept)
+        kept = highest_kept_losses(learning, search.lookahead, *self._held, run.ring.kept)
         return search.recovers(kept, share_of_start(self._look.scale, CLEAR_SHARE))
 
     def look_further(self, report: StabilityReport) -> SearchResult | None:
@@ -195,10 +196,9 @@ class Adviser:
         return suspicion(report, self._look.problem, self._look.adaptation_gain, harmful=self._look.harmful)
 
     def _measured_at(self, factor: float) -> StabilityReport:
-        problem, optimizers, run = self._look.problem, self._look.optimizers, self._run
-        assert not isinstance(problem, PlainProblem)
-        at, curvature = problem.at_factor(factor), run.settings.curvature
-        report = measure(at, optimizer=optimizers, curvature=curvature, cache=run.cache)
+        one, optimizers, run = self._look.problem, self._look.optimizers, self._run
+        assert not isinstance(one, PlainProblem)
+        report = measure(one.at_factor(factor), optimizer=optimizers, curvature=run.settings.curvature, cache=run.cache)
         self._measurement_cost += report.cost
         return report
 
@@ -235,7 +235,7 @@ class Adviser:
     @contextmanager
     def _at_last_intact_state(self) -> Iterator[int]:
         """Go to the last state from which the loss survives, yield its step, and come back."""
-        snapshot, held = self.tried_from, (self._module, self._trainer.optimizers)
+        snapshot, held = self.tried_from, self._held
         if snapshot is None and not (self._look.is_intact and self._survives()):
             snapshot = self._run.ring.latest_that(self._survives, *held)
         if snapshot is None or snapshot.step >= self._step:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from lightning_maml_guard.guard.actions import applied_rates
 from lightning_maml_guard.guard.advising import Adviser
 from lightning_maml_guard.guard.judgement import Judgement, Outlook, judge, situation_of
-from lightning_maml_guard.guard.loggers import log_check, log_values
+from lightning_maml_guard.guard.loggers import SEND, log_check, log_values
 from lightning_maml_guard.guard.look import Look, adjust_caps, look_at, plan_next_caps_check
 from lightning_maml_guard.guard.report import CheckReport
 from lightning_maml_guard.guard.rollback import Rollback
@@ -21,10 +21,11 @@ from lightning_maml_guard.lookahead.divergence import fails, passes
 from lightning_maml_guard.lookahead.learning import chance_loss, last_loss_reason
 from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult
 from lightning_maml_guard.messages.advice import Advice, Cause
-from lightning_maml_guard.messages.advice_sentences import NO_WAY_BACK, advice_given, left_at_any_rate
+from lightning_maml_guard.messages.advice_sentences import NO_WAY_BACK, advice_given, left_at_any_rate, not_before
 from lightning_maml_guard.messages.reasons import Kind, of_check
 from lightning_maml_guard.messages.sentences import announced, returned
 from lightning_maml_guard.messages.terminal import inform
+from lightning_maml_guard.optim.held import taken_back
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.rates_ahead import crossing
 from lightning_maml_guard.optim.shadow import needs_closure
@@ -32,6 +33,7 @@ from lightning_maml_guard.stability.problems import NoLossError
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import SAFE, UNRESOLVED, UNSAFE
 from lightning_maml_guard.utils.isolation import undisturbed
+from lightning_maml_guard.utils.lightning_compat import least_run
 from lightning_maml_guard.utils.shards import finite, reshard
 from lightning_maml_guard.utils.warnings import GuardWarning
 
@@ -55,7 +57,7 @@ class Check:
             if step == 0 and run.ring.latest is None and not self.trainer.fast_dev_run:
                 self.rollback.keep(step)  # first, as the check may fail; later only states whose lookahead passes
             with run.cache.ranks.fail_together():
-                run.ring.drop_unlike(self.module, self.trainer.optimizers)
+                run.ring.drop_unlike(*taken_back(self.trainer, self.module, self.settings.rollback))
                 self._check(batch, batch_idx, step, scheduled)
         except GuardWarning:
             raise
@@ -139,7 +141,8 @@ class Check:
         if well and not outlook.has_lost_half:
             self.rollback.keep(step)
         self._charge(look, outlook.adviser.cost)
-        log_values(trainer, look.metrics, step)
+        with run.warn_on_failure(SEND):
+            log_values(trainer, look.metrics, step)
         return True
 
     def _goes_on(self, outlook: Outlook, step: int) -> bool:
@@ -152,7 +155,7 @@ class Check:
         found = outlook.adviser.stalled if outlook.adviser.tried_from is not None else None
         restarts = found is not None and (found.best.factors.beta < 1 or run.caps.reaches_alpha(self.module))
         diverged = outlook.diverges_ahead and outlook.has_left_learned and self.rollback.may_help(begin)
-        if self.settings.rollback and (restarts or diverged):
+        if self.settings.rollback and run.ring.latest is not None and (restarts or diverged):
             if restarts:
                 run.ring.drop_after(run.ring.kept[0].step)
             if not self.rollback.go_back(begin, step, look):
@@ -213,6 +216,7 @@ class Check:
             acts = acts and (action.stops or not left_at_any_rate(advice))
             applied = applied_rates(caps, report.alpha, report.beta)
             effect = action.effect(spelling, applied, helps=helps, changed=changed) if acts else []
+            effect += not_before(least_run(self.trainer)) if acts and action.stops else []
             if lost:
                 effect = [NO_WAY_BACK]
             run.warn_and_alert(self.trainer, advice_given(step, advice, effect, spelling))
@@ -249,7 +253,8 @@ class Check:
             advice=found.advice,
         )
         run.state.history = [*run.state.history, kept][-self.settings.history_size :]
-        log_check(self.trainer, kept, step, caps_rates=self.settings.acting.caps_rates)
+        with run.warn_on_failure(SEND):
+            log_check(self.trainer, kept, step, caps_rates=self.settings.acting.caps_rates)
 
     def _charge(self, look: Look, cost: float) -> None:
         gradients = 0 if look.lookahead is None else look.lookahead.gradients

@@ -17,6 +17,8 @@ from lightning_maml_guard.plots.spectrum import histogram, ritz_values
 from lightning_maml_guard.plots.style import new_figure
 from lightning_maml_guard.theory.limits import EDGE, SAFE, UNSAFE
 
+# What cannot be done where a logger fails.
+SEND = "send values to the loggers"
 _SAFE = {SAFE: 1.0, EDGE: 0.5, UNSAFE: 0.0}
 
 

@@ -21,6 +21,7 @@ from lightning_maml_guard.lookahead.divergence import FIRST_LOSSES, RunningStati
 from lightning_maml_guard.lookahead.lookahead import Lookahead, LookaheadResult
 from lightning_maml_guard.maml.evaluation import default_loss
 from lightning_maml_guard.messages.reasons import Kind, Reason
+from lightning_maml_guard.optim.held import Held
 from lightning_maml_guard.optim.snapshot import Snapshot
 
 # Batches to compare on.
@@ -103,7 +104,7 @@ class Learning:
 
 def compare_with_snapshots(
     lookahead: Lookahead,
-    module: nn.Module,
+    module: Held,
     optimizers: Sequence[Optimizer],
     kept: Sequence[Snapshot],
     untrained: float,
@@ -136,7 +137,7 @@ def compare_with_snapshots(
 
 
 def highest_kept_losses(
-    found: Learning, lookahead: Lookahead, module: nn.Module, optimizers: Sequence[Optimizer], kept: Sequence[Snapshot]
+    found: Learning, lookahead: Lookahead, module: Held, optimizers: Sequence[Optimizer], kept: Sequence[Snapshot]
 ) -> tuple[float, ...]:
     """For each batch of a lookahead, the largest loss at which nearly all of what was learned is kept."""
     losses = []

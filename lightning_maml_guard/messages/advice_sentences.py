@@ -65,6 +65,11 @@ def given_up(reason: Reason, advice: Advice | None, spelling: Spelling) -> str:
     return f"ConvergenceGuard: training stops. {sentence(reason)}\n{to_do[0].upper()}{to_do[1:]}"
 
 
+def not_before(least: Sequence[str]) -> list[str]:
+    """Say what the Trainer reaches before it stops, if anything."""
+    return [f"The Trainer first reaches {' and '.join(least)}."] if least else []
+
+
 def waiting(step: int) -> str:
     """Say what training waits for while a check takes long."""
     return (

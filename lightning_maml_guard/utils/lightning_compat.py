@@ -97,6 +97,7 @@ __all__ = [
     "default_loggers",
     "hyperparameters_given",
     "inform",
+    "least_run",
     "no_loader",
     "overrides",
     "plan_of",
@@ -230,6 +231,13 @@ def ranks_of(trainer: Any) -> Ranks:
         group = ShardedRanks if is_sharded(trainer) else ProcessGroup
         return group(trainer.strategy.root_device)
     return Ranks()
+
+
+def least_run(trainer: Any) -> tuple[str, ...]:
+    """Name what a Trainer reaches before it stops when it is asked to: ``min_epochs`` and ``min_steps``."""
+    reached = {"min_epochs": trainer.current_epoch, "min_steps": trainer.global_step + 1}
+    least = {name: getattr(trainer, name) or 0 for name in reached}
+    return tuple(f"{name} = {least[name]}" for name, now in reached.items() if now < least[name])
 
 
 class Plan(NamedTuple):

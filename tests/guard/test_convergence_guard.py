@@ -126,6 +126,18 @@ def test_stop_stops_before_the_loss_is_infinite_and_says_why():
     assert math.isfinite(loss_of(trainer))
 
 
+def test_stop_says_what_the_trainer_reaches_first():
+    guard = ConvergenceGuard(every_n_steps=5, action="stop")
+    with guard_warns(
+        r"Training stops after this step .*\. The Trainer first reaches min_epochs = 1 and min_steps = 8\."
+    ):
+        trainer = fit(module_at(beta=1.5), BATCH, 500, [guard], min_steps=8, max_epochs=1, limit_train_batches=8)
+    assert guard.stopped_step is not None and trainer.global_step == 8
+    module, guard = module_at(beta=1.5), ConvergenceGuard(every_n_steps=5, action="stop")
+    with guard_warns(r"The Trainer first reaches min_epochs = 2 and min_steps = 3\.$"):
+        fit(module, BATCH, 500, [guard], min_epochs=2, max_epochs=4, limit_train_batches=2, min_steps=3)
+
+
 def test_rescale_finishes_with_a_finite_loss_at_the_critical_rate():
     guard = ConvergenceGuard(every_n_steps=10, action="rescale", margin=0.9)
     with guard_warns(r"Applied from now on: alpha = 0.05, beta = 0.375 .action='rescale'"):

@@ -26,7 +26,7 @@ from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.stability.problems import PlainProblem
 from lightning_maml_guard.tasks.regression import Sinusoid
 from lightning_maml_guard.utils.lightning_compat import Callback, LightningModule, Trainer
-from tests.helpers import QUIET, fit
+from tests.helpers import QUIET, fit, one_line
 
 
 @given(st.floats(0.005, 0.5), st.integers(1, 40), st.floats(0, 100), st.integers(1, 50))
@@ -460,3 +460,16 @@ def test_a_guard_that_joins_a_run_checks_before_its_first_step(action, tmp_path,
     assert (guard.history[0].step, guard.history[0].status, guard.advice.step) == (41, "unsafe", 41)
     assert guard.advice.beta < 0.5
     assert (float(module.training_step(batch, 0)) <= loss) == (action == "rescale")
+
+
+@pytest.mark.parametrize("ruined", [math.nan, math.inf])
+def test_a_guard_that_joins_a_run_with_ruined_parameters_ends_it(ruined, tmp_path, recwarn):
+    before = fit(Descent(0.05), torch.ones(4), 41)
+    with torch.no_grad():
+        before.lightning_module.weight[0] = ruined
+    before.save_checkpoint(tmp_path / "before.ckpt")
+    module, guard = Descent(0.05), ConvergenceGuard(action="rescale")
+    trainer = Trainer(max_steps=60, max_epochs=-1, callbacks=[guard], **QUIET)
+    trainer.fit(module, DataLoader([torch.ones(4)] * 100, batch_size=None), ckpt_path=tmp_path / "before.ckpt")
+    assert trainer.global_step == 42 and guard.stopped_step == 41
+    assert any("the parameters are not finite, and there are no earlier ones" in one_line(w.message) for w in recwarn)
