@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_maml_guard.guard.actions import ACTIONS, Action
 from lightning_maml_guard.guard.check import Check
-from lightning_maml_guard.guard.loggers import logger_step, takes_no_steps
+from lightning_maml_guard.guard.loggers import SEND, logger_step, takes_no_steps
 from lightning_maml_guard.guard.look import due
 from lightning_maml_guard.guard.report import CheckReport, frame, record_of
 from lightning_maml_guard.guard.rollback import Rollback
@@ -48,21 +49,13 @@ class ConvergenceGuard(Callback):
     its lookahead fails. A check leaves random states, buffers, gradients and your logged values as they were. If it
     raises an exception, training goes on with one warning that says why.
 
-    ===========  ================================================================================
-    action       effect when the run is unsafe
-    ===========  ================================================================================
-    ``log``      none: the numbers are logged
-    ``warn``     one warning each time the state changes to unsafe
-    ``rescale``  the applied rates are capped at ``margin`` times their critical values, or lower
-                 if the lookahead diverges there; later checks raise them again. The schedule is
-                 never changed
-    ``stop``     the Trainer is asked to stop (``stopped_step``, ``stopping_reason``)
-    ===========  ================================================================================
-
     Args:
         every_n_steps: Optimizer steps between two checks; the first is at step 0. None: at step 0, at a few early
             steps, and at multiples of 100, as often as ``max_cost`` allows.
-        action: ``"log"``, ``"warn"``, ``"rescale"`` or ``"stop"``.
+        action: What to do when the run is unsafe. ``"log"``: log the numbers, no more. ``"warn"``: one warning when
+            the state changes to unsafe. ``"rescale"``: cap the applied rates at ``margin`` times their critical values,
+            or lower if the lookahead diverges there; later checks raise them again, and the schedule is never changed.
+            ``"stop"``: ask the Trainer to stop (``stopped_step``, ``stopping_reason``).
         margin: Share of its critical value up to which a rate is safe, at most 1; ``rescale`` caps rates there.
         curvature: How curvature is measured, see :class:`CurvatureOptions`. The critical values of its ``criterion``
             are those that are judged and logged as ``alpha_c`` and ``beta_c``.
@@ -277,7 +270,7 @@ class ConvergenceGuard(Callback):
         step = logger_step(trainer)
         if (scheduled := due(run, trainer, pl_module, batch, batch_idx, step)) is None:
             Rollback(run, trainer, pl_module).keep_if_due(step)
-            with run.warn_on_failure("log ratios and severity of now"):
+            with run.warn_on_failure(SEND):
                 run.ratios.log_moved(trainer, self.history, run.state.statistics, *run.rates(trainer, step), step)
             return
         last, unsafe = self.history[-1:], run.machine.unsafe
@@ -325,13 +318,20 @@ class ConvergenceGuard(Callback):
         self._run.ring.kept.clear()
         self._run.replay.clear()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave a run's live objects out: a module may hold the guard among the hyperparameters that it saves."""
+        return self.__dict__ | {"_run": replace(self._run.saved(), batches=[], spike=[], snapshots=[])}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._run = GuardedRun(self, state["_run"], inert=self._inert)
+
     def state_dict(self) -> dict[str, Any]:
         """Collect the state a resumed run needs.
 
         Returns:
-            Primitives and tensors only, so that a checkpoint loads with ``weights_only``. With ``action="rescale"`` or
-            ``"stop"`` in a single process the lookahead's batches are among them, with ``rollback=True`` the snapshot:
-            a resumed run is then the one that was interrupted.
+            Primitives and tensors, so that a checkpoint loads with ``weights_only``. With ``action="rescale"`` or
+            ``"stop"`` in a single process they hold the lookahead's batches, with ``rollback=True`` the snapshots, too.
         """
         return to_checkpoint(self._run.saved())
 

@@ -117,6 +117,7 @@ class GuardedRun:
             self.announce(Reason(Kind.OPTIMIZERS_TAKE_TURNS))
             self.caps.release()
             self.ring.kept.clear()
+            self.match = None  # no single problem is that of training
         known, accumulated = isinstance(loss, Tensor) and loss.numel() == 1, trainer.accumulate_grad_batches
         if not self.settings.lookahead.steps:
             known = known and self.cache.ranks.processes == 1

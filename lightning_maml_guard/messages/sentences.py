@@ -140,7 +140,7 @@ def _wrong_double_backward(reason: Reason) -> str:
     return (
         f"{reason.what}: the second derivative by double backward disagrees with finite differences by "
         f"{reason.value:.1%}: a layer's double backward is wrong (a custom autograd Function without one), or the "
-        "loss holds a value that was detached from the parameters. "
+        "loss holds a value that was detached from the parameters, as in first-order MAML or a policy gradient. "
         "The curvature is measured by finite differences of gradients instead."
     )
 

@@ -133,9 +133,9 @@ def check_symmetry(run: LanczosRun, noise: float, *, differences: bool) -> None:
         )
         if differences:
             why = (
-                "They are finite differences of gradients, which kinks (ReLU, max-pool, a distance of 0) make coarse; "
-                "a loss that changes between products, as with random numbers of its own, does so, too. No critical "
-                "rate follows from them."
+                "They are finite differences of gradients. Where the loss holds values detached from the parameters "
+                "(first-order MAML, a policy gradient), these belong to no function; kinks (ReLU, max-pool, a distance "
+                "of 0) and random numbers of the loss's own make them coarse. No critical rate follows from them."
             )
         raise ChangingOperatorError(
             f"The curvature products do not belong to one symmetric matrix (they disagree by {run.asymmetry:.1e} of "

@@ -1,5 +1,6 @@
 """Other callbacks beside the guard, and Lightning's tuners, which train on their own in the middle of a run."""
 
+import copy
 import pickle
 
 import pytest
@@ -217,3 +218,27 @@ def test_two_rescaling_guards_leave_the_schedule_alone():
         trainer = fit(linear_module(4, 5.0, inner_lr=0.05, order="simplified"), BATCH, 10, guards)
     assert trainer.optimizers[0].param_groups[0]["lr"] == 5.0
     assert all(report.beta == 5.0 for guard in guards for report in guard.history)
+
+
+class Holder(Regression):
+    """Takes a guard as an argument, and saves it among its hyperparameters."""
+
+    def __init__(self, guard):
+        super().__init__()
+        self.save_hyperparameters()
+
+
+@pytest.mark.filterwarnings("ignore:ConvergenceGuard")
+def test_a_checkpoint_can_be_saved_while_the_guard_is_a_hyperparameter(tmp_path):
+    guard = ConvergenceGuard(every_n_steps=2, action="rescale", lookahead=LookaheadOptions(steps=3))
+    module = Holder(guard)
+    module.lr = 5.0
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1)
+    trainer = trainer_with([guard, checkpoint], tmp_path)
+    trainer.fit(module)
+    middle = Holder.load_from_checkpoint(tmp_path / "epoch=0-step=4.ckpt", weights_only=False).hparams.guard
+    assert guard.history[0].status == "unsafe" and len(guard.history) > 2
+    assert str(middle.history) == str(guard.history[:2]) and middle.settings() == guard.settings()
+    again = copy.deepcopy(middle)
+    trainer_with([again], tmp_path).fit(Holder(again))
+    assert again.history[0].step == 0 and len(again.history) > 2

@@ -83,7 +83,7 @@ EXAMPLES = [
         Reason(Kind.WRONG_DOUBLE_BACKWARD, what="meta-update", value=0.25),
         "meta-update: the second derivative by double backward disagrees with finite differences by "
         "25.0%: a layer's double backward is wrong (a custom autograd Function without one), or the "
-        "loss holds a value that was detached from the parameters. "
+        "loss holds a value that was detached from the parameters, as in first-order MAML or a policy gradient. "
         "The curvature is measured by finite differences of gradients instead.",
     ),
     (

@@ -156,7 +156,7 @@ def test_differences_that_kinks_make_coarse_are_named_as_such():
     loss = lambda net: -torch.cdist(net(x), net(y)).square().log_softmax(-1)[:, 0].mean()  # noqa: E731
     report = measure(plain(network, loss), beta=0.1)
     assert report.status == "unresolved" and any("_cdist_backward" in notice for notice in report.notices)
-    assert "finite differences of gradients, which kinks" in report.reasons[0]
+    assert "kinks (ReLU, max-pool, a distance of 0)" in report.reasons[0]
     assert "torch's generator" not in report.reasons[0]
 
 
