@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -110,6 +111,10 @@ def idle_because(trainer: Any) -> Reason | None:
     climbing = next((each for each in trainer.optimizers if climbs(each)), None)
     if getattr(trainer, "barebones", False):
         return Reason(Kind.BAREBONES)
+    if not any(each.param_groups for each in trainer.optimizers):
+        return Reason(Kind.NO_OPTIMIZER)
+    if "dataloader_iter" in signature(trainer.lightning_module.training_step).parameters:
+        return Reason(Kind.OWN_BATCHES)
     return None if climbing is None else Reason(Kind.MAXIMIZES, what=type(climbing).__name__)
 
 

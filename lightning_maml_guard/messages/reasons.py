@@ -59,6 +59,8 @@ class Kind(str, Enum):
     NETWORK_COLLAPSED = "network collapsed"
     BAREBONES = "barebones"
     MAXIMIZES = "maximizes"
+    NO_OPTIMIZER = "no optimizer"
+    OWN_BATCHES = "own batches"
     # What a guard cannot see of training, and a problem that is not training's.
     PROBLEM_DIFFERS = "problem differs from training"
     CAP_IGNORED = "inner rate ignores its cap"

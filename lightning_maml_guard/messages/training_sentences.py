@@ -123,6 +123,15 @@ TRAINING: dict[Kind, Callable[[Reason], str]] = {
         f"nothing is done in this run: {reason.what}(maximize=True) climbs the loss, and a guard takes a loss that "
         "rises for one that diverges.\nTo do: Return the negated loss from training_step, and leave maximize out."
     ),
+    Kind.NO_OPTIMIZER: lambda reason: (
+        "nothing is done in this run: configure_optimizers returns no optimizer, so there is no outer rate to judge.\n"
+        "To do: Move the parameters by an optimizer; put the direction of an update of your own (Reptile) into their "
+        ".grad before its step()."
+    ),
+    Kind.OWN_BATCHES: lambda reason: (
+        "nothing is done in this run: training_step takes `dataloader_iter` and draws its batches itself, so the batch "
+        "of the coming step is not known.\nTo do: Let it take `batch`."
+    ),
     Kind.NO_STEP_LOSS: lambda reason: (
         "training_step returns no loss, so nothing calls a check between the scheduled ones, a diverged run is rolled "
         "back only at a check, and the loss at the first check is taken for that at the start. Return the loss from "

@@ -228,7 +228,7 @@ def decoupled_decay(group: Group, optimizer: Optimizer) -> bool:
 
 def climbs(optimizer: Optimizer) -> bool:
     """Return True if an optimizer climbs its loss with all parameters; with some, it looks for a saddle."""
-    return all(group.get("maximize") for group in optimizer.param_groups)
+    return bool(optimizer.param_groups) and all(group.get("maximize") for group in optimizer.param_groups)
 
 
 def unwrap(optimizer: Any) -> Optimizer:

@@ -188,6 +188,9 @@ def _is_data(tensor: Tensor, shapes: set[torch.Size]) -> bool:
     return tensor.grad_fn is None and not isinstance(tensor, nn.Parameter) and tensor.shape not in shapes
 
 
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
 class NoLossError(ValueError):
     """The ``training_step`` returns None: Lightning skips the step."""
 
@@ -215,8 +218,10 @@ class _TrainingStep(nn.Module):
 
 def training_step_problem(module: nn.Module, batch: Any, batch_idx: int) -> PlainProblem:
     """State the loss of the coming ``training_step``, run on copies of batch and buffers, in float32."""
-    signature = inspect.signature(module.training_step)  # type: ignore[arg-type]
-    step = _TrainingStep(module, (batch, batch_idx) if len(signature.parameters) > 1 else (batch,))
+    kinds = [each.kind for each in inspect.signature(module.training_step).parameters.values()]  # type: ignore[arg-type]
+    # As Lightning decides it; what is given by keyword only has a default.
+    takes_index = inspect.Parameter.VAR_POSITIONAL in kinds or sum(each in _POSITIONAL for each in kinds) > 1
+    step = _TrainingStep(module, (batch, batch_idx) if takes_index else (batch,))
     params: Params = {name: value for name, value in module.named_parameters() if value.requires_grad}
     if any_split(params.values()):
         return PlainProblem(params, lambda live: step())  # by the module's own parameters, which are these

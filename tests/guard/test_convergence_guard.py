@@ -353,6 +353,76 @@ def test_an_optimizer_that_climbs_the_loss_makes_it_inert():
     assert guard.history == [] and is_free_of_hooks(module.trainer)
 
 
+class Line(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.line = nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.line(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class WithoutOptimizer(Line):
+    """Moves its parameters by hand, as Reptile often does."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            self.line.weight -= 0.1 * self.line.weight
+
+    def meta_problem(self, batch):
+        raise AssertionError("not asked for")
+
+    def configure_optimizers(self):
+        return None
+
+
+class DrawsItself(Line):
+    def training_step(self, dataloader_iter):
+        return super().training_step(next(dataloader_iter)[0], 0)
+
+
+class ByKeyword(Line):
+    def training_step(self, batch, *, scale=2.0):
+        return scale * super().training_step(batch, 0)
+
+
+class AnyNumber(Line):
+    def training_step(self, *given):
+        batch, batch_idx = given
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.*dataloader_iter:UserWarning", "ignore:.*configure_optimizers.*None:UserWarning")
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (WithoutOptimizer, "configure_optimizers returns no optimizer"),
+        (DrawsItself, "training_step takes `dataloader_"),
+    ],
+)
+def test_what_leaves_nothing_to_judge_makes_it_inert(kind, said):
+    guard = ConvergenceGuard(action="rescale")
+    with guard_warns(f"nothing is done in this run: {said}"):
+        fit(kind(), torch.ones(3, 2), 20, [guard], max_epochs=1)  # without an optimizer no step is counted
+    assert guard.history == [] and guard.severities == []
+
+
+@pytest.mark.parametrize("kind", [ByKeyword, AnyNumber])
+def test_a_training_step_gets_what_lightning_gives_it(kind):
+    guard = ConvergenceGuard(every_n_steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GuardWarning)
+        fit(kind(), torch.ones(3, 2), 4, [guard])
+    assert [report.status for report in guard.history] == ["safe", "safe"]
+
+
 def test_a_run_that_is_fitted_again_is_checked_where_it_begins():
     """Before, the rate was first looked at where the loss jumped, or at a multiple of 100."""
     module, guard, kept = module_at(beta=0.01), ConvergenceGuard(action="rescale"), []

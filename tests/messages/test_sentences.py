@@ -195,6 +195,17 @@ EXAMPLES = [
         "that diverges.\nTo do: Return the negated loss from training_step, and leave maximize out.",
     ),
     (
+        Reason(Kind.NO_OPTIMIZER),
+        "nothing is done in this run: configure_optimizers returns no optimizer, so there is no outer rate to judge.\n"
+        "To do: Move the parameters by an optimizer; put the direction of an update of your own (Reptile) into their "
+        ".grad before its step().",
+    ),
+    (
+        Reason(Kind.OWN_BATCHES),
+        "nothing is done in this run: training_step takes `dataloader_iter` and draws its batches itself, so the batch "
+        "of the coming step is not known.\nTo do: Let it take `batch`.",
+    ),
+    (
         Reason(Kind.ROLLED_BACK, step=15, steps=10, losses=(nan, nan, nan), counts=(1, 10), alpha=0.05, beta=0.05),
         "the loss was nan at step 15, so parameters and optimizer state were rolled back to step 10 and "
         "the batches since are skipped (rollback 1 of at most 10).\n"
