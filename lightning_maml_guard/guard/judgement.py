@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,10 +22,13 @@ from lightning_maml_guard.messages.reasons import Kind, Reason, of_check
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.rates_ahead import to_configure
 from lightning_maml_guard.stability.measure import measure
-from lightning_maml_guard.stability.problems import PlainProblem, Problem
+from lightning_maml_guard.stability.problems import PlainProblem, Problem, learns_rates
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import UNSAFE
 from lightning_maml_guard.utils.warnings import GuardWarning
+
+# Learned inner rates have moved far if the largest is this many times what it was, or has fallen as much.
+_MOVED = 1.5
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,21 @@ def judge(run: GuardedRun, outlook: Outlook, step: int) -> Judgement:
         findings = (*findings, lookahead_reason(look.present, look.scale.start, *tried))
     transition = run.machine.take(report, judged)
     advice = outlook.adviser.advise(report, findings, transition, further)
+    if advice is not None:
+        run.state.advice = advice = _with_moved_rates(advice, look, report, run.state.history)
     return Judgement(report, measured, findings, failing, judged, further is not None, transition, advice)
+
+
+def _with_moved_rates(
+    advice: Advice, look: Look, report: StabilityReport, history: Sequence[StabilityReport]
+) -> Advice:
+    """Add that training has moved the inner rates that it learns, where no lower outer rate is advised anyway."""
+    first = next((each for each in history if each.alpha > 0), report)
+    moved = not first.alpha / _MOVED < report.alpha < _MOVED * first.alpha
+    if advice.beta is not None or not (moved and learns_rates(look.problem)):
+        return advice
+    reason = Reason(Kind.RATES_MOVED, value=report.alpha, limit=first.alpha, steps=first.step or 0)
+    return replace(advice, evidence=(*(each for each in advice.evidence if each.kind is not reason.kind), reason))
 
 
 def _tell_of_clipping(

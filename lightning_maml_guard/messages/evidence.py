@@ -81,5 +81,9 @@ EVIDENCE: dict[Kind, Callable[[Reason], str]] = {
         "the learning rate schedule cannot be read ahead, so each rate is judged when it is due.\n"
         f"Cause: {reason.error}: {reason.detail}"
     ),
+    Kind.RATES_MOVED: lambda reason: (
+        f"training has moved the inner rates that it learns: the largest was {reason.limit:.3g} at step {reason.steps} "
+        f"and is {reason.value:.3g} now. Have the optimizer move them at a lower lr, in a parameter group of their own."
+    ),
     Kind.UNITS_DIED: lambda reason: f"{reason.counts[0]} of {reason.counts[1]} ReLU units are 0 on the whole batch.",
 }

@@ -43,6 +43,7 @@ class Kind(str, Enum):
     SCHEDULE_AHEAD = "schedule ahead"
     ODD_BATCH = "odd batch"
     UNITS_DIED = "units died"
+    RATES_MOVED = "rates moved"
     NOT_LEARNING = "not learning"
     LEARNING_LOST = "learning lost"
     STALLED = "stalled"

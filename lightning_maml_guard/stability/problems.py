@@ -121,6 +121,13 @@ def inner_steps_of(problem: Problem) -> int:
     return getattr(first_batch(problem), "inner_steps", 1)
 
 
+def learns_rates(problem: Problem) -> bool:
+    """Return True if training moves the inner rates of a problem."""
+    rates = getattr(first_batch(problem), "inner_lr", None)
+    held = rates.values() if isinstance(rates, dict) else [rates]
+    return any(isinstance(each, Tensor) and each.requires_grad for each in held)
+
+
 def at_alpha(problem: Problem, alpha: float) -> Problem:
     """Return a problem with ``alpha`` as its inner rate; several rates keep their proportions."""
     if isinstance(problem, PlainProblem):

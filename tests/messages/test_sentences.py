@@ -206,6 +206,11 @@ EXAMPLES = [
         "of the coming step is not known.\nTo do: Let it take `batch`.",
     ),
     (
+        Reason(Kind.RATES_MOVED, value=0.38, limit=0.05, steps=0),
+        "training has moved the inner rates that it learns: the largest was 0.05 at step 0 and is 0.38 now. Have the "
+        "optimizer move them at a lower lr, in a parameter group of their own.",
+    ),
+    (
         Reason(Kind.ROLLED_BACK, step=15, steps=10, losses=(nan, nan, nan), counts=(1, 10), alpha=0.05, beta=0.05),
         "the loss was nan at step 15, so parameters and optimizer state were rolled back to step 10 and "
         "the batches since are skipped (rollback 1 of at most 10).\n"
