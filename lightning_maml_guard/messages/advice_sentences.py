@@ -35,6 +35,10 @@ def advised(advice: Advice, spelling: Spelling = IN_PYTHON) -> str:
         return f"{wrong}. Fix the batch, or leave it out: gradients that are not finite cannot be clipped."
     if not to_set:
         found = {each.kind for each in advice.evidence}
+        if Kind.RATES_MOVED in found:
+            return (
+                "training moves the inner rates that it learns too far. Lower the lr that the optimizer moves them at."
+            )
         if left_at_any_rate(advice):
             return (
                 "the loss has risen above its best, and rises at lower rates too. Look at the data and the loss: that "

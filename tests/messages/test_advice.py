@@ -97,6 +97,14 @@ def test_every_cause_has_an_example_and_words_for_advice_that_knows_nothing_more
         assert advised(Advice(cause=each)).endswith(". Look at the data, the loss and the precision.")
 
 
+def test_rates_that_training_moves_are_named_where_there_is_no_number_to_set():
+    moved = Reason(Kind.RATES_MOVED, value=0.4, limit=0.05)
+    assert str(Advice(cause=Cause.UNKNOWN, evidence=(moved,), **RATES)) == (
+        "training moves the inner rates that it learns too far. Lower the lr that the optimizer moves them at."
+    )
+    assert str(replace(EXAMPLES[0][0], evidence=(moved,))) == EXAMPLES[0][1]
+
+
 def test_the_causes_are_the_documented_words():
     assert [each.value for each in Cause] == ["alpha", "beta", "both", "schedule", "batch", "dead units", "unknown"]
     for each in Cause:  # compared and written as words
