@@ -244,7 +244,7 @@ class ConvergenceGuard(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Apply the caps of a resumed run from its first step on."""
         check_pieces(trainer, pl_module)
-        run, idle = self._run, idle_because(trainer)
+        run, idle = self._run, idle_because(trainer, pl_module)
         if idle is not None:
             self._inert = True
             return run.announce(idle)

@@ -106,14 +106,14 @@ def check_watchable(settings: Settings, trainer: Any, pl_module: Any) -> None:
         )
 
 
-def idle_because(trainer: Any) -> Reason | None:
+def idle_because(trainer: Any, pl_module: Any) -> Reason | None:
     """Why a guard does nothing in a run; None if it works."""
     climbing = next((each for each in trainer.optimizers if climbs(each)), None)
     if getattr(trainer, "barebones", False):
         return Reason(Kind.BAREBONES)
     if not any(each.param_groups for each in trainer.optimizers):
         return Reason(Kind.NO_OPTIMIZER)
-    if "dataloader_iter" in signature(trainer.lightning_module.training_step).parameters:
+    if "dataloader_iter" in signature(pl_module.training_step).parameters:
         return Reason(Kind.OWN_BATCHES)
     return None if climbing is None else Reason(Kind.MAXIMIZES, what=type(climbing).__name__)
 
