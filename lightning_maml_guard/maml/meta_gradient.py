@@ -165,6 +165,8 @@ def meta_gradient_at(
     auxiliary: Auxiliary = nothing,
 ) -> MetaGradient:
     """Compute the mean meta-gradient; ``problem``'s own parameters and rates are not read."""
+    if problem.shares_weights and not learn_rates and auxiliary is nothing:
+        return _with_shared_weights(problem, params, rates, tasks.chunk_size)
     options: dict[str, Any] = {"inner_steps": problem.inner_steps, "order": problem.order, "learn_rates": learn_rates}
     update = problem.inner_update
 
@@ -198,6 +200,23 @@ def meta_gradient_at(
     total, (losses, extra) = tasks.apply(one, together, problem.support, problem.query, added=True)
     gradients, rate_gradients = tree_map(lambda value: value / problem.tasks, total)
     return MetaGradient(gradients, rate_gradients if learn_rates else None, losses, extra)
+
+
+def _with_shared_weights(
+    problem: MetaProblem, params: Params, rates: InnerRate, chunk_size: int | None
+) -> MetaGradient:
+    """The same where the tasks need no weights of their own."""
+
+    def together(support: Any, query: Any) -> tuple[Params, Tensor]:
+        def losses(theta: Params) -> tuple[Tensor, Tensor]:
+            found = problem.adapted_losses(theta, rates, support, query)
+            return found / problem.tasks, found
+
+        return gradient(losses, params)
+
+    tasks = TaskMap(chunk_size, strict=True)
+    found, losses = tasks.apply(together, together, problem.support, problem.query, added=True)
+    return MetaGradient(found, None, losses, torch.zeros(problem.tasks))
 
 
 def batch_meta_gradients(
@@ -280,21 +299,3 @@ class SideBySide:
     def over(function: Callable[..., Any]) -> Callable[..., Any]:
         """Vmap a function of one task's parameters and data."""
         return torch.func.vmap(function, (0, 0), randomness="different")
-
-
-class AttachGradient(torch.autograd.Function):
-    """A loss whose backward is a gradient that is already known.
-
-    Lightning's automatic optimisation (precision, accumulation, clipping, DDP) then works also for the orders whose
-    meta-gradient is not the gradient of a loss.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Any) -> Any:
-        scale = outputs[0]
-        return None, None, *(scale.to(gradient.dtype) * gradient for gradient in ctx.gradients)
