@@ -47,15 +47,32 @@ class StackLosses:
         weights, moves = self._stack.entries
         return x.device.type == "cpu" and ranks * moves < _SHARE * weights
 
-    def adapted(self, params: Params, rate: float, support: Any, query: Any, steps: int) -> Tensor:
-        """Return the query losses after steps of gradient descent, as a function of the parameters all tasks share."""
+    def at(self, params: Params, data: Any) -> Tensor:
+        """Return the losses with parameters that all tasks share."""
+        return self.adapted(params, 0.0, data, data, 0)
+
+    def adapted(
+        self,
+        params: Params,
+        rate: float,
+        support: Any,
+        query: Any,
+        steps: int,
+        along: tuple[Tensor, Params] | None = None,
+    ) -> Tensor:
+        """Return the query losses after steps of gradient descent, as a function of the parameters all tasks share.
+
+        ``along``: by how much each task is moved off these parameters, shape ``(tasks,)``, and in which direction.
+        """
         linear = {f"{name}.{kind}".lstrip(".") for name in self._stack.linear for kind in ("weight", "bias")}
         # Those of layer norms are small, and multiply entry by entry.
         own = {n: value.expand(len(support[0]), *value.shape) for n, value in params.items() if n not in linear}
+        if along is not None:
+            own = {n: v + _column(along[0], v.dim()) * along[1][n] for n, v in own.items()}
         moves: dict[str, tuple[Tensor, Tensor]] = {}
         for _ in range(steps):
-            layers = _Linear(params, moves)
-            losses = self._losses(self._stack.run(own, support[0], layers), support[1])
+            layers = _Linear(params, moves, along)
+            losses = self._of_each(own, support, layers)
             towards = [*layers.outputs.values(), *own.values()]
             down = losses.new_full(losses.shape, -rate)
             slopes = torch.autograd.grad(losses, towards, down, create_graph=True)
@@ -63,27 +80,52 @@ class StackLosses:
             moves = {name: _joined(moves.get(name), x, slope) for (name, x), slope in more}
             rest = slopes[len(moves) :]
             own = {name: value + slope for (name, value), slope in zip(own.items(), rest, strict=True)}
-        return self._losses(self._stack.run(own, query[0], _Linear(params, moves)), query[1])
+        return self._of_each(own, query, _Linear(params, moves, along))
+
+    def _of_each(self, own: Params, data: Any, layers: _Linear) -> Tensor:
+        with torch._C.DisableTorchFunction():  # a mode would be asked about each operation, and change none of these
+            prediction = self._stack.run(own, data[0], layers)
+        return self._losses(prediction, data[1])
 
 
 class _Linear:
     """Linear layers as moved so far; notes the inputs and outputs of those that are adapted."""
 
-    def __init__(self, params: Params, moves: dict[str, tuple[Tensor, Tensor]]) -> None:
-        self._params, self._moves = params, moves
+    def __init__(
+        self, params: Params, moves: dict[str, tuple[Tensor, Tensor]], along: tuple[Tensor, Params] | None
+    ) -> None:
+        self._params, self._moves, self._along = params, moves, along
         self.inputs: Params = {}
         self.outputs: Params = {}
 
     def __call__(self, name: str, layer: nn.Linear, x: Tensor) -> Tensor:
         shape, x = x.shape, x if x.dim() == 3 else x.flatten(1, -2)
-        weight, bias = (self._params.get(f"{name}.{kind}".lstrip(".")) for kind in ("weight", "bias"))
+        weight, bias = _parts(self._params, name)
         y = F.linear(x, layer.weight if weight is None else weight, layer.bias if bias is None else bias)
+        if self._along is not None:
+            offsets, direction = self._along
+            towards, level = _parts(direction, name)
+            if towards is not None:
+                y = y + _column(offsets, 3) * F.linear(x, towards)
+            if level is not None:
+                y = y + _column(offsets, 3) * level
         if name in self._moves:
             inputs, slopes = self._moves[name]
             y = torch.baddbmm(y, _products(x, inputs, weight, bias), slopes)
         if weight is not None or bias is not None:
             self.inputs[name], self.outputs[name] = x, y
         return y if len(shape) == 3 else y.unflatten(1, shape[1:-1])
+
+
+def _parts(params: Params, name: str) -> tuple[Tensor | None, Tensor | None]:
+    """A layer's weight and bias, where they are among these."""
+    weight, bias = (params.get(f"{name}.{kind}".lstrip(".")) for kind in ("weight", "bias"))
+    return weight, bias
+
+
+def _column(offsets: Tensor, dims: int) -> Tensor:
+    """One number a task, to multiply tensors of so many dimensions."""
+    return offsets.reshape(-1, *[1] * (dims - 1))
 
 
 def _products(x: Tensor, inputs: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -30,6 +30,8 @@ def meta_field(problem: MetaProblem, tasks: TaskMap) -> Field:
     ``problem.params`` is not read: the field takes its own.
     """
     rates = problem.rate_by_step()
+    if _is_wide(problem):
+        return gradient_of(lambda theta: problem.adapted_losses(theta, rates, problem.support, problem.query).mean())
     if is_symmetric(problem):
 
         def exact(params: Params, differentiable: bool) -> FieldValue:
@@ -49,6 +51,11 @@ def meta_field(problem: MetaProblem, tasks: TaskMap) -> Field:
         return FieldValue(found.losses.mean().detach(), dict(found.gradients))
 
     return field
+
+
+def _is_wide(problem: MetaProblem) -> bool:
+    """Whether weights of each task's own, which tell the tasks apart in each product, cost more than that is worth."""
+    return problem.looped and problem.shares_weights
 
 
 def _query_losses(
@@ -78,6 +85,11 @@ def curvature_by_task(problem: MetaProblem, params: Params, direction: Params, t
     """
     rates = problem.rate_by_step()
     offsets = next(iter(params.values())).new_zeros(problem.tasks).requires_grad_()
+    if _is_wide(problem):
+        moved = offsets, direction
+        losses = problem.adapted_losses(params, rates, problem.support, problem.query, moved)
+        (slope,) = torch.autograd.grad(losses.sum(), offsets, create_graph=True)
+        return torch.autograd.grad(slope.sum(), offsets)[0]
 
     def along(offset: Tensor, support: Any, query: Any) -> Tensor:
         moved = {name: value.detach() + offset * direction[name] for name, value in params.items()}

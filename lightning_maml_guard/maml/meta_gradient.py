@@ -165,8 +165,6 @@ def meta_gradient_at(
     auxiliary: Auxiliary = nothing,
 ) -> MetaGradient:
     """Compute the mean meta-gradient; ``problem``'s own parameters and rates are not read."""
-    if problem.shares_weights and not learn_rates and auxiliary is nothing:
-        return _with_shared_weights(problem, params, rates, tasks.chunk_size)
     options: dict[str, Any] = {"inner_steps": problem.inner_steps, "order": problem.order, "learn_rates": learn_rates}
     update = problem.inner_update
 
@@ -178,6 +176,14 @@ def meta_gradient_at(
     def together(support: Any, query: Any) -> Any:
         gradients, report = of_each(support, query)
         return tree_map(lambda value: value.sum(0), gradients), report
+
+    def sharing(support: Any, query: Any) -> Any:
+        def objective(theta: Params) -> tuple[Tensor, Any]:
+            losses = problem.adapted_losses(theta, rates, support, query)
+            return losses, (losses, torch.zeros(len(losses)))
+
+        found, report = gradient(objective, params)
+        return (found, {}), report
 
     def of_each(support: Any, query: Any) -> Any:
         loss = problem.side_by_side()
@@ -197,26 +203,12 @@ def meta_gradient_at(
             )
         return batch_meta_gradients(loss, params, rates, support, query, auxiliary=auxiliary, update=update, **options)
 
+    if problem.shares_weights and not learn_rates and auxiliary is nothing:
+        # Also in place of a loop that the rule for large layers chose.
+        tasks, together = TaskMap() if tasks.looped else tasks, sharing
     total, (losses, extra) = tasks.apply(one, together, problem.support, problem.query, added=True)
     gradients, rate_gradients = tree_map(lambda value: value / problem.tasks, total)
     return MetaGradient(gradients, rate_gradients if learn_rates else None, losses, extra)
-
-
-def _with_shared_weights(
-    problem: MetaProblem, params: Params, rates: InnerRate, chunk_size: int | None
-) -> MetaGradient:
-    """The same where the tasks need no weights of their own."""
-
-    def together(support: Any, query: Any) -> tuple[Params, Tensor]:
-        def losses(theta: Params) -> tuple[Tensor, Tensor]:
-            found = problem.adapted_losses(theta, rates, support, query)
-            return found / problem.tasks, found
-
-        return gradient(losses, params)
-
-    tasks = TaskMap(chunk_size, strict=True)
-    found, losses = tasks.apply(together, together, problem.support, problem.query, added=True)
-    return MetaGradient(found, None, losses, torch.zeros(problem.tasks))
 
 
 def batch_meta_gradients(

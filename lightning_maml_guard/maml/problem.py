@@ -179,9 +179,11 @@ class MetaProblem:
         can = plain and isinstance(self.task_losses, StackLosses)
         return can and cast(StackLosses, self.task_losses).is_worthwhile(self.support, self.inner_steps)
 
-    def adapted_losses(self, params: dict[str, Tensor], rate: Any, support: Any, query: Any) -> Tensor:
+    def adapted_losses(
+        self, params: dict[str, Tensor], rate: Any, support: Any, query: Any, along: Any = None
+    ) -> Tensor:
         """Compute the query losses of several tasks after their inner loops, where they share their weights."""
-        return cast(StackLosses, self.task_losses).adapted(params, rate, support, query, self.inner_steps)
+        return cast(StackLosses, self.task_losses).adapted(params, rate, support, query, self.inner_steps, along)
 
     def part(self, tasks: int) -> MetaProblem:
         """Return the problem with the batch's first tasks only, or this one if it has no more than ``tasks``."""

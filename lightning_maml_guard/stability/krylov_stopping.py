@@ -27,9 +27,12 @@ _ROUNDING_ULPS = 16
 _ALLOWED_ASYMMETRY = 1e-2
 # A run that judges a rate may end before ``tol`` is met if ``tol`` is at least this coarse.
 _COARSE_TOL = 1e-2
-# It ends once the rate is certainly this many times below its limit; or once it is certainly on one side of the limit,
+# It ends once the rate is certainly this many times below its limit, or above it; or once it is certainly on one side,
 # and the top eigenvalue is known to this factor and relative residual.
-_FAR_BELOW, _DECIDED_WITHIN, _DECIDED_RESIDUAL = 2.0, 1.1, 1e-2
+_FAR, _DECIDED_WITHIN, _DECIDED_RESIDUAL = 2.0, 1.1, 1e-2
+# The factor to which the top eigenvalue has to be known where the rate is far from its limit. One above it will be
+# brought down to the limit, so that its residual has to be small as well.
+_FAR_WITHIN, _ABOVE_RESIDUAL = 1.5, 2e-2
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class RateToJudge:
 
     rate: float
     limits: Callable[[float], tuple[float, float, float]]
-    within: float = _DECIDED_WITHIN
+    within: float = _FAR_WITHIN
     rounding: float = 0.0
 
     def settled(self, run: Tridiagonal, size: int) -> bool:
@@ -70,11 +73,13 @@ class RateToJudge:
         if math.isnan(self.rate) or top <= 0 or top + residuals[-1] > self.within * top:
             return False
         high = highest_allowed(*run, size, rounding=self.rounding)
-        least = self.limits(high)[1]
-        if high <= self.within * top and least > _FAR_BELOW * self.rate:
+        least, largest = self.limits(high)[1], self.limits(top)[2]
+        if high <= self.within * top and least > _FAR * self.rate:
+            return True
+        if high <= _FAR_WITHIN * top and residuals[-1] <= _ABOVE_RESIDUAL * top and self.rate > _FAR * largest:
             return True
         known = high <= _DECIDED_WITHIN * top and residuals[-1] <= _DECIDED_RESIDUAL * top
-        return known and (self.rate < least or self.rate > self.limits(top)[2])
+        return known and (self.rate < least or self.rate > largest)
 
 
 def top_eigenvalue(

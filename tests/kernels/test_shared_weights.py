@@ -1,14 +1,21 @@
 """Inner loops of stacks without weights of each task's own, against vmap of the network, in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from lightning_maml_guard import EpisodeBatch, MetaLearningModule
+from lightning_maml_guard import CurvatureOptions, EpisodeBatch, MetaLearningModule, measure
 from lightning_maml_guard.kernels import shared_weights
 from lightning_maml_guard.kernels.shared_weights import StackLosses
+from lightning_maml_guard.linalg.lanczos import start_vector
+from lightning_maml_guard.linalg.operators import Jacobian
+from lightning_maml_guard.maml.jacobian import curvature_by_task, meta_field
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
 from lightning_maml_guard.networks import mlp
+from lightning_maml_guard.utils.double_backward import double_backward
+from lightning_maml_guard.utils.task_map import TaskMap
 from tests.helpers import fit, guard_warns
 from tests.kernels.test_batched_stack import STACKS, batch, made
 
@@ -95,7 +102,33 @@ def test_a_large_layer_is_shared_by_all_tasks_and_many_shots_have_a_loop():
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
-def test_training_takes_the_same_steps(monkeypatch):
+def test_a_measurement_of_wide_layers_is_that_of_the_loop():
+    given = EpisodeBatch(*((torch.randn(3, 4, 2).double(), torch.randn(3, 4, 1).double()) for _ in range(2)))
+    reports = [
+        measure(wide(vectorize=each).meta_problem(given), beta=0.1, curvature=CurvatureOptions(tol=1e-6))
+        for each in ("auto", "loop")
+    ]
+    for name in ("lambda_max", "exact_beta_c", "beta_c_noise", "predicted_change"):
+        assert getattr(reports[0], name) == pytest.approx(getattr(reports[1], name), rel=1e-6)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("name", CASES)
+def test_products_and_curvatures_by_task_are_those_of_vmap(name):
+    given = batch(more=(3,) if name == "norms" else ())
+    loop = replace(made(CASES[name], False).meta_problem(given), looped=True)
+    shared = replace(made(CASES[name]).meta_problem(given), looped=True)
+    params = {key: value.detach() for key, value in loop.params.items()}
+    with double_backward():
+        both = [Jacobian(meta_field(each, TaskMap()), params) for each in (shared, loop)]
+        vector = start_vector((both[0].layout.size,), both[0].gradient)
+        torch.testing.assert_close(both[0](vector), both[1](vector), rtol=1e-10, atol=1e-11)
+        direction = both[0].layout.split(vector)
+        found, expected = (curvature_by_task(each, params, direction, TaskMap()) for each in (shared, loop))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
+
+
+def test_training_takes_the_same_steps():
     given = EpisodeBatch(*((torch.randn(3, 4, 2).double(), torch.randn(3, 4, 1).double()) for _ in range(2)))
     modules = [wide(), wide(vectorize="loop")]
     for module in modules:
