@@ -58,10 +58,16 @@ def gradient(function: Callable[[P], tuple[Tensor, T]], point: P) -> tuple[P, T]
         full = [
             torch.zeros_like(x, requires_grad=connected) if g is None else g for g, x in zip(found, leaves, strict=True)
         ]
-    return together(full), extra if connected else tree_map(_detached, extra)
+    return together(full), extra if connected else _detached(extra)
 
 
 def _detached(value: Any) -> Any:
+    if type(value) is tuple:  # without the cost of a general tree
+        return tuple(map(_detached, value))
+    return value.detach() if isinstance(value, Tensor) else tree_map(_detached_leaf, value)
+
+
+def _detached_leaf(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 

@@ -207,8 +207,11 @@ def meta_gradient_at(
         # Also in place of a loop that the rule for large layers chose.
         tasks, together = TaskMap() if tasks.looped else tasks, sharing
     total, (losses, extra) = tasks.apply(one, together, problem.support, problem.query, added=True)
-    gradients, rate_gradients = tree_map(lambda value: value / problem.tasks, total)
-    return MetaGradient(gradients, rate_gradients if learn_rates else None, losses, extra)
+    gradients, rate_gradients = total
+    # One call for all parameters, without the cost of a general tree.
+    means = dict(zip(gradients, torch._foreach_div(list(gradients.values()), problem.tasks), strict=True))
+    of_rates = tree_map(lambda value: value / problem.tasks, rate_gradients) if learn_rates else None
+    return MetaGradient(means, of_rates, losses, extra)
 
 
 def batch_meta_gradients(
