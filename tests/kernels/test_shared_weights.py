@@ -82,9 +82,9 @@ def test_other_inner_loops_have_weights_of_each_task(options):
     assert not module.meta_problem(batch()).shares_weights
 
 
-def wide(**options):
+def wide(width=450, **options):
     torch.manual_seed(0)
-    return MetaLearningModule(mlp(2, (450, 450), 1, activation="tanh").double(), inner_lr=0.01, **options)
+    return MetaLearningModule(mlp(2, (width, width), 1, activation="tanh").double(), inner_lr=0.01, **options)
 
 
 def test_a_large_layer_is_shared_by_all_tasks_and_many_shots_have_a_loop():
@@ -102,10 +102,11 @@ def test_a_large_layer_is_shared_by_all_tasks_and_many_shots_have_a_loop():
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
-def test_a_measurement_of_wide_layers_is_that_of_the_loop():
+@pytest.mark.parametrize("width", [100, 450])
+def test_a_measurement_of_wide_layers_is_that_of_the_loop(width):
     given = EpisodeBatch(*((torch.randn(3, 4, 2).double(), torch.randn(3, 4, 1).double()) for _ in range(2)))
     reports = [
-        measure(wide(vectorize=each).meta_problem(given), beta=0.1, curvature=CurvatureOptions(tol=1e-6))
+        measure(wide(width, vectorize=each).meta_problem(given), beta=0.1, curvature=CurvatureOptions(tol=1e-6))
         for each in ("auto", "loop")
     ]
     for name in ("lambda_max", "exact_beta_c", "beta_c_noise", "predicted_change"):
