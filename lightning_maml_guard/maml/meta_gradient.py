@@ -205,7 +205,7 @@ def meta_gradient_at(
 
     if problem.shares_weights and not learn_rates and auxiliary is nothing:
         # Also in place of a loop that the rule for large layers chose.
-        tasks, together = TaskMap() if tasks.looped else tasks, sharing
+        tasks, together = TaskMap(tasks.chunk_size) if tasks.looped else tasks, sharing
     total, (losses, extra) = tasks.apply(one, together, problem.support, problem.query, added=True)
     gradients, rate_gradients = total
     # One call for all parameters, without the cost of a general tree.

@@ -120,9 +120,12 @@ class Vectorization:
     def sized(self, problem: MetaProblem) -> MetaProblem:
         """Return the problem with as many tasks at once as fit the memory; looked at once, on the first batch.
 
-        Only where all tasks would be run at once by the rule, on a CPU.
+        Only where all tasks would be run at once by the rule, on a CPU, or where they share their weights.
         """
-        if self.tasks.looped or self._is_sized or is_listed(problem.support) or is_listed(problem.query):
+        looped = self.tasks.looped
+        if self._is_sized or is_listed(problem.support) or is_listed(problem.query):
+            return problem
+        if looped and not problem.shares_weights:
             return problem
         self._is_sized = True
         try:
@@ -133,7 +136,7 @@ class Vectorization:
         at_once = max(1, int(_KEPT_AT_ONCE // max(kept, 1)))
         if at_once >= problem.tasks:
             return problem
-        self._map = TaskMap(at_once)
+        self._map = TaskMap(at_once, looped=looped)
         return replace(problem, task_chunk_size=at_once)
 
     def compared(self, problem: MetaProblem) -> MetaProblem:

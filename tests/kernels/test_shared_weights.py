@@ -102,6 +102,21 @@ def test_a_large_layer_is_shared_by_all_tasks_and_many_shots_have_a_loop():
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
+def test_as_many_tasks_share_at_once_as_keep_64_mib(monkeypatch):
+    monkeypatch.delenv("LMG_VECTORIZE", raising=False)
+    given = EpisodeBatch(*((torch.randn(5, n, 2).double(), torch.randn(5, n, 1).double()) for n in (4, 3000)))
+    module = wide()
+    problem = module.meta_problem(given)
+    assert problem.looped and problem.shares_weights and problem.task_chunk_size in {2, 3, 4}
+    assert module.meta_problem(given).task_chunk_size == problem.task_chunk_size
+    loop = wide(vectorize="loop").meta_problem(given)
+    found, expected = (
+        meta_gradient(each, tasks=owner).gradients for each, owner in ((problem, module.task_map), (loop, None))
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("width", [100, 450])
 def test_a_measurement_of_wide_layers_is_that_of_the_loop(width):
     given = EpisodeBatch(*((torch.randn(3, 4, 2).double(), torch.randn(3, 4, 1).double()) for _ in range(2)))
