@@ -56,7 +56,12 @@ def hand_written(row: Row, network: nn.Module, support: Any, query: Any, optimiz
 def ours(strategy: str | int, compiled: bool = False, batched: bool = True) -> Make:
     def make(row: Row, network: nn.Module, support: Any, query: Any, optimizer: Any) -> Step:
         module = MetaLearningModule(
-            network, inner_lr=row.alpha, inner_steps=row.inner_steps, optimizer=optimizer, batched=batched
+            network,
+            inner_lr=row.alpha,
+            inner_steps=row.inner_steps,
+            optimizer=optimizer,
+            vectorize=strategy,
+            batched=batched,
         )
         module._first_batch.passed = True  # as after a fit's first step, which alone looks at the labels
         outer = module.configure_optimizers()

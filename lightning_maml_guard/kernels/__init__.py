@@ -4,6 +4,7 @@
 - ``first_block``: the first block of a network for images with one channel, from patches.
 - ``channels_last``: convolutions in channels-last layout.
 - ``batched_stack``: linear layers, activations and layer norms of several tasks at once.
+- ``shared_weights``: the inner loop of such a network without weights of each task's own.
 - ``allocator``: memory kept between training steps (glibc).
 
 They are on by default. The environment variable ``LMG_KERNELS=0`` (or ``off``) switches all of them off: networks then

@@ -6,7 +6,7 @@ a small network's step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,13 @@ class BatchedStack:
         names = [len(list(network.named_parameters(remove_duplicate=again))) for again in (False, True)]
         # Tied weights have one name and several places.
         self._layers = list(_layers("", network)) if names[0] == names[1] and all(map(_is_plain, self._parts)) else []
+        self.linear = {name: layer for name, layer in self._layers if isinstance(layer, nn.Linear)}
+
+    @property
+    def entries(self) -> tuple[int, int]:
+        """Entries of the linear layers' weights, and of one row of input and output of each."""
+        sizes = [(layer.in_features, layer.out_features) for layer in self.linear.values()]
+        return sum(fan_in * fan_out for fan_in, fan_out in sizes), sum(map(sum, sizes))
 
     @property
     def is_applicable(self) -> bool:
@@ -48,9 +55,13 @@ class BatchedStack:
 
     def __call__(self, params: Params, x: Tensor) -> Tensor:
         """Predict for tasks in a leading dimension of ``x`` and of every parameter."""
+        return self.run(params, x, lambda name, layer, x: _linear(x, *_weights(name, layer, params, len(x))))
+
+    def run(self, params: Params, x: Tensor, linear: Callable[[str, nn.Linear, Tensor], Tensor]) -> Tensor:
+        """Predict with this function in place of the linear layers."""
         for name, layer in self._layers:
             if isinstance(layer, nn.Linear):
-                x = _linear(x, *_weights(name, layer, params, len(x)))
+                x = linear(name, layer, x)
             elif isinstance(layer, nn.LayerNorm):
                 # Without weights torch's own is right at every order of differentiation.
                 standard = F.layer_norm(x, layer.normalized_shape, eps=layer.eps)

@@ -94,11 +94,15 @@ class Jacobian:
         if self._gradients is None:
             raise RuntimeError("Expected a product before release() but it came after: the graph is gone.")
         self.matvecs += 1
+        with torch._C.DisableTorchFunction():  # a mode that the graph was built under has nothing to change here
+            return self._ranks.mean(self._product(self._gradients, vector))
+
+    def _product(self, gradients: Params, vector: Tensor) -> Tensor:
         pieces = self.layout.split(vector)
         # A gradient that does not depend on the parameters (a linear part) has no graph: its rows are 0.
-        outputs = {name: g for name, g in self._gradients.items() if g is not None and g.requires_grad}
+        outputs = {name: g for name, g in gradients.items() if g.requires_grad}
         if not outputs:
-            return self._ranks.mean(torch.zeros_like(vector))
+            return torch.zeros_like(vector)
         products = torch.autograd.grad(
             list(outputs.values()),
             list(self._leaves.values()),
@@ -107,8 +111,7 @@ class Jacobian:
             allow_unused=True,
             materialize_grads=True,
         )
-        flat = self.layout.flatten(dict(zip(self._leaves, products, strict=True)), self.batch).detach()
-        return self._ranks.mean(flat)
+        return self.layout.flatten(dict(zip(self._leaves, products, strict=True)), self.batch).detach()
 
     @property
     def tells_tasks_apart(self) -> bool:
@@ -122,8 +125,13 @@ class Jacobian:
         """
         assert self._gradients is not None
         self.matvecs += 1
+        with torch._C.DisableTorchFunction():
+            rows = self._rows(self._gradients, vector)
+        return self._ranks.mean(rows.mean(0)), rows
+
+    def _rows(self, gradients: Params, vector: Tensor) -> Tensor:
         pieces = self.layout.split(vector)
-        outputs = {name: g for name, g in self._gradients.items() if g.requires_grad}
+        outputs = {name: g for name, g in gradients.items() if g.requires_grad}
         copies = [value for group in self._by_task for value in group.values()]
         found = iter(
             torch.autograd.grad(
@@ -140,7 +148,7 @@ class Jacobian:
         groups = [self.layout.flatten({name: next(found) for name in group}, 1) for group in self._by_task]
         rows = torch.cat(groups).detach()
         rows *= len(rows)
-        return self._ranks.mean(rows.mean(0)), rows
+        return rows
 
     def gradient_after(self, step: Tensor) -> Tensor:
         """Evaluate the field a step down from the point, with the same dropout masks."""

@@ -53,7 +53,7 @@ def default_loss(prediction: Tensor, target: Tensor) -> Tensor:
 def loss_of_each(loss: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, target: Tensor) -> Tensor:
     """Compute the loss of every task; prediction and target have a leading task dimension."""
     if loss is default_loss and target.is_floating_point() and prediction.shape == target.shape:
-        return (prediction - target).square().flatten(1).mean(1)
+        return F.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)
     return torch.func.vmap(loss, randomness="different")(prediction, target)
 
 

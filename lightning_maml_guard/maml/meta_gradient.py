@@ -177,6 +177,14 @@ def meta_gradient_at(
         gradients, report = of_each(support, query)
         return tree_map(lambda value: value.sum(0), gradients), report
 
+    def sharing(support: Any, query: Any) -> Any:
+        def objective(theta: Params) -> tuple[Tensor, Any]:
+            losses = problem.adapted_losses(theta, rates, support, query)
+            return losses, (losses, torch.zeros(len(losses)))
+
+        found, report = gradient(objective, params)
+        return (found, {}), report
+
     def of_each(support: Any, query: Any) -> Any:
         loss = problem.side_by_side()
         if problem.order == "exact" and sequential_queries.is_worthwhile(params, query):
@@ -195,9 +203,15 @@ def meta_gradient_at(
             )
         return batch_meta_gradients(loss, params, rates, support, query, auxiliary=auxiliary, update=update, **options)
 
+    if problem.shares_weights and not learn_rates and auxiliary is nothing:
+        # Also in place of a loop that the rule for large layers chose.
+        tasks, together = TaskMap(tasks.chunk_size) if tasks.looped else tasks, sharing
     total, (losses, extra) = tasks.apply(one, together, problem.support, problem.query, added=True)
-    gradients, rate_gradients = tree_map(lambda value: value / problem.tasks, total)
-    return MetaGradient(gradients, rate_gradients if learn_rates else None, losses, extra)
+    gradients, rate_gradients = total
+    # One call for all parameters, without the cost of a general tree.
+    means = dict(zip(gradients, torch._foreach_div(list(gradients.values()), problem.tasks), strict=True))
+    of_rates = tree_map(lambda value: value / problem.tasks, rate_gradients) if learn_rates else None
+    return MetaGradient(means, of_rates, losses, extra)
 
 
 def batch_meta_gradients(
@@ -280,21 +294,3 @@ class SideBySide:
     def over(function: Callable[..., Any]) -> Callable[..., Any]:
         """Vmap a function of one task's parameters and data."""
         return torch.func.vmap(function, (0, 0), randomness="different")
-
-
-class AttachGradient(torch.autograd.Function):
-    """A loss whose backward is a gradient that is already known.
-
-    Lightning's automatic optimisation (precision, accumulation, clipping, DDP) then works also for the orders whose
-    meta-gradient is not the gradient of a loss.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Any) -> Any:
-        scale = outputs[0]
-        return None, None, *(scale.to(gradient.dtype) * gradient for gradient in ctx.gradients)

@@ -17,8 +17,8 @@ from lightning_maml_guard.maml.evaluation import EpisodeEvaluation, check_loss, 
 from lightning_maml_guard.maml.inner_loop import InnerUpdate, Params
 from lightning_maml_guard.maml.inner_rates import InnerRates, checked_rate
 from lightning_maml_guard.maml.kept_memory import KeptMemory
-from lightning_maml_guard.maml.meta_gradient import AttachGradient, Auxiliary, meta_gradient, nothing
-from lightning_maml_guard.maml.outer_optimizer import check_factories, make_optimizer
+from lightning_maml_guard.maml.meta_gradient import Auxiliary, meta_gradient, nothing
+from lightning_maml_guard.maml.outer_optimizer import AttachGradient, check_factories, make_optimizer
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.maml.stateless_call import NOTHING_TO_TRAIN, StatelessCall, check_network, trainable
 from lightning_maml_guard.maml.vectorization import Vectorization, check_strategy
@@ -281,7 +281,8 @@ class MetaLearningModule(MetaLearning, LightningModule):
         keep_memory: During a fit on the CPU (glibc): keep freed memory instead of mapping it anew in every step. The
             environment's ``MALLOC_`` settings go first.
         batched: Run the tasks through a network of ``nn.Sequential``, ``nn.Linear``, ``nn.LayerNorm`` and activations
-            by batched matrix products instead of vmap, if that gives the same on the first batch.
+            by batched matrix products instead of vmap, if that gives the same on the first batch. On a CPU, exact MAML
+            with one ``inner_lr`` and few shots does so without weights of each task's own, in place of the loop, too.
 
     Raises:
         TypeError: If the network is not a module, or a function not callable.

@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from lightning_maml_guard.utils.checks import check_function, shown
@@ -76,3 +77,21 @@ def make_optimizer(
             "Return one, as lambda optimizer: StepLR(optimizer, 10) does."
         )
     return {"optimizer": made, "lr_scheduler": scheduler}
+
+
+class AttachGradient(torch.autograd.Function):
+    """A loss whose backward is a gradient that is already known.
+
+    Lightning's automatic optimisation (precision, accumulation, clipping, DDP) then works also for the orders whose
+    meta-gradient is not the gradient of a loss.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Any) -> Any:
+        scale = outputs[0]
+        return None, None, *(scale.to(gradient.dtype) * gradient for gradient in ctx.gradients)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import ParameterDict
 from torch.nn.parameter import is_lazy
 
+from lightning_maml_guard.kernels.shared_weights import StackLosses
 from lightning_maml_guard.maml.inner_loop import InnerRate, InnerUpdate, StepRate
 from lightning_maml_guard.maml.inner_rates import by_step, is_per_step
 from lightning_maml_guard.maml.inner_updates import SGD
@@ -170,6 +171,19 @@ class MetaProblem:
     def side_by_side(self) -> Callable[[dict[str, Tensor], Any], Tensor]:
         """Return the loss of several tasks in a leading dimension of params and data, shape ``(tasks,)``."""
         return self.task_losses or torch.func.vmap(self.loss, (0, 0), randomness="different")
+
+    @property
+    def shares_weights(self) -> bool:
+        """True if the tasks' inner loops are faster run without weights of each task's own, as ``task_losses`` can."""
+        plain = self.order == "exact" and self.inner_update is None and self.uniform
+        can = plain and isinstance(self.task_losses, StackLosses)
+        return can and cast(StackLosses, self.task_losses).is_worthwhile(self.support, self.inner_steps)
+
+    def adapted_losses(
+        self, params: dict[str, Tensor], rate: Any, support: Any, query: Any, along: Any = None
+    ) -> Tensor:
+        """Compute the query losses of several tasks after their inner loops, where they share their weights."""
+        return cast(StackLosses, self.task_losses).adapted(params, rate, support, query, self.inner_steps, along)
 
     def part(self, tasks: int) -> MetaProblem:
         """Return the problem with the batch's first tasks only, or this one if it has no more than ``tasks``."""

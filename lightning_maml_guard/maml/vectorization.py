@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_maml_guard.kernels.batched_stack import BatchedStack
+from lightning_maml_guard.kernels.shared_weights import StackLosses
 from lightning_maml_guard.maml.evaluation import loss_of_each
 from lightning_maml_guard.maml.inner_loop import Params
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
@@ -86,6 +87,7 @@ class Vectorization:
         self._network = [network]  # in a list: not a second registration of the module
         self._chosen: Strategy | None = None
         self._is_sized = False  # whether the first batch was looked at
+        self._loops_by_rule = False
         self._map = TaskMap()
 
     @property
@@ -102,22 +104,28 @@ class Vectorization:
         if strategy != self._chosen:
             self._chosen, self._map = strategy, task_map(strategy)
             self._is_sized = given is not None or device.type != "cpu"
+            self._loops_by_rule = given is None and strategy == "loop"
 
     def task_losses(self, network: nn.Module, loss: Loss, batch: Any) -> Callable[[Params, Any], Tensor] | None:
         """Return the losses of several tasks at once where that needs no vmap: of a stack of plain layers."""
         stack = self._stack
-        if stack is None or self._agrees is False or network is not self._network[0] or self.tasks.looped:
+        if stack is None or self._agrees is False or network is not self._network[0]:
+            return None
+        if self.tasks.looped and not self._loops_by_rule:
             return None
         if not all(map(_is_of_examples, batch)) or not stack.is_applicable:
             return None
-        return partial(_losses, stack, loss)
+        return StackLosses(stack, partial(loss_of_each, loss))
 
     def sized(self, problem: MetaProblem) -> MetaProblem:
         """Return the problem with as many tasks at once as fit the memory; looked at once, on the first batch.
 
-        Only where all tasks would be run at once by the rule, on a CPU.
+        Only where all tasks would be run at once by the rule, on a CPU, or where they share their weights.
         """
-        if self.tasks.looped or self._is_sized or is_listed(problem.support) or is_listed(problem.query):
+        looped = self.tasks.looped
+        if self._is_sized or is_listed(problem.support) or is_listed(problem.query):
+            return problem
+        if looped and not problem.shares_weights:
             return problem
         self._is_sized = True
         try:
@@ -128,7 +136,7 @@ class Vectorization:
         at_once = max(1, int(_KEPT_AT_ONCE // max(kept, 1)))
         if at_once >= problem.tasks:
             return problem
-        self._map = TaskMap(at_once)
+        self._map = TaskMap(at_once, looped=looped)
         return replace(problem, task_chunk_size=at_once)
 
     def compared(self, problem: MetaProblem) -> MetaProblem:
@@ -136,13 +144,15 @@ class Vectorization:
 
         They are compared once, on the first batch that both can compute.
         """
-        if problem.task_losses is None or self._agrees:
+        if problem.task_losses is None or self._agrees or (problem.looped and not problem.shares_weights):
             return problem
         general = replace(problem, task_losses=None)
         try:
             with preserved_randomness():
                 self._agrees = _agree(problem, general)
         except Exception:  # of the batch: who computes with it next raises the same, with the words for it
+            if problem.looped:  # where tasks run side by side, the map over them remembers what it cannot do
+                self._agrees = False
             return general
         if self._agrees is False:
             warnings.warn(
@@ -179,14 +189,10 @@ def _is_of_examples(data: Any) -> bool:
     return isinstance(x, Tensor) and isinstance(y, Tensor) and x.dim() > 2 and x.is_floating_point()
 
 
-def _losses(stack: BatchedStack, loss: Loss, params: Params, data: Any) -> Tensor:
-    x, y = data
-    return loss_of_each(loss, stack(params, x), y)
-
-
 def _agree(problem: MetaProblem, general: MetaProblem) -> bool | None:
     """Compare two ways to compute one meta-gradient; None where it is not finite."""
-    found, expected = (meta_gradient(each, tasks=TaskMap(strict=True)) for each in (problem, general))
+    tasks = TaskMap(looped=problem.looped, strict=True)
+    found, expected = (meta_gradient(each, tasks=tasks) for each in (problem, general))
     pairs = [(found.losses, expected.losses), *((found.gradients[n], g) for n, g in expected.gradients.items())]
     squares = [[each.double().square().sum() for each in (own - other, other)] for own, other in pairs]
     distance, size = torch.stack([torch.stack(each) for each in squares]).sum(0).sqrt().tolist()  # one transfer

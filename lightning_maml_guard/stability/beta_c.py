@@ -133,7 +133,7 @@ def exact_limit(
             jacobian, 1.0 if step.scale is None else layout.flatten(step.scale).to(like).sqrt()
         )
     operator = _as_stepped(by_task_products or jacobian, step, layout, like)
-    rate_to_judge = RateToJudge(rate, step.rates, _KNOWN_WITHIN, noise)
+    rate_to_judge = RateToJudge(rate, step.rates, _KNOWN_WITHIN, math.inf, noise)
     after = None if by_task_products is None else by_task_products.project
     given: dict[str, Any] = {"value": value, "space": layout.space, "rate_to_judge": rate_to_judge, "after": after}
     run = run_lanczos(operator, layout.rows, like, None, krylov=krylov, **given)

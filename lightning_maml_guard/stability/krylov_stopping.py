@@ -27,9 +27,11 @@ _ROUNDING_ULPS = 16
 _ALLOWED_ASYMMETRY = 1e-2
 # A run that judges a rate may end before ``tol`` is met if ``tol`` is at least this coarse.
 _COARSE_TOL = 1e-2
-# It ends once the rate is certainly this many times below its limit; or once it is certainly on one side of the limit,
+# It ends once the rate is certainly this many times below its limit, or above it; or once it is certainly on one side,
 # and the top eigenvalue is known to this factor and relative residual.
-_FAR_BELOW, _DECIDED_WITHIN, _DECIDED_RESIDUAL = 2.0, 1.1, 1e-2
+_FAR, _DECIDED_WITHIN, _DECIDED_RESIDUAL = 2.0, 1.1, 1e-2
+# The same where the rate is far from its limit. The residual keeps the value itself, which is reported, to about 1 %.
+_FAR_WITHIN, _FAR_RESIDUAL = 1.5, 2e-2
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,14 @@ class RateToJudge:
         rate: The configured rate over the share of its limit that is allowed; ``nan`` if there is none to judge.
         limits: From a curvature to the rate's limit, and the smallest and the largest that it may be.
         within: The factor to which the top eigenvalue has to be known where the rate is far below its limit.
+        residual: Its relative residual there.
         rounding: Relative rounding error of a product.
     """
 
     rate: float
     limits: Callable[[float], tuple[float, float, float]]
-    within: float = _DECIDED_WITHIN
+    within: float = _FAR_WITHIN
+    residual: float = _FAR_RESIDUAL
     rounding: float = 0.0
 
     def settled(self, run: Tridiagonal, size: int) -> bool:
@@ -70,11 +74,13 @@ class RateToJudge:
         if math.isnan(self.rate) or top <= 0 or top + residuals[-1] > self.within * top:
             return False
         high = highest_allowed(*run, size, rounding=self.rounding)
-        least = self.limits(high)[1]
-        if high <= self.within * top and least > _FAR_BELOW * self.rate:
+        least, largest = self.limits(high)[1], self.limits(top)[2]
+        if least > _FAR * self.rate and high <= self.within * top and residuals[-1] <= self.residual * top:
+            return True
+        if self.rate > _FAR * largest and high <= _FAR_WITHIN * top and residuals[-1] <= _FAR_RESIDUAL * top:
             return True
         known = high <= _DECIDED_WITHIN * top and residuals[-1] <= _DECIDED_RESIDUAL * top
-        return known and (self.rate < least or self.rate > self.limits(top)[2])
+        return known and (self.rate < least or self.rate > largest)
 
 
 def top_eigenvalue(

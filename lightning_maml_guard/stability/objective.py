@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_maml_guard.kernels.shared_weights import StackLosses
 from lightning_maml_guard.linalg.layout import WHOLE, Layout, Params, Space, real_pairs, unpaired
 from lightning_maml_guard.linalg.operators import Field, FieldValue, gradient_of, task_gradient
 from lightning_maml_guard.maml.batch_errors import has_nan
@@ -113,22 +114,22 @@ class MamlObjective:
         """Compute the mean over the tasks of the loss whose Hessian is measured."""
         if self._sharded:
             return self.curvature(False).field(params, False).value
-        means = [
-            self._map(partial(_task_loss, each), params, self._sets(each), in_dims=(None, 0)).mean()
-            for each in self._problems
-        ]
+        means = [self._mean_of(each)(params) for each in self._problems]
         return means[0] if len(means) == 1 else torch.stack(means).mean()
 
     def curvature(self, per_task: bool) -> Target:
         """Make the gradient field whose Jacobian is ``H``: of the mean task loss, or one block per task."""
         if self._sharded:
             return self._sharded_curvature(per_task)
+        if not per_task:
+            fields = [gradient_of(self._mean_of(each)) for each in self._problems]
+            return Target(fields[0] if len(fields) == 1 else _mean_field(fields), self.params)
         targets = [
             task_gradient(
                 partial(_task_loss, each),
                 self.params,
                 self._sets(each),
-                per_task=per_task,
+                per_task=True,
                 tasks=self._map,
                 count=each.tasks,
             )
@@ -137,10 +138,15 @@ class MamlObjective:
         if len(targets) == 1:
             return Target(*targets[0])
         fields = [field for field, _, _ in targets]
-        if not per_task:
-            return Target(_mean_field(fields), self.params)
         copies = {name: torch.cat([params[name] for _, params, _ in targets]) for name in self.params}
         return Target(_side_by_side(fields, [each.tasks for each in self._problems]), copies, targets[0][2])
+
+    def _mean_of(self, problem: MetaProblem) -> Callable[[Params], Tensor]:
+        """The mean loss of a batch's tasks as a function of the parameters they share."""
+        sets, stack = self._sets(problem), problem.task_losses
+        if isinstance(stack, StackLosses) and (problem.shares_weights or not problem.looped):
+            return lambda params: torch.stack([stack.at(params, each) for each in sets]).mean()
+        return lambda params: self._map(partial(_task_loss, problem), params, sets, in_dims=(None, 0)).mean()
 
     def _sharded_curvature(self, per_task: bool) -> Target:
         pairs = zip(self._sharded, self._problems, strict=True)

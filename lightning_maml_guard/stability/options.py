@@ -27,8 +27,9 @@ class CurvatureOptions:
         estimator: ``"lanczos"``, ``"pyhessian"`` or ``(matvec, start vector) -> eigenvalues``.
         max_iter: Lanczos (or power) steps at most.
         tol: Relative residual at which to stop, between 0 and 1. From 1e-2 on, a run ends once its verdict is certain
-            (``criterion="exact"``): the inner rate's limit and exact MAML's of the outer rate are known to 10 %, the
-            latter to a factor of 4 where the rate is certainly below half of it; their intervals say so.
+            (``criterion="exact"``): a limit is known to 10 %, or to a factor of 1.5 where the rate is certainly below
+            half of it or above twice of it (that of exact MAML's outer rate to a factor of 4 where the rate is below
+            half of it); their intervals say so.
         tasks: Curvature of the ``"mean"`` task loss, or of the ``"worst"`` (sharpest) task.
         data: The loss whose Hessian is measured: ``"support"``, ``"query"`` or ``"both"`` (their mean).
         basis: Where the Lanczos vectors are kept, ``max_iter`` at most: ``"device"``, ``"cpu"`` (the same numbers,
