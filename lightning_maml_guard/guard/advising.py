@@ -247,16 +247,16 @@ class Adviser:
                 yield snapshot.step
 
     def _survives(self) -> bool:
-        """Whether a far lower outer rate trains here, unless adaptation harms, and no worse than from the start."""
+        """Whether a far lower outer rate trains, no worse than from the oldest copy if it trains there."""
         low = self._search(problems := self._without_odd(1.0)[0], alpha_suspect=True).far_below
         with self._run.ring.oldest_visited(self._module, self._trainer.optimizers):
             first = low if self._step == 0 else self._search(problems, alpha_suspect=True).far_below
-        return math.isfinite(low.end) and (self._look.harmful or (low.trains and low.end <= first.end))
+        compared = first.trains and not self._look.harmful and self._look.scale.unit is None
+        return low.trains and low.end <= first.end if compared else math.isfinite(low.end)
 
     def _lasts_from_start(self, alpha: float, beta: float) -> bool:
-        search = self._search(self._look.problems, alpha_suspect=True)
         with self._run.ring.oldest_visited(self._module, self._trainer.optimizers):
-            return self._step > 0 and search.trial(alpha, beta, LASTING_STEPS).trains
+            return self._step > 0 and self._search(self._look.problems, True).trial(alpha, beta, LASTING_STEPS).trains
 
     def _without_odd(self, alpha: float, since: float = math.inf) -> tuple[list[Problem], tuple[Problem, int] | None]:
         """Leave out batches unlike the others, also the highest spike after a step; return the worst and its step."""
