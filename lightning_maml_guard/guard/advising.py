@@ -14,7 +14,7 @@ from lightning_maml_guard.guard.schedule import LOOKAHEAD_GRADIENT, STALLED
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.learning import Learning, highest_kept_losses
 from lightning_maml_guard.lookahead.lookahead import Lookahead, lookahead_of
-from lightning_maml_guard.lookahead.odd_batches import norm_to_clip_to, without_odd
+from lightning_maml_guard.lookahead.odd_batches import clip_advice, without_odd
 from lightning_maml_guard.lookahead.rate_search import CLEAR_SHARE, LASTING_STEPS, TRIAL_STEPS, RateSearch, SearchResult
 from lightning_maml_guard.lookahead.rates_to_set import (
     UNSUSPECTED,
@@ -171,7 +171,8 @@ class Adviser:
             if at != self._step:  # limits measured after a divergence blame the wrong rate
                 last = findings[len(report.findings) :][-1:]
                 earlier = (each for each in reversed(self._run.state.history) if (each.step or 0) <= at)
-                report = next((replace(each, alpha=report.alpha, beta=report.beta) for each in earlier), report)
+                alpha = getattr(self._look.problem, "alpha", math.nan)  # learned inner rates are those of the copy
+                report = next((replace(each, alpha=alpha, beta=report.beta) for each in earlier), report)
                 findings = (*(each for each in report.findings if is_still_above(each, report)), *last)
             if known is None and news is not None:
                 known = {Kind.SCHEDULE_AHEAD: self._at_peak, Kind.NOT_LEARNING: self.stalled}.get(news)
@@ -182,7 +183,8 @@ class Adviser:
             suspect, beta_handicap = self._suspicion(report)
             search = self._search(problems, suspect)
             if odd is not None and math.isfinite(search.trial().end):
-                return self._clip_advice(problems, *odd, report)
+                given = self._step, self._look.scale, report.alpha, to_configure(self._run.ahead, self._peak)
+                return clip_advice(self._lookahead([odd[0], *problems]), odd[1], *given)
             before = None if odd is None or odd[1] >= at else self._run.ring.latest_before(odd[1])
             if before is not None:  # the odd batch is still in the optimizer's momentum
                 self.tried_from = before
@@ -245,7 +247,16 @@ class Adviser:
                 yield snapshot.step
 
     def _survives(self) -> bool:
-        return self._search(self._without_odd(1.0)[0], alpha_suspect=True).survives
+        """Whether a far lower outer rate trains, no worse than from the oldest copy if it trains there."""
+        low = self._search(problems := self._without_odd(1.0)[0], alpha_suspect=True).far_below
+        with self._run.ring.oldest_visited(self._module, self._trainer.optimizers):
+            first = low if self._step == 0 else self._search(problems, alpha_suspect=True).far_below
+        compared = first.trains and not self._look.harmful and self._look.scale.unit is None
+        return low.trains and low.end <= first.end if compared else math.isfinite(low.end)
+
+    def _lasts_from_start(self, alpha: float, beta: float) -> bool:
+        with self._run.ring.oldest_visited(self._module, self._trainer.optimizers):
+            return self._step > 0 and self._search(self._look.problems, True).trial(alpha, beta, LASTING_STEPS).trains
 
     def _without_odd(self, alpha: float, since: float = math.inf) -> tuple[list[Problem], tuple[Problem, int] | None]:
         """Leave out batches unlike the others, also the highest spike after a step; return the worst and its step."""
@@ -258,17 +269,6 @@ class Adviser:
         kept, odd = without_odd(problems, self._lookahead(problems), self._look.scale, alpha)
         return kept, None if odd is None else (problems[odd], steps[odd])
 
-    def _clip_advice(self, problems: Sequence[Problem], odd: Problem, step: int, report: StabilityReport) -> Advice:
-        losses, norm = norm_to_clip_to(self._lookahead([odd, *problems]))
-        return Advice(
-            cause=Cause.BATCH,
-            gradient_clip_val=None if norm is None else settable(norm),
-            step=self._step,
-            evidence=(Reason(Kind.ODD_BATCH, losses=(*losses, self._look.scale.start), step=step),),
-            configured_alpha=report.alpha,
-            configured_beta=to_configure(self._run.ahead, self._peak),
-        )
-
     def _rate_advice(self, found: SearchResult, report: StabilityReport, findings: Reasons, died: Reasons) -> Advice:
         proven = self._look.harmful and report.alpha_ratio > 1
         to_blame = proven or (found.best.trains and not is_not_to_blame(found, report, self._look.scale))
@@ -277,7 +277,7 @@ class Adviser:
         if to_blame:
             mean = 1.0 if rising is None else rising.mean_to_peak
             given = look.optimizers, look.problem, beta, mean, self._run.repeats, self._measured_at, look.harmful
-            to_set = RatesToSet(self._search(look.problems, alpha_suspect=True), *given)
+            to_set = RatesToSet(self._search(look.problems, alpha_suspect=True), *given, self._lasts_from_start)
             rates = to_set.of(found, report, [each for each in self._run.state.history if (each.step or 0) <= step])
         lower_alpha, lower_beta = (rate is not None for rate in rates)
         died = () if lower_alpha or not lower_beta else died

@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from lightning_maml_guard.linalg.layout import Layout, Params, real_pairs, unpaired
+from lightning_maml_guard.linalg.layout import Layout, Params, unpaired
 from lightning_maml_guard.lookahead.divergence import Scale, passes
+from lightning_maml_guard.lookahead.learned_rates import LearnedRates
 from lightning_maml_guard.optim.clipping import ModuleClipping, run_clipping
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.shadow import Clip, ShadowOptimizer, check_no_closure
 from lightning_maml_guard.optim.stability_limits import Optimizers, is_memoryless, listed
 from lightning_maml_guard.stability.hvp import MeasurementCache
-from lightning_maml_guard.stability.objective import MamlObjective, Objective, objective_of
+from lightning_maml_guard.stability.objective import Objective, objective_of
 from lightning_maml_guard.stability.problems import Problem
 from lightning_maml_guard.utils.checks import check_count, check_flag, check_number
 from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.double_backward import double_backward
 from lightning_maml_guard.utils.random_state import preserved_randomness, seed_generators
-from lightning_maml_guard.utils.shards import local
-from lightning_maml_guard.utils.task_map import TaskMap, as_float32
+from lightning_maml_guard.utils.task_map import TaskMap
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ class Lookahead:
     """Tries the next steps, as configured or under caps.
 
     The batches come in the given order, round and round; under gradient accumulation a problem is that of all batches
-    of a step. Learned inner rates stay as they are. Several optimizers step together. Raises a ClosureError if one
-    needs a closure. ``hook`` clips as the module does; ``sees_clipping`` is False where clipping is out of sight.
+    of a step. Learned inner rates move as well. Several optimizers step together. Raises a ClosureError if one needs a
+    closure. ``hook`` clips as the module does; ``sees_clipping`` is False where clipping is out of sight.
     """
 
     def __init__(
@@ -156,15 +156,18 @@ class Lookahead:
         self._ranks = ranks or Ranks()
         tasks = task_map or TaskMap()
         self._objectives: list[Objective] = [objective_of(each, "support", tasks) for each in problems]
-        self._live = problems[0].params
         self._owned = not isinstance(optimizers, (int, float))
         self._optimizers: list[Optimizer]
         if isinstance(optimizers, (int, float)):
-            self._optimizers = [SGD([value.detach().requires_grad_() for value in self._live.values()], lr=optimizers)]
+            self._optimizers = [
+                SGD([value.detach().requires_grad_() for value in problems[0].params.values()], lr=optimizers)
+            ]
         else:
             self._optimizers = listed(optimizers)
         for each in self._optimizers:
             check_no_closure(each)
+        self._learned = LearnedRates(problems[0], self._optimizers)
+        self._live: Params = {**problems[0].params, **self._learned.live}
         self._steps, self._clip, self._hook, self._sees_clipping = steps, clip, hook, sees_clipping
         self.alpha: float = getattr(problems[0], "alpha", math.nan)
         self.beta = scheduled_rate(self._optimizers)
@@ -268,12 +271,7 @@ class Lookahead:
 
     def _evaluate(self, params: Params, index: int, factor: float) -> tuple[Tensor, Params]:
         objective = self._objectives[index % len(self._objectives)]
-        target = objective.update(factor) if isinstance(objective, MamlObjective) else objective.curvature(False)
-        pairs = real_pairs(as_float32(params)).items()
-        leaves = {name: local(value.detach()).requires_grad_() for name, value in pairs}
-        value, gradients, _ = target[0](leaves, False)
-        known = {name: gradients[name] for name in leaves}
-        filled = {n: torch.zeros_like(leaves[n]) if g is None else g.detach() for n, g in known.items()}
+        value, filled = self._learned.evaluate(objective, params, factor)
         if self._ranks.size == 1:
             return value.detach().float(), unpaired(filled, params)
         layout = Layout(filled)

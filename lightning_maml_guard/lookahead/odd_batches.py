@@ -9,6 +9,8 @@ from statistics import median
 from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.learning import finite_or_inf
 from lightning_maml_guard.lookahead.lookahead import Lookahead
+from lightning_maml_guard.messages.advice import Advice, Cause, settable
+from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.stability.problems import Problem
 
 # A batch is odd if its loss is this many times the median of the batches; of this many or fewer, none is called odd.
@@ -31,10 +33,18 @@ def without_odd(
     return [each for each, loss in zip(problems, losses, strict=True) if loss <= usual], worst
 
 
-def norm_to_clip_to(lookahead: Lookahead) -> tuple[tuple[float, float], float | None]:
-    """Losses of an odd batch (the first of a lookahead) and of the others, and the norm to clip gradients to.
+def clip_advice(lookahead: Lookahead, at: int, step: int, scale: Scale, alpha: float, beta: float) -> Advice:
+    """Advise to clip the gradient of an odd batch, the first of a lookahead, which was that of step ``at``.
 
-    That is twice the median norm of the others' gradients; None if the odd one's is not finite: clipping cannot help.
+    The norm is twice the median norm of the others' gradients; None if the odd one's is not finite: clipping cannot
+    help. ``alpha`` and ``beta`` are the configured rates.
     """
     (odd, *usual), (norm, *norms) = lookahead.untrained(), lookahead.gradient_norms()
-    return (odd, median(usual)), 2 * median(norms) if math.isfinite(norm) else None
+    return Advice(
+        cause=Cause.BATCH,
+        gradient_clip_val=settable(2 * median(norms)) if math.isfinite(norm) else None,
+        step=step,
+        evidence=(Reason(Kind.ODD_BATCH, losses=(odd, median(usual), scale.start), step=at),),
+        configured_alpha=alpha,
+        configured_beta=beta,
+    )

@@ -16,9 +16,9 @@ TRIAL_STEPS = 30
 # Steps that rates have to survive before they are advised: 30 say little for optimizers with momentum, or where both
 # rates are too high.
 LASTING_STEPS = 100
-# Lower bound of the outer rate to set: the lowest one that learns this share of what the best one does. The best one
-# itself is too high for a whole run.
-NEARLY_AS_MUCH = 0.7
+# Lower bound of the outer rate to set: the lowest one that learns this share of what the best one does, and ends at no
+# more than so many times its loss or such a share of that before. The best one itself is too high for a whole run.
+NEARLY_AS_MUCH, NEARLY_AS_LOW, LOW = 0.7, 4.0, 0.08
 # Upper bound of the outer rate to set, as a share of the largest that trains: for plain SGD, and for optimizers with
 # momentum, whose instability takes longer to show.
 SHARE, SHARE_WITH_MEMORY = 0.5, 0.2
@@ -29,13 +29,11 @@ BOTH = 1.25
 ALPHA = 1.1
 # Lower rates must end lower by this share of the loss before they are advised to a run that does not diverge.
 CLEAR_SHARE = 0.1
-# Adaptation that takes the loss above this many times the one before it is harmful.
-_HARMS = 1.25
+_HARMS = 1.25  # adaptation that takes the loss above this many times the one before it is harmful
 # Factors on the rates, from high to low.
 ALPHA_LADDER = tuple(2.0**-k for k in range(1, 9))
 BETA_LADDER = tuple(2.0**-k for k in range(1, 15))
-# Inner rates below the best one that are tried before the search stops.
-PATIENCE = 2
+PATIENCE = 2  # inner rates below the best one that are tried before the search stops
 # Factors on both rates with which `probe` sees whether lower rates do better.
 BETA_PROBES, ALPHA_PROBE = ((1.0, 0.25), (1.0, 1 / 16)), (0.5, 1.0)
 # At this factor on the outer rate a loss that still diverges is the fault of the parameters or the optimizer's state.
@@ -167,9 +165,9 @@ class RateSearch:
         return tried[0], _best(tried)
 
     @property
-    def survives(self) -> bool:
-        """Whether the loss stays finite at a very low outer rate; if not, rates cannot be compared from here."""
-        return math.isfinite(self.trial(beta=FAR_LOWER_BETA).end)
+    def far_below(self) -> Trial:
+        """Try a far lower outer rate: where even that does not train, rates cannot be compared."""
+        return self.trial(beta=FAR_LOWER_BETA)
 
     def is_soon_below(self, loss: float) -> bool:
         """Whether a trial at a far lower outer rate ends below a loss; if not, the run may just begin slowly."""
@@ -243,11 +241,8 @@ class RateSearch:
 
     def _lower_betas(self, alpha: float = 1.0, stride: int = 1) -> list[Trial]:
         """Try lower and lower outer rates until one learns much less than the best one."""
-
-        def falls(tried: list[Trial], best: Trial) -> bool:
-            return tried[-1].trains and tried[-1].outer_gain < NEARLY_AS_MUCH * best.outer_gain
-
-        return self._descend([Factors(alpha, factor) for factor in BETA_LADDER], falls, stride)
+        ladder = [Factors(alpha, factor) for factor in BETA_LADDER]
+        return self._descend(ladder, lambda tried, best: tried[-1].trains and not self._nearly(tried[-1], best), stride)
 
     def _lower_alphas(self) -> list[Trial]:
         """Try lower and lower inner rates until several in a row learn less than the best one."""
@@ -276,9 +271,13 @@ class RateSearch:
     def _beta_result(self, ladder: Sequence[Trial]) -> SearchResult:
         best = _best(ladder)
         largest = next((each for each, below in pairwise(ladder) if each.trains and below.trains), best)
-        enough = [each for each in ladder if each.outer_gain >= NEARLY_AS_MUCH * best.outer_gain]
-        lowest = enough[-1] if enough else best
+        lowest = next((each for each in reversed(ladder) if self._nearly(each, best)), best)
         return SearchResult(self.trial(), best, lowest.factors.beta, self.share_of_largest * largest.factors.beta)
+
+    def _nearly(self, tried: Trial, best: Trial) -> bool:
+        """Whether an outer rate learns nearly as much as the best one."""
+        low = max(self._scale.times(NEARLY_AS_LOW, best.end), LOW * (best.end + best.learned))
+        return tried.end <= low and tried.outer_gain >= NEARLY_AS_MUCH * best.outer_gain
 
     def clear_margin(self, share: float = CLEAR_SHARE) -> float:
         """A share of the loss before these trials, which may be far from the loss that the run started from."""

@@ -62,6 +62,8 @@ class RatesToSet:
         repeats: Whether every step uses the same batch, so that its noise sets no limit.
         measured: Measures the limits at a factor on the inner rates.
         harmful: Whether adaptation makes tasks worse at the inner rate to replace.
+        lasts_from_start: Whether factors on the rates last from the parameters that the run began with, if ``search``
+            tries them from later ones.
     """
 
     search: RateSearch
@@ -72,6 +74,7 @@ class RatesToSet:
     repeats: bool
     measured: Callable[[float], StabilityReport]
     harmful: bool = False
+    lasts_from_start: Callable[[float, float], bool] = lambda alpha, beta: False
 
     def of(self, found: SearchResult, report: StabilityReport, earlier: Sequence[StabilityReport]) -> Rates:
         """The rates to set, by the smallest limits of a report and of earlier ones.
@@ -143,12 +146,15 @@ class RatesToSet:
     def _lasting_beta(self, alpha: float, beta: float) -> float | None:
         """The factor on the outer rate, halved until the loss survives many more steps than a search's trials.
 
-        None if the loss rises at every one: then no rate is to blame.
+        None if the loss rises at every one: then no rate is to blame. Parameters that a rate has damaged ask for lower
+        ones than a new run does: a higher factor that lasts where the run began is taken.
         """
-        for halvings in range(_MOST_HALVINGS):
-            if self.search.trial(alpha, beta * 0.5**halvings, LASTING_STEPS).trains:
-                return beta * 0.5**halvings * (self.search.share_of_largest if halvings else 1.0)
-        return None
+        factors = [beta * 0.5**halvings for halvings in range(_MOST_HALVINGS)]
+        lasting = next((each for each in factors if self.search.trial(alpha, each, LASTING_STEPS).trains), None)
+        if lasting is None or lasting == beta:
+            return lasting
+        again = (each for each in factors if each > lasting and self.lasts_from_start(alpha, each))
+        return next(again, lasting * self.search.share_of_largest)
 
     def _limit(self, report: StabilityReport) -> float:
         """The outer rate's limit, with the tasks' noise if they are drawn anew at every step; ``nan`` if not known."""

@@ -50,7 +50,7 @@ class InnerRates:
         if self.learned is not None:
             factor = self._factor(cap)
             rates = zip(self.names, self.learned, strict=True)
-            scaled = {name: rate * factor for name, rate in rates if name in theta}
+            scaled = {name: rate if factor == 1 else rate * factor for name, rate in rates if name in theta}
             return {n: _wide(r, theta[n]) for n, r in scaled.items()} if self._one_per_step else scaled
         if isinstance(alpha, list):
             highest = max(alpha)
@@ -200,10 +200,10 @@ def _check_clear(rates: Params, params: Params, inner_steps: int) -> None:
 def by_step(inner_lr: Any, params: Params, inner_steps: int) -> InnerRate:
     """Return rates that differ between the steps as the inner loop takes them: a tuple of one rate per step."""
     if isinstance(inner_lr, Tensor):
-        return tuple(inner_lr.detach().to(next(iter(params.values())).dtype).unbind())
+        return tuple(inner_lr.to(next(iter(params.values())).dtype).unbind())
 
     def of_step(name: str, step: int) -> Tensor:
-        rate, value = inner_lr[name].detach(), params[name]
+        rate, value = inner_lr[name], params[name]
         return rate[step] if _fits_steps(rate, value, inner_steps) else rate
 
     return tuple({name: of_step(name, step) for name in inner_lr} for step in range(inner_steps))

@@ -224,11 +224,14 @@ class MetaProblem:
         Returns:
             One rate for all steps (the number, or a tensor per parameter), or a tuple of one per step.
         """
+        rates = self.inner_lr
+        if isinstance(rates, dict):
+            rates = {name: rate.detach() for name, rate in rates.items()}
         if self.per_step:
-            return by_step(self.inner_lr, self.params, self.inner_steps)
-        if isinstance(self.inner_lr, dict):
-            return {name: rate.detach() for name, rate in self.inner_lr.items()}
-        return float(self.inner_lr)
+            return by_step(rates.detach() if isinstance(rates, Tensor) else rates, self.params, self.inner_steps)
+        if isinstance(rates, dict):
+            return rates
+        return float(rates)
 
     def rates(self) -> dict[str, Tensor]:
         """Expand the inner rates to one per parameter entry, with a leading step dimension if they differ between them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -173,6 +173,10 @@ class SnapshotRing:
                 if passes():
                     return snapshot
         return self.kept[0] if self.kept else None
+
+    def oldest_visited(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> AbstractContextManager[None]:
+        """Visit the oldest one; without any, stay."""
+        return self.kept[0].visited(module, optimizers) if self.kept else nullcontext()
 
     def is_due(self, step: int) -> bool:
         """Whether the youngest one is so old that another is to be kept."""

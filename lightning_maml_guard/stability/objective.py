@@ -15,7 +15,9 @@ from lightning_maml_guard.kernels.shared_weights import StackLosses
 from lightning_maml_guard.linalg.layout import WHOLE, Layout, Params, Space, real_pairs, unpaired
 from lightning_maml_guard.linalg.operators import Field, FieldValue, gradient_of, task_gradient
 from lightning_maml_guard.maml.batch_errors import has_nan
+from lightning_maml_guard.maml.inner_loop import InnerRate
 from lightning_maml_guard.maml.jacobian import curvature_by_task, is_symmetric, meta_field
+from lightning_maml_guard.maml.meta_gradient import meta_gradient_at
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.sharding.meta_gradient import ShardedMaml
 from lightning_maml_guard.sharding.own_backward import OwnBackward
@@ -170,6 +172,16 @@ class MamlObjective:
         field = fields[0] if len(fields) == 1 else _mean_field(fields)
         return Target(field, self.params, space=self.space, error=error)
 
+    def update_and_rates(self, params: Params, rates: InnerRate) -> tuple[Tensor, Params, tuple[Params, ...]]:
+        """Compute the query loss, the configured update's gradient and that of the inner rates, of each step's."""
+        with torch.no_grad():
+            found = [meta_gradient_at(each, params, rates, self._map, learn_rates=True) for each in self._problems]
+        steps = [
+            each.rate_gradients if isinstance(each.rate_gradients, tuple) else (each.rate_gradients,) for each in found
+        ]
+        values = torch.stack([each.losses.mean() for each in found]).mean()
+        return values, _mean([each.gradients for each in found]), tuple(map(_mean, zip(*steps, strict=True)))
+
     def curvature_by_task(self, direction: Params) -> Tensor:
         """Measure each task's curvature of the update along a direction, shape ``(tasks,)``."""
         pairs = zip(self._sharded, self._problems, strict=False)
@@ -212,6 +224,10 @@ def _mean_field(fields: Sequence[Field]) -> Field:
         return FieldValue(torch.stack([each.value for each in found]).mean(), gradients)
 
     return field
+
+
+def _mean(found: Sequence[Any]) -> Params:
+    return {name: torch.stack([each[name] for each in found]).mean(0) for name in found[0]}
 
 
 def _side_by_side(fields: Sequence[Field], tasks: Sequence[int]) -> Field:

@@ -609,3 +609,121 @@ def test_an_outlier_is_named_although_adams_state_holds_it_and_the_next_loss_is_
     guard, said = guarded(module, batches, problem=None)
     assert module.losses[101] < module.losses[0]
     assert guard.advice.cause is Cause.BATCH and "the batch of step 100 has a loss of " in said[0]
+
+
+class FixedPoint(torch.autograd.Function):
+    """Iterates to ``z = tanh(W z + x)``; the gradient by a second iteration."""
+
+    @staticmethod
+    def forward(ctx, weight, x):
+        z = torch.zeros_like(x)
+        for _ in range(30):
+            z = torch.tanh(z @ weight.T + x)
+        ctx.save_for_backward(weight, z)
+        return z
+
+    @staticmethod
+    def backward(ctx, gradient):
+        weight, z = ctx.saved_tensors
+        slope, total = 1 - z * z, gradient
+        for _ in range(30):
+            total = gradient + (total * slope) @ weight
+        return (total * slope).T @ z, total * slope
+
+
+class Equilibrium(LightningModule):
+    """A deep equilibrium network."""
+
+    def __init__(self, lr):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 24), nn.Linear(24, 1)
+        self.weight, self.lr = nn.Parameter(torch.randn(24, 24) * 0.1), lr
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return (self.last(FixedPoint.apply(self.weight, self.first(x))) - y).square().mean()
+
+    def configure_optimizers(self):
+        return SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+class LearnedRates(LightningModule):
+    """Meta-SGD: one learned inner rate per entry."""
+
+    def __init__(self, lr):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(1, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
+        self.rates = nn.ParameterList([torch.full_like(each, 0.03) for each in self.net.parameters()])
+        self.lr = lr
+
+    def task_loss(self, params, data):
+        return (functional_call(self.net, params, (data[0],)) - data[1]).square().mean()
+
+    def inner_lr(self):
+        return dict(zip([name for name, _ in self.net.named_parameters()], self.rates, strict=True))
+
+    def training_step(self, batch, batch_idx):
+        losses, rates = [], self.inner_lr()
+        for xs, ys, xq, yq in zip(*batch, strict=True):
+            params = dict(self.net.named_parameters())
+            for _ in range(2):
+                grads = torch.autograd.grad(self.task_loss(params, (xs, ys)), params.values(), create_graph=True)
+                params = {n: v - rates[n] * g for (n, v), g in zip(params.items(), grads, strict=True)}
+            losses.append(self.task_loss(params, (xq, yq)))
+        return torch.stack(losses).mean()
+
+    def meta_problem(self, batch):
+        params = dict(self.net.named_parameters())
+        return MetaProblem(params, self.task_loss, batch[:2], batch[2:], self.inner_lr(), inner_steps=2)
+
+    def configure_optimizers(self):
+        return Adam(self.parameters(), lr=self.lr)
+
+
+class StopsAtAdvice(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.callbacks[-1].advice is not None
+
+
+def first_advice(module, batches):
+    guard = ConvergenceGuard(action="log")
+    options = {**QUIET, "max_epochs": 1, "callbacks": [StopsAtAdvice(), guard]}
+    Trainer(**options).fit(module, DataLoader(batches, batch_size=None))
+    return guard.advice
+
+
+def waves(count):
+    """Points of one wave, drawn anew at each step."""
+    direction, batches = torch.randn(4, 1, generator=torch.Generator().manual_seed(1)), []
+    for step in range(1, count + 1):
+        x = torch.randn(64, 4, generator=torch.Generator().manual_seed(step))
+        batches.append((x, torch.sin(2 * x @ direction)))
+    return batches
+
+
+def few_curves(count):
+    """Six sine curves a batch, eight points each to adapt on and to be judged by."""
+    batches = []
+    for step in range(1, count + 1):
+        generator = torch.Generator().manual_seed(step)
+        height, phase = (torch.rand(6, 1, 1, generator=generator) for _ in range(2))
+        x = torch.rand(6, 16, 1, generator=generator) * 6 - 3
+        y = (2 * height + 0.5) * torch.sin(x + 3 * phase)
+        batches.append((x[:, :8], y[:, :8], x[:, 8:], y[:, 8:]))
+    return batches
+
+
+def test_parameters_that_a_high_rate_has_damaged_are_not_where_rates_are_tried():
+    """Its loss was still low when it began to diverge, but from there only a hundred times lower rates last."""
+    advice = first_advice(Equilibrium(lr=0.1), waves(200))
+    assert advice.step > 10 and advice.cause is Cause.BETA
+    assert 0.001 < advice.beta < 0.02  # 0.01 learns most, 0.03 diverges in the end
+
+
+def test_learned_inner_rates_that_rise_with_the_outer_rate_are_not_blamed():
+    """Within two steps they are eight times what is configured: no lower `inner_lr` keeps them from rising."""
+    advice = first_advice(LearnedRates(lr=0.1), few_curves(200))
+    assert (advice.cause, advice.step) == (Cause.BETA, 0) and 0.003 < advice.beta < 0.02  # 0.01 learns most
+    assert advice.configured_alpha == pytest.approx(0.03)

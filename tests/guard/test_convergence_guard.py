@@ -147,7 +147,7 @@ def test_rescale_finishes_with_a_finite_loss_at_the_critical_rate():
     # The rate whose trial ended lowest, which is below 0.9 times the limit; what is advised has to last without a guard.
     first = guard.history[0]
     (tried,) = [each.beta for each in first.advice.evidence if each.kind is Kind.RATES_TRIED]
-    assert first.advice.beta == 0.066 < first.beta_applied == tried < 0.9 * 0.625
+    assert first.advice.beta == 0.13 < first.beta_applied == tried < 0.9 * 0.625
     assert trainer.optimizers[0].param_groups[0]["lr"] == 1.5
     assert not trainer.optimizers[0]._optimizer_step_pre_hooks
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import LBFGS, SGD, Adam
 
-from lightning_maml_guard import MetaLearningModule
+from lightning_maml_guard import MetaLearningModule, MetaProblem
 from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, LookaheadResult, lookahead_of
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
@@ -225,3 +225,91 @@ def test_batches_are_evaluated_one_gradient_at_a_time(evaluate, monkeypatch):
 
     monkeypatch.setattr(Lookahead, "_evaluate", counted)
     assert len(evaluate(Lookahead(problems, SGD([weight], lr=0.1), 1))) == 8 and max(most) <= 2
+
+
+class LearnsRates(nn.Module):
+    """MAML written by hand, with learned inner rates: of each entry, of each step, of the first layer alone."""
+
+    def __init__(self, kind, steps=2):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.steps, self.kind = mlp().double(), steps, kind
+        names = [name for name, _ in self.net.named_parameters()]
+        shapes = {
+            "entries": {name: value.shape for name, value in self.net.named_parameters()},
+            "steps": {"": (steps,)},
+            "some": {names[0]: (), names[1]: (steps, *dict(self.net.named_parameters())[names[1]].shape)},
+        }[kind]
+        made = (nn.Parameter(torch.full(shape, 0.02, dtype=torch.float64)) for shape in shapes.values())
+        self.rates, self.shapes = nn.ParameterList(made), shapes
+
+    @property
+    def inner_lr(self):
+        return self.rates[0] if self.kind == "steps" else dict(zip(self.shapes, self.rates, strict=True))
+
+    def loss(self, params, data):
+        return (torch.func.functional_call(self.net, params, (data[0],)) - data[1]).square().mean()
+
+    def problem(self, batch):
+        return MetaProblem(dict(self.net.named_parameters()), self.loss, *batch, self.inner_lr, self.steps)
+
+    def mean_loss(self, batch):
+        (sx, sy), (qx, qy) = batch
+        total = 0.0
+        for task in range(len(sx)):
+            params, rates = dict(self.net.named_parameters()), self.inner_lr
+            for step in range(self.steps):
+                grads = torch.autograd.grad(self.loss(params, (sx[task], sy[task])), params.values(), create_graph=True)
+                for (name, value), grad in zip(list(params.items()), grads, strict=True):
+                    rate = rates[step] if self.kind == "steps" else rates.get(name, torch.zeros(()))
+                    rate = rate[step] if rate.dim() == value.dim() + 1 else rate
+                    params[name] = value - rate * grad
+            total = total + self.loss(params, (qx[task], qy[task])) / len(sx)
+        return total
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("kind", ["entries", "steps", "some"])
+def test_learned_inner_rates_move_as_training_moves_them(kind, name):
+    module, batches = LearnsRates(kind), [tuple(tuple(x.double() for x in y) for y in each) for each in sinusoids(3)]
+    optimizer = OPTIMIZERS[name](module.parameters())
+    optimizer.param_groups[0]["lr"] *= 0.05
+    problems = [module.problem(batch) for batch in batches]
+    before = copy.deepcopy(module.state_dict())
+    found = Lookahead(problems, optimizer, 6).run().losses
+    assert all(torch.equal(value, module.state_dict()[key]) for key, value in before.items())
+    losses = []
+    for step in range(6):
+        optimizer.zero_grad()
+        loss = module.mean_loss(batches[step % 3])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    losses.append(module.mean_loss(batches[0]).item())
+    assert found == pytest.approx(losses, rel=1e-6)
+    assert any(not torch.equal(rate, before[f"rates.{index}"]) for index, rate in enumerate(module.rates))
+
+
+@pytest.mark.parametrize("order", ["exact", "first"])
+@pytest.mark.parametrize("learn", [True, "per_step"])
+def test_our_own_learned_rates_move_too_and_those_of_no_optimizer_stay(order, learn):
+    torch.manual_seed(0)
+    arguments = {"inner_lr": 0.02, "inner_steps": 2, "order": order, "learn_inner_lr": learn}
+    module = MetaLearningModule(mlp().double(), **arguments).double()
+    batches = [tuple(tuple(x.double() for x in part) for part in batch) for batch in sinusoids(2)]
+    optimizer, alone = SGD(module.parameters(), lr=2e-3), SGD(module.network.parameters(), lr=2e-3)
+    problems = [module.meta_problem(batch) for batch in batches]
+    found, fixed = (Lookahead(problems, each, 4).run().losses for each in (optimizer, alone))
+    start, losses = copy.deepcopy(module.state_dict()), []
+    assert fixed == pytest.approx(really(module, alone, batches, 4), rel=1e-6)
+    module.load_state_dict(start)
+    for step in range(4):
+        result = meta_gradient(module.meta_problem(batches[step % 2]), learn_rates=True)
+        losses.append(float(result.losses.mean()))
+        for name, value in module.theta().items():
+            value.grad = result.gradients[name].clone()
+        for rate, gradient in module.inner_rates.with_gradients(result.rate_gradients, None):
+            rate.grad = gradient.clone()
+        optimizer.step()
+    losses.append(float(meta_gradient(module.meta_problem(batches[0])).losses.mean()))
+    assert found == pytest.approx(losses, rel=1e-6) and found[-1] != pytest.approx(fixed[-1], rel=1e-6)

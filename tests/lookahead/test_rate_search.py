@@ -363,14 +363,29 @@ def test_a_rate_that_kills_by_chance_does_not_end_the_ladder_where_a_lower_one_i
     assert known.find_beta(1.0).best.factors.beta == 0.0625
 
 
-@pytest.mark.parametrize(("velocity", "survives"), [(0.0, True), (1e6, False)])
-def test_where_momentum_has_thrown_a_run_no_low_rate_survives(velocity, survives):
+@pytest.mark.parametrize(("velocity", "trains"), [(0.0, True), (30.0, False), (1e6, False)])
+def test_where_momentum_has_thrown_a_run_no_low_rate_trains(velocity, trains):
+    """One that only ends higher than it began is no better: it is the parameters' fault, or the momentum's."""
     weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
-    optimizer = SGD([weight], lr=20.0, momentum=0.9)
+    optimizer = SGD([weight], lr=5.0, momentum=0.9)
     optimizer.state[weight]["momentum_buffer"] = torch.full_like(weight, velocity)
     problem = PlainProblem({"w": weight}, lambda p: 0.5 * p["w"].square().sum())
     tried = search(Lookahead([problem], optimizer, 1))
-    assert not math.isfinite(tried.trial().end) and tried.survives == survives
+    assert not math.isfinite(tried.trial().end) and tried.far_below.trains == trains
+
+
+class Steep(RateSearch):
+    """The loss falls to a hundredth at the best rate."""
+
+    def _tried(self, at, steps):
+        end = {0.5: 0.01, 0.25: 0.03, 0.125: 0.1, 0.0625: 0.2, 0.03125: 0.5}.get(at.beta, 1.0)
+        return Trial(at, end, 1 - end, 1 - end, trains=at.beta < 1)
+
+
+def test_the_lowest_rate_that_learns_nearly_as_much_also_ends_nearly_as_low():
+    """80 % of a fall to a hundredth would be twenty times the loss."""
+    found = search(plain([1.0], lambda weights: SGD(weights, lr=0.1)), kind=Steep).find_beta(1.0)
+    assert (found.best.factors.beta, found.lowest_beta) == (0.5, 0.25)
 
 
 class Lucky(RateSearch):

@@ -185,6 +185,40 @@ def test_an_inner_rate_by_its_limit_that_does_not_last_gives_way_to_what_trials_
     assert rates.alpha == pytest.approx(2.0 * factor)
 
 
+class Damaged(RateSearch):
+    """Trials from parameters at which only rates far below those that learn last; ``never``: none does."""
+
+    never = False
+
+    def _tried(self, at, steps):
+        trains = at.beta < 1 if steps == TRIAL_STEPS else at.beta < 0.02 and not self.never
+        return Trial(at, 0.5 if trains else math.inf, 0.5 if trains else -math.inf, 0.5, trains=trains, steps=steps)
+
+
+@pytest.mark.parametrize(
+    ("from_start", "never", "factor"),
+    [(0.3, False, 0.25), (0.2, False, 0.125), (0.0, False, 0.5 / 64), (0.3, True, None)],
+)
+def test_a_rate_that_lasts_where_the_run_began_is_not_given_up_for_damaged_parameters(from_start, never, factor):
+    """Half of the largest that trains is 0.25 here; the first of its halves that lasts is 1/64, to be halved again."""
+    problem = plain([1.0])
+    report = replace(measure(problem, beta=0.1), beta_c=math.nan)
+    optimizer = SGD(list(problem.params.values()), lr=0.1)
+    search = Damaged(Lookahead([problem], optimizer, 1), Scale(), 3.0, alpha_suspect=False)
+    search.never = never
+    asked = []
+
+    def lasts(alpha, beta):
+        asked.append(beta)
+        return beta < from_start
+
+    given = [optimizer], problem, 0.1, 1.0
+    setter = RatesToSet(search, *given, repeats=False, measured=lambda factor: report, lasts_from_start=lasts)
+    found = SearchResult(search.trial(), search.trial(beta=0.5), lowest_beta=0.25, highest_beta=0.25)
+    assert setter.of(found, report, []).beta == (None if factor is None else pytest.approx(0.1 * factor))
+    assert not never or not asked  # where no rate lasts, none is to blame
+
+
 class Alike(RateSearch):
     """Trials that learn a little more the lower the inner rate, below one at which they diverge."""
 
