@@ -9,7 +9,8 @@ from typing import ClassVar
 from lightning_maml_guard.guard.rescale import BY_RATIO, NO_CAPS, at_limits, lowered, lowered_further, released
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.divergence import Scale
-from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, LookaheadResult
+from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead
+from lightning_maml_guard.lookahead.results import LookaheadResult
 from lightning_maml_guard.messages.spelling import Spelling, rates
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import UNSAFE

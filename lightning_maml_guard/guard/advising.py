@@ -14,20 +14,21 @@ from lightning_maml_guard.guard.schedule import LOOKAHEAD_GRADIENT, STALLED
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.learning import Learning, highest_kept_losses
 from lightning_maml_guard.lookahead.lookahead import Lookahead, lookahead_of
+from lightning_maml_guard.lookahead.new_tasks import NewTasks
 from lightning_maml_guard.lookahead.odd_batches import clip_advice, without_odd
-from lightning_maml_guard.lookahead.rate_search import CLEAR_SHARE, LASTING_STEPS, TRIAL_STEPS, RateSearch, SearchResult
+from lightning_maml_guard.lookahead.rate_search import CLEAR_SHARE, LASTING_STEPS, RateSearch
 from lightning_maml_guard.lookahead.rates_to_set import (
-    UNSUSPECTED,
     Rates,
     RatesToSet,
+    clear_share,
     is_not_to_blame,
     is_still_above,
-    ratios,
     share_of_start,
     suspicion,
     tried_reason,
     try_half_limits,
 )
+from lightning_maml_guard.lookahead.results import TRIAL_STEPS, SearchResult
 from lightning_maml_guard.messages.advice import Advice, Cause, cause_of, settable
 from lightning_maml_guard.messages.reasons import INCONCLUSIVE, Kind, Reason, Reasons
 from lightning_maml_guard.optim.held import taken_back
@@ -38,8 +39,6 @@ from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.stability.problems import PlainProblem, Problem
 from lightning_maml_guard.stability.report import StabilityReport
 
-# If a rate exceeds this many times its limit, lower ones need to end lower by this share of the loss only.
-_BEYOND, _CLEAR_SHARE_BEYOND = 2.0, 0.05
 _MOST_SEARCHES = 4  # in one run: each may cost some hundred steps
 
 
@@ -95,12 +94,9 @@ class Adviser:
 
     def look_further(self, report: StabilityReport) -> SearchResult | None:
         """Try more steps than a lookahead does, unless the rates are far below their limits; see `_lower`."""
-        known = ratios(report)
-        if self._look.lookahead is None or all(ratio < UNSUSPECTED for ratio in known):
-            return None
         suspect, beta_handicap = self._suspicion(report)
-        beyond = suspect or any(ratio > _BEYOND for ratio in known)
-        return self._lower(suspect, _CLEAR_SHARE_BEYOND if beyond else CLEAR_SHARE, beta_handicap)
+        share = clear_share(report, suspect=suspect)
+        return None if self._look.lookahead is None or share is None else self._lower(suspect, share, beta_handicap)
 
     @property
     def _affords_trial(self) -> bool:  # of one lower rate
@@ -184,7 +180,7 @@ class Adviser:
             search = self._search(problems, suspect)
             if odd is not None and math.isfinite(search.trial().end):
                 given = self._step, self._look.scale, report.alpha, to_configure(self._run.ahead, self._peak)
-                return clip_advice(self._lookahead([odd[0], *problems]), odd[1], *given)
+                return clip_advice(self._lookahead([odd[0], *problems], resample=False), odd[1], *given)
             before = None if odd is None or odd[1] >= at else self._run.ring.latest_before(odd[1])
             if before is not None:  # the odd batch is still in the optimizer's momentum
                 self.tried_from = before
@@ -210,16 +206,18 @@ class Adviser:
         return self._searches[alpha_suspect]
 
     def _search(self, problems: Sequence[Problem], alpha_suspect: bool, steps: int = TRIAL_STEPS) -> RateSearch:
-        lookahead = self._lookahead(with_resampled(self._run, problems))
-        lookahead.groups = () if self._rising is None else self._rising.at_peak
+        run, lookahead = self._run, self._lookahead(problems)
         peak = self._peak / lookahead.beta if lookahead.beta > 0 else 1.0
-        scale, ratio = self._look.scale, self._run.settings.lookahead.divergence_ratio
-        return RateSearch(lookahead, scale, ratio, alpha_suspect=alpha_suspect, peak=peak, steps=steps)
+        new_tasks = None if run.repeats else NewTasks(problems, self._lookahead, run.cache.ranks)
+        given = self._look.scale, run.settings.lookahead.divergence_ratio
+        return RateSearch(lookahead, *given, alpha_suspect=alpha_suspect, peak=peak, steps=steps, new_tasks=new_tasks)
 
-    def _lookahead(self, problems: Sequence[Problem]) -> Lookahead:
+    def _lookahead(self, problems: Sequence[Problem], *, resample: bool = True) -> Lookahead:
         run, optimizers = self._run, self._look.optimizers
+        problems = with_resampled(run, problems) if resample else problems
         self._lookaheads.append(lookahead_of(problems, optimizers, 1, self._trainer, run.cache, run.state.clipped_to))
         self._lookaheads[-1].before_run = run.clock.tell_if_long
+        self._lookaheads[-1].groups = () if self._rising is None else self._rising.at_peak
         return self._lookaheads[-1]
 
     @property
@@ -249,13 +247,13 @@ class Adviser:
     def _survives(self) -> bool:
         """Whether a far lower outer rate trains, no worse than from the oldest copy if it trains there."""
         low = self._search(problems := self._without_odd(1.0)[0], alpha_suspect=True).far_below
-        with self._run.ring.oldest_visited(self._module, self._trainer.optimizers):
+        with self._run.ring.oldest_visited(*self._held):
             first = low if self._step == 0 else self._search(problems, alpha_suspect=True).far_below
         compared = first.trains and not self._look.harmful and self._look.scale.unit is None
         return low.trains and low.end <= first.end if compared else math.isfinite(low.end)
 
     def _lasts_from_start(self, alpha: float, beta: float) -> bool:
-        with self._run.ring.oldest_visited(self._module, self._trainer.optimizers):
+        with self._run.ring.oldest_visited(*self._held):
             return self._step > 0 and self._search(self._look.problems, True).trial(alpha, beta, LASTING_STEPS).trains
 
     def _without_odd(self, alpha: float, since: float = math.inf) -> tuple[list[Problem], tuple[Problem, int] | None]:
@@ -266,7 +264,7 @@ class Adviser:
         steps, spike = [self._step - index for index in range(len(problems))], run.replay.spike
         if spike is not None and since <= spike.step < steps[-1]:
             problems, steps = [*problems, problem_of(run, self._module, spike.batches)], [*steps, spike.step]
-        kept, odd = without_odd(problems, self._lookahead(problems), self._look.scale, alpha)
+        kept, odd = without_odd(problems, self._lookahead(problems, resample=False), self._look.scale, alpha)
         return kept, None if odd is None else (problems[odd], steps[odd])
 
     def _rate_advice(self, found: SearchResult, report: StabilityReport, findings: Reasons, died: Reasons) -> Advice:

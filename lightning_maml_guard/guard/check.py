@@ -19,7 +19,8 @@ from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.divergence import fails, passes
 from lightning_maml_guard.lookahead.learning import chance_loss, last_loss_reason
-from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult
+from lightning_maml_guard.lookahead.lookahead import Caps
+from lightning_maml_guard.lookahead.results import LookaheadResult
 from lightning_maml_guard.messages.advice import Advice, Cause
 from lightning_maml_guard.messages.advice_sentences import NO_WAY_BACK, advice_given, left_at_any_rate, not_before
 from lightning_maml_guard.messages.reasons import Kind, of_check

@@ -16,7 +16,7 @@ from lightning_maml_guard.guard.state_machine import Transition
 from lightning_maml_guard.lookahead.divergence import fails, undecided_severity
 from lightning_maml_guard.lookahead.learning import Learning, last_loss_reason, lookahead_reason
 from lightning_maml_guard.lookahead.lookahead import Caps
-from lightning_maml_guard.lookahead.rate_search import SearchResult
+from lightning_maml_guard.lookahead.results import SearchResult
 from lightning_maml_guard.messages.advice import Advice
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_check
 from lightning_maml_guard.optim.lr_cap import scheduled_rate

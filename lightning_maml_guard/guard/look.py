@@ -14,8 +14,9 @@ from lightning_maml_guard.guard.report import latest_limit
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.schedule import SCHEDULED
 from lightning_maml_guard.lookahead.divergence import Scale
-from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, LookaheadResult, lookahead_of
+from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, lookahead_of
 from lightning_maml_guard.lookahead.resampled import resampled
+from lightning_maml_guard.lookahead.results import LookaheadResult
 from lightning_maml_guard.maml.meta_learning import MetaLearning
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import rates_lowered
@@ -106,7 +107,7 @@ class Look:
     def findings(self) -> tuple[Reason, ...]:
         """What is wrong beside the next steps."""
         found = self.adaptation
-        if found is None or not found.harmful:
+        if found is None or not self.harmful:
             return ()
         losses, diverges_at = (found.before, found.after, math.nan), found.diverges_at or 0
         return (Reason(Kind.ADAPTATION_HARMFUL, alpha=self.alpha, losses=losses, steps=diverges_at),)
@@ -133,8 +134,9 @@ class Look:
 
     @property
     def harmful(self) -> bool:
-        """Whether adaptation makes tasks worse."""
-        return self.adaptation is not None and self.adaptation.harmful
+        """Whether adaptation makes tasks worse, and the next steps do not change that."""
+        found, present = self.adaptation, self.present
+        return found is not None and found.harmful and not (present is not None and present.end <= found.before)
 
 
 def look_at(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_idx: int, step: int) -> Look:

@@ -9,7 +9,8 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_maml_guard.lookahead.divergence import Scale
-from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult
+from lightning_maml_guard.lookahead.lookahead import Caps
+from lightning_maml_guard.lookahead.results import LookaheadResult
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.optim.lr_cap import LRCap
 from lightning_maml_guard.stability.problems import Problem

@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from lightning_maml_guard.lookahead.divergence import FIRST_LOSSES, RunningStatistics, Scale
-from lightning_maml_guard.lookahead.lookahead import Lookahead, LookaheadResult
+from lightning_maml_guard.lookahead.lookahead import Lookahead
+from lightning_maml_guard.lookahead.results import LookaheadResult
 from lightning_maml_guard.maml.evaluation import default_loss
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.optim.held import Held

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.optim import SGD, Optimizer
 from lightning_maml_guard.linalg.layout import Layout, Params, unpaired
 from lightning_maml_guard.lookahead.divergence import Scale, passes
 from lightning_maml_guard.lookahead.learned_rates import LearnedRates
+from lightning_maml_guard.lookahead.results import LookaheadResult
 from lightning_maml_guard.optim.clipping import ModuleClipping, run_clipping
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.shadow import Clip, ShadowOptimizer, check_no_closure
@@ -100,39 +100,6 @@ def _capped(rate: float, cap: float | None) -> float:
     return rate if cap is None or not rate > cap else cap
 
 
-@dataclass(frozen=True)
-class LookaheadResult:
-    """What a lookahead saw.
-
-    Attributes:
-        losses: Loss before each step, on that step's batch; the last is the loss after all of them, on the batch of
-            the first step.
-    """
-
-    losses: tuple[float, ...]
-
-    @property
-    def begin(self) -> float:
-        """Loss of the first batch before the steps."""
-        return self.losses[0]
-
-    @property
-    def end(self) -> float:
-        """Loss of the first batch after the steps; ``inf`` if any loss on the way was not finite."""
-        return self.losses[-1] if all(map(math.isfinite, self.losses)) else math.inf
-
-    @property
-    def late(self) -> float:
-        """Mean loss of the later half; ``inf`` if any loss on the way was not finite."""
-        return fmean(self.losses[len(self.losses) // 2 :]) if all(map(math.isfinite, self.losses)) else math.inf
-
-    @property
-    def growth(self) -> float:
-        """Factor per step by which the loss grew."""
-        steps = len(self.losses) - 1
-        return (self.end / self.begin) ** (1 / steps) if self.begin > 0 and self.end >= 0 else math.nan
-
-
 class Lookahead:
     """Tries the next steps, as configured or under caps.
 
@@ -154,8 +121,8 @@ class Lookahead:
         sees_clipping: bool = True,
     ) -> None:
         self._ranks = ranks or Ranks()
-        tasks = task_map or TaskMap()
-        self._objectives: list[Objective] = [objective_of(each, "support", tasks) for each in problems]
+        self._tasks = task_map or TaskMap()
+        self._objectives, self._after = self._objectives_of(problems), list[Objective]()
         self._owned = not isinstance(optimizers, (int, float))
         self._optimizers: list[Optimizer]
         if isinstance(optimizers, (int, float)):
@@ -176,6 +143,13 @@ class Lookahead:
         self.before_run: Callable[[], None] | None = None
         self.gradients = 0  # computed so far
         self.begin = math.nan  # loss of the first batch, where the next steps were judged
+
+    def _objectives_of(self, problems: Sequence[Problem]) -> list[Objective]:
+        return [objective_of(each, "support", self._tasks) for each in problems]
+
+    def evaluate_after(self, problems: Sequence[Problem]) -> None:
+        """Evaluate these problems after the steps of a run, instead of the batch of its first step."""
+        self._after = self._objectives_of(problems)
 
     @property
     def has_memory(self) -> bool:
@@ -241,15 +215,17 @@ class Lookahead:
                 shadow.set_groups(self.groups)
             losses = []
             for step in range(steps):
-                value, gradient = self._evaluate(shadow.params, first + step, alpha_factor)
+                value, gradient = self._evaluate(shadow.params, self._objective(first + step), alpha_factor)
                 losses.append(value)
                 self.gradients += 1
                 if highest < math.inf and not value <= highest:
                     break
                 shadow.step(gradient, self._clip, self._hook)
             else:
-                losses.append(self._evaluate(shadow.params, first, alpha_factor)[0])
-                self.gradients += 1
+                after = self._after or [self._objective(first)]
+                ends = [self._evaluate(shadow.params, each, alpha_factor)[0] for each in after]
+                losses.append(torch.stack(ends).mean())
+                self.gradients += len(after)
             return LookaheadResult(tuple(torch.stack(losses).tolist()))
 
     def untrained(self, alpha_factor: float = 1.0) -> tuple[float, ...]:
@@ -266,11 +242,13 @@ class Lookahead:
         self.gradients += self.batches
         with preserved_randomness(), double_backward():
             seed_generators()
-            for index in range(self.batches):
-                yield self._evaluate(self._live, index, alpha_factor)
+            for objective in self._objectives:
+                yield self._evaluate(self._live, objective, alpha_factor)
 
-    def _evaluate(self, params: Params, index: int, factor: float) -> tuple[Tensor, Params]:
-        objective = self._objectives[index % len(self._objectives)]
+    def _objective(self, index: int) -> Objective:
+        return self._objectives[index % self.batches]
+
+    def _evaluate(self, params: Params, objective: Objective, factor: float) -> tuple[Tensor, Params]:
         value, filled = self._learned.evaluate(objective, params, factor)
         if self._ranks.size == 1:
             return value.detach().float(), unpaired(filled, params)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
-from typing import NamedTuple
 
 from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.lookahead import Lookahead
+from lightning_maml_guard.lookahead.new_tasks import NewTasks
+from lightning_maml_guard.lookahead.results import TRIAL_STEPS, Factors, SearchResult, Trial
 
-# Steps of a trial: rates that survive 10 steps may diverge within 30.
-TRIAL_STEPS = 30
 # Steps that rates have to survive before they are advised: 30 say little for optimizers with momentum, or where both
 # rates are too high.
 LASTING_STEPS = 100
@@ -40,54 +39,6 @@ BETA_PROBES, ALPHA_PROBE = ((1.0, 0.25), (1.0, 1 / 16)), (0.5, 1.0)
 FAR_LOWER_BETA = 1 / 32
 
 
-class Factors(NamedTuple):
-    """Factors on the inner rates and on the outer rate."""
-
-    alpha: float = 1.0
-    beta: float = 1.0
-
-
-@dataclass(frozen=True)
-class Trial:
-    """The next steps, tried at some rates.
-
-    Attributes:
-        factors: Factors on the rates.
-        end: Mean loss over the last quarter of the steps; ``inf`` if the loss diverged.
-        learned: By how much ``end`` is below the loss before training.
-        outer_gain: By how much ``end`` is below the loss before the first step with the same inner rates.
-        trains: Whether the loss never diverged and ended no higher than before training.
-        steps: Number of steps.
-    """
-
-    factors: Factors
-    end: float
-    learned: float
-    outer_gain: float
-    trains: bool
-    steps: int = TRIAL_STEPS
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What a search found.
-
-    Attributes:
-        present: The trial of the rates as they are.
-        best: The trial of lowered rates that learned most.
-        lowest_beta: The lowest factor on the outer rate that learns nearly as much; 1 if that rate is not to blame.
-        highest_beta: The highest factor on the outer rate to set for a whole run.
-        highest_alpha: The highest factor on the inner rates that learns nearly as much; if the outer rate is lowered
-            too, the highest that adapts nearly as well.
-    """
-
-    present: Trial
-    best: Trial
-    lowest_beta: float = 1.0
-    highest_beta: float = 1.0
-    highest_alpha: float = 1.0
-
-
 class RateSearch:
     """Tries pairs of rates on copies, each pair once. "Learned" is measured from the loss before training.
 
@@ -98,6 +49,7 @@ class RateSearch:
         alpha_suspect: Whether the inner rate may be to blame.
         peak: Peak of the schedule over the outer rate at hand; factors on the outer rate are relative to the peak.
         steps: Steps of a trial.
+        new_tasks: Judges inner rates by other tasks than those they are tried on; None: by those.
     """
 
     def __init__(
@@ -109,8 +61,10 @@ class RateSearch:
         alpha_suspect: bool,
         peak: float = 1.0,
         steps: int = TRIAL_STEPS,
+        new_tasks: NewTasks | None = None,
     ) -> None:
         self.lookahead, self._scale, self._ratio, self._peak, self.steps = lookahead, scale, ratio, peak, steps
+        self._new_tasks = new_tasks
         self._alpha_suspect, self._has_alpha = alpha_suspect, not math.isnan(lookahead.alpha)
         self._trials: dict[tuple[Factors, int], Trial] = {}
         self._initial_losses: dict[float, tuple[float, ...]] = {}
@@ -155,9 +109,12 @@ class RateSearch:
     def probe(self) -> tuple[Trial, Trial]:
         """Try the rates as they are and a few lower ones; return the trial of the former and the best of all.
 
-        If the run trains at a lower rate but learns less, still lower ones are not tried.
+        If the run trains at a lower rate but learns less, still lower ones are not tried. A lower inner rate counts if
+        it learns more on new tasks, too.
         """
-        tried = [self.trial(), *([self.trial(*ALPHA_PROBE)] if self._has_alpha and self._alpha_suspect else [])]
+        tried = [self.trial()]
+        if self._has_alpha and self._alpha_suspect and self._learns_more([self.trial(*ALPHA_PROBE)], tried):
+            tried.append(self.trial(*ALPHA_PROBE))
         for factors in BETA_PROBES:
             tried.append(self.trial(*factors))
             if tried[-1].trains and tried[-1].learned < tried[0].learned:
@@ -202,7 +159,8 @@ class RateSearch:
                 betas = self._lower_betas()
         else:
             betas, alphas = self._lower_betas(), [self.trial(factor, 1.0) for factor in (0.5, 0.125)]
-            if _best(alphas).learned > ALPHA * _best(betas).learned:
+            more = _best(alphas).learned > ALPHA * _best(betas).learned
+            if more and self._learns_more(alphas, betas):
                 alphas = self._lower_alphas()
         if _mean(self.initial_losses(1.0)) < _mean(self.initial_losses(0.5)) < _mean(self.initial_losses(0.0)):
             beta_handicap = 1.0  # adaptation helps, the more the higher the inner rate: it does not diverge
@@ -217,7 +175,24 @@ class RateSearch:
         # Below an inner rate that is too high lower ones do not diverge; if they do, one has survived by chance.
         lower_diverge = not all(math.isfinite(each.end) for each in alphas[alphas.index(best) :])
         by_chance = lower_diverge and factor > 0 and _best(betas).trains
-        return best.trains and not by_chance and best.learned > factor * max(_best(betas).learned, 0.0)
+        more = best.trains and not by_chance and best.learned > factor * max(_best(betas).learned, 0.0)
+        return more and self._learns_more([*alphas[:1], *alphas[2:3], best], [self.trial(), *betas], factor=factor)
+
+    def _learns_more(self, lower: Sequence[Trial], others: Sequence[Trial], factor: float = 1.0) -> bool:
+        """Whether lower inner rates learn more than ``factor`` times what the best other rates do, on new tasks, too.
+
+        What does not train has lost already.
+        """
+        other = _best(others)
+        if self._new_tasks is None or not (other.trains and factor > 0 and self._new_tasks.known):
+            return True
+        least = factor * max(self._learned_anew(other), 0.0)
+        return any(each.trains and self._learned_anew(each) > least for each in lower)
+
+    def _learned_anew(self, trial: Trial) -> float:
+        assert self._new_tasks is not None
+        alpha, beta = trial.factors
+        return self._new_tasks.learned(Factors(alpha, beta * self._peak), trial.steps)
 
     def _both_lowered(self, betas: list[Trial], beta_handicap: float) -> SearchResult | None:
         """Lower the outer rate at the inner rate that adapts best; None if lowering the outer rate alone suffices."""

@@ -10,13 +10,8 @@ from typing import NamedTuple
 from torch.optim import Optimizer
 
 from lightning_maml_guard.lookahead.divergence import Scale
-from lightning_maml_guard.lookahead.rate_search import (
-    ALPHA_LADDER,
-    CLEAR_SHARE,
-    LASTING_STEPS,
-    RateSearch,
-    SearchResult,
-)
+from lightning_maml_guard.lookahead.rate_search import ALPHA_LADDER, CLEAR_SHARE, LASTING_STEPS, RateSearch
+from lightning_maml_guard.lookahead.results import SearchResult
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.optim.stability_limits import is_preconditioned
@@ -39,7 +34,9 @@ _MOST_HALVINGS = 7
 # A rate has moved since a check if it differs by more than this share.
 _MOVED = 0.1
 # Rates below this share of their limits are not suspected.
-UNSUSPECTED = 0.5
+_UNSUSPECTED = 0.5
+# If a rate exceeds this many times its limit, lower ones need to end lower by this share of the loss only.
+_FAR_BEYOND, _CLEAR_SHARE_BEYOND = 2.0, 0.05
 
 
 class Rates(NamedTuple):
@@ -202,7 +199,7 @@ def tried_reason(found: SearchResult, alpha: float, beta: float, start: float, o
 def is_not_to_blame(found: SearchResult, report: StabilityReport, scale: Scale) -> bool:
     """Return True if rates far below their limits learn as well as any lower ones."""
     present = found.present
-    low = all(ratio < UNSUSPECTED for ratio in ratios(report))
+    low = all(ratio < _UNSUSPECTED for ratio in ratios(report))
     return low and present.trains and found.best.learned <= present.learned + share_of_start(scale, CLEAR_SHARE)
 
 
@@ -215,6 +212,17 @@ def is_still_above(reason: Reason, report: StabilityReport) -> bool:
 def ratios(report: StabilityReport) -> list[float]:
     """The rates over their limits: the outer rate's, and the inner one's where there is an inner loop."""
     return [report.beta_ratio, *([] if math.isnan(report.alpha) else [report.alpha_ratio])]
+
+
+def clear_share(report: StabilityReport, *, suspect: bool) -> float | None:
+    """Share of the loss by which lower rates have to end lower; None if all rates are far below their limits.
+
+    ``suspect``: whether the inner rate is one.
+    """
+    known = ratios(report)
+    if all(ratio < _UNSUSPECTED for ratio in known):
+        return None
+    return _CLEAR_SHARE_BEYOND if suspect or any(ratio > _FAR_BEYOND for ratio in known) else CLEAR_SHARE
 
 
 def share_of_start(scale: Scale, share: float) -> float:

@@ -229,9 +229,7 @@ class MetaProblem:
             rates = {name: rate.detach() for name, rate in rates.items()}
         if self.per_step:
             return by_step(rates.detach() if isinstance(rates, Tensor) else rates, self.params, self.inner_steps)
-        if isinstance(rates, dict):
-            return rates
-        return float(rates)
+        return rates if isinstance(rates, dict) else float(rates)
 
     def rates(self) -> dict[str, Tensor]:
         """Expand the inner rates to one per parameter entry, with a leading step dimension if they differ between them.

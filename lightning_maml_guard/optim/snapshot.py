@@ -174,7 +174,7 @@ class SnapshotRing:
                     return snapshot
         return self.kept[0] if self.kept else None
 
-    def oldest_visited(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> AbstractContextManager[None]:
+    def oldest_visited(self, module: Held, optimizers: Sequence[Optimizer]) -> AbstractContextManager[None]:
         """Visit the oldest one; without any, stay."""
         return self.kept[0].visited(module, optimizers) if self.kept else nullcontext()
 

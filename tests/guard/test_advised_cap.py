@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from lightning_maml_guard import ConvergenceGuard, GuardWarning, MetaLearningModule, MetaProblem, TaskDataModule
 from lightning_maml_guard.guard.rescale import RELEASE, released
 from lightning_maml_guard.lookahead.ceiling import Ceiling
-from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult
+from lightning_maml_guard.lookahead.lookahead import Caps
+from lightning_maml_guard.lookahead.results import LookaheadResult
 from lightning_maml_guard.messages.advice import Cause
 from lightning_maml_guard.messages.reasons import Kind
 from lightning_maml_guard.networks import mlp

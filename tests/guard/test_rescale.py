@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from lightning_maml_guard.guard.rescale import LADDER, MOST_RAISES, RELEASE, lowered, lowered_further, released
 from lightning_maml_guard.lookahead.ceiling import Ceiling
-from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult
+from lightning_maml_guard.lookahead.lookahead import Caps
+from lightning_maml_guard.lookahead.results import LookaheadResult
 
 
 def report(alpha=0.1, beta=1.0, alpha_c=1.0, safe_beta_c=math.nan, alpha_status="safe"):

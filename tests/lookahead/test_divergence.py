@@ -14,7 +14,8 @@ from lightning_maml_guard import ConvergenceGuard, LookaheadOptions
 from lightning_maml_guard.guard.rescale import lowered, released
 from lightning_maml_guard.guard.state import from_checkpoint
 from lightning_maml_guard.lookahead.divergence import RunningStatistics, Scale, fails, passes, severity
-from lightning_maml_guard.lookahead.lookahead import Caps, LookaheadResult
+from lightning_maml_guard.lookahead.lookahead import Caps
+from lightning_maml_guard.lookahead.results import LookaheadResult
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.utils.lightning_compat import Trainer

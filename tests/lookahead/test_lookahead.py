@@ -12,7 +12,8 @@ from torch.optim import LBFGS, SGD, Adam
 
 from lightning_maml_guard import MetaLearningModule, MetaProblem
 from lightning_maml_guard.lookahead.divergence import Scale
-from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, LookaheadResult, lookahead_of
+from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, lookahead_of
+from lightning_maml_guard.lookahead.results import LookaheadResult
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
 from lightning_maml_guard.networks import mlp
 from lightning_maml_guard.optim.shadow import ClosureError, next_update

@@ -13,7 +13,8 @@ from torch.optim import SGD, Adam
 from lightning_maml_guard import MetaProblem
 from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.lookahead import Lookahead
-from lightning_maml_guard.lookahead.rate_search import TRIAL_STEPS, Factors, RateSearch, Trial
+from lightning_maml_guard.lookahead.rate_search import RateSearch
+from lightning_maml_guard.lookahead.results import TRIAL_STEPS, Factors, Trial
 from lightning_maml_guard.stability.problems import PlainProblem
 
 RATIO = 3.0

@@ -11,8 +11,9 @@ from torch.optim import SGD
 from lightning_maml_guard import MetaProblem, measure
 from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.lookahead import Lookahead
-from lightning_maml_guard.lookahead.rate_search import LASTING_STEPS, TRIAL_STEPS, RateSearch, SearchResult, Trial
+from lightning_maml_guard.lookahead.rate_search import LASTING_STEPS, RateSearch
 from lightning_maml_guard.lookahead.rates_to_set import RatesToSet, is_still_above
+from lightning_maml_guard.lookahead.results import TRIAL_STEPS, SearchResult, Trial
 from lightning_maml_guard.messages.reasons import Kind
 from lightning_maml_guard.stability.problems import PlainProblem
 
