@@ -75,7 +75,7 @@ def test_labels_go_with_it():
         {"batched": False},
         {"inner_update": lambda params, grads, state: ({n: v - grads[n] for n, v in params.items()}, state)},
     ],
-    ids=str,
+    ids=lambda options: next(iter(options)),
 )
 def test_other_inner_loops_have_weights_of_each_task(options):
     module = made(lambda: mlp(2, (6,), 1), **options)

@@ -1,0 +1,139 @@
+"""Rates are judged by tasks that a trial does not train on: beside arithmetic, and where a network memorises."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim import SGD
+
+from lightning_maml_guard import MetaProblem
+from lightning_maml_guard.lookahead.divergence import Scale
+from lightning_maml_guard.lookahead.lookahead import Lookahead
+from lightning_maml_guard.lookahead.new_tasks import NewTasks
+from lightning_maml_guard.lookahead.rate_search import RateSearch
+from lightning_maml_guard.lookahead.results import Factors, Trial
+from lightning_maml_guard.stability.problems import AccumulatedProblem, PlainProblem
+from lightning_maml_guard.utils.distributed import Ranks
+
+LR, ALPHA = 0.3, 0.5
+
+
+def squares(weight, targets):
+    """Tasks of half a square around a target each."""
+    goal = torch.tensor(targets, dtype=torch.float64)
+    return MetaProblem({"w": weight}, lambda p, t: 0.5 * (p["w"] - t).square().sum(), goal, goal, ALPHA)
+
+
+def new_tasks(problems, weight):
+    return NewTasks(problems, lambda batches: Lookahead(batches, SGD([weight], lr=LR), 1), Ranks())
+
+
+def by_hand(batches, held, alpha, lr, steps):
+    """The held-out loss before and after gradient descent on the other tasks: arithmetic, nothing of ours or torch's."""
+
+    def loss(at, rate):
+        means = [sum(0.5 * ((1 - rate) * (at - goal)) ** 2 for goal in batch[:held]) / held for batch in batches]
+        return sum(means) / len(means)
+
+    at, before = 0.0, min(loss(0.0, 0.0), loss(0.0, ALPHA))
+    for step in range(steps):
+        goals = batches[step % len(batches)][held:]
+        at -= lr * sum((1 - alpha) ** 2 * (at - goal) for goal in goals) / len(goals)
+    return before - loss(at, alpha)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.lists(st.floats(-3, 3), min_size=9, max_size=9), min_size=2, max_size=3),
+    st.sampled_from([1.0, 0.5, 0.125]),
+    st.sampled_from([1.0, 0.25]),
+    st.integers(1, 7),
+)
+def test_what_is_learned_is_that_of_tasks_that_were_not_trained_on(batches, alpha, beta, steps):
+    weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    found = new_tasks([squares(weight, goals) for goals in batches], weight)
+    expected = by_hand(batches, 2, alpha * ALPHA, beta * LR, steps)
+    assert found.known
+    assert found.learned(Factors(alpha, beta), steps) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert float(weight.detach()) == 0
+
+
+def test_an_accumulated_batch_holds_out_tasks_of_each_of_its_parts():
+    goals = [[float(number) for number in range(first, first + 8)] for first in (0, 10)]
+    weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    both = AccumulatedProblem(tuple(squares(weight, each) for each in goals))
+    found = new_tasks([both], weight).learned(Factors(), 1)
+    at = LR * (1 - ALPHA) ** 2 * (sum(goals[0][2:]) / 6 + sum(goals[1][2:]) / 6) / 2
+    held = [0.0, 1.0, 10.0, 11.0]
+    before, after = (sum(0.5 * ((1 - ALPHA) * (x - goal)) ** 2 for goal in held) / 4 for x in (0.0, at))
+    assert found == pytest.approx(before - after, rel=1e-5)
+
+
+def test_rates_that_diverge_have_learned_nothing():
+    weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    found = new_tasks([squares(weight, [1.0] * 16)], weight)
+    assert found.learned(Factors(1.0, 1e200), 30) == -math.inf
+
+
+@pytest.mark.parametrize("sizes", [(15,), (3,), (16, 3)])
+def test_few_tasks_are_not_split(sizes):
+    weight = nn.Parameter(torch.zeros(()))
+    assert not new_tasks([squares(weight, [1.0] * size) for size in sizes], weight).known
+
+
+def test_plain_training_has_no_tasks():
+    weight = nn.Parameter(torch.zeros(()))
+    assert not new_tasks([PlainProblem({"w": weight}, lambda p: p["w"].square())] * 8, weight).known
+
+
+class OfOthers:
+    """What rates learn on new tasks, as told."""
+
+    known = True
+
+    def __init__(self, learned):
+        self._learned = learned
+
+    def learned(self, factors, steps):
+        return self._learned[factors]
+
+
+def scripted(learned, anew, **arguments):
+    """A search whose trials learn so much on their own tasks and on others, by the factors on the rates."""
+
+    class Scripted(RateSearch):
+        def trial(self, alpha=1.0, beta=1.0, steps=None):
+            gained = learned.get((alpha, beta), -1.0)
+            return Trial(Factors(alpha, beta), 1.0 - gained, gained, gained, trains=gained > 0)
+
+        def initial_losses(self, alpha):
+            return (1.0,)
+
+    leaf = nn.Parameter(torch.ones(1))
+    problem = MetaProblem({"w": leaf}, lambda p, d: (d * p["w"]).sum(), torch.ones(1, 1), torch.ones(1, 1), 0.1)
+    lookahead = Lookahead([problem], SGD([leaf], lr=0.1), 1)
+    return Scripted(lookahead, Scale(), 3.0, new_tasks=OfOthers(anew), **arguments)
+
+
+@pytest.mark.parametrize("suspect", [True, False])
+@given(memorised=st.floats(0.6, 1.0), learned=st.floats(-1.0, 1.0))
+def test_an_inner_rate_whose_lowering_only_memorises_is_not_blamed(suspect, memorised, learned):
+    own = {(0.5, 1.0): memorised, (1.0, 0.125): 0.5, (1.0, 0.25): 0.4, (1.0, 0.0625): 0.3}
+    anew = {(0.5, 1.0): learned, (1.0, 0.125): 0.5}
+    found = scripted(own, anew, alpha_suspect=suspect).find()
+    assert (found.best.factors.alpha < 1) == (learned > (0.5 if suspect else 1.1 * 0.5))
+
+
+@given(memorised=st.floats(0.6, 1.0), learned=st.floats(-1.0, 1.0))
+def test_a_run_that_trains_is_not_told_of_an_inner_rate_that_only_memorises_more(memorised, learned):
+    own = {(1.0, 1.0): 0.5, (0.5, 1.0): memorised, (1.0, 0.25): 0.4}
+    present, best = scripted(own, {(1.0, 1.0): 0.5, (0.5, 1.0): learned}, alpha_suspect=True).probe()
+    assert present.learned == 0.5 and best.learned == (memorised if learned > 0.5 else 0.5)
+
+
+def test_rates_that_do_not_train_have_lost_whatever_they_do_on_new_tasks():
+    found = scripted({(0.5, 1.0): 0.6}, {}, alpha_suspect=True).find()
+    assert found.best.factors == (0.5, 1.0)
