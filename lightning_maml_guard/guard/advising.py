@@ -36,7 +36,7 @@ from lightning_maml_guard.optim.lr_cap import rates_differ
 from lightning_maml_guard.optim.rates_ahead import RatesAhead, crossing, to_configure
 from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.stability.measure import measure
-from lightning_maml_guard.stability.problems import PlainProblem, Problem
+from lightning_maml_guard.stability.problems import PlainProblem, Problem, with_set_rates
 from lightning_maml_guard.stability.report import StabilityReport
 
 _MOST_SEARCHES = 4  # in one run: each may cost some hundred steps
@@ -167,7 +167,9 @@ class Adviser:
             if at != self._step:  # limits measured after a divergence blame the wrong rate
                 last = findings[len(report.findings) :][-1:]
                 earlier = (each for each in reversed(self._run.state.history) if (each.step or 0) <= at)
-                alpha = getattr(self._look.problem, "alpha", math.nan)  # learned inner rates are those of the copy
+                alpha = getattr(
+                    with_set_rates(self._look.problem, report.alpha), "alpha", math.nan
+                )  # learned: the copy's
                 report = next((replace(each, alpha=alpha, beta=report.beta) for each in earlier), report)
                 findings = (*(each for each in report.findings if is_still_above(each, report)), *last)
             if known is None and news is not None:
@@ -194,7 +196,8 @@ class Adviser:
         return suspicion(report, self._look.problem, self._look.adaptation_gain, harmful=self._look.harmful)
 
     def _measured_at(self, factor: float) -> StabilityReport:
-        one, optimizers, run = self._look.problem, self._look.optimizers, self._run
+        run, optimizers = self._run, self._look.optimizers
+        one = with_set_rates(self._look.problem, run.alpha)
         assert not isinstance(one, PlainProblem)
         report = measure(one.at_factor(factor), optimizer=optimizers, curvature=run.settings.curvature, cache=run.cache)
         self._measurement_cost += report.cost
@@ -214,6 +217,7 @@ class Adviser:
 
     def _lookahead(self, problems: Sequence[Problem], *, resample: bool = True) -> Lookahead:
         run, optimizers = self._run, self._look.optimizers
+        problems = [with_set_rates(each, run.alpha) for each in problems]  # a copy of the run may hold others
         problems = with_resampled(run, problems) if resample else problems
         self._lookaheads.append(lookahead_of(problems, optimizers, 1, self._trainer, run.cache, run.state.clipped_to))
         self._lookaheads[-1].before_run = run.clock.tell_if_long

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -126,6 +127,12 @@ def learns_rates(problem: Problem) -> bool:
     rates = getattr(first_batch(problem), "inner_lr", None)
     held = rates.values() if isinstance(rates, dict) else [rates]
     return any(isinstance(each, Tensor) and each.requires_grad for each in held)
+
+
+def with_set_rates(problem: Problem, alpha: float) -> Problem:
+    """Return a problem with ``alpha`` as its inner rate, unless training learns it or it is not known."""
+    same = getattr(problem, "alpha", math.nan) == alpha or math.isnan(alpha)
+    return problem if same or learns_rates(problem) else at_alpha(problem, alpha)
 
 
 def at_alpha(problem: Problem, alpha: float) -> Problem:

@@ -41,8 +41,10 @@ class LearnsRates(LightningModule):
     def meta_problem(self, batch):
         return MetaProblem(dict(self.net.named_parameters()), self.task_loss, batch[:2], batch[2:], self.rates(), 2)
 
+    lr = 0.05
+
     def configure_optimizers(self):
-        return SGD([each for each in self.parameters() if each.requires_grad], lr=0.05)
+        return SGD([each for each in self.parameters() if each.requires_grad], lr=self.lr)
 
 
 def sines(count):
@@ -56,13 +58,38 @@ def sines(count):
     return batches
 
 
-def test_advice_names_learned_rates_that_training_has_moved():
-    """A lower inner rate to begin with would be moved as far: the rate here is advised above the one it began at."""
+def fitted(module, guard):
+    trainer = Trainer(max_epochs=1, callbacks=[guard], **QUIET)
+    trainer.fit(module, DataLoader(sines(40), batch_size=None))
+    return trainer
+
+
+def test_an_outer_rate_that_lets_learned_rates_run_away_is_advised_lower():
     seed_everything(0, verbose=False)
     guard = ConvergenceGuard()
-    trainer = Trainer(max_epochs=1, callbacks=[guard], **QUIET)
+    with pytest.warns(GuardWarning):
+        fitted(LearnsRates(learned=True), guard)
+    assert guard.advice.cause.value == "beta" and guard.advice.alpha is None
+    seed_everything(0, verbose=False)
+    module = LearnsRates(learned=True)
+    module.lr = guard.advice.beta
+    trainer = fitted(module, ConvergenceGuard(action="log"))
+    assert trainer.callback_metrics["guard/unsafe"] == 0 and max(module.rates().values()) < 0.5
+
+
+def test_advice_names_computed_rates_that_training_has_moved():
+    """A lower inner rate to begin with would be moved as far: the rate here is advised above the one it began at."""
+
+    class Computed(LearnsRates):
+        """Its rates are no parameters themselves, so that steps tried on copies do not move them."""
+
+        def rates(self):
+            return {name: 1.0 * rate for name, rate in super().rates().items()}
+
+    seed_everything(0, verbose=False)
+    guard = ConvergenceGuard()
     with pytest.warns(GuardWarning) as caught:
-        trainer.fit(LearnsRates(learned=True), DataLoader(sines(40), batch_size=None))
+        fitted(Computed(learned=True), guard)
     assert guard.history[0].alpha == pytest.approx(0.05) and guard.advice.cause.value == "alpha"
     assert Kind.RATES_MOVED in [each.kind for each in guard.advice.evidence]
     (said,) = [each for each in (one_line(w.message) for w in caught) if "training has moved the inner rates" in each]
@@ -79,8 +106,6 @@ def test_rates_that_are_not_learned_are_not_said_to_move():
     seed_everything(0, verbose=False)
     guard = ConvergenceGuard()
     with pytest.warns(GuardWarning):
-        Trainer(max_epochs=1, callbacks=[guard], **QUIET).fit(
-            Raised(learned=False), DataLoader(sines(40), batch_size=None)
-        )
+        fitted(Raised(learned=False), guard)
     assert guard.advice.cause.value == "alpha"
     assert Kind.RATES_MOVED not in [each.kind for each in guard.advice.evidence]
