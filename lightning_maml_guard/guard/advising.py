@@ -36,7 +36,7 @@ from lightning_maml_guard.optim.lr_cap import rates_differ
 from lightning_maml_guard.optim.rates_ahead import RatesAhead, crossing, to_configure
 from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.stability.measure import measure
-from lightning_maml_guard.stability.problems import PlainProblem, Problem, with_set_rates
+from lightning_maml_guard.stability.problems import PlainProblem, Problem, alpha_of, with_set_rates
 from lightning_maml_guard.stability.report import StabilityReport
 
 _MOST_SEARCHES = 4  # in one run: each may cost some hundred steps
@@ -167,9 +167,7 @@ class Adviser:
             if at != self._step:  # limits measured after a divergence blame the wrong rate
                 last = findings[len(report.findings) :][-1:]
                 earlier = (each for each in reversed(self._run.state.history) if (each.step or 0) <= at)
-                alpha = getattr(
-                    with_set_rates(self._look.problem, report.alpha), "alpha", math.nan
-                )  # learned: the copy's
+                alpha = alpha_of(with_set_rates(self._look.problem, report.alpha))
                 report = next((replace(each, alpha=alpha, beta=report.beta) for each in earlier), report)
                 findings = (*(each for each in report.findings if is_still_above(each, report)), *last)
             if known is None and news is not None:

@@ -129,9 +129,14 @@ def learns_rates(problem: Problem) -> bool:
     return any(isinstance(each, Tensor) and each.requires_grad for each in held)
 
 
+def alpha_of(problem: Problem) -> float:
+    """The inner rate of a problem; ``nan`` in plain training."""
+    return math.nan if isinstance(problem, PlainProblem) else problem.alpha
+
+
 def with_set_rates(problem: Problem, alpha: float) -> Problem:
     """Return a problem with ``alpha`` as its inner rate, unless training learns it or it is not known."""
-    same = getattr(problem, "alpha", math.nan) == alpha or math.isnan(alpha)
+    same = alpha_of(problem) == alpha or math.isnan(alpha)
     return problem if same or learns_rates(problem) else at_alpha(problem, alpha)
 
 
