@@ -67,7 +67,7 @@ class Adviser:
             return None
         if self._at_peak is not None or self.stalled is not None:
             return Kind.NOT_LEARNING if self._at_peak is None else Kind.SCHEDULE_AHEAD
-        return Kind.ADAPTATION_HARMFUL if look.harmful and Kind.ADAPTATION_HARMFUL.value not in told else None
+        return Kind.ADAPTATION_HARMFUL if look.stays_harmful and Kind.ADAPTATION_HARMFUL.value not in told else None
 
     def look_at_peak(self) -> None:
         """Try the schedule's peak, until it was found too high."""
@@ -147,8 +147,7 @@ class Adviser:
         own = Reason(Kind.OWN_GRADIENTS, effect="evidence")
         if found.beta is not None and own.key in state.announced and own not in found.evidence:
             found = replace(found, evidence=(*found.evidence, own))
-        if news is not None:
-            state.advised.append(news.value)
+        state.advised += [] if news is None else [news.value]
         state.advice = found
         return found
 
@@ -191,7 +190,8 @@ class Adviser:
             return self._rate_advice(found, report, findings, died)
 
     def _suspicion(self, report: StabilityReport) -> tuple[bool, float]:
-        return suspicion(report, self._look.problem, self._look.adaptation_gain, harmful=self._look.harmful)
+        look = self._look
+        return suspicion(report, look.problem, look.adaptation_gain, harmful=look.harmful, stays=look.stays_harmful)
 
     def _measured_at(self, factor: float) -> StabilityReport:
         run, optimizers = self._run, self._look.optimizers
@@ -270,7 +270,7 @@ class Adviser:
         return kept, None if odd is None else (problems[odd], steps[odd])
 
     def _rate_advice(self, found: SearchResult, report: StabilityReport, findings: Reasons, died: Reasons) -> Advice:
-        proven = self._look.harmful and report.alpha_ratio > 1
+        proven = self._look.stays_harmful and report.alpha_ratio > 1
         to_blame = proven or (found.best.trains and not is_not_to_blame(found, report, self._look.scale))
         alpha, beta, rising = report.alpha, self._peak, self._rising
         rates, look, step = Rates(), self._look, report.step or 0

@@ -176,7 +176,7 @@ def situation_of(
         present=look.present,
         lookahead=look.lookahead,
         scale=look.scale,
-        harmful=look.harmful,
+        harmful=look.stays_harmful,
         advised=advised_rates(run, look.problem),
         follows_advice=follows_advice,
         has_diverged=outlook.has_diverged,

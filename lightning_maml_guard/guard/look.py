@@ -24,7 +24,7 @@ from lightning_maml_guard.messages.terminal import inform
 from lightning_maml_guard.optim.lr_cap import known_rate, scheduled_rate
 from lightning_maml_guard.optim.rates_ahead import read_ahead
 from lightning_maml_guard.optim.shadow import ClosureError
-from lightning_maml_guard.stability.adaptation import ENDS_COST, Adaptation, adaptation
+from lightning_maml_guard.stability.adaptation import Adaptation, adaptation
 from lightning_maml_guard.stability.problems import (
     Problem,
     accumulated,
@@ -99,15 +99,10 @@ class Look:
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
     @property
-    def cost(self) -> float:
-        """What it cost beside the lookahead's gradients, in training steps."""
-        return 0.0 if self.adaptation is None else ENDS_COST
-
-    @property
     def findings(self) -> tuple[Reason, ...]:
         """What is wrong beside the next steps."""
         found = self.adaptation
-        if found is None or not self.harmful:
+        if found is None or not self.stays_harmful:
             return ()
         losses, diverges_at = (found.before, found.after, math.nan), found.diverges_at or 0
         return (Reason(Kind.ADAPTATION_HARMFUL, alpha=self.alpha, losses=losses, steps=diverges_at),)
@@ -134,9 +129,14 @@ class Look:
 
     @property
     def harmful(self) -> bool:
-        """Whether adaptation makes tasks worse, and the next steps do not change that."""
+        """Whether adaptation makes tasks worse."""
+        return self.adaptation is not None and self.adaptation.harmful
+
+    @property
+    def stays_harmful(self) -> bool:
+        """Whether adaptation makes tasks worse, and the next steps do not mend that."""
         found, present = self.adaptation, self.present
-        return found is not None and found.harmful and not (present is not None and present.end <= found.before)
+        return self.harmful and not (found is not None and present is not None and present.end <= found.before)
 
 
 def look_at(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_idx: int, step: int) -> Look:

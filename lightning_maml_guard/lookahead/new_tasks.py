@@ -44,11 +44,13 @@ class NewTasks:
         return self._lookahead is not None
 
     def learned(self, factors: Factors, steps: int) -> float:
-        """By how much so many steps take the loss of the tasks held out below that before them.
+        """By how much so many steps take the loss of the tasks held out below ``before``; ``-inf`` if they diverge."""
+        return self.before - self._end(factors, steps)
 
-        Before the steps, it is the loss with or without adaptation, whichever is lower. ``-inf`` if they diverge.
-        """
-        return min(self._end(Factors(alpha), 0) for alpha in (0.0, 1.0)) - self._end(factors, steps)
+    @property
+    def before(self) -> float:
+        """Loss of the tasks held out before any step, with or without adaptation, whichever is lower."""
+        return min(self._end(Factors(alpha), 0) for alpha in (0.0, 1.0))
 
     def _end(self, factors: Factors, steps: int) -> float:
         assert self._lookahead is not None

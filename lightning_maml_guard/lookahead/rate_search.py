@@ -110,10 +110,10 @@ class RateSearch:
         """Try the rates as they are and a few lower ones; return the trial of the former and the best of all.
 
         If the run trains at a lower rate but learns less, still lower ones are not tried. A lower inner rate counts if
-        it learns more on new tasks, too.
+        it learns clearly more on new tasks, too.
         """
         tried = [self.trial()]
-        if self._has_alpha and self._alpha_suspect and self._learns_more([self.trial(*ALPHA_PROBE)], tried):
+        if self._has_alpha and self._alpha_suspect and self._learns_more([self.trial(*ALPHA_PROBE)], tried, clear=True):
             tried.append(self.trial(*ALPHA_PROBE))
         for factors in BETA_PROBES:
             tried.append(self.trial(*factors))
@@ -178,15 +178,19 @@ class RateSearch:
         more = best.trains and not by_chance and best.learned > factor * max(_best(betas).learned, 0.0)
         return more and self._learns_more([*alphas[:1], *alphas[2:3], best], [self.trial(), *betas], factor=factor)
 
-    def _learns_more(self, lower: Sequence[Trial], others: Sequence[Trial], factor: float = 1.0) -> bool:
+    def _learns_more(
+        self, lower: Sequence[Trial], others: Sequence[Trial], factor: float = 1.0, *, clear: bool = False
+    ) -> bool:
         """Whether lower inner rates learn more than ``factor`` times what the best other rates do, on new tasks, too.
 
-        What does not train has lost already.
+        What does not train has lost already. ``clear``: by a share of the loss before training.
         """
         other = _best(others)
         if self._new_tasks is None or not (other.trains and factor > 0 and self._new_tasks.known):
             return True
-        least = factor * max(self._learned_anew(other), 0.0)
+        least = factor * max(self._learned_anew(other), 0.0) + (
+            CLEAR_SHARE * abs(self._new_tasks.before) if clear else 0
+        )
         return any(each.trains and self._learned_anew(each) > least for each in lower)
 
     def _learned_anew(self, trial: Trial) -> float:

@@ -166,18 +166,19 @@ def share_to_set(problem: Problem) -> float:
 
 
 def suspicion(
-    report: StabilityReport, problem: Problem, adaptation_gain: float, *, harmful: bool
+    report: StabilityReport, problem: Problem, adaptation_gain: float, *, harmful: bool, stays: bool
 ) -> tuple[bool, float]:
     """Whether the inner rate is a suspect, and how many times as much as a lower one a lower outer rate has to learn.
 
     A single inner step beyond its limit may help, as on Omniglot; several diverge. If they kill all units, the network
     is a constant, which any low outer rate soon fits to the mean of the targets: then the outer rate has to learn more
-    to be blamed and, if adaptation is of no use either, is not blamed at all.
+    to be blamed and, if adaptation is of no use either, is not blamed at all. ``stays``: adaptation is harmful,
+    and the next steps do not mend that.
     """
     several = inner_steps_of(problem) > 1
     beyond = several and report.alpha_ratio > _SUSPECT_FROM * share_to_set(problem)
     weight = 1.0
-    if (several or harmful) and report.alpha_ratio > 1:
+    if (several or stays) and report.alpha_ratio > 1:
         weight = math.inf if adaptation_gain <= 0 else _BETA_HANDICAP
     return harmful or math.isnan(report.alpha_c) or beyond, weight
 

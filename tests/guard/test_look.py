@@ -25,4 +25,5 @@ HELPS = SimpleNamespace(before=1.9, after=1.0, harmful=False, diverges_at=None, 
 def test_adaptation_is_harmful_unless_the_next_steps_mend_it(adaptation, losses, harmful):
     present = None if losses is None else LookaheadResult(losses)
     look = Look(None, [], [], present=present, adaptation=adaptation, alpha=0.4)
-    assert look.harmful == harmful and bool(look.findings) == harmful
+    assert look.stays_harmful == harmful and bool(look.findings) == harmful
+    assert look.harmful == (adaptation is HARMS)
