@@ -188,9 +188,8 @@ class RateSearch:
         other = _best(others)
         if self._new_tasks is None or not (other.trains and factor > 0 and self._new_tasks.known):
             return True
-        least = factor * max(self._learned_anew(other), 0.0) + (
-            CLEAR_SHARE * abs(self._new_tasks.before) if clear else 0
-        )
+        least = factor * max(self._learned_anew(other), 0.0)
+        least += CLEAR_SHARE * abs(self._new_tasks.before) if clear else 0.0
         return any(each.trains and self._learned_anew(each) > least for each in lower)
 
     def _learned_anew(self, trial: Trial) -> float:
@@ -204,7 +203,8 @@ class RateSearch:
         lowest = min(adapted, key=adapted.__getitem__)
         both = self._lower_betas(lowest)
         needed = not math.isfinite(beta_handicap) or not _best(betas).trains
-        if not needed and not _best(both).learned > BOTH * max(_best(betas).learned, 0.0):
+        more = _best(both).learned > BOTH * max(_best(betas).learned, 0.0)
+        if not needed and not (more and self._learns_more([_best(both)], betas, BOTH)):
             return None
         nearly = adapted[lowest] + self.clear_margin()
         highest = next((factor for factor, loss in adapted.items() if loss <= nearly), lowest)
