@@ -144,7 +144,8 @@ class Check:
             self.rollback.keep(step)
         self._charge(look, outlook.adviser.cost)
         with run.warn_on_failure(SEND):
-            log_values(trainer, look.metrics, step)
+            values = {"guard/severity": look.severity, "guard/adaptation_gain": look.adaptation_gain}
+        log_values(trainer, {name: value for name, value in values.items() if math.isfinite(value)}, step)
         return True
 
     def _goes_on(self, outlook: Outlook, step: int) -> bool:

@@ -15,6 +15,7 @@ from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.schedule import SCHEDULED
 from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, lookahead_of
+from lightning_maml_guard.lookahead.new_tasks import enough_tasks
 from lightning_maml_guard.lookahead.resampled import resampled
 from lightning_maml_guard.lookahead.results import LookaheadResult
 from lightning_maml_guard.maml.meta_learning import MetaLearning
@@ -62,6 +63,7 @@ class Look:
         alpha: The inner rate applied; ``nan`` in plain training.
         adaptation: What adaptation does at it; None in plain training, or where it was not looked at.
         last_loss: Loss of the last step where no step can be tried; None else, or where it is not known.
+        representative: Whether the tasks at hand stand for those to come: they are many, or the same.
     """
 
     problem: Problem
@@ -76,6 +78,7 @@ class Look:
     alpha: float = math.nan
     adaptation: Adaptation | None = None
     last_loss: float | None = None
+    representative: bool = False
 
     @property
     def loss(self) -> float | None:
@@ -91,12 +94,6 @@ class Look:
     def adaptation_gain(self) -> float:
         """See :attr:`Adaptation.gain`; ``nan`` where it was not looked at."""
         return math.nan if self.adaptation is None else self.adaptation.gain
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """What is logged of a look without a measurement."""
-        values = {"guard/severity": self.severity, "guard/adaptation_gain": self.adaptation_gain}
-        return {name: value for name, value in values.items() if math.isfinite(value)}
 
     @property
     def findings(self) -> tuple[Reason, ...]:
@@ -134,8 +131,8 @@ class Look:
 
     @property
     def stays_harmful(self) -> bool:
-        """Whether adaptation makes tasks worse, and the next steps do not mend that."""
-        found, present = self.adaptation, self.present
+        """Whether adaptation makes tasks worse, and the next steps are not known to mend that."""
+        found, present = self.adaptation, self.present if self.representative else None
         return self.harmful and not (found is not None and present is not None and present.end <= found.before)
 
 
@@ -154,6 +151,7 @@ def look_at(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_idx: i
             run.announce(Reason(Kind.OWN_GRADIENTS), just_said=not run.settings.acting.speaks)
     look = Look(problem, owned, optimizers, scale=run.state.statistics.scale)
     _look_ahead(look, run, trainer, module, step)
+    look.representative = run.repeats or all(run.cache.ranks.gather(enough_tasks(look.problems)))
     look.alpha = run.caps.caps.applied(run.alpha, math.nan)[0]
     look.adaptation = found = _adaptation_of(run, at_alpha(problem, look.alpha) if look.alpha < run.alpha else problem)
     if found is not None:

@@ -61,29 +61,29 @@ class NewTasks:
 
     @cached_property
     def _lookahead(self) -> Lookahead | None:
-        splits = [_split(each) for each in self._problems]
-        known = [each for each in splits if each is not None]
-        enough = len(known) == len(splits) and sum(held_out.tasks for _, held_out in known) >= _LEAST
-        if not all(self._ranks.gather(enough)):
+        if not all(self._ranks.gather(enough_tasks(self._problems))):
             return None
-        lookahead = self._lookahead_of([trained for trained, _ in known])
-        lookahead.evaluate_after([held_out for _, held_out in known])
+        splits = [_split(each) for each in self._problems if not isinstance(each, PlainProblem)]
+        lookahead = self._lookahead_of([trained for trained, _ in splits])
+        lookahead.evaluate_after([held_out for _, held_out in splits])
         return lookahead
 
 
-def _split(problem: Problem) -> tuple[_Maml, _Maml] | None:
-    """The tasks to train on and those to hold out; None if there are too few."""
-    if isinstance(problem, PlainProblem):
-        return None
+def enough_tasks(problems: Sequence[Problem]) -> bool:
+    """Return True if some tasks can be held out of each of these batches, and enough of all."""
+    known = [each for each in problems if not isinstance(each, PlainProblem)]
+    parts = [part for each in known for part in (each.parts if isinstance(each, AccumulatedProblem) else (each,))]
+    held_out = [part.tasks // _SHARE for part in parts]
+    return len(known) == len(problems) and min(held_out, default=0) > 0 and sum(held_out) >= _LEAST
+
+
+def _split(problem: _Maml) -> tuple[_Maml, _Maml]:
+    """The tasks to train on, and those to hold out."""
     if isinstance(problem, AccumulatedProblem):
-        parts = [_split(each) for each in problem.parts]
-        known = [each for each in parts if each is not None]
-        if len(known) < len(parts):
-            return None
-        trained, held_out = zip(*known, strict=True)
-        return AccumulatedProblem(tuple(trained)), AccumulatedProblem(tuple(held_out))
+        trained, held_out = zip(*map(_split, problem.parts), strict=True)
+        return AccumulatedProblem(trained), AccumulatedProblem(held_out)
     held = problem.tasks // _SHARE
-    return (_part(problem, range(held, problem.tasks)), _part(problem, range(held))) if held else None
+    return _part(problem, range(held, problem.tasks)), _part(problem, range(held))
 
 
 def _part(problem: MetaProblem, tasks: Sequence[int]) -> MetaProblem:

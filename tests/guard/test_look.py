@@ -24,6 +24,11 @@ HELPS = SimpleNamespace(before=1.9, after=1.0, harmful=False, diverges_at=None, 
 )
 def test_adaptation_is_harmful_unless_the_next_steps_mend_it(adaptation, losses, harmful):
     present = None if losses is None else LookaheadResult(losses)
-    look = Look(None, [], [], present=present, adaptation=adaptation, alpha=0.4)
+    look = Look(None, [], [], present=present, adaptation=adaptation, alpha=0.4, representative=True)
     assert look.stays_harmful == harmful and bool(look.findings) == harmful
     assert look.harmful == (adaptation is HARMS)
+
+
+def test_few_tasks_do_not_tell_whether_the_next_steps_mend_adaptation():
+    look = Look(None, [], [], present=LookaheadResult((3.4, 2.5, 1.4)), adaptation=HARMS, alpha=0.4)
+    assert look.stays_harmful and look.findings
