@@ -26,7 +26,6 @@ from lightning_maml_guard.messages.advice_sentences import NO_WAY_BACK, advice_g
 from lightning_maml_guard.messages.reasons import Kind, of_check
 from lightning_maml_guard.messages.sentences import announced, returned
 from lightning_maml_guard.messages.terminal import inform
-from lightning_maml_guard.optim.held import taken_back
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.rates_ahead import crossing
 from lightning_maml_guard.optim.shadow import needs_closure
@@ -59,7 +58,7 @@ class Check:
             if step == 0 and run.ring.latest is None and not self.trainer.fast_dev_run:
                 self.rollback.keep(step)  # first, as the check may fail; later only states whose lookahead passes
             with run.cache.ranks.fail_together():
-                run.ring.drop_unlike(*taken_back(self.trainer, self.module, self.settings.rollback))
+                run.ring.drop_unlike(*self.rollback.held())
                 self._check(batch, batch_idx, step, scheduled)
         except GuardWarning:
             raise
@@ -143,9 +142,9 @@ class Check:
         if well and not outlook.has_lost_half:
             self.rollback.keep(step)
         self._charge(look, outlook.adviser.cost)
+        values = {"guard/severity": look.severity, "guard/adaptation_gain": look.adaptation_gain}
         with run.warn_on_failure(SEND):
-            values = {"guard/severity": look.severity, "guard/adaptation_gain": look.adaptation_gain}
-        log_values(trainer, {name: value for name, value in values.items() if math.isfinite(value)}, step)
+            log_values(trainer, {name: value for name, value in values.items() if math.isfinite(value)}, step)
         return True
 
     def _goes_on(self, outlook: Outlook, step: int) -> bool:

@@ -44,7 +44,7 @@ class Rollback:
 
     def __init__(self, run: GuardedRun, trainer: Any, module: Any) -> None:
         self.run, self.trainer, self.module = run, trainer, module
-        self._held = partial(taken_back, trainer, module, run.settings.rollback)
+        self.held = partial(taken_back, trainer, module, run.settings.rollback)
         self._steps_discarded = 0
         self._loss_now = math.nan  # of a run that has lost what it learned
 
@@ -59,7 +59,7 @@ class Rollback:
                 device = run.settings.snapshot_device or (None if run.settings.rollback else "cpu")
                 alpha = run.caps.caps.applied(run.alpha, math.nan)[0]
                 wasted = run.state.wasted
-                run.ring.keep(*self._held(), step, device, wasted=wasted, alpha=alpha)
+                run.ring.keep(*self.held(), step, device, wasted=wasted, alpha=alpha)
         except Exception as error:
             earlier = -1 if run.ring.latest is None else run.ring.latest.step
             run.announce(replace(of_error(Kind.NO_SNAPSHOT, error, step=step), steps=earlier))
@@ -139,7 +139,7 @@ class Rollback:
         seen = [recent[-index] if 0 < index <= len(recent) else -math.inf for index in chosen]
         found = compare_with_snapshots(
             lookahead,
-            *self._held(),
+            *self.held(),
             self.run.ring.kept,
             statistics.untrained_from(start),
             seen,
@@ -173,7 +173,7 @@ class Rollback:
         beta = FAR_LOWER_BETA * caps.applied(math.nan, before.beta)[1]
         ends: dict[int, float] = {}
         for snapshot in [ring.kept[index] for index in found.good_snapshots[:_MOST_TRIED]]:
-            with snapshot.visited(*self._held()):
+            with snapshot.visited(*self.held()):
                 look.lookahead = self._without_odd(look)
                 tried = look.lookahead.under(Caps(self._alpha_at(snapshot), beta))
             ends[snapshot.step] = tried.end
@@ -214,7 +214,7 @@ class Rollback:
             with undisturbed(self.trainer, self.module):
                 self.drop_unusable_snapshots(look)
         run.caps.apply(self.module, Caps(self._alpha_at(run.ring.latest), run.caps.caps.beta))
-        run.ring.latest.restore(*self._held())
+        run.ring.latest.restore(*self.held())
         self._steps_discarded = step - run.state.wasted - run.ring.latest.progress
         run.state.wasted += self._steps_discarded
         run.state.statistics.reset_means()
@@ -272,7 +272,7 @@ class Rollback:
                 lookahead = lookahead_of([problem], optimizers, 0, self.trainer, run.cache)
                 loss = lookahead.under(run.caps.caps).begin
                 # Under an inner rate that has risen since, the loss may be too high there, too.
-                with run.ring.latest.visited(*self._held()):
+                with run.ring.latest.visited(*self.held()):
                     earlier = lookahead.under(run.caps.caps).begin
             ratio = run.settings.lookahead.divergence_ratio
             if statistics.scale.diverged(loss, ratio) and not statistics.scale.diverged(earlier, ratio):
@@ -281,7 +281,7 @@ class Rollback:
     def _go_back_at_end(self, loss: float, start: float) -> None:
         """Go back to the latest snapshot when training ends; a loss of ``nan``: parameters not finite."""
         assert self.run.ring.latest is not None
-        self.run.ring.latest.restore(*self._held())
+        self.run.ring.latest.restore(*self.held())
         losses, step = (math.nan, loss, start), logger_step(self.trainer)
         self._tell(Reason(Kind.ROLLED_BACK_AT_END, losses=losses, steps=self.run.ring.latest.step, step=step))
 

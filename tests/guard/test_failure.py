@@ -446,6 +446,22 @@ def test_a_logger_that_fails_does_not_end_training_nor_the_guard(tmp_path):
     assert guard.history[0].step == 0 and not any("unguarded" in one_line(each.message) for each in caught)
 
 
+class BrokenAtLooks(CSVLogger):
+    def log_metrics(self, metrics, step=None):
+        if "guard/severity" in metrics and "guard/safe" not in metrics:
+            raise ConnectionError("the server is gone")
+        super().log_metrics(metrics, step)
+
+
+def test_a_logger_that_fails_at_a_look_without_measurement_fails_no_check(tmp_path):
+    guard = ConvergenceGuard()
+    with pytest.warns(GuardWarning) as caught:
+        fit(linear_module(3, 0.1), QUADRATIC, 6, [guard], logger=BrokenAtLooks(tmp_path))
+    assert [step for step, _ in guard.severities] != [each.step for each in guard.history]
+    (said,) = [each for each in map(one_line, (w.message for w in caught)) if "the server is gone" in each]
+    assert said.startswith("ConvergenceGuard: could not send values to the loggers; training goes on. Cause: Conn")
+
+
 @pytest.mark.filterwarnings("error::lightning_maml_guard.GuardWarning")
 def test_warnings_that_the_user_made_errors_are_errors():
     with pytest.raises(GuardWarning, match=r"step 0: beta = 30 is too large\. Set the optimizer's lr to\s+0\.\d"):
