@@ -22,7 +22,7 @@ from lightning_maml_guard.messages.reasons import Kind, Reason, of_check
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.rates_ahead import to_configure
 from lightning_maml_guard.stability.measure import measure
-from lightning_maml_guard.stability.problems import PlainProblem, Problem, learns_rates
+from lightning_maml_guard.stability.problems import PlainProblem, Problem, alpha_of, learns_rates
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import UNSAFE
 from lightning_maml_guard.utils.warnings import GuardWarning
@@ -221,6 +221,6 @@ def _measured(run: GuardedRun, look: Look, step: int) -> tuple[StabilityReport, 
             raise
         run.announce(replace(of_check(error, step), kind=Kind.NO_CURVATURE_MEASURED))
         reason = Reason(Kind.NOT_MEASURED, detail=f"{type(error).__name__}: {error}", step=step)
-        alpha, beta = getattr(look.problem, "alpha", math.nan), scheduled_rate(look.optimizers)
+        alpha, beta = alpha_of(look.problem), scheduled_rate(look.optimizers)
         given: dict[str, Any] = {"alpha": alpha, "beta": beta, "criterion": curvature.criterion, "step": step}
         return StabilityReport.unmeasured(reason, **given), False

@@ -29,6 +29,7 @@ from lightning_maml_guard.stability.adaptation import Adaptation, adaptation
 from lightning_maml_guard.stability.problems import (
     Problem,
     accumulated,
+    alpha_of,
     at_alpha,
     dead_units,
     has_meta_problem,
@@ -143,7 +144,7 @@ def look_at(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_idx: i
     run.turns.watch(optimizers)
     if len(optimizers) < len(trainer.optimizers):
         run.state.statistics.stalled = False  # a loss that others work against need not fall
-    run.alpha = getattr(problem, "alpha", math.nan)
+    run.alpha = alpha_of(problem)
     if not run.state.history and run.settings.problem is None and not has_meta_problem(module):
         with undisturbed(trainer, module):
             own = takes_gradients(problem)
@@ -230,7 +231,7 @@ def _read_alpha(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_id
         run.alpha = max(rates) if isinstance(rates, list) else rates
     elif run.state.history and batch_idx % _READ == 0 and (source is not None or has_meta_problem(module)):
         with undisturbed(trainer, module):
-            run.alpha = getattr(state_problem(source, module, batch, batch_idx), "alpha", math.nan)
+            run.alpha = alpha_of(state_problem(source, module, batch, batch_idx))
 
 
 def adjust_caps(run: GuardedRun, trainer: Any, module: Any, look: Look, step: int, *, left_best: bool) -> None:

@@ -33,7 +33,7 @@ from lightning_maml_guard.optim.snapshot import Snapshot, SnapshotRing
 from lightning_maml_guard.optim.turns import Turns
 from lightning_maml_guard.stability.hvp import MeasurementCache
 from lightning_maml_guard.stability.objective import objective_of
-from lightning_maml_guard.stability.problems import at_alpha, has_meta_problem, state_problem
+from lightning_maml_guard.stability.problems import alpha_of, at_alpha, has_meta_problem, state_problem
 from lightning_maml_guard.stability.training_match import TrainingMatch
 from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.double_backward import double_backward
@@ -188,7 +188,7 @@ class GuardedRun:
         self.matched = True
         stated = partial(state_problem, source, module, batch, batch_idx)
         problem = stated()
-        alpha = getattr(problem, "alpha", math.nan)
+        alpha = alpha_of(problem)
         if self.caps.caps.alpha is not None:  # the step trains under it
             problem = at_alpha(problem, self.caps.caps.applied(alpha, math.nan)[0])
         elif self.caps.active and not ours and self.caps.reaches_alpha(module):

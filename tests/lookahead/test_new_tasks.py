@@ -10,13 +10,12 @@ from torch import nn
 from torch.optim import SGD
 
 from lightning_maml_guard import MetaProblem
-from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.lookahead import Lookahead
 from lightning_maml_guard.lookahead.new_tasks import NewTasks
-from lightning_maml_guard.lookahead.rate_search import RateSearch
-from lightning_maml_guard.lookahead.results import Factors, Trial
+from lightning_maml_guard.lookahead.results import Factors
 from lightning_maml_guard.stability.problems import AccumulatedProblem, PlainProblem
 from lightning_maml_guard.utils.distributed import Ranks
+from tests.lookahead.test_rate_search import scripted
 
 LR, ALPHA = 0.3, 0.5
 
@@ -101,21 +100,9 @@ class OfOthers:
         return self._learned[factors]
 
 
-def scripted(learned, anew, **arguments):
+def judged(learned, anew, **arguments):
     """A search whose trials learn so much on their own tasks and on others, by the factors on the rates."""
-
-    class Scripted(RateSearch):
-        def trial(self, alpha=1.0, beta=1.0, steps=None):
-            gained = learned.get((alpha, beta), -1.0)
-            return Trial(Factors(alpha, beta), 1.0 - gained, gained, gained, trains=gained > 0)
-
-        def initial_losses(self, alpha):
-            return (1.0,)
-
-    leaf = nn.Parameter(torch.ones(1))
-    problem = MetaProblem({"w": leaf}, lambda p, d: (d * p["w"]).sum(), torch.ones(1, 1), torch.ones(1, 1), 0.1)
-    lookahead = Lookahead([problem], SGD([leaf], lr=0.1), 1)
-    return Scripted(lookahead, Scale(), 3.0, new_tasks=OfOthers(anew), **arguments)
+    return scripted(learned, new_tasks=OfOthers(anew), **arguments)
 
 
 @pytest.mark.parametrize("suspect", [True, False])
@@ -123,17 +110,17 @@ def scripted(learned, anew, **arguments):
 def test_an_inner_rate_whose_lowering_only_memorises_is_not_blamed(suspect, memorised, learned):
     own = {(0.5, 1.0): memorised, (1.0, 0.125): 0.5, (1.0, 0.25): 0.4, (1.0, 0.0625): 0.3}
     anew = {(0.5, 1.0): learned, (1.0, 0.125): 0.5}
-    found = scripted(own, anew, alpha_suspect=suspect).find()
+    found = judged(own, anew, alpha_suspect=suspect).find()
     assert (found.best.factors.alpha < 1) == (learned > (0.5 if suspect else 1.1 * 0.5))
 
 
 @given(memorised=st.floats(0.6, 1.0), learned=st.floats(-1.0, 1.0))
 def test_a_run_that_trains_is_not_told_of_an_inner_rate_that_only_memorises_more(memorised, learned):
     own = {(1.0, 1.0): 0.5, (0.5, 1.0): memorised, (1.0, 0.25): 0.4}
-    present, best = scripted(own, {(1.0, 1.0): 0.5, (0.5, 1.0): learned}, alpha_suspect=True).probe()
+    present, best = judged(own, {(1.0, 1.0): 0.5, (0.5, 1.0): learned}, alpha_suspect=True).probe()
     assert present.learned == 0.5 and best.learned == (memorised if learned > 0.6 else 0.5)
 
 
 def test_rates_that_do_not_train_have_lost_whatever_they_do_on_new_tasks():
-    found = scripted({(0.5, 1.0): 0.6}, {}, alpha_suspect=True).find()
+    found = judged({(0.5, 1.0): 0.6}, {}, alpha_suspect=True).find()
     assert found.best.factors == (0.5, 1.0)

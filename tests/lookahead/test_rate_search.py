@@ -309,10 +309,16 @@ def test_a_lower_meta_rate_is_blamed_where_it_learns_so_many_times_as_much_as_a_
 
 def to_blame(learned_at_lower_alpha, weight):
     """What is lowered where a lower inner rate learns so much, and a lower meta rate 0.5; nothing else trains."""
+    found = scripted({(0.5, 1.0): learned_at_lower_alpha, (1.0, 0.125): 0.5}, alpha_suspect=True).find(weight)
+    return "alpha" if found.best.factors.alpha < 1 else "beta"
+
+
+def scripted(learned, **arguments):
+    """A search whose trials learn so much, by the factors on the rates; others do not train."""
 
     class Scripted(RateSearch):
         def trial(self, alpha=1.0, beta=1.0, steps=None):
-            gained = {(0.5, 1.0): learned_at_lower_alpha, (1.0, 0.125): 0.5}.get((alpha, beta), -1.0)
+            gained = learned.get((alpha, beta), -1.0)
             return Trial(Factors(alpha, beta), 1.0 - gained, gained, gained, trains=gained > 0)
 
         def initial_losses(self, alpha):
@@ -321,8 +327,7 @@ def to_blame(learned_at_lower_alpha, weight):
     leaf = nn.Parameter(torch.ones(1))
     problem = MetaProblem({"w": leaf}, lambda p, d: (d * p["w"]).sum(), torch.ones(1, 1), torch.ones(1, 1), 0.1)
     lookahead = Lookahead([problem], SGD([leaf], lr=0.1), 1)
-    found = search(lookahead, alpha_suspect=True, kind=Scripted).find(weight)
-    return "alpha" if found.best.factors.alpha < 1 else "beta"
+    return search(lookahead, kind=Scripted, **arguments)
 
 
 def two_batches(rate):
