@@ -35,6 +35,10 @@ class BatchedStack:
         # Tied weights have one name and several places.
         self._layers = list(_layers("", network)) if names[0] == names[1] and all(map(_is_plain, self._parts)) else []
         self.linear = {name: layer for name, layer in self._layers if isinstance(layer, nn.Linear)}
+        # The names of their weights and biases.
+        self.named = {name: tuple(f"{name}.{kind}".lstrip(".") for kind in ("weight", "bias")) for name in self.linear}
+        # Whether examples may lie side by side, whichever task they are of.
+        self.by_row = not any(isinstance(layer, nn.LayerNorm) for _, layer in self._layers)
 
     @property
     def entries(self) -> tuple[int, int]:

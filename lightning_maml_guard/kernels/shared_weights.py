@@ -64,27 +64,31 @@ class StackLosses:
 
         ``along``: by how much each task is moved off these parameters, shape ``(tasks,)``, and in which direction.
         """
-        linear = {f"{name}.{kind}".lstrip(".") for name in self._stack.linear for kind in ("weight", "bias")}
+        linear = {name for pair in self._stack.named.values() for name in pair}
         # Those of layer norms are small, and multiply entry by entry.
         own = {n: value.expand(len(support[0]), *value.shape) for n, value in params.items() if n not in linear}
         if along is not None:
             own = {n: v + _column(along[0], v.dim()) * along[1][n] for n, v in own.items()}
         moves: dict[str, tuple[Tensor, Tensor]] = {}
         for _ in range(steps):
-            layers = _Linear(params, moves, along)
+            layers = _Linear(self._stack.named, params, moves, along)
             losses = self._of_each(own, support, layers)
             towards = [*layers.outputs.values(), *own.values()]
             down = losses.new_full(losses.shape, -rate)
             slopes = torch.autograd.grad(losses, towards, down, create_graph=True)
             more = zip(layers.inputs.items(), slopes, strict=False)
-            moves = {name: _joined(moves.get(name), x, slope) for (name, x), slope in more}
+            moves = {n: _joined(moves.get(n), *(_by_task(e, support) for e in (x, d))) for (n, x), d in more}
             rest = slopes[len(moves) :]
             own = {name: value + slope for (name, value), slope in zip(own.items(), rest, strict=True)}
-        return self._of_each(own, query, _Linear(params, moves, along))
+        return self._of_each(own, query, _Linear(self._stack.named, params, moves, along))
 
     def _of_each(self, own: Params, data: Any, layers: _Linear) -> Tensor:
+        x = data[0]
         with torch._C.DisableTorchFunction():  # a mode would be asked about each operation, and change none of these
-            prediction = self._stack.run(own, data[0], layers)
+            if layers.are_shared and self._stack.by_row:  # without a view to and fro at each layer
+                prediction = self._stack.run(own, x.flatten(0, -2), layers).unflatten(0, x.shape[:-1])
+            else:
+                prediction = self._stack.run(own, x, layers)
         return self._losses(prediction, data[1])
 
 
@@ -92,19 +96,24 @@ class _Linear:
     """Linear layers as moved so far; notes the inputs and outputs of those that are adapted."""
 
     def __init__(
-        self, params: Params, moves: dict[str, tuple[Tensor, Tensor]], along: tuple[Tensor, Params] | None
+        self,
+        named: dict[str, tuple[str, ...]],
+        params: Params,
+        moves: dict[str, tuple[Tensor, Tensor]],
+        along: tuple[Tensor, Params] | None,
     ) -> None:
-        self._params, self._moves, self._along = params, moves, along
+        self._named, self._params, self._moves, self._along = named, params, moves, along
         self.inputs: Params = {}
         self.outputs: Params = {}
+        self.are_shared = not moves and along is None
 
     def __call__(self, name: str, layer: nn.Linear, x: Tensor) -> Tensor:
-        shape, x = x.shape, x if x.dim() == 3 else x.flatten(1, -2)
-        weight, bias = _parts(self._params, name)
+        shape, x = x.shape, x if x.dim() <= 3 else x.flatten(1, -2)
+        weight, bias = map(self._params.get, self._named[name])
         y = F.linear(x, layer.weight if weight is None else weight, layer.bias if bias is None else bias)
         if self._along is not None:
             offsets, direction = self._along
-            towards, level = _parts(direction, name)
+            towards, level = map(direction.get, self._named[name])
             if towards is not None:
                 y = y + _column(offsets, 3) * F.linear(x, towards)
             if level is not None:
@@ -114,18 +123,16 @@ class _Linear:
             y = torch.baddbmm(y, _products(x, inputs, weight, bias), slopes)
         if weight is not None or bias is not None:
             self.inputs[name], self.outputs[name] = x, y
-        return y if len(shape) == 3 else y.unflatten(1, shape[1:-1])
-
-
-def _parts(params: Params, name: str) -> tuple[Tensor | None, Tensor | None]:
-    """A layer's weight and bias, where they are among these."""
-    weight, bias = (params.get(f"{name}.{kind}".lstrip(".")) for kind in ("weight", "bias"))
-    return weight, bias
+        return y if len(shape) <= 3 else y.unflatten(1, shape[1:-1])
 
 
 def _column(offsets: Tensor, dims: int) -> Tensor:
     """One number a task, to multiply tensors of so many dimensions."""
     return offsets.reshape(-1, *[1] * (dims - 1))
+
+
+def _by_task(rows: Tensor, data: Any) -> Tensor:
+    return rows if rows.dim() == 3 else rows.unflatten(0, (len(data[0]), -1))
 
 
 def _products(x: Tensor, inputs: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

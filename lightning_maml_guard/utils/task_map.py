@@ -27,9 +27,11 @@ register_pytree_node(TaskList, lambda tasks: (list(tasks), None), lambda tasks, 
 
 
 def tree_leaves(data: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:
-    """Do what torch's function of this name does; of the usual ``(x, y)`` without its cost."""
-    if type(data) is tuple and all(isinstance(each, Tensor) for each in data):
-        return list(data)
+    """Do what torch's function of this name does; of the usual tuples of tensors without its cost."""
+    if isinstance(data, Tensor):
+        return [data]
+    if type(data) is tuple and is_leaf in (None, is_listed):
+        return [leaf for each in data for leaf in tree_leaves(each, is_leaf)]
     return _pytree.tree_leaves(data, is_leaf=is_leaf)
 
 
