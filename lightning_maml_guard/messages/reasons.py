@@ -109,7 +109,6 @@ class Reason:
         effect: What a rate beyond its limit does: a key of ``messages.sentences``.
         order: Order of MAML whose own condition differs from the one judged; empty where they agree.
         remedy: What to do about it.
-        hvps: Hessian-vector products used.
         step: Training step.
         alpha: Inner rate that was tried or is applied.
         beta: Outer rate that was tried or is applied.
@@ -132,7 +131,6 @@ class Reason:
     effect: str = ""
     order: str = ""
     remedy: Remedy = Remedy.NONE
-    hvps: int = 0
     step: int | None = None
     alpha: float = math.nan
     beta: float = math.nan

@@ -72,7 +72,6 @@ EVERYTHING = Reason(
     effect="inner loop",
     order="exact",
     remedy=Remedy.LOWER_ALPHA,
-    hvps=12,
     step=7,
     alpha=0.1,
     beta=0.2,

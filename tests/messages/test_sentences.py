@@ -24,7 +24,7 @@ from lightning_maml_guard.messages.sentences import (
 from lightning_maml_guard.utils.checks import check_count
 
 PACKAGE = Path(__file__).parents[2] / "lightning_maml_guard"
-MEASURED = {"interval": (0.6, 0.65), "hvps": 12, "step": 3}
+MEASURED = {"interval": (0.6, 0.65), "step": 3}
 FAILED = {"error": "OSError", "detail": "disk full", "where": "data.py, line 3, in load"}
 nan = math.nan
 
@@ -60,7 +60,7 @@ EXAMPLES = [
         "list the tasks instead, each of its own size: support=[(x_1, y_1), (x_2, y_2), ...].",
     ),
     (
-        Reason(Kind.NO_CURVATURE, hvps=2, step=0),
+        Reason(Kind.NO_CURVATURE, step=0),
         "The loss has no curvature at these parameters and this batch, so there is no limit to compare with. That is "
         "not the same as safe: ReLU networks with dead units and linear losses look like this.",
     ),
