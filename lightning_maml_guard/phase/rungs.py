@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_maml_guard.linalg.layout import Params
+from lightning_maml_guard.linalg.operators import value_and_gradient
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.optim.clipping import ModuleClipping
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
@@ -96,11 +97,9 @@ class Slopes:
         at = {name: value[0] for name, value in params.items()}
         stated = problem if isinstance(problem, PlainProblem) else at_alpha(problem, float(alphas[0]))
         objective = objective_of(stated, "support", self._tasks)
-        field = objective.curvature(False)[0] if isinstance(stated, PlainProblem) else objective.update()[0]  # type: ignore[union-attr]
         with double_backward():
-            loss, gradients, _ = field({name: value.detach().requires_grad_() for name, value in at.items()}, False)
-        filled = {n: torch.zeros_like(v) if gradients[n] is None else gradients[n].detach() for n, v in at.items()}  # type: ignore[union-attr]
-        return {name: value.unsqueeze(0) for name, value in filled.items()}, loss.detach().reshape(1)
+            loss, gradient = value_and_gradient(objective.update().field, at)
+        return {name: value.unsqueeze(0) for name, value in gradient.items()}, loss.detach().reshape(1)
 
 
 def _part(params: Params, alphas: Tensor, runs: Any) -> tuple[Params, Tensor]:
