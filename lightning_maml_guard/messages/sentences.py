@@ -65,8 +65,8 @@ def returned(step: int, *, safe: bool, applied: float, configured: float, tried:
 
 def rates_lowered(step: int, alpha: float, beta: float, *, left_best: bool, raised: bool) -> str:
     """Say that the rates of a run that loses ground, or stands still, are lowered, and to what."""
-    lost = "has left its best" if left_best else "does not fall any more"
-    why = f"the loss {lost}, and at lower rates the next steps lead further down."
+    rises = "has risen above its lowest mean" if left_best else "does not fall any more"
+    why = f"the loss {rises}, and at lower rates the next steps end lower."
     if raised:
         why = "the loss has not fallen since the outer rate was raised."
     return f"ConvergenceGuard: step {step}: {why} Applied from now on: {rates(alpha, beta)}."
