@@ -200,7 +200,7 @@ class Check:
         caps: Caps,
         step: int,
         *,
-        lost: bool = False,
+        lost: bool,
     ) -> None:
         """Apply the caps, speak, stop."""
         run, action, spelling = self.run, self.settings.acting, self.settings.spelling

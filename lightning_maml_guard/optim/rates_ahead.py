@@ -119,7 +119,7 @@ def crossing(ahead: RatesAhead | None, limit: float, step: int) -> tuple[Reason,
     return () if ahead is None else ahead.exceeding(limit, step)
 
 
-class Coming:
+class RateTrend:
     """The highest inner and outer rate of the next steps: as scheduled, or where they go if they rise on.
 
     A rate that no schedule moves rises on if it rose in both halves of the last ten steps; one that has jumped is

@@ -39,7 +39,7 @@ from lightning_maml_guard.utils.warnings import GuardWarning
 _FULL = 2.0**20
 
 
-class Slopes:
+class RunGradients:
     """Losses and gradients of many runs on one batch: vmapped over the runs, or one run after another.
 
     Attributes:
@@ -143,7 +143,7 @@ class Rungs:
         optimizers: What steps the parameters; their rates keep their proportions.
         alphas: Inner rate of each run, shape ``(runs,)``; ``nan`` in plain training.
         betas: Outer rate of each run, the largest over the parameter groups, shape ``(runs,)``.
-        slopes: Computes losses and gradients.
+        run_gradients: Computes losses and gradients.
         clip: Clips a list of parameters' gradients in place.
         hook: Clips as the module does.
     """
@@ -154,14 +154,14 @@ class Rungs:
         optimizers: Sequence[Optimizer],
         alphas: Tensor,
         betas: Tensor,
-        slopes: Slopes,
+        run_gradients: RunGradients,
         clip: Clip | None = None,
         hook: ModuleClipping | None = None,
     ) -> None:
         self.alphas, self.betas = alphas, betas
         self.index = torch.arange(len(alphas), device=alphas.device)  # of the runs that are still trained
         self._live = problem.params
-        self._slopes, self._clip, self._hook = slopes, clip, hook
+        self._run_gradients, self._clip, self._hook = run_gradients, clip, hook
         self._shadow = ShadowOptimizer(optimizers, self._live, _FULL / scheduled_rate(optimizers), len(alphas))
 
     def __len__(self) -> int:
@@ -174,7 +174,7 @@ class Rungs:
 
     def step(self, problem: Problem) -> Tensor:
         """Train one step; returns the losses before it, shape ``(runs,)``."""
-        gradients, losses = self._slopes.gradients(problem, self.params, self.alphas)
+        gradients, losses = self._run_gradients.gradients(problem, self.params, self.alphas)
         gradients = self._clipped(gradients)
         before = {name: value.clone() for name, value in self._shadow.params.items()}
         self._shadow.step(gradients)
@@ -186,7 +186,7 @@ class Rungs:
 
     def losses(self, problem: Problem) -> Tensor:
         """Evaluate every run on a batch, shape ``(runs,)``."""
-        return self._slopes.losses(problem, self.params, self.alphas)
+        return self._run_gradients.losses(problem, self.params, self.alphas)
 
     def keep(self, which: Tensor) -> None:
         """Go on with some of the runs, given as a mask."""

@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import (
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_maml_guard.optim import rates_ahead
-from lightning_maml_guard.optim.rates_ahead import Coming, RatesAhead, read_ahead
+from lightning_maml_guard.optim.rates_ahead import RatesAhead, RateTrend, read_ahead
 from lightning_maml_guard.utils.lightning_compat import Callback, LightningModule, Plan, Trainer, plan_of
 from tests.helpers import QUIET
 
@@ -491,7 +491,7 @@ def test_the_momentum_where_a_cycle_peaks(make, expected):
 
 
 def coming(rates, schedule=None, steps=10):
-    known = Coming()
+    known = RateTrend()
     return [known.take((0.1, rate), schedule, step, steps)[1] for step, rate in enumerate(rates)]
 
 
