@@ -22,7 +22,7 @@ from benchmarks.suggest.peers import default, has_optuna, lightning_finder, old_
 from benchmarks.suggest.problems import BETAS, SETTINGS, Problems
 from benchmarks.suggest.truth import Grid, grid, trained
 from lightning_maml_guard import LadderOptions, suggest_rates
-from lightning_maml_guard.phase.rungs import Slopes
+from lightning_maml_guard.phase.rungs import RunGradients
 from lightning_maml_guard.tuner.search import LadderSearch
 
 # Constants were chosen on the first; the figures are of the second.
@@ -42,7 +42,7 @@ ANEW = 5000
 
 def _column(problems: Problems, alpha: float) -> float:
     """The largest meta rate by a ladder of one inner rate."""
-    search = LadderSearch(problems.stream(1000), [], True, [problems.optimizer()], [alpha], QUIET, 0.25, Slopes())
+    search = LadderSearch(problems.stream(1000), [], True, [problems.optimizer()], [alpha], QUIET, 0.25, RunGradients())
     return float(search.find().largest[0])
 
 

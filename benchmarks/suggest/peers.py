@@ -11,7 +11,7 @@ from pytorch_lightning.tuner import Tuner
 
 from benchmarks.suggest.problems import BETAS, Problems
 from lightning_maml_guard import CurvatureOptions, measure
-from lightning_maml_guard.phase.rungs import Rungs, Slopes
+from lightning_maml_guard.phase.rungs import RunGradients, Rungs
 from lightning_maml_guard.stability.problems import at_alpha
 
 Pair = tuple[float, float]
@@ -94,7 +94,7 @@ def optuna_pair(problems: Problems, budget: int, halving: bool) -> Pair:
         beta = trial.suggest_float("beta", 1e-2 * usual, 1e3 * usual, log=True)
         first, *_ = [problems.problem(problems.batch(2000 + begun))]
         like = next(iter(first.params.values())).detach()
-        run = Rungs(first, [problems.optimizer()], like.new_tensor([alpha]), like.new_tensor([beta]), Slopes())
+        run = Rungs(first, [problems.optimizer()], like.new_tensor([alpha]), like.new_tensor([beta]), RunGradients())
         losses: list[float] = []
         stream, pruned = problems.stream(2000 + begun), False
         for step in range(1, (_HALVING_STEPS[-1] if halving else _TRIAL_STEPS) + 1):

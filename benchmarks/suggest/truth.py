@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.suggest.problems import Problems
 from lightning_maml_guard.phase.gradients import copies
-from lightning_maml_guard.phase.rungs import Rungs, Slopes
+from lightning_maml_guard.phase.rungs import RunGradients, Rungs
 
 COLUMNS = 4
 # Meta rates of the grid, in units of the optimizer's usual one.
@@ -50,7 +50,7 @@ def trained(problems: Problems, pairs: Sequence[tuple[float, float]], steps: int
     like = next(iter(judged.params.values())).detach()
     alphas, betas = (like.new_tensor(each) for each in zip(*pairs, strict=True))
     torch.manual_seed(problems.seed)
-    runs, stream = Rungs(judged, [problems.optimizer()], alphas, betas, Slopes()), problems.stream(begin)
+    runs, stream = Rungs(judged, [problems.optimizer()], alphas, betas, RunGradients()), problems.stream(begin)
     final = np.full(len(pairs), math.inf)
     for step in range(steps):
         losses = runs.step(next(stream))
@@ -68,7 +68,7 @@ def start_losses(problems: Problems, alphas: Sequence[float]) -> np.ndarray:
     judged = problems.judged()
     params = {name: value.detach() for name, value in judged.params.items()}
     at = next(iter(params.values())).new_tensor([*alphas, 1e-9])
-    found = Slopes().losses(judged, copies(params, len(at)), at).double().cpu().numpy()
+    found = RunGradients().losses(judged, copies(params, len(at)), at).double().cpu().numpy()
     return np.fmin(found[:-1], found[-1])
 
 

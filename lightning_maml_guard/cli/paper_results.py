@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from lightning_maml_guard.linalg.density import SpectralDensity, spectral_density
-from lightning_maml_guard.linalg.operators import Jacobian, task_gradient
+from lightning_maml_guard.linalg.operators import Jacobian
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.phase.bisection import critical_alpha, critical_betas
 from lightning_maml_guard.phase.critical_rates import grid_rates
 from lightning_maml_guard.phase.gradients import copies
 from lightning_maml_guard.phase.optimizers import SGD
 from lightning_maml_guard.phase.result import TRAINED_SHARE, PhaseDiagram
+from lightning_maml_guard.stability.objective import MamlObjective
 from lightning_maml_guard.utils.double_backward import double_backward
 from lightning_maml_guard.utils.task_map import TaskMap
 
@@ -116,15 +117,8 @@ def bisected_and_measured(problem: MetaProblem, steps: int, count: int) -> dict[
 def support_spectrum(problem: MetaProblem) -> SpectralDensity:
     """Estimate the eigenvalue density of the mean support loss's Hessian."""
     with double_backward():
-        gradient, params, _ = task_gradient(
-            problem.task_loss,
-            problem.params,
-            problem.support,
-            per_task=False,
-            tasks=TaskMap(problem.task_chunk_size),
-            count=problem.tasks,
-        )
-        hessian = Jacobian(gradient, params)
+        target = MamlObjective(problem, "support", TaskMap(problem.task_chunk_size)).curvature(False)
+        hessian = Jacobian(target.field, target.params)
         like = next(iter(problem.params.values())).detach()
         return spectral_density(hessian, hessian.layout.size, like, probes=6, steps=40)
 

@@ -31,9 +31,9 @@ from lightning_maml_guard.lookahead.rates_to_set import (
 from lightning_maml_guard.lookahead.results import TRIAL_STEPS, SearchResult
 from lightning_maml_guard.messages.advice import Advice, Cause, cause_of, settable
 from lightning_maml_guard.messages.reasons import INCONCLUSIVE, Kind, Reason, Reasons
-from lightning_maml_guard.optim.held import taken_back
 from lightning_maml_guard.optim.lr_cap import rates_differ
 from lightning_maml_guard.optim.rates_ahead import RatesAhead, crossing, to_configure
+from lightning_maml_guard.optim.rollback_state import rollback_state
 from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.stability.problems import PlainProblem, Problem, alpha_of, with_set_rates
@@ -48,7 +48,7 @@ class Adviser:
     def __init__(self, run: GuardedRun, trainer: Any, module: Any, look: Look, step: int) -> None:
         self._run, self._trainer, self._module, self._look, self._step = run, trainer, module, look, step
         self._lookaheads: list[Lookahead] = []  # whose cost is counted
-        self._held, self._measurement_cost = taken_back(trainer, module, run.settings.rollback), 0.0
+        self._held, self._measurement_cost = rollback_state(trainer, module, run.settings.rollback), 0.0
         self._searches: dict[bool, RateSearch] = {}  # by whether alpha is a suspect
         self._at_peak: SearchResult | None = None  # if the rate that the schedule goes to is too high
         self.stalled: SearchResult | None = None  # if the run does not learn

@@ -29,7 +29,7 @@ from lightning_maml_guard.messages.terminal import inform
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.rates_ahead import crossing
 from lightning_maml_guard.optim.shadow import needs_closure
-from lightning_maml_guard.stability.adaptation import ENDS_COST
+from lightning_maml_guard.stability.adaptation import COST
 from lightning_maml_guard.stability.problems import NoLossError
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import SAFE, UNRESOLVED, UNSAFE
@@ -200,7 +200,7 @@ class Check:
         caps: Caps,
         step: int,
         *,
-        lost: bool = False,
+        lost: bool,
     ) -> None:
         """Apply the caps, speak, stop."""
         run, action, spelling = self.run, self.settings.acting, self.settings.spelling
@@ -260,7 +260,7 @@ class Check:
 
     def _charge(self, look: Look, cost: float) -> None:
         gradients = 0 if look.lookahead is None else look.lookahead.gradients
-        adapted = 0.0 if look.adaptation is None else ENDS_COST
+        adapted = 0.0 if look.adaptation is None else COST
         self.run.schedule.charge(lookahead_gradients=gradients, measured=cost + adapted)
 
     def _is_lost(self, loss: float) -> bool:

@@ -295,5 +295,5 @@ def with_resampled(run: GuardedRun, problems: Sequence[Problem]) -> list[Problem
 
 
 def _adaptation_of(run: GuardedRun, problem: Problem) -> Adaptation | None:
-    found = adaptation(problem, run.cache.map_of(problem), each_step=False)
+    found = adaptation(problem, run.cache.map_of(problem))
     return None if found is None else Adaptation.of(run.cache.ranks.gather(found))

@@ -21,8 +21,8 @@ from lightning_maml_guard.lookahead.rate_search import FAR_LOWER_BETA
 from lightning_maml_guard.messages.advice_sentences import given_up
 from lightning_maml_guard.messages.reasons import Kind, Reason, of_error
 from lightning_maml_guard.messages.sentences import announced
-from lightning_maml_guard.optim.held import taken_back
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
+from lightning_maml_guard.optim.rollback_state import rollback_state
 from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.optim.stability_limits import is_preconditioned
 from lightning_maml_guard.stability.problems import Problem, dead_units
@@ -44,7 +44,7 @@ class Rollback:
 
     def __init__(self, run: GuardedRun, trainer: Any, module: Any) -> None:
         self.run, self.trainer, self.module = run, trainer, module
-        self.held = partial(taken_back, trainer, module, run.settings.rollback)
+        self.held = partial(rollback_state, trainer, module, run.settings.rollback)
         self._steps_discarded = 0
         self._loss_now = math.nan  # of a run that has lost what it learned
 

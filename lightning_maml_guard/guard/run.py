@@ -28,7 +28,7 @@ from lightning_maml_guard.messages.sentences import announced, cause
 from lightning_maml_guard.messages.terminal import warn
 from lightning_maml_guard.optim.clipping import gradient_norm
 from lightning_maml_guard.optim.lr_cap import known_rate
-from lightning_maml_guard.optim.rates_ahead import Coming, RatesAhead
+from lightning_maml_guard.optim.rates_ahead import RatesAhead, RateTrend
 from lightning_maml_guard.optim.snapshot import Snapshot, SnapshotRing
 from lightning_maml_guard.optim.turns import Turns
 from lightning_maml_guard.stability.hvp import MeasurementCache
@@ -61,7 +61,7 @@ class GuardedRun:
         self.norm: Tensor | float | None = None  # of the latest gradient, maybe on the device; None: not known
         self._losses: list[float] = []  # of the batches accumulated so far
         self.match: TrainingMatch | None = None  # compares the problem with the coming step, once
-        self.matched, self.turns, self._coming = False, Turns(), Coming()
+        self.matched, self.turns, self._coming = False, Turns(), RateTrend()
         self.ahead: RatesAhead | None = None
         self.alpha = math.nan  # the inner rate as configured, where it was read last
         self.repeats = False  # whether every step uses the same batch: then nothing is drawn from its tasks

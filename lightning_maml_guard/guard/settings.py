@@ -15,7 +15,7 @@ from lightning_maml_guard.messages.training_sentences import take_turns
 from lightning_maml_guard.optim.stability_limits import climbs
 from lightning_maml_guard.sharding.space import Split
 from lightning_maml_guard.stability.options import CurvatureOptions, check_curvature
-from lightning_maml_guard.stability.problems import ProblemSource, has_meta_problem
+from lightning_maml_guard.stability.problems import ProblemSource, check_source, has_meta_problem
 from lightning_maml_guard.theory.limits import check_margin
 from lightning_maml_guard.utils.checks import check_choice, check_count, check_device, check_flag, check_number
 from lightning_maml_guard.utils.lightning_compat import MisconfigurationException, is_sharded
@@ -69,11 +69,7 @@ def check_settings(guard: Any) -> None:
     for name in ("rollback", "figures", "allow_untested"):
         check_flag(name, getattr(guard, name))
     check_device("snapshot_device", guard.snapshot_device)
-    if guard.problem is not None and not callable(guard.problem):
-        raise ValueError(
-            "Expected argument `problem` to be a function (pl_module, batch) -> MetaProblem but got "
-            f"{guard.problem!r}. Pass such a function, or None for the module's own `meta_problem`."
-        )
+    check_source(guard.problem)
     check_margin(guard.margin)
     check_curvature(guard.curvature)
     check_lookahead(guard.lookahead)

@@ -55,13 +55,6 @@ def release(holder: Any) -> None:
         library.malloc_trim(0)
 
 
-def trim() -> None:
-    """Return the free memory to the system once, after something that took more than the following steps will."""
-    library = _glibc()
-    if library is not None and held():
-        library.malloc_trim(0)
-
-
 def settle() -> None:
     """Ask Linux for huge pages under the heap; to be called when it has grown to what a step needs."""
     library = _glibc()

@@ -46,7 +46,6 @@ def arnoldi(
     *,
     max_iter: int,
     stop: Callable[[np.ndarray, float], bool] | None = None,
-    sync_every: int | None = None,
     basis: str = "device",
     value: Watched | None = None,
     space: Space = WHOLE,
@@ -58,7 +57,7 @@ def arnoldi(
     :func:`~lightning_maml_guard.linalg.lanczos.lanczos`.
     """
     rows = start.shape[-1] if space.rows is None else space.rows
-    steps, sync_every = steps_of(rows, start, max_iter, sync_every)
+    steps, sync_every = steps_of(rows, start, max_iter)
     kept = Basis(steps, start, basis, space)
     # The last three rows: what rounding took from each vector, the overlaps, and the watched value.
     hessenberg = start.new_zeros((steps + 4, steps))

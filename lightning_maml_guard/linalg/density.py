@@ -31,10 +31,6 @@ class SpectralDensity(NamedTuple):
         distance = (np.asarray(at)[:, None] - self.nodes) / width
         return (np.exp(-0.5 * distance**2) * self.weights).sum(1) / (width * (2 * np.pi) ** 0.5)
 
-    def below(self, at: float) -> float:
-        """Estimate the share of the eigenvalues up to a value."""
-        return float(self.weights[self.nodes <= at].sum())
-
 
 def spectral_density(
     matvec: Matvec, size: int, like: Tensor, *, probes: int = 8, steps: int = 60, seed: int = 0

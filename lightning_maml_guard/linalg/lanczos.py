@@ -79,7 +79,6 @@ def lanczos(
     *,
     max_iter: int,
     stop: Callable[[Sequence[Tridiagonal]], bool] | None = None,
-    sync_every: int | None = None,
     basis: str = "device",
     value: Watched | None = None,
     space: Space = WHOLE,
@@ -91,14 +90,14 @@ def lanczos(
     ``T`` with eigenvector ``y`` has an eigenvalue of ``A`` within ``|r| * |y_m|``. A Krylov space that is exhausted
     early (an invariant subspace) ends the run with residual 0.
 
-    The start must be the same on every rank. ``stop`` is called every ``sync_every`` steps with the tridiagonals so
-    far, and ends the run with True. ``basis`` is a kind of :class:`~lightning_maml_guard.linalg.krylov_basis.Basis`.
+    The start must be the same on every rank. ``stop`` is called with the tridiagonals so far, every few steps on a
+    device, and ends the run with True. ``basis`` is a kind of :class:`~lightning_maml_guard.linalg.krylov_basis.Basis`.
     Raises a NonFiniteProductError if a product, or the watched ``value``, is not finite. In a ``space`` that is split
     over processes ``start`` and the products are the entries that lie here. ``after`` is called after each product,
     with the vectors so far.
     """
     rows = start.shape[-1] if space.rows is None else space.rows
-    steps, sync_every = steps_of(rows, start, max_iter, sync_every)
+    steps, sync_every = steps_of(rows, start, max_iter)
     kept = Basis(steps, start, basis, space)
     vector = start / space.norm(start)
     norm = start.new_zeros(start.shape[:-1])
@@ -133,16 +132,14 @@ def lanczos(
     return LanczosRun(found.runs, kept, len(columns), converged, found.asymmetry, found.rounding)
 
 
-def steps_of(rows: int, start: Tensor, max_iter: int, sync_every: int | None) -> tuple[int, int]:
+def steps_of(rows: int, start: Tensor, max_iter: int) -> tuple[int, int]:
     """Return the number of steps and of steps between two transfers; raise a ValueError if there are none."""
-    if sync_every is None:
-        sync_every = _SYNC_ON_HOST if start.device.type == "cpu" else _SYNC_ON_DEVICE
-    if rows == 0 or max_iter < 1 or sync_every < 1:
+    if rows == 0 or max_iter < 1:
         raise ValueError(
-            "Expected a start vector with at least one entry and `max_iter`, `sync_every` of at least 1 but got "
-            f"shape {tuple(start.shape)}, max_iter={max_iter!r}, sync_every={sync_every!r}."
+            "Expected a start vector with at least one entry and `max_iter` of at least 1 but got "
+            f"shape {tuple(start.shape)}, max_iter={max_iter!r}."
         )
-    return min(max_iter, rows), sync_every
+    return min(max_iter, rows), _SYNC_ON_HOST if start.device.type == "cpu" else _SYNC_ON_DEVICE
 
 
 def unit(rest: Tensor, space: Space = WHOLE) -> tuple[Tensor, Tensor]:

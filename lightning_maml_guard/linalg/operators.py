@@ -216,12 +216,18 @@ class FiniteDifference:
         return self._ranks.mean((ahead - behind) / (2 * reach))
 
 
+def value_and_gradient(field: Field, params: Params) -> tuple[Tensor, Params]:
+    """Evaluate a field, without a graph: the value, and the gradient by parameter."""
+    leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+    value, gradients, _ = field(leaves, False)
+    return value, {name: each.detach() for name, each in _filled(gradients, leaves).items()}
+
+
 def _evaluated(field: Field, params: Params, layout: Layout, batch: int) -> tuple[Tensor, Tensor]:
     """Value and flat gradient of a field, from the random state that every evaluation starts from."""
-    leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
     seed_generators()
-    value, gradients, _ = field(leaves, False)
-    return value, layout.flatten(_filled(gradients, leaves), batch).detach()
+    value, gradient = value_and_gradient(field, params)
+    return value, layout.flatten(gradient, batch)
 
 
 def _filled(gradients: dict[str, Tensor | None], leaves: Params) -> Params:
@@ -238,24 +244,16 @@ def _average(operator: Operator, ranks: Ranks) -> None:
     operator._ranks = ranks
 
 
-def task_gradient(
-    losses: Callable[[Params, Any], Tensor],
-    params: Params,
-    data: Any,
-    *,
-    per_task: bool,
-    tasks: TaskMap,
-    count: int,
-) -> tuple[Field, Params, Layout | None]:
-    """Make the gradient field of the mean task loss or, ``per_task``, of every task's loss side by side.
+def gradients_by_task(
+    loss: Callable[[Params, Any], Tensor], params: Params, data: Any, tasks: TaskMap, count: int
+) -> tuple[Field, Params, Layout]:
+    """Make the gradient field of every task's loss side by side.
 
-    ``losses`` is the loss of one task, ``data`` holds ``count`` tasks in a leading dimension. Returns the field, its
-    params and the layout of one block, as :class:`Jacobian` and :class:`FiniteDifference` take them.
+    ``loss`` is that of one task, ``data`` holds ``count`` tasks in a leading dimension. Returns the field, its params
+    and the layout of one block, as :class:`Jacobian` and :class:`FiniteDifference` take them.
     """
-    if per_task:
-        copies = {name: value.detach().expand(count, *value.shape) for name, value in params.items()}
-        return gradient_of(lambda each: tasks(losses, each, data, in_dims=(0, 0))), copies, Layout(params)
-    return gradient_of(lambda shared: tasks(losses, shared, data, in_dims=(None, 0)).mean()), params, None
+    copies = {name: value.detach().expand(count, *value.shape) for name, value in params.items()}
+    return gradient_of(lambda each: tasks(loss, each, data, in_dims=(0, 0))), copies, Layout(params)
 
 
 def simplified(hessian: Matvec, rates: Tensor | float) -> Matvec:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_maml_guard.linalg.layout import Params, real_pairs
+from lightning_maml_guard.linalg.operators import value_and_gradient
 from lightning_maml_guard.maml.inner_rates import by_step
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.stability.objective import MamlObjective, Objective
@@ -81,9 +82,5 @@ class LearnedRates:
 
 
 def _loss_and_gradient(objective: Objective, params: Params, factor: float) -> tuple[Tensor, Params]:
-    target = objective.update(factor) if isinstance(objective, MamlObjective) else objective.curvature(False)
     pairs = real_pairs(as_float32(params)).items()
-    leaves = {name: local(value.detach()).requires_grad_() for name, value in pairs}
-    value, gradients, _ = target[0](leaves, False)
-    known = {name: gradients[name] for name in leaves}
-    return value, {n: torch.zeros_like(leaves[n]) if g is None else g.detach() for n, g in known.items()}
+    return value_and_gradient(objective.update(factor).field, {name: local(value) for name, value in pairs})

@@ -22,7 +22,7 @@ from lightning_maml_guard.lookahead.lookahead import Lookahead
 from lightning_maml_guard.lookahead.results import LookaheadResult
 from lightning_maml_guard.maml.evaluation import default_loss
 from lightning_maml_guard.messages.reasons import Kind, Reason
-from lightning_maml_guard.optim.held import Held
+from lightning_maml_guard.optim.rollback_state import HoldsTensors
 from lightning_maml_guard.optim.snapshot import Snapshot
 
 # Batches to compare on.
@@ -105,7 +105,7 @@ class Learning:
 
 def compare_with_snapshots(
     lookahead: Lookahead,
-    module: Held,
+    module: HoldsTensors,
     optimizers: Sequence[Optimizer],
     kept: Sequence[Snapshot],
     untrained: float,
@@ -138,7 +138,11 @@ def compare_with_snapshots(
 
 
 def highest_kept_losses(
-    found: Learning, lookahead: Lookahead, module: Held, optimizers: Sequence[Optimizer], kept: Sequence[Snapshot]
+    found: Learning,
+    lookahead: Lookahead,
+    module: HoldsTensors,
+    optimizers: Sequence[Optimizer],
+    kept: Sequence[Snapshot],
 ) -> tuple[float, ...]:
     """For each batch of a lookahead, the largest loss at which nearly all of what was learned is kept."""
     losses = []

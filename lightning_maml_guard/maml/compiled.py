@@ -9,9 +9,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from lightning_maml_guard.maml.inner_loop import InnerRate
-from lightning_maml_guard.maml.meta_gradient import Auxiliary, MetaGradient, averaged, meta_gradient, task_meta_gradient
+from lightning_maml_guard.maml.meta_gradient import Auxiliary, MetaGradient, meta_gradient, task_meta_gradient
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.utils.checks import first_line
 from lightning_maml_guard.utils.task_map import TaskMap
@@ -79,7 +80,7 @@ class CompiledMetaGradient:
         if whole:
             return function(problem.support, problem.query)
         strict = TaskMap(tasks.chunk_size, tasks.looped, strict=True)
-        return averaged(strict.apply(function, function, problem.support, problem.query), options["learn_rates"])
+        return _averaged(strict.apply(function, function, problem.support, problem.query), options["learn_rates"])
 
     def _function(self, problem: MetaProblem, looped: bool, whole: bool, options: dict[str, Any]) -> Callable[..., Any]:
         learn_rates = options["learn_rates"]
@@ -96,7 +97,18 @@ class CompiledMetaGradient:
             several = torch.func.vmap(one, (None, None, 0, 0), randomness="different")
 
             def mean(*args: Any) -> MetaGradient:
-                return averaged(several(*args), learn_rates)
+                return _averaged(several(*args), learn_rates)
 
             self._functions[key] = _compile(one if looped else mean if whole else several)
         return self._functions[key]
+
+
+def _averaged(found: Any, learn_rates: bool) -> MetaGradient:
+    """Take the mean over the tasks of what ``task_meta_gradient`` returned for each."""
+    (gradients, rate_gradients), (losses, extra) = found
+    return MetaGradient(
+        {name: value.mean(0) for name, value in gradients.items()},
+        tree_map(lambda value: value.mean(0), rate_gradients) if learn_rates else None,
+        losses,
+        extra,
+    )

@@ -6,7 +6,7 @@ they are, with ``K`` steps, learned inner rates and parameters that are not adap
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,9 +59,9 @@ def meta_field(problem: MetaProblem, tasks: TaskMap) -> Field:
 
 def _is_wide(problem: MetaProblem) -> bool:
     """Whether weights of each task's own, which tell the tasks apart in each product, cost more than that is worth."""
-    if not problem.shares_weights:
+    losses = problem.task_losses
+    if not (problem.shares_weights and isinstance(losses, StackLosses)):
         return False
-    losses = cast(StackLosses, problem.task_losses)
     return problem.looped or losses.is_worthwhile(problem.support, _MANY * problem.inner_steps)
 
 

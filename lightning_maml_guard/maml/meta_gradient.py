@@ -186,9 +186,9 @@ def meta_gradient_at(
         return (found, {}), report
 
     def of_each(support: Any, query: Any) -> Any:
-        loss = problem.side_by_side()
+        count, loss = task_count(support, "support"), problem.side_by_side()
+        side = SideBySide(params, rates, count)
         if problem.order == "exact" and sequential_queries.is_worthwhile(params, query):
-            side = SideBySide(params, rates, task_count(support, "support"))
             return sequential_queries.exact_gradients(
                 problem.loss,
                 loss,
@@ -201,7 +201,11 @@ def meta_gradient_at(
                 inner_steps=problem.inner_steps,
                 learn_rates=learn_rates,
             )
-        return batch_meta_gradients(loss, params, rates, support, query, auxiliary=auxiliary, update=update, **options)
+        # A call of vmap takes 3 % of a small network's step.
+        extra = (lambda *_: torch.zeros(count)) if auxiliary is nothing else side.over(auxiliary)
+        return task_meta_gradient(
+            loss, side.params, side.rates, support, query, auxiliary=extra, update=beside(update), **options
+        )
 
     if problem.shares_weights and not learn_rates and auxiliary is nothing:
         # Also in place of a loop that the rule for large layers chose.
@@ -212,27 +216,6 @@ def meta_gradient_at(
     means = dict(zip(gradients, torch._foreach_div(list(gradients.values()), problem.tasks), strict=True))
     of_rates = tree_map(lambda value: value / problem.tasks, rate_gradients) if learn_rates else None
     return MetaGradient(means, of_rates, losses, extra)
-
-
-def batch_meta_gradients(
-    losses: TaskLoss,
-    params: Params,
-    rates: InnerRate,
-    support: Any,
-    query: Any,
-    *,
-    auxiliary: Auxiliary = nothing,
-    update: InnerUpdate = None,
-    **options: Any,
-) -> Any:
-    """Return what ``task_meta_gradient`` does, of every task at once; ``losses`` is of several tasks."""
-    count = task_count(support, "support")
-    side = SideBySide(params, rates, count)
-    # A call of vmap takes 3 % of a small network's step.
-    extra = (lambda *_: torch.zeros(count)) if auxiliary is nothing else side.over(auxiliary)
-    return task_meta_gradient(
-        losses, side.params, side.rates, support, query, auxiliary=extra, update=beside(update), **options
-    )
 
 
 def _sharded(problem: MetaProblem, auxiliary: Auxiliary) -> MetaGradient:
@@ -251,17 +234,6 @@ def _sharded(problem: MetaProblem, auxiliary: Auxiliary) -> MetaGradient:
             value += found.gradient[name] / len(tasks)
     gradients = {name: split_like(value, problem.params[name].detach()) for name, value in total.items()}
     return MetaGradient(gradients, None, torch.stack(losses), extra)
-
-
-def averaged(found: Any, learn_rates: bool) -> MetaGradient:
-    """Take the mean over the tasks of what ``task_meta_gradients`` returned."""
-    (gradients, rate_gradients), (losses, extra) = found
-    return MetaGradient(
-        {name: value.mean(0) for name, value in gradients.items()},
-        tree_map(lambda value: value.mean(0), rate_gradients) if learn_rates else None,
-        losses,
-        extra,
-    )
 
 
 class SideBySide:

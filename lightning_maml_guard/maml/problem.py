@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,15 +175,15 @@ class MetaProblem:
     @property
     def shares_weights(self) -> bool:
         """True if the tasks' inner loops are faster run without weights of each task's own, as ``task_losses`` can."""
-        plain = self.order == "exact" and self.inner_update is None and self.uniform
-        can = plain and isinstance(self.task_losses, StackLosses)
-        return can and cast(StackLosses, self.task_losses).is_worthwhile(self.support, self.inner_steps)
+        plain, stack = self.order == "exact" and self.inner_update is None and self.uniform, self.task_losses
+        return plain and isinstance(stack, StackLosses) and stack.is_worthwhile(self.support, self.inner_steps)
 
     def adapted_losses(
         self, params: dict[str, Tensor], rate: Any, support: Any, query: Any, along: Any = None
     ) -> Tensor:
         """Compute the query losses of several tasks after their inner loops, where they share their weights."""
-        return cast(StackLosses, self.task_losses).adapted(params, rate, support, query, self.inner_steps, along)
+        assert isinstance(self.task_losses, StackLosses)
+        return self.task_losses.adapted(params, rate, support, query, self.inner_steps, along)
 
     def part(self, tasks: int) -> MetaProblem:
         """Return the problem with the batch's first tasks only, or this one if it has no more than ``tasks``."""

@@ -31,7 +31,6 @@ class Kind(str, Enum):
     NO_CURVATURE = "no curvature"
     NOT_MEASURED = "not measured"
     NAN_IN_DATA = "nan in data"
-    NO_EXACT_LIMIT = "no exact limit"
     NO_DOUBLE_BACKWARD = "no double backward"
     WRONG_DOUBLE_BACKWARD = "wrong double backward"
     # A lookahead.
@@ -78,8 +77,6 @@ class Kind(str, Enum):
     NO_BETA_SUGGESTED = "no beta suggested"
     NO_RATE_TRAINS = "no rate trains"
     LITTLE_LEARNED = "little learned"
-    # A sentence of an older version, read from a checkpoint.
-    TEXT = "text"
 
 
 # What tells nothing of a rate, and is left out where trials do.
@@ -94,9 +91,7 @@ class Remedy(str, Enum):
     LOWER_ALPHA_FIRST = "lower alpha first"
     LOWER_BETA = "lower beta"
     LOWER_BETA_IF_STILL_ABOVE = "lower beta if it is above the limit at the lowered alpha too"
-    LOWER_BETA_UNSPECIFIED = "lower beta, no limit known"
     MEASURE_SHARPER = "measure sharper"
-    START_AGAIN = "start again"
 
 
 @dataclass(frozen=True)
@@ -114,7 +109,6 @@ class Reason:
         effect: What a rate beyond its limit does: a key of ``messages.sentences``.
         order: Order of MAML whose own condition differs from the one judged; empty where they agree.
         remedy: What to do about it.
-        hvps: Hessian-vector products used.
         step: Training step.
         alpha: Inner rate that was tried or is applied.
         beta: Outer rate that was tried or is applied.
@@ -125,7 +119,6 @@ class Reason:
         error: Type of an exception.
         detail: Text that came from elsewhere: an exception's, or an optimizer's.
         where: File, line and function an exception came from.
-        because: The reason behind this one.
     """
 
     kind: Kind
@@ -138,7 +131,6 @@ class Reason:
     effect: str = ""
     order: str = ""
     remedy: Remedy = Remedy.NONE
-    hvps: int = 0
     step: int | None = None
     alpha: float = math.nan
     beta: float = math.nan
@@ -149,7 +141,6 @@ class Reason:
     error: str = ""
     detail: str = ""
     where: str = ""
-    because: Reason | None = None
 
     @property
     def key(self) -> str:

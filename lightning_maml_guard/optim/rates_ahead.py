@@ -38,7 +38,6 @@ class RatesAhead:
     Attributes:
         step: The step that was to come when the schedule was walked, on the caller's count.
         rates: ``rates[i]`` is the rate of step ``step + i``.
-        complete: False if the run goes on after the last of ``rates``.
         configured: The number that users write: the optimizer's ``lr``, or a cyclic schedule's ``max_lr``.
         setting: Its name, ``"lr"`` or ``"max_lr"``.
         failure: Why the rates are not those of the schedule: from where it could not be walked on they are constant.
@@ -47,7 +46,6 @@ class RatesAhead:
 
     step: int
     rates: list[float]
-    complete: bool
     configured: float
     setting: str = "lr"
     failure: Exception | None = None
@@ -119,7 +117,7 @@ def crossing(ahead: RatesAhead | None, limit: float, step: int) -> tuple[Reason,
     return () if ahead is None else ahead.exceeding(limit, step)
 
 
-class Coming:
+class RateTrend:
     """The highest inner and outer rate of the next steps: as scheduled, or where they go if they rise on.
 
     A rate that no schedule moves rises on if it rose in both halves of the last ten steps; one that has jumped is
@@ -175,9 +173,8 @@ def read_ahead(plan: Plan, optimizers: Optimizers, step: int) -> RatesAhead:
             except Exception as error:  # the user's code
                 failure = error
     rates += [rates[-1]] * (steps - len(rates))
-    complete = plan.steps is not None and steps >= plan.steps
     configured = _configured(live, [config.scheduler for config in configs])
-    return RatesAhead(step, rates, complete, *configured, failure, at_peak)
+    return RatesAhead(step, rates, *configured, failure, at_peak)
 
 
 def _walk(plan: Plan, configs: Sequence[Any], schedulers: Sequence[Any], steps: int) -> Iterator[None]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_maml_guard.optim.held import Held
+from lightning_maml_guard.optim.rollback_state import HoldsTensors
 from lightning_maml_guard.utils.shards import local, split_like
 
 # Copies that are kept: at most so many, and no more than two where that takes more bytes.
@@ -31,7 +31,7 @@ class Snapshot:
     """
 
     def __init__(
-        self, module: Held, optimizers: Sequence[Optimizer], step: int, device: torch.device | str | None = None
+        self, module: HoldsTensors, optimizers: Sequence[Optimizer], step: int, device: torch.device | str | None = None
     ) -> None:
         self.step = self.progress = step
         self.alpha = math.nan
@@ -71,7 +71,7 @@ class Snapshot:
         return sum(each.nbytes for each in (*self._tensors, *saved) if isinstance(each, Tensor))
 
     @torch.no_grad()
-    def renew(self, module: Held, optimizers: Sequence[Optimizer], step: int) -> bool:
+    def renew(self, module: HoldsTensors, optimizers: Sequence[Optimizer], step: int) -> bool:
         """Copy the present state over this one; False, and nothing is done, where it does not fit into the old."""
         optimizers = _with_wrapped(optimizers)
         live = [[optimizer.state.get(p, {}) for p in _held(optimizer)] for optimizer in optimizers]
@@ -98,7 +98,7 @@ class Snapshot:
         self.step = step
         return True
 
-    def fits(self, module: Held, optimizers: Sequence[Optimizer]) -> bool:
+    def fits(self, module: HoldsTensors, optimizers: Sequence[Optimizer]) -> bool:
         """Whether module and optimizers hold as many tensors, of these shapes, as when it was made."""
         optimizers = _with_wrapped(optimizers)
         shapes = [local(value).shape for value in _tensors(module, optimizers)]
@@ -107,7 +107,7 @@ class Snapshot:
 
     @contextmanager
     def visited(
-        self, module: Held, optimizers: Sequence[Optimizer], device: torch.device | str | None = None
+        self, module: HoldsTensors, optimizers: Sequence[Optimizer], device: torch.device | str | None = None
     ) -> Iterator[None]:
         """Put the copies back, and undo that at the end; until then what is there is kept on ``device``."""
         now = Snapshot(module, optimizers, self.step, device)
@@ -118,7 +118,7 @@ class Snapshot:
             now.restore(module, optimizers)
 
     @torch.no_grad()
-    def restore(self, module: Held, optimizers: Sequence[Optimizer]) -> None:
+    def restore(self, module: HoldsTensors, optimizers: Sequence[Optimizer]) -> None:
         """Put the copies back, in place where a tensor is still there.
 
         Raises a ValueError, and puts nothing back, if module or optimizers hold other tensors than when it was made.
@@ -166,7 +166,9 @@ class SnapshotRing:
         """The youngest one that was made before a step was taken; None without any."""
         return next((each for each in reversed(self.kept) if each.step <= step), None)
 
-    def latest_that(self, passes: Callable[[], bool], module: Held, optimizers: Sequence[Optimizer]) -> Snapshot | None:
+    def latest_that(
+        self, passes: Callable[[], bool], module: HoldsTensors, optimizers: Sequence[Optimizer]
+    ) -> Snapshot | None:
         """The youngest one at which a test passes, else the oldest; None without any."""
         for snapshot in reversed(self.kept):
             with snapshot.visited(module, optimizers):
@@ -174,7 +176,7 @@ class SnapshotRing:
                     return snapshot
         return self.kept[0] if self.kept else None
 
-    def oldest_visited(self, module: Held, optimizers: Sequence[Optimizer]) -> AbstractContextManager[None]:
+    def oldest_visited(self, module: HoldsTensors, optimizers: Sequence[Optimizer]) -> AbstractContextManager[None]:
         """Visit the oldest one; without any, stay."""
         return self.kept[0].visited(module, optimizers) if self.kept else nullcontext()
 
@@ -184,7 +186,7 @@ class SnapshotRing:
 
     def keep(
         self,
-        module: Held,
+        module: HoldsTensors,
         optimizers: Sequence[Optimizer],
         step: int,
         device: torch.device | str | None = None,
@@ -221,7 +223,7 @@ class SnapshotRing:
         ages = [max(step - each.step, least) for each in self.kept] + [least]
         return min(self.kept[1:], key=lambda each: _gap(ages, self.kept.index(each)), default=self.kept[0])
 
-    def drop_unlike(self, module: Held, optimizers: Sequence[Optimizer]) -> None:
+    def drop_unlike(self, module: HoldsTensors, optimizers: Sequence[Optimizer]) -> None:
         """Forget those that cannot be gone back to, as of before parameters were added to an optimizer."""
         self.kept = [each for each in self.kept if each.fits(module, optimizers)]
 
@@ -242,7 +244,7 @@ def _gap(ages: Sequence[int], index: int) -> float:
     return ages[index - 1] / ages[index + 1]
 
 
-def _tensors(module: Held, optimizers: Sequence[Optimizer]) -> list[Tensor]:
+def _tensors(module: HoldsTensors, optimizers: Sequence[Optimizer]) -> list[Tensor]:
     """The tensors of a module, and what optimizers hold beside their parameters and states."""
     states = [each for optimizer in optimizers for each in (optimizer.state, optimizer.param_groups)]
     apart = {id(each) for each in (*module.parameters(), *states)}

@@ -18,7 +18,7 @@ from lightning_maml_guard.linalg.operators import Jacobian, gradient_of, scaled,
 from lightning_maml_guard.maml.inner_loop import Params
 from lightning_maml_guard.maml.jacobian import is_symmetric, meta_field
 from lightning_maml_guard.maml.problem import MetaProblem
-from lightning_maml_guard.phase.gradients import adapted_losses
+from lightning_maml_guard.phase.gradients import adapted_losses, over_tasks
 from lightning_maml_guard.phase.optimizers import MetaOptimizer, State
 from lightning_maml_guard.theory.complex_ritz import arnoldi_resolved, complex_limit, complex_ritz
 from lightning_maml_guard.theory.ritz import lanczos_resolved, rates_from_lanczos, ritz_values
@@ -117,10 +117,7 @@ def grid_rates(
 
 def _support_losses(problem: MetaProblem) -> Callable[[Params], Tensor]:
     def run(theta: Params) -> Tensor:
-        if problem.listed:
-            return TaskMap(looped=True)(problem.task_loss, theta, problem.support, in_dims=(None, 0)).mean()
-        over = torch.func.vmap(problem.task_loss, (None, 0), randomness="same", chunk_size=problem.task_chunk_size)
-        return over(theta, problem.support).mean()
+        return over_tasks(problem, lambda support, query: problem.task_loss(theta, support), "same").mean()
 
     return lambda params: torch.func.vmap(run, randomness="same")(params)
 

@@ -72,7 +72,7 @@ def adapted_losses(
             update = problem.inner_update
             return adapted_loss(problem.task_loss, theta, rates, support, query, problem.inner_steps, update)[0]
 
-        return _over_tasks(problem, one, randomness).mean()
+        return over_tasks(problem, one, randomness).mean()
 
     return torch.func.vmap(run, randomness=randomness)(params, alphas)
 
@@ -108,7 +108,7 @@ def grid_gradient(
             )
             return gradient, loss
 
-        gradients, losses = _over_tasks(problem, one, "different")
+        gradients, losses = over_tasks(problem, one, "different")
         return {name: each.mean(0) for name, each in gradients.items()}, losses.mean()
 
     with vectorized():
@@ -131,7 +131,8 @@ def bytes_per_run(problem: MetaProblem) -> int:
     return count.total
 
 
-def _over_tasks(problem: MetaProblem, one: Any, randomness: str) -> Any:
+def over_tasks(problem: MetaProblem, one: Any, randomness: str) -> Any:
+    """Run a function of a task's support and query set over a problem's tasks, inside a vmap over runs."""
     if problem.listed:
         return TaskMap(looped=True)(one, problem.support, problem.query, in_dims=(0, 0))
     over = torch.func.vmap(one, randomness=randomness, chunk_size=problem.task_chunk_size)

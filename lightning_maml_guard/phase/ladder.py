@@ -15,7 +15,7 @@ class RateLadder:
         alphas: Inner rates, ascending, shape ``(A,)``; ``nan`` in plain training.
         betas: Outer rates, ascending, each twice the one before, shape ``(B,)``.
         losses: Mean loss over the last quarter of a rung's steps, on batches that no rung had trained on, shape ``(A,
-            B)``; ``inf`` where the loss left, ``nan`` where a rung was not trained to its end.
+            B)``; ``inf`` where the loss diverged, ``nan`` where a rung was not trained to its end.
         start: Loss of such batches before training, the lower one of with and without adaptation, shape ``(A,)``.
         largest: Largest outer rate that trains, with all below it, on the worst of the streams; ``nan`` where none
             does, or where the inner rate had fallen behind before that was known; shape ``(A,)``.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_maml_guard.linalg.layout import Params
+from lightning_maml_guard.linalg.operators import value_and_gradient
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.optim.clipping import ModuleClipping
 from lightning_maml_guard.optim.lr_cap import scheduled_rate
@@ -38,7 +39,7 @@ from lightning_maml_guard.utils.warnings import GuardWarning
 _FULL = 2.0**20
 
 
-class Slopes:
+class RunGradients:
     """Losses and gradients of many runs on one batch: vmapped over the runs, or one run after another.
 
     Attributes:
@@ -96,11 +97,9 @@ class Slopes:
         at = {name: value[0] for name, value in params.items()}
         stated = problem if isinstance(problem, PlainProblem) else at_alpha(problem, float(alphas[0]))
         objective = objective_of(stated, "support", self._tasks)
-        field = objective.curvature(False)[0] if isinstance(stated, PlainProblem) else objective.update()[0]  # type: ignore[union-attr]
         with double_backward():
-            loss, gradients, _ = field({name: value.detach().requires_grad_() for name, value in at.items()}, False)
-        filled = {n: torch.zeros_like(v) if gradients[n] is None else gradients[n].detach() for n, v in at.items()}  # type: ignore[union-attr]
-        return {name: value.unsqueeze(0) for name, value in filled.items()}, loss.detach().reshape(1)
+            loss, gradient = value_and_gradient(objective.update().field, at)
+        return {name: value.unsqueeze(0) for name, value in gradient.items()}, loss.detach().reshape(1)
 
 
 def _part(params: Params, alphas: Tensor, runs: Any) -> tuple[Params, Tensor]:
@@ -144,7 +143,7 @@ class Rungs:
         optimizers: What steps the parameters; their rates keep their proportions.
         alphas: Inner rate of each run, shape ``(runs,)``; ``nan`` in plain training.
         betas: Outer rate of each run, the largest over the parameter groups, shape ``(runs,)``.
-        slopes: Computes losses and gradients.
+        run_gradients: Computes losses and gradients.
         clip: Clips a list of parameters' gradients in place.
         hook: Clips as the module does.
     """
@@ -155,14 +154,14 @@ class Rungs:
         optimizers: Sequence[Optimizer],
         alphas: Tensor,
         betas: Tensor,
-        slopes: Slopes,
+        run_gradients: RunGradients,
         clip: Clip | None = None,
         hook: ModuleClipping | None = None,
     ) -> None:
         self.alphas, self.betas = alphas, betas
         self.index = torch.arange(len(alphas), device=alphas.device)  # of the runs that are still trained
         self._live = problem.params
-        self._slopes, self._clip, self._hook = slopes, clip, hook
+        self._run_gradients, self._clip, self._hook = run_gradients, clip, hook
         self._shadow = ShadowOptimizer(optimizers, self._live, _FULL / scheduled_rate(optimizers), len(alphas))
 
     def __len__(self) -> int:
@@ -175,7 +174,7 @@ class Rungs:
 
     def step(self, problem: Problem) -> Tensor:
         """Train one step; returns the losses before it, shape ``(runs,)``."""
-        gradients, losses = self._slopes.gradients(problem, self.params, self.alphas)
+        gradients, losses = self._run_gradients.gradients(problem, self.params, self.alphas)
         gradients = self._clipped(gradients)
         before = {name: value.clone() for name, value in self._shadow.params.items()}
         self._shadow.step(gradients)
@@ -187,7 +186,7 @@ class Rungs:
 
     def losses(self, problem: Problem) -> Tensor:
         """Evaluate every run on a batch, shape ``(runs,)``."""
-        return self._slopes.losses(problem, self.params, self.alphas)
+        return self._run_gradients.losses(problem, self.params, self.alphas)
 
     def keep(self, which: Tensor) -> None:
         """Go on with some of the runs, given as a mask."""

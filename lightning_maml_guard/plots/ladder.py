@@ -26,7 +26,7 @@ def rate_ladder(
         ax: Axes to draw on (default: a new figure).
 
     Returns:
-        ``(fig, ax)``. A cross at the top marks a rate at which the loss left.
+        ``(fig, ax)``. A cross at the top marks a rate at which the loss diverged.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.

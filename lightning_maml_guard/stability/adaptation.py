@@ -1,4 +1,4 @@
-"""What adaptation does to a problem's tasks: the losses before it and after each inner step, and whether it harms."""
+"""What adaptation does to a problem's tasks: the losses before and after it, and whether it harms."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from lightning_maml_guard.utils.random_state import preserved_randomness, seed_g
 from lightning_maml_guard.utils.shards import any_split
 from lightning_maml_guard.utils.task_map import TaskMap, each_task, task_count
 
-# In training steps, with the query losses of each inner step and without: the upper end of what
-# `python -m benchmarks.hvp_cost` measures, which is that of first-order MAML (exact MAML: half as much).
-COST, ENDS_COST = 3.0, 1.5
+# In training steps: the upper end of what `python -m benchmarks.hvp_cost` measures, which is that of first-order MAML
+# (exact MAML: half as much).
+COST = 1.5
 # Adaptation is harmful if it raises the mean query loss by at least these shares (of losses below 0: shares of their
 # spread over the tasks). The first: if the rise exceeds the noise over the tasks. The second: in any case, if the
 # support loss rises, too. The second plus the third divided by the number of tasks: even if the support loss falls.
@@ -35,12 +35,12 @@ _NOISE_ERRORS, _FEW_TASKS_ERRORS, _LEAST_TASKS = 3.0, 6.0, 3
 
 @dataclass(frozen=True)
 class Adaptation:
-    """The losses of a batch's tasks before adaptation and after each inner step.
+    """The losses of a batch's tasks before and after adaptation.
 
     Attributes:
-        query: Query losses by task and step, shape ``(tasks, K + 1)``, or ``(tasks, 2)`` of the first and the last
-            alone; float64 on the CPU.
-        support: The support losses, which the inner loop descends, shape ``(tasks, K + 1)``.
+        query: Query losses before and after it, shape ``(tasks, 2)``; float64 on the CPU.
+        support: The support losses, which the inner loop descends, before it and after each step, shape ``(tasks, K +
+            1)``.
         parts: Number of tasks of each accumulated batch, one after another; the mean is over the batches' means.
     """
 
@@ -59,7 +59,7 @@ class Adaptation:
 
     @property
     def query_losses(self) -> list[float]:
-        """Mean query loss before adaptation and after each inner step, or the first and the last alone."""
+        """Mean query loss before and after adaptation."""
         return (self._weights @ self.query).tolist()
 
     @property
@@ -75,7 +75,7 @@ class Adaptation:
     @property
     def after(self) -> float:
         """Mean query loss after adaptation."""
-        return self.query_losses[-1]
+        return self.query_losses[1]
 
     @property
     def gain(self) -> float:
@@ -162,52 +162,49 @@ def _no_negative(losses: Tensor) -> bool:
     return bool((losses[:, [0, -1]] >= 0).all())
 
 
-def adaptation(problem: Problem, task_map: TaskMap, *, each_step: bool = True) -> Adaptation | None:
+def adaptation(problem: Problem, task_map: TaskMap) -> Adaptation | None:
     """Adapt to a problem's tasks as its inner loop does; None for plain training.
 
-    ``each_step=False`` leaves out the query losses between the first and the last, most of the cost of large sets.
-    Dropout draws the same masks at each call, and for the query sets at each inner step. Putting parameters, buffers
-    and random states back is left to the caller.
+    Dropout draws the same masks at each call, and for the query sets before and after. Putting parameters, buffers and
+    random states back is left to the caller.
     """
     if isinstance(problem, PlainProblem):
         return None
     parts = problem.parts if isinstance(problem, AccumulatedProblem) else (problem,)
     with preserved_randomness(), double_backward(), torch.no_grad():
         seed_generators()
-        return Adaptation.of([_of_batch(in_float32(each), task_map, each_step) for each in parts])
+        return Adaptation.of([_of_batch(in_float32(each), task_map) for each in parts])
 
 
-def _of_shards(problem: MetaProblem, each_step: bool) -> Adaptation:
+def _of_shards(problem: MetaProblem) -> Adaptation:
     """The same on sharded parameters, one task after another."""
     maml = ShardedMaml.of(problem)
-    queries, supports, theta, last = [], [], maml.own.point(), problem.inner_steps
+    queries, supports, theta = [], [], maml.own.point()
     for support, query in zip(each_task(problem.support), each_task(problem.query), strict=True):
         steps, adapted = maml.adapt(theta, support)
-        points = [*(step.point for step in steps), adapted]
-        known = [point for index, point in enumerate(points) if each_step or index in {0, last}]
-        queries.append(torch.stack([maml.value(query, point) for point in known]))
+        queries.append(torch.stack([maml.value(query, point) for point in (theta, adapted)]))
         supports.append(torch.stack([*(step.loss for step in steps), maml.value(support, adapted)]))
     query, support = (torch.stack(each).detach().double().cpu() for each in (queries, supports))
     return Adaptation(query, support, (problem.tasks,))
 
 
-def _of_batch(problem: MetaProblem, task_map: TaskMap, each_step: bool) -> Adaptation:
+def _of_batch(problem: MetaProblem, task_map: TaskMap) -> Adaptation:
     if any_split(problem.params.values()):
-        return _of_shards(problem, each_step)
+        return _of_shards(problem)
     params, rates, steps = problem.params, problem.rate_by_step(), problem.inner_steps
 
     def one(support: Any, query: Any) -> tuple[Tensor, Tensor]:
-        return _losses(problem.loss, params, rates, support, query, steps, problem.inner_update, each_step)
+        return _losses(problem.loss, params, rates, support, query, steps, problem.inner_update)
 
     def together(support: Any, query: Any) -> tuple[Tensor, Tensor]:
         side = SideBySide(params, rates, task_count(support, "support"))
         loss, update = problem.side_by_side(), beside(problem.inner_update)
-        return _losses(loss, side.params, side.rates, support, query, steps, update, each_step)
+        return _losses(loss, side.params, side.rates, support, query, steps, update)
 
     query, support = task_map.apply(one, together, problem.support, problem.query)
     # The device is waited for once.
     both = torch.cat([query.double(), support.double()], -1).cpu()
-    return Adaptation(both[:, : query.shape[-1]], both[:, query.shape[-1] :], (problem.tasks,))
+    return Adaptation(both[:, :2], both[:, 2:], (problem.tasks,))
 
 
 def _losses(
@@ -218,9 +215,8 @@ def _losses(
     query: Any,
     steps: int,
     update: InnerUpdate,
-    each_step: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The query and support losses along the inner loop, with a last dimension of the steps."""
+    """The query losses at both ends of the inner loop and the support losses along it, in a last dimension."""
     seed = int(torch.randint(2**31, ()))
     queries: list[Tensor] = []
     supports: list[Tensor] = []
@@ -228,7 +224,7 @@ def _losses(
     def seen(point: Params, data: Any) -> Tensor:
         # The loss that the inner loop takes the gradient of: it passes each point on the way.
         own = loss(point, data)
-        if each_step or len(supports) in {0, steps}:
+        if len(supports) in {0, steps}:
             with preserved_randomness():
                 torch.manual_seed(seed)
                 queries.append(loss({name: value.detach() for name, value in point.items()}, query).detach())

@@ -163,7 +163,6 @@ class Measurement:
         objective, update = self._objective, self._update
         context = VerdictContext(
             margin=self._margin,
-            hvps=self._operators.hvps,
             step=self._at_step,
             order=objective.order,
             exact=self._exact,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_maml_guard.kernels.shared_weights import StackLosses
 from lightning_maml_guard.linalg.layout import WHOLE, Layout, Params, Space, real_pairs, unpaired
-from lightning_maml_guard.linalg.operators import Field, FieldValue, gradient_of, task_gradient
+from lightning_maml_guard.linalg.operators import Field, FieldValue, gradient_of, gradients_by_task
 from lightning_maml_guard.maml.batch_errors import has_nan
 from lightning_maml_guard.maml.inner_loop import InnerRate
 from lightning_maml_guard.maml.jacobian import curvature_by_task, is_symmetric, meta_field
@@ -69,6 +69,10 @@ class PlainObjective:
     def curvature(self, per_task: bool) -> Target:
         """Make the gradient field whose Jacobian is ``H``: of the mean task loss, or one block per task."""
         return Target(self._field or gradient_of(self.mean_loss), self.params, space=self.space)
+
+    def update(self, factor: float = 1.0) -> Target:
+        """Make the gradient field of the update, that of the loss: there are no inner rates to scale."""
+        return self.curvature(False)
 
 
 class MamlObjective:
@@ -127,14 +131,7 @@ class MamlObjective:
             fields = [gradient_of(self._mean_of(each)) for each in self._problems]
             return Target(fields[0] if len(fields) == 1 else _mean_field(fields), self.params)
         targets = [
-            task_gradient(
-                partial(_task_loss, each),
-                self.params,
-                self._sets(each),
-                per_task=True,
-                tasks=self._map,
-                count=each.tasks,
-            )
+            gradients_by_task(partial(_task_loss, each), self.params, self._sets(each), self._map, each.tasks)
             for each in self._problems
         ]
         if len(targets) == 1:

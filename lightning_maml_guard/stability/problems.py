@@ -80,6 +80,15 @@ Problem = MetaProblem | PlainProblem | AccumulatedProblem
 ProblemSource = Callable[[Any, Any], MetaProblem]
 
 
+def check_source(problem: Any) -> None:
+    """Raise a ValueError if an argument ``problem`` is neither None nor a function."""
+    if problem is not None and not callable(problem):
+        raise ValueError(
+            f"Expected argument `problem` to be a function (module, batch) -> MetaProblem but got {shown(problem)}. "
+            "Pass such a function, or None for the module's own `meta_problem`."
+        )
+
+
 def has_meta_problem(pl_module: Any) -> bool:
     """Return True if a module states its own problem."""
     return callable(getattr(pl_module, "meta_problem", None))

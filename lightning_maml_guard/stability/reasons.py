@@ -39,7 +39,6 @@ class VerdictContext:
 
     Attributes:
         margin: Fraction of the critical values that counts as the threshold, above 0.
-        hvps: Hessian-vector products used.
         step: Training step; None outside a training.
         order: How the meta-gradient is taken; empty in plain training.
         exact: Whether the limits are those of the update as configured, or else of the simplified criterion.
@@ -50,7 +49,6 @@ class VerdictContext:
     """
 
     margin: float = 1.0
-    hvps: int = 0
     step: int | None = None
     order: str = "simplified"
     exact: bool = False
@@ -74,7 +72,7 @@ def judge(alpha: Limit | None, beta: Limit | None, context: VerdictContext) -> V
 
 def no_curvature(context: VerdictContext) -> Verdict:
     """State that the loss has no curvature, so that nothing follows: that is not the same as safe."""
-    reason = Reason(Kind.NO_CURVATURE, hvps=context.hvps, step=context.step)
+    reason = Reason(Kind.NO_CURVATURE, step=context.step)
     return Verdict(UNRESOLVED, UNRESOLVED, UNRESOLVED, (reason,))
 
 
@@ -118,7 +116,6 @@ def _compared(rate: str, limit: Limit, status: str, context: VerdictContext, not
         interval=limit.interval,
         margin=context.margin,
         remedy=remedy,
-        hvps=context.hvps,
         step=context.step,
         detail=note if kind is Kind.NOT_JUDGED else "",
     )

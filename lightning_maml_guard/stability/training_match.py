@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_maml_guard.linalg.layout import Layout, Params
+from lightning_maml_guard.linalg.operators import value_and_gradient
 from lightning_maml_guard.messages.reasons import Kind, Reason
-from lightning_maml_guard.stability.objective import MamlObjective, Objective
+from lightning_maml_guard.stability.objective import Objective, Target
 from lightning_maml_guard.stability.problems import MetaProblem, PlainProblem, Problem
 from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.random_state import preserved_randomness
@@ -148,14 +149,14 @@ class TrainingMatch:
         )
 
     def _evaluate(self, objective: Objective) -> None:
-        target = objective.update() if isinstance(objective, MamlObjective) else objective.curvature(False)
+        target = objective.update()
         self.loss, self._gradient = self._evaluated(target, 0)
         losses = [self.loss]
         for seed in range(1, _DRAWS):
             losses.append(self._evaluated(target, seed)[0])
             if losses[1] == self.loss:
                 break
-        loss, gradient = self._evaluated((target[0], _rounded(target[1])), 0)
+        loss, gradient = self._evaluated(target._replace(params=_rounded(target.params)), 0)
         gaps = [(gradient[name] - own).double().square().sum() for name, own in self._gradient.items()]
         sizes = [own.double().square().sum() for own in self._gradient.values()]
         gap, size = self._space.total(torch.stack([torch.stack(gaps).sum(), torch.stack(sizes).sum()])).tolist()
@@ -163,15 +164,13 @@ class TrainingMatch:
         self._rounding_share = math.sqrt(gap / size) if size > 0 and math.isfinite(gap) else 0.0
         self.spread = max(losses) - min(losses) if all(map(math.isfinite, losses)) else 0.0
 
-    def _evaluated(self, target: Any, seed: int) -> tuple[float, Params]:
+    def _evaluated(self, target: Target, seed: int) -> tuple[float, Params]:
         """The loss and the gradient with random numbers from a seed."""
         with preserved_randomness():
             torch.manual_seed(seed)
-            leaves = {name: value.detach().requires_grad_() for name, value in target[1].items()}
-            value, gradients, _ = target[0](leaves, False)
-        layout = Layout(leaves)
-        known = {n: torch.zeros_like(leaves[n]) if (g := gradients[n]) is None else g.detach() for n in leaves}
-        gradient = layout.split(self._ranks.mean(layout.flatten(known)))
+            value, gradient = value_and_gradient(target.field, target.params)
+        layout = Layout(target.params)
+        gradient = layout.split(self._ranks.mean(layout.flatten(gradient)))
         return float(self._ranks.mean(value.detach().float())), gradient
 
     def _loss_differs(self, loss: float, random_training: bool) -> bool:
@@ -253,5 +252,5 @@ def check_reference(value: Any) -> float:
     return float(value.detach()) if isinstance(value, Tensor) else float(value)
 
 
-def _shown(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

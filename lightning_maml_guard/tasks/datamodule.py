@@ -219,8 +219,7 @@ class TaskDataModule(LightningDataModule):
 
         Returns:
             A loader over the same ``val_episodes`` episodes each time. Without episodes an empty loader, or an empty
-                list if no
-            Trainer is attached.
+            list if no Trainer is attached.
         """
         if self.val_episodes:
             return self._evaluation("val", self.val_episodes)

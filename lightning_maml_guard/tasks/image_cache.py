@@ -30,7 +30,6 @@ def cached_images(
     size: int,
     channels: int = 3,
     box: bool = False,
-    progress: bool = True,
 ) -> np.ndarray:
     """Decode images once; map the result into memory from then on.
 
@@ -47,7 +46,6 @@ def cached_images(
         size: Height and width to scale to, in pixels.
         channels: 3 for colours, 1 for grey.
         box: Average over boxes of pixels when scaling, instead of interpolating.
-        progress: Show a progress bar while decoding.
 
     Returns:
         Shape ``(images, channels, size, size)``, uint8, memory-mapped; writing to it does not change the file.
@@ -75,7 +73,7 @@ def cached_images(
         try:
             if not _writable(folder):
                 continue
-            _decode(source, names, path, shape, box, progress)
+            _decode(source, names, path, shape, box)
         except OSError as error:
             if not out_of_room(error):
                 raise
@@ -95,9 +93,7 @@ def cached_images(
     raise PermissionError(f"{text}Let XDG_CACHE_HOME name a folder that can be written to.")
 
 
-def _decode(
-    source: Source, names: Sequence[str], path: Path, shape: tuple[int, ...], box: bool, progress: bool
-) -> None:
+def _decode(source: Source, names: Sequence[str], path: Path, shape: tuple[int, ...], box: bool) -> None:
     _, channels, size, _ = shape
     pillow()  # before the progress bar
     # Written, not mapped: on a full disk a write is an error, and a store into mapped memory ends Python.
@@ -105,7 +101,7 @@ def _decode(
         np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
         reserve(stream, math.prod(shape))
         label = f"decoding {source.path.name}"
-        for name in tqdm(names, desc=label, unit="image", disable=not progress):
+        for name in tqdm(names, desc=label, unit="image"):
             stream.write(decode(source.read(name), f"{name} of {source.path}", size, channels, box=box).tobytes())
 
 

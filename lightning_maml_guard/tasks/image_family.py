@@ -43,8 +43,7 @@ class ImageFamily(TaskFamily):
 
         Returns:
             All images, class after class, shape ``(images, channels, height, width)``, uint8; the number of images of
-                each
-            class; the indices of the classes of each split.
+            each class; the indices of the classes of each split.
         """
 
     def setup(self) -> None:

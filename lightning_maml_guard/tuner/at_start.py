@@ -27,7 +27,7 @@ from lightning_maml_guard.optim.rates_ahead import read_ahead
 from lightning_maml_guard.optim.shadow import BY_ENTRY, ClosureError
 from lightning_maml_guard.optim.stability_limits import climbs, listed
 from lightning_maml_guard.phase.ladder import RateLadder
-from lightning_maml_guard.phase.rungs import Slopes
+from lightning_maml_guard.phase.rungs import RunGradients
 from lightning_maml_guard.stability.hvp import MeasurementCache
 from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.stability.options import CurvatureOptions
@@ -215,9 +215,9 @@ class _Suggesting:
             if not seen:
                 self._notes.append(Reason(Kind.CLIPPING_NOT_SEEN))
             alphas = options.alphas or _alphas(judged.alpha, reports, first_batch(self._problems[0]))
-            slopes = Slopes(self._cache.map_of(self._problems[0]))
+            run_gradients = RunGradients(self._cache.map_of(self._problems[0]))
             return LadderSearch(
-                *self._stream(), self._optimizers, alphas, options, self._finder.margin, slopes, clip, hook
+                *self._stream(), self._optimizers, alphas, options, self._finder.margin, run_gradients, clip, hook
             ).find()
         self._notes.append(Reason(Kind.NO_BETA_SUGGESTED, effect="not tried", detail=detail))
         return None

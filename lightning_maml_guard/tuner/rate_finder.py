@@ -8,10 +8,10 @@ from typing import Any
 
 from lightning_maml_guard.lookahead.lookahead import LookaheadOptions
 from lightning_maml_guard.stability.options import CurvatureOptions, check_curvature
-from lightning_maml_guard.stability.problems import ProblemSource
+from lightning_maml_guard.stability.problems import ProblemSource, check_source
 from lightning_maml_guard.tuner.at_start import Finder
 from lightning_maml_guard.tuner.ladder import LadderOptions, check_ladder
-from lightning_maml_guard.tuner.suggest_rates import WORST_TASK, check_problem, data_kept, training_batches
+from lightning_maml_guard.tuner.suggest_rates import WORST_TASK, data_kept, training_batches
 from lightning_maml_guard.tuner.suggestion import RateSuggestion
 from lightning_maml_guard.utils.checks import check_count, check_number
 from lightning_maml_guard.utils.lightning_compat import (
@@ -72,7 +72,7 @@ class RateFinder(Callback):
         super().__init__()
         check_count("batches", batches)
         check_number("margin", margin, above=0, below=1)
-        check_problem(problem)
+        check_source(problem)
         check_ladder(ladder)
         check_curvature(curvature)
         self.batches, self.margin, self.problem = batches, margin, problem

@@ -18,7 +18,7 @@ from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.shadow import Clip, ShadowOptimizer
 from lightning_maml_guard.phase.gradients import copies
 from lightning_maml_guard.phase.ladder import RateLadder
-from lightning_maml_guard.phase.rungs import Rungs, Slopes
+from lightning_maml_guard.phase.rungs import RunGradients, Rungs
 from lightning_maml_guard.stability.problems import Problem
 from lightning_maml_guard.tuner.ladder import LadderOptions
 from lightning_maml_guard.tuner.trial import LOOK, Trial
@@ -46,7 +46,7 @@ class LadderSearch:
         alphas: Inner rates to try; ``nan`` alone in plain training.
         options: How.
         margin: Share of the largest outer rate that trains above which none is suggested.
-        slopes: Computes losses and gradients.
+        run_gradients: Computes losses and gradients.
         clip: Clips a list of parameters' gradients in place.
         hook: Clips as the module does.
     """
@@ -60,13 +60,13 @@ class LadderSearch:
         alphas: Sequence[float],
         options: LadderOptions,
         margin: float,
-        slopes: Slopes,
+        run_gradients: RunGradients,
         clip: Clip | None = None,
         hook: ModuleClipping | None = None,
     ) -> None:
         self.problems, self.held, self._fresh = problems, list(held), fresh
         self.alphas, self.options, self.margin = np.array(sorted(alphas)), options, margin
-        self._optimizers, self._slopes, self._clip, self._hook = optimizers, slopes, clip, hook
+        self._optimizers, self._run_gradients, self._clip, self._hook = optimizers, run_gradients, clip, hook
         self._first = self.held[0] if self.held else next(problems)
         self._params: Params = as_float32({name: value.detach() for name, value in self._first.params.items()})
         self.like = next(iter(self._params.values()))
@@ -79,7 +79,7 @@ class LadderSearch:
 
     def rungs(self, alphas: Tensor, betas: Tensor) -> Rungs:
         """Put runs at the start."""
-        return Rungs(self._first, self._optimizers, alphas, betas, self._slopes, self._clip, self._hook)
+        return Rungs(self._first, self._optimizers, alphas, betas, self._run_gradients, self._clip, self._hook)
 
     def untrained(self, problem: Problem) -> np.ndarray:
         """The loss of a batch before training at each inner rate, the lower one of with and without adaptation."""
@@ -99,13 +99,13 @@ class LadderSearch:
     def _before(self, problem: Problem) -> np.ndarray:
         """The losses before training at each inner rate, and then hardly adapted."""
         alphas = self.like.new_tensor([*self.alphas, 1e-6 * self.alphas[0]])
-        return self._slopes.losses(problem, copies(self._params, len(alphas)), alphas).double().cpu().numpy()
+        return self._run_gradients.losses(problem, copies(self._params, len(alphas)), alphas).double().cpu().numpy()
 
     def _grid(self) -> np.ndarray:
         """Outer rates, each twice the one before, from hardly any movement to beyond the parameters' own length."""
         present = scheduled_rate(self._optimizers)
         lowest = self.like.new_tensor(self.alphas[:1])
-        gradients, _ = self._slopes.gradients(self._first, copies(self._params, 1), lowest)
+        gradients, _ = self._run_gradients.gradients(self._first, copies(self._params, 1), lowest)
         shadow = ShadowOptimizer(self._optimizers, self._first.params, 1 / present)
         shadow.step({name: value[0] for name, value in gradients.items()})
         moved = {name: shadow.params[name].float() - value.float() for name, value in self._first.params.items()}
@@ -136,12 +136,12 @@ class LadderSearch:
             steps=self.options.steps,
             race_steps=self._race_steps,
             taken=self.taken,
-            looped=self._slopes.looped,
+            looped=self._run_gradients.looped,
             repeated=not self._fresh and not self.held,
         )
 
     def _most(self) -> int:
-        """The steps of all runs together, if none is dropped because its loss left."""
+        """The steps of all runs together, if none is dropped because its loss diverged."""
         steps, inner = self.options.steps, len(self.alphas)
         first = min(max(steps // 4, LOOK), steps)
         most = inner * (-(-len(self.betas) // 2) * first + _KEPT_RUNGS * (steps - first))
@@ -215,7 +215,7 @@ class LadderSearch:
                 own = trial.active & (columns == column)
                 if not own.any():
                     continue
-                # Of all that were to go on: one whose loss left is a gap.
+                # Of all that were to go on: one whose loss diverged is a gap.
                 rung = _largest(places, asked & (columns == column), trial.trains)
                 self._largest_known[column] = math.nan if rung is None else self.betas[rung]
                 if rung is None:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_maml_guard.lookahead.lookahead import LookaheadOptions, check_lookahead
 from lightning_maml_guard.stability.options import CurvatureOptions, check_curvature
-from lightning_maml_guard.stability.problems import ProblemSource, has_meta_problem
+from lightning_maml_guard.stability.problems import ProblemSource, check_source, has_meta_problem
 from lightning_maml_guard.tuner.at_start import Finder
 from lightning_maml_guard.tuner.ladder import LadderOptions, check_ladder
 from lightning_maml_guard.tuner.suggestion import RateSuggestion
@@ -209,18 +209,9 @@ def data_kept(datamodule: Any) -> Iterator[None]:
             generator.set_state(state)
 
 
-def check_problem(problem: Any) -> None:
-    """Raise a ValueError if ``problem`` is no function."""
-    if problem is not None and not callable(problem):
-        raise ValueError(
-            f"Expected argument `problem` to be a function (module, batch) -> MetaProblem but got {shown(problem)}. "
-            "Pass such a function, or None for the module's own `meta_problem`."
-        )
-
-
 def _check_sources(module: Any, datamodule: Any, problem: Any) -> None:
     kind = type(module).__name__
-    check_problem(problem)
+    check_source(problem)
     if problem is None and not has_meta_problem(module) and not module.automatic_optimization:
         raise ValueError(
             f"Expected {kind} to state its problem, for with manual optimisation its training_step takes optimizer "

@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from lightning_maml_guard.tuner.search import LadderSearch
 
-# Steps between two looks for losses that left.
+# Steps between two looks for losses that diverged.
 LOOK = 5
 
 
@@ -70,7 +70,7 @@ class Trial:
         self._rungs.keep(torch.from_numpy(which).to(index.device)[index])
 
     def _drop(self) -> None:
-        """End the runs whose loss left: most of the latest ones are not finite or too high."""
+        """End the runs whose loss diverged: most of the latest ones are not finite or too high."""
         left = ~(self._latest <= self._search.highest[self.columns])
         self.keep(2 * left.sum(0) <= LOOK)
 

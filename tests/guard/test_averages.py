@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import SGD
 
 from lightning_maml_guard import ConvergenceGuard
-from lightning_maml_guard.optim.held import WithAverages
+from lightning_maml_guard.optim.rollback_state import ModuleWithAverages
 from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.utils.lightning_compat import Callback, LightningModule, Trainer
 from tests.helpers import QUIET
@@ -76,7 +76,7 @@ class Keeper(Callback):
 def test_a_snapshot_holds_the_average_and_its_count_and_no_other_network():
     module = Fit()
     keeper = Keeper(Fit())
-    held, optimizer = WithAverages(module, [keeper, Callback()]), SGD(module.parameters(), lr=0.1)
+    held, optimizer = ModuleWithAverages(module, [keeper, Callback()]), SGD(module.parameters(), lr=0.1)
     snapshot = Snapshot(held, [optimizer], 0)
     keeper.n_averaged = torch.tensor(3)
     with torch.no_grad():
@@ -91,5 +91,5 @@ def test_a_snapshot_holds_the_average_and_its_count_and_no_other_network():
 
 def test_a_module_that_a_callback_holds_is_no_average_of_itself():
     module = Fit()
-    held = WithAverages(module, [Keeper(module), Keeper(module.line)])
+    held = ModuleWithAverages(module, [Keeper(module), Keeper(module.line)])
     assert len(list(held.buffers())) == 0 and len(list(held.parameters())) == 2

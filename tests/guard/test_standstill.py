@@ -73,8 +73,8 @@ def test_a_cap_at_which_the_loss_stands_still_is_lowered(caplog):
 @pytest.mark.parametrize(
     ("how", "why"),
     [
-        ({"left_best": True}, "the loss has left its best, and at lower rates the next steps lead further down."),
-        ({}, "the loss does not fall any more, and at lower rates the next steps lead further down."),
+        ({"left_best": True}, "the loss has risen above its lowest mean, and at lower rates the next steps end lower."),
+        ({}, "the loss does not fall any more, and at lower rates the next steps end lower."),
         ({"raised": True}, "the loss has not fallen since the outer rate was raised."),
     ],
 )

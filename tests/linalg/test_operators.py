@@ -7,7 +7,7 @@ from torch import nn
 from torch.func import functional_call
 
 from lightning_maml_guard.linalg.layout import Layout
-from lightning_maml_guard.linalg.operators import Hessian, Jacobian, scaled, simplified, task_gradient
+from lightning_maml_guard.linalg.operators import Hessian, Jacobian, gradient_of, gradients_by_task, scaled, simplified
 from lightning_maml_guard.utils.double_backward import double_backward
 from lightning_maml_guard.utils.task_map import TaskMap
 from lightning_maml_guard.utils.warnings import GuardWarning
@@ -40,13 +40,17 @@ def dense(operator, n):
     return torch.stack([operator(row) for row in torch.eye(n, dtype=torch.float64)]).numpy()
 
 
+def mean_hessian(loss, params, data, tasks):
+    return Jacobian(gradient_of(lambda shared: tasks(loss, shared, data, in_dims=(None, 0)).mean()), params)
+
+
 @pytest.mark.parametrize("looped", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_mean_hessian_is_the_dense_one(name, looped):
     loss, params, data = regression(NETWORKS[name]())
     reference = dense_hessian(lambda p: sum(loss(p, (x, y)) for x, y in zip(*data, strict=True)) / 3, params)
     with double_backward():
-        operator = Jacobian(*task_gradient(loss, params, data, per_task=False, tasks=TaskMap(looped=looped), count=3))
+        operator = mean_hessian(loss, params, data, TaskMap(looped=looped))
         found = dense(operator, operator.layout.size)
     np.testing.assert_allclose(found, reference, atol=1e-10)
     assert operator.matvecs == len(found)
@@ -56,7 +60,7 @@ def test_the_mean_hessian_is_the_dense_one(name, looped):
 def test_the_per_task_hessians_are_the_dense_ones(looped):
     loss, params, data = regression(NETWORKS["tanh"]())
     with double_backward():
-        operator = Jacobian(*task_gradient(loss, params, data, per_task=True, tasks=TaskMap(looped=looped), count=3))
+        operator = Jacobian(*gradients_by_task(loss, params, data, TaskMap(looped=looped), 3))
         vectors = torch.randn(3, operator.layout.size, dtype=torch.float64)
         products = operator(vectors)
     for task in range(3):
@@ -135,7 +139,7 @@ def test_a_dropout_net_is_one_matrix():
     network = nn.Sequential(nn.Linear(2, 20), nn.Tanh(), nn.Dropout(0.5), nn.Linear(20, 1))
     loss, params, data = regression(network)
     with double_backward():
-        operator = Jacobian(*task_gradient(loss, params, data, per_task=False, tasks=TaskMap(), count=3))
+        operator = mean_hessian(loss, params, data, TaskMap())
         found = dense(operator, operator.layout.size)
     np.testing.assert_allclose(found, found.T, atol=1e-12)
 

@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import (
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_maml_guard.optim import rates_ahead
-from lightning_maml_guard.optim.rates_ahead import Coming, RatesAhead, read_ahead
+from lightning_maml_guard.optim.rates_ahead import RatesAhead, RateTrend, read_ahead
 from lightning_maml_guard.utils.lightning_compat import Callback, LightningModule, Plan, Trainer, plan_of
 from tests.helpers import QUIET
 
@@ -196,7 +196,7 @@ def assert_forecast(walks, seen, same=list, complete=True):
     ahead = [walk for walk in walks if walk.step < len(seen)]
     assert {walk.step for walk in ahead} == set(range(len(seen)))
     for walk in ahead:
-        assert walk.failure is None and walk.complete is complete
+        assert walk.failure is None
         assert same(walk.rates[: None if complete else len(seen) - walk.step]) == seen[walk.step :]
         assert walk.matches(walk.step, seen[walk.step]) and walk.matches(len(seen) - 1, seen[-1])
 
@@ -392,7 +392,7 @@ def test_many_groups_are_walked_for_less_long():
     optimizer = SGD([{"params": [nn.Parameter(torch.ones(1))]} for _ in range(13)], lr=0.3)
     config = by_step(ExponentialLR(optimizer, 1.0))
     ahead = read_ahead(Plan(0, 0, 5, 1, 60_000, (config,)), optimizer, 0)
-    assert len(ahead.rates) == 25_000 and not ahead.complete and not ahead.matches(25_000, 0.3)
+    assert len(ahead.rates) == 25_000 and not ahead.matches(25_000, 0.3)
 
 
 class Noisy(Own):
@@ -475,7 +475,7 @@ def test_the_number_to_configure_gives_the_peak(make, setting):
 
 def test_a_long_run_is_walked_up_to_a_bound():
     ahead = walked(SCHEDULERS["cosine"], steps=10**6)
-    assert len(ahead.rates) == rates_ahead.MOST and not ahead.complete
+    assert len(ahead.rates) == rates_ahead.MOST
 
 
 @pytest.mark.parametrize(("make", "expected"), [(SGD, {"momentum": 0.85}), (Adam, {"betas": (0.85, 0.999)})])
@@ -491,7 +491,7 @@ def test_the_momentum_where_a_cycle_peaks(make, expected):
 
 
 def coming(rates, schedule=None, steps=10):
-    known = Coming()
+    known = RateTrend()
     return [known.take((0.1, rate), schedule, step, steps)[1] for step, rate in enumerate(rates)]
 
 
@@ -520,7 +520,7 @@ def test_a_rate_that_does_not_rise_by_hand_is_expected_to_stay(rates):
 
 def test_the_highest_coming_rate_of_a_schedule_is_that_of_its_next_steps():
     rates = [0.1 * 0.9**step for step in range(20)] + [2.0, 1.0]
-    schedule = RatesAhead(0, rates, complete=True, configured=2.0)
+    schedule = RatesAhead(0, rates, configured=2.0)
     assert coming(rates, schedule) == [max(rates[step : step + 10]) for step in range(22)]
     # Another rate than the schedule's: it is moved by hand.
     assert coming([0.5] * 22, schedule) == [0.5] * 22

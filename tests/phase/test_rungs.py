@@ -7,7 +7,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, RMSprop
 
 from lightning_maml_guard import MetaProblem
 from lightning_maml_guard.optim.clipping import trainer_clipping
-from lightning_maml_guard.phase.rungs import Rungs, Slopes
+from lightning_maml_guard.phase.rungs import RunGradients, Rungs
 from lightning_maml_guard.stability.problems import AccumulatedProblem, PlainProblem
 from lightning_maml_guard.utils.task_map import TaskMap
 from lightning_maml_guard.utils.warnings import GuardWarning
@@ -79,7 +79,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_run_is_that_of_its_own_optimizer(name):
     make, net = OPTIMIZERS[name], network()
-    rungs = Rungs(problem(net), [make(groups(net, 0.7))], ALPHAS, BETAS, Slopes())
+    rungs = Rungs(problem(net), [make(groups(net, 0.7))], ALPHAS, BETAS, RunGradients())
     losses = torch.stack([rungs.step(problem(net)) for _ in range(5)])
     for run, (alpha, beta) in enumerate(zip(ALPHAS, BETAS, strict=True)):
         expected, params = alone(make, alpha, beta, 5)
@@ -91,7 +91,7 @@ def test_each_run_is_that_of_its_own_optimizer(name):
 @pytest.mark.parametrize("clip", [("norm", 0.3), ("value", 0.05)])
 def test_each_run_is_clipped_by_itself(clip):
     net, trained = network(), trainer_clipping(Trainer(clip[1], clip[0]))
-    rungs = Rungs(problem(net), [SGD(groups(net, 1.0))], ALPHAS, BETAS, Slopes(), trained)
+    rungs = Rungs(problem(net), [SGD(groups(net, 1.0))], ALPHAS, BETAS, RunGradients(), trained)
     for _ in range(3):
         rungs.step(problem(net))
     for run in range(3):
@@ -101,7 +101,7 @@ def test_each_run_is_clipped_by_itself(clip):
 
 def test_dropped_runs_leave_the_others_as_they_are():
     net = network()
-    rungs = Rungs(problem(net), [Adam(groups(net, 1.0))], ALPHAS, BETAS, Slopes())
+    rungs = Rungs(problem(net), [Adam(groups(net, 1.0))], ALPHAS, BETAS, RunGradients())
     rungs.step(problem(net))
     rungs.keep(torch.tensor([True, False, True]))
     for _ in range(2):
@@ -113,7 +113,7 @@ def test_dropped_runs_leave_the_others_as_they_are():
 
 @pytest.mark.parametrize("looped", [False, True])
 def test_accumulated_batches_are_averaged(looped):
-    net, slopes = network(), Slopes()
+    net, slopes = network(), RunGradients()
     slopes.looped = looped
     both = AccumulatedProblem((problem(net), problem(net, shift=0.5)))
     rungs = Rungs(both, [SGD(groups(net, 1.0))], ALPHAS, BETAS, slopes)
@@ -130,7 +130,7 @@ def test_what_cannot_be_vmapped_trains_one_after_another_and_says_so():
         loss = nn.functional.mse_loss(torch.func.functional_call(net, params, (data[0],)), data[1])
         return loss * (1 if float(loss.detach()) > 0 else -1)
 
-    stated, slopes = problem(net, loss=stubborn, looped=True), Slopes(TaskMap(looped=True))
+    stated, slopes = problem(net, loss=stubborn, looped=True), RunGradients(TaskMap(looped=True))
     rungs = Rungs(stated, [SGD(groups(net, 1.0))], ALPHAS, BETAS, slopes)
     with pytest.warns(GuardWarning, match="rungs of a ladder of rates cannot be vectorised.* said: "):
         losses = torch.stack([rungs.step(stated) for _ in range(3)])
@@ -147,7 +147,7 @@ def test_a_loss_that_is_wrong_raises_its_own_error():
 
     stated = problem(net, loss=broken, looped=True)
     with pytest.raises(KeyError, match="mine"):
-        Rungs(stated, [SGD(groups(net, 1.0))], ALPHAS, BETAS, Slopes()).step(stated)
+        Rungs(stated, [SGD(groups(net, 1.0))], ALPHAS, BETAS, RunGradients()).step(stated)
 
 
 @pytest.mark.parametrize("rates", ["by parameter", "by step"])
@@ -156,7 +156,7 @@ def test_several_inner_rates_keep_their_proportions(rates):
     named = {"0.weight": torch.tensor(0.1).double(), "2.weight": torch.tensor(0.05).double()}
     inner = named if rates == "by parameter" else torch.tensor([0.1, 0.05]).double()
     stated = problem(net, inner, inner_steps=2)
-    found, each = Slopes(), Slopes()
+    found, each = RunGradients(), RunGradients()
     each.looped = True
     params = {name: value.detach().expand(3, *value.shape).clone() for name, value in net.named_parameters()}
     (some, losses), (others, looped) = (s.gradients(stated, params, ALPHAS) for s in (found, each))
@@ -168,6 +168,6 @@ def test_plain_training():
     weight = nn.Parameter(torch.tensor([2.0, -1.0]).double())
     stated = PlainProblem({"w": weight}, lambda at: (at["w"] ** 2).sum())
     nan = torch.full((3,), float("nan")).double()
-    rungs = Rungs(stated, [SGD([weight], lr=1.0)], nan, BETAS, Slopes())
+    rungs = Rungs(stated, [SGD([weight], lr=1.0)], nan, BETAS, RunGradients())
     assert rungs.step(stated).tolist() == [5.0] * 3
     assert torch.allclose(rungs.params["w"], weight.detach() * (1 - 2 * BETAS[:, None]))

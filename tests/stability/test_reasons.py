@@ -56,7 +56,7 @@ def test_no_finite_limit_is_safe():
 
 
 def test_a_beta_message_says_what_happened_why_and_what_to_do():
-    (reason,) = words(None, Limit(0.3, 0.11, (0.10, 0.12)), hvps=8, step=400, plain_sgd=True)
+    (reason,) = words(None, Limit(0.3, 0.11, (0.10, 0.12)), step=400, plain_sgd=True)
     assert reason == (
         "beta = 0.3 is 2.7x beta_c = 0.11 (0.1 to 0.12): along the sharpest direction each step multiplies the error by "
         "4.5. Lower the optimizer's lr below 0.11."
@@ -125,7 +125,6 @@ def limits():
     st.builds(
         VerdictContext,
         margin=st.floats(0.05, 2),
-        hvps=st.integers(0, 99),
         step=st.none() | st.integers(0, 999),
         order=st.sampled_from(["exact", "first", "simplified", ""]),
         exact=st.booleans(),
@@ -144,12 +143,7 @@ def test_the_findings_agree_with_the_statuses_and_with_the_numbers(alpha, beta, 
     assert verdict.status == max(statuses.values(), key=order.index)
     for (rate, reason), said in zip(found.items(), sentences(verdict.findings), strict=True):
         given = {"alpha": alpha, "beta": beta}[rate]
-        assert (reason.value, reason.margin, reason.hvps, reason.step) == (
-            given.value,
-            basis.margin,
-            basis.hvps,
-            basis.step,
-        )
+        assert (reason.value, reason.margin, reason.step) == (given.value, basis.margin, basis.step)
         assert (reason.kind is Kind.ABOVE_LIMIT) == (statuses[rate] == "unsafe")
         assert (reason.kind is Kind.NOT_JUDGED) == math.isnan(given.critical)
         assert said.startswith(rate)

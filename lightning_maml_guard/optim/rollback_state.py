@@ -1,4 +1,4 @@
-"""What a rollback takes back beside the optimizers: a module, and the averages of its weights that callbacks keep."""
+"""What a rollback restores beside the optimizers: a module, and the averages of its weights that callbacks keep."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
-class Held(Protocol):
+class HoldsTensors(Protocol):
     """A module, or what holds tensors as one does."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -20,7 +20,7 @@ class Held(Protocol):
         """The other tensors."""
 
 
-class WithAverages:
+class ModuleWithAverages:
     """A module with the averages of its weights that others keep (EMA), which what ruins the weights ruins as well.
 
     An average is a module that a holder has as an attribute, with parameters of the same shapes.
@@ -53,9 +53,9 @@ class WithAverages:
             yield count if isinstance(count, Tensor) else torch.zeros((), dtype=torch.long)
 
 
-def taken_back(trainer: Any, module: nn.Module, averages: bool) -> tuple[Held, list[Optimizer]]:
+def rollback_state(trainer: Any, module: nn.Module, averages: bool) -> tuple[HoldsTensors, list[Optimizer]]:
     """What a run's snapshots hold: its module, with the averages of callbacks if so, and its optimizers."""
-    return WithAverages(module, trainer.callbacks) if averages else module, trainer.optimizers
+    return ModuleWithAverages(module, trainer.callbacks) if averages else module, trainer.optimizers
 
 
 def _shapes(module: nn.Module) -> list[Any]:
