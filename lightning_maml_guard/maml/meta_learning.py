@@ -135,10 +135,7 @@ class MetaLearning(MixinBase):
 
     def rates(self) -> float | Tensor | Params:
         """Return the inner rates as applied under the guard's cap, as :class:`MetaProblem` takes them."""
-        return self._rates_of(self.theta())
-
-    def _rates_of(self, theta: Params) -> float | Tensor | Params:
-        return self.inner_rates.applied(theta, self.inner_lr, self.inner_lr_cap)
+        return self.inner_rates.applied(self.theta(), self.inner_lr, self.inner_lr_cap)
 
     def meta_problem(self, batch: Any) -> MetaProblem:
         """State the problem of the next step, which training and the guard share.
@@ -160,7 +157,7 @@ class MetaLearning(MixinBase):
             task_loss=self.task_loss,
             support=batch[0],
             query=batch[1],
-            inner_lr=self._rates_of(theta),
+            inner_lr=self.inner_rates.applied(theta, self.inner_lr, self.inner_lr_cap),
             inner_steps=self.inner_steps,
             order=self.order,
             task_chunk_size=self.task_map.chunk_size,
