@@ -1,4 +1,4 @@
-"""Knows, from theory and measurement, whether the learning rates of a MAML run can converge."""
+"""Measures whether the learning rates of a MAML run can converge, and says which one to lower, and to what."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ ROOMS = (
 # The same inside the two largest rooms; files of one tuple do not import each other.
 LAYERS = {
     "stability": (
-        ("inner_limit", "krylov_stopping", "problems", "reasons"),
+        ("inner_limit", "krylov_stopping", "problems", "verdict"),
         ("estimators", "objective"),
         ("adaptation", "hvp", "options", "report", "training_match"),
         ("alpha_c", "beta_c"),

@@ -154,10 +154,3 @@ def curvlinops_operator(case: Case):
 def curvlinops_on(case: Case) -> Found:
     operator = curvlinops_operator(case)
     return scipy(operator.shape[0], lambda vector: (operator @ torch.from_numpy(vector)).detach().numpy())
-
-
-def curvlinops_gap(case: Case, operator: Jacobian) -> float:
-    """Relative distance of its product from ours; small if both are the same operator."""
-    vector = torch.randn(operator.layout.size, generator=torch.Generator().manual_seed(0))
-    mine = operator(vector)
-    return float((curvlinops_operator(case) @ vector - mine).norm() / mine.norm())

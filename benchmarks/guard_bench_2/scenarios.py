@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-Course = Callable[[float], float]  # from the share of the run to a factor
-
 BETA, ALPHA, BATCH, DRIFT, NOTHING = "beta", "alpha", "batch", "drift", "nothing"
 # Strengths that a family gives a number for.
 RATE, INNER, GAIN = "rate", "inner", "gain"

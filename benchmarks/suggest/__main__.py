@@ -22,7 +22,7 @@ from benchmarks.suggest.peers import default, has_optuna, lightning_finder, old_
 from benchmarks.suggest.problems import BETAS, SETTINGS, Problems
 from benchmarks.suggest.truth import Grid, grid, trained
 from lightning_maml_guard import LadderOptions, suggest_rates
-from lightning_maml_guard.phase.rungs import RunGradients
+from lightning_maml_guard.tuner.rungs import RunGradients
 from lightning_maml_guard.tuner.search import LadderSearch
 
 # Constants were chosen on the first; the figures are of the second.

@@ -11,8 +11,8 @@ from pytorch_lightning.tuner import Tuner
 
 from benchmarks.suggest.problems import BETAS, Problems
 from lightning_maml_guard import CurvatureOptions, measure
-from lightning_maml_guard.phase.rungs import RunGradients, Rungs
 from lightning_maml_guard.stability.problems import at_alpha
+from lightning_maml_guard.tuner.rungs import RunGradients, Rungs
 
 Pair = tuple[float, float]
 _BATCHES, _MARGIN = 4, 0.5

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.suggest.problems import Problems
 from lightning_maml_guard.phase.gradients import copies
-from lightning_maml_guard.phase.rungs import RunGradients, Rungs
+from lightning_maml_guard.tuner.rungs import RunGradients, Rungs
 
 COLUMNS = 4
 # Meta rates of the grid, in units of the optimizer's usual one.

@@ -86,10 +86,8 @@ class Ratios:
 
     def __init__(self) -> None:
         self._report: CheckReport | None = None
-        self._logged_rates = self._lookahead_rates = (
-            math.nan,
-            math.nan,
-        )  # the rates of the latest ratios, and of the last lookahead
+        # The rates of the latest ratios, and of the last lookahead.
+        self._logged_rates = self._lookahead_rates = math.nan, math.nan
         self._severity = self._logged_severity = math.nan  # of the last lookahead, and as it was logged last
         self._latest: dict[str, float] = {}
         self._shown: dict[str, float] = {}

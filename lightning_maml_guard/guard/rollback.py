@@ -262,11 +262,10 @@ class Rollback:
         run, statistics = self.run, self.run.state.statistics
         if run.ring.latest is None or not run.settings.rollback:
             return
+        spiked = run.schedule.state.spiked or not statistics.first  # without losses nothing else tells
         if not finite(self.module):
             self._go_back_at_end(math.nan, math.nan)
-        elif len(run.replay) and (
-            run.schedule.state.spiked or not statistics.first
-        ):  # nothing else tells without losses
+        elif len(run.replay) and spiked:
             with run.cache.ranks.fail_together(), undisturbed(self.trainer, self.module):
                 problem, _, optimizers = step_problem(run, self.trainer, self.module, *run.replay.latest())
                 lookahead = lookahead_of([problem], optimizers, 0, self.trainer, run.cache)

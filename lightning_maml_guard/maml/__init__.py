@@ -1,1 +1,1 @@
-"""The algorithm: functional, batched over tasks."""
+"""MAML: the problem of a step, the inner loop, the meta-gradient, and the module that trains with it."""

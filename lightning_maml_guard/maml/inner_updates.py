@@ -19,17 +19,6 @@ from lightning_maml_guard.utils.checks import check_flag, check_number
 
 
 @dataclass(frozen=True)
-class SGD:
-    """Gradient descent: what the inner loop takes without an ``inner_update``."""
-
-    elementwise: ClassVar[bool] = True
-
-    def __call__(self, params: Params, grads: Params, state: Any) -> tuple[Params, Any]:
-        """Take a step."""
-        return {name: value - grads[name] for name, value in params.items()}, state
-
-
-@dataclass(frozen=True)
 class Momentum:
     """Gradient descent with (Nesterov) momentum ``m``: ``v <- m*v + g``; the step is ``v``, or ``g + m*v``.
 

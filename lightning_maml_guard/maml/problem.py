@@ -14,7 +14,6 @@ from torch.nn.parameter import is_lazy
 from lightning_maml_guard.kernels.shared_weights import StackLosses
 from lightning_maml_guard.maml.inner_loop import InnerRate, InnerUpdate, StepRate
 from lightning_maml_guard.maml.inner_rates import by_step, is_per_step
-from lightning_maml_guard.maml.inner_updates import SGD
 from lightning_maml_guard.theory.multiplier import check_order
 from lightning_maml_guard.utils.checks import check_function, check_holds_rate, shown
 from lightning_maml_guard.utils.task_map import TaskMap, as_tasks, first_tasks, is_listed, task_count, tree_leaves
@@ -119,8 +118,6 @@ class MetaProblem:
         object.__setattr__(self, "tasks", counts[0])
 
     def _check_update(self) -> None:
-        if isinstance(self.inner_update, SGD):
-            object.__setattr__(self, "inner_update", None)
         if self.inner_update is None:
             return
         check_function(

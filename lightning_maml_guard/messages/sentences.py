@@ -193,7 +193,7 @@ def _no_snapshot(reason: Reason) -> str:
 def _network_collapsed(reason: Reason, spelling: Spelling) -> str:
     _, loss, start = reason.losses
     return (
-        f"step {reason.step} is stable, but the run may have lost its network.\nWhy: lambda_max = {reason.value:.3g} "
+        f"step {reason.step} is stable, but the network may have died.\nWhy: lambda_max = {reason.value:.3g} "
         f"is {reason.value / reason.limit:.2g} of what it was, while the loss ({loss:.3g}) is near where training "
         f"started ({start:.3g}): {reason.counts[0]} of {reason.counts[1]} ReLU units are 0 on the whole batch.\n"
         f"To do: Start again with lower rates "

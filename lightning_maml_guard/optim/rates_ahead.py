@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 from lightning_maml_guard.messages.reasons import Kind, Reason
+from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.scheduler_copy import SchedulerCopies
 from lightning_maml_guard.optim.stability_limits import Optimizers, listed
 from lightning_maml_guard.utils.random_state import preserved_randomness
@@ -158,7 +159,7 @@ def read_ahead(plan: Plan, optimizers: Optimizers, step: int) -> RatesAhead:
     groups = sum(len(optimizer.param_groups) for optimizer in live)
     most = max(LEAST, 4 * MOST // (3 + groups))
     steps = max(1, min(most, WITHOUT_END if plan.steps is None else plan.steps))
-    rates, failure, at_peak = [_highest(live)], plan.failure, _memories(live)
+    rates, failure, at_peak = [scheduled_rate(live)], plan.failure, _memories(live)
     configs = [config for config in plan.schedulers if not config.reduce_on_plateau]
     if configs and failure is None:
         with preserved_randomness(), warnings.catch_warnings():
@@ -167,7 +168,7 @@ def read_ahead(plan: Plan, optimizers: Optimizers, step: int) -> RatesAhead:
                 copies, highest = SchedulerCopies(live, plan.shared), rates[0]
                 schedulers = copies.copies([config.scheduler for config in configs])
                 for _ in _walk(plan, configs, schedulers, steps - 1):
-                    rates.append(_highest(copies.optimizers))
+                    rates.append(scheduled_rate(copies.optimizers))
                     if rates[-1] > highest:
                         highest, at_peak = rates[-1], _memories(copies.optimizers)
             except Exception as error:  # the user's code
@@ -198,10 +199,6 @@ def _walk(plan: Plan, configs: Sequence[Any], schedulers: Sequence[Any], steps: 
                 if epoch % frequency == 0:
                     scheduler.step()
         yield
-
-
-def _highest(optimizers: Sequence[Optimizer]) -> float:
-    return max(float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups)
 
 
 def _memories(optimizers: Sequence[Optimizer]) -> tuple[dict[str, Any], ...]:

@@ -1,1 +1,1 @@
-"""A grid of trainings as one vmapped program."""
+"""Phase diagrams: a grid of trainings, one for each pair of learning rates, as one vmapped program."""

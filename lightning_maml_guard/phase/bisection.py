@@ -12,20 +12,20 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from lightning_maml_guard.linalg.layout import rows_of
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.phase.gradients import copies, grid_gradient
-from lightning_maml_guard.phase.optimizers import MetaOptimizer, Params, meta_optimizer
+from lightning_maml_guard.phase.optimizers import SGD, MetaOptimizer, Params, meta_optimizer
 from lightning_maml_guard.phase.result import TRAINED_SHARE, PhaseDiagram
 from lightning_maml_guard.phase.train import GridSettings, as_family, train_runs
 from lightning_maml_guard.utils.checks import check_count
 
 # A run whose meta-gradient has shrunk to this share of its start has converged; what follows is rounding.
 _CONVERGED = 1e-10
+# Rates that a round of the search for a critical rate trains at once.
+_POINTS = 16
 
 
-def converges(
-    problem: MetaProblem, alphas: Tensor, betas: Tensor, steps: int, optimizer: str | MetaOptimizer = "sgd"
-) -> np.ndarray:
-    """Train on the same tasks at every step; return True for the runs that converge, shape ``(runs,)``."""
-    stepper = meta_optimizer(optimizer)
+def converges(problem: MetaProblem, alphas: Tensor, betas: Tensor, steps: int) -> np.ndarray:
+    """Train by SGD on the same tasks at every step; return True for the runs that converge, shape ``(runs,)``."""
+    stepper = SGD()
     params = copies(problem.params, len(alphas))
     state = stepper.init(params)
     norms: dict[int, Tensor] = {}
@@ -52,14 +52,12 @@ def critical_betas(
     *,
     steps: int = 4000,
     relative: float = 1e-4,
-    points: int = 16,
-    optimizer: str | MetaOptimizer = "sgd",
 ) -> np.ndarray:
-    """Find the largest convergent outer learning rate at each inner one.
+    """Find the largest outer learning rate at which SGD converges, at each inner one.
 
     ``low`` is an outer rate that converges at each inner rate, ``high`` one that converges at none. Every round trains
-    ``points`` outer rates between the two at once, until ``high / low <= 1 + relative``. Returned are the largest rate
-    found to converge and the smallest found not to, shape ``(A, 2)``.
+    some outer rates between the two at once, until ``high / low <= 1 + relative``. Returned are the largest rate found
+    to converge and the smallest found not to, shape ``(A, 2)``.
     """
     like = next(iter(problem.params.values()))
     columns = like.new_tensor(list(alphas))
@@ -67,9 +65,9 @@ def critical_betas(
     def converge(betas: np.ndarray) -> np.ndarray:
         each = torch.from_numpy(betas).to(like)
         by_run = columns.repeat_interleave(betas.shape[1])
-        return converges(problem, by_run, each.reshape(-1), steps, optimizer).reshape(betas.shape)
+        return converges(problem, by_run, each.reshape(-1), steps).reshape(betas.shape)
 
-    return _bisect(converge, len(columns), low, high, relative, points, "outer learning rate")
+    return _bisect(converge, len(columns), low, high, relative, _POINTS, "outer learning rate")
 
 
 def critical_alpha(
@@ -80,17 +78,15 @@ def critical_alpha(
     *,
     steps: int = 4000,
     relative: float = 1e-4,
-    points: int = 16,
-    optimizer: str | MetaOptimizer = "sgd",
 ) -> tuple[float, float]:
     """Find the largest inner learning rate at which a small outer rate converges; see :func:`critical_betas`."""
     like = next(iter(problem.params.values()))
 
     def converge(alphas: np.ndarray) -> np.ndarray:
         each = torch.from_numpy(alphas).to(like).reshape(-1)
-        return converges(problem, each, torch.full_like(each, beta), steps, optimizer).reshape(alphas.shape)
+        return converges(problem, each, torch.full_like(each, beta), steps).reshape(alphas.shape)
 
-    ((inside, outside),) = _bisect(converge, 1, low, high, relative, points, "inner learning rate")
+    ((inside, outside),) = _bisect(converge, 1, low, high, relative, _POINTS, "inner learning rate")
     return float(inside), float(outside)
 
 

@@ -17,8 +17,8 @@ class RateLadder:
         losses: Mean loss over the last quarter of a rung's steps, on batches that no rung had trained on, shape ``(A,
             B)``; ``inf`` where the loss diverged, ``nan`` where a rung was not trained to its end.
         start: Loss of such batches before training, the lower one of with and without adaptation, shape ``(A,)``.
-        largest: Largest outer rate that trains, with all below it, on the worst of the streams; ``nan`` where none
-            does, or where the inner rate had fallen behind before that was known; shape ``(A,)``.
+        largest: Largest outer rate that trains, with all below it; ``nan`` where none does, or where the inner rate had
+            fallen behind before that was known; shape ``(A,)``.
         suggested: Outer rate up to ``margin * largest`` at which the loss is lowest after the longest training; ``nan``
             where there was none; shape ``(A,)``.
         raced: That loss, shape ``(A,)``.

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from lightning_maml_guard.linalg.density import SpectralDensity
     from lightning_maml_guard.stability.report import StabilityReport
 
+_BINS = 64  # of a histogram
+
 
 def spectrum(
     density: SpectralDensity, ax: Axes | None = None, *, alpha: float | None = None, title: str = style.SPECTRUM_TITLE
@@ -111,21 +113,20 @@ def ritz_values(report: StabilityReport, ax: Axes | None = None, *, title: str |
     return ax.figure, ax
 
 
-def histogram(values: Sequence[float], weights: Sequence[float], bins: int = 64) -> tuple[list[float], list[float]]:
-    """Sum weighted values in equal bins, for loggers that have histograms.
+def histogram(values: Sequence[float], weights: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Sum weighted values in 64 equal bins, for loggers that have histograms.
 
     Args:
         values: The values, ascending.
         weights: Their weights.
-        bins: Number of bins.
 
     Returns:
-        The weight in each bin and the ``bins + 1`` edges.
+        The weight in each bin and the 65 edges.
     """
     low, high = values[0], values[-1]
     if high <= low:
         low, high = low - 0.5 * max(abs(low), 1.0), high + 0.5 * max(abs(high), 1.0)
-    counts = [0.0] * bins
+    counts = [0.0] * _BINS
     for value, weight in zip(values, weights, strict=True):
-        counts[min(int((value - low) / (high - low) * bins), bins - 1)] += weight
-    return counts, [low + (high - low) * i / bins for i in range(bins + 1)]
+        counts[min(int((value - low) / (high - low) * _BINS), _BINS - 1)] += weight
+    return counts, [low + (high - low) * i / _BINS for i in range(_BINS + 1)]

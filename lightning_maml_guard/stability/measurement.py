@@ -34,8 +34,8 @@ from lightning_maml_guard.stability.estimators import (
 from lightning_maml_guard.stability.hvp import HESSIAN, META_UPDATE, UPDATE_PRICE, MeasurementCache, Operators
 from lightning_maml_guard.stability.objective import MamlObjective, Objective
 from lightning_maml_guard.stability.options import CurvatureOptions
-from lightning_maml_guard.stability.reasons import Verdict, VerdictContext, from_limits, judge, no_curvature
 from lightning_maml_guard.stability.report import StabilityReport
+from lightning_maml_guard.stability.verdict import Verdict, VerdictContext, from_limits, judge, no_curvature
 from lightning_maml_guard.theory.limits import SAFE, Limit
 
 _QUERY_LOSS = "The query loss after adaptation"

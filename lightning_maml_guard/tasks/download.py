@@ -15,15 +15,8 @@ _BLOCK = 1 << 20
 def download(url: str, target: Path, md5: str) -> None:
     """Download a file, whole or not at all, with a progress bar.
 
-    What an interrupted download has left in ``target.part`` is continued.
-
-    Args:
-        url: Its address.
-        target: Where it is written; the folder is made.
-        md5: Its MD5, in hexadecimal.
-
-    Raises:
-        DatasetError: If the server cannot be reached, or if what came does not have this MD5; it is then removed.
+    What an interrupted download has left in ``target.part`` is continued. Raises a DatasetError if the server cannot be
+    reached, or if what came does not have this MD5; it is then removed.
     """
     import fsspec  # only here: it brings an HTTP client
     from aiohttp import ClientError

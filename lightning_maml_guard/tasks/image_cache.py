@@ -31,29 +31,18 @@ def cached_images(
     channels: int = 3,
     box: bool = False,
 ) -> np.ndarray:
-    """Decode images once; map the result into memory from then on.
+    """Decode images by their names once; map the result into memory from then on, shape ``(images, channels, h, w)``.
 
     The array lies in ``.lmg_cache`` beside the source or, if that cannot be written, in
     ``$XDG_CACHE_HOME/lightning_maml_guard`` (``~/.cache``). Its name contains a fingerprint of the files' names, sizes
     and times or checksums. If the fingerprint changes, the images are decoded again and the old array is removed. The
     array is written to a temporary file and renamed, so that no reader sees half of it. Its space on the disk is
-    reserved before the first image is decoded; where there is too little, the other folder is tried.
+    reserved before the first image is decoded; where there is too little, the other folder is tried. Writing to the
+    array does not change the file.
 
-    Args:
-        source: Where the images are read from.
-        names: Their names, in the order of the array.
-        stamps: What ``source.stamps()`` returns.
-        size: Height and width to scale to, in pixels.
-        channels: 3 for colours, 1 for grey.
-        box: Average over boxes of pixels when scaling, instead of interpolating.
-
-    Returns:
-        Shape ``(images, channels, size, size)``, uint8, memory-mapped; writing to it does not change the file.
-
-    Raises:
-        DatasetError: If an image is damaged; the message names it.
-        PermissionError: If neither folder can be written.
-        OSError: If neither folder has room for the array (of one, the other cannot be written).
+    Images are scaled to ``size`` pixels, with ``box`` by averages over boxes of pixels, and have 3 ``channels`` or, in
+    grey, 1. ``stamps`` is what ``source.stamps()`` returns. Raises a DatasetError that names a damaged image, a
+    PermissionError if neither folder can be written, and an OSError if neither has room.
     """
     version = [_VERSION, "box"] if box else _VERSION
     content = fingerprint(json.dumps([version, [[name, *stamps[name]] for name in names]]))[:24]
@@ -152,20 +141,9 @@ def decode(
     *,
     box: bool = False,
 ) -> np.ndarray:
-    """Decode an image.
+    """Decode an image to shape ``(channels, size, size)``, uint8; raises a DatasetError that names it if it is damaged.
 
-    Args:
-        data: The bytes of the file.
-        name: Name of the file, for the error.
-        size: Height and width to scale to, in pixels; an image of this size is left as it is.
-        channels: 3 for colours, 1 for grey.
-        box: Average over boxes of pixels when scaling, instead of interpolating.
-
-    Returns:
-        Shape ``(channels, size, size)``, uint8.
-
-    Raises:
-        DatasetError: If it cannot be decoded.
+    An image of this size is not scaled.
     """
     Image = pillow()  # noqa: N806
     try:

@@ -23,52 +23,26 @@ class DatasetError(FileNotFoundError):
 
 
 def data_root(root: str | os.PathLike[str] | None) -> Path:
-    """Return the folder of the data sets.
-
-    Args:
-        root: The folder, or None for the environment variable ``LMG_DATA``, then ``./data``.
-
-    Returns:
-        The folder; it may not exist.
-    """
+    """Return the folder of the data sets, which may not exist: the one given, that of ``LMG_DATA``, or ``./data``."""
     return Path(root if root is not None else os.environ.get("LMG_DATA", "data")).expanduser()
 
 
 class Source(ABC):
-    """Files by relative name (with ``/``), in a folder or an archive.
-
-    Attributes:
-        path: The folder or archive.
-    """
+    """Files by relative name (with ``/``), in a folder or an archive: ``path``."""
 
     path: Path
 
     @abstractmethod
     def stamps(self) -> dict[str, tuple[int, int]]:
-        """List the files.
-
-        Returns:
-            By name, in sorted order, two numbers that change when the file does.
-        """
+        """List the files: by name, in sorted order, two numbers that change when the file does."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """Read a file.
-
-        Args:
-            name: A name that :meth:`stamps` lists.
-
-        Returns:
-            Its bytes.
-        """
+        """Read a file that :meth:`stamps` lists; raises a DatasetError if that fails, or if no image is as large."""
 
 
 class FolderSource(Source):
-    """The files below a folder.
-
-    Args:
-        path: The folder.
-    """
+    """The files below a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -76,11 +50,7 @@ class FolderSource(Source):
     def stamps(self) -> dict[str, tuple[int, int]]:
         """List the regular files with their size and modification time.
 
-        Returns:
-            Size in bytes and modification time in ns, by name.
-
-        Raises:
-            DatasetError: If something else (a FIFO, a link that leads nowhere) has the name of an image.
+        Raises a DatasetError if something else (a FIFO, a link that leads nowhere) has the name of an image.
         """
         found = {}
         seen: set[str] = set()
@@ -105,17 +75,7 @@ class FolderSource(Source):
         return dict(sorted(found.items()))
 
     def read(self, name: str) -> bytes:
-        """Read a file.
-
-        Args:
-            name: A name that :meth:`stamps` lists.
-
-        Returns:
-            Its bytes.
-
-        Raises:
-            DatasetError: If it cannot be read, or is larger than any image.
-        """
+        """Read a file."""
         try:
             with (self.path / name).open("rb") as stream:
                 size = os.fstat(stream.fileno()).st_size
@@ -129,11 +89,7 @@ class FolderSource(Source):
 class ZipSource(Source):
     """The members of a zip archive. They are read, never extracted: no path is made from their names.
 
-    Args:
-        path: The archive.
-
-    Raises:
-        DatasetError: If it is damaged.
+    Raises a DatasetError if the archive is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -144,27 +100,13 @@ class ZipSource(Source):
             raise DatasetError(f"{path} is damaged ({error}). Download or copy it again.") from error
 
     def stamps(self) -> dict[str, tuple[int, int]]:
-        """List the members with their size and checksum, without those that macOS adds.
-
-        Returns:
-            Size in bytes and CRC, by name.
-        """
+        """List the members with their size and checksum, without those that macOS adds."""
         members = [each for each in self._archive.infolist() if not each.filename.startswith("__MACOSX/")]
         files = [each for each in members if not each.is_dir()]
         return {each.filename: (each.file_size, each.CRC) for each in sorted(files, key=lambda each: each.filename)}
 
     def read(self, name: str) -> bytes:
-        """Read a member.
-
-        Args:
-            name: A name that :meth:`stamps` lists.
-
-        Returns:
-            Its bytes.
-
-        Raises:
-            DatasetError: If it is damaged, or larger than any image.
-        """
+        """Read a member."""
         # Of a member no more is unpacked than the archive states as its size.
         check_size(self._archive.getinfo(name).file_size, name, self.path)
         try:
@@ -202,21 +144,11 @@ class Line(NamedTuple):
 def read_split(
     source: Source, name: str, folder: str, known: Container[str], taken: dict[str, Line]
 ) -> dict[str, list[str]]:
-    """Read a split file, a csv with the columns ``filename`` and ``label``.
+    """Read a split file, a csv with the columns ``filename`` and ``label``: names of the images by label, both sorted.
 
-    Args:
-        source: Where it is read from.
-        name: Its name there.
-        folder: Prefix of the names of the images, for example ``"images/"``.
-        known: All names in the source.
-        taken: The lines that named images before, of this split and others; those of this file are added.
-
-    Returns:
-        Names of the images by label, both in sorted order.
-
-    Raises:
-        DatasetError: If it is not such a file, or if it names a file that does not exist, lies outside the folder, or
-            was named before.
+    ``folder`` is the prefix of the images' names, ``known`` holds all names in the source, and ``taken`` the lines that
+    named images before, of this split and others; those of this file are added. Raises a DatasetError if it is not such
+    a file, or if it names a file that does not exist, lies outside the folder, or was named before.
     """
     where = f"{name} of {source.path}"
     found: dict[str, list[str]] = {}

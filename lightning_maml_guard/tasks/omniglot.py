@@ -37,16 +37,10 @@ def download_omniglot(root: Path) -> None:
 
 
 def load_omniglot(root: Path) -> np.ndarray:
-    """Load the images of every character; those of folders and archives are decoded once, see :func:`cached_images`.
+    """Load the images of every character, shape ``(characters, 20, 28, 28)``, uint8, ink 255 on paper 0.
 
-    Args:
-        root: Folder that holds the npz file, the official folders or their zip archives.
-
-    Returns:
-        Array ``(characters, 20, 28, 28)``, uint8, ink 255 on paper 0.
-
-    Raises:
-        DatasetError: If nothing is found, or if what is found is damaged or incomplete.
+    Those of folders and archives are decoded once, see :func:`cached_images`. Raises a DatasetError if ``root`` holds
+    neither these nor the npz file, or if what is found is damaged or incomplete.
     """
     if (root / "omniglot.npz").is_file():
         return _from_npz(root / "omniglot.npz")

@@ -27,7 +27,6 @@ from lightning_maml_guard.optim.rates_ahead import read_ahead
 from lightning_maml_guard.optim.shadow import BY_ENTRY, ClosureError
 from lightning_maml_guard.optim.stability_limits import climbs, listed
 from lightning_maml_guard.phase.ladder import RateLadder
-from lightning_maml_guard.phase.rungs import RunGradients
 from lightning_maml_guard.stability.hvp import MeasurementCache
 from lightning_maml_guard.stability.measure import measure
 from lightning_maml_guard.stability.options import CurvatureOptions
@@ -42,6 +41,7 @@ from lightning_maml_guard.stability.problems import (
 )
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.tuner.ladder import LadderOptions
+from lightning_maml_guard.tuner.rungs import RunGradients
 from lightning_maml_guard.tuner.search import UNITS, LadderSearch
 from lightning_maml_guard.tuner.suggestion import RateSuggestion
 from lightning_maml_guard.utils.isolation import isolated

@@ -18,9 +18,9 @@ from lightning_maml_guard.optim.lr_cap import scheduled_rate
 from lightning_maml_guard.optim.shadow import Clip, ShadowOptimizer
 from lightning_maml_guard.phase.gradients import copies
 from lightning_maml_guard.phase.ladder import RateLadder
-from lightning_maml_guard.phase.rungs import RunGradients, Rungs
 from lightning_maml_guard.stability.problems import Problem
 from lightning_maml_guard.tuner.ladder import LadderOptions
+from lightning_maml_guard.tuner.rungs import RunGradients, Rungs
 from lightning_maml_guard.tuner.trial import LOOK, Trial
 from lightning_maml_guard.utils.task_map import as_float32
 

@@ -478,7 +478,7 @@ def test_a_network_that_collapsed_is_not_just_called_stable(killed, action):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", GuardWarning)
         fit(module, batch, 46, [guard])
-    said = [text for text in (one_line(each.message) for each in caught) if "may have lost its network" in text]
+    said = [text for text in (one_line(each.message) for each in caught) if "the network may have died" in text]
     assert len(guard.history) == 4 and {report.status for report in guard.history} == {"safe"}
     assert len(said) == (killed and action == "warn")
     if said:
@@ -512,7 +512,7 @@ def test_a_lost_network_is_one_whose_units_died(activation, said):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", GuardWarning)
         fit(Saturated(activation), batch, 31, [guard])
-    lost = [text for text in (one_line(each.message) for each in caught) if "may have lost its network" in text]
+    lost = [text for text in (one_line(each.message) for each in caught) if "the network may have died" in text]
     assert len(lost) == said and all(re.search(r"[4-7]\d of 80 ReLU units are 0", text) for text in lost)
 
 

@@ -10,7 +10,7 @@ from torch.optim import SGD
 from lightning_maml_guard import CurvatureOptions, MetaProblem, measure
 from lightning_maml_guard.messages.advice import Cause
 from lightning_maml_guard.stability.problems import PlainProblem
-from lightning_maml_guard.stability.reasons import VerdictContext, from_limits, judge
+from lightning_maml_guard.stability.verdict import VerdictContext, from_limits, judge
 from lightning_maml_guard.theory.limits import Limit
 from tests.helpers import linear_module, quadratic_batch
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lightning_maml_guard.messages.reasons import Kind, Remedy
 from lightning_maml_guard.messages.sentences import sentences
-from lightning_maml_guard.stability.reasons import VerdictContext, judge
+from lightning_maml_guard.stability.verdict import VerdictContext, judge
 from lightning_maml_guard.theory.limits import Limit
 
 

@@ -7,8 +7,8 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, RMSprop
 
 from lightning_maml_guard import MetaProblem
 from lightning_maml_guard.optim.clipping import trainer_clipping
-from lightning_maml_guard.phase.rungs import RunGradients, Rungs
 from lightning_maml_guard.stability.problems import AccumulatedProblem, PlainProblem
+from lightning_maml_guard.tuner.rungs import RunGradients, Rungs
 from lightning_maml_guard.utils.task_map import TaskMap
 from lightning_maml_guard.utils.warnings import GuardWarning
 
