@@ -16,6 +16,7 @@ from lightning_maml_guard.maml.compiled import CompiledMetaGradient
 from lightning_maml_guard.maml.evaluation import EpisodeEvaluation, check_loss, default_loss
 from lightning_maml_guard.maml.inner_loop import InnerUpdate, Params
 from lightning_maml_guard.maml.inner_rates import InnerRates, checked_rate
+from lightning_maml_guard.maml.inner_updates import checked_update
 from lightning_maml_guard.maml.kept_memory import KeptMemory
 from lightning_maml_guard.maml.meta_gradient import Auxiliary, meta_gradient, nothing
 from lightning_maml_guard.maml.outer_optimizer import AttachGradient, check_factories, make_optimizer
@@ -77,7 +78,6 @@ class MetaLearning(MixinBase):
         check_order(order, inner_steps)
         inner_lr = checked_rate(inner_lr, inner_steps, learn_inner_lr)
         check_count("eval_inner_steps", 0 if eval_inner_steps is None else eval_inner_steps, 0)
-        strategy = check_strategy(vectorize, task_chunk_size)
         for name, value in {"compile": compile, "keep_memory": keep_memory, "batched": batched}.items():
             check_flag(name, value)
         check_loss(loss)
@@ -87,13 +87,13 @@ class MetaLearning(MixinBase):
         elif type(self).__init__ is MetaLearning.__init__:  # a subclass with its own arguments saves those
             self.save_hyperparameters(ignore=_NO_HYPERPARAMETERS)
         self.network, self.loss, self.order, self.inner_steps = network, loss or default_loss, order, inner_steps
-        self.inner_lr, self.inner_update = inner_lr, inner_update
+        self.inner_lr, self.inner_update = inner_lr, checked_update(inner_update)
         self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
         self.inner_lr_cap: float | None = None  # set by a guard that rescales
         self.outer_lr: float | None = None  # set by a RateSuggestion: the optimizer's rate, whatever its function says
         self.inner_rates = InnerRates(trainable(network), inner_lr, adapt, learn_inner_lr, inner_steps)
         self.learned_rates = self.inner_rates.learned  # registered here, for the optimizer and checkpoints
-        self.vectorization = Vectorization(strategy, network, batched)
+        self.vectorization = Vectorization(check_strategy(vectorize, task_chunk_size), network, batched)
         self.compiled = CompiledMetaGradient() if compile else None
         self.episodes = EpisodeEvaluation(metrics)
         self.train_metrics = self.episodes.metrics and self.episodes.metrics.clone(prefix="train/")

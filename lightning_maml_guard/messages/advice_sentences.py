@@ -69,9 +69,9 @@ def given_up(reason: Reason, advice: Advice | None, spelling: Spelling) -> str:
     return f"ConvergenceGuard: training stops. {sentence(reason)}\n{to_do[0].upper()}{to_do[1:]}"
 
 
-def not_before(least: Sequence[str]) -> list[str]:
-    """Say what the Trainer reaches before it stops, if anything."""
-    return [f"The Trainer first reaches {' and '.join(least)}."] if least else []
+def last_step(least: Sequence[str]) -> str:
+    """Say what the Trainer reaches before it stops, if anything; else, that its last step moves nothing."""
+    return f"The Trainer first reaches {' and '.join(least)}." if least else "It is taken at beta = 0."
 
 
 def waiting(step: int) -> str:

@@ -209,6 +209,33 @@ class ByHand(HandWritten):
         optimizer.step()
 
 
+class BodyAndHead(HandWritten):
+    """An optimizer each for body and head, whose gradients are clipped apart: together they have another direction."""
+
+    def __init__(self, longest=(0.1, 0.1), first_order=False):
+        super().__init__(first_order=first_order)
+        self.automatic_optimization, self.longest = False, longest
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.optimizers()
+        self.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer, length in zip(optimizers, self.longest, strict=True):
+            self.clip_gradients(optimizer, gradient_clip_val=length, gradient_clip_algorithm="norm")
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [SGD(self.net[0].parameters(), lr=0.01), SGD(self.net[2].parameters(), lr=0.01)]
+
+
+@pytest.mark.parametrize(("longest", "known"), [((0.1, 0.1), 0.1), ((100.0, 0.1), 0.1), ((0.1, 0.02), math.nan)])
+def test_what_several_optimizers_clip_to_is_known_where_it_is_one_length(longest, known, monkeypatch):
+    guards = []
+    monkeypatch.setattr(ConvergenceGuard, "on_train_end", lambda guard, *_: guards.append(guard._run.state.clipped_to))
+    assert not [each for each in warned(BodyAndHead(longest)) if "training_step trains" in each]
+    assert guards == pytest.approx([known], rel=1e-3, nan_ok=True)
+
+
 RIGHT = {
     "plain": (HandWritten, {}),
     "dropout": (lambda: HandWritten(net(nn.Dropout(0.5))), {}),
@@ -218,6 +245,7 @@ RIGHT = {
     "accumulation": (HandWritten, {"accumulate_grad_batches": 4}),
     "clipped by the Trainer": (HandWritten, {"gradient_clip_val": 0.01}),
     "by hand": (ByHand, {}),
+    "body and head": (BodyAndHead, {}),
     "head alone": (HeadMoves, {}),
 }
 

@@ -29,7 +29,7 @@ EXAMPLES = [
     ),
     (
         Advice(cause=Cause.BETA, beta=0.025, several=True, **RATES),
-        "beta = 0.4 is too large. Set the optimizer's lr to 0.025 (of its groups the largest, the others in "
+        "beta = 0.4 is too large. Set the optimizer's lr to 0.025 (the largest of several; lower the others in "
         "proportion).",
     ),
     (
