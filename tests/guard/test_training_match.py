@@ -102,7 +102,7 @@ def warned(module, stated=problem, data=None, action="log", **options):
     accumulated = options.get("accumulate_grad_batches", 1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer = Trainer(max_steps=3, callbacks=[guard], **{**QUIET, **options})
+        trainer = Trainer(callbacks=[guard], **{**QUIET, "max_steps": 3, **options})
         trainer.fit(module, DataLoader(data or batches(3 * accumulated), batch_size=None))
     assert guard.history
     return [one_line(each.message) for each in caught if each.category is GuardWarning]
@@ -330,3 +330,15 @@ def test_the_loss_of_another_optimizer_is_no_mismatch_where_the_gradients_agree(
 
 def test_a_loss_that_another_optimizer_works_against_need_not_fall():
     assert adversaries(0.0, 70) == []
+
+
+def test_later_advice_recalls_that_the_problem_is_not_the_trainings():
+    def at_a_high_rate():
+        module = HandWritten(scale=TASKS)
+        module.configure_optimizers = lambda: SGD(module.parameters(), lr=1.5)
+        return module
+
+    said = warned(at_a_high_rate(), action="warn", data=batches(12), max_steps=12)
+    assert "is not what training_step trains: the same batch has" in said[0]
+    recalled = [each for each in said[1:] if "is not what training_step trains, as was said" in each]
+    assert recalled and all("Why: The problem that is measured" in each for each in recalled)

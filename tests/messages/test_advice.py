@@ -91,6 +91,19 @@ def test_what_was_learned_and_is_lost_at_lower_rates_too():
         assert str(Advice(cause=Cause.UNKNOWN, evidence=evidence, **RATES)) == EXAMPLES[-1][1]
 
 
+def test_where_no_rate_survives_or_the_data_hold_nan_that_is_what_is_said():
+    dead = replace(TRIED, losses=(math.inf, math.nan, 1.0))
+    assert str(Advice(cause=Cause.UNKNOWN, evidence=(dead,), **RATES)) == (
+        "training diverges at every rate that was tried. Look at the data, the loss and the precision."
+    )
+    assert str(Advice(cause=Cause.UNKNOWN, evidence=(TRIED,), **RATES)) == EXAMPLES[-1][1]
+    padded = Reason(Kind.NAN_IN_DATA, detail="The task loss is nan.")
+    assert str(Advice(cause=Cause.UNKNOWN, evidence=(padded, dead), **RATES)) == (
+        "the data of the problem holds nan, so that its loss is nan. Leave what is nan out of the data."
+    )
+    assert str(replace(EXAMPLES[0][0], evidence=(padded, dead))) == EXAMPLES[0][1]
+
+
 def test_every_cause_has_an_example_and_words_for_advice_that_knows_nothing_more():
     assert {advice.cause for advice, _ in EXAMPLES} == set(Cause)
     for each in set(Cause) - {Cause.BATCH}:  # which then has a word of its own
