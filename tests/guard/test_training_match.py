@@ -335,7 +335,7 @@ def test_a_loss_that_another_optimizer_works_against_need_not_fall():
 def test_later_advice_recalls_that_the_problem_is_not_the_trainings():
     def at_a_high_rate():
         module = HandWritten(scale=TASKS)
-        module.configure_optimizers = lambda: SGD(module.parameters(), lr=1.5)
+        module.configure_optimizers = lambda: SGD(module.parameters(), lr=0.5)
         return module
 
     said = warned(at_a_high_rate(), action="warn", data=batches(12), max_steps=12)
