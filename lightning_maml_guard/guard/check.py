@@ -22,7 +22,13 @@ from lightning_maml_guard.lookahead.learning import chance_loss, last_loss_reaso
 from lightning_maml_guard.lookahead.lookahead import Caps
 from lightning_maml_guard.lookahead.results import LookaheadResult
 from lightning_maml_guard.messages.advice import Advice, Cause
-from lightning_maml_guard.messages.advice_sentences import NO_WAY_BACK, advice_given, left_at_any_rate, not_before
+from lightning_maml_guard.messages.advice_sentences import (
+    NO_WAY_BACK,
+    advice_given,
+    last_step,
+    left_at_any_rate,
+    no_rate_survives,
+)
 from lightning_maml_guard.messages.reasons import Kind, of_check
 from lightning_maml_guard.messages.sentences import announced, returned
 from lightning_maml_guard.messages.terminal import inform
@@ -216,9 +222,10 @@ class Check:
             # A rollback says what it does by itself.
             acts = (transition.entered or changed) and self._rolled_back is None
             acts = acts and (action.stops or not left_at_any_rate(advice))
+            acts = acts and (action.stops or action.caps_rates or not no_rate_survives(advice))
             applied = applied_rates(caps, report.alpha, report.beta)
             effect = action.effect(spelling, applied, helps=helps, changed=changed) if acts else []
-            effect += not_before(least_run(self.trainer)) if acts and action.stops else []
+            effect += [last_step(least_run(self.trainer))] if acts and action.stops else []
             if lost:
                 effect = [NO_WAY_BACK]
             run.warn_and_alert(self.trainer, advice_given(step, advice, effect, spelling))

@@ -55,7 +55,7 @@ class ConvergenceGuard(Callback):
         action: What to do when the run is unsafe. ``"log"``: log the numbers, no more. ``"warn"``: one warning when
             the state changes to unsafe. ``"rescale"``: cap the applied rates at ``margin`` times their critical values,
             or lower if the lookahead diverges there; later checks raise them again, and the schedule is never changed.
-            ``"stop"``: ask the Trainer to stop (``stopped_step``, ``stopping_reason``).
+            ``"stop"``: ask the Trainer to stop, after a step at rate 0 (``stopped_step``, ``stopping_reason``).
         margin: Share of its critical value up to which a rate is safe, at most 1; ``rescale`` caps rates there.
         curvature: How curvature is measured, see :class:`CurvatureOptions`. The critical values of its ``criterion``
             are those that are judged and logged as ``alpha_c`` and ``beta_c``.
@@ -242,7 +242,7 @@ class ConvergenceGuard(Callback):
         self._run = GuardedRun(self, inert=self._inert, ranks=ranks_of(trainer))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Apply the caps of a resumed run from its first step on."""
+        """Apply the caps of a resumed run, or none, from its first step on."""
         check_pieces(trainer, pl_module)
         run, idle = self._run, idle_because(trainer, pl_module)
         if idle is not None:
@@ -252,7 +252,7 @@ class ConvergenceGuard(Callback):
             run.begin(trainer)
         with run.warn_on_failure("apply the caps that the checkpoint holds"):
             run.cap_optimizers(trainer, run.state.capped)
-            if run.caps.caps.alpha is not None:
+            if self.acting.caps_rates:  # without any, one that an earlier run left on the module ends
                 run.caps.apply(pl_module, run.caps.caps)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:

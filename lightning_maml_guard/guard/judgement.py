@@ -120,8 +120,15 @@ def judge(run: GuardedRun, outlook: Outlook, step: int) -> Judgement:
     transition = run.machine.take(report, judged)
     advice = outlook.adviser.advise(report, findings, transition, further)
     if advice is not None:
-        run.state.advice = advice = _with_moved_rates(advice, look, report, run.state.history)
+        run.state.advice = advice = _with_mismatch(_with_moved_rates(advice, look, report, run.state.history), run)
     return Judgement(report, measured, findings, failing, judged, further is not None, transition, advice)
+
+
+def _with_mismatch(advice: Advice, run: GuardedRun) -> Advice:
+    """Add that the problem is not what training trains, where that was said."""
+    reason = Reason(Kind.PROBLEM_DIFFERS, effect="evidence")
+    told = any(each.startswith(f"{reason.kind.value}|") for each in run.state.announced)
+    return replace(advice, evidence=(*advice.evidence, reason)) if told and reason not in advice.evidence else advice
 
 
 def _with_moved_rates(

@@ -16,6 +16,7 @@ from lightning_maml_guard.optim.lr_cap import LRCap
 from lightning_maml_guard.stability.problems import Problem
 from lightning_maml_guard.stability.report import StabilityReport
 from lightning_maml_guard.theory.limits import UNSAFE
+from lightning_maml_guard.utils.lightning_compat import least_run
 
 # A lookahead is calm if it ends at no more than this many times the loss it starts from: the scatter of a batch.
 CALM = 1.2
@@ -273,6 +274,12 @@ class AppliedCaps:
         if self._lr_cap is not None:
             self._lr_cap.remove()
             self._lr_cap = None
+
+    def stand_still(self, trainer: Any) -> None:
+        """Have the last step of a run that is stopped move no parameters: a Trainer takes it all the same."""
+        if not least_run(trainer):
+            self.release()
+            self._lr_cap = LRCap(trainer.optimizers, 0.0)
 
     def apply(self, pl_module: Any, caps: Caps) -> None:
         """Apply caps from the coming step on."""

@@ -37,7 +37,7 @@ from lightning_maml_guard.stability.problems import alpha_of, at_alpha, has_meta
 from lightning_maml_guard.stability.training_match import TrainingMatch
 from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.double_backward import double_backward
-from lightning_maml_guard.utils.lightning_compat import plan_of
+from lightning_maml_guard.utils.lightning_compat import planned_steps
 from lightning_maml_guard.utils.shards import finite
 from lightning_maml_guard.utils.warnings import ReportedFailure
 
@@ -69,9 +69,8 @@ class GuardedRun:
     def begin(self, trainer: Any) -> None:
         """Take in how far a run will go and what data it has."""
         self.clock.begin()
-        plan = plan_of(trainer)
-        self.schedule.planned = None if plan.steps is None else plan.steps + logger_step(trainer)
-        self.repeats = plan.batches is not None and plan.batches <= trainer.accumulate_grad_batches
+        self.schedule.planned = planned_steps(trainer)
+        self.repeats = trainer.num_training_batches <= trainer.accumulate_grad_batches
 
     def cap_optimizers(self, trainer: Any, owned: list[int]) -> None:
         """Cap the steps of the optimizers with these indices."""
@@ -270,6 +269,7 @@ class GuardedRun:
             self.state.add_event("stopped", *reasons, step=step)
         self.state.stopped_step, self.state.stopping = step, list(reasons)
         trainer.should_stop = True
+        self.caps.stand_still(trainer)
 
     @property
     def stopping_reason(self) -> str | None:

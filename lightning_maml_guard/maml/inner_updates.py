@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_maml_guard.maml.inner_loop import InnerUpdate, Params
-from lightning_maml_guard.utils.checks import check_flag, check_number
+from lightning_maml_guard.utils.checks import check_flag, check_function, check_number, shown
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,10 @@ class Adam:
     elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+            raise ValueError(
+                f"Expected argument `betas` to be two numbers but got {shown(self.betas)}. Pass (0.9, 0.999), say."
+            )
         for index, beta in enumerate(self.betas):
             _check_share(f"betas[{index}]", beta)
         check_number("eps", self.eps, above=0)
@@ -142,6 +146,14 @@ def root(value: Tensor) -> Tensor:
 
 def _check_share(name: str, value: float) -> None:
     check_number(name, value, least=0, below=1)
+
+
+def checked_update(update: Any) -> InnerUpdate:
+    """Return an inner optimizer's function, or None; raise a TypeError if a value is neither."""
+    if update is not None:
+        signature, example = "(params, grads, state) -> (params, state)", f"{__name__}.Adam()"
+        check_function("inner_update", update, signature, example)
+    return update
 
 
 def beside(update: InnerUpdate) -> InnerUpdate:

@@ -16,6 +16,7 @@ from lightning_maml_guard.maml.compiled import CompiledMetaGradient
 from lightning_maml_guard.maml.evaluation import EpisodeEvaluation, check_loss, default_loss
 from lightning_maml_guard.maml.inner_loop import InnerUpdate, Params
 from lightning_maml_guard.maml.inner_rates import InnerRates, checked_rate
+from lightning_maml_guard.maml.inner_updates import checked_update
 from lightning_maml_guard.maml.kept_memory import KeptMemory
 from lightning_maml_guard.maml.meta_gradient import Auxiliary, meta_gradient, nothing
 from lightning_maml_guard.maml.outer_optimizer import AttachGradient, check_factories, make_optimizer
@@ -86,7 +87,7 @@ class MetaLearning(MixinBase):
         elif type(self).__init__ is MetaLearning.__init__:  # a subclass with its own arguments saves those
             self.save_hyperparameters(ignore=_NO_HYPERPARAMETERS)
         self.network, self.loss, self.order, self.inner_steps = network, loss or default_loss, order, inner_steps
-        self.inner_lr, self.inner_update = inner_lr, inner_update
+        self.inner_lr, self.inner_update = inner_lr, checked_update(inner_update)
         self.eval_inner_steps = inner_steps if eval_inner_steps is None else eval_inner_steps
         self.inner_lr_cap: float | None = None  # set by a guard that rescales
         self.outer_lr: float | None = None  # set by a RateSuggestion: the optimizer's rate, whatever its function says

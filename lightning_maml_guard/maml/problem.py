@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from lightning_maml_guard.kernels.shared_weights import StackLosses
 from lightning_maml_guard.maml.inner_loop import InnerRate, InnerUpdate, StepRate
 from lightning_maml_guard.maml.inner_rates import by_step, is_per_step
+from lightning_maml_guard.maml.inner_updates import checked_update
 from lightning_maml_guard.theory.multiplier import check_order
 from lightning_maml_guard.utils.checks import check_function, check_holds_rate, shown
 from lightning_maml_guard.utils.task_map import TaskMap, as_tasks, first_tasks, is_listed, task_count, tree_leaves
@@ -118,14 +119,8 @@ class MetaProblem:
         object.__setattr__(self, "tasks", counts[0])
 
     def _check_update(self) -> None:
-        if self.inner_update is None:
+        if checked_update(self.inner_update) is None:
             return
-        check_function(
-            "inner_update",
-            self.inner_update,
-            "(params, grads, state) -> (params, state)",
-            "lightning_maml_guard.maml.inner_updates.Adam()",
-        )
         if self.order == "simplified":
             raise ValueError(
                 "order='simplified' is about an inner loop of gradient descent, but `inner_update` was given. Choose "
@@ -261,7 +256,8 @@ def _shapes(sets: dict[str, list[Tensor]]) -> str:
     return "; ".join(f"`{name}` {[tuple(leaf.shape) for leaf in leaves]}" for name, leaves in sets.items())
 
 
-def _check_params(params: dict[str, Tensor]) -> None:
+def check_named(params: Any) -> None:
+    """Raise a TypeError if a value is no dict from names to tensors."""
     if not isinstance(params, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in params.items()
     ):
@@ -270,6 +266,10 @@ def _check_params(params: dict[str, Tensor]) -> None:
             f"{shown(params) if isinstance(params, dict) else type(params).__name__}. Pass "
             "dict(module.named_parameters())."
         )
+
+
+def _check_params(params: dict[str, Tensor]) -> None:
+    check_named(params)
     # One of each kind stands for all of them: this runs at every step.
     kinds = {(type(value), value.dtype, value.device): value for value in params.values()}
     if any(is_lazy(value) for value in kinds.values()):

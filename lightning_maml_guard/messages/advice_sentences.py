@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from lightning_maml_guard.messages.advice import Advice, Cause
@@ -44,6 +45,10 @@ def advised(advice: Advice, spelling: Spelling = IN_PYTHON) -> str:
                 "the loss has risen above its best, and rises at lower rates too. Look at the data and the loss: that "
                 "of a policy gradient does not say what was learned."
             )
+        if Kind.NAN_IN_DATA in found:
+            return "the data of the problem holds nan, so that its loss is nan. Leave what is nan out of the data."
+        if no_rate_survives(advice):
+            wrong = "training diverges at every rate that was tried"
         untried = found & {Kind.LOSS_DIVERGED, Kind.LOSS_NOT_FINITE} and Kind.RATES_TRIED not in found
         return f"{wrong}. Look at {'the rates, ' if untried else ''}the data, the loss and the precision."
     return f"{wrong}. Set {' and '.join(to_set)}."
@@ -55,6 +60,12 @@ def left_at_any_rate(advice: Advice) -> bool:
     if advice.cause is not Cause.UNKNOWN or not {Kind.LEARNING_LOST, Kind.RATES_TRIED} <= set(found):
         return False
     return min(found[Kind.RATES_TRIED][:2]) > found[Kind.LEARNING_LOST][0]
+
+
+def no_rate_survives(advice: Advice) -> bool:
+    """Whether the loss is finite at none of the rates that were tried."""
+    tried = [each.losses[1] for each in advice.evidence if each.kind is Kind.RATES_TRIED]
+    return advice.cause is Cause.UNKNOWN and bool(tried) and not any(map(math.isfinite, tried))
 
 
 def advice_given(step: int, advice: Advice, effect: Sequence[str], spelling: Spelling) -> str:
@@ -69,9 +80,9 @@ def given_up(reason: Reason, advice: Advice | None, spelling: Spelling) -> str:
     return f"ConvergenceGuard: training stops. {sentence(reason)}\n{to_do[0].upper()}{to_do[1:]}"
 
 
-def not_before(least: Sequence[str]) -> list[str]:
-    """Say what the Trainer reaches before it stops, if anything."""
-    return [f"The Trainer first reaches {' and '.join(least)}."] if least else []
+def last_step(least: Sequence[str]) -> str:
+    """Say what the Trainer reaches before it stops, if anything; else, that its last step moves nothing."""
+    return f"The Trainer first reaches {' and '.join(least)}." if least else "It is taken at beta = 0."
 
 
 def waiting(step: int) -> str:

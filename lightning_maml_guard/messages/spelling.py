@@ -51,7 +51,7 @@ def to_configure(alpha: float | None, beta: float | None, setting: str = "lr", *
         found.append(f"the inner rate (inner_lr) to {alpha:.3g}")
     if beta is not None and not math.isnan(beta):
         owner = "schedule" if setting == "max_lr" else "optimizer"
-        groups = " (of its groups the largest, the others in proportion)" if several else ""
+        groups = " (the largest of several; lower the others in proportion)" if several else ""
         found.append(f"the {owner}'s {setting} to {beta:.3g}{groups}")
     return found
 

@@ -71,6 +71,11 @@ _OTHER_DIFFERENCE = (
 
 
 def _problem_differs(reason: Reason) -> str:
+    if reason.effect == "evidence":
+        return (
+            "The problem that is measured is not what training_step trains, as was said: what was tried on copies may "
+            "not hold for training."
+        )
     own, training, _ = reason.losses
     factor = reason.value if reason.value >= 1 else 1 / reason.value if reason.value > 0 else math.nan
     said = "the problem that is measured is not what training_step trains: "

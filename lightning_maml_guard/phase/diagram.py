@@ -20,8 +20,7 @@ from lightning_maml_guard.phase.gradients import runs_at_once
 from lightning_maml_guard.phase.optimizers import MetaOptimizer, meta_optimizer
 from lightning_maml_guard.phase.result import PhaseDiagram
 from lightning_maml_guard.phase.train import GridSettings, as_family, train_runs
-from lightning_maml_guard.theory.multiplier import check_rate
-from lightning_maml_guard.utils.checks import check_count
+from lightning_maml_guard.utils.checks import check_count, check_flag, check_folder, check_number, check_rates, shown
 from lightning_maml_guard.utils.distributed import ProcessGroup, Ranks
 from lightning_maml_guard.utils.io import fingerprint
 
@@ -107,9 +106,19 @@ def phase_diagram(
         check_count("measure_every", measure_every, 0)
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
-    for name, value in (("tol", tol), ("divergence", divergence), ("chance", chance), ("memory", memory)):
-        if value is not None and not value > 0:
-            raise ValueError(f"Expected argument `{name}` to be a number above 0 but got {value!r}.")
+    check_number("tol", tol, above=0)
+    check_number("divergence", divergence, above=0, infinite=True)
+    check_number("chance", chance, above=0, infinite=True)
+    if memory is not None:
+        check_number("memory", memory, above=0)
+    check_flag("exact", exact)
+    check_flag("progress", progress)
+    check_folder("partial", partial)
+    if judged_on is not None and not isinstance(judged_on, MetaProblem):
+        raise TypeError(
+            f"Expected argument `judged_on` to be a MetaProblem or None but got {shown(judged_on)}. Pass the problem "
+            "that errors are taken on."
+        )
     first = family(0)
     judged = judged_on or first
     like = next(iter(first.params.values()))
@@ -177,9 +186,7 @@ def phase_diagram(
 
 
 def _axis(name: str, values: Iterable[float]) -> np.ndarray:
-    axis = np.array([float(value) for value in values])
-    for value in axis:
-        check_rate(float(value), name)
+    axis = np.array(check_rates(name, values))
     if not len(axis) or bool((np.diff(axis) <= 0).any()):
         raise ValueError(
             f"Expected argument `{name}` to hold at least one rate, strictly ascending, but got {axis.tolist()}."

@@ -182,7 +182,7 @@ def meta_optimizer(given: str | MetaOptimizer) -> MetaOptimizer:
     """
     if isinstance(given, MetaOptimizer):
         return given
-    if given not in _BY_NAME:
+    if not isinstance(given, str) or given not in _BY_NAME:
         raise ValueError(
             f"Expected argument `optimizer` to be one of {sorted(_BY_NAME)} or a MetaOptimizer of "
             f"lightning_maml_guard.phase.optimizers, such as SGD(momentum=0.9), but got {given!r}."

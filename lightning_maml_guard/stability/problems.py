@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_maml_guard.linalg.layout import Params
-from lightning_maml_guard.maml.problem import MetaProblem
+from lightning_maml_guard.maml.problem import MetaProblem, check_named
 from lightning_maml_guard.utils.activations import DeadUnits, ReluUnits
 from lightning_maml_guard.utils.batch_copy import copied
-from lightning_maml_guard.utils.checks import shown
+from lightning_maml_guard.utils.checks import check_function, shown
 from lightning_maml_guard.utils.double_backward import double_backward
 from lightning_maml_guard.utils.functorch import gradients_taken
 from lightning_maml_guard.utils.shards import any_split
@@ -34,6 +34,10 @@ class PlainProblem:
 
     params: Params
     loss: Callable[[Params], Tensor]
+
+    def __post_init__(self) -> None:
+        check_named(self.params)
+        check_function("loss", self.loss, "params -> scalar tensor", "lambda params: loss of the batch at params")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,37 @@ _LAST_PLACES = 16
 # How near a ratio of losses must be to a number of tasks or batches to be explained by it, and cosines for one
 # direction.
 _EXPLAINED_WITHIN, _PARALLEL_FROM = 0.05, 0.995
+
+
+@dataclass
+class _Products:
+    """Squared norms of training's gradient and of the problem's, and their inner product."""
+
+    along: float = 0.0
+    size: float = 0.0
+    own_size: float = 0.0
+
+    def add(self, along: float, size: float, own_size: float) -> None:
+        """Add those of more parameters."""
+        self.along, self.size, self.own_size = self.along + along, self.size + size, self.own_size + own_size
+
+    @property
+    def cosine(self) -> float:
+        """Of the angle between both; ``nan`` where one is 0."""
+        product = math.sqrt(self.size * self.own_size)
+        return self.along / product if product > 0 else math.nan
+
+    @property
+    def is_shortened(self) -> bool:
+        """Whether training's has the problem's direction and is shorter: clipped."""
+        return self.cosine > _PARALLEL_FROM and self.along < (1 - _GRADIENT_GAP) * self.own_size
+
+    def is_no_other(self, share: float) -> bool:
+        """Whether training's is the problem's up to a share of its length, or that clipped."""
+        if self.own_size == 0 or (self.cosine > _PARALLEL_FROM and self.along <= self.own_size):
+            return self.own_size > 0 or self.size == 0
+        gap = max(self.size + self.own_size - 2 * self.along, 0.0)
+        return math.sqrt(gap / self.own_size) <= share
 
 
 class RandomStates:
@@ -88,8 +120,7 @@ class TrainingMatch:
         self._learns_rates = isinstance(problem, MetaProblem) and not isinstance(problem.inner_lr, (int, float))
         self._evaluate(objective)
         self._random = RandomStates()
-        # Squared norms of training's gradients and of the problem's, and their inner product.
-        self._size, self._own_size, self._along = 0.0, 0.0, 0.0
+        self._all, self._by_optimizer = _Products(), [_Products() for _ in self._optimizers]
         self._seen: set[str] = set()
         self._lacking, self._finite = False, True
 
@@ -99,7 +130,8 @@ class TrainingMatch:
 
     def take_gradient(self, optimizer: Optimizer) -> None:
         """Compare the gradients that an optimizer is about to step along."""
-        if self._accumulated > 1 or not any(optimizer is each for each in self._optimizers):
+        found = [self._by_optimizer[at] for at, each in enumerate(self._optimizers) if each is optimizer]
+        if self._accumulated > 1 or not found:
             return
         names = {id(value): name for name, value in self._params.items()}
         for parameter in (each for group in optimizer.param_groups for each in group["params"]):
@@ -112,10 +144,10 @@ class TrainingMatch:
             own = self._gradient[name].double()
             gradient = torch.zeros_like(own) if gradient is None else local(gradient.detach()).double()
             products = self._space.total(torch.stack([(own * gradient).sum(), (gradient**2).sum(), (own**2).sum()]))
-            along, size, own_size = products.tolist()
-            self._along, self._size, self._own_size = self._along + along, self._size + size, self._own_size + own_size
+            for each in (self._all, *found):
+                each.add(*products.tolist())
             self._seen.add(name)
-            self._finite = self._finite and math.isfinite(size)
+            self._finite = self._finite and math.isfinite(self._all.size)
 
     def finish(self, loss: float) -> Reason | None:
         """Compare the loss (``nan``: not known) as well; returns what does not match, and why."""
@@ -129,8 +161,8 @@ class TrainingMatch:
         wrong_gradient = not random_training and self._gradient_differs()
         if self._seen and self._finite and len(self._others) > len(self._optimizers) and not random_training:
             wrong_loss = wrong_loss and wrong_gradient  # the loss may be that of another optimizer
-        if math.isnan(loss) and wrong_gradient and self._cosine > _PARALLEL_FROM:
-            factor = self._along / self._own_size
+        if math.isnan(loss) and wrong_gradient and self._all.cosine > _PARALLEL_FROM:
+            factor = self._all.along / self._all.own_size
         if wrong_loss or wrong_gradient or effect:
             effect = effect or self._cause(factor, wrong_loss or math.isnan(loss))
         elif self._lacking and not self._learns_rates:
@@ -183,26 +215,19 @@ class TrainingMatch:
         return abs(loss - self.loss) > allowed
 
     def _gradient_differs(self) -> bool:
-        if not self._seen or not self._finite or self._own_size == 0:
+        if not self._seen or not self._finite or self._all.own_size == 0:
             return False
-        if self._cosine > _PARALLEL_FROM and self._along <= self._own_size:
-            return False  # as long, or clipped
-        gap = max(self._size + self._own_size - 2 * self._along, 0.0)
-        share = _HALF_GRADIENT_GAP if self._half else _GRADIENT_GAP
-        return math.sqrt(gap / self._own_size) > share + _SCATTER * self._rounding_share
+        share = (_HALF_GRADIENT_GAP if self._half else _GRADIENT_GAP) + _SCATTER * self._rounding_share
+        # Where each optimizer's gradients are clipped by themselves, all together have another direction.
+        return not (self._all.is_no_other(share) or all(each.is_no_other(share) for each in self._by_optimizer))
 
     @property
     def clipped_to(self) -> float:
-        """Length of a gradient that training shortened before its step; ``nan`` where it did not."""
-        shortened = (
-            self._finite and self._cosine > _PARALLEL_FROM and self._along < (1 - _GRADIENT_GAP) * self._own_size
-        )
-        return math.sqrt(self._size) if shortened else math.nan
-
-    @property
-    def _cosine(self) -> float:
-        product = math.sqrt(self._size * self._own_size)
-        return self._along / product if product > 0 else math.nan
+        """Length that training brought a gradient down to before its step; ``nan`` where it did not, or to several."""
+        lengths = [math.sqrt(each.size) for each in self._by_optimizer if each.is_shortened and self._finite]
+        if lengths and max(lengths) < (1 + _LOSS_GAP) * min(lengths):
+            return max(lengths)
+        return math.sqrt(self._all.size) if self._finite and self._all.is_shortened else math.nan
 
     def _cause(self, factor: float, wrong_loss: bool) -> str:
         for name, number in (("tasks", self._tasks), ("accumulated", self._accumulated)):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_maml_guard.theory.multiplier import check_rate
-from lightning_maml_guard.utils.checks import check_count, check_flag
+from lightning_maml_guard.utils.checks import check_count, check_flag, check_rates
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ class LadderOptions:
         check_count("steps", self.steps, 0)
         check_count("longest", self.longest, self.steps)
         check_flag("progress", self.progress)
-        for alpha in self.alphas or ():
-            check_rate(alpha, "alphas")
+        if self.alphas is not None:
+            object.__setattr__(self, "alphas", tuple(check_rates("alphas", self.alphas)))
 
 
 def check_ladder(value: Any) -> None:

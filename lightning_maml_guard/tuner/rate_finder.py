@@ -13,7 +13,7 @@ from lightning_maml_guard.tuner.at_start import Finder
 from lightning_maml_guard.tuner.ladder import LadderOptions, check_ladder
 from lightning_maml_guard.tuner.suggest_rates import WORST_TASK, data_kept, training_batches
 from lightning_maml_guard.tuner.suggestion import RateSuggestion
-from lightning_maml_guard.utils.checks import check_count, check_number
+from lightning_maml_guard.utils.checks import check_attribute, check_count, check_number
 from lightning_maml_guard.utils.lightning_compat import (
     Callback,
     MisconfigurationException,
@@ -75,6 +75,8 @@ class RateFinder(Callback):
         check_source(problem)
         check_ladder(ladder)
         check_curvature(curvature)
+        check_attribute("alpha", alpha)
+        check_attribute("beta", beta)
         self.batches, self.margin, self.problem = batches, margin, problem
         self.ladder, self.curvature, self.alpha, self.beta = ladder, curvature, alpha, beta
         self.found: RateSuggestion | None = None

@@ -51,26 +51,43 @@ def check_number(
     above: float | None = None,
     below: float | None = None,
     most: float | None = None,
+    infinite: bool = False,
 ) -> None:
-    """Raise a ValueError if a value is not a finite number within its limits."""
+    """Raise a ValueError if a value is not a finite number within its limits; ``infinite``: or infinity."""
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if (
         number
-        and math.isfinite(value)
+        and (math.isfinite(value) or (infinite and value == math.inf))
         and (least is None or value >= least)
         and (above is None or value > above)
         and (below is None or value < below)
         and (most is None or value <= most)
     ):
         return
-    if below is not None:
+    if below is not None and above is not None:
         allowed = f"number between {above:g} and {below:g}"
+    elif below is not None:
+        allowed = f"number of at least {least:g} and below {below:g}"
     elif most is not None:
         allowed = f"number above {above:g} and at most {most:g}"
     else:
         allowed = f"finite number above {above:g}" if above is not None else f"finite number of at least {least:g}"
     remedy = "Choose one in that range" if number else "Pass a plain number; float(x) makes one of text or a tensor"
     raise ValueError(f"Expected argument `{name}` to be a {allowed} but got {shown(value)}. {remedy}.")
+
+
+def check_rates(name: str, values: Any) -> list[float]:
+    """Return learning rates as floats; raise a ValueError if they are no list of finite numbers of at least 0."""
+    found = values.tolist() if hasattr(values, "tolist") else values  # of NumPy or torch
+    if not isinstance(found, Iterable) or isinstance(found, (str, bytes, dict)):
+        raise ValueError(
+            f"Expected argument `{name}` to hold learning rates but got {shown(values)}. Pass a list of numbers, such "
+            "as [0.01, 0.1]."
+        )
+    found = list(found)
+    for each in found:
+        check_number(name, each, least=0)
+    return [float(each) for each in found]
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -115,6 +132,15 @@ def check_folder(name: str, value: Any) -> None:
         raise TypeError(
             f"Expected argument `{name}` to be the path of a folder or None but got {shown(value)}. Pass a string or "
             "a pathlib.Path, or None for the default."
+        )
+
+
+def check_attribute(name: str, value: Any) -> None:
+    """Raise a TypeError if a value is neither None nor the name of an attribute."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(
+            f"Expected argument `{name}` to be the name of an attribute or None but got {shown(value)}. Pass the name "
+            "as a string, such as 'inner_lr'."
         )
 
 

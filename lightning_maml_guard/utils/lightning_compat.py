@@ -101,6 +101,7 @@ __all__ = [
     "no_loader",
     "overrides",
     "plan_of",
+    "planned_steps",
     "quiet_lightning",
     "ranks_of",
     "seed_everything",
@@ -262,6 +263,14 @@ class Plan(NamedTuple):
     schedulers: tuple[Any, ...] = ()
     shared: tuple[Any, ...] = ()
     failure: Exception | None = None
+
+
+def planned_steps(trainer: Any) -> int | None:
+    """Steps of a whole run, those before a resume included; None where it has no end that is known."""
+    ends = [] if trainer.max_steps == -1 else [trainer.max_steps]
+    if not math.isinf(trainer.num_training_batches) and trainer.max_epochs not in (None, -1):
+        ends.append(math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) * trainer.max_epochs)
+    return min(ends, default=None)
 
 
 def plan_of(trainer: Any) -> Plan:

@@ -11,14 +11,19 @@ from hypothesis import strategies as st
 from lightning_maml_guard import (
     ConvergenceGuard,
     CurvatureOptions,
+    LadderOptions,
     LookaheadOptions,
     MetaLearningModule,
     MetaProblem,
+    RateFinder,
     TaskDataModule,
     critical_rates,
     measure,
+    phase_diagram,
 )
+from lightning_maml_guard.maml.inner_updates import Adam, Momentum, RMSprop
 from lightning_maml_guard.networks import conv4, mlp
+from lightning_maml_guard.stability.problems import PlainProblem
 from lightning_maml_guard.tasks.episodes import check_episode
 from lightning_maml_guard.tasks.images import Omniglot
 from lightning_maml_guard.tasks.regression import LinearRegression, Sinusoid
@@ -63,6 +68,10 @@ def episode(**arguments):
     return check_episode(**{"n_way": 2, "k_shot": 1, "queries": 1, "classes": 9, "images": 9, **arguments})
 
 
+def grid(**arguments):
+    return phase_diagram(**{"problem_family": PROBLEM, "alphas": [0.1], "betas": [0.1], "steps": 1, **arguments})
+
+
 COUNTS = [
     *((ConvergenceGuard, name, 1) for name in ("patience", "max_rollbacks", "history_size")),
     (CurvatureOptions, "max_iter", 1),
@@ -93,6 +102,7 @@ RATES = [(module, "inner_lr"), (problem, "inner_lr"), (rates, "alpha"), (LinearR
 FLAGS = [
     *((ConvergenceGuard, name) for name in ("rollback", "figures", "allow_untested")),
     (LookaheadOptions, "triggers"),
+    *((grid, name) for name in ("exact", "progress")),
     (module, "learn_inner_lr"),
     (data, "resample"),
     (LinearRegression, "same_query"),
@@ -213,6 +223,12 @@ def test_a_word_out_of_the_list_is_refused_and_the_near_one_named(row):
         (CurvatureOptions, "tol", "a number between 0 and 1", (0, 1, -1.0, math.nan)),
         (LookaheadOptions, "divergence_ratio", "a finite number above 1", (1, 0.5, math.nan, math.inf)),
         (LinearRegression, "condition", "a finite number of at least 1", (0.5, -1, math.nan, math.inf)),
+        *(
+            (make, name, "a number of at least 0 and below 1", (-1, 1, math.nan, math.inf))
+            for make, name in ((Momentum, "momentum"), (RMSprop, "alpha"), (RMSprop, "momentum"))
+        ),
+        (grid, "tol", "a finite number above 0", (0, -1, math.nan, math.inf)),
+        (grid, "divergence", "a finite number above 0", (0, -1, math.nan, -math.inf)),
     ],
 )
 def test_a_number_out_of_its_range_is_refused_by_name(make, name, allowed, values):
@@ -220,6 +236,45 @@ def test_a_number_out_of_its_range_is_refused_by_name(make, name, allowed, value
         refused(lambda value=value: make(**{name: value}), name, shown(value), allowed, "Choose one in that range.")
     for value in (None, "1", True, [1.0], torch.ones(2)):
         refused(lambda value=value: make(**{name: value}), name, shown(value), allowed, "Pass a plain number; float(x)")
+
+
+@named([(LadderOptions, "alphas"), (grid, "alphas"), (grid, "betas")])
+def test_what_holds_no_rates_is_refused_by_name(row):
+    make, name = row
+    for value in (0.1, True, "0.1", b"0.1", {"a": 1}, torch.tensor(0.1), object):
+        refused(
+            lambda value=value: make(**{name: value}), name, shown(value), "learning rates", "Pass a list of numbers"
+        )
+    for value in ("0.1", math.nan, -0.1, None):
+        refused(
+            lambda value=value: make(**{name: [0.1, value]}), name, shown(value), "a finite number of at least 0", ""
+        )
+
+
+@pytest.mark.parametrize("values", [[0.5, 1.0], (0.5, 1), np.array([0.5, 1.0]), torch.tensor([0.5, 1.0])])
+def test_rates_may_be_held_in_any_list(values):
+    assert LadderOptions(alphas=values).alphas == (0.5, 1.0)
+    assert list(grid(alphas=values, progress=False).alphas) == [0.5, 1.0]
+
+
+def test_infinity_is_a_loss_that_is_never_reached():
+    assert grid(divergence=math.inf, chance=math.inf, progress=False).divergence == math.inf
+
+
+def test_pairs_functions_names_and_problems_that_are_none_are_refused_by_name():
+    for value in (0.9, None, (0.9,), "ab"):
+        refused(lambda value=value: Adam(value), "betas", shown(value), "two numbers", "Pass (0.9, 0.999)")
+    for make, name in ((module, "inner_update"), (problem, "inner_update")):
+        refused(lambda make=make, name=name: make(**{name: 3}), name, "3", "callable", "Pass a function", TypeError)
+    for name in ("alpha", "beta"):
+        refused(lambda name=name: RateFinder(**{name: 0.1}), name, "0.1", "the name of an attribute", "", TypeError)
+    refused(lambda: grid(judged_on=3), "judged_on", "3", "a MetaProblem or None", "Pass the problem", TypeError)
+    refused(lambda: grid(partial=3), "partial", "3", "the path of a folder or None", "Pass a string", TypeError)
+    with pytest.raises(ValueError, match=r"`optimizer` to be one of .* but got \[\]"):
+        grid(optimizer=[])
+    with pytest.raises(TypeError, match="`params` to be a dict from names to tensors but got generator"):
+        PlainProblem(NETWORK.parameters(), lambda params: 0)
+    refused(lambda: PlainProblem(PROBLEM.params, 3), "loss", "3", "callable", "Pass a function", TypeError)
 
 
 @pytest.mark.parametrize("value", [np.int64(3), np.float32(0.5), torch.tensor(3)])

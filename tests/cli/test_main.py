@@ -186,7 +186,7 @@ def test_miniimagenet_on_real_images_with_intervals(data_folder, monkeypatch):
     ("action", "said"),
     [
         ("warn", r"Or let the guard do it: --guard rescale\.$"),
-        ("stop", r"Training stops after this step \(--guard stop\)\.$"),
+        ("stop", r"Training stops after this step \(--guard stop\)\. It is taken at beta = 0\.$"),
         ("rescale", r"Applied from now on: alpha = 0\.05, beta = 0\.\d+ \(--guard rescale\)\.$"),
     ],
 )

@@ -1,13 +1,20 @@
 """Every action is a class of its own, and one more is a class and a row."""
 
 import pytest
+import torch
+from pytorch_lightning import LightningModule
+from torch import nn
+from torch.func import functional_call
+from torch.optim import SGD, AdamW, RMSprop
+from torch.utils.data import DataLoader
 
 from lightning_maml_guard import ConvergenceGuard, GuardWarning
 from lightning_maml_guard.guard.actions import ACTIONS, OUT_OF_REACH, Action
 from lightning_maml_guard.lookahead.lookahead import Caps
 from lightning_maml_guard.messages.spelling import IN_PYTHON
+from lightning_maml_guard.stability.problems import PlainProblem
 from lightning_maml_guard.theory.limits import UNSAFE
-from tests.helpers import fit, guard_warns, is_free_of_hooks, linear_module, one_line, quadratic_batch
+from tests.helpers import QUIET, Trainer, fit, guard_warns, is_free_of_hooks, linear_module, one_line, quadratic_batch
 
 BATCH = quadratic_batch([0.3, 1.0, 2.0, 4.0], target=1.0)
 # speaks, caps rates, stops, resumes exactly, what it says
@@ -105,3 +112,81 @@ def test_an_action_that_does_not_speak_acts_in_silence(monkeypatch, recwarn):
     assert not [one_line(each.message) for each in recwarn if each.category is GuardWarning]
     assert trainer.global_step == 4 and guard.history[0].beta_applied == 0.01
     assert batches == [1, 2, 3, 4]
+
+
+def noting(kind, applied):
+    """An optimizer that notes the rates it steps at."""
+
+    class Noted(kind):
+        @torch.no_grad()
+        def step(self, closure=None):
+            loss = None if closure is None else torch.enable_grad()(closure)()
+            applied.append(self.param_groups[0]["lr"])
+            super().step()
+            return loss
+
+    return Noted
+
+
+class Noting(LightningModule):
+    """A line that diverges at its rate; it notes the rates that its optimizers apply, and keeps what it returns."""
+
+    def __init__(self, optimizer, lr=5.0, several=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.line, self.lr, self.applied, self.kept = nn.Linear(2, 1), lr, [], []
+        self.optimizer = noting(optimizer, self.applied)
+        self.automatic_optimization, self.several = not several, several
+
+    def training_step(self, batch, batch_idx):
+        loss = (self.line(batch).sum(1) - 1).square().mean()
+        self.kept.append(loss.detach())
+        self.before = [each.detach().clone() for each in self.parameters()]
+        if self.several:
+            self.zero_grad()
+            self.manual_backward(loss)
+            for each in self.optimizers():
+                each.step()
+        return loss
+
+    def meta_problem(self, batch):
+        def loss(params):
+            return (functional_call(self.line, params, (batch,)).sum(1) - 1).square().mean()
+
+        return PlainProblem(dict(self.line.named_parameters()), loss)
+
+    def on_train_epoch_end(self):
+        self.log("mean", torch.stack(self.kept).mean())  # as many modules do: raises where no step was taken
+
+    def configure_optimizers(self):
+        held = [[each] for each in self.line.parameters()] if self.several else [self.line.parameters()]
+        made = [self.optimizer(each, lr=self.lr) for each in held]
+        return made if self.several else made[0]
+
+
+@pytest.mark.parametrize(("optimizer", "several"), [(SGD, False), (RMSprop, False), (AdamW, False), (SGD, True)])
+def test_the_last_step_of_a_run_that_is_stopped_moves_no_parameters(optimizer, several):
+    module, guard = Noting(optimizer, several=several), ConvergenceGuard(action="stop")
+    with guard_warns(r"Training stops after this step \(action='stop'\)\. It is taken at beta = 0\.$"):
+        trainer = fit(module, torch.ones(16, 2), 50, [guard])
+    assert guard.stopped_step == len(module.kept) - 1 and set(module.applied[-1 - several :]) == {0.0}
+    assert all(torch.equal(each, before) for each, before in zip(module.parameters(), module.before, strict=True))
+    assert is_free_of_hooks(trainer) and {each.param_groups[0]["lr"] for each in trainer.optimizers} == {5.0}
+
+
+def test_steps_that_the_trainer_has_to_take_first_are_taken_at_the_runs_rates():
+    module, guard = Noting(SGD), ConvergenceGuard(action="stop")
+    with guard_warns(r"The Trainer first reaches min_epochs = 1 and min_steps = 4\.$"):
+        fit(module, torch.ones(16, 2), 50, [guard], min_steps=4, max_epochs=9, limit_train_batches=4)
+    assert module.applied == [5.0] * 4
+
+
+def test_a_checkpoint_of_a_run_that_was_stopped_goes_on_at_its_rates(tmp_path):
+    batch = torch.randn(16, 2)
+    with pytest.warns(GuardWarning, match="Training stops"):
+        trainer = fit(Noting(SGD), batch, 50, [ConvergenceGuard(action="stop")])
+    trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+    module = Noting(SGD)
+    again = Trainer(max_steps=4, callbacks=[ConvergenceGuard(action="log")], **QUIET)
+    again.fit(module, DataLoader([batch] * 9, batch_size=None), ckpt_path=tmp_path / "stopped.ckpt", weights_only=True)
+    assert module.applied == [5.0] * 3

@@ -443,6 +443,14 @@ def test_an_attribute_inner_lr_cap_puts_the_inner_rate_of_a_hand_written_module_
     assert not [text for text in said if "Nothing is lowered" in text or "inner_lr_cap" in text]
 
 
+@pytest.mark.parametrize("action", ["rescale", "log"])
+def test_a_cap_that_an_earlier_run_left_ends_where_a_guard_that_lowers_rates_begins(action):
+    module = Capped(alpha=0.001, lr=0.001, optimizer=Adam, hidden=16)
+    module.inner_lr_cap = 1e-4
+    guarded(module, sinusoids(4, shots=10), action=action)
+    assert module.inner_lr_cap == (None if action == "rescale" else 1e-4)  # `log` changes nothing
+
+
 def test_an_inner_rate_that_does_not_keep_to_the_modules_cap_is_told_once_and_left_alone():
     module = Rising(alpha=0.02, lr=0.01, optimizer=Adam, hidden=16)
     module.inner_lr_cap = None

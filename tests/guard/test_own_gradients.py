@@ -116,3 +116,28 @@ def test_advice_about_the_outer_rate_is_conditional(recwarn):
     assert guard.advice is not None and guard.advice.cause is Cause.BETA and guard.advice.beta < 0.01
     assert guard.advice.evidence[-1].kind is Kind.OWN_GRADIENTS
     assert "unless it is the rate of an inner loop that is" in str(guard.advice)
+
+
+class Unscaled(LightningModule):
+    """An inner optimizer's root of a second moment that is 0: its derivative is not finite, at any rate."""
+
+    def __init__(self):
+        super().__init__()
+        self.line = nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.line(batch).square().mean()
+        return loss + (0 * loss).sqrt()
+
+    def configure_optimizers(self):
+        return SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("action", ["warn", "stop"])
+def test_a_guard_that_lowers_rates_is_not_offered_where_none_survives(action):
+    guard = ConvergenceGuard(action=action)
+    with pytest.warns(GuardWarning) as caught:
+        fit(Unscaled(), torch.ones(4, 2), 8, [guard])
+    said = [str(each.message) for each in caught if each.category is GuardWarning]
+    assert "training diverges at every rate that was tried. Look at" in said[0] and guard.advice.cause is Cause.UNKNOWN
+    assert ("Training stops after" in said[0]) == (action == "stop") and not any("rescale" in each for each in said)

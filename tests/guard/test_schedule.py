@@ -8,7 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
+from torch.func import functional_call
+from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 from lightning_maml_guard import (
@@ -473,3 +476,71 @@ def test_a_guard_that_joins_a_run_with_ruined_parameters_ends_it(ruined, tmp_pat
     trainer.fit(module, DataLoader([torch.ones(4)] * 100, batch_size=None), ckpt_path=tmp_path / "before.ckpt")
     assert trainer.global_step == 42 and guard.stopped_step == 41
     assert any("the parameters are not finite, and there are no earlier ones" in one_line(w.message) for w in recwarn)
+
+
+class Halves(LightningModule):
+    """Weight and bias, each with an optimizer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.line, self.automatic_optimization = nn.Linear(2, 1), False
+
+    def training_step(self, batch, batch_idx):
+        loss = self.line(batch).square().mean()
+        self.zero_grad()
+        self.manual_backward(loss)
+        for each in self.optimizers():
+            each.step()
+        return loss
+
+    def configure_optimizers(self):
+        return [SGD([each], lr=0.01) for each in self.line.parameters()]
+
+
+class Whole(Halves):
+    """The same with one."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = True
+
+    def training_step(self, batch, batch_idx):
+        return self.line(batch).square().mean()
+
+    def configure_optimizers(self):
+        return SGD(self.parameters(), lr=0.01)
+
+
+def of_line(module, batch):
+    def loss(params):
+        return functional_call(module.line, params, (batch,)).square().mean()
+
+    return PlainProblem(dict(module.line.named_parameters()), loss)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "planned"),
+    [
+        (Whole, {"max_epochs": 3}, 24),
+        (Whole, {"max_epochs": 3, "accumulate_grad_batches": 3}, 9),
+        (Whole, {"max_steps": 20}, 20),
+        (Halves, {"max_epochs": 3}, 24),
+        (Halves, {"max_steps": 40}, 40),
+    ],
+)
+@pytest.mark.parametrize("at", [4, 8, 10])  # within an epoch, at its end
+def test_a_resumed_run_is_planned_as_the_whole_one_was(tmp_path, make, options, planned, at):
+    """Lightning has not counted a checkpoint's last step before the first one of the resumed run."""
+
+    def run(**given):
+        guard = ConvergenceGuard(action="log", problem=of_line)
+        keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=at, save_top_k=-1)
+        trainer = Trainer(callbacks=[guard, keep], **{**QUIET, "enable_checkpointing": True, **options})
+        trainer.fit(make(), DataLoader(torch.ones(8, 4, 2), batch_size=None), **given)
+        return guard._run.schedule.planned
+
+    assert run() == planned
+    if kept := [*tmp_path.glob(f"step={at}.ckpt")]:
+        assert run(ckpt_path=kept[0]) == planned
+    else:
+        assert at > 9 and planned == 9

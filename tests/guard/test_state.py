@@ -264,7 +264,7 @@ def test_a_guard_hands_its_state_on():
     assert_same(second.state_dict(), first.state_dict())
     assert second.stopping_reason == f"{ADVICE} {cause_of(EVERYTHING)}" and second.stopped_step == 9
     assert repr(second.advice) == repr(ADVICE) and str(second.advice).endswith(
-        "Set the inner rate (inner_lr) to 0.02 and the schedule's max_lr to 0.3 (of its groups the largest, the others in "
+        "Set the inner rate (inner_lr) to 0.02 and the schedule's max_lr to 0.3 (the largest of several; lower the others in "
         "proportion) and Trainer(gradient_clip_val=1.5), or fix "
         "the batch."
     )

@@ -102,7 +102,7 @@ def warned(module, stated=problem, data=None, action="log", **options):
     accumulated = options.get("accumulate_grad_batches", 1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer = Trainer(max_steps=3, callbacks=[guard], **{**QUIET, **options})
+        trainer = Trainer(callbacks=[guard], **{**QUIET, "max_steps": 3, **options})
         trainer.fit(module, DataLoader(data or batches(3 * accumulated), batch_size=None))
     assert guard.history
     return [one_line(each.message) for each in caught if each.category is GuardWarning]
@@ -209,6 +209,33 @@ class ByHand(HandWritten):
         optimizer.step()
 
 
+class BodyAndHead(HandWritten):
+    """An optimizer each for body and head, whose gradients are clipped apart: together they have another direction."""
+
+    def __init__(self, longest=(0.1, 0.1), first_order=False):
+        super().__init__(first_order=first_order)
+        self.automatic_optimization, self.longest = False, longest
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.optimizers()
+        self.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer, length in zip(optimizers, self.longest, strict=True):
+            self.clip_gradients(optimizer, gradient_clip_val=length, gradient_clip_algorithm="norm")
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [SGD(self.net[0].parameters(), lr=0.01), SGD(self.net[2].parameters(), lr=0.01)]
+
+
+@pytest.mark.parametrize(("longest", "known"), [((0.1, 0.1), 0.1), ((100.0, 0.1), 0.1), ((0.1, 0.02), math.nan)])
+def test_what_several_optimizers_clip_to_is_known_where_it_is_one_length(longest, known, monkeypatch):
+    guards = []
+    monkeypatch.setattr(ConvergenceGuard, "on_train_end", lambda guard, *_: guards.append(guard._run.state.clipped_to))
+    assert not [each for each in warned(BodyAndHead(longest)) if "training_step trains" in each]
+    assert guards == pytest.approx([known], rel=1e-3, nan_ok=True)
+
+
 RIGHT = {
     "plain": (HandWritten, {}),
     "dropout": (lambda: HandWritten(net(nn.Dropout(0.5))), {}),
@@ -218,6 +245,7 @@ RIGHT = {
     "accumulation": (HandWritten, {"accumulate_grad_batches": 4}),
     "clipped by the Trainer": (HandWritten, {"gradient_clip_val": 0.01}),
     "by hand": (ByHand, {}),
+    "body and head": (BodyAndHead, {}),
     "head alone": (HeadMoves, {}),
 }
 
@@ -302,3 +330,15 @@ def test_the_loss_of_another_optimizer_is_no_mismatch_where_the_gradients_agree(
 
 def test_a_loss_that_another_optimizer_works_against_need_not_fall():
     assert adversaries(0.0, 70) == []
+
+
+def test_later_advice_recalls_that_the_problem_is_not_the_trainings():
+    def at_a_high_rate():
+        module = HandWritten(scale=TASKS)
+        module.configure_optimizers = lambda: SGD(module.parameters(), lr=0.5)
+        return module
+
+    said = warned(at_a_high_rate(), action="warn", data=batches(12), max_steps=12)
+    assert "is not what training_step trains: the same batch has" in said[0]
+    recalled = [each for each in said[1:] if "is not what training_step trains, as was said" in each]
+    assert recalled and all("Why: The problem that is measured" in each for each in recalled)

@@ -29,7 +29,7 @@ EXAMPLES = [
     ),
     (
         Advice(cause=Cause.BETA, beta=0.025, several=True, **RATES),
-        "beta = 0.4 is too large. Set the optimizer's lr to 0.025 (of its groups the largest, the others in "
+        "beta = 0.4 is too large. Set the optimizer's lr to 0.025 (the largest of several; lower the others in "
         "proportion).",
     ),
     (
@@ -89,6 +89,19 @@ def test_what_was_learned_and_is_lost_at_lower_rates_too():
     kept = replace(tried, losses=(0.9, 1.5, 3.0))  # where something else threw the run off
     for evidence in ((lost,), (lost, kept)):
         assert str(Advice(cause=Cause.UNKNOWN, evidence=evidence, **RATES)) == EXAMPLES[-1][1]
+
+
+def test_where_no_rate_survives_or_the_data_hold_nan_that_is_what_is_said():
+    dead = replace(TRIED, losses=(math.inf, math.nan, 1.0))
+    assert str(Advice(cause=Cause.UNKNOWN, evidence=(dead,), **RATES)) == (
+        "training diverges at every rate that was tried. Look at the data, the loss and the precision."
+    )
+    assert str(Advice(cause=Cause.UNKNOWN, evidence=(TRIED,), **RATES)) == EXAMPLES[-1][1]
+    padded = Reason(Kind.NAN_IN_DATA, detail="The task loss is nan.")
+    assert str(Advice(cause=Cause.UNKNOWN, evidence=(padded, dead), **RATES)) == (
+        "the data of the problem holds nan, so that its loss is nan. Leave what is nan out of the data."
+    )
+    assert str(replace(EXAMPLES[0][0], evidence=(padded, dead))) == EXAMPLES[0][1]
 
 
 def test_every_cause_has_an_example_and_words_for_advice_that_knows_nothing_more():

@@ -331,6 +331,11 @@ EXAMPLES = [
         "`meta_problem` it is not judged.",
     ),
     (
+        Reason(Kind.PROBLEM_DIFFERS, effect="evidence"),
+        "The problem that is measured is not what training_step trains, as was said: what was tried on copies may not "
+        "hold for training.",
+    ),
+    (
         Reason(Kind.OPTIMIZERS_TAKE_TURNS),
         "there are no more checks: the optimizers that move the problem's parameters take turns, so no single "
         "problem describes their steps.\nTo do: Watch one optimizer at a time: a ConvergenceGuard(problem=...) for "

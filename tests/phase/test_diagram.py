@@ -316,9 +316,9 @@ def test_the_correlation_is_nan_when_there_is_nothing_to_correlate():
         ({"optimizer": "lion"}, r"`optimizer` to be one of \['adam', 'sgd'\] or a MetaOptimizer .* but got 'lion'"),
         ({"chunk_size": 0}, "`chunk_size` to be an integer of at least 1"),
         ({"measure_every": -1}, "`measure_every` to be an integer of at least 0"),
-        ({"tol": 0.0}, "`tol` to be a number above 0"),
-        ({"chance": 0.0}, "`chance` to be a number above 0"),
-        ({"memory": -1.0}, "`memory` to be a number above 0"),
+        ({"tol": 0.0}, "`tol` to be a finite number above 0"),
+        ({"chance": 0.0}, "`chance` to be a finite number above 0"),
+        ({"memory": -1.0}, "`memory` to be a finite number above 0"),
     ],
 )
 def test_what_is_not_allowed_is_said(arguments, message):
