@@ -23,12 +23,14 @@ from lightning_maml_guard.lookahead.rates_to_set import (
     clear_share,
     is_not_to_blame,
     is_still_above,
+    recovers,
     share_of_start,
     suspicion,
     tried_reason,
     try_half_limits,
 )
 from lightning_maml_guard.lookahead.results import TRIAL_STEPS, SearchResult
+from lightning_maml_guard.lookahead.searches import Searches
 from lightning_maml_guard.messages.advice import Advice, Cause, cause_of, settable
 from lightning_maml_guard.messages.reasons import INCONCLUSIVE, Kind, Reason, Reasons
 from lightning_maml_guard.optim.lr_cap import rates_differ
@@ -49,7 +51,8 @@ class Adviser:
         self._run, self._trainer, self._module, self._look, self._step = run, trainer, module, look, step
         self._lookaheads: list[Lookahead] = []  # whose cost is counted
         self._held, self._measurement_cost = rollback_state(trainer, module, run.settings.rollback), 0.0
-        self._searches: dict[bool, RateSearch] = {}  # by whether alpha is a suspect
+        place = *self._held, run.settings.snapshot_device
+        self._searches = Searches(self._new_search, lambda: run.state.rollbacks, *place)
         self._at_peak: SearchResult | None = None  # if the rate that the schedule goes to is too high
         self.stalled: SearchResult | None = None  # if the run does not learn
         self.tried_from: Snapshot | None = None  # where rates are tried from, if not where the run is
@@ -85,12 +88,12 @@ class Adviser:
 
     def recovers(self, learning: Learning) -> bool:
         """Whether a run that has lost what it learned soon has it again; False if a trial costs too much."""
-        run, search = self._run, self._search_from_here(alpha_suspect=True)
+        run, search = self._run, self._search(alpha_suspect=True)
         run.state.searches += 1
         if run.state.searches > _MOST_SEARCHES and not self._affords_trial:
             return False
         kept = highest_kept_losses(learning, search.lookahead, *self._held, run.ring.kept)
-        return search.recovers(kept, share_of_start(self._look.scale, CLEAR_SHARE))
+        return recovers(search, kept, share_of_start(self._look.scale, CLEAR_SHARE))
 
     def look_further(self, report: StabilityReport) -> SearchResult | None:
         """Try more steps than a lookahead does, unless the rates are far below their limits; see `_lower`."""
@@ -104,7 +107,7 @@ class Adviser:
 
     def _lower(self, alpha_suspect: bool, share: float = CLEAR_SHARE, handicap: float = 1.0) -> SearchResult | None:
         """Search for lower rates; None unless they do better by a share of the loss."""
-        search = self._search_from_here(alpha_suspect)
+        search = self._search(alpha_suspect)
         margin = max(share_of_start(self._look.scale, share), search.clear_margin(share))
         present, best = search.probe()
         if present.trains and best.learned <= present.learned + margin:
@@ -116,9 +119,9 @@ class Adviser:
         """Search from the oldest copy: a network whose units have died learns at no rate from where it is."""
         if not (self._run.state.statistics.stuck and self._run.ring.kept):
             return None
-        here, self.tried_from = self._search_from_here(self._look.harmful), self._run.ring.kept[0]
+        here, self.tried_from = self._search(self._look.harmful), self._run.ring.kept[0]
         with self._at_last_intact_state():
-            search = self._search(self._look.problems, alpha_suspect=True, steps=LASTING_STEPS)
+            search = self._search(alpha_suspect=True, steps=LASTING_STEPS)
             if search.is_soon_below(here.trial().end):
                 lowest = search.lowest_far_below()
                 present = min(here.trial(steps=LASTING_STEPS).end, search.trial().end)
@@ -176,7 +179,7 @@ class Adviser:
             # An inner rate beyond its limit makes the losses of good batches differ, too.
             problems, odd = self._without_odd(0.5 / report.alpha_ratio if report.alpha_ratio > 1 else 1.0, at)
             suspect, beta_handicap = self._suspicion(report)
-            search = self._search(problems, suspect)
+            search = self._searches.on(problems, alpha_suspect=suspect)
             if odd is not None and math.isfinite(search.trial().end):
                 given = self._step, self._look.scale, report.alpha, to_configure(self._run.ahead, self._peak)
                 return clip_advice(self._lookahead([odd[0], *problems], resample=False), odd[1], *given)
@@ -201,17 +204,15 @@ class Adviser:
         self._measurement_cost += report.cost
         return report
 
-    def _search_from_here(self, alpha_suspect: bool) -> RateSearch:
-        if alpha_suspect not in self._searches:
-            self._searches[alpha_suspect] = self._search(self._look.problems, alpha_suspect)
-        return self._searches[alpha_suspect]
+    def _search(self, alpha_suspect: bool, steps: int = TRIAL_STEPS) -> RateSearch:
+        return self._searches.on(self._look.problems, alpha_suspect=alpha_suspect, steps=steps)
 
-    def _search(self, problems: Sequence[Problem], alpha_suspect: bool, steps: int = TRIAL_STEPS) -> RateSearch:
+    def _new_search(self, problems: Sequence[Problem]) -> RateSearch:
         run, lookahead = self._run, self._lookahead(problems)
         peak = self._peak / lookahead.beta if lookahead.beta > 0 else 1.0
-        new_tasks = None if run.repeats else NewTasks(problems, self._lookahead, run.cache.ranks)
+        new_tasks = None if run.repeats else NewTasks(problems, self._lookahead, run.cache.ranks, peak)
         given = self._look.scale, run.settings.lookahead.divergence_ratio
-        return RateSearch(lookahead, *given, alpha_suspect=alpha_suspect, peak=peak, steps=steps, new_tasks=new_tasks)
+        return RateSearch(lookahead, *given, alpha_suspect=False, peak=peak, new_tasks=new_tasks)
 
     def _lookahead(self, problems: Sequence[Problem], *, resample: bool = True) -> Lookahead:
         run, optimizers = self._run, self._look.optimizers
@@ -237,26 +238,24 @@ class Adviser:
     @contextmanager
     def _at_last_intact_state(self) -> Iterator[int]:
         """Go to the last state from which the loss survives, yield its step, and come back."""
-        snapshot, held = self.tried_from, self._held
+        snapshot = self.tried_from
         if snapshot is None and not (self._look.is_intact and self._survives()):
-            snapshot = self._run.ring.latest_that(self._survives, *held)
-        if snapshot is None or snapshot.step >= self._step:
-            yield self._step
-        else:
-            with snapshot.visited(*held, self._run.settings.snapshot_device):
-                yield snapshot.step
+            snapshot = self._run.ring.latest_that(self._survives, self._searches.visited)
+        earlier = None if snapshot is None or snapshot.step >= self._step else snapshot
+        with self._searches.visited(earlier):
+            yield self._step if earlier is None else earlier.step
 
     def _survives(self) -> bool:
         """Whether a far lower outer rate trains, no worse than from the oldest copy if it trains there."""
-        low = self._search(problems := self._without_odd(1.0)[0], alpha_suspect=True).far_below
-        with self._run.ring.oldest_visited(*self._held):
-            first = low if self._step == 0 else self._search(problems, alpha_suspect=True).far_below
+        low = self._searches.on(problems := self._without_odd(1.0)[0], alpha_suspect=True).far_below
+        with self._searches.visited(self._run.ring.oldest):
+            first = low if self._step == 0 else self._searches.on(problems, alpha_suspect=True).far_below
         compared = first.trains and not self._look.harmful and self._look.scale.unit is None
         return low.trains and low.end <= first.end if compared else math.isfinite(low.end)
 
     def _lasts_from_start(self, alpha: float, beta: float) -> bool:
-        with self._run.ring.oldest_visited(*self._held):
-            return self._step > 0 and self._search(self._look.problems, True).trial(alpha, beta, LASTING_STEPS).trains
+        with self._searches.visited(self._run.ring.oldest):
+            return self._step > 0 and self._search(alpha_suspect=True).trial(alpha, beta, LASTING_STEPS).trains
 
     def _without_odd(self, alpha: float, since: float = math.inf) -> tuple[list[Problem], tuple[Problem, int] | None]:
         """Leave out batches unlike the others, also the highest spike after a step; return the worst and its step."""
@@ -277,7 +276,7 @@ class Adviser:
         if to_blame:
             mean = 1.0 if rising is None else rising.mean_to_peak
             given = look.optimizers, look.problem, beta, mean, self._run.repeats, self._measured_at, look.harmful
-            to_set = RatesToSet(self._search(look.problems, alpha_suspect=True), *given, self._lasts_from_start)
+            to_set = RatesToSet(self._search(alpha_suspect=True), *given, self._lasts_from_start)
             rates = to_set.of(found, report, [each for each in self._run.state.history if (each.step or 0) <= step])
         lower_alpha, lower_beta = (rate is not None for rate in rates)
         died = () if lower_alpha or not lower_beta else died

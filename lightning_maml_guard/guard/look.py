@@ -10,7 +10,6 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_maml_guard.guard.report import latest_limit
 from lightning_maml_guard.guard.run import GuardedRun
 from lightning_maml_guard.guard.schedule import SCHEDULED
 from lightning_maml_guard.lookahead.divergence import Scale
@@ -218,7 +217,7 @@ def due(run: GuardedRun, trainer: Any, module: Any, batch: Any, batch_idx: int, 
     with run.warn_on_failure("read the inner rate"):
         _read_alpha(run, trainer, module, batch, batch_idx)
     rate, history, statistics = known_rate(trainer.optimizers), run.state.history, run.state.statistics
-    rates = {"rate": rate, "alpha": run.alpha, **{name: latest_limit(history, name) for name in ("beta_c", "alpha_c")}}
+    rates = {"rate": rate, "alpha": run.alpha, **run.limits.of(history)}
     found = run.schedule.due(step, **rates, stalled=statistics.stalled, capped=run.is_capped(rate))
     return None if found is None else found == SCHEDULED
 
@@ -262,7 +261,7 @@ def adjust_caps(run: GuardedRun, trainer: Any, module: Any, look: Look, step: in
     run.caps.apply(module, found)
 
 
-def plan_next_caps_check(run: GuardedRun, look: Look, step: int, gradients: int, found: Caps) -> None:
+def plan_next_caps_check(run: GuardedRun, look: Look, step: int, gradients: float, found: Caps) -> None:
     """Plan the next check of capped rates after one that found these caps; ``gradients``: computed before it."""
     was, now = (each.applied(math.nan, look.beta)[1] for each in (run.caps.caps, found))
     changed, tried = found != run.caps.caps, look.lookahead is None or look.lookahead.gradients > gradients

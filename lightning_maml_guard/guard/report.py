@@ -78,6 +78,21 @@ def latest_limit(history: Sequence[CheckReport], name: str) -> float:
     return math.nan
 
 
+class LatestLimits:
+    """The latest known limits of both rates, looked for only where there was a check: they are asked for every step."""
+
+    def __init__(self) -> None:
+        self._history: Sequence[CheckReport] | None = None
+        self._found: dict[str, float] = {}
+
+    def of(self, history: Sequence[CheckReport]) -> dict[str, float]:
+        """See :func:`latest_limit`; a history is another object after each check."""
+        if history is not self._history:
+            self._history = history
+            self._found = {name: latest_limit(history, name) for name in ("beta_c", "alpha_c")}
+        return self._found
+
+
 def frame(history: Sequence[CheckReport]) -> pd.DataFrame:
     """Put reports into a table; see :meth:`ConvergenceGuard.frame`."""
     try:

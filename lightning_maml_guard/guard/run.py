@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_maml_guard.guard.loggers import Figures, Ratios, alert, logger_step
-from lightning_maml_guard.guard.report import Stopwatch
+from lightning_maml_guard.guard.report import LatestLimits, Stopwatch
 from lightning_maml_guard.guard.rescale import AppliedCaps
 from lightning_maml_guard.guard.schedule import Schedule
 from lightning_maml_guard.guard.settings import Settings
@@ -62,6 +62,7 @@ class GuardedRun:
         self._losses: list[float] = []  # of the batches accumulated so far
         self.match: TrainingMatch | None = None  # compares the problem with the coming step, once
         self.matched, self.turns, self._coming = False, Turns(), RateTrend()
+        self.limits = LatestLimits()
         self.ahead: RatesAhead | None = None
         self.alpha = math.nan  # the inner rate as configured, where it was read last
         self.repeats = False  # whether every step uses the same batch: then nothing is drawn from its tasks

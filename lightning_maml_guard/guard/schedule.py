@@ -259,7 +259,7 @@ class Schedule:
         self.state.waits += 1
         return self.state.waits <= _MOST_POSTPONED
 
-    def charge(self, *, lookahead_gradients: int, measured: float) -> None:
+    def charge(self, *, lookahead_gradients: float, measured: float) -> None:
         """Count the cost of a check: gradients of its lookaheads, and its measurement in training steps."""
         state, cost = self.state, LOOKAHEAD_GRADIENT * lookahead_gradients + measured
         state.latest, state.spent, state.waits = cost, state.spent + cost, 0

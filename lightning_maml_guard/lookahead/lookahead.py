@@ -7,7 +7,7 @@ stability). A run diverges only if its loss rises too, so the guard takes the ne
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,9 @@ from lightning_maml_guard.utils.distributed import Ranks
 from lightning_maml_guard.utils.double_backward import double_backward
 from lightning_maml_guard.utils.random_state import preserved_randomness, seed_generators
 from lightning_maml_guard.utils.task_map import TaskMap
+
+# Cost of a loss, in gradients.
+LOSS_COST = 0.5
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ class Lookahead:
         self.batches = len(problems)
         self.groups: Sequence[dict[str, Any]] = ()  # settings of the optimizers to try instead of those at hand
         self.before_run: Callable[[], None] | None = None
-        self.gradients = 0  # computed so far
+        self.gradients = 0.0  # computed so far
         self.begin = math.nan  # loss of the first batch, where the next steps were judged
 
     def _objectives_of(self, problems: Sequence[Problem]) -> list[Objective]:
@@ -217,38 +220,40 @@ class Lookahead:
             for step in range(steps):
                 value, gradient = self._evaluate(shadow.params, self._objective(first + step), alpha_factor)
                 losses.append(value)
-                self.gradients += 1
                 if highest < math.inf and not value <= highest:
                     break
                 shadow.step(gradient, self._clip, self._hook)
             else:
                 after = self._after or [self._objective(first)]
-                ends = [self._evaluate(shadow.params, each, alpha_factor)[0] for each in after]
-                losses.append(torch.stack(ends).mean())
-                self.gradients += len(after)
+                losses.append(torch.stack([self._loss(shadow.params, each, alpha_factor) for each in after]).mean())
             return LookaheadResult(tuple(torch.stack(losses).tolist()))
 
     def untrained(self, alpha_factor: float = 1.0) -> tuple[float, ...]:
         """Evaluate every batch at the parameters as they are, with a factor on the inner rates."""
-        return tuple(torch.stack([value for value, _ in self._each(alpha_factor)]).tolist())
+        with preserved_randomness(), double_backward():
+            seed_generators()
+            losses = [self._loss(self._live, each, alpha_factor) for each in self._objectives]
+        return tuple(torch.stack(losses).tolist())
 
     def gradient_norms(self) -> tuple[float, ...]:
         """Compute the norm of every batch's gradient at the parameters as they are."""
-        space, found = self._objectives[0].space, self._each()
-        return tuple(float(space.norm(torch.stack(torch._foreach_norm(list(g.values()))))) for _, g in found)
-
-    def _each(self, alpha_factor: float = 1.0) -> Iterator[tuple[Tensor, Params]]:
-        """Loss and gradient of every batch at the parameters as they are, one gradient at a time in memory."""
-        self.gradients += self.batches
+        space, norms = self._objectives[0].space, []
         with preserved_randomness(), double_backward():
             seed_generators()
-            for objective in self._objectives:
-                yield self._evaluate(self._live, objective, alpha_factor)
+            for objective in self._objectives:  # one gradient at a time in memory
+                gradient = self._evaluate(self._live, objective, 1.0)[1]
+                norms.append(float(space.norm(torch.stack(torch._foreach_norm(list(gradient.values()))))))
+        return tuple(norms)
 
     def _objective(self, index: int) -> Objective:
         return self._objectives[index % self.batches]
 
+    def _loss(self, params: Params, objective: Objective, factor: float) -> Tensor:
+        self.gradients += LOSS_COST
+        return self._ranks.mean(self._learned.loss(objective, params, factor).detach().float())
+
     def _evaluate(self, params: Params, objective: Objective, factor: float) -> tuple[Tensor, Params]:
+        self.gradients += 1
         value, filled = self._learned.evaluate(objective, params, factor)
         if self._ranks.size == 1:
             return value.detach().float(), unpaired(filled, params)

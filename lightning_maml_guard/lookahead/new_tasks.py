@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -30,12 +32,17 @@ class NewTasks:
         problems: The batches at hand.
         lookahead_of: Makes the lookahead of some batches.
         ranks: The processes that train together.
+        peak: Peak of the schedule over the outer rate at hand, to which factors on that rate are relative.
     """
 
     def __init__(
-        self, problems: Sequence[Problem], lookahead_of: Callable[[Sequence[Problem]], Lookahead], ranks: Ranks
+        self,
+        problems: Sequence[Problem],
+        lookahead_of: Callable[[Sequence[Problem]], Lookahead],
+        ranks: Ranks,
+        peak: float = 1.0,
     ) -> None:
-        self._problems, self._lookahead_of, self._ranks = problems, lookahead_of, ranks
+        self._problems, self._lookahead_of, self._ranks, self._peak = problems, lookahead_of, ranks, peak
         self._ends: dict[tuple[Factors, int], float] = {}
 
     @property
@@ -47,6 +54,13 @@ class NewTasks:
         """By how much so many steps take the loss of the tasks held out below ``before``; ``-inf`` if they diverge."""
         return self.before - self._end(factors, steps)
 
+    def learn_more(
+        self, rates: Sequence[Factors], other: Factors, steps: int, factor: float = 1.0, share: float = 0.0
+    ) -> bool:
+        """Whether one of some rates learns more than ``factor`` times what another does, by a share of ``before``."""
+        least = factor * max(self.learned(other, steps), 0.0) + share * abs(self.before) if rates else math.inf
+        return any(self.learned(each, steps) > least for each in rates)
+
     @property
     def before(self) -> float:
         """Loss of the tasks held out before any step, with or without adaptation, whichever is lower."""
@@ -56,7 +70,10 @@ class NewTasks:
         assert self._lookahead is not None
         key = factors, steps
         if key not in self._ends:
-            self._ends[key] = self._lookahead.run(*factors, steps=steps).end
+            # What is no longer finite has learned nothing: the rest of the steps is left out.
+            self._ends[key] = self._lookahead.run(
+                factors.alpha, factors.beta * self._peak, steps=steps, highest=sys.float_info.max
+            ).end
         return self._ends[key]
 
     @cached_property

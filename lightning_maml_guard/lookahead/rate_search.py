@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from itertools import pairwise
 
 from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.lookahead import Lookahead
 from lightning_maml_guard.lookahead.new_tasks import NewTasks
-from lightning_maml_guard.lookahead.results import TRIAL_STEPS, Factors, SearchResult, Trial
+from lightning_maml_guard.lookahead.results import (
+    TRIAL_STEPS,
+    Factors,
+    SearchResult,
+    Trial,
+    best_of,
+    mean_at_end,
+    mean_of,
+)
 
 # Steps that rates have to survive before they are advised: 30 say little for optimizers with momentum, or where both
 # rates are too high.
@@ -28,6 +37,7 @@ BOTH = 1.25
 ALPHA = 1.1
 # Lower rates must end lower by this share of the loss before they are advised to a run that does not diverge.
 CLEAR_SHARE = 0.1
+NO_LOSS = 0.01  # share of what was learned that is next to no loss
 _HARMS = 1.25  # adaptation that takes the loss above this many times the one before it is harmful
 # Factors on the rates, from high to low.
 ALPHA_LADDER = tuple(2.0**-k for k in range(1, 9))
@@ -65,9 +75,18 @@ class RateSearch:
     ) -> None:
         self.lookahead, self._scale, self._ratio, self._peak, self.steps = lookahead, scale, ratio, peak, steps
         self._new_tasks = new_tasks
+        self.share_of_largest = SHARE_WITH_MEMORY if lookahead.has_memory else SHARE
         self._alpha_suspect, self._has_alpha = alpha_suspect, not math.isnan(lookahead.alpha)
         self._trials: dict[tuple[Factors, int], Trial] = {}
+        # Shared with the searches that `like_this` makes.
         self._initial_losses: dict[float, tuple[float, ...]] = {}
+        self._runs: dict[tuple[Factors, int], tuple[float, ...]] = {}
+
+    def like_this(self, alpha_suspect: bool, steps: int) -> RateSearch:
+        """Make a search from the same state on the same batches: what one of them has run, none runs again."""
+        other = copy(self)
+        other._alpha_suspect, other.steps, other._trials = alpha_suspect, steps, {}
+        return other
 
     def initial_losses(self, alpha: float) -> tuple[float, ...]:
         """Losses of the batches before the first step, at a factor on the inner rates."""
@@ -77,14 +96,14 @@ class RateSearch:
 
     def harms(self, alpha: float) -> bool:
         """Whether adaptation at a factor on the inner rates makes the loss clearly worse than no adaptation."""
-        return not _mean(self.initial_losses(alpha)) <= self._scale.times(_HARMS, _mean(self.initial_losses(0.0)))
+        return not mean_of(self.initial_losses(alpha)) <= self._scale.times(_HARMS, mean_of(self.initial_losses(0.0)))
 
     @property
     def reference(self) -> tuple[float, ...]:
         """Losses of the batches before training, with adaptation or, if adaptation may be harmful, without."""
         adapted = self.initial_losses(1.0)
-        if self._has_alpha and (self._alpha_suspect or not math.isfinite(_mean(adapted))):
-            return min(adapted, self.initial_losses(0.0), key=_mean)
+        if self._has_alpha and (self._alpha_suspect or not math.isfinite(mean_of(adapted))):
+            return min(adapted, self.initial_losses(0.0), key=mean_of)
         return adapted
 
     def trial(self, alpha: float = 1.0, beta: float = 1.0, steps: int | None = None) -> Trial:
@@ -100,10 +119,13 @@ class RateSearch:
         highest = self._scale.times(self._ratio, max(*start, *initial))
         if not math.isfinite(highest):
             return Trial(factors, math.inf, -math.inf, -math.inf, trains=False, steps=steps)
-        losses = self.lookahead.run(factors.alpha, factors.beta * self._peak, steps=steps, highest=highest).losses
+        losses = self._runs.get((factors, steps), ())
+        if len(losses) <= steps and all(loss <= highest for loss in losses):  # none yet, or they ended below this bound
+            losses = self.lookahead.run(factors.alpha, factors.beta * self._peak, steps=steps, highest=highest).losses
+            self._runs[factors, steps] = losses
         if not all(loss <= highest for loss in losses):
             return Trial(factors, math.inf, -math.inf, -math.inf, trains=False, steps=steps)
-        end, before, initial_loss = (self._mean_at_end(each, steps) for each in (losses[:steps], start, initial))
+        end, before, initial_loss = (mean_at_end(each, steps) for each in (losses[:steps], start, initial))
         return Trial(factors, end, before - end, initial_loss - end, trains=end <= before, steps=steps)
 
     def probe(self) -> tuple[Trial, Trial]:
@@ -113,13 +135,21 @@ class RateSearch:
         it learns clearly more on new tasks, too.
         """
         tried = [self.trial()]
-        if self._has_alpha and self._alpha_suspect and self._learns_more([self.trial(*ALPHA_PROBE)], tried, clear=True):
+        if self._has_alpha and self._alpha_suspect and self._half_alpha_learns_more():
             tried.append(self.trial(*ALPHA_PROBE))
         for factors in BETA_PROBES:
             tried.append(self.trial(*factors))
             if tried[-1].trains and tried[-1].learned < tried[0].learned:
                 break
-        return tried[0], _best(tried)
+        return tried[0], best_of(tried)
+
+    def _half_alpha_learns_more(self) -> bool:
+        """Whether half the inner rates learn more than the present ones, and clearly more on new tasks."""
+        half, present = Factors(*ALPHA_PROBE), self.trial()
+        begins_lower = mean_of(self.initial_losses(half.alpha)) < mean_of(self.initial_losses(1.0))
+        if begins_lower and not self._more_anew([half], present, share=CLEAR_SHARE):
+            return False  # without a trial on its own tasks, where it is likely to end lower, too
+        return self.trial(*half).learned > present.learned and self._more_anew([half], present, share=CLEAR_SHARE)
 
     @property
     def far_below(self) -> Trial:
@@ -135,16 +165,6 @@ class RateSearch:
         alphas = [self.trial(factor) for _, factor in BETA_PROBES] if self._has_alpha else []
         return min([*(self.trial(*factors) for factors in BETA_PROBES), *alphas], key=lambda each: each.end)
 
-    def recovers(self, goal: Sequence[float], margin: float) -> bool:
-        """Whether the rates as they are bring the batches down to losses, and lower rates are not clearly better."""
-        present, best = self.probe()
-        lost = present.end > self._mean_at_end(goal, self.steps)
-        return present.trains and not lost and best.learned <= present.learned + margin
-
-    def _mean_at_end(self, losses: Sequence[float], steps: int) -> float:
-        """Mean loss over the last quarter of the steps, each on its batch."""
-        return _mean([losses[step % len(losses)] for step in range(steps)[-max(steps // 4, 1) :]])
-
     def find(self, beta_handicap: float = 1.0) -> SearchResult:
         """Find which rate to lower, and to what.
 
@@ -153,17 +173,18 @@ class RateSearch:
         """
         if not self._has_alpha:
             return self._beta_result(self._lower_betas())
+        if mean_of(self.initial_losses(1.0)) < mean_of(self.initial_losses(0.5)) < mean_of(self.initial_losses(0.0)):
+            beta_handicap = 1.0  # adaptation helps, the more the higher the inner rate: it does not diverge
         if self._alpha_suspect:
-            alphas, betas = self._lower_alphas(), self._lower_betas(stride=3)
-            if _best(betas).learned > _best(alphas).learned:
+            betas = self._lower_betas(stride=3)
+            alphas = self._lower_alphas([self.trial(), *betas], 1 / beta_handicap)
+            if best_of(betas).learned > best_of(alphas).learned:
                 betas = self._lower_betas()
         else:
             betas, alphas = self._lower_betas(), [self.trial(factor, 1.0) for factor in (0.5, 0.125)]
-            more = _best(alphas).learned > ALPHA * _best(betas).learned
+            more = best_of(alphas).learned > ALPHA * best_of(betas).learned
             if more and self._learns_more(alphas, betas):
                 alphas = self._lower_alphas()
-        if _mean(self.initial_losses(1.0)) < _mean(self.initial_losses(0.5)) < _mean(self.initial_losses(0.0)):
-            beta_handicap = 1.0  # adaptation helps, the more the higher the inner rate: it does not diverge
         if self._is_alpha_to_blame(alphas, betas, beta_handicap):
             return self._alpha_result(alphas)
         betas = self._lower_betas()
@@ -171,40 +192,48 @@ class RateSearch:
 
     def _is_alpha_to_blame(self, alphas: list[Trial], betas: list[Trial], beta_handicap: float) -> bool:
         """Whether lowering the inner rate alone learns more than lowering the outer rate alone."""
-        best, factor = _best(alphas), (1.0 if self._alpha_suspect else ALPHA) / beta_handicap
+        best, factor = best_of(alphas), (1.0 if self._alpha_suspect else ALPHA) / beta_handicap
         # Below an inner rate that is too high lower ones do not diverge; if they do, one has survived by chance.
         lower_diverge = not all(math.isfinite(each.end) for each in alphas[alphas.index(best) :])
-        by_chance = lower_diverge and factor > 0 and _best(betas).trains
-        more = best.trains and not by_chance and best.learned > factor * max(_best(betas).learned, 0.0)
+        by_chance = lower_diverge and factor > 0 and best_of(betas).trains
+        more = best.trains and not by_chance and best.learned > factor * max(best_of(betas).learned, 0.0)
         return more and self._learns_more([*alphas[:1], *alphas[2:3], best], [self.trial(), *betas], factor=factor)
 
-    def _learns_more(
-        self, lower: Sequence[Trial], others: Sequence[Trial], factor: float = 1.0, *, clear: bool = False
-    ) -> bool:
-        """Whether lower inner rates learn more than ``factor`` times what the best other rates do, on new tasks, too.
+    def _learns_more(self, lower: Sequence[Trial], others: Sequence[Trial], factor: float = 1.0) -> bool:
+        """Whether rates of which one trains learn more than ``factor`` times what the best others do on new tasks."""
+        return self._more_anew([each.factors for each in lower if each.trains], best_of(others), factor)
 
-        What does not train has lost already. ``clear``: by a share of the loss before training.
-        """
-        other = _best(others)
+    def _more_anew(self, rates: Sequence[Factors], other: Trial, factor: float = 1.0, share: float = 0.0) -> bool:
+        """See `NewTasks.learn_more`; True where that is not known."""
         if self._new_tasks is None or not (other.trains and factor > 0 and self._new_tasks.known):
             return True
-        least = factor * max(self._learned_anew(other), 0.0)
-        least += CLEAR_SHARE * abs(self._new_tasks.before) if clear else 0.0
-        return any(each.trains and self._learned_anew(each) > least for each in lower)
+        return self._new_tasks.learn_more(rates, other.factors, self.steps, factor, share)
 
-    def _learned_anew(self, trial: Trial) -> float:
-        assert self._new_tasks is not None
-        alpha, beta = trial.factors
-        return self._new_tasks.learned(Factors(alpha, beta * self._peak), trial.steps)
+    def _memorises(self, tried: Sequence[Trial], others: Sequence[Trial], factor: float) -> bool:
+        """Whether the latest of two inner rates that train learns more than the other one, and less on new tasks."""
+        last, anew = [each for each in tried if each.trains][-2:], self._new_tasks
+        if anew is None or not others or len(last) < 2 or last[0].learned > last[1].learned:
+            return False
+        learned = (anew.learned(each.factors, self.steps) for each in last)
+        return not self._learns_more(last, others, factor) and next(learned) > next(learned)
 
     def _both_lowered(self, betas: list[Trial], beta_handicap: float) -> SearchResult | None:
         """Lower the outer rate at the inner rate that adapts best; None if lowering the outer rate alone suffices."""
-        adapted = {factor: _mean(self.initial_losses(factor)) for factor in ALPHA_LADDER}
+        alone = best_of(betas)
+        needed = not math.isfinite(beta_handicap) or not alone.trains
+        if not needed and self._scale.unit is None and BOTH * alone.learned >= alone.learned + alone.end:
+            return None  # a loss of 0 would not do
+        adapted = {factor: mean_of(self.initial_losses(factor)) for factor in ALPHA_LADDER}
         lowest = min(adapted, key=adapted.__getitem__)
+        if not needed and not self._more_anew([Factors(lowest, alone.factors.beta)], alone, BOTH):
+            return None
+        first = self.trial(lowest, BETA_LADDER[0])
+        no_loss = self._scale.unit is None and first.end < NO_LOSS * first.learned  # no other learns more
+        if not needed and no_loss and not self._more_anew([first.factors], alone, BOTH):
+            return None
         both = self._lower_betas(lowest)
-        needed = not math.isfinite(beta_handicap) or not _best(betas).trains
-        more = _best(both).learned > BOTH * max(_best(betas).learned, 0.0)
-        if not needed and not (more and self._learns_more([_best(both)], betas, BOTH)):
+        more = best_of(both).learned > BOTH * max(alone.learned, 0.0)
+        if not needed and not (more and self._learns_more([best_of(both)], betas, BOTH)):
             return None
         nearly = adapted[lowest] + self.clear_margin()
         highest = next((factor for factor, loss in adapted.items() if loss <= nearly), lowest)
@@ -223,10 +252,12 @@ class RateSearch:
         ladder = [Factors(alpha, factor) for factor in BETA_LADDER]
         return self._descend(ladder, lambda tried, best: tried[-1].trains and not self._nearly(tried[-1], best), stride)
 
-    def _lower_alphas(self) -> list[Trial]:
-        """Try lower and lower inner rates until several in a row learn less than the best one."""
-        ladder = [Factors(alpha=factor) for factor in ALPHA_LADDER]
-        return self._descend(ladder, lambda tried, best: len(tried) - tried.index(best) > PATIENCE)
+    def _lower_alphas(self, others: Sequence[Trial] = (), factor: float = 0.0) -> list[Trial]:
+        """Try lower and lower inner rates until several in a row learn less than the best one, or they memorise."""
+        return self._descend(
+            [Factors(alpha=each) for each in ALPHA_LADDER],
+            lambda tried, best: len(tried) - tried.index(best) > PATIENCE or self._memorises(tried, others, factor),
+        )
 
     def _descend(
         self, ladder: Sequence[Factors], falls: Callable[[list[Trial], Trial], bool], stride: int = 1
@@ -234,21 +265,25 @@ class RateSearch:
         """Try rates from high to low until they learn less (``falls``), and no lower one is known to learn more."""
         tried: list[Trial] = []
         for index in range(stride - 1, len(ladder), stride):
+            at, *below = [self._trials.get((each, self.steps)) for each in ladder[index:]]
+            known = [each for each in below if each is not None]
+            between = at is None and tried and known and best_of(tried).learned > tried[-1].learned > known[0].learned
+            if between and known[0].trains and not falls([*tried, known[0]], best_of(tried)):
+                continue  # both of the trials that it lies between are below the best one
             tried.append(self.trial(*ladder[index]))
-            best = _best(tried)
-            known = [self._trials[at, self.steps] for at in ladder[index + 1 :] if (at, self.steps) in self._trials]
+            best = best_of(tried)
             if best.trains and falls(tried, best) and not any(each.learned > best.learned for each in known):
                 break
         return tried
 
     def _alpha_result(self, ladder: Sequence[Trial]) -> SearchResult:
-        best = _best(ladder)
+        best = best_of(ladder)
         nearly = min(NEARLY_AS_MUCH * best.learned, best.learned - self.clear_margin())
         highest = next((each for each in ladder if each.trains and each.learned >= nearly), best)
         return SearchResult(self.trial(), best, highest_alpha=highest.factors.alpha)
 
     def _beta_result(self, ladder: Sequence[Trial]) -> SearchResult:
-        best = _best(ladder)
+        best = best_of(ladder)
         largest = next((each for each, below in pairwise(ladder) if each.trains and below.trains), best)
         lowest = next((each for each in reversed(ladder) if self._nearly(each, best)), best)
         return SearchResult(self.trial(), best, lowest.factors.beta, self.share_of_largest * largest.factors.beta)
@@ -260,19 +295,5 @@ class RateSearch:
 
     def clear_margin(self, share: float = CLEAR_SHARE) -> float:
         """A share of the loss before these trials, which may be far from the loss that the run started from."""
-        before = _mean(self.reference)
+        before = mean_of(self.reference)
         return self._scale.times(1 + share, before) - before
-
-    @property
-    def share_of_largest(self) -> float:
-        """Share of the largest outer rate that trains which may be set."""
-        return SHARE_WITH_MEMORY if self.lookahead.has_memory else SHARE
-
-
-def _mean(losses: Sequence[float]) -> float:
-    """Mean of losses; infinite if one is not finite."""
-    return sum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.inf
-
-
-def _best(ladder: Sequence[Trial]) -> Trial:
-    return max(ladder, key=lambda each: each.learned)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_maml_guard.lookahead.divergence import Scale
 from lightning_maml_guard.lookahead.rate_search import ALPHA_LADDER, CLEAR_SHARE, LASTING_STEPS, RateSearch
-from lightning_maml_guard.lookahead.results import SearchResult
+from lightning_maml_guard.lookahead.results import SearchResult, mean_at_end
 from lightning_maml_guard.messages.reasons import Kind, Reason
 from lightning_maml_guard.optim.snapshot import Snapshot
 from lightning_maml_guard.optim.stability_limits import is_preconditioned
@@ -188,6 +188,13 @@ def try_half_limits(search: RateSearch, found: SearchResult, report: StabilityRe
     alpha, limit = (0.5 / report.alpha_ratio if report.alpha_ratio > 1 else 1.0), report.safe_beta_c
     tried = search.trial(alpha, 0.5 * limit / beta if 0 < limit < beta else 1.0)
     return SearchResult(found.present, tried, tried.factors.beta, tried.factors.beta)
+
+
+def recovers(search: RateSearch, goal: Sequence[float], margin: float) -> bool:
+    """Whether the rates as they are bring the batches down to losses, and lower rates are not clearly better."""
+    present, best = search.probe()
+    lost = present.end > mean_at_end(goal, search.steps)
+    return present.trains and not lost and best.learned <= present.learned + margin
 
 
 def tried_reason(found: SearchResult, alpha: float, beta: float, start: float, origin: Snapshot | None) -> Reason:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
@@ -90,3 +91,18 @@ class SearchResult:
     lowest_beta: float = 1.0
     highest_beta: float = 1.0
     highest_alpha: float = 1.0
+
+
+def mean_of(losses: Sequence[float]) -> float:
+    """Mean of losses; infinite if one is not finite."""
+    return sum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.inf
+
+
+def mean_at_end(losses: Sequence[float], steps: int) -> float:
+    """Mean loss over the last quarter of the steps, each on its batch."""
+    return mean_of([losses[step % len(losses)] for step in range(steps)[-max(steps // 4, 1) :]])
+
+
+def best_of(trials: Sequence[Trial]) -> Trial:
+    """The trial that learned most; of several, the first."""
+    return max(trials, key=lambda each: each.learned)

@@ -6,7 +6,7 @@ they are, with ``K`` steps, learned inner rates and parameters that are not adap
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,7 +40,8 @@ def meta_field(problem: MetaProblem, tasks: TaskMap) -> Field:
 
         def exact(params: Params, differentiable: bool) -> FieldValue:
             copies: list[Params] = []
-            loss = gradient_of(lambda theta: _query_losses(problem, theta, rates, tasks, copies).mean())
+            steps = problem.inner_steps
+            loss = gradient_of(lambda theta: _query_losses(problem, theta, rates, tasks, copies, steps).mean())
             found = loss(params, differentiable)
             while sum(len(next(iter(group.values()))) for group in copies) > problem.tasks:
                 del copies[0]  # of a vmap that failed before the loop
@@ -57,6 +58,20 @@ def meta_field(problem: MetaProblem, tasks: TaskMap) -> Field:
     return field
 
 
+def query_losses(problem: MetaProblem, params: Params, factor: float, tasks: TaskMap) -> Tensor:
+    """Compute the tasks' query losses after adaptation at scaled inner rates, of 0: without it; no gradient is taken.
+
+    ``problem.params`` is not read.
+    """
+    rates, steps = problem.at_factor(factor).rate_by_step(), problem.inner_steps if factor else 0
+    if _is_wide(problem):  # its inner loop differentiates by what depends on the parameters
+        leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+        losses = cast(StackLosses, problem.task_losses)
+        return losses.adapted(leaves, cast(float, rates), problem.support, problem.query, steps).detach()
+    theta = {name: value.detach() for name, value in params.items()}
+    return _query_losses(problem, theta, rates, tasks, [], steps).detach()
+
+
 def _is_wide(problem: MetaProblem) -> bool:
     """Whether weights of each task's own, which tell the tasks apart in each product, cost more than that is worth."""
     losses = problem.task_losses
@@ -66,7 +81,7 @@ def _is_wide(problem: MetaProblem) -> bool:
 
 
 def _query_losses(
-    problem: MetaProblem, params: Params, rates: InnerRate, tasks: TaskMap, copies: list[Params]
+    problem: MetaProblem, params: Params, rates: InnerRate, tasks: TaskMap, copies: list[Params], steps: int
 ) -> Tensor:
     """The query losses after adaptation, and in ``copies`` the parameters of every group of tasks."""
 
@@ -74,13 +89,13 @@ def _query_losses(
         own = {name: value.unsqueeze(0) for name, value in params.items()}
         copies.append(own)
         theta = {name: value[0] for name, value in own.items()}
-        return adapted_loss(problem.loss, theta, rates, support, query, problem.inner_steps, problem.inner_update)[0]
+        return adapted_loss(problem.loss, theta, rates, support, query, steps, problem.inner_update)[0]
 
     def together(support: Any, query: Any) -> Tensor:
         side = SideBySide(params, rates, task_count(support, "support"))
         copies.append(side.params)
         loss, update = problem.side_by_side(), beside(problem.inner_update)
-        return adapted_loss(loss, side.params, side.rates, support, query, problem.inner_steps, update)[0]
+        return adapted_loss(loss, side.params, side.rates, support, query, steps, update)[0]
 
     return tasks.apply(one, together, problem.support, problem.query)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -166,19 +166,20 @@ class SnapshotRing:
         """The youngest one that was made before a step was taken; None without any."""
         return next((each for each in reversed(self.kept) if each.step <= step), None)
 
+    @property
+    def oldest(self) -> Snapshot | None:
+        """The oldest one; None without any."""
+        return self.kept[0] if self.kept else None
+
     def latest_that(
-        self, passes: Callable[[], bool], module: HoldsTensors, optimizers: Sequence[Optimizer]
+        self, passes: Callable[[], bool], visited: Callable[[Snapshot], AbstractContextManager[None]]
     ) -> Snapshot | None:
         """The youngest one at which a test passes, else the oldest; None without any."""
         for snapshot in reversed(self.kept):
-            with snapshot.visited(module, optimizers):
+            with visited(snapshot):
                 if passes():
                     return snapshot
-        return self.kept[0] if self.kept else None
-
-    def oldest_visited(self, module: HoldsTensors, optimizers: Sequence[Optimizer]) -> AbstractContextManager[None]:
-        """Visit the oldest one; without any, stay."""
-        return self.kept[0].visited(module, optimizers) if self.kept else nullcontext()
+        return self.oldest
 
     def is_due(self, step: int) -> bool:
         """Whether the youngest one is so old that another is to be kept."""

@@ -71,7 +71,9 @@ class RateToJudge:
         """Return True if it is certain whether the rate is below its limit, and the limit is known well enough."""
         values, residuals = ritz_values(*run)
         top = float(values[-1])
-        if math.isnan(self.rate) or top <= 0 or top + residuals[-1] > self.within * top:
+        # None of the cases below holds with a larger residual: what the start may have missed need not be asked for.
+        most = max(self.residual, _FAR_RESIDUAL, _DECIDED_RESIDUAL) * top
+        if math.isnan(self.rate) or top <= 0 or top + residuals[-1] > self.within * top or residuals[-1] > most:
             return False
         high = highest_allowed(*run, size, rounding=self.rounding)
         least, largest = self.limits(high)[1], self.limits(top)[2]

@@ -16,7 +16,7 @@ from lightning_maml_guard.linalg.layout import WHOLE, Layout, Params, Space, rea
 from lightning_maml_guard.linalg.operators import Field, FieldValue, gradient_of, gradients_by_task
 from lightning_maml_guard.maml.batch_errors import has_nan
 from lightning_maml_guard.maml.inner_loop import InnerRate
-from lightning_maml_guard.maml.jacobian import curvature_by_task, is_symmetric, meta_field
+from lightning_maml_guard.maml.jacobian import curvature_by_task, is_symmetric, meta_field, query_losses
 from lightning_maml_guard.maml.meta_gradient import meta_gradient_at
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.sharding.meta_gradient import ShardedMaml
@@ -65,6 +65,13 @@ class PlainObjective:
             return
         self.params = real_pairs(as_float32({name: value.detach() for name, value in problem.params.items()}))
         self.mean_loss = lambda pairs: problem.loss(unpaired(pairs, problem.params))
+
+    def loss(self, params: Params, factor: float = 1.0) -> Tensor:
+        """Compute the loss; there are no inner rates to scale."""
+        if self._field is not None:
+            return self._field(params, False).value
+        # With a graph: the loss may hold gradients of its own.
+        return self.mean_loss({name: value.detach().requires_grad_() for name, value in params.items()}).detach()
 
     def curvature(self, per_task: bool) -> Target:
         """Make the gradient field whose Jacobian is ``H``: of the mean task loss, or one block per task."""
@@ -157,6 +164,12 @@ class MamlObjective:
         counts = [each.tasks for each in self._problems]
         field = fields[0] if len(fields) == 1 else _side_by_side(fields, counts)
         return Target(field, copies, block, self.space)
+
+    def loss(self, params: Params, factor: float = 1.0) -> Tensor:
+        """Compute the mean query loss after adaptation at scaled inner rates, without its gradient."""
+        if self._sharded:
+            return self.update(factor).field(params, False).value
+        return torch.stack([query_losses(each, params, factor, self._map).mean() for each in self._problems]).mean()
 
     def update(self, factor: float = 1.0) -> Target:
         """Make the gradient field of the configured update, whose Jacobian is ``J``, at scaled inner rates."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Iterator
-from inspect import getattr_static
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -69,12 +68,17 @@ def _from_object(value: Any, names: Names) -> Iterator[tuple[Any, Names]]:
         yield from ((own[name], names) for name in names if name in own)
         return
     for name in sorted(names | {"__call__"}):
-        held = own[name] if name in own else getattr_static(type(value), name, None)
+        held = own[name] if name in own else _of_class(type(value), name)
         if isinstance(held, FunctionType) and name not in own:
             yield held, names
             yield value, _names(held)
         elif name in own:
             yield held, names
+
+
+def _of_class(kind: type, name: str) -> Any:
+    """An attribute as a class or one of its bases holds it: `inspect.getattr_static` takes ten times as long."""
+    return next((vars(each)[name] for each in kind.__mro__ if name in vars(each)), None)
 
 
 def _names(function: Any) -> Names:

@@ -65,7 +65,7 @@ OBJECTS = [
     (lambda: mlp(hidden=(40, 0)), ValueError, "hidden[1]", "0", "an integer of at least 1", "Pass a Python integer"),
     (lambda: mlp(hidden=(2.5,)), ValueError, "hidden[0]", "2.5", "an integer of at least 1", "Pass a Python integer"),
     (lambda: conv4(image_size=15), ValueError, "image_size", "15", "at least 16 (four poolings by 2)", "Use larger images"),
-    (lambda: ConvergenceGuard(problem=3), ValueError, "problem", "3", "a function (pl_module, batch) -> MetaProblem", "Pass such a function"),
+    (lambda: ConvergenceGuard(problem=3), ValueError, "problem", "3", "a function (module, batch) -> MetaProblem", "Pass such a function"),
     *(
         (lambda device=device: ConvergenceGuard(snapshot_device=device), ValueError, "snapshot_device", repr(device), "a device such as 'cpu'", "Pass its name")
         for device in ("gpu zero", "meta", 0, math.nan)

@@ -7,7 +7,7 @@ import pytest
 from torch.optim import Adam
 
 from lightning_maml_guard import CheckReport, CurvatureOptions, StabilityReport, measure
-from lightning_maml_guard.guard.report import latest_limit
+from lightning_maml_guard.guard.report import LatestLimits, latest_limit
 from tests.helpers import linear_module, quadratic_batch
 
 SIMPLIFIED = CurvatureOptions(criterion="simplified")
@@ -47,3 +47,8 @@ def test_the_limit_at_hand_is_that_of_the_latest_check_that_found_one(problem):
     assert latest_limit([found, lower, unknown], "beta_c") == 0.25 < found.beta_c
     assert latest_limit([lower, found], "beta_c") == found.beta_c
     assert math.isnan(latest_limit([unknown], "beta_c")) and math.isnan(latest_limit([], "alpha_c"))
+    limits = LatestLimits()
+    history = [found, lower]
+    assert limits.of(history)["beta_c"] == lower.beta_c and limits.of(history) is limits.of(history)
+    asked = limits.of([*history, unknown])
+    assert asked["beta_c"] == lower.beta_c and limits.of([found])["beta_c"] == found.beta_c

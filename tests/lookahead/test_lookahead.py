@@ -12,7 +12,7 @@ from torch.optim import LBFGS, SGD, Adam
 
 from lightning_maml_guard import MetaLearningModule, MetaProblem
 from lightning_maml_guard.lookahead.divergence import Scale
-from lightning_maml_guard.lookahead.lookahead import Caps, Lookahead, lookahead_of
+from lightning_maml_guard.lookahead.lookahead import LOSS_COST, Caps, Lookahead, lookahead_of
 from lightning_maml_guard.lookahead.results import LookaheadResult
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
 from lightning_maml_guard.networks import mlp
@@ -83,8 +83,8 @@ def test_one_odd_batch_is_not_a_diverging_run(sharpness, fails):
     # One step on the odd batch multiplies the weight by 1 - 0.1 * 40 = -3, one on the others by 0.9.
     end = 20 * 3**4 if fails else 0.5 * 0.9**4
     assert reference.start == 1.0 and found.end == pytest.approx(end) and severe == pytest.approx(math.log(end))
-    # Three gradients a run: of two steps and of the loss after them.
-    assert lookahead.gradients == 3 * (1 if len(sharpness) == 1 else 3)
+    # Two gradients a run, and the loss after them.
+    assert lookahead.gradients == (2 + LOSS_COST) * (1 if len(sharpness) == 1 else 3)
 
 
 def test_without_a_start_the_loss_at_hand_is_the_reference():
@@ -190,9 +190,12 @@ def test_a_number_of_steps_can_be_given_and_a_highest_loss_ends_them():
     problem = PlainProblem({"w": weight}, lambda p: 0.5 * (p["w"] ** 2).sum())
     lookahead = Lookahead([problem], SGD([weight], lr=3.0), 10)  # the loss grows fourfold in each step
     grown = [0.5 * 4**step for step in range(7)]
-    assert lookahead.run(steps=6).losses == pytest.approx(grown) and lookahead.gradients == 7
+    assert lookahead.run(steps=6).losses == pytest.approx(grown) and lookahead.gradients == 6 + LOSS_COST
     # The loss above the highest is the last one that is tried; one at the highest is not above it.
-    assert lookahead.run(steps=6, highest=grown[3]).losses == pytest.approx(grown[:5]) and lookahead.gradients == 12
+    assert (
+        lookahead.run(steps=6, highest=grown[3]).losses == pytest.approx(grown[:5])
+        and lookahead.gradients == 11 + LOSS_COST
+    )
     assert lookahead.run(steps=6, highest=1e9).losses == pytest.approx(grown)
     # Without a highest loss all steps are tried, also beyond what is finite.
     assert len(lookahead.run(steps=100).losses) == 101
@@ -212,8 +215,8 @@ def test_a_lookahead_knows_whether_a_step_depends_on_earlier_gradients():
     assert not Lookahead([problem], 0.1, 1).has_memory
 
 
-@pytest.mark.parametrize("evaluate", [Lookahead.untrained, Lookahead.gradient_norms])
-def test_batches_are_evaluated_one_gradient_at_a_time(evaluate, monkeypatch):
+@pytest.mark.parametrize(("evaluate", "gradients"), [(Lookahead.untrained, 0), (Lookahead.gradient_norms, 8)])
+def test_batches_are_evaluated_one_gradient_at_a_time(evaluate, gradients, monkeypatch):
     weight, alive, most = nn.Parameter(torch.ones(5)), [], []
     problems = [PlainProblem({"weight": weight}, lambda params: params["weight"].pow(2).sum()) for _ in range(8)]
     evaluated = Lookahead._evaluate
@@ -225,7 +228,8 @@ def test_batches_are_evaluated_one_gradient_at_a_time(evaluate, monkeypatch):
         return value, gradient
 
     monkeypatch.setattr(Lookahead, "_evaluate", counted)
-    assert len(evaluate(Lookahead(problems, SGD([weight], lr=0.1), 1))) == 8 and max(most) <= 2
+    assert len(evaluate(Lookahead(problems, SGD([weight], lr=0.1), 1))) == 8
+    assert len(most) == gradients and max(most, default=0) <= 2
 
 
 class LearnsRates(nn.Module):
@@ -314,3 +318,14 @@ def test_our_own_learned_rates_move_too_and_those_of_no_optimizer_stay(order, le
         optimizer.step()
     losses.append(float(meta_gradient(module.meta_problem(batches[0])).losses.mean()))
     assert found == pytest.approx(losses, rel=1e-6) and found[-1] != pytest.approx(fixed[-1], rel=1e-6)
+
+
+def test_a_loss_that_takes_gradients_itself_is_evaluated_where_none_is_taken_of_it():
+    weight = nn.Parameter(torch.ones(1))
+
+    def penalty(params):
+        return torch.autograd.grad((params["w"] ** 3).sum(), params["w"], create_graph=True)[0].pow(2).sum()
+
+    lookahead = Lookahead([PlainProblem({"w": weight}, penalty)], SGD([weight], lr=0.01), 1)
+    assert lookahead.untrained() == (9.0,) and lookahead.gradients == LOSS_COST
+    assert lookahead.run().losses == pytest.approx((9.0, 9 * (1 - 0.01 * 36) ** 4))

@@ -75,6 +75,14 @@ def test_rates_that_diverge_have_learned_nothing():
     weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
     found = new_tasks([squares(weight, [1.0] * 16)], weight)
     assert found.learned(Factors(1.0, 1e200), 30) == -math.inf
+    assert found._lookahead.gradients < 5  # the steps after that are left out
+
+
+def test_factors_on_the_outer_rate_are_relative_to_the_peak():
+    weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    batches = [squares(weight, [1.0, 2.0] * 8)]
+    risen = NewTasks(batches, lambda batches: Lookahead(batches, SGD([weight], lr=LR / 4), 1), Ranks(), peak=4.0)
+    assert risen.learned(Factors(), 3) == pytest.approx(new_tasks(batches, weight).learned(Factors(), 3))
 
 
 @pytest.mark.parametrize("sizes", [(15,), (3,), (16, 3)])
@@ -88,7 +96,7 @@ def test_plain_training_has_no_tasks():
     assert not new_tasks([PlainProblem({"w": weight}, lambda p: p["w"].square())] * 8, weight).known
 
 
-class OfOthers:
+class OfOthers(NewTasks):
     """What rates learn on new tasks, as told."""
 
     known, before = True, 1.0
@@ -97,7 +105,7 @@ class OfOthers:
         self._learned = learned
 
     def learned(self, factors, steps):
-        return self._learned[factors]
+        return self._learned.get(factors, -1.0)
 
 
 def judged(learned, anew, **arguments):
@@ -124,3 +132,76 @@ def test_a_run_that_trains_is_not_told_of_an_inner_rate_that_only_memorises_more
 def test_rates_that_do_not_train_have_lost_whatever_they_do_on_new_tasks():
     found = judged({(0.5, 1.0): 0.6}, {}, alpha_suspect=True).find()
     assert found.best.factors == (0.5, 1.0)
+
+
+def asked(own, anew, **arguments):
+    """A search as told, the inner rates it tries on their own tasks, and those it compares on others."""
+    found, seen = judged(own, anew, **arguments), ([], [])
+    trial, learned = found.trial, found._new_tasks.learned
+
+    def noted(alpha=1.0, beta=1.0, steps=None):
+        seen[0].append(alpha)
+        return trial(alpha, beta, steps)
+
+    found.trial = noted
+    found._new_tasks.learned = lambda factors, steps: (seen[1].append(factors.alpha), learned(factors, steps))[1]
+    return found, *seen
+
+
+MEMORISED = {(2.0**-k, 1.0): 0.6 + 0.01 * k for k in range(1, 9)}
+
+
+@pytest.mark.parametrize(("anew", "lowest"), [((0.2, 0.1), 0.25), ((0.1, 0.2), 2.0**-8), ((0.6, 0.1), 2.0**-8)])
+def test_inner_rates_that_memorise_more_the_lower_they_are_end_the_search_among_them(anew, lowest):
+    """Unless a lower one learns more of new tasks, or one of them more than the best outer rate does: 0.5."""
+    learned = {(1.0, 0.125): 0.5, **{(2.0**-k, 1.0): 0.3 for k in range(3, 9)}}
+    learned |= {(0.5, 1.0): anew[0], (0.25, 1.0): anew[1]}
+    found, own, _ = asked({(1.0, 0.125): 0.5, **MEMORISED}, learned, alpha_suspect=True)
+    blamed = found.find().best.factors.alpha < 1
+    assert min(own) == lowest and blamed == (anew[0] > 0.5)
+
+
+def test_where_the_outer_rate_is_not_to_be_blamed_the_inner_ones_are_searched_to_the_end():
+    found, own, anew = asked({(1.0, 0.125): 0.5, **MEMORISED}, {}, alpha_suspect=True)
+    assert found.find(math.inf).best.factors.alpha == min(own) == 2.0**-8 and not anew
+
+
+def test_an_inner_rate_that_begins_lower_is_tried_on_new_tasks_first():
+    """On its own it would be found to end lower as well, which says nothing of others."""
+    own = {(1.0, 1.0): 0.5, (0.5, 1.0): 0.9, (1.0, 0.25): 0.4}
+    for begins, tried in ((0.5, False), (2.0, True)):
+        found, ran, anew = asked(own, {(1.0, 1.0): 0.5, (0.5, 1.0): 0.5}, alpha_suspect=True)
+        found.initial_losses = lambda alpha, begins=begins: (begins if alpha == 0.5 else 1.0,)
+        present, best = found.probe()
+        assert present is best or best.learned == 0.5
+        assert (0.5 in ran) == tried and 0.5 in anew
+
+
+def test_an_inner_rate_that_learns_less_on_its_own_tasks_is_not_tried_on_new_ones():
+    found, ran, anew = asked({(1.0, 1.0): 0.5, (0.5, 1.0): 0.4, (1.0, 0.25): 0.4}, {}, alpha_suspect=True)
+    found.probe()
+    assert 0.5 in ran and not anew
+
+
+BETA = {(1.0, 0.125): 0.5}
+
+
+@pytest.mark.parametrize(("both", "ladder"), [(0.6, False), (0.7, True)])
+def test_both_rates_are_lowered_only_where_a_lower_inner_rate_helps_beside_the_outer_rate_that_is_best_alone(
+    both, ladder
+):
+    own = BETA | {(0.5, 0.125): 0.9, (0.5, 0.0625): 0.95}
+    anew = {(1.0, 0.125): 0.5, (0.5, 0.125): both, (0.5, 0.0625): 0.8}
+    found, ran, _ = asked(own, anew, alpha_suspect=True)
+    assert (found.find().best.factors == (0.5, 0.0625)) == ladder
+
+
+def test_where_the_first_of_both_lowered_rates_leaves_no_loss_it_stands_for_all_of_them():
+    """None can learn more on its own tasks; if it learns less of others, the rest is not tried."""
+    own = BETA | {(0.5, 0.125): 0.9, (0.5, 0.5): 0.999, (0.5, 0.25): 0.99}
+    anew = {(1.0, 0.125): 0.5, (0.5, 0.125): 0.7, (0.5, 0.5): 0.1}
+    found, _, _ = asked(own, anew, alpha_suspect=True)
+    pairs, trial = [], found.trial
+    found.trial = lambda *given: (pairs.append(given[:2]), trial(*given))[1]
+    assert found.find().best.factors == (1.0, 0.125)
+    assert (0.5, 0.5) in pairs and (0.5, 0.25) not in pairs

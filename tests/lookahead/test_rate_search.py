@@ -12,8 +12,9 @@ from torch.optim import SGD, Adam
 
 from lightning_maml_guard import MetaProblem
 from lightning_maml_guard.lookahead.divergence import Scale
-from lightning_maml_guard.lookahead.lookahead import Lookahead
+from lightning_maml_guard.lookahead.lookahead import LOSS_COST, Lookahead
 from lightning_maml_guard.lookahead.rate_search import RateSearch
+from lightning_maml_guard.lookahead.rates_to_set import recovers
 from lightning_maml_guard.lookahead.results import TRIAL_STEPS, Factors, Trial
 from lightning_maml_guard.stability.problems import PlainProblem
 
@@ -240,10 +241,12 @@ def test_a_trial_that_leaves_ends_there_and_none_is_made_twice():
     assert lookahead.gradients - before == 2  # the loss at the start, and the one that left
     spent = lookahead.gradients
     assert tried.trial() is tried.trial(1.0, 1.0) and tried.trial(beta=2.0**-4).trains
-    assert lookahead.gradients - spent == TRIAL_STEPS + 1
+    assert lookahead.gradients - spent == TRIAL_STEPS + LOSS_COST
     spent = lookahead.gradients
     tried.trial(beta=2.0**-4), tried.probe()[0], tried.reference
-    assert lookahead.gradients - spent == TRIAL_STEPS + 1  # of the probe at a sixteenth that is known, one is new
+    assert (
+        lookahead.gradients - spent == TRIAL_STEPS + LOSS_COST
+    )  # of the probe at a sixteenth that is known, one is new
 
 
 def test_what_lower_inner_rates_take_away_is_not_counted_as_the_meta_rates():
@@ -342,9 +345,9 @@ def two_batches(rate):
 def test_a_run_comes_back_to_the_losses_of_the_same_batches():
     """The trial ends on four hard batches and three easy ones, at 6.14; the median of what was kept is 5.6."""
     tried = search(two_batches(0.5))
-    assert tried.recovers((1.1, 10.1), 0.1)
-    assert not tried.recovers((0.5, 10.0), 0.1)
-    assert not search(two_batches(0.001)).recovers((1.1, 10.1), 0.1)  # too slow to be back soon
+    assert recovers(tried, (1.1, 10.1), 0.1)
+    assert not recovers(tried, (0.5, 10.0), 0.1)
+    assert not recovers(search(two_batches(0.001)), (1.1, 10.1), 0.1)  # too slow to be back soon
 
 
 def test_what_counts_as_clearly_lower_is_a_share_of_the_loss_before_training():
@@ -440,3 +443,63 @@ def test_an_inner_loop_that_helps_the_more_the_higher_its_rate_does_not_diverge(
         harmed = search(lookahead, kind=Helped, alpha_suspect=True)
         harmed.halved = halved
         assert harmed.find(2.0).best.factors.alpha < 1
+
+
+def counted(lookahead, **arguments):
+    """A search, and the pairs of factors that it runs, in turn."""
+    ran, run = [], lookahead.run
+    lookahead.run = lambda alpha, beta, **given: (ran.append((alpha, beta, given["steps"])), run(alpha, beta, **given))[
+        1
+    ]
+    return search(lookahead, **arguments), ran
+
+
+def test_searches_from_the_same_place_run_nothing_twice():
+    tried, ran = counted(meta(CURVATURES, 1.0, 0.3), alpha_suspect=True)
+    first = tried.find()
+    known = list(ran)
+    again = tried.like_this(True, TRIAL_STEPS)
+    assert again.find() == first and ran == known
+    # What a trial learns depends on the suspect; what is run does not.
+    other = tried.like_this(False, TRIAL_STEPS)
+    assert other.trial(0.5).end == tried.trial(0.5).end and other.trial(0.5).learned > tried.trial(0.5).learned
+    assert ran == known
+    assert tried.like_this(True, 2 * TRIAL_STEPS).trial(0.5).steps == 2 * TRIAL_STEPS
+    assert ran == [*known, (0.5, 1.0, 2 * TRIAL_STEPS)]
+
+
+def test_a_trial_that_another_search_ended_early_is_run_again_under_a_higher_bound():
+    """The loss grows from 0.5 to 0.5 * 9: below 30 times the loss before training, above 3 times it."""
+    lookahead = plain([1.0], lambda p: SGD(p, lr=4.0))
+    tried = search(lookahead)
+    assert tried.like_this(False, 1).trial().end == math.inf
+    tried._ratio = 30.0
+    assert tried.like_this(False, 1).trial().end == 0.5 and not tried.like_this(False, 2).trial().trains
+    tried._ratio = 3.0
+    assert tried.like_this(False, 1).trial().end == math.inf
+
+
+class Known(RateSearch):
+    """Outer rates of which the loss tells how much each learns, on both sides of the best one."""
+
+    amounts = (0.1, 0.5, 0.8, 0.9, 0.8, 0.75, 0.7, 0.68, 0.66, 0.3, 0.1, 0.05, 0.0, 0.0)
+
+    def _tried(self, at, steps):
+        power = round(-math.log2(at.beta))
+        amount = self.amounts[power - 1] if power else -1.0
+        return Trial(at, 1 - amount, amount, amount, trains=amount > 0, steps=steps)
+
+
+def test_what_lies_between_two_known_trials_below_the_best_one_is_not_tried():
+    whole, known = (search(plain([1.0], lambda p: SGD(p, lr=0.1)), kind=Known) for _ in range(2))
+    known._lower_betas(stride=3)
+    expected = whole.find_beta(1.0)
+    assert known.find_beta(1.0) == expected and expected.best.factors.beta == 2.0**-4
+    powers = sorted(round(-math.log2(at.beta)) for at, _ in known._trials if at.beta < 1)
+    assert powers == [1, 2, 3, 4, 5, 6, 9, 10, 12]  # not 7 and 8, whose neighbours 6 and 9 learn nearly as much
+    # Of one that learns much less than the best, the neighbour is looked for.
+    whole, known = (search(plain([1.0], lambda p: SGD(p, lr=0.1)), kind=Known) for _ in range(2))
+    for each in (whole, known):
+        each.amounts = (*Known.amounts[:7], 0.2, 0.1, *[0.05] * 5)
+    known._lower_betas(stride=3)
+    assert known.find_beta(1.0) == whole.find_beta(1.0) and (Factors(1.0, 2.0**-8), TRIAL_STEPS) in known._trials

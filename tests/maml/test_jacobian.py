@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_maml_guard import EpisodeBatch, MetaLearningModule, MetaProblem
 from lightning_maml_guard.linalg.operators import Jacobian
-from lightning_maml_guard.maml.jacobian import curvature_by_task, meta_field
+from lightning_maml_guard.maml.jacobian import curvature_by_task, meta_field, query_losses
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
 from lightning_maml_guard.utils.double_backward import double_backward
 from lightning_maml_guard.utils.task_map import TaskMap
@@ -75,3 +75,32 @@ def test_each_tasks_curvature_is_its_own():
             )
             alone = Jacobian(meta_field(one, TaskMap()), params)
             torch.testing.assert_close(found[k], u @ alone(u))
+
+
+@pytest.mark.parametrize("order, inner_steps", [("exact", 1), ("exact", 3), ("first", 2), ("simplified", 1)])
+@pytest.mark.parametrize("tasks", [TaskMap(), TaskMap(2), TaskMap(looped=True)], ids=["all", "chunks", "loop"])
+@pytest.mark.parametrize("name", ["batch", "layer"])
+def test_losses_without_a_gradient_are_those_with_one(name, tasks, order, inner_steps):
+    given = problem(NORMS[name](), order, inner_steps)
+    params = {n: p.detach() for n, p in given.params.items()}
+    with double_backward():
+        for factor in (1.0, 0.5):
+            found = query_losses(given, params, factor, tasks)
+            expected = meta_gradient(given.at_factor(factor), tasks=tasks).losses
+            assert torch.allclose(found, expected, rtol=1e-12) and not found.requires_grad
+        unadapted = query_losses(given, params, 0.0, tasks)
+    each = zip(*given.query, strict=True)
+    assert torch.allclose(unadapted, torch.stack([given.loss(given.params, task) for task in each]), rtol=1e-12)
+
+
+def test_losses_without_a_gradient_of_tasks_that_share_their_weights():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)).double()
+    module = MetaLearningModule(network, inner_lr=0.05, batched=True)
+    sets = [(torch.randn(4, 5, 3).double(), torch.randn(4, 5, 1).double()) for _ in range(2)]
+    given = module.meta_problem(EpisodeBatch(*sets))
+    assert given.shares_weights
+    params = {n: p.detach() for n, p in given.params.items()}
+    for factor in (1.0, 0.0):
+        expected = meta_gradient(given.at_factor(factor)).losses
+        assert torch.allclose(query_losses(given, params, factor, TaskMap()), expected, rtol=1e-12)

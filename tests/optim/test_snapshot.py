@@ -96,7 +96,8 @@ def test_the_youngest_may_be_some_steps_old(step):
 def test_the_youngest_at_which_a_test_passes_is_found_and_else_the_oldest():
     module, optimizer = trained(9)
     ring = SnapshotRing()
-    assert ring.latest_that(lambda: True, module, [optimizer]) is None
+    visited = lambda snapshot: snapshot.visited(module, [optimizer])  # noqa: E731
+    assert ring.latest_that(lambda: True, visited) is None and ring.oldest is None
     for step in (0, 4, 8):
         with torch.no_grad():
             module.weight.fill_(float(step))
@@ -104,17 +105,5 @@ def test_the_youngest_at_which_a_test_passes_is_found_and_else_the_oldest():
     with torch.no_grad():
         module.weight.fill_(9.0)
     for most, at in ((8.0, 8), (7.0, 4), (-1.0, 0)):
-        assert ring.latest_that(lambda most=most: module.weight.item() <= most, module, [optimizer]).step == at
-    assert module.weight.item() == 9.0
-
-
-def test_the_oldest_is_visited_and_without_any_one_stays():
-    module, optimizer = trained(0)
-    ring = SnapshotRing()
-    for step, value in ((0, 3.0), (5, 4.0)):
-        with torch.no_grad():
-            module.weight.fill_(value)
-        with ring.oldest_visited(module, [optimizer]):
-            assert float(module.weight) == 3.0
-        ring.keep(module, [optimizer], step)
-    assert float(module.weight) == 4.0
+        assert ring.latest_that(lambda most=most: module.weight.item() <= most, visited).step == at
+    assert module.weight.item() == 9.0 and ring.oldest.step == 0
