@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_maml_guard.guard.actions import applied_rates
+from lightning_maml_guard.guard.actions import OUT_OF_REACH, applied_rates
 from lightning_maml_guard.guard.advising import Adviser
 from lightning_maml_guard.guard.judgement import Judgement, Outlook, judge, situation_of
 from lightning_maml_guard.guard.loggers import SEND, log_check, log_values
@@ -225,6 +225,8 @@ class Check:
             acts = acts and (action.stops or action.caps_rates or not no_rate_survives(advice))
             applied = applied_rates(caps, report.alpha, report.beta)
             effect = action.effect(spelling, applied, helps=helps, changed=changed) if acts else []
+            if self._rolled_back is not None and not helps:
+                effect = [OUT_OF_REACH]
             effect += [last_step(least_run(self.trainer))] if acts and action.stops else []
             if lost:
                 effect = [NO_WAY_BACK]

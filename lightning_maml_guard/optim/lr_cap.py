@@ -19,6 +19,7 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_maml_guard.optim.stability_limits import Optimizers, listed
+from lightning_maml_guard.utils.shards import local
 
 
 @dataclass
@@ -39,7 +40,8 @@ class LRCap:
 
     The largest rate over the optimizers' parameter groups is brought down to the cap (None: the scheduled rates are
     applied); one factor scales all of them, so that optimizers which step together keep
-    the ratio of their rates. Of several caps on one optimizer the lowest is applied. ``holds`` tells at each step
+    the ratio of their rates. Of several caps on one optimizer the lowest is applied. A cap of 0 moves nothing, whatever
+    the gradients are. ``holds`` tells at each step
     whether the cap holds; None: always.
     """
 
@@ -97,6 +99,8 @@ class LRCap:
         return evaluate
 
     def _apply(self, optimizer: Optimizer, step: _Step) -> None:
+        if self.cap == 0:
+            _drop_non_finite(optimizer)
         highest = max(max(map(float, _scheduled(each))) for each in self._optimizers)
         if self.cap is None or not highest > self.cap or not (self._holds is None or self._holds()):
             return
@@ -107,6 +111,14 @@ class LRCap:
         capped = [self.cap * (rate / highest) for rate in step.scheduled]
         # All before the first is written: torch gives groups of one tensor rate the same tensor.
         _write(optimizer, [new if new < old else old for new, old in zip(capped, rates, strict=False)])
+
+
+@torch.no_grad()
+def _drop_non_finite(optimizer: Optimizer) -> None:
+    """Set what is not finite of the gradients to 0: a rate of 0 times that is nan."""
+    for gradient in [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]:
+        values = gradient._values() if gradient.is_sparse else local(gradient)
+        values.masked_fill_(~torch.isfinite(values), 0)
 
 
 def _is_running(call: FrameType) -> bool:

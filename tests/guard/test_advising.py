@@ -420,6 +420,15 @@ def test_a_run_that_an_inner_rate_out_of_reach_throws_off_is_left_as_it_is_and_a
     assert {each.beta_applied for each in guard.history} == {0.01}
 
 
+def test_a_rollback_names_the_attribute_by_which_the_inner_rate_could_be_lowered():
+    guard, said = guarded(HandWritten(alpha=1e15), sinusoids(2), action="rescale")
+    advised = next(text for text in said if "is too large" in text)
+    assert "alpha = 1e+15 is too large" in advised and advised.endswith(
+        'it could by an attribute inner_lr_cap (docs/guide.md, "A MAML module of your own").'
+    )
+    assert any("rolled back to step 0" in text for text in said)
+
+
 class Capped(Rising):
     """The same with an attribute that lets a guard lower it."""
 

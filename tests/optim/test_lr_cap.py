@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adam
+from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR
 
 from lightning_maml_guard.optim.lr_cap import LRCap, known_rate, scheduled_rate
@@ -179,3 +179,31 @@ def test_a_rate_on_a_device_is_not_read_from_there():
     on_device = SGD(weight[:1], lr=0.1)
     on_device.param_groups[0]["lr"] = torch.empty((), device="meta")  # which cannot be read at all
     assert math.isnan(known_rate([on_device])) and math.isnan(known_rate([SGD(weight[1:], lr=0.5), on_device]))
+
+
+@pytest.mark.parametrize("make", [SGD, lambda params, lr: SGD(params, lr=lr, momentum=0.9), Adam, AdamW])
+@pytest.mark.parametrize("by_closure", [False, True])
+def test_a_cap_of_zero_moves_nothing_whatever_the_gradient(make, by_closure):
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = make([weight], lr=1.0)
+    cap = LRCap([optimizer], 0.0)
+
+    def compute():
+        weight.grad = torch.tensor([math.nan, math.inf, 2.0])
+        return torch.zeros(())
+
+    if not by_closure:
+        compute()
+    optimizer.step(compute if by_closure else None)
+    assert weight.tolist() == [1.0, 1.0, 1.0] and optimizer.param_groups[0]["lr"] == 1.0
+    cap.remove()
+
+
+def test_a_cap_of_zero_moves_nothing_by_a_sparse_gradient():
+    weight = nn.Parameter(torch.ones(3, 1))
+    optimizer = SGD([weight], lr=1.0)
+    cap = LRCap([optimizer], 0.0)
+    weight.grad = torch.sparse_coo_tensor([[1]], [[math.nan]], (3, 1))
+    optimizer.step()
+    assert weight.flatten().tolist() == [1.0, 1.0, 1.0]
+    cap.remove()
