@@ -12,6 +12,7 @@ from torch.optim import SGD, Adam
 
 from lightning_maml_guard import ConvergenceGuard, LookaheadOptions
 from lightning_maml_guard.guard.rescale import lowered, released
+from lightning_maml_guard.guard.state import from_checkpoint
 from lightning_maml_guard.lookahead.divergence import RunningStatistics, Scale, fails, passes, severity
 from lightning_maml_guard.lookahead.lookahead import Caps
 from lightning_maml_guard.lookahead.results import LookaheadResult
@@ -156,6 +157,20 @@ def test_rates_are_lowered_and_released_by_the_same_distances():
     for cap, found in ((0.05, 0.1), (0.3, 0.3)):
         caps = Caps(None, cap)
         assert released(0.1, 0.8, caps, look(caps), look, scale=scale) == Caps(None, found)
+
+
+def test_a_checkpoint_of_an_older_version_goes_on_with_losses_below_zero():
+    old = {"version": 1, "statistics": {"first": [-1.0] * 8, "loss": -2.0, "norm": 1.0}}
+    seen = from_checkpoint(old).statistics
+    assert repr(seen.scale) == repr(Scale(-1.0, 0.0, settled=True))
+    assert (
+        not seen.update(-2.1)
+        and not seen.update(-2.0)
+        and not seen.update(-1.9)
+        and not seen.scale.diverged(-1.9, RATIO)
+    )
+    new = from_checkpoint({"version": 1, "statistics": {"first": [1.0], "loss": 1.0, "norm": 1.0}}).statistics
+    assert repr(new.scale) == repr(Scale(1.0))
 
 
 class Density(LightningModule):
