@@ -339,7 +339,7 @@ class ConvergenceGuard(Callback):
         """Restore the state of a run.
 
         Args:
-            state_dict: What :meth:`state_dict` returned. If it holds something else, the guard starts anew with one
-                warning.
+            state_dict: What :meth:`state_dict` returned, also in an older version. If it holds something else, the
+                guard starts anew with one warning.
         """
         self._run = self._run.resumed(state_dict)

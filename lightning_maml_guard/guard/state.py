@@ -138,6 +138,13 @@ def from_checkpoint(plain: Any) -> GuardState:
     """
     if not isinstance(plain, dict):
         raise StateError(f"it is a {type(plain).__name__} and no dict")
+    if "version" not in plain:
+        try:
+            plain = _from_release_0_1(plain)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise StateError(f"it is not laid out as release 0.1 did ({type(error).__name__}: {error})") from error
+    if plain.get("snapshot") is not None:  # written before there were several
+        plain = plain | {"snapshots": [plain["snapshot"]]}
     state: GuardState = _from_plain(GuardState, plain, "")
     _check_ranges(state)
     return state
@@ -244,3 +251,50 @@ def _dataclass_from_plain(kind: Any, value: Any, where: str) -> Any:
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
+
+
+def _from_release_0_1(old: dict[str, Any]) -> dict[str, Any]:
+    """Convert the flat state of release 0.1 and earlier."""
+    given = {name: old[name] for name in _SAME_KEYS if name in old}
+    spiked, diverged, gap = old.get("triggered", (False, False, 2))
+    spent, latest = old.get("spent", (0.0, 0.0))
+    schedule = {"last": old.get("last_step"), "spiked": spiked, "diverged": diverged, "gap": gap}
+    schedule |= {"unjudged": bool(old.get("unjudged")), "spent": spent, "latest": latest}
+    watches = {name: {"state": state, "failed": failed} for name, (state, failed) in old.get("watches", {}).items()}
+    stopping = old.get("stopping_reason")
+    return given | {
+        "history": [_report_of_0_1(report) for report in old.get("history", [])],
+        "events": [_event_of_0_1(*event) for event in old.get("events", [])],
+        "announced": old.get("said", []),
+        "schedule": schedule,
+        "statistics": old.get("range", {}),
+        "watches": watches,
+        "caps": {"alpha": old.get("alpha_cap"), "beta": old.get("beta_cap")},
+        "capped": old.get("governed", []),
+        "stopping": [] if stopping is None else [_text(stopping)],
+        "facts": {
+            "checked": old.get("checked", []),
+            "finite": {name: _text(text) for name, text in old.get("finite", {}).items()},
+            "looped": bool(old.get("looped")),
+        },
+    }
+
+
+_SAME_KEYS = ("severities", "sharpest", "rollbacks", "stopped_step", "batches", "snapshot")
+
+
+def _report_of_0_1(report: dict[str, Any]) -> dict[str, Any]:
+    words = {"findings": report.get("reasons", []), "notes": report.get("notices", [])}
+    reasons = {name: [_text(text) for text in texts] for name, texts in words.items()}
+    applied = {f"{name}_applied": report.get(f"{name}_applied", report[name]) for name in ("alpha", "beta")}
+    return report | reasons | applied
+
+
+def _event_of_0_1(step: int, kind: str, text: str) -> dict[str, Any]:
+    # Without the guard's name and the step, which the report of a run has beside the text.
+    text = text.removeprefix("ConvergenceGuard").removeprefix(":").removeprefix(" ").removeprefix(f"step {step}: ")
+    return {"step": None if step == -1 else step, "kind": kind, "reasons": [_text(text)]}
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"kind": Kind.TEXT.value, "detail": text}

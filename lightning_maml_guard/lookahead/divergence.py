@@ -144,6 +144,9 @@ class RunningStatistics:
     chance: float = math.nan
     recent: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        self.lowest = min(self.lowest, *self.first, math.inf)  # a checkpoint of an older version holds none
+
     @property
     def start(self) -> float:
         """Loss that training started from; ``nan`` before the first lookahead or step."""

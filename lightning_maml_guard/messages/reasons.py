@@ -31,6 +31,7 @@ class Kind(str, Enum):
     NO_CURVATURE = "no curvature"
     NOT_MEASURED = "not measured"
     NAN_IN_DATA = "nan in data"
+    NO_EXACT_LIMIT = "no exact limit"
     NO_DOUBLE_BACKWARD = "no double backward"
     WRONG_DOUBLE_BACKWARD = "wrong double backward"
     # A lookahead.
@@ -77,6 +78,8 @@ class Kind(str, Enum):
     NO_BETA_SUGGESTED = "no beta suggested"
     NO_RATE_TRAINS = "no rate trains"
     LITTLE_LEARNED = "little learned"
+    # A sentence of an older version, read from a checkpoint.
+    TEXT = "text"
 
 
 # What tells nothing of a rate, and is left out where trials do.
@@ -91,7 +94,9 @@ class Remedy(str, Enum):
     LOWER_ALPHA_FIRST = "lower alpha first"
     LOWER_BETA = "lower beta"
     LOWER_BETA_IF_STILL_ABOVE = "lower beta if it is above the limit at the lowered alpha too"
+    LOWER_BETA_UNSPECIFIED = "lower beta, no limit known"
     MEASURE_SHARPER = "measure sharper"
+    START_AGAIN = "start again"
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,7 @@ class Reason:
         error: Type of an exception.
         detail: Text that came from elsewhere: an exception's, or an optimizer's.
         where: File, line and function an exception came from.
+        because: The reason behind this one.
     """
 
     kind: Kind
@@ -141,6 +147,7 @@ class Reason:
     error: str = ""
     detail: str = ""
     where: str = ""
+    because: Reason | None = None
 
     @property
     def key(self) -> str:

@@ -15,7 +15,7 @@ from lightning_maml_guard.messages.training_sentences import TRAINING
 
 def sentence(reason: Reason, spelling: Spelling = IN_PYTHON) -> str:
     """Put a reason into words: what happened and why, then what to do."""
-    return " ".join(filter(None, (cause(reason, spelling), remedy(reason))))
+    return " ".join(filter(None, (cause(reason, spelling), remedy(reason, spelling))))
 
 
 def sentences(reasons: Sequence[Reason], spelling: Spelling = IN_PYTHON, *, advised: bool = False) -> tuple[str, ...]:
@@ -30,9 +30,10 @@ def cause(reason: Reason, spelling: Spelling = IN_PYTHON) -> str:
     return _CAUSES[reason.kind](reason)
 
 
-def remedy(reason: Reason) -> str:
+def remedy(reason: Reason, spelling: Spelling = IN_PYTHON) -> str:
     """Say what to do; empty where there is nothing to do."""
     below = f"below {reason.margin * reason.limit:.3g}"
+    rescale = spelling.guard(action="rescale")
     return {
         Remedy.NONE: "",
         Remedy.LOWER_ALPHA: f"Lower the inner rate (inner_lr) {below}.",
@@ -40,7 +41,10 @@ def remedy(reason: Reason) -> str:
         Remedy.LOWER_BETA: f"Lower the optimizer's lr {below}.",
         Remedy.LOWER_BETA_IF_STILL_ABOVE: "Lower the optimizer's lr only if it exceeds beta_c at the lowered inner "
         "rate too: beta_c moves with alpha.",
+        Remedy.LOWER_BETA_UNSPECIFIED: "Lower the optimizer's lr.",
         Remedy.MEASURE_SHARPER: "Raise max_iter or lower tol for a sharper answer.",
+        Remedy.START_AGAIN: f"Start again with lower rates; {rescale} rolls a run back to the last parameters "
+        "measured safe.",
     }[reason.remedy]
 
 
@@ -120,6 +124,11 @@ def _nan_in_data(reason: Reason) -> str:
     )
 
 
+def _no_exact_limit(reason: Reason) -> str:
+    why = f"{reason.error}: {reason.detail}"
+    return f"exact_beta_c could not be measured ({why}); the simplified criterion is still checked."
+
+
 def _no_double_backward(reason: Reason) -> str:
     return (
         f"{reason.what}: this network has no second derivative by double backward ({reason.detail}), so its curvature "
@@ -192,11 +201,12 @@ def _no_snapshot(reason: Reason) -> str:
 
 def _network_collapsed(reason: Reason, spelling: Spelling) -> str:
     _, loss, start = reason.losses
+    counted = f"{reason.counts[0]} of {reason.counts[1]} ReLU units are 0 on the whole batch"
+    dead = counted if reason.counts[1] else "this happens when ReLUs have died"  # not counted by older versions
     return (
         f"step {reason.step} is stable, but the network may have died.\nWhy: lambda_max = {reason.value:.3g} "
         f"is {reason.value / reason.limit:.2g} of what it was, while the loss ({loss:.3g}) is near where training "
-        f"started ({start:.3g}): {reason.counts[0]} of {reason.counts[1]} ReLU units are 0 on the whole batch.\n"
-        f"To do: Start again with lower rates "
+        f"started ({start:.3g}): {dead}.\nTo do: Start again with lower rates "
         f"({spelling.guard(action='rescale', margin=0.5)} keeps them lower), or with another activation."
     )
 
@@ -259,8 +269,10 @@ _MEASURED: dict[Kind, Callable[[Reason], str]] = {
     Kind.NOT_MEASURED: lambda reason: f"The curvature could not be measured: {reason.detail}",
     Kind.NAN_IN_DATA: _nan_in_data,
     Kind.LOSS_NOT_FINITE: _loss_not_finite,
+    Kind.NO_EXACT_LIMIT: _no_exact_limit,
     Kind.NO_DOUBLE_BACKWARD: _no_double_backward,
     Kind.WRONG_DOUBLE_BACKWARD: _wrong_double_backward,
+    Kind.TEXT: lambda reason: reason.detail,
 }
 _CAUSES: dict[Kind, Callable[[Reason], str]] = {
     **_MEASURED,

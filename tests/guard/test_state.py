@@ -1,4 +1,4 @@
-"""What a guard remembers goes into a checkpoint and comes back."""
+"""What a guard remembers goes into a checkpoint and comes back; so does what an older one wrote."""
 
 import copy
 import io
@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import MISSING, fields, is_dataclass, replace
 from enum import Enum
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,11 +25,14 @@ from lightning_maml_guard.lookahead.loss_curve import LossCurve, LossPoint
 from lightning_maml_guard.messages.advice import Advice, Cause
 from lightning_maml_guard.messages.reasons import Kind, Reason, Remedy
 from lightning_maml_guard.messages.sentences import cause as cause_of
+from lightning_maml_guard.messages.spelling import IN_PYTHON
+from lightning_maml_guard.pages.events import happened
 from lightning_maml_guard.stability.estimators import Spectrum
 from lightning_maml_guard.stability.hvp import NetworkFacts
 from lightning_maml_guard.utils.lightning_compat import Callback
 from tests.helpers import fit, guard_warns, is_free_of_hooks, linear_module, quadratic_batch
 
+OLDER = Path(__file__).parents[1] / "resume" / "state_of_issue_2.json"
 nan, inf = math.nan, math.inf
 
 
@@ -82,6 +86,7 @@ EVERYTHING = Reason(
     error="OSError",
     detail="disk full",
     where="a.py, line 3, in f",
+    because=replace(BEHIND, because=Reason(Kind.NO_CURVATURE, hvps=3)),
 )
 # And every field of an Advice.
 ADVICE = Advice(
@@ -256,6 +261,14 @@ def test_every_kind_and_remedy_comes_back():
             assert back.kind is kind and back.remedy is remedy and back.key == reason.key
 
 
+def test_the_snapshot_of_a_checkpoint_from_before_there_were_several_is_one_of_them():
+    old = {key: value for key, value in SNAPSHOT.items() if key != "progress"}
+    guard = ConvergenceGuard(action="rescale")
+    guard.load_state_dict({"version": VERSION, "snapshot": old})
+    assert guard._run.ring.latest.step == 2 and guard._run.ring.latest.progress == 2
+    assert from_checkpoint({"version": VERSION, "snapshot": None}).snapshots == []
+
+
 def test_a_guard_hands_its_state_on():
     first, second = (ConvergenceGuard(action="rescale", rollback=True) for _ in range(2))
     first.load_state_dict(to_checkpoint(full()))
@@ -281,9 +294,147 @@ def test_what_is_not_known_is_left_out_and_what_is_missing_has_its_default():
     newer["history"][0]["findings"][0]["invented"] = "x"
     newer["schedule"]["invented"] = newer["facts"]["invented"] = newer["caps"]["invented"] = True
     assert_same(replace(from_checkpoint(newer), version=VERSION), full())
-    assert_same(from_checkpoint({}), GuardState())
     bare = {"version": VERSION, "rollbacks": 2, "schedule": {"last": 5}}
     assert_same(from_checkpoint(bare), GuardState(rollbacks=2, schedule=ScheduleState(last=5)))
+
+
+def flat():
+    """A state as releases before the tree wrote it, with every key they had."""
+    report = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in vars(REPORT).items()
+        if name not in {"findings", "notes", "spectrum", "adaptation_gain", "advice"}
+    }
+    spectrum = {
+        "runs": [[[2.0, 3.5], [0.5, 1e-9]], [[1.0], [0.0]]],
+        "power": None,
+        "values": [],
+        "rounding": 1e-7,
+        "matvecs": 3,
+        "resolution": 1e-3,
+    }
+    report |= {"reasons": ["beta = 1.5 exceeds beta_c."], "notices": ["Adamax is not known."], "spectrum": spectrum}
+    power = {
+        "runs": [],
+        "power": [4.0, -0.5, 1e-3, 17],
+        "values": [],
+        "rounding": 0.0,
+        "matvecs": 17,
+        "resolution": 0.0,
+    }
+    return {
+        "history": [report, report | {"spectrum": power}],
+        "severities": [[0, 2.5], [3, inf]],
+        "stopped_step": 9,
+        "stopping_reason": "beta = 1.5 exceeds beta_c.",
+        "last_step": 4,
+        "range": {"first": [1.0, 1.5], "loss": 1.25, "norm": 0.5},
+        "triggered": [True, True, 8],
+        "unjudged": True,
+        "spent": [40.5, 20.25],
+        "watches": {"run": ["unsafe", 2], "alpha": ["edge", 1]},
+        "said": ["ConvergenceGuard: step #: Adamax is not known."],
+        "sharpest": 4.5,
+        "events": [
+            [3, "rolled back", "ConvergenceGuard: the loss was 9 at step 3."],
+            [4, "notice", "ConvergenceGuard: step 4: Adamax is not known."],
+            [-1, "notice", "ConvergenceGuard could not copy parameters."],
+        ],
+        "alpha_cap": 0.045,
+        "beta_cap": 0.5,
+        "governed": [0, 2],
+        "rollbacks": 1,
+        "checked": ["Hessian", "meta-update"],
+        "finite": {"Hessian": "Hessian: no second derivative."},
+        "looped": True,
+        "batches": full().batches,
+        "snapshot": SNAPSHOT,
+    }
+
+
+def text(words):
+    return Reason(Kind.TEXT, detail=words)
+
+
+def test_a_flat_state_of_before_the_tree_loads_into_the_same_values():
+    words, notes = (text("beta = 1.5 exceeds beta_c."),), (text("Adamax is not known."),)
+    # An older version knew no size, and gave no advice.
+    newer = {"advice": None, "adaptation_gain": nan}
+    report = replace(REPORT, findings=words, notes=notes, spectrum=replace(LANCZOS, size=None), **newer)
+    expected = replace(
+        full(),
+        history=[report, replace(report, spectrum=POWER.spectrum)],
+        severities=[(0, 2.5), (3, inf)],
+        losses=LossCurve(),
+        spike=[],
+        schedule=replace(
+            full().schedule,
+            paid=0.0,
+            full=0.0,
+            lost=False,
+            alarms=0,
+            outer=Rise(),
+            inner=Rise(),
+            slipped=False,
+            ease_at=0,
+            ease_gap=8,
+            lowest=inf,
+            lowest_at=0,
+            moved_at=0,
+            raised_from=nan,
+            waits=0,
+        ),
+        wasted=0,
+        ceiling=Ceiling(),
+        advice=None,
+        advised=[],
+        searches=0,
+        statistics=RunningStatistics(first=(1.0, 1.5), loss=1.25, norm=0.5),
+        stopping=[*words],
+        announced={"ConvergenceGuard: step #: Adamax is not known."},
+        events=[
+            Event(3, "rolled back", (text("the loss was 9 at step 3."),)),
+            Event(4, "notice", notes),
+            Event(None, "notice", (text("could not copy parameters."),)),
+        ],
+        facts=NetworkFacts(
+            {"Hessian", "meta-update"}, {"Hessian": text("Hessian: no second derivative.")}, looped=True
+        ),
+    )
+    assert_same(from_checkpoint(flat()), expected)
+    assert_same(through_a_file(from_checkpoint(flat())), expected)
+    assert from_checkpoint(flat()).history[0].reasons == ("beta = 1.5 exceeds beta_c.",)
+    guard = ConvergenceGuard(action="rescale", rollback=True)
+    guard.load_state_dict(flat())
+    assert guard.stopping_reason == "beta = 1.5 exceeds beta_c." and guard._run.ring.latest.step == 2
+    told = happened([], guard.events, IN_PYTHON)
+    assert [(row.step, row.why) for row in told][:2] == [(3, "The loss was 9 at step 3."), (4, "Adamax is not known.")]
+
+
+@pytest.mark.parametrize("left_out", list(flat()))
+def test_a_flat_state_without_a_key_has_the_default_there(left_out):
+    state = flat()
+    del state[left_out]
+    assert_same(from_checkpoint(state | {"invented": 1}), from_checkpoint(state))
+    assert from_checkpoint(state).sharpest == (0.0 if left_out == "sharpest" else 4.5)
+
+
+def test_the_state_of_issue_2_loads_into_the_same_values():
+    state = json.loads(OLDER.read_text())
+    loaded = from_checkpoint(state)
+    assert len(loaded.history) == len(state["history"]) == 2
+    for report, plain in zip(loaded.history, state["history"], strict=True):
+        assert report.reasons == tuple(plain["reasons"]) and report.notices == tuple(plain["notices"])
+        for name, value in plain.items():
+            if name not in {"reasons", "notices", "spectrum"}:
+                assert_same(getattr(report, name), tuple(value) if isinstance(value, list) else value, name)
+        assert [[list(part) for part in run] for run in report.spectrum.runs] == plain["spectrum"]["runs"]
+        assert report.spectrum.matvecs == plain["spectrum"]["matvecs"]
+    assert loaded.caps == Caps(state["alpha_cap"], state["beta_cap"]) and loaded.capped == state["governed"] == [0]
+    assert loaded.schedule == ScheduleState(last=state["last_step"])
+    assert loaded.stopped_step is None and loaded.stopping == [] and loaded.announced == set()
+    empty = from_checkpoint({})
+    assert_same(empty, GuardState())
 
 
 def without(name, report):
@@ -293,11 +444,14 @@ def without(name, report):
 WRONG = {
     "no dict": lambda p: [1, 2],
     "a cap below zero": lambda p: p | {"caps": {"alpha": None, "beta": -5}},
+    "a flat cap below zero": lambda p: flat() | {"beta_cap": -5},
     "a cap of nan": lambda p: p | {"caps": {"beta": nan}},
     "a text for a number": lambda p: p | {"sharpest": "high"},
     "a flag for a number": lambda p: p | {"rollbacks": True},
     "a number for a list": lambda p: p | {"history": 3},
+    "a flat number for a list": lambda p: flat() | {"history": 3},
     "a report without a field": lambda p: p | {"history": [without("alpha_c", p["history"][0])]},
+    "a flat report without a field": lambda p: flat() | {"history": [without("beta", flat()["history"][0])]},
     "an unknown state": lambda p: p | {"watches": {"run": {"state": "odd", "failed": 0}}},
     "an unknown kind": lambda p: p | {"stopping": [{"kind": "odd"}]},
     "a gap of 0": lambda p: p | {"schedule": {"gap": 0}},
@@ -306,8 +460,8 @@ WRONG = {
     "a spike without its loss": lambda p: p | {"spike": [3, [[[torch.ones(2)], 3]]]},
     "a spike without a batch's number": lambda p: p | {"spike": [3, 9.0, [[torch.ones(2)]]]},
     "batches without numbers": lambda p: p | {"batches": [[torch.ones(2)]]},
-    "half a snapshot": lambda p: p | {"snapshots": [{"step": 3}]},
-    "a snapshot of numbers": lambda p: p | {"snapshots": [{"step": 3, "tensors": [1.0], "states": []}]},
+    "half a snapshot": lambda p: p | {"snapshot": {"step": 3}},
+    "a snapshot of numbers": lambda p: p | {"snapshot": {"step": 3, "tensors": [1.0], "states": []}},
 }
 
 
@@ -326,7 +480,7 @@ def test_the_cause_of_a_state_that_is_not_read_is_named():
         ({"version": 1, "caps": {"beta": -5}}, r"`caps\.beta` is out of its range \(-5\)"),
         ({"version": 1, "schedule": {"spent": [1]}}, r"`schedule\.spent` is of a wrong kind \(list\)"),
         ({"version": 1, "history": [{"alpha": 1.0}]}, r"`history\.alpha_c` is missing"),
-        ({"watches": 3}, r"`watches` is of a wrong kind \(int\)"),
+        ({"watches": 3}, r"it is not laid out as release 0\.1 did \(AttributeError"),
     ):
         with pytest.raises(StateError, match=cause):
             from_checkpoint(plain)

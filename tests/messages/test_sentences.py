@@ -69,6 +69,11 @@ EXAMPLES = [
         "The curvature could not be measured: The task loss is nan.",
     ),
     (
+        Reason(Kind.NO_EXACT_LIMIT, error="RuntimeError", detail="no second derivative"),
+        "exact_beta_c could not be measured (RuntimeError: no second derivative); the simplified "
+        "criterion is still checked.",
+    ),
+    (
         Reason(Kind.NO_DOUBLE_BACKWARD, what="Hessian", detail="not implemented"),
         "Hessian: this network has no second derivative by double backward (not implemented), so its "
         "curvature is measured by finite differences of gradients (less sharp, two gradients per "
@@ -88,13 +93,15 @@ EXAMPLES = [
             steps=10,
             alpha=0.05,
             beta=1.5,
+            remedy=Remedy.LOWER_BETA_UNSPECIFIED,
         ),
         "The next 10 steps, tried on copies at alpha = 0.05 and beta = 1.5, take the loss from 2 to "
-        "1.23e+03 (training started from 1).",
+        "1.23e+03 (training started from 1). Lower the optimizer's lr.",
     ),
     (
-        Reason(Kind.LOSS_NOT_FINITE, losses=(nan, nan, 1.0)),
-        "The loss is nan at these parameters.",
+        Reason(Kind.LOSS_NOT_FINITE, losses=(nan, nan, 1.0), remedy=Remedy.START_AGAIN),
+        "The loss is nan at these parameters. Start again with lower rates; ConvergenceGuard(action='rescale') rolls a "
+        "run back to the last parameters measured safe.",
     ),
     (
         Reason(Kind.CHECK_FAILED, step=6, **FAILED),
@@ -118,8 +125,8 @@ EXAMPLES = [
         "until a check succeeds. This is said once for each cause.",
     ),
     (
-        Reason(Kind.LOSS_DIVERGED, losses=(1234.5, nan, 1.5)),
-        "The last loss is 1.23e+03, the first 1.5.",
+        Reason(Kind.LOSS_DIVERGED, losses=(1234.5, nan, 1.5), remedy=Remedy.LOWER_BETA_UNSPECIFIED),
+        "The last loss is 1.23e+03, the first 1.5. Lower the optimizer's lr.",
     ),
     (
         Reason(Kind.TASK_FAILED, what="roll the last step back", error="OSError", detail="disk full"),
@@ -161,6 +168,14 @@ EXAMPLES = [
         "parameters and optimizer state could not be copied at step 20, so a rollback goes to step 10. "
         "snapshot_device='cpu' keeps the copy off the device.\n"
         "Cause: MemoryError: no room",
+    ),
+    (
+        Reason(Kind.NETWORK_COLLAPSED, step=15, value=0.5, limit=10.0, losses=(nan, 0.98, 1.0)),
+        "step 15 is stable, but the run may have lost its network.\n"
+        "Why: lambda_max = 0.5 is 0.05 of what it was, while the loss (0.98) is near where training "
+        "started (1): this happens when ReLUs have died.\n"
+        "To do: Start again with lower rates (ConvergenceGuard(action='rescale', margin=0.5) keeps them "
+        "lower), or with another activation.",
     ),
     (
         Reason(Kind.NETWORK_COLLAPSED, step=15, value=0.5, limit=10.0, losses=(nan, 0.98, 1.0), counts=(37, 40)),
@@ -291,6 +306,10 @@ EXAMPLES = [
         "Cause: NotImplementedError: it has no state_dict",
     ),
     (
+        Reason(Kind.TEXT, detail="Said by an older version."),
+        "Said by an older version.",
+    ),
+    (
         Reason(Kind.PROBLEM_DIFFERS, effect="tasks", value=16.0, losses=(2.95, 47.2, nan), steps=16),
         "the problem that is measured is not what training_step trains: the same batch has the loss 2.95 in the problem "
         "and 47.2 in training_step.\nWhy: Training's is 16 times larger, and the batch has 16 tasks: one sums over the "
@@ -382,9 +401,9 @@ def test_a_reason_is_worded(reason, words):
 def test_every_kind_has_an_example_and_words_for_a_reason_that_knows_nothing_more():
     assert {reason.kind for reason, _ in EXAMPLES} == set(Kind)
     for kind in Kind:
-        for reason in (Reason(kind), Reason(kind, rate="beta", detail="x", step=1)):
+        for reason in (Reason(kind), Reason(kind, rate="beta", detail="x", step=1, because=Reason(kind, detail="x"))):
             assert announced(reason).startswith("ConvergenceGuard: ")
-            assert cause(reason)
+            assert cause(reason) or (kind is Kind.TEXT and not reason.detail)
 
 
 REMEDIES = {
@@ -394,13 +413,16 @@ REMEDIES = {
     Remedy.LOWER_BETA: "Lower the optimizer's lr below 0.225.",
     Remedy.LOWER_BETA_IF_STILL_ABOVE: "Lower the optimizer's lr only if it exceeds beta_c at the lowered inner rate too: "
     "beta_c moves with alpha.",
+    Remedy.LOWER_BETA_UNSPECIFIED: "Lower the optimizer's lr.",
     Remedy.MEASURE_SHARPER: "Raise max_iter or lower tol for a sharper answer.",
+    Remedy.START_AGAIN: "Start again with lower rates; ConvergenceGuard(action='rescale') rolls a run back to the last "
+    "parameters measured safe.",
 }
 
 
 @pytest.mark.parametrize("what", Remedy, ids=lambda each: each.name)
 def test_every_remedy_has_words(what):
-    assert remedy(Reason(Kind.ABOVE_LIMIT, limit=0.25, margin=0.9, remedy=what)) == REMEDIES[what]
+    assert remedy(Reason(Kind.TEXT, limit=0.25, margin=0.9, remedy=what)) == REMEDIES[what]
 
 
 BETA = next(reason for reason, _ in EXAMPLES if reason.kind is Kind.ABOVE_LIMIT)

@@ -1,3 +1,4 @@
+import json
 import random
 import signal
 import subprocess
@@ -40,6 +41,19 @@ def test_a_run_killed_twice_ends_as_if_it_had_not_been(tmp_path, case):
         assert repr(resumed.state_dict()[key]) == repr(state[key]), key
     for name, value in module.network.named_parameters():
         assert bool(torch.isfinite(value).all()) and torch.equal(value, again.network.get_parameter(name)), name
+
+
+def test_checkpoints_of_an_older_guard_load():
+    state = json.loads((Path(__file__).parent / "state_of_issue_2.json").read_text())
+    guard = ConvergenceGuard(action="rescale")
+    guard.load_state_dict(state)
+    assert [report.step for report in guard.history] == [0, 5]
+    assert guard.history[0].beta_c == pytest.approx(state["history"][0]["beta_c"])
+    assert guard.state_dict()["caps"]["beta"] == state["beta_cap"]
+    assert "beta = 20, 32 of beta_c = 0.625 (0.625 to 0.625); applied 0.625\n" in str(guard.history[0])
+    empty = ConvergenceGuard()
+    empty.load_state_dict({})
+    assert empty.history == [] and empty.stopped_step is None
 
 
 class Strange:
