@@ -188,7 +188,7 @@ def _conclude(cli: GuardCLI) -> None:
     if guard.history and not guard.acting.speaks:  # else it has summed the run up by itself
         inform(guard.summary())
     if any(report.lambda_max > 0 for report in guard.history):
-        _save_picture(guard, Path(folder) / "safe_region.png", "the safe region", "ConvergenceGuard")
+        _save_safe_region(guard, Path(folder) / "safe_region.png")
 
 
 def _place_of(cli: GuardCLI) -> tuple[Any, Any]:
@@ -228,6 +228,10 @@ def _write_applied(cli: GuardCLI, found: RateSuggestion, path: Path) -> None:
         model["inner_lr"], optimizer["lr"] = kept
     write_atomically(path, lambda stream: stream.write(text.encode()), mode=0o644)
     inform(f"written: {path}, with the suggested rates. Train with: fit --config {path}")
+
+
+def _save_safe_region(drawable: ConvergenceGuard, path: Path) -> None:
+    _save_picture(drawable, path, "the safe region", "ConvergenceGuard")
 
 
 def _save_picture(drawable: ConvergenceGuard | RateSuggestion, path: Path, what: str, who: str) -> None:

@@ -22,7 +22,7 @@ from lightning_maml_guard.maml.meta_gradient import Auxiliary, meta_gradient, no
 from lightning_maml_guard.maml.outer_optimizer import AttachGradient, check_factories, make_optimizer
 from lightning_maml_guard.maml.problem import MetaProblem
 from lightning_maml_guard.maml.stateless_call import NOTHING_TO_TRAIN, StatelessCall, check_network, trainable
-from lightning_maml_guard.maml.vectorization import Vectorization, check_vectorize
+from lightning_maml_guard.maml.vectorization import Vectorization, check_strategy
 from lightning_maml_guard.sharding.meta_gradient import check_in_pieces
 from lightning_maml_guard.theory.multiplier import check_order
 from lightning_maml_guard.utils.checks import check_count, check_flag
@@ -65,6 +65,7 @@ class MetaLearning(MixinBase):
         adapt: str | Sequence[str] | None = None,
         learn_inner_lr: bool | str = False,
         inner_update: InnerUpdate = None,
+        task_chunk_size: int | None = None,
         metrics: Metric | MetricCollection | None = None,
         vectorize: int | str = "auto",  # LightningCLI tries the types in this order
         compile: bool = False,
@@ -77,7 +78,6 @@ class MetaLearning(MixinBase):
         check_order(order, inner_steps)
         inner_lr = checked_rate(inner_lr, inner_steps, learn_inner_lr)
         check_count("eval_inner_steps", 0 if eval_inner_steps is None else eval_inner_steps, 0)
-        check_vectorize(vectorize)
         for name, value in {"compile": compile, "keep_memory": keep_memory, "batched": batched}.items():
             check_flag(name, value)
         check_loss(loss)
@@ -93,7 +93,7 @@ class MetaLearning(MixinBase):
         self.outer_lr: float | None = None  # set by a RateSuggestion: the optimizer's rate, whatever its function says
         self.inner_rates = InnerRates(trainable(network), inner_lr, adapt, learn_inner_lr, inner_steps)
         self.learned_rates = self.inner_rates.learned  # registered here, for the optimizer and checkpoints
-        self.vectorization = Vectorization(vectorize, network, batched)
+        self.vectorization = Vectorization(check_strategy(vectorize, task_chunk_size), network, batched)
         self.compiled = CompiledMetaGradient() if compile else None
         self.episodes = EpisodeEvaluation(metrics)
         self.train_metrics = self.episodes.metrics and self.episodes.metrics.clone(prefix="train/")
@@ -272,17 +272,17 @@ class MetaLearningModule(MetaLearning, LightningModule):
             ``"per_step"`` for one per parameter and inner step (MAML++; further steps of an evaluation use the last).
         inner_update: The inner loop's optimizer in place of gradient descent: ``(params, grads, state) -> (params,
             state)``, such as ``maml.inner_updates.Adam()``; ``inner_lr`` multiplies its movement.
+        task_chunk_size: Tasks vmapped at once; the same as a number for ``vectorize``. Lower it when memory runs out.
         metrics: A torchmetrics metric or collection, updated with the query set's predictions.
-        vectorize: How to run over the tasks of a batch: ``"all"`` vmapped at once, a number of them at a time (lower it
-            when memory runs out), ``"loop"``: one after another; equal up to rounding. ``"auto"`` is ``"all"``, but on
-            a CPU ``"loop"`` for a network with a layer of 200,000 weights or more, and else as many tasks as keep
-            64 MiB for their backward (a conv4: 9 of one shot and query); ``LMG_VECTORIZE`` overrides it.
+        vectorize: How to run over the tasks of a batch: ``"all"`` vmapped at once, a number of them at a time,
+            ``"loop"``: one after another; equal up to rounding. ``"auto"`` is ``"all"``, but on a CPU ``"loop"`` for a
+            network with a layer of 200,000 weights or more, and else as many tasks as keep 64 MiB for their backward
+            (a conv4: 9 of one shot and query); ``LMG_VECTORIZE`` overrides it.
         compile: Run the meta-gradient under ``torch.compile``: a minute or more at the start. Not in a guard's checks.
         keep_memory: During a fit on the CPU (glibc): keep freed memory instead of mapping it anew in every step. The
             environment's ``MALLOC_`` settings go first.
-        batched: Run the tasks through a network of ``nn.Sequential``, ``nn.Linear``, ``nn.LayerNorm`` and activations
-            by batched matrix products instead of vmap, if that gives the same on the first batch. On a CPU, exact MAML
-            with one ``inner_lr`` and few shots does so without weights of each task's own, in place of the loop, too.
+        batched: Run the tasks through stacks of linear layers, layer norms and activations by batched matrix products
+            instead of vmap, if the first batch agrees. With few shots exact MAML on a CPU then loops over no tasks.
 
     Raises:
         TypeError: If the network is not a module, or a function not callable.

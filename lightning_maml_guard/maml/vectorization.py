@@ -30,8 +30,8 @@ ENVIRONMENT = "LMG_VECTORIZE"
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def check_vectorize(vectorize: Any) -> None:
-    """Raise a ValueError unless an argument ``vectorize`` names a way to run over tasks."""
+def check_strategy(vectorize: Any, task_chunk_size: int | None) -> Strategy:
+    """Return the strategy the two arguments name, ``"auto"`` among them; raise if they name none or contradict."""
     if not isinstance(vectorize, str):
         check_count("vectorize", vectorize)
     elif vectorize not in {"auto", "loop", "all"}:
@@ -39,6 +39,15 @@ def check_vectorize(vectorize: Any) -> None:
             f"Expected argument `vectorize` to be 'auto', 'loop', 'all' or a number of tasks but got "
             f"{shown(vectorize)}. 'auto' chooses by the network and the device."
         )
+    if task_chunk_size is None:
+        return vectorize
+    check_count("task_chunk_size", task_chunk_size)
+    if vectorize not in {"auto", task_chunk_size}:
+        raise ValueError(
+            f"Expected one of `vectorize` and `task_chunk_size` but got {vectorize!r} and {task_chunk_size!r}, which "
+            "say different things. Leave one out."
+        )
+    return task_chunk_size
 
 
 # Bytes that the forward passes of the tasks run at once may keep for their backward on a CPU. More is no faster: of 64

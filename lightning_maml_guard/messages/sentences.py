@@ -164,8 +164,8 @@ def _check_failed(reason: Reason) -> str:
     to_do = {
         IN_USERS_CODE: f"Fix {reason.where}.",
         "out of memory": "A check needs about max_iter vectors of the parameters' size and the graph of a second "
-        "derivative: lower max_iter, run fewer tasks at once (the module's vectorize, a problem's task_chunk_size), or "
-        "pass max_tasks, basis='bfloat16' or 'cpu' (curvature options), or steps=0 or batches=1 (lookahead options).",
+        "derivative: lower max_iter or the module's task_chunk_size, or pass max_tasks, basis='bfloat16' or 'cpu' "
+        "(curvature options), or steps=0 or batches=1 (lookahead options).",
         "other rank": "Look at that rank; the other ranks are fine.",
     }.get(reason.effect, "If it comes from your code (the problem, the loss, a logger), fix it there.")
     alone = reason.kind is Kind.NO_CURVATURE_MEASURED

@@ -95,6 +95,7 @@ OPTIONAL_COUNTS = [
     (ConvergenceGuard, "every_n_steps", 1),
     (CurvatureOptions, "max_tasks", 1),
     (module, "eval_inner_steps", 0),
+    (module, "task_chunk_size", 1),
     (problem, "task_chunk_size", 1),
     (measured, "step", 0),
 ]

@@ -43,7 +43,7 @@ def test_every_command_over_every_configuration(task, request, monkeypatch, caps
     images = task not in {"linear", "sinusoid"}
     if images:
         monkeypatch.setenv("LMG_DATA", str(request.getfixturevalue("data_folder")))
-        monkeypatch.setattr(_cli_runs, "_save_picture", lambda found, path, *_: drawn.append(path))
+        monkeypatch.setattr(_cli_runs, "_save_safe_region", lambda found, path: drawn.append(path))
     guard = (
         ["--guard=log", "--guard.lookahead.steps=0", "--guard.curvature.max_iter=2"]
         if images
@@ -358,9 +358,9 @@ def test_a_picture_that_cannot_be_written_costs_a_warning_and_leaves_the_older_o
     if blocked:  # as a read-only folder is: no file can be made in it
         path = path / "more" / "safe_region.png"
     with guard_warns(r"the picture of the safe region could not be written to .*Error: ") as caught, full_disk(100):
-        _cli_runs._save_picture(Drawable(), path, "the safe region", "ConvergenceGuard")
+        _cli_runs._save_safe_region(Drawable(), path)
     assert (folder / "safe_region.png").read_bytes() == b"older" and len(list(folder.iterdir())) == 1
     assert len(caught) == 1
     if not blocked:
-        _cli_runs._save_picture(Drawable(), path, "the safe region", "ConvergenceGuard")
+        _cli_runs._save_safe_region(Drawable(), path)
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_mode & 0o777 == 0o644

@@ -274,7 +274,7 @@ def raises(error):
     [
         (
             torch.OutOfMemoryError("no room on the device"),
-            r"\(test_failure.py, line \d+, in problem\) To do: A check needs .* lower max_iter, run fewer tasks at once .*"
+            r"\(test_failure.py, line \d+, in problem\) To do: A check needs .* lower max_iter or the module's "
             "task_chunk_size.*basis='bfloat16' or 'cpu'.*batches=1",
         ),
         (ZeroDivisionError("no tasks today"), r"To do: Fix test_failure.py, line \d+, in problem\. Training continues"),

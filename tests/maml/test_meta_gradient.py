@@ -177,7 +177,7 @@ def test_parameters_that_are_not_adapted_do_not_move_in_the_inner_loop():
 
 def test_chunks_change_nothing():
     whole = MetaLearningModule(mlp(2, (8,), 1).double(), inner_lr=ALPHA)
-    chunked = MetaLearningModule(whole.network, inner_lr=ALPHA, vectorize=2)
+    chunked = MetaLearningModule(whole.network, inner_lr=ALPHA, task_chunk_size=2)
     batch = regression_batch(5)
     a = meta_gradient(whole.meta_problem(batch), tasks=whole.task_map)
     b = meta_gradient(chunked.meta_problem(batch), tasks=chunked.task_map)

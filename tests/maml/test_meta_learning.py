@@ -268,6 +268,7 @@ def test_forward_predicts_without_adaptation():
         ({"order": "second"}, ValueError, "`order` to be one of"),
         ({"adapt": "nothing"}, ValueError, "matches no trainable parameter. There are: "),
         ({"adapt": []}, ValueError, "`adapt` is empty"),
+        ({"task_chunk_size": 0}, ValueError, "`task_chunk_size` to be an integer of at least 1 but got 0"),
         (
             {"metrics": "accuracy"},
             TypeError,

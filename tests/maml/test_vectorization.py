@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_maml_guard import EpisodeBatch, MetaLearningModule
 from lightning_maml_guard.maml.meta_gradient import meta_gradient
-from lightning_maml_guard.maml.vectorization import from_environment, rule
+from lightning_maml_guard.maml.vectorization import check_strategy, from_environment, rule
 from lightning_maml_guard.networks import conv4, mlp
 from lightning_maml_guard.stability.hvp import MeasurementCache
 from tests.helpers import fit
@@ -17,23 +17,36 @@ def batch(tasks=5):
 
 
 @pytest.mark.parametrize(
-    ("vectorize", "message"),
+    ("vectorize", "size", "message"),
     [
-        ("fast", "`vectorize` to be 'auto', 'loop', 'all' or a number of tasks but got 'fast'"),
-        (0, "`vectorize` to be an integer of at least 1 but got 0"),
-        (True, "`vectorize` to be an integer of at least 1 but got True"),
-        (2.5, "`vectorize` to be an integer of at least 1 but got 2.5"),
-        (None, "`vectorize` to be an integer of at least 1 but got None"),
+        ("fast", None, "`vectorize` to be 'auto', 'loop', 'all' or a number of tasks but got 'fast'"),
+        (0, None, "`vectorize` to be an integer of at least 1 but got 0"),
+        (True, None, "`vectorize` to be an integer of at least 1 but got True"),
+        (2.5, None, "`vectorize` to be an integer of at least 1 but got 2.5"),
+        (None, None, "`vectorize` to be an integer of at least 1 but got None"),
+        ("auto", 0, "`task_chunk_size` to be an integer of at least 1 but got 0"),
+        ("loop", 4, "one of `vectorize` and `task_chunk_size` but got 'loop' and 4, which say different things"),
+        (2, 4, "one of `vectorize` and `task_chunk_size` but got 2 and 4"),
     ],
 )
-def test_what_names_no_way_is_refused(vectorize, message):
+def test_what_names_no_way_is_refused(vectorize, size, message):
     with pytest.raises(ValueError, match=message):
-        MetaLearningModule(mlp(), vectorize=vectorize)
+        check_strategy(vectorize, size)
+    with pytest.raises(ValueError, match=message):
+        MetaLearningModule(mlp(), vectorize=vectorize, task_chunk_size=size)
 
 
-def test_a_number_is_that_of_the_tasks_vmapped_at_once():
-    module = MetaLearningModule(mlp(), vectorize=3)
-    assert (module.task_map.chunk_size, module.task_map.looped) == (3, False)
+def test_a_chunk_size_is_a_number_for_vectorize():
+    assert [check_strategy(*each) for each in (("auto", None), ("auto", 4), (4, 4), (3, None), ("all", None))] == [
+        "auto",
+        4,
+        4,
+        3,
+        "all",
+    ]
+    for arguments in ({"task_chunk_size": 3}, {"vectorize": 3}):
+        module = MetaLearningModule(mlp(), **arguments)
+        assert (module.task_map.chunk_size, module.task_map.looped) == (3, False)
     assert MetaLearningModule(mlp(), vectorize="loop").task_map.looped
     whole = MetaLearningModule(conv4(filters=2), vectorize="all").task_map
     assert whole.chunk_size is None and not whole.looped
