@@ -140,6 +140,6 @@ def test_a_guard_that_lowers_rates_is_not_offered_where_none_survives(action):
         fit(module, torch.ones(4, 2), 8, [guard])
     # The step that a Trainer takes before it stops moves nothing, though its gradient is not finite.
     assert bool(torch.isfinite(module.line.weight).all()) == (action == "stop")
-    said = [str(each.message) for each in caught if each.category is GuardWarning]
+    said = [" ".join(str(each.message).split()) for each in caught if each.category is GuardWarning]
     assert "training diverges at every rate that was tried. Look at" in said[0] and guard.advice.cause is Cause.UNKNOWN
     assert ("Training stops after" in said[0]) == (action == "stop") and not any("rescale" in each for each in said)

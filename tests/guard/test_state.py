@@ -86,7 +86,7 @@ EVERYTHING = Reason(
     error="OSError",
     detail="disk full",
     where="a.py, line 3, in f",
-    because=replace(BEHIND, because=Reason(Kind.NO_CURVATURE, hvps=3)),
+    because=replace(BEHIND, because=Reason(Kind.NO_CURVATURE)),
 )
 # And every field of an Advice.
 ADVICE = Advice(

@@ -171,7 +171,7 @@ EXAMPLES = [
     ),
     (
         Reason(Kind.NETWORK_COLLAPSED, step=15, value=0.5, limit=10.0, losses=(nan, 0.98, 1.0)),
-        "step 15 is stable, but the run may have lost its network.\n"
+        "step 15 is stable, but the network may have died.\n"
         "Why: lambda_max = 0.5 is 0.05 of what it was, while the loss (0.98) is near where training "
         "started (1): this happens when ReLUs have died.\n"
         "To do: Start again with lower rates (ConvergenceGuard(action='rescale', margin=0.5) keeps them "
