@@ -24,7 +24,7 @@ from benchmarks.common.options import add_seeds, seeds_of
 from benchmarks.common.workers import each_done
 
 # Seeds 10 to 12 and 20 to 22 were reported once. What was seen on them led to changes: they are not any more.
-SEEDS = {"tune": (0, 1, 2, 10, 11, 12), "report": (30, 31, 32, 33, 34, 35, 36, 37)}
+SEEDS = {"tune": (0, 1, 2, 10, 11, 12), "report": (30, 31, 32, 33, 34, 35, 36, 37, 38)}
 
 
 def main() -> None:
