@@ -214,8 +214,8 @@ class RateSearch:
         last, anew = [each for each in tried if each.trains][-2:], self._new_tasks
         if anew is None or not others or len(last) < 2 or last[0].learned > last[1].learned:
             return False
-        learned = (anew.learned(each.factors, self.steps) for each in last)
-        return not self._learns_more(last, others, factor) and next(learned) > next(learned)
+        more = self._learns_more(last, others, factor)
+        return not more and anew.learned(last[0].factors, self.steps) > anew.learned(last[1].factors, self.steps)
 
     def _both_lowered(self, betas: list[Trial], beta_handicap: float) -> SearchResult | None:
         """Lower the outer rate at the inner rate that adapts best; None if lowering the outer rate alone suffices."""

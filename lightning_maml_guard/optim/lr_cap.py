@@ -39,10 +39,9 @@ class LRCap:
     """Holds the learning rates of some optimizers at or below a cap.
 
     The largest rate over the optimizers' parameter groups is brought down to the cap (None: the scheduled rates are
-    applied); one factor scales all of them, so that optimizers which step together keep
-    the ratio of their rates. Of several caps on one optimizer the lowest is applied. A cap of 0 moves nothing, whatever
-    the gradients are. ``holds`` tells at each step
-    whether the cap holds; None: always.
+    applied); one factor scales all of them, so that optimizers which step together keep the ratio of their rates. Of
+    several caps on one optimizer the lowest is applied. A cap of 0 moves nothing, whatever the gradients are. ``holds``
+    tells at each step whether the cap holds; None: always.
     """
 
     def __init__(

@@ -265,12 +265,13 @@ class Plan(NamedTuple):
     failure: Exception | None = None
 
 
-def planned_steps(trainer: Any) -> int | None:
-    """Steps of a whole run, those before a resume included; None where it has no end that is known."""
-    ends = [] if trainer.max_steps == -1 else [trainer.max_steps]
-    if not math.isinf(trainer.num_training_batches) and trainer.max_epochs not in (None, -1):
-        ends.append(math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) * trainer.max_epochs)
-    return min(ends, default=None)
+def planned_steps(trainer: Any, *, step: int = 0, epoch: int = 0, batch: int = 0) -> int | None:
+    """Optimizer steps from a place of a run, its start by default, to its end; None where no end is known."""
+    ends = [] if trainer.max_steps == -1 else [trainer.max_steps - step]
+    batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
+    if not math.isinf(batches) and trainer.max_epochs not in (None, -1):
+        ends.append(math.ceil(batches / accumulate) * (trainer.max_epochs - epoch) - batch // accumulate)
+    return max(0, min(ends)) if ends else None
 
 
 def plan_of(trainer: Any) -> Plan:
@@ -286,15 +287,12 @@ def plan_of(trainer: Any) -> Plan:
         # A run resumed from the end of an epoch does not count the next one as started.
         in_batch_end = progress.current.completed < batch and not loop.epoch_loop.restarting
         batch, epoch = 0, max(epochs.processed, epochs.started, epoch + in_batch_end)
-    ends = [] if trainer.max_steps == -1 else [trainer.max_steps - trainer.global_step]
-    if batches is not None and trainer.max_epochs not in (None, -1):
-        ends.append(math.ceil(batches / accumulate) * (trainer.max_epochs - epoch) - batch // accumulate)
     failure: Exception | None = None
     schedulers = tuple(trainer.lr_scheduler_configs)
     if schedulers and not module.automatic_optimization:
         failure = NotImplementedError("under manual optimization the module steps its schedulers itself")
     elif schedulers and overrides(module, "lr_scheduler_step"):
         failure = NotImplementedError("the module has an lr_scheduler_step of its own")
-    steps = max(0, min(ends)) if ends else None
+    steps = planned_steps(trainer, step=trainer.global_step, epoch=epoch, batch=batch)
     shared = tuple(each for each in (trainer, trainer.datamodule) if each is not None)
     return Plan(batch, epoch, batches, accumulate, steps, schedulers, shared, failure)
